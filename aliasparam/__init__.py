@@ -1,0 +1,34 @@
+"""aliasparam: one allocation, two formats, every name right.
+
+See `docs/concepts.md` for the ideas and `aliasparam.declare` for where to start.
+"""
+
+from __future__ import annotations
+
+from ._declare import Alias as Alias
+from ._declare import Derivation as Derivation
+from ._declare import Keep as Keep
+from ._parameter import AliasedParameter as AliasedParameter
+from ._ported import alias_or_bind_derived_param as alias_or_bind_derived_param
+from ._ported import copy_or_rebind_param as copy_or_rebind_param
+from ._registry import AliasRegistry as AliasRegistry
+from ._registry import declare as declare
+from ._registry import registry_of as registry_of
+from ._reload import reload as reload
+from ._report import explain as explain
+from ._report import memory_report as memory_report
+from ._storage import AliasedStorage as AliasedStorage
+from ._storage import State as State
+from ._transform import Chain as Chain
+from ._transform import Identity as Identity
+from ._transform import PadLast2 as PadLast2
+from ._transform import SwapHalves as SwapHalves
+from ._transform import TensorSpec as TensorSpec
+from ._transform import Transform as Transform
+from ._transform import ViewDtype as ViewDtype
+from ._verbs import checkpoint_state_dict as checkpoint_state_dict
+from ._verbs import iterate_checkpoint as iterate_checkpoint
+from ._verbs import process as process
+from ._verbs import restore as restore
+
+__version__ = "0.1.0"

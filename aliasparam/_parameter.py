@@ -1,0 +1,234 @@
+"""AliasedParameter: a checkpoint-format name which is always right to read and to write.
+
+[Note: is-a] The parameter *is* a tensor over the real memory (right ``data_ptr``, sizes and strides), not a wrapper around
+one. Every operator on it still comes to `_dispatch.py`, because the class defines ``__torch_dispatch__``. What goes past the
+dispatcher (Python attributes of Tensor, raw-pointer readers) is overridden here: right, or refused.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from ._dispatch import _types, dispatch
+from ._storage import AliasedStorage
+from .errors import AdoptionError, StateError
+
+
+class _Aliased(Tensor):
+    """Behaviour common to parameters and to views of them."""
+
+    _alias_storage: AliasedStorage
+    _alias_memory: Tensor
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        return dispatch(func, args, kwargs or {})
+
+    # -- faces of Tensor that do not come through the dispatcher -------------------------------------------------------
+
+    @property
+    def data(self) -> Tensor:
+        """A writable alias of this name."""
+        return _make_view(self._alias_storage, self._alias_memory)
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        _assign(self, value)
+
+    def _values(self) -> Tensor:
+        return self._alias_storage.read(self._alias_memory)
+
+    def _snapshot(self) -> Tensor:
+        values = self._values()
+        return values.clone() if values is self._alias_memory else values
+
+    def is_contiguous(self, memory_format: torch.memory_format = torch.contiguous_format) -> bool:
+        """False while the memory holds kernel format: raw-pointer readers such as safetensors then refuse."""
+        return self._holds_values() and self._alias_memory.is_contiguous(memory_format=memory_format)
+
+    def contiguous(self, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
+        if self.is_contiguous(memory_format):
+            return self
+        return self._values().contiguous(memory_format=memory_format)
+
+    def _holds_values(self) -> bool:
+        try:
+            return self._values() is self._alias_memory
+        except StateError:
+            return False
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """A read-only copy of the checkpoint values: writes through it could not be seen."""
+        array = self._snapshot().numpy(force=force)
+        array.flags.writeable = False
+        return array
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        array = self.numpy(force=False)
+        return array if dtype is None else array.astype(dtype)
+
+    def __dlpack__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise BufferError(
+            f"{self._alias_storage.label}: DLPack would hand out memory whose format changes with processing; "
+            "export clone() for the values, or the kernel-format buffer for the memory"
+        )
+
+    @property
+    def __cuda_array_interface__(self) -> NoReturn:
+        raise AttributeError(
+            f"{self._alias_storage.label}: no raw array interface, the memory changes format with processing; use clone()"
+        )
+
+    def tolist(self) -> Any:
+        return self._values().tolist()
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        if requires_grad:
+            raise AdoptionError(
+                "a declared name holds inference weights; it takes no gradient",
+                name=self._alias_storage.label,
+            )
+        return self
+
+    def share_memory_(self) -> NoReturn:
+        raise AdoptionError(
+            "share_memory_() would move the storage",
+            name=self._alias_storage.label,
+            remedy="Share a clone(), or create the module in shared memory before declaring.",
+        )
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        state = self._alias_storage.state
+        shape, dtype = list(self._alias_memory.shape), str(self._alias_memory.dtype).removeprefix("torch.")
+        held = state.value if state else "mixed"
+        return f"{type(self).__name__}({self._alias_storage.label!r}, {dtype}{shape}, holds {held})"
+
+    def __format__(self, spec: str) -> str:
+        return (
+            self._values().item().__format__(spec)
+            if self._alias_memory.dim() == 0
+            else object.__format__(self, spec)
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if id(self) in memo:
+            return memo[id(self)]
+        storage = copy.deepcopy(self._alias_storage, memo)
+        new = _make(type(self), storage, _same_view(storage, self._alias_memory))
+        memo[id(self)] = new
+        for key, value in self.__dict__.items():
+            if key not in ("_alias_storage", "_alias_memory"):
+                new.__dict__[key] = copy.deepcopy(value, memo)
+        return new
+
+
+class AliasedView(_Aliased):
+    """A slice or view of an :class:`AliasedParameter`: reads and writes checkpoint values of the same storage."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # A view saved by itself (state_dict, torch.save) is a value: it loads as a plain tensor.
+        return self._snapshot().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+
+
+class AliasedParameter(_Aliased, nn.Parameter):
+    """One checkpoint-format name of a module, over an :class:`AliasedStorage`.
+
+    It has the shape, dtype and (while the library keeps it) the address of an ordinary ``nn.Parameter``. Reading it by any
+    operator, slice or ``.data`` gives checkpoint values whatever format the memory is in; writing through it brings the
+    touched regions back to checkpoint format first and marks what depends on them as stale. Assigning ``.data`` copies the
+    values in, and never moves the address.
+
+    Made by :func:`aliasparam.declare`, not by hand. Attributes which engines put on parameters (``weight_loader``, …)
+    live in ``__dict__`` and survive.
+
+    Raises:
+        StateError: on reading bytes that were never loaded, are invalid, or have no inverse.
+        PointerError: on operators that would move the memory (``resize_``, ``set_``).
+        AdoptionError: on ``.data = value`` with another shape, dtype or device.
+    """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> AliasedParameter:
+        raise TypeError("AliasedParameter is made by aliasparam.declare(module, ...)")
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        memory = self._alias_memory
+        geometry = (memory.dtype, tuple(memory.shape), memory.stride(), memory.storage_offset())
+        attributes = {k: v for k, v in self.__dict__.items() if k not in ("_alias_storage", "_alias_memory")}
+        return _rebuild, (self._alias_storage, geometry, attributes)
+
+
+def make_parameter(storage: AliasedStorage, memory: Tensor) -> AliasedParameter:
+    """An AliasedParameter over ``memory``, a plain view of ``storage.checkpoint``."""
+    parameter: AliasedParameter = _make(AliasedParameter, storage, memory)
+    return parameter
+
+
+def _make(cls: type[Any], storage: AliasedStorage, memory: Tensor) -> Any:
+    tensor = Tensor._make_subclass(cls, memory, False)
+    tensor._alias_storage = storage
+    tensor._alias_memory = memory
+    return tensor
+
+
+def _make_view(storage: AliasedStorage, memory: Tensor) -> Tensor:
+    view: Tensor = _make(AliasedView, storage, memory)
+    return view
+
+
+def _same_view(storage: AliasedStorage, memory: Tensor) -> Tensor:
+    """The view of ``storage`` which ``memory`` is of another storage of the same plan."""
+    typed = storage.buffer.view(memory.dtype)
+    return typed.as_strided(memory.shape, memory.stride(), memory.storage_offset())
+
+
+def _rebuild(storage: AliasedStorage, geometry: Any, attributes: dict[str, Any]) -> AliasedParameter:
+    dtype, shape, stride, offset = geometry
+    parameter = make_parameter(storage, storage.buffer.view(dtype).as_strided(shape, stride, offset))
+    parameter.__dict__.update(attributes)
+    return parameter
+
+
+def _assign(target: _Aliased, value: Tensor) -> None:
+    """``target.data = value``: the values are copied in; only another device moves the memory, as Module.to() asks."""
+    memory, storage = target._alias_memory, target._alias_storage
+    if (
+        isinstance(value, _Aliased)
+        and value._alias_storage is storage
+        and _is_same_view(value._alias_memory, memory)
+    ):
+        return
+    if value.shape != memory.shape or value.dtype != memory.dtype or value.device.type == "meta":
+        raise AdoptionError(
+            "assigning .data would change the geometry of a fixed storage",
+            name=storage.label,
+            expected=f"{memory.dtype} {list(memory.shape)} on a real device",
+            found=f"{value.dtype} {list(value.shape)} on {value.device}",
+            remedy="Convert the value first; Module.half() and the like cannot apply to declared weights.",
+        )
+    if value.device == memory.device:
+        target.copy_(value)
+        return
+    if value.device != storage.buffer.device:
+        storage.relocate(value.device)
+    target._alias_memory = _same_view(storage, memory)
+    torch._C.TensorBase.data.__set__(target, target._alias_memory)  # type: ignore[attr-defined]
+
+
+def _is_same_view(a: Tensor, b: Tensor) -> bool:
+    same_place = a.storage_offset() * a.element_size() == b.storage_offset() * b.element_size()
+    return same_place and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
+
+
+_types.aliased = (_Aliased,)
+_types.view = _make_view

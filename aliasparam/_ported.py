@@ -1,0 +1,127 @@
+"""Two helpers with the names and the meaning SGLang gave them, built on the registry.
+
+A ``process_weights_after_loading`` written for them moves by changing an import. What is kept: the derived tensor takes the
+source's memory where shape and dtype are the same, and memory of its own otherwise. What is mended: nothing is broadcast,
+no existing name's address moves, and the source name does not show kernel bytes as if they were checkpoint values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ._declare import Alias
+from ._registry import Source, declare, registry_of
+from ._transform import TensorSpec, Transform
+from .errors import DeclarationError, PointerError, StateError
+
+
+@dataclass(frozen=True)
+class Undeclared(Transform):
+    """Kernel bytes computed by code outside the library: same shape and dtype, no known inverse."""
+
+    core_dims: int = 1 << 16  # one region: nobody said that parts convert independently
+
+    def output_spec(self, spec: TensorSpec) -> TensorSpec:
+        return spec
+
+    def forward(self, tensor: Tensor) -> Tensor:
+        raise StateError(
+            "only the module's own processing code can convert this tensor",
+            expected="alias_or_bind_derived_param(...) with the converted value",
+            remedy="Call the module's process_weights_after_loading, or declare the transform.",
+        )
+
+    def inverse(self, tensor: Tensor, spec: TensorSpec) -> Tensor:
+        raise StateError(
+            "the memory holds kernel-format bytes of an undeclared transform; checkpoint values cannot be read",
+            expected="checkpoint format",
+            found="kernel format without an inverse",
+            remedy="Load the whole tensor again before processing, or declare the transform with aliasparam.declare.",
+        )
+
+    @property
+    def invertible(self) -> bool:
+        return False
+
+
+def alias_or_bind_derived_param(
+    module: nn.Module, source_name: str, derived_name: str, derived_value: Tensor
+) -> None:
+    """Put ``derived_value`` under ``derived_name``, in the source's memory where shape and dtype are the source's.
+
+    After an alias the source name refuses to be read until it is written whole again, because the bytes are kernel format
+    and nobody declared how to invert them. Calling it again after a reload keeps every address.
+
+    Raises:
+        DeclarationError: ``source_name`` is not a Parameter of ``module``, or the pair was declared with a transform.
+        PointerError: a value of another shape or dtype for a name that already has memory.
+    """
+    registry = registry_of(module)
+    source = registry.sources.get(source_name) if registry else None
+    if source is not None and source.derived not in (None, derived_name):
+        raise DeclarationError(
+            "this source already lives under another kernel name",
+            module=type(module).__name__,
+            name=source_name,
+            expected=source.derived,
+            found=derived_name,
+        )
+    spec = _source_spec(module, source, source_name)
+    if TensorSpec.of(derived_value) != spec:
+        copy_or_rebind_param(module, derived_name, derived_value)
+        return
+    if source is None:
+        registry = declare(module, Alias(source_name, derived_name, Undeclared()))
+        source = registry.sources[source_name]
+    if registry is None or source.storage is None:
+        raise StateError("the source has no memory yet", module=type(module).__name__, name=source_name)
+    if source.plan.transform.invertible:
+        raise DeclarationError(
+            "this pair was declared with a transform: aliasparam.process converts it",
+            module=type(module).__name__,
+            name=source_name,
+        )
+    with torch.no_grad():
+        registry.reconcile()
+        source.storage.put_kernel(derived_value.detach())
+    registry.settle_guard()
+
+
+def _source_spec(module: nn.Module, source: Source | None, name: str) -> TensorSpec:
+    if source is not None:
+        return source.plan.source
+    parameter = module._parameters.get(name)
+    if parameter is None:
+        raise DeclarationError(
+            "the source is not a Parameter of the module", module=type(module).__name__, name=name
+        )
+    return TensorSpec.of(parameter)
+
+
+def copy_or_rebind_param(module: nn.Module, name: str, value: Tensor) -> None:
+    """Put ``value`` under ``name``: copied into the existing memory, or bound as a new Parameter where there is none.
+
+    Raises:
+        PointerError: the name has memory of another shape, dtype or device: rebinding would move an address.
+    """
+    existing: Tensor | None = module._parameters.get(name)
+    if existing is None:
+        existing = module._buffers.get(name)
+    if existing is None:
+        module.__dict__.pop(name, None)
+        module.register_parameter(name, nn.Parameter(value.detach().clone(), requires_grad=False))
+        return
+    if TensorSpec.of(existing) != TensorSpec.of(value) or existing.device != value.device:
+        raise PointerError(
+            "this value does not fit the memory the name already has",
+            module=type(module).__name__,
+            name=name,
+            expected=f"{TensorSpec.of(existing)} on {existing.device}",
+            found=f"{TensorSpec.of(value)} on {value.device}",
+            remedy="Declare the padded capacity at creation (aliasparam.declare), or free the name explicitly first.",
+        )
+    with torch.no_grad():
+        existing.copy_(value)

@@ -1,0 +1,53 @@
+"""The verbs over a whole model: process, and the checkpoint state dict."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ._parameter import _Aliased
+from ._registry import registries
+
+
+def process(module: nn.Module) -> int:
+    """Bring every declared module under ``module`` (and itself) to kernel format.
+
+    Idempotent and selective: only what was written since the last call is converted, in place. Call it where an engine calls
+    ``process_weights_after_loading``, as often as you like.
+
+    Returns:
+        How many regions were converted and derivations computed; 0 when all was current.
+
+    Raises:
+        StateError: a declared tensor was not loaded whole.
+        AdoptionError: a tensor that does not fit was put under a declared name.
+    """
+    return sum(registry.process() for _, registry in registries(module))
+
+
+def restore(module: nn.Module) -> None:
+    """Bring every declared storage under ``module`` back to checkpoint format, in place."""
+    for _, registry in registries(module):
+        registry.restore()
+
+
+def checkpoint_state_dict(module: nn.Module) -> dict[str, Tensor]:
+    """The model's state dict in checkpoint format: bit-equal to what was loaded, whatever format the memory is in.
+
+    Values are plain contiguous tensors. Those of names in kernel format are converted copies; the others share memory
+    with the model. For a bounded footprint iterate over :func:`iterate_checkpoint` instead.
+    """
+    return dict(iterate_checkpoint(module))
+
+
+def iterate_checkpoint(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(name, plain tensor) of every entry of the state dict, converted one at a time."""
+    for _, registry in registries(module):
+        with torch.no_grad():
+            registry.reconcile()
+    for name, tensor in module.state_dict().items():
+        if isinstance(tensor, _Aliased):
+            tensor = tensor._values().contiguous()
+        yield name, tensor

@@ -1,0 +1,84 @@
+"""Every error of the library, each with the facts a user needs as fields and as text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class AliasError(Exception):
+    """Base of all errors raised by this package.
+
+    Attributes:
+        module: dotted path or class name of the module concerned, if known.
+        name: the parameter, tensor or file concerned, if known.
+        expected: what the library needed.
+        found: what it got.
+        remedy: what the caller can do about it.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        module: str | None = None,
+        name: str | None = None,
+        expected: Any = None,
+        found: Any = None,
+        remedy: str | None = None,
+    ) -> None:
+        self.message = message
+        self.module = module
+        self.name = name
+        self.expected = expected
+        self.found = found
+        self.remedy = remedy
+        super().__init__(self._render())
+
+    def _render(self) -> str:
+        where = ".".join(part for part in (self.module, self.name) if part)
+        lines = [f"{where}: {self.message}" if where else self.message]
+        if self.expected is not None:
+            lines.append(f"  expected: {self.expected}")
+        if self.found is not None:
+            lines.append(f"  found:    {self.found}")
+        if self.remedy is not None:
+            lines.append(f"  {self.remedy}")
+        return "\n".join(lines)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exceptions cross process boundaries (torch.distributed, multiprocessing) with their fields.
+        fields = (self.message, self.module, self.name, self.expected, self.found, self.remedy)
+        return _rebuild_error, (type(self), fields)
+
+
+def _rebuild_error(cls: type[AliasError], fields: tuple[Any, ...]) -> AliasError:
+    message, module, name, expected, found, remedy = fields
+    return cls(message, module=module, name=name, expected=expected, found=found, remedy=remedy)
+
+
+class DeclarationError(AliasError):
+    """A declaration contradicts itself, the module, or an earlier declaration."""
+
+
+class TransformError(AliasError):
+    """A transform cannot take this shape or dtype, or its inverse does not invert."""
+
+
+class StateError(AliasError):
+    """The storage is in a state in which this operation would give or keep wrong bytes."""
+
+
+class StaleKernelError(StateError):
+    """A module was called while a kernel-format name is older than its checkpoint-format source."""
+
+
+class PointerError(AliasError):
+    """The operation would move an address which a CUDA graph or a kernel object may hold."""
+
+
+class AdoptionError(AliasError):
+    """A tensor was put in the place of a declared name and cannot be taken into its storage."""
+
+
+class ReloadError(AliasError):
+    """New weights do not fit the model: a tensor is missing, unexpected, duplicate or of another shape or dtype."""
