@@ -26,6 +26,7 @@ from ._transform import SwapHalves as SwapHalves
 from ._transform import TensorSpec as TensorSpec
 from ._transform import Transform as Transform
 from ._transform import ViewDtype as ViewDtype
+from ._verbs import checkpoint_names as checkpoint_names
 from ._verbs import checkpoint_state_dict as checkpoint_state_dict
 from ._verbs import iterate_checkpoint as iterate_checkpoint
 from ._verbs import process as process

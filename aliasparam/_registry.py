@@ -91,7 +91,7 @@ class AliasRegistry:
             self._need_free(taken, alias.source, alias.derived)
             spec = self._parameter_spec(alias.source)
             plan = plan_storage(spec, alias.transform, aliasing=aliasing)
-            if alias.transform.invertible and not alias.transform.is_identity:
+            if alias.transform.invertible and not alias.transform.is_identity_for(spec):
                 self._probe(alias, spec)
             fell_back = bool(alias.derived) and not plan.reason.aliases
             if fell_back:
@@ -297,11 +297,11 @@ class AliasRegistry:
             if (tensor := binding.module._parameters.get(binding.name)) is not binding.parameter
             and tensor is not None
         ]
-        for source, binding, tensor in foreign:
-            self._check_adoptable(source, binding, tensor)
+        for source, binding, found in foreign:
+            self._check_adoptable(source, binding, found)
         self._follow_device(foreign)
-        for source, binding, tensor in foreign:
-            self._adopt(source, binding, tensor)
+        for source, binding, found in foreign:
+            self._adopt(source, binding, found)
         self._drop_left_behind()
         for source in self.sources.values():
             self._bind(source)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ._parameter import _Aliased
 from ._registry import registries
 from ._transform import TensorSpec
-from ._verbs import process
+from ._verbs import checkpoint_names, process
 from .errors import ReloadError, StaleKernelError
 
 Scope = Literal["all", "partial"]
@@ -167,17 +167,6 @@ def reload(model: nn.Module, *, scope: Scope = "all") -> ReloadSession:
     if scope not in ("all", "partial"):
         raise ReloadError("unknown scope", expected="'all' or 'partial'", found=repr(scope))
     return ReloadSession(model, scope)
-
-
-def checkpoint_names(model: nn.Module) -> dict[str, Tensor]:
-    """Live tensors of the state dict by name, tied names once."""
-    live: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if isinstance(tensor, Tensor) and id(tensor) not in seen:
-            seen.add(id(tensor))
-            live[name] = tensor
-    return live
 
 
 def _rows(tensor: Tensor) -> int:

@@ -100,10 +100,12 @@ def _rows(path: str, registry: AliasRegistry) -> list[MemoryRow]:
             verdict, aliased, allocated = f"copy: {fallback.reason.value}", False, plan.nbytes + kernel
         else:
             name = source.derived
-            kernel = plan.derived.nbytes if name and not plan.transform.is_identity else 0
+            kernel = plan.derived.nbytes if name and not plan.transform.is_identity_for(plan.source) else 0
             verdict, aliased, allocated = f"alias: {plan.reason.value}", True, plan.nbytes
             if not name:
                 verdict = "no kernel format"
+            elif not kernel:
+                verdict = "alias: kernel format is the checkpoint format"
         rows.append(
             MemoryRow(path, source.name, name, verdict, aliased, plan.source.nbytes, kernel, allocated)
         )

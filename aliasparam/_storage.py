@@ -295,7 +295,7 @@ class AliasedStorage:
             elif open_regions:
                 width = view.element_size()
                 strides = tuple(s * width for s in view.stride())
-                self._written.append((view.storage_offset() * width, tuple(view.shape), strides, width))
+                self._written.append((int(view.storage_offset()) * width, tuple(view.shape), strides, width))
         self._changed()
 
     def _covers(self, view: Tensor, regions: range) -> bool:

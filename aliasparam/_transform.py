@@ -74,8 +74,8 @@ class Transform(ABC):
         """This transform, then ``following``."""
         return Chain((self, following))
 
-    @property
-    def is_identity(self) -> bool:
+    def is_identity_for(self, spec: TensorSpec) -> bool:
+        """Whether kernel format and checkpoint format are the same bytes for tensors of this spec."""
         return False
 
     @property
@@ -99,8 +99,7 @@ class Identity(Transform):
     def inverse(self, tensor: Tensor, spec: TensorSpec) -> Tensor:
         return tensor
 
-    @property
-    def is_identity(self) -> bool:
+    def is_identity_for(self, spec: TensorSpec) -> bool:
         return True
 
 
@@ -138,9 +137,12 @@ class Chain(Transform):
             tensor = step.inverse(tensor, before)
         return tensor
 
-    @property
-    def is_identity(self) -> bool:
-        return all(step.is_identity for step in self.steps)
+    def is_identity_for(self, spec: TensorSpec) -> bool:
+        for step in self.steps:
+            if not step.is_identity_for(spec):
+                return False
+            spec = step.output_spec(spec)
+        return True
 
     @property
     def invertible(self) -> bool:
@@ -173,6 +175,9 @@ class PadLast2(Transform):
 
     def inverse(self, tensor: Tensor, spec: TensorSpec) -> Tensor:
         return tensor[..., : spec.shape[-2], : spec.shape[-1]].contiguous()
+
+    def is_identity_for(self, spec: TensorSpec) -> bool:
+        return self.output_spec(spec) == spec
 
 
 @dataclass(frozen=True)

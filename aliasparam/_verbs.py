@@ -43,11 +43,20 @@ def checkpoint_state_dict(module: nn.Module) -> dict[str, Tensor]:
 
 
 def iterate_checkpoint(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(name, plain tensor) of every entry of the state dict, converted one at a time."""
+    """(name, plain tensor) of every entry of the state dict, converted one at a time. Tied names come once."""
     for _, registry in registries(module):
         with torch.no_grad():
             registry.reconcile()
-    for name, tensor in module.state_dict().items():
-        if isinstance(tensor, _Aliased):
-            tensor = tensor._values().contiguous()
-        yield name, tensor
+    for name, tensor in checkpoint_names(module).items():
+        yield name, tensor._values().contiguous() if isinstance(tensor, _Aliased) else tensor.detach()
+
+
+def checkpoint_names(module: nn.Module) -> dict[str, Tensor]:
+    """Live tensors of the state dict by name; of tied names the first, as checkpoints store them."""
+    live: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if isinstance(tensor, Tensor) and id(tensor) not in seen:
+            seen.add(id(tensor))
+            live[name] = tensor
+    return live

@@ -71,7 +71,7 @@ def plan_storage(source: TensorSpec, transform: Transform, *, aliasing: bool = T
     alone: the copy gets storage of its own.
     """
     derived = transform.output_spec(source)
-    reason = judge(source, derived) if aliasing or transform.is_identity else Reason.SWITCHED_OFF
+    reason = judge(source, derived) if aliasing or transform.is_identity_for(source) else Reason.SWITCHED_OFF
     regions = math.prod(source.shape[: _lead_dims(source, transform)])
     per_region = max(regions, 1)
     size = source.nbytes // per_region
@@ -83,6 +83,6 @@ def plan_storage(source: TensorSpec, transform: Transform, *, aliasing: bool = T
 
 
 def _lead_dims(source: TensorSpec, transform: Transform) -> int:
-    if transform.is_identity:
+    if transform.is_identity_for(source):
         return 0
     return max(len(source.shape) - transform.core_dims, 0)

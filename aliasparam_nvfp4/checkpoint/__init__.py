@@ -1,0 +1,10 @@
+"""Checkpoint folders: what they hold, how it is quantized, and whether it fits."""
+
+from __future__ import annotations
+
+from .errors import CheckpointError as CheckpointError
+from .errors import UnsupportedFormatError as UnsupportedFormatError
+from .folder import CheckpointFolder as CheckpointFolder
+from .folder import TensorEntry as TensorEntry
+from .quant_config import QuantConfig as QuantConfig
+from .validate import check_tensors as check_tensors

@@ -1,0 +1,168 @@
+"""A folder of safetensors files: headers first, bytes only when asked, never a whole file in memory."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from aliasparam import TensorSpec
+
+from .errors import CheckpointError
+from .quant_config import read_json
+
+_DTYPES = {
+    "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F32": torch.float32, "F64": torch.float64,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor as a header describes it."""
+
+    name: str
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def spec(self) -> TensorSpec:
+        return TensorSpec(self.shape, self.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        return self.spec.nbytes
+
+
+class CheckpointFolder:
+    """The tensors of a checkpoint folder (``model.safetensors``, or shards with an index).
+
+    Opening reads and checks headers alone: a truncated file, a shard that is missing or an index that disagrees with its
+    shards is found before a single byte is loaded.
+
+    Raises:
+        CheckpointError: names the file, and what is wrong with it.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.tensors: Mapping[str, TensorEntry] = self._entries()
+
+    def read(self, name: str) -> Tensor:
+        """One whole tensor, in memory of its own."""
+        entry = self._entry(name)
+        with safe_open(entry.file, framework="pt") as file:
+            return file.get_tensor(name).clone()  # type: ignore[no-any-return]
+
+    def chunks(self, name: str, max_bytes: int = 8 << 20) -> Iterator[tuple[int, Tensor]]:
+        """(first row, rows) of one tensor, each piece at most ``max_bytes`` (but at least one row)."""
+        entry = self._entry(name)
+        if not entry.shape:
+            yield 0, self.read(name)
+            return
+        rows = max(1, max_bytes // max(entry.nbytes // max(entry.shape[0], 1), 1))
+        for first in range(0, entry.shape[0], rows):
+            # Reopened for each piece: pages of a mapped file count as resident until it is closed.
+            with safe_open(entry.file, framework="pt") as file:
+                piece = file.get_slice(name)[first : first + rows].clone()
+            yield first, piece
+
+    def _entry(self, name: str) -> TensorEntry:
+        entry = self.tensors.get(name)
+        if entry is None:
+            raise CheckpointError("the checkpoint has no tensor of this name", name=f"{self.path}: {name}")
+        return entry
+
+    # -- headers -------------------------------------------------------------------------------------------------------
+
+    def _entries(self) -> dict[str, TensorEntry]:
+        if not self.path.is_dir():
+            raise CheckpointError("this is not a folder", name=str(self.path), expected="a checkpoint folder")
+        index = self.path / "model.safetensors.index.json"
+        if not index.is_file():
+            return {e.name: e for e in _header(self.path / "model.safetensors")}
+        weight_map: dict[str, str] = read_json(index).get("weight_map", {})
+        entries: dict[str, TensorEntry] = {}
+        for file in sorted(set(weight_map.values())):
+            for entry in _header(self.path / file):
+                if entry.name in entries:
+                    raise CheckpointError(
+                        "a tensor is in two shards", name=entry.name, found=f"{entries[entry.name].file.name} and {file}"
+                    )
+                entries[entry.name] = entry
+        for name, file in weight_map.items():
+            if name not in entries or entries[name].file.name != file:
+                raise CheckpointError(
+                    "the index and its shards disagree",
+                    name=f"{index}: {name}",
+                    expected=f"in {file}",
+                    found=f"in {entries[name].file.name}" if name in entries else "in no shard",
+                )
+        return entries
+
+
+def _header(file: Path) -> list[TensorEntry]:
+    try:
+        size = file.stat().st_size
+    except FileNotFoundError:
+        raise CheckpointError("the file is missing", name=str(file), remedy="Copy or export the checkpoint again.") from None
+    header, data_start = _read_header(file, size)
+    entries = []
+    for name, info in header.items():
+        if name == "__metadata__":
+            continue
+        dtype = _DTYPES.get(info["dtype"])
+        if dtype is None:
+            raise CheckpointError("unknown dtype", name=f"{file}: {name}", found=info["dtype"])
+        shape, (begin, end) = tuple(info["shape"]), info["data_offsets"]
+        if end - begin != math.prod(shape) * dtype.itemsize:
+            raise CheckpointError(
+                "a tensor's bytes do not match its shape",
+                name=f"{file}: {name}",
+                expected=f"{math.prod(shape) * dtype.itemsize} bytes",
+                found=f"{end - begin} bytes",
+            )
+        if data_start + end > size:
+            raise CheckpointError(
+                "the file is truncated",
+                name=f"{file}: {name}",
+                expected=f"at least {data_start + end} bytes in the file",
+                found=f"{size} bytes",
+                remedy="Copy or export the checkpoint again.",
+            )
+        entries.append(TensorEntry(name, file, dtype, shape))
+    try:
+        with safe_open(file, framework="pt"):
+            pass  # the library's own checks: overlaps, gaps, alignment
+    except SafetensorError as error:
+        raise CheckpointError(f"safetensors refuses the file: {error}", name=str(file)) from None
+    return entries
+
+
+def _read_header(file: Path, size: int) -> tuple[dict[str, Any], int]:
+    """(parsed header, offset of the data). Format: 8 bytes little-endian length, JSON, data."""
+    with file.open("rb") as stream:
+        prefix = stream.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+        if 8 + length > size:
+            raise CheckpointError(
+                "the file is truncated or not a safetensors file",
+                name=str(file),
+                expected=f"a header of {length} bytes after the first 8",
+                found=f"{size} bytes in the file",
+            )
+        try:
+            header = json.loads(stream.read(length))
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            raise CheckpointError("the file is not a safetensors file: its header is not JSON", name=str(file)) from None
+    return header, 8 + length

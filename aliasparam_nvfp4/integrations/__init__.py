@@ -1,0 +1,1 @@
+"""Engines, one folder each; the only files that import an engine."""

@@ -1,0 +1,14 @@
+"""transformers: importing this package lets ``from_pretrained`` load ModelOpt NVFP4 checkpoints."""
+
+from __future__ import annotations
+
+from .load import answer as answer
+from .load import load_model as load_model
+from .load import logits as logits
+from .quantizer import ModelOptConfig as ModelOptConfig
+from .quantizer import ModelOptQuantizer as ModelOptQuantizer
+from .quantizer import register as register
+from .quantizer import use_backend as use_backend
+from .reload import reload_folder as reload_folder
+
+register()

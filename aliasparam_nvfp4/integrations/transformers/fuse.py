@@ -1,0 +1,83 @@
+"""Turning loaded projections into fused layers over aliased storage, one layer at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from aliasparam import AliasRegistry, registry_of
+
+from ...linear import NvFp4LinearMethod
+from .modules import FusedLinear, Projection, placeholders
+
+#: Sibling names which read the same input, and the name of their fused layer.
+FUSED_GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("qkv_proj", ("q_proj", "k_proj", "v_proj")),
+    ("gate_up_proj", ("gate_proj", "up_proj")),
+)
+
+
+def fuse_projections(model: nn.Module, method: NvFp4LinearMethod) -> int:
+    """Give every loaded :class:`Projection` of ``model`` its fused layer; returns the number of fused layers.
+
+    Peak extra memory is one layer: its placeholders are released as soon as their bytes are taken.
+    """
+    count = 0
+    for parent in list(model.modules()):
+        if isinstance(parent, FusedLinear):
+            continue
+        for name, members in _groups(parent):
+            _fuse(parent, name, members, method)
+            count += 1
+    return count
+
+
+def _groups(parent: nn.Module) -> Iterator[tuple[str, list[Projection]]]:
+    """(name of the fused layer, its projections) among the direct children of ``parent``."""
+    children = {n: m for n, m in parent.named_children() if isinstance(m, Projection) and not m._fused}
+    for fused_name, members in FUSED_GROUPS:
+        found = [children[m] for m in members if m in children]
+        if len(found) == len(members) and not hasattr(parent, fused_name) and _fit_together(found):
+            for member in members:
+                del children[member]
+            yield fused_name, found
+    for name, child in children.items():
+        yield f"{name}_kernel", [child]
+
+
+def _fit_together(members: list[Projection]) -> bool:
+    first = members[0]
+    same_input = all(m.in_features == first.in_features for m in members)
+    # One alpha serves the fused layer. Where the exporter did not unify the scales, the layers stay apart and right.
+    same_scale = all(torch.equal(m.weight_scale_2, first.weight_scale_2) for m in members)
+    return same_input and same_scale
+
+
+def _fuse(parent: nn.Module, name: str, members: list[Projection], method: NvFp4LinearMethod) -> None:
+    dtype = torch.get_default_dtype()
+    with torch.device(members[0].weight.device):
+        fused = FusedLinear(method, members[0].in_features, [m.out_features for m in members], dtype)
+    registry = registry_of(fused)
+    if registry is None:
+        raise AssertionError("create_weights did not declare the layer")
+    for tensor in placeholders(members[0].in_features, members[0].out_features):
+        shards = _shards(fused.get_parameter(tensor), members, scalar=members[0].get_parameter(tensor).dim() == 0)
+        with torch.no_grad():
+            for member, shard in zip(members, shards, strict=True):
+                shard.copy_(member.get_parameter(tensor))
+        _show(registry, tensor, members, shards)
+    parent.register_module(name, fused)
+    for index, member in enumerate(members):
+        member.attach(fused, index)
+
+
+def _shards(whole: Tensor, members: list[Projection], *, scalar: bool) -> list[Tensor]:
+    if scalar:
+        return [whole[i] for i in range(len(members))]
+    return list(whole.split([m.out_features for m in members]))
+
+
+def _show(registry: AliasRegistry, name: str, members: list[Projection], shards: list[Tensor]) -> None:
+    registry.show_shards(name, [(member, name, shard) for member, shard in zip(members, shards, strict=True)])

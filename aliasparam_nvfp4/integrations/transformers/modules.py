@@ -1,0 +1,100 @@
+"""The modules which stand in for ``nn.Linear`` in a transformers model.
+
+[Note: fused but shown apart] Projections that read the same input (q, k, v; gate, up) are one fused layer in memory, because
+the kernel is called once for them. The checkpoint and the model's code know them by their own names. So the fused layer owns
+the storages and kernel names, and each projection shows its rows as parameters of its own: the state dict has exactly the
+checkpoint's names, and writing ``q_proj.weight`` writes rows of the fused weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ...format import BLOCK_SIZE
+from ...linear import NvFp4LinearMethod
+
+
+def placeholders(in_features: int, out_features: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Checkpoint tensors of one projection as ModelOpt stores them: name to (shape, dtype). Scalars are 0-d."""
+    return {
+        "weight": ((out_features, in_features // 2), torch.uint8),
+        "weight_scale": ((out_features, in_features // BLOCK_SIZE), torch.float8_e4m3fn),
+        "weight_scale_2": ((), torch.float32),
+        "input_scale": ((), torch.float32),
+    }
+
+
+class Projection(nn.Module):
+    """One projection under its checkpoint name.
+
+    While the model loads it holds placeholders that the loader fills. Then :meth:`attach` makes its parameters show rows of
+    the fused layer, and calling it gives its columns of the fused output.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        for name, (shape, kind) in placeholders(in_features, out_features).items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=kind), requires_grad=False))
+        self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype), requires_grad=False) if bias else None
+        self._index = 0
+        # In a tuple, so that the fused layer is not registered a second time as our submodule.
+        self._fused: tuple[FusedLinear, ...] = ()
+
+    def attach(self, fused: FusedLinear, index: int) -> None:
+        self._fused, self._index = (fused,), index
+        fused._members = (*fused._members, self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self._fused:
+            raise RuntimeError("this projection has not been bound to its fused layer: the model is still loading")
+        out = self._fused[0].partition(x, self._index)
+        return out if self.bias is None else out + self.bias
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class FusedLinear(nn.Module):
+    """One kernel call for several projections of the same input (or for a single one)."""
+
+    def __init__(
+        self,
+        method: NvFp4LinearMethod,
+        in_features: int,
+        partitions: Sequence[int],
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.quant_method = method
+        self.partitions = tuple(partitions)
+        out_features = sum(partitions)
+        method.create_weights(self, in_features, self.partitions, in_features, out_features, dtype)
+        self._pending: tuple[Tensor, int, tuple[Tensor, ...]] | None = None
+        self._members: tuple[Projection, ...] = ()
+
+    def members(self) -> tuple[Projection, ...]:
+        """The projections this layer serves, in partition order."""
+        return self._members
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.quant_method.apply(self, x)
+
+    def partition(self, x: Tensor, index: int) -> Tensor:
+        """The output of partition ``index``. The other partitions of the same ``x`` are kept until they are asked for."""
+        if len(self.partitions) == 1:
+            return self(x)  # type: ignore[no-any-return]
+        if x.is_inference():  # no version counter: a write to x in between could not be seen
+            return self(x).split(self.partitions, -1)[index]  # type: ignore[no-any-return]
+        pending = self._pending
+        if pending is None or pending[0] is not x or pending[1] != x._version:
+            pending = (x, x._version, self(x).split(self.partitions, -1))
+        self._pending = None if index == len(self.partitions) - 1 else pending
+        return pending[2][index]
+
+    def extra_repr(self) -> str:
+        return f"partitions={list(self.partitions)}, backend={self.quant_method.backend.name}"

@@ -1,0 +1,103 @@
+"""Hot reload of a transformers model from a checkpoint folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig
+
+from aliasparam import TensorSpec, checkpoint_names, reload
+
+from ...checkpoint import CheckpointError, CheckpointFolder, QuantConfig, check_tensors
+from ...errors import ScaleError
+from .modules import FusedLinear
+
+#: Config entries which may differ between two checkpoints of one model.
+_FREE_KEYS = frozenset(
+    {"_name_or_path", "transformers_version", "quantization_config", "torch_dtype", "dtype", "architectures", "use_cache"}
+)
+
+
+def reload_folder(
+    model: Any, folder: str | Path, *, on_bytes: Callable[[int], None] | None = None, chunk_bytes: int = 8 << 20
+) -> int:
+    """Replace all weights of a serving model with those of ``folder``, in place; returns the bytes read.
+
+    Everything that headers and scalars can tell is checked before the first write, so a bad folder leaves the model as it was
+    and answering. Tensors are streamed in pieces of at most ``chunk_bytes``.
+
+    Args:
+        model: loaded through this package's quantizer.
+        folder: a checkpoint of the same architecture and format.
+        on_bytes: called with the bytes of every piece, for progress bars.
+        chunk_bytes: upper bound of one piece.
+
+    Raises:
+        CheckpointError: missing, unexpected, truncated or ill-fitting tensors, or another architecture.
+        ScaleError: scales of fused projections that differ, or are none.
+    """
+    source = CheckpointFolder(folder)
+    check_config(model, source.path)
+    expected = {n: TensorSpec.of(t) for n, t in checkpoint_names(model).items()}
+    check_tensors(source, expected, ignore=sorted(getattr(model, "all_tied_weights_keys", None) or ()))
+    check_fused_scales(model, source)
+    total = 0
+    with torch.no_grad(), reload(model) as session:
+        for name in expected:
+            for first_row, piece in source.chunks(name, max_bytes=chunk_bytes):
+                session.update(name, piece, first_row=first_row if piece.dim() else None)
+                total += piece.nbytes
+                if on_bytes is not None:
+                    on_bytes(piece.nbytes)
+    return total
+
+
+def check_config(model: Any, folder: Path) -> None:
+    """Refuse a folder whose config.json describes another model or another quantization."""
+    parsed = QuantConfig.from_folder(folder)
+    held = model.config.quantization_config
+    held_parsed = held.parsed if hasattr(held, "parsed") else QuantConfig.from_dict(held)
+    if (parsed.algo, parsed.group_size) != (held_parsed.algo, held_parsed.group_size):
+        raise CheckpointError(
+            "the folder is quantized in another way",
+            name=str(folder),
+            expected=f"{held_parsed.algo}, group size {held_parsed.group_size}",
+            found=f"{parsed.algo}, group size {parsed.group_size}",
+        )
+    new, old = AutoConfig.from_pretrained(folder).to_dict(), model.config.to_dict()
+    differing = sorted(k for k in (new.keys() | old.keys()) - _FREE_KEYS if new.get(k) != old.get(k))
+    if differing:
+        raise CheckpointError(
+            "the folder's config.json describes another model",
+            name=str(folder),
+            expected={k: old.get(k) for k in differing[:5]},
+            found={k: new.get(k) for k in differing[:5]},
+            remedy="Start the model cold from this folder instead.",
+        )
+
+
+def check_fused_scales(model: nn.Module, folder: CheckpointFolder) -> None:
+    """Read the scalars of the new checkpoint and refuse those which the fused layers cannot take."""
+    names = {id(m): n for n, m in model.named_modules()}
+    for path, fused in model.named_modules():
+        if not isinstance(fused, FusedLinear):
+            continue
+        members = [names[id(m)] for m in fused.members()]
+        weight_scales = {m: float(folder.read(f"{m}.weight_scale_2")) for m in members}
+        if len(set(weight_scales.values())) > 1:
+            raise ScaleError(
+                "fused projections come with different weight global scales",
+                module=path,
+                name="weight_scale_2",
+                expected="one value for all of them, as in the checkpoint that was loaded first",
+                found=weight_scales,
+                remedy="Export with unified scales, or start the model cold from this folder: it then stays unfused.",
+            )
+        scalars = {**weight_scales, **{f"{m}.input_scale": float(folder.read(f"{m}.input_scale")) for m in members}}
+        bad = {n: v for n, v in scalars.items() if not 0 <= v < float("inf") or (v == 0 and n.endswith("input_scale"))}
+        if bad:
+            raise ScaleError("a global scale is not a scale", module=path, expected="finite and positive", found=bad)
