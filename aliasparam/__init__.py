@@ -15,6 +15,7 @@ from ._registry import AliasRegistry as AliasRegistry
 from ._registry import declare as declare
 from ._registry import registry_of as registry_of
 from ._reload import reload as reload
+from ._report import MemoryReport as MemoryReport
 from ._report import explain as explain
 from ._report import memory_report as memory_report
 from ._storage import AliasedStorage as AliasedStorage

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from ..checkpoint import CheckpointError
+from ..checkpoint.quant_config import read_json
 from ._quiet import need, quiet
 
 _CALIBRATION = (
@@ -17,6 +19,25 @@ _CALIBRATION = (
     "Name three colors.",
     "Tell me about the sea.",
 )
+
+
+def load_unquantized(folder: Path) -> tuple[Any, Any]:
+    """(model, tokenizer) of a transformers causal-LM folder, in bf16.
+
+    Raises:
+        CheckpointError: no such folder, no config.json, or a model that is quantized already.
+        MissingExtra: transformers is not installed.
+    """
+    need("transformers", "modelopt")
+    if not folder.is_dir():
+        raise CheckpointError("there is no such folder", name=str(folder), expected="a transformers model folder")
+    if "quantization_config" in read_json(folder / "config.json"):
+        raise CheckpointError("this model is quantized already", name=str(folder), expected="bf16, fp16 or fp32 weights")
+    with quiet():
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        return model.eval(), AutoTokenizer.from_pretrained(folder)
 
 
 def quantize_to_nvfp4(model: Any, tokenizer: Any, destination: Path) -> None:
@@ -38,13 +59,12 @@ def quantize_to_nvfp4(model: Any, tokenizer: Any, destination: Path) -> None:
         import modelopt.torch.quantization as mtq
         from modelopt.torch.export import export_hf_checkpoint
 
+        from ..integrations.transformers.load import chat_ids
+
         def calibrate(model: Any) -> None:
             with torch.no_grad():
                 for prompt in _CALIBRATION:
-                    text = tokenizer.apply_chat_template(
-                        [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
-                    )
-                    model(**tokenizer(text, add_special_tokens=False, return_tensors="pt"))
+                    model(input_ids=chat_ids(tokenizer, prompt))
 
         model = mtq.quantize(model, copy.deepcopy(mtq.NVFP4_DEFAULT_CFG), calibrate)
         with torch.inference_mode():

@@ -97,5 +97,11 @@ def reload_naive(model: Any, layers: list[NaiveLinear], folder: CheckpointFolder
             parameter.copy_(folder.read(name))
 
 
+def process_naive(layers: list[NaiveLinear]) -> None:
+    """Another processing pass over layers that got nothing new."""
+    for layer in layers:
+        layer.process()
+
+
 def _tail(folder: CheckpointFolder, member: str, name: str) -> tuple[int, ...]:
     return folder.tensors[f"{member}.{name}"].shape[1:]
