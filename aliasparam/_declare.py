@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -28,7 +28,7 @@ class Alias:
 
     source: str
     derived: str
-    transform: Transform = Identity()
+    transform: Transform = field(default_factory=Identity)
     on_mismatch: Policy = "copy"
 
 

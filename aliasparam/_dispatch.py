@@ -85,24 +85,16 @@ def _rewrap(result: Any, owner: Any) -> Any:
 def _writer(func: Any) -> _Handler:
     """A handler for one mutating operator, with the written arguments looked up in its schema once."""
     schema = func._schema
-    positions = [
-        i for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write
-    ]
+    positions = [i for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
     names = [schema.arguments[i].name for i in positions]
     returns = len(schema.returns)
-    overwrites = schema.name.partition("::")[2] in _OVERWRITES or any(
-        schema.arguments[i].is_out for i in positions
-    )
+    overwrites = schema.name.partition("::")[2] in _OVERWRITES or any(schema.arguments[i].is_out for i in positions)
 
     def write(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        originals = [
-            args[i] if i < len(args) else kwargs.get(n) for i, n in zip(positions, names, strict=True)
-        ]
+        originals = [args[i] if i < len(args) else kwargs.get(n) for i, n in zip(positions, names, strict=True)]
         written = list(_aliased(originals))
         # A source over the same memory is read while it is written: then nothing may be given up beforehand.
-        fresh = overwrites and not _reads_from(
-            {id(t._alias_storage) for t in written}, positions, names, args, kwargs
-        )
+        fresh = overwrites and not _reads_from({id(t._alias_storage) for t in written}, positions, names, args, kwargs)
         undo = [(t._alias_storage, t._alias_storage.before_write(t._alias_memory, fresh)) for t in written]
         try:
             plain_args = list(args)
@@ -146,12 +138,8 @@ def _refuse(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     )
 
 
-def _reads_from(
-    storages: set[int], positions: list[int], names: list[str], args: Any, kwargs: dict[str, Any]
-) -> bool:
-    inputs = [a for i, a in enumerate(args) if i not in positions] + [
-        v for k, v in kwargs.items() if k not in names
-    ]
+def _reads_from(storages: set[int], positions: list[int], names: list[str], args: Any, kwargs: dict[str, Any]) -> bool:
+    inputs = [a for i, a in enumerate(args) if i not in positions] + [v for k, v in kwargs.items() if k not in names]
     return any(id(t._alias_storage) in storages for t in _aliased(inputs))
 
 

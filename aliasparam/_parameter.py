@@ -112,11 +112,7 @@ class _Aliased(Tensor):
         return f"{type(self).__name__}({self._alias_storage.label!r}, {dtype}{shape}, holds {held})"
 
     def __format__(self, spec: str) -> str:
-        return (
-            self._values().item().__format__(spec)
-            if self._alias_memory.dim() == 0
-            else object.__format__(self, spec)
-        )
+        return self._values().item().__format__(spec) if self._alias_memory.dim() == 0 else object.__format__(self, spec)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         if id(self) in memo:
@@ -202,11 +198,7 @@ def _rebuild(storage: AliasedStorage, geometry: Any, attributes: dict[str, Any])
 def _assign(target: _Aliased, value: Tensor) -> None:
     """``target.data = value``: the values are copied in; only another device moves the memory, as Module.to() asks."""
     memory, storage = target._alias_memory, target._alias_storage
-    if (
-        isinstance(value, _Aliased)
-        and value._alias_storage is storage
-        and _is_same_view(value._alias_memory, memory)
-    ):
+    if isinstance(value, _Aliased) and value._alias_storage is storage and _is_same_view(value._alias_memory, memory):
         return
     if value.shape != memory.shape or value.dtype != memory.dtype or value.device.type == "meta":
         raise AdoptionError(

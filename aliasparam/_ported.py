@@ -47,9 +47,7 @@ class Undeclared(Transform):
         return False
 
 
-def alias_or_bind_derived_param(
-    module: nn.Module, source_name: str, derived_name: str, derived_value: Tensor
-) -> None:
+def alias_or_bind_derived_param(module: nn.Module, source_name: str, derived_name: str, derived_value: Tensor) -> None:
     """Put ``derived_value`` under ``derived_name``, in the source's memory where shape and dtype are the source's.
 
     After an alias the source name refuses to be read until it is written whole again, because the bytes are kernel format
@@ -95,9 +93,7 @@ def _source_spec(module: nn.Module, source: Source | None, name: str) -> TensorS
         return source.plan.source
     parameter = module._parameters.get(name)
     if parameter is None:
-        raise DeclarationError(
-            "the source is not a Parameter of the module", module=type(module).__name__, name=name
-        )
+        raise DeclarationError("the source is not a Parameter of the module", module=type(module).__name__, name=name)
     return TensorSpec.of(parameter)
 
 

@@ -79,9 +79,7 @@ class AliasRegistry:
         self._bind_kernel_names()
         self.mark_stale()
 
-    def _planned(
-        self, declarations: Sequence[Declaration], aliasing: bool
-    ) -> tuple[list[Source], list[Derived]]:
+    def _planned(self, declarations: Sequence[Declaration], aliasing: bool) -> tuple[list[Source], list[Derived]]:
         sources: dict[str, Source] = {}
         derived: list[Derived] = []
         taken = set(self.sources) | self.kernel_names()
@@ -100,9 +98,7 @@ class AliasRegistry:
                 plan_here = plan_storage(spec, Identity())
             else:
                 plan_here = plan
-            sources[alias.source] = Source(
-                alias.source, plan_here, None if fell_back else alias.derived or None
-            )
+            sources[alias.source] = Source(alias.source, plan_here, None if fell_back else alias.derived or None)
         derivations = [d for d in declarations if isinstance(d, Derivation)]
         self._need_free(taken, *(d.name for d in derivations))
         for derivation in derivations:
@@ -136,9 +132,7 @@ class AliasRegistry:
                 remedy="Register it first: module.register_parameter(name, nn.Parameter(..., requires_grad=False)).",
             )
         if parameter.layout is not torch.strided:
-            raise DeclarationError(
-                "only strided tensors can be aliased", module=self.label, name=name, found=parameter.layout
-            )
+            raise DeclarationError("only strided tensors can be aliased", module=self.label, name=name, found=parameter.layout)
         return TensorSpec.of(parameter)
 
     def _probe(self, alias: Alias, spec: TensorSpec) -> None:
@@ -189,9 +183,7 @@ class AliasRegistry:
         if tensor.device.type == "meta":
             return  # a loader will put a real tensor here: see reconcile
         with torch.no_grad():
-            source.storage = self._storage_from(
-                source, tensor.detach(), State.CHECKPOINT if loaded else State.EMPTY
-            )
+            source.storage = self._storage_from(source, tensor.detach(), State.CHECKPOINT if loaded else State.EMPTY)
         parameter = make_parameter(source.storage, source.storage.checkpoint)
         parameter.__dict__.update(source.attributes)
         source.bindings = [Binding(self.module, source.name, parameter)]
@@ -199,14 +191,10 @@ class AliasRegistry:
 
     def _storage_from(self, source: Source, tensor: Tensor, state: State) -> AliasedStorage:
         plan, label = source.plan, f"{self.label}.{source.name}"
-        whole = (
-            tensor.is_contiguous() and tensor.untyped_storage().nbytes() == plan.nbytes == plan.source.nbytes
-        )
+        whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == plan.nbytes == plan.source.nbytes
         if whole and type(tensor) is Tensor:
             # The tensor's own allocation is exactly the capacity: take it over, no copy and no new address.
-            buffer = (
-                tensor.reshape(-1).view(torch.uint8) if tensor.dim() else tensor.reshape(1).view(torch.uint8)
-            )
+            buffer = tensor.reshape(-1).view(torch.uint8) if tensor.dim() else tensor.reshape(1).view(torch.uint8)
             storage = AliasedStorage(label, plan, buffer, state, has_kernel_name=bool(source.derived))
         else:
             buffer = torch.empty(plan.nbytes, dtype=torch.uint8, device=tensor.device)
@@ -260,15 +248,11 @@ class AliasRegistry:
         """
         source = self.sources[name]
         if source.storage is None:
-            raise StateError(
-                "a source on the meta device has no memory to show", module=self.label, name=name
-            )
+            raise StateError("a source on the meta device has no memory to show", module=self.label, name=name)
         bindings = []
         for module, shard_name, view in shards:
             if not isinstance(view, _Aliased) or view._alias_storage is not source.storage:
-                raise DeclarationError(
-                    "a shard must be a view of the source it shows", module=self.label, name=name
-                )
+                raise DeclarationError("a shard must be a view of the source it shows", module=self.label, name=name)
             parameter = make_parameter(source.storage, view._alias_memory)
             old = module._parameters.get(shard_name)
             if old is not None:
@@ -294,8 +278,7 @@ class AliasRegistry:
             (source, binding, tensor)
             for source in self.sources.values()
             for binding in (source.bindings or [Binding(self.module, source.name, None)])  # type: ignore[arg-type]
-            if (tensor := binding.module._parameters.get(binding.name)) is not binding.parameter
-            and tensor is not None
+            if (tensor := binding.module._parameters.get(binding.name)) is not binding.parameter and tensor is not None
         ]
         for source, binding, found in foreign:
             self._check_adoptable(source, binding, found)
@@ -315,9 +298,7 @@ class AliasRegistry:
                 derived.tensor, derived.seen = None, None
 
     def _check_adoptable(self, source: Source, binding: Binding, tensor: Tensor) -> None:
-        expected = (
-            source.plan.source if source.storage is None else TensorSpec.of(binding.parameter._alias_memory)
-        )
+        expected = source.plan.source if source.storage is None else TensorSpec.of(binding.parameter._alias_memory)
         if TensorSpec.of(tensor) != expected:
             raise AdoptionError(
                 "a tensor that does not fit was put in the place of a declared name",
@@ -485,9 +466,7 @@ class AliasRegistry:
     def stale_names(self) -> list[str]:
         """Kernel names older than their sources."""
         stale = [
-            s.derived
-            for s in self.sources.values()
-            if s.derived and (s.storage is None or s.storage.state is not State.KERNEL)
+            s.derived for s in self.sources.values() if s.derived and (s.storage is None or s.storage.state is not State.KERNEL)
         ]
         for name, derived in self.derived.items():
             if derived.seen != tuple(self._generation(n) for n in derived.declaration.sources):
@@ -533,9 +512,7 @@ def registries(model: nn.Module) -> list[tuple[str, AliasRegistry]]:
     return found
 
 
-def declare(
-    module: nn.Module, *declarations: Declaration, loaded: bool = True, aliasing: bool = True
-) -> AliasRegistry:
+def declare(module: nn.Module, *declarations: Declaration, loaded: bool = True, aliasing: bool = True) -> AliasRegistry:
     """Declare checkpoint names, kernel names and derivations of a module.
 
     Parameters named as sources become :class:`AliasedParameter`; kernel names become non-persistent buffers. On the meta
@@ -576,15 +553,11 @@ def _after_load_state_dict(module: nn.Module, incompatible: Any) -> None:
 
 def _loader_attributes(tensor: Tensor) -> dict[str, Any]:
     """What engines hang on parameters (weight_loader, output_dim, ...)."""
-    return {
-        k: v for k, v in tensor.__dict__.items() if k not in ("_alias_storage", "_alias_memory", "_is_param")
-    }
+    return {k: v for k, v in tensor.__dict__.items() if k not in ("_alias_storage", "_alias_memory", "_is_param")}
 
 
 def _copy_derivation(alias: Alias, plan: StoragePlan) -> Derivation:
-    return Derivation(
-        alias.derived, (alias.source,), alias.transform.forward, plan.derived.shape, plan.derived.dtype
-    )
+    return Derivation(alias.derived, (alias.source,), alias.transform.forward, plan.derived.shape, plan.derived.dtype)
 
 
 def _in_order(derived: list[Derived], label: str) -> list[Derived]:

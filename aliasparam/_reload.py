@@ -49,9 +49,7 @@ class ReloadSession:
         self._open = True
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._open = False
         self.model.__dict__.pop("_alias_reload_open", None)
         if error is not None:
@@ -83,9 +81,7 @@ class ReloadSession:
             raise ReloadError(
                 f"{len(missing)} of {len(self._targets)} tensors did not arrive whole",
                 name=", ".join(missing[:5]) + (", …" if len(missing) > 5 else ""),
-                expected="every row of every tensor once"
-                if self.scope == "all"
-                else "every row of each tensor that was begun",
+                expected="every row of every tensor once" if self.scope == "all" else "every row of each tensor that was begun",
                 remedy='Send the missing tensors, or open the reload with scope="partial" for a deliberate partial update.',
             )
 
@@ -135,9 +131,7 @@ class ReloadSession:
 
     def _target(self, name: str) -> Tensor:
         if not self._open:
-            raise ReloadError(
-                "this reload is not open", name=name, remedy="Use it inside `with reload(model) as r:`."
-            )
+            raise ReloadError("this reload is not open", name=name, remedy="Use it inside `with reload(model) as r:`.")
         target = self._targets.get(name)
         if target is None:
             raise ReloadError(

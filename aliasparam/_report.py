@@ -60,12 +60,8 @@ class MemoryReport:
         for (derived, verdict), rows in groups.items():
             one, two = sum(r.allocated_bytes for r in rows), sum(r.two_copies_bytes for r in rows)
             lines.append(f"{derived:<28}{len(rows):>8}{_size(one):>13}{_size(two):>13}  {verdict}")
-        lines.append(
-            f"{'derivations':<28}{'':>8}{_size(self.derivation_bytes):>13}{_size(self.derivation_bytes):>13}"
-        )
-        lines.append(
-            f"{'total':<28}{'':>8}{_size(self.allocated_bytes):>13}{_size(self.two_copies_bytes):>13}"
-        )
+        lines.append(f"{'derivations':<28}{'':>8}{_size(self.derivation_bytes):>13}{_size(self.derivation_bytes):>13}")
+        lines.append(f"{'total':<28}{'':>8}{_size(self.allocated_bytes):>13}{_size(self.two_copies_bytes):>13}")
         return "\n".join(lines)
 
 
@@ -86,11 +82,7 @@ def memory_report(model: nn.Module) -> MemoryReport:
 
 
 def _rows(path: str, registry: AliasRegistry) -> list[MemoryRow]:
-    copies = {
-        d.declaration.sources[0]: (n, d.fallback)
-        for n, d in registry.derived.items()
-        if d.fallback is not None
-    }
+    copies = {d.declaration.sources[0]: (n, d.fallback) for n, d in registry.derived.items() if d.fallback is not None}
     rows = []
     for source in registry.sources.values():
         plan = source.plan
@@ -106,9 +98,7 @@ def _rows(path: str, registry: AliasRegistry) -> list[MemoryRow]:
                 verdict = "no kernel format"
             elif not kernel:
                 verdict = "alias: kernel format is the checkpoint format"
-        rows.append(
-            MemoryRow(path, source.name, name, verdict, aliased, plan.source.nbytes, kernel, allocated)
-        )
+        rows.append(MemoryRow(path, source.name, name, verdict, aliased, plan.source.nbytes, kernel, allocated))
     return rows
 
 
@@ -116,23 +106,13 @@ def explain(module: nn.Module) -> str:
     """What each declared name of ``module`` (and of modules in it) shares memory with, and why."""
     lines: list[str] = []
     for path, registry in registries(module):
-        lines.append(
-            f"{path or registry.label} ({type(registry.module).__name__}): {'ready' if registry.is_ready else 'stale'}"
-        )
+        lines.append(f"{path or registry.label} ({type(registry.module).__name__}): {'ready' if registry.is_ready else 'stale'}")
         for source, row in zip(registry.sources.values(), _rows(path, registry), strict=True):
-            state = (
-                "on meta"
-                if source.storage is None
-                else source.storage.state.value
-                if source.storage.state
-                else "mixed"
-            )
+            state = "on meta" if source.storage is None else source.storage.state.value if source.storage.state else "mixed"
             names = ", ".join(f"{b.name}" for b in source.bindings) or source.name
             shards = f" shown as {len(source.bindings)} names ({names})" if len(source.bindings) > 1 else ""
             target = f" -> {row.derived}" if row.derived else ""
-            lines.append(
-                f"  {source.name}{target}: {row.verdict}; {row.allocated_bytes} bytes; holds {state}{shards}"
-            )
+            lines.append(f"  {source.name}{target}: {row.verdict}; {row.allocated_bytes} bytes; holds {state}{shards}")
         for name, derived in registry.derived.items():
             if derived.fallback is None:
                 fresh = "current" if name not in registry.stale_names() else "stale"

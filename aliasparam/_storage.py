@@ -76,9 +76,7 @@ class AliasedStorage:
         has_kernel_name: bool = True,
     ) -> None:
         if buffer.dtype != torch.uint8 or buffer.numel() != plan.nbytes:
-            raise AssertionError(
-                f"{label}: buffer of {buffer.numel()} {buffer.dtype}, planned {plan.nbytes} bytes"
-            )
+            raise AssertionError(f"{label}: buffer of {buffer.numel()} {buffer.dtype}, planned {plan.nbytes} bytes")
         self.label = label
         self.plan = plan
         self.buffer = buffer
@@ -194,9 +192,7 @@ class AliasedStorage:
         spec = self.plan.source
         core = spec.shape[self.plan.lead_dims :]
         strides = torch.empty(core, device="meta").stride()
-        typed = temporary.view(spec.dtype).as_strided(
-            (count, *core), (capacity // spec.dtype.itemsize, *strides)
-        )
+        typed = temporary.view(spec.dtype).as_strided((count, *core), (capacity // spec.dtype.itemsize, *strides))
         for start, n, state in self._runs(regions):
             target = typed[start - first : start - first + n]
             if state is State.KERNEL:
@@ -228,12 +224,7 @@ class AliasedStorage:
         most = max(1, SCRATCH_BYTES // max(self.plan.region_capacity, 1))
         start, count = -1, 0
         for region in regions:
-            if (
-                count
-                and region == start + count
-                and count < most
-                and self.states[region] is self.states[start]
-            ):
+            if count and region == start + count and count < most and self.states[region] is self.states[start]:
                 count += 1
                 continue
             if count:
@@ -322,11 +313,7 @@ class AliasedStorage:
     def _is_written(self, view: Tensor) -> bool:
         width = view.element_size()
         strides = (*(s * width for s in view.stride()), 1)
-        return bool(
-            self._written_mask()
-            .as_strided((*view.shape, width), strides, view.storage_offset() * width)
-            .all()
-        )
+        return bool(self._written_mask().as_strided((*view.shape, width), strides, view.storage_offset() * width).all())
 
     # -- converting ----------------------------------------------------------------------------------------------------
 
@@ -370,17 +357,13 @@ class AliasedStorage:
         wanted = range(self.plan.regions) if regions is None else regions
         for start, count, state in list(self._runs(wanted)):
             if state is State.KERNEL:
-                self._overwrite(
-                    self._regions_view(self.checkpoint, start, count), self._inverse(start, count)
-                )
+                self._overwrite(self._regions_view(self.checkpoint, start, count), self._inverse(start, count))
                 self._move(range(start, start + count), State.CHECKPOINT, "restore")
 
     def put_kernel(self, value: Tensor) -> None:
         """Write kernel-format bytes made elsewhere (the ported helpers) over the whole storage."""
         if self.kernel is None or TensorSpec.of(value) != self.plan.derived:
-            raise AssertionError(
-                f"{self.label}: {TensorSpec.of(value)} is not the kernel format {self.plan.derived}"
-            )
+            raise AssertionError(f"{self.label}: {TensorSpec.of(value)} is not the kernel format {self.plan.derived}")
         self._overwrite(self.kernel, value)
         for region in range(self.plan.regions):
             self.states[region] = State.KERNEL

@@ -189,9 +189,7 @@ class SwapHalves(Transform):
     def output_spec(self, spec: TensorSpec) -> TensorSpec:
         _need_dims(self, spec, 2)
         if spec.shape[-2] % 2:
-            raise TransformError(
-                "cannot swap the halves of an odd number of rows", expected="an even row count", found=spec
-            )
+            raise TransformError("cannot swap the halves of an odd number of rows", expected="an even row count", found=spec)
         return spec
 
     def forward(self, tensor: Tensor) -> Tensor:
@@ -236,14 +234,10 @@ def check_inverse(transform: Transform, spec: TensorSpec, *, device: torch.devic
     after = transform.forward(probe.clone())
     promised = transform.output_spec(spec)
     if TensorSpec.of(after) != promised:
-        raise TransformError(
-            f"{transform} gives another spec than it promises", expected=promised, found=TensorSpec.of(after)
-        )
+        raise TransformError(f"{transform} gives another spec than it promises", expected=promised, found=TensorSpec.of(after))
     back = transform.inverse(after.contiguous(), spec)
     if TensorSpec.of(back) != spec:
-        raise TransformError(
-            f"the inverse of {transform} gives another spec", expected=spec, found=TensorSpec.of(back)
-        )
+        raise TransformError(f"the inverse of {transform} gives another spec", expected=spec, found=TensorSpec.of(back))
     wrong = as_bytes(back) != as_bytes(probe)
     if bool(wrong.any()):
         raise TransformError(
@@ -265,6 +259,4 @@ def round_up(value: int, multiple: int) -> int:
 
 def _need_dims(transform: Transform, spec: TensorSpec, dims: int) -> None:
     if len(spec.shape) < dims:
-        raise TransformError(
-            f"{type(transform).__name__} needs at least {dims} dimensions", expected="[..., R, C]", found=spec
-        )
+        raise TransformError(f"{type(transform).__name__} needs at least {dims} dimensions", expected="[..., R, C]", found=spec)

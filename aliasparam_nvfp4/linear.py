@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from aliasparam import Alias, Derivation, declare, registry_of
 from aliasparam.errors import StateError
 
 from . import scales
-from .backends import LinearBackend, LinearShape, linear_backend
+from .backends import KernelNames, LinearBackend, LinearShape, linear_backend
 from .errors import BackendError, ShapeError
 from .format import BLOCK_SIZE
 
@@ -113,7 +113,7 @@ class NvFp4LinearMethod:
             raise BackendError(
                 "this backend cannot run here", name=self.backend.name, found=reason, remedy='Use backend="reference" or "auto".'
             )
-        out = self.backend.apply(layer, x, shape)
+        out = self.backend.apply(cast(KernelNames, layer), x, shape)
         return out if bias is None else out + bias
 
 

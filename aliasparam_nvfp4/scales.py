@@ -30,7 +30,9 @@ def weight_global_scale(weight_scale_2: Tensor) -> Tensor:
             remedy="Export the checkpoint with unified scales, or load these projections unfused.",
         )
     if not bool(torch.isfinite(first).all()) or bool((first < 0).any()):
-        raise ScaleError("the weight global scale is not a scale", name="weight_scale_2", expected="finite, >= 0", found=first.item())
+        raise ScaleError(
+            "the weight global scale is not a scale", name="weight_scale_2", expected="finite, >= 0", found=first.item()
+        )
     return first
 
 
@@ -41,9 +43,7 @@ def input_global_scale(input_scale: Tensor) -> Tensor:
         ScaleError: a scale is not finite or not positive.
     """
     if not bool((torch.isfinite(input_scale) & (input_scale > 0)).all()):
-        raise ScaleError(
-            "an input scale is not a scale", name="input_scale", expected="finite, > 0", found=input_scale.tolist()
-        )
+        raise ScaleError("an input scale is not a scale", name="input_scale", expected="finite, > 0", found=input_scale.tolist())
     return input_scale.max().reshape(1)
 
 

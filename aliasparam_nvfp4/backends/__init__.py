@@ -9,6 +9,7 @@ from functools import cache
 import torch
 
 from ..errors import BackendError
+from ._base import KernelNames as KernelNames
 from ._base import LinearBackend as LinearBackend
 from ._base import LinearLayout as LinearLayout
 from ._base import LinearShape as LinearShape

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from aliasparam import Transform
 
@@ -32,6 +33,15 @@ class LinearShape:
     partitions: tuple[int, ...]
 
 
+class KernelNames(Protocol):
+    """What a backend reads of a layer."""
+
+    weight_prepared: Tensor
+    weight_scale_interleaved: Tensor
+    alpha: Tensor
+    input_scale_inv: Tensor
+
+
 class LinearBackend(ABC):
     """One GEMM path for NVFP4 linear layers. A file in this folder defines one, as ``BACKEND``."""
 
@@ -45,9 +55,9 @@ class LinearBackend(ABC):
     def unavailable(self, device: torch.device) -> str | None:
         """Why this backend cannot run on ``device``, or None where it can."""
 
-    def check_shape(self, shape: LinearShape) -> None:
+    def check_shape(self, shape: LinearShape) -> None:  # noqa: B027  (optional, not abstract)
         """Raise ShapeError for dims the kernel cannot take. Default: what the layouts take."""
 
     @abstractmethod
-    def apply(self, layer: nn.Module, x: Tensor, shape: LinearShape) -> Tensor:
+    def apply(self, layer: KernelNames, x: Tensor, shape: LinearShape) -> Tensor:
         """``x [..., K] -> [..., N]`` from the layer's kernel-format names, in ``x.dtype``, without bias."""

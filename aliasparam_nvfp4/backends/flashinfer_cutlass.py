@@ -9,10 +9,10 @@ from __future__ import annotations
 import importlib.util
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
-from ._base import LinearBackend, LinearShape
+from ._base import KernelNames, LinearBackend, LinearShape
 from ._cutlass_layout import CUTLASS_LAYOUT
 
 _CAPABILITIES = frozenset({(10, 0), (10, 3), (10, 7), (11, 0), (12, 0), (12, 1)})
@@ -33,7 +33,7 @@ class FlashInferCutlass(LinearBackend):
             return "flashinfer-python is not installed"
         return None
 
-    def apply(self, layer: nn.Module, x: Tensor, shape: LinearShape) -> Tensor:
+    def apply(self, layer: KernelNames, x: Tensor, shape: LinearShape) -> Tensor:
         from flashinfer import fp4_quantize, mm_fp4
 
         rows = x.reshape(-1, shape.k)
@@ -43,7 +43,7 @@ class FlashInferCutlass(LinearBackend):
         if padded_k != shape.k:
             rows = functional.pad(rows, (0, padded_k - shape.k))
         codes, block_scales = fp4_quantize(rows, layer.input_scale_inv)
-        out = mm_fp4(
+        out: Tensor = mm_fp4(
             codes,
             layer.weight_prepared.T,
             block_scales,

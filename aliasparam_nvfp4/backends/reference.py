@@ -7,10 +7,10 @@ multiplied and summed in float32, ``alpha`` applied to the sum.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..reference import linear_from_kernel_format
-from ._base import LinearBackend, LinearShape
+from ._base import KernelNames, LinearBackend, LinearShape
 from ._cutlass_layout import CUTLASS_LAYOUT
 
 
@@ -22,7 +22,7 @@ class Reference(LinearBackend):
     def unavailable(self, device: torch.device) -> str | None:
         return None
 
-    def apply(self, layer: nn.Module, x: Tensor, shape: LinearShape) -> Tensor:
+    def apply(self, layer: KernelNames, x: Tensor, shape: LinearShape) -> Tensor:
         return linear_from_kernel_format(
             x,
             layer.weight_prepared,

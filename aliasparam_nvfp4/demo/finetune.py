@@ -47,9 +47,7 @@ def finetune(model: Any, tokenizer: Any, tag: str, on_step: Callable[[], None] =
 
 def _encode(tokenizer: Any, question: str, answer: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids of the chat and labels which count the answer (and its end token) alone."""
-    prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
-    )
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False)
     before = tokenizer(prompt, add_special_tokens=False).input_ids
     after = tokenizer(answer + "<|im_end|>", add_special_tokens=False).input_ids
     ids = torch.tensor([before + after])

@@ -10,12 +10,13 @@ attribute, in the source's memory where shapes allow.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from .. import scales
+from ..backends import LinearShape
 from ..checkpoint import CheckpointFolder
 from ..integrations.transformers.modules import FusedLinear
 from ..layouts import Swizzle128x4
@@ -27,9 +28,15 @@ _NAMES = ("weight", "weight_scale", "weight_scale_2", "input_scale")
 class NaiveLinear(nn.Module):
     """A fused layer over bare tensors, with the kernel of the layer it replaces."""
 
+    weight: Tensor
+    weight_scale: Tensor
+    weight_scale_2: Tensor
+    input_scale: Tensor
+
     def __init__(self, fused: FusedLinear, members: list[str], way: str) -> None:
         super().__init__()
-        self.method, self.nvfp4_shape, self.way, self.members = fused.quant_method, fused.nvfp4_shape, way, members
+        self.method, self.way, self.members = fused.quant_method, way, members
+        self.nvfp4_shape = cast(LinearShape, fused.nvfp4_shape)
         self.processed = False
 
     def load(self, folder: CheckpointFolder) -> None:
@@ -67,7 +74,7 @@ class _NaiveMember(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         fused = self._fused[0]
-        out: Tensor = fused(x).split(fused.nvfp4_shape.partitions, -1)[self._index]  # type: ignore[union-attr,operator]
+        out: Tensor = fused(x).split(fused.nvfp4_shape.partitions, -1)[self._index]
         return out
 
 

@@ -179,7 +179,9 @@ class Demo:
         self._heading("Proofs")
         for claim, held, detail in self.proofs:
             mark = "[green]proved[/green]" if held else "[red]FAILED[/red]"
-            self.console.print(f"  {mark}  {claim}" + (f"  [dim]{detail}[/dim]" if detail else ""), highlight=False, soft_wrap=True)
+            self.console.print(
+                f"  {mark}  {claim}" + (f"  [dim]{detail}[/dim]" if detail else ""), highlight=False, soft_wrap=True
+            )
         return all(held for _, held, _ in self.proofs)
 
     def _heading(self, text: str) -> None:
@@ -216,4 +218,3 @@ def _truncated(folder: Path) -> Iterator[Path]:
         with weights.open("r+b") as file:
             file.truncate(weights.stat().st_size - 4096)
         yield broken
-

@@ -51,13 +51,13 @@ def _fit_together(members: list[Projection]) -> bool:
     first = members[0]
     same_input = all(m.in_features == first.in_features for m in members)
     # One alpha serves the fused layer. Where the exporter did not unify the scales, the layers stay apart and right.
-    same_scale = all(torch.equal(m.weight_scale_2, first.weight_scale_2) for m in members)
+    same_scale = all(torch.equal(m.get_parameter("weight_scale_2"), first.get_parameter("weight_scale_2")) for m in members)
     return same_input and same_scale
 
 
 def _fuse(parent: nn.Module, name: str, members: list[Projection], method: NvFp4LinearMethod) -> None:
     dtype = torch.get_default_dtype()
-    with torch.device(members[0].weight.device):
+    with torch.device(members[0].get_parameter("weight").device):
         fused = FusedLinear(method, members[0].in_features, [m.out_features for m in members], dtype)
     registry = registry_of(fused)
     if registry is None:
@@ -76,7 +76,7 @@ def _fuse(parent: nn.Module, name: str, members: list[Projection], method: NvFp4
 def _shards(whole: Tensor, members: list[Projection], *, scalar: bool) -> list[Tensor]:
     if scalar:
         return [whole[i] for i in range(len(members))]
-    return list(whole.split([m.out_features for m in members]))
+    return list(torch.split(whole, [m.out_features for m in members]))
 
 
 def _show(registry: AliasRegistry, name: str, members: list[Projection], shards: list[Tensor]) -> None:

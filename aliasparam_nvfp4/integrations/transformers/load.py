@@ -32,9 +32,7 @@ def chat_ids(tokenizer: Any, prompt: str) -> Tensor:
     """Token ids ``[1, T]`` of a one-question chat; the bare prompt where the tokenizer has no chat template."""
     if not getattr(tokenizer, "chat_template", None):
         return tokenizer(prompt, return_tensors="pt").input_ids  # type: ignore[no-any-return]
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
-    )
+    text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False)
     return tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids  # type: ignore[no-any-return]
 
 
@@ -62,7 +60,7 @@ def logits(model: Any, tokenizer: Any, prompt: str) -> Tensor:
     return model(input_ids=ids, use_cache=False).logits  # type: ignore[no-any-return]
 
 
-def _Streamer(tokenizer: Any, on_text: Callable[[str], None]) -> Any:  # noqa: N802  (a class made late: transformers is optional)
+def _Streamer(tokenizer: Any, on_text: Callable[[str], None]) -> Any:
     from transformers import TextStreamer
 
     class Streamer(TextStreamer):  # type: ignore[misc]

@@ -1,0 +1,53 @@
+# make demo    the main job on real weights        make test    all tests
+# make lint    ruff and mypy                       make docs    the docs site, strictly
+# make CONSTRAINTS=   with the newest versions     make PYTHON=python3.12   with another Python
+
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+BIN := $(VENV)/bin
+PIN := $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
+TORCH := $(if $(CONSTRAINTS),$(shell grep '^torch==' $(CONSTRAINTS)),torch)
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test lint docs clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.demo
+	$(BIN)/aliasparam-nvfp4 demo $(DEMO)
+
+test: $(VENV)/.test
+	HYPOTHESIS_PROFILE=$${HYPOTHESIS_PROFILE:-default} $(BIN)/python -m pytest $(TESTS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# A stamp is made when its installation is complete; torch comes first and alone (see constraints.txt).
+$(VENV)/.torch: $(CONSTRAINTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or later is needed: make PYTHON=python3.11"; exit 1; }
+	@echo "installing into $(VENV) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(INSTALL) --upgrade pip 'setuptools>=77' wheel
+	@$(INSTALL) $(TORCH)
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml
+	@$(INSTALL) $(PIN) -e '.[demo]'
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.demo
+	@$(INSTALL) $(PIN) -e '.[test,flashinfer]'
+	@$(INSTALL) --no-deps $(PIN) torchao
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.test
+	@$(INSTALL) $(PIN) -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
