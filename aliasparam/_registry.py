@@ -8,7 +8,7 @@ bytes go into the storage, its loader attributes onto our parameter) or refused,
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -482,10 +482,10 @@ class AliasRegistry:
             remedy="Call aliasparam.process(model) after loading.",
         )
 
-    def iterate_bindings(self) -> Iterator[tuple[Source, Binding]]:
-        for source in self.sources.values():
-            for binding in source.bindings:
-                yield source, binding
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        for storage in self._storages():
+            storage.on_stale = self.mark_stale
 
 
 _probed: set[tuple[Any, TensorSpec]] = set()

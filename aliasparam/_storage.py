@@ -398,6 +398,22 @@ class AliasedStorage:
             new.__dict__[key] = value if key == "plan" else copy.deepcopy(value, memo)
         return new
 
+    def __getstate__(self) -> dict[str, Any]:
+        # The registry listens to us and reconnects itself; the names are views made again from the buffer.
+        state = {k: v for k, v in self.__dict__.items() if k not in ("checkpoint", "kernel", "on_stale")}
+        # torch.save refuses one memory under two dtypes, and the kernel name is saved beside us as a buffer.
+        state["buffer"] = self.buffer.view((self.kernel if self.kernel is not None else self.checkpoint).dtype)
+        state["has_kernel_name"] = self.kernel is not None
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        has_kernel_name = state.pop("has_kernel_name")
+        self.__dict__.update(state)
+        self.on_stale = None
+        self.buffer = self.buffer.view(torch.uint8)
+        self.checkpoint = self._name(self.plan.source)
+        self.kernel = self._name(self.plan.derived) if has_kernel_name else None
+
     def __repr__(self) -> str:
         state = self.state.value if self.state else "mixed"
         return f"AliasedStorage({self.label!r}, {self.plan.source} -> {self.plan.derived}, {self.plan.nbytes} bytes, {state})"

