@@ -1,0 +1,139 @@
+"""Verdicts, fallbacks and bad declarations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from aliasparam import Alias, Derivation, PadLast2, TensorSpec, Transform, declare, explain, memory_report, process, registry_of
+from aliasparam.errors import DeclarationError
+
+
+def layer() -> nn.Module:
+    module = nn.Module()
+    module.a = nn.Parameter(torch.arange(24, dtype=torch.uint8).view(4, 6), requires_grad=False)
+    module.s = nn.Parameter(torch.tensor([1.0, 2.0, 3.0]), requires_grad=False)
+    return module
+
+
+@dataclass(frozen=True)
+class Widen(Transform):
+    """u8 to int16: another element width, so the pair cannot share memory."""
+
+    def output_spec(self, spec: TensorSpec) -> TensorSpec:
+        return TensorSpec(spec.shape, torch.int16)
+
+    def forward(self, tensor: Tensor) -> Tensor:
+        return tensor.to(torch.int16)
+
+    def inverse(self, tensor: Tensor, spec: TensorSpec) -> Tensor:
+        return tensor.to(spec.dtype)
+
+
+def test_another_element_width_falls_back_to_a_recorded_copy() -> None:
+    module = layer()
+    declare(module, Alias("a", "wide", Widen()))
+    process(module)
+
+    assert torch.equal(module.wide, module.a.to(torch.int16))
+    assert module.wide.data_ptr() != module.a.data_ptr()
+    assert [row.source for row in memory_report(module).fallbacks] == ["a"]
+    assert "element widths differ" in explain(module)
+
+    address = module.wide.data_ptr()
+    module.a[0] = 9
+    process(module)
+    assert module.wide[0].tolist() == [9] * 6
+    assert module.wide.data_ptr() == address
+
+
+def test_policies_warn_and_error() -> None:
+    with pytest.warns(UserWarning, match="element widths differ"):
+        declare(layer(), Alias("a", "wide", Widen(), on_mismatch="warn"))
+    module = layer()
+    with pytest.raises(DeclarationError, match="element widths differ"):
+        declare(module, Alias("a", "wide", Widen(), on_mismatch="error"))
+    assert registry_of(module) is None
+    assert type(module.a) is nn.Parameter
+
+
+@dataclass(frozen=True)
+class WrongInverse(Transform):
+    def output_spec(self, spec: TensorSpec) -> TensorSpec:
+        return spec
+
+    def forward(self, tensor: Tensor) -> Tensor:
+        return tensor.roll(1, -1)
+
+    def inverse(self, tensor: Tensor, spec: TensorSpec) -> Tensor:
+        return tensor.roll(1, -1)
+
+
+def maximum(s: Tensor) -> Tensor:
+    return s.max().reshape(1)
+
+
+BAD = {
+    "unknown parameter": ((Alias("b", "c"),), "registered Parameter"),
+    "source declared twice": ((Alias("a", "c"), Alias("a", "d")), "declared twice"),
+    "derived declared twice": ((Alias("a", "c"), Alias("s", "c")), "declared twice"),
+    "derived is a source": ((Alias("a", "s"), Alias("s", "d")), "declared twice"),
+    "inverse does not invert": ((Alias("a", "c", WrongInverse()),), "does not invert"),
+    "cycle": (
+        (Derivation("x", ("y",), maximum, (1,), torch.float32), Derivation("y", ("x",), maximum, (1,), torch.float32)),
+        "cycle",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_declaration_is_refused_and_changes_nothing(case: str) -> None:
+    declarations, message = BAD[case]
+    module = layer()
+    before = dict(module.named_parameters())
+
+    with pytest.raises(DeclarationError, match=message):
+        declare(module, *declarations)
+
+    assert dict(module.named_parameters()).keys() == before.keys()
+    assert all(module.get_parameter(n) is p for n, p in before.items())
+    assert registry_of(module) is None
+    assert dict(module.named_buffers()) == {}
+
+
+def test_law_4_memory_is_the_sum_of_capacities() -> None:
+    module = layer()
+    own = module.s.data_ptr()
+    registry = declare(module, Alias("a", "padded", PadLast2(8, 8)), Alias("s", "same"))
+
+    allocated = sum(s.storage.buffer.untyped_storage().nbytes() for s in registry.sources.values() if s.storage)
+
+    assert allocated == memory_report(module).allocated_bytes == 64 + 12
+    assert module.s.data_ptr() == own  # an allocation of just the right size is taken over, not copied
+    assert memory_report(module).saved_bytes == 24 + 64 - 64
+
+
+def test_a_chain_of_derivations_refreshes_in_order() -> None:
+    module = layer()
+    declare(
+        module,
+        Derivation("c", ("b",), lambda b: b * 10, (1,), torch.float32),
+        Derivation("b", ("s",), maximum, (1,), torch.float32),
+    )
+    process(module)
+    assert module.c.item() == 30.0
+
+    module.s[0] = 5.0
+    process(module)
+
+    assert module.c.item() == 50.0
+
+
+def test_a_module_of_no_declarations_is_left_alone() -> None:
+    module = nn.Linear(3, 3)
+
+    assert process(module) == 0
+    assert explain(module) == "no module here declares aliases"

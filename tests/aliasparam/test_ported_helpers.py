@@ -1,0 +1,91 @@
+"""A process_weights_after_loading written for SGLang's two helpers keeps working, with what was wrong mended."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from aliasparam import alias_or_bind_derived_param, copy_or_rebind_param, memory_report
+from aliasparam.errors import PointerError, StaleKernelError, StateError
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight_scale = nn.Parameter(torch.arange(12, dtype=torch.uint8).view(4, 3), requires_grad=False)
+        self.weight_scale_2 = nn.Parameter(torch.tensor([1.0, 1.0, 2.0]), requires_grad=False)
+
+    def process(self) -> None:
+        alias_or_bind_derived_param(self, "weight_scale", "weight_scale_interleaved", self.weight_scale.flip(0))
+        copy_or_rebind_param(self, "alpha", self.weight_scale_2.max())
+
+    def forward(self) -> Tensor:
+        return self.get_buffer("weight_scale_interleaved").clone()
+
+
+def test_same_shape_shares_memory_and_a_second_load_keeps_every_address() -> None:
+    layer = Layer()
+    layer.process()
+    addresses = [t.data_ptr() for t in (layer.weight_scale, layer.weight_scale_interleaved, layer.alpha)]
+    assert addresses[0] == addresses[1]
+
+    layer.weight_scale.copy_(torch.arange(12, 24, dtype=torch.uint8).view(4, 3))
+    with pytest.raises(StaleKernelError):
+        layer()
+    layer.process()
+
+    assert torch.equal(layer(), torch.arange(12, 24, dtype=torch.uint8).view(4, 3).flip(0))
+    assert addresses == [t.data_ptr() for t in (layer.weight_scale, layer.weight_scale_interleaved, layer.alpha)]
+    assert memory_report(layer).allocated_bytes == 12
+
+
+def test_the_source_name_does_not_show_kernel_bytes() -> None:
+    layer = Layer()
+    layer.process()
+
+    with pytest.raises(StateError, match="undeclared transform"):
+        layer.weight_scale.clone()
+    with pytest.raises(StateError, match="undeclared transform"):
+        layer.process()  # a second pass without a load would swizzle swizzled bytes
+
+
+def test_a_reload_is_whole_tensor() -> None:
+    layer = Layer()
+    layer.process()
+
+    layer.weight_scale[:2] = 1
+    with pytest.raises(StateError, match="partly written"):
+        layer.weight_scale.clone()
+    layer.weight_scale[2:] = 1
+
+    assert torch.equal(layer.weight_scale, torch.ones(4, 3, dtype=torch.uint8))
+
+
+def test_a_scalar_is_not_broadcast_into_the_partitions_of_fused_qkv() -> None:
+    layer = Layer()
+
+    alias_or_bind_derived_param(layer, "weight_scale_2", "alpha", torch.tensor(2.0))
+
+    assert layer.alpha.shape == ()
+    assert torch.equal(layer.weight_scale_2, torch.tensor([1.0, 1.0, 2.0]))
+
+
+def test_another_shape_gets_memory_of_its_own_and_never_moves() -> None:
+    layer = Layer()
+    alias_or_bind_derived_param(layer, "weight_scale", "padded", torch.zeros(8, 3, dtype=torch.uint8))
+    address = layer.padded.data_ptr()
+    alias_or_bind_derived_param(layer, "weight_scale", "padded", torch.ones(8, 3, dtype=torch.uint8))
+
+    assert layer.padded.data_ptr() == address
+    assert torch.equal(layer.weight_scale, torch.arange(12, dtype=torch.uint8).view(4, 3))
+    with pytest.raises(PointerError):
+        copy_or_rebind_param(layer, "padded", torch.ones(16, 3, dtype=torch.uint8))
+
+
+def test_the_value_is_copied_not_adopted() -> None:
+    layer, value = Layer(), torch.tensor([1.0])
+    copy_or_rebind_param(layer, "new", value)
+    value.zero_()
+
+    assert layer.new.item() == 1.0
