@@ -81,7 +81,7 @@ def quantize(weight: Tensor, global_scale: Tensor | None = None) -> tuple[Tensor
     """
     if weight.shape[-1] % BLOCK_SIZE:
         raise ShapeError("NVFP4 needs whole blocks", expected=f"K a multiple of {BLOCK_SIZE}", found=list(weight.shape))
-    blocks = weight.reshape(*weight.shape[:-1], -1, BLOCK_SIZE).float()
+    blocks = weight.reshape(*weight.shape[:-1], weight.shape[-1] // BLOCK_SIZE, BLOCK_SIZE).float()
     if global_scale is None:
         global_scale = weight.abs().amax().float() / (E2M1_MAX * E4M3_MAX)
     amax = blocks.abs().amax(-1)
@@ -98,7 +98,9 @@ def quantize_activation(x: Tensor, input_scale_inv: Tensor) -> tuple[Tensor, Ten
     ``e4m3(input_scale_inv * amax / 6)``, code of ``x * (input_scale_inv / scale)``; a block whose scale rounds to zero
     has zero codes. The kernel uses approximate reciprocals, so single codes may differ by one there.
     """
-    blocks = x.float().reshape(*x.shape[:-1], -1, BLOCK_SIZE)
+    if x.shape[-1] % BLOCK_SIZE:
+        raise ShapeError("NVFP4 needs whole blocks", expected=f"K a multiple of {BLOCK_SIZE}", found=list(x.shape))
+    blocks = x.float().reshape(*x.shape[:-1], x.shape[-1] // BLOCK_SIZE, BLOCK_SIZE)
     scale = (input_scale_inv * (blocks.abs().amax(-1) / E2M1_MAX)).clamp(max=E4M3_MAX).to(torch.float8_e4m3fn)
     factor = torch.where(scale.float() == 0, 0.0, input_scale_inv / scale.float())
     codes = round_to_codes(blocks * factor.unsqueeze(-1))

@@ -234,5 +234,3 @@ def machine_for(device: str, *, aliasing: bool = True) -> Any:
 def _same(found: Tensor, expected: Tensor, what: str) -> None:
     if found.shape != expected.shape or found.dtype != expected.dtype or not torch.equal(found, expected):
         raise AssertionError(f"{what}: expected {expected.tolist()}, found {found.tolist()}")
-
-

@@ -9,6 +9,4 @@ from aliasparam.testing import machine_for
 
 TestSharedMemory = machine_for("cpu")
 TestCopies_law_7_fallback_equivalence = machine_for("cpu", aliasing=False)
-TestSharedMemoryOnCuda = pytest.mark.gpu(
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")(machine_for("cuda"))
-)
+TestSharedMemoryOnCuda = pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")(machine_for("cuda")))

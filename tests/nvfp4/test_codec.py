@@ -9,7 +9,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aliasparam_nvfp4.codec import dequantize, pack_codes, quantize, quantize_activation, round_to_codes, scaled_codes, unpack_codes
+from aliasparam_nvfp4.codec import (
+    dequantize,
+    pack_codes,
+    quantize,
+    quantize_activation,
+    round_to_codes,
+    scaled_codes,
+    unpack_codes,
+)
 from aliasparam_nvfp4.errors import ShapeError
 from aliasparam_nvfp4.format import E2M1_VALUES
 

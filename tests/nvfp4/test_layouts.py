@@ -62,8 +62,6 @@ def test_a_stack_is_its_experts() -> None:
 
     whole = Swizzle128x4().forward(stack)
 
-    assert all(
-        torch.equal(whole[e].view(torch.uint8), Swizzle128x4().forward(stack[e]).view(torch.uint8)) for e in range(3)
-    )
+    assert all(torch.equal(whole[e].view(torch.uint8), Swizzle128x4().forward(stack[e]).view(torch.uint8)) for e in range(3))
     back = Swizzle128x4().inverse(whole, TensorSpec.of(stack))
     assert torch.equal(back.view(torch.uint8), stack.view(torch.uint8))

@@ -1,0 +1,77 @@
+"""The parts of the demo: the re-parametrization keeps the function, the cache is used again, the table is right."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+transformers = pytest.importorskip("transformers")
+from aliasparam_nvfp4.demo import checkpoints as recipe  # noqa: E402
+from aliasparam_nvfp4.demo._peak import PeakMemory  # noqa: E402
+from aliasparam_nvfp4.demo.large_models import MODELS, scale_report  # noqa: E402
+from aliasparam_nvfp4.demo.reparametrize import reparametrize  # noqa: E402
+
+
+def test_reparametrization_changes_the_bytes_and_not_the_function() -> None:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=3,
+        head_dim=8,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+    ids = torch.arange(10).view(1, 10)
+    before = model(input_ids=ids).logits
+    weights = {n: p.detach().clone() for n, p in model.named_parameters() if "proj" in n}
+
+    reparametrize(model)
+
+    assert torch.allclose(model(input_ids=ids).logits, before, atol=1e-5)
+    for name, parameter in model.named_parameters():
+        if "proj" in name and "gate" not in name:
+            assert (parameter != weights[name]).float().mean() > 0.9, name
+
+
+@pytest.mark.parametrize(
+    ("name", "saved"), [("Kimi-K2.5", 14.77), ("DeepSeek-V3", 4.76), ("Qwen3-235B-A22B", 3.30), ("Qwen3-30B-A3B", 0.42)]
+)
+def test_the_memory_table(name: str, saved: float) -> None:
+    model = next(m for m in MODELS if m.name == name)
+    report = scale_report(model)
+
+    assert round(report.saved_bytes * model.layers / 2**30, 2) == saved
+    assert report.two_copies_bytes == 2 * report.allocated_bytes
+    assert not report.fallbacks
+
+
+def test_peak_memory_sees_an_allocation() -> None:
+    with PeakMemory() as peak:
+        torch.ones(64 << 20, dtype=torch.uint8)
+    if peak.exact:
+        assert 60 << 20 < peak.extra_bytes < 100 << 20
+
+
+def test_a_finished_checkpoint_is_used_again_and_an_unfinished_one_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+
+    def make(tag: str, destination: Path, console: Console) -> None:
+        made.append(tag)
+        destination.mkdir()
+        if made == ["A"]:
+            raise KeyboardInterrupt  # the first run is interrupted with the folder there and no stamp
+
+    monkeypatch.setattr(recipe, "_make", make)
+    quiet = Console(quiet=True)
+    with pytest.raises(KeyboardInterrupt):
+        recipe.prepare_checkpoints(tmp_path, quiet)
+    recipe.prepare_checkpoints(tmp_path, quiet)
+    recipe.prepare_checkpoints(tmp_path, quiet)
+    assert made == ["A", "A", "B"]
+
+    monkeypatch.setattr(recipe, "RECIPE", "another recipe")
+    recipe.prepare_checkpoints(tmp_path, quiet)
+    assert made == ["A", "A", "B", "A", "B"]
