@@ -133,10 +133,11 @@ def _load(folder: Path, backend: str) -> tuple[Any, Any]:
 
     need("transformers", extra="transformers")
     from .checkpoint import QuantConfig
-    from .integrations.transformers import load_model
 
     QuantConfig.from_folder(folder)
     with quiet():
+        from .integrations.transformers import load_model
+
         return load_model(folder, backend)
 
 

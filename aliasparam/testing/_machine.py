@@ -184,6 +184,7 @@ class AliasMachine(RuleBasedStateMachine):
             parameter = self._parameter(name)
             _same(parameter, value, name)
             _same(parameter.data[:1], value[:1], f"{name}.data[:1]")
+            _same(parameter[-1:], value[-1:], f"{name}[-1:]")
             _same(parameter.flatten()[1:], value.flatten()[1:], f"{name}.flatten()[1:]")
 
     @invariant()

@@ -19,6 +19,9 @@ from aliasparam import TensorSpec
 from .errors import CheckpointError
 from .quant_config import read_json
 
+#: How much of a file may be mapped and touched before it is closed and opened again.
+_MAPPED_BYTES = 8 << 20
+
 _DTYPES = {
     "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64, "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -57,12 +60,31 @@ class CheckpointFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.tensors: Mapping[str, TensorEntry] = self._entries()
+        self._mapped: tuple[Path, Any, int] | None = None
 
     def read(self, name: str) -> Tensor:
         """One whole tensor, in memory of its own."""
-        entry = self._entry(name)
-        with safe_open(entry.file, framework="pt") as file:
-            return file.get_tensor(name).clone()  # type: ignore[no-any-return]
+        return self._open(self._entry(name)).get_tensor(name).clone()  # type: ignore[no-any-return]
+
+    def close(self) -> None:
+        """Let go of the mapped file. Reading afterwards opens it again."""
+        if self._mapped is not None:
+            self._mapped[1].__exit__(None, None, None)
+            self._mapped = None
+
+    def _open(self, entry: TensorEntry) -> Any:
+        """The file of a tensor which is about to be read.
+
+        Pages of a mapped file count as resident until it is closed, so it is opened afresh after every few MiB; not for each
+        tensor, because that parses the header each time.
+        """
+        if self._mapped is None or self._mapped[0] != entry.file or self._mapped[2] > _MAPPED_BYTES:
+            self.close()
+            file = safe_open(entry.file, framework="pt")
+            self._mapped = (entry.file, file.__enter__(), 0)  # type: ignore[no-untyped-call]
+        path, file, count = self._mapped
+        self._mapped = (path, file, count + entry.nbytes)
+        return file
 
     def chunks(self, name: str, max_bytes: int = 8 << 20) -> Iterator[tuple[int, Tensor]]:
         """(first row, rows) of one tensor, each piece at most ``max_bytes`` (but at least one row)."""
@@ -72,10 +94,7 @@ class CheckpointFolder:
             return
         rows = max(1, max_bytes // max(entry.nbytes // max(entry.shape[0], 1), 1))
         for first in range(0, entry.shape[0], rows):
-            # Reopened for each piece: pages of a mapped file count as resident until it is closed.
-            with safe_open(entry.file, framework="pt") as file:
-                piece = file.get_slice(name)[first : first + rows].clone()
-            yield first, piece
+            yield first, self._open(entry).get_slice(name)[first : first + rows].clone()
 
     def _entry(self, name: str) -> TensorEntry:
         entry = self.tensors.get(name)

@@ -53,7 +53,8 @@ class Demo:
     # -- the story -----------------------------------------------------------------------------------------------------
 
     def _serve(self, checkpoints: DemoCheckpoints) -> None:
-        from ..integrations.transformers import load_model, logits
+        with quiet():
+            from ..integrations.transformers import load_model, logits
 
         self._heading("Load A, reload B, reload A")
         with quiet():

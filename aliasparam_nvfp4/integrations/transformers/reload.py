@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def reload_folder(
     check_tensors(source, expected, ignore=sorted(getattr(model, "all_tied_weights_keys", None) or ()))
     check_fused_scales(model, source)
     total = 0
-    with torch.no_grad(), reload(model) as session:
+    with torch.no_grad(), closing(source), reload(model) as session:
         for name in expected:
             for first_row, piece in source.chunks(name, max_bytes=chunk_bytes):
                 session.update(name, piece, first_row=first_row if piece.dim() else None)
