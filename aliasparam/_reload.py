@@ -174,12 +174,13 @@ _REFUSAL = "_alias_reload_refusal"
 
 def _refuse_forward(model: nn.Module) -> None:
     if _REFUSAL not in model.__dict__:
-        model.__dict__[_REFUSAL] = model.register_forward_pre_hook(_refuse, prepend=True)
+        # On every module: whoever calls an inner part directly meets the mixture too.
+        model.__dict__[_REFUSAL] = [m.register_forward_pre_hook(_refuse, prepend=True) for m in model.modules()]
 
 
 def _lift_refusal(model: nn.Module) -> None:
-    handle: Any = model.__dict__.pop(_REFUSAL, None)
-    if handle is not None:
+    handles: list[Any] = model.__dict__.pop(_REFUSAL, [])
+    for handle in handles:
         handle.remove()
 
 

@@ -105,12 +105,13 @@ def _rows(path: str, registry: AliasRegistry) -> list[MemoryRow]:
 def explain(module: nn.Module) -> str:
     """What each declared name of ``module`` (and of modules in it) shares memory with, and why."""
     lines: list[str] = []
+    paths = {id(m): path for path, m in module.named_modules()}
     for path, registry in registries(module):
         lines.append(f"{path or registry.label} ({type(registry.module).__name__}): {'ready' if registry.is_ready else 'stale'}")
         for source, row in zip(registry.sources.values(), _rows(path, registry), strict=True):
             state = "on meta" if source.storage is None else source.storage.state.value if source.storage.state else "mixed"
-            names = ", ".join(f"{b.name}" for b in source.bindings) or source.name
-            shards = f" shown as {len(source.bindings)} names ({names})" if len(source.bindings) > 1 else ""
+            names = ", ".join(f"{paths.get(id(b.module), '?')}.{b.name}" for b in source.bindings)
+            shards = f"; shown as {names}" if len(source.bindings) > 1 else ""
             target = f" -> {row.derived}" if row.derived else ""
             lines.append(f"  {source.name}{target}: {row.verdict}; {row.allocated_bytes} bytes; holds {state}{shards}")
         for name, derived in registry.derived.items():

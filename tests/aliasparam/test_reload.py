@@ -134,3 +134,20 @@ def test_the_incoming_tensor_is_copied_not_kept() -> None:
     buffer.zero_()
 
     assert torch.equal(model.norm, NEW["norm"])
+
+
+def test_a_mixture_refuses_through_inner_modules_too() -> None:
+    class Inner(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    model = Model()
+    model.inner = Inner()
+    with pytest.raises(ReloadError), reload(model) as session:
+        session.update("norm", NEW["norm"])
+    with pytest.raises(StaleKernelError, match="mixture"):
+        model.inner(X)
+
+    with reload(model) as session:
+        session.load(NEW)
+    assert torch.equal(model.inner(X), X)

@@ -1,0 +1,62 @@
+"""Collectives into a name: their schemas do not say what they write, so every name in them counts as written."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+from aliasparam import Alias, SwapHalves, declare, process
+
+
+def layer_of(value: int) -> nn.Module:
+    layer = nn.Module()
+    layer.weight = nn.Parameter(torch.arange(24, dtype=torch.uint8).view(6, 4) + value, requires_grad=False)
+    declare(layer, Alias("weight", "prepared", SwapHalves()))
+    process(layer)
+    return layer
+
+
+def ranks(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    try:
+        layer = layer_of(100 * rank)
+        expected = torch.arange(24, dtype=torch.uint8).view(6, 4)
+        address = layer.weight.data_ptr()
+
+        dist.broadcast(layer.weight, src=0)
+        assert torch.equal(layer.weight, expected), "broadcast into the whole name"
+        process(layer)
+        assert torch.equal(layer.prepared, SwapHalves().forward(expected))
+
+        dist.broadcast(layer.weight.data[2:4], src=1)
+        dist.all_reduce(layer.weight[:1])
+        expected[:1] *= 2
+        assert torch.equal(layer.weight, expected), "collectives into slices of a name in kernel format"
+
+        gathered = [torch.empty_like(expected) for _ in range(2)]
+        process(layer)
+        dist.all_gather(gathered, layer.weight)
+        assert torch.equal(gathered[1 - rank], expected), "what is sent is checkpoint values"
+        process(layer)
+        assert torch.equal(layer.prepared, SwapHalves().forward(expected))
+        assert layer.weight.data_ptr() == address
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture
+def store() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="no gloo")
+def test_law_1_collectives_read_and_write_checkpoint_values(store: Path) -> None:
+    mp.spawn(ranks, args=(str(store),), nprocs=2)
