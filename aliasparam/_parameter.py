@@ -118,7 +118,7 @@ class _Aliased(Tensor):
         if id(self) in memo:
             return memo[id(self)]
         storage = copy.deepcopy(self._alias_storage, memo)
-        new = _make(type(self), storage, _same_view(storage, self._alias_memory))
+        new = _make(type(self), storage, same_view(storage, self._alias_memory))
         memo[id(self)] = new
         for key, value in self.__dict__.items():
             if key not in ("_alias_storage", "_alias_memory"):
@@ -182,10 +182,15 @@ def _make_view(storage: AliasedStorage, memory: Tensor) -> Tensor:
     return view
 
 
-def _same_view(storage: AliasedStorage, memory: Tensor) -> Tensor:
+def same_view(storage: AliasedStorage, memory: Tensor) -> Tensor:
     """The view of ``storage`` which ``memory`` is of another storage of the same plan."""
     typed = storage.buffer.view(memory.dtype)
     return typed.as_strided(memory.shape, memory.stride(), memory.storage_offset())
+
+
+def loader_attributes(tensor: Tensor) -> dict[str, Any]:
+    """What engines hang on parameters (weight_loader, output_dim, ...)."""
+    return {k: v for k, v in tensor.__dict__.items() if k not in ("_alias_storage", "_alias_memory", "_is_param")}
 
 
 def _rebuild(storage: AliasedStorage, geometry: Any, attributes: dict[str, Any]) -> AliasedParameter:
@@ -198,7 +203,7 @@ def _rebuild(storage: AliasedStorage, geometry: Any, attributes: dict[str, Any])
 def _assign(target: _Aliased, value: Tensor) -> None:
     """``target.data = value``: the values are copied in; only another device moves the memory, as Module.to() asks."""
     memory, storage = target._alias_memory, target._alias_storage
-    if isinstance(value, _Aliased) and value._alias_storage is storage and _is_same_view(value._alias_memory, memory):
+    if isinstance(value, _Aliased) and value._alias_storage is storage and _issame_view(value._alias_memory, memory):
         return
     if value.shape != memory.shape or value.dtype != memory.dtype or value.device.type == "meta":
         raise AdoptionError(
@@ -213,11 +218,11 @@ def _assign(target: _Aliased, value: Tensor) -> None:
         return
     if value.device != storage.buffer.device:
         storage.relocate(value.device)
-    target._alias_memory = _same_view(storage, memory)
+    target._alias_memory = same_view(storage, memory)
     torch._C.TensorBase.data.__set__(target, target._alias_memory)  # type: ignore[attr-defined]
 
 
-def _is_same_view(a: Tensor, b: Tensor) -> bool:
+def _issame_view(a: Tensor, b: Tensor) -> bool:
     same_place = a.storage_offset() * a.element_size() == b.storage_offset() * b.element_size()
     return same_place and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
 

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ._declare import Alias
-from ._registry import Source, declare, registry_of
+from ._planning import Source
+from ._reconcile import reconcile
+from ._registry import declare, registry_of
 from ._transform import TensorSpec, Transform
 from .errors import DeclarationError, PointerError, StateError
 
@@ -83,7 +85,7 @@ def alias_or_bind_derived_param(module: nn.Module, source_name: str, derived_nam
             name=source_name,
         )
     with torch.no_grad():
-        registry.reconcile()
+        reconcile(registry)
         source.storage.put_kernel(derived_value.detach())
     registry.settle_guard()
 

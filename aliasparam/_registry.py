@@ -1,60 +1,22 @@
-"""AliasRegistry: everything one module declared, and the binding of its names.
-
-[Note: who is right] The registry's storages are the truth. Engines replace Parameters by ``setattr``, move and re-create
-them while loading; so before every verb the registry *reconciles*: a foreign tensor under a declared name is adopted (its
-bytes go into the storage, its loader attributes onto our parameter) or refused, and kernel names are bound again.
-"""
+"""AliasRegistry: everything one module declared, and the binding of its names."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ._declare import Alias, Declaration, Derivation, Keep
-from ._parameter import AliasedParameter, AliasedView, _Aliased, make_parameter
+from ._declare import Declaration
+from ._parameter import _Aliased, loader_attributes, make_parameter
+from ._planning import Binding, Derived, Source, planned
+from ._reconcile import reconcile
 from ._storage import AliasedStorage, State
-from ._transform import Identity, TensorSpec, check_inverse
-from ._verdict import StoragePlan, plan_storage
-from .errors import AdoptionError, DeclarationError, StaleKernelError, StateError
+from ._transform import TensorSpec
+from .errors import DeclarationError, StaleKernelError, StateError
 
 _ATTRIBUTE = "_alias_registry"
-
-
-@dataclass
-class Binding:
-    """One checkpoint name: the module that shows it, and the parameter it shows."""
-
-    module: nn.Module
-    name: str
-    parameter: AliasedParameter
-
-
-@dataclass
-class Source:
-    """One declared checkpoint tensor with its storage and every name bound to it."""
-
-    name: str
-    plan: StoragePlan
-    derived: str | None  # the kernel name that lives in the storage
-    storage: AliasedStorage | None = None  # None while the module is on the meta device
-    bindings: list[Binding] = field(default_factory=list)
-    attributes: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class Derived:
-    """One derived tensor with memory of its own: a Derivation, or an alias that fell back to a copy."""
-
-    declaration: Derivation
-    fallback: StoragePlan | None = None
-    tensor: Tensor | None = None
-    seen: tuple[int, ...] | None = None  # generations of its sources when it was computed
-    generation: int = 0
 
 
 class AliasRegistry:
@@ -71,106 +33,15 @@ class AliasRegistry:
 
     def add(self, declarations: Sequence[Declaration], *, loaded: bool, aliasing: bool) -> None:
         """Check all declarations, then carry them out. Nothing changes if any is wrong."""
-        sources, derived = self._planned(declarations, aliasing)
+        sources, derived = planned(
+            self.module, self.label, declarations, set(self.sources) | self.kernel_names(), aliasing=aliasing
+        )
         for source in sources:
             self.sources[source.name] = source
             self._allocate(source, loaded)
         self.derived.update({d.declaration.name: d for d in derived})
-        self._bind_kernel_names()
+        self.bind_kernel_names()
         self.mark_stale()
-
-    def _planned(self, declarations: Sequence[Declaration], aliasing: bool) -> tuple[list[Source], list[Derived]]:
-        sources: dict[str, Source] = {}
-        derived: list[Derived] = []
-        taken = set(self.sources) | self.kernel_names()
-        wanted = [d for d in declarations if isinstance(d, Alias)]
-        wanted += [Alias(d.source, "") for d in declarations if isinstance(d, Keep)]
-        for alias in wanted:
-            self._need_free(taken, alias.source, alias.derived)
-            spec = self._parameter_spec(alias.source)
-            plan = plan_storage(spec, alias.transform, aliasing=aliasing)
-            if alias.transform.invertible and not alias.transform.is_identity_for(spec):
-                self._probe(alias, spec)
-            fell_back = bool(alias.derived) and not plan.reason.aliases
-            if fell_back:
-                self._report_fallback(alias, plan, aliasing)
-                derived.append(Derived(_copy_derivation(alias, plan), fallback=plan))
-                plan_here = plan_storage(spec, Identity())
-            else:
-                plan_here = plan
-            sources[alias.source] = Source(alias.source, plan_here, None if fell_back else alias.derived or None)
-        derivations = [d for d in declarations if isinstance(d, Derivation)]
-        self._need_free(taken, *(d.name for d in derivations))
-        for derivation in derivations:
-            derived.append(Derived(derivation))
-            for name in derivation.sources:
-                if name not in sources and name not in taken:
-                    taken.add(name)
-                    sources[name] = Source(name, plan_storage(self._parameter_spec(name), Identity()), None)
-        return list(sources.values()), _in_order(derived, self.label)
-
-    def _need_free(self, taken: set[str], *names: str) -> None:
-        for name in filter(None, names):
-            if name in taken:
-                raise DeclarationError(
-                    "this name is declared twice",
-                    module=self.label,
-                    name=name,
-                    expected="each source and each derived name in one declaration",
-                    remedy="Chain transforms with .then(), or derive from the derived name.",
-                )
-            taken.add(name)
-
-    def _parameter_spec(self, name: str) -> TensorSpec:
-        parameter = self.module._parameters.get(name)
-        if parameter is None:
-            raise DeclarationError(
-                "a declared source must be a registered Parameter of the module",
-                module=self.label,
-                name=name,
-                found=f"parameters {sorted(n for n, p in self.module._parameters.items() if p is not None)}",
-                remedy="Register it first: module.register_parameter(name, nn.Parameter(..., requires_grad=False)).",
-            )
-        if parameter.layout is not torch.strided:
-            raise DeclarationError("only strided tensors can be aliased", module=self.label, name=name, found=parameter.layout)
-        return TensorSpec.of(parameter)
-
-    def _probe(self, alias: Alias, spec: TensorSpec) -> None:
-        """Check the inverse on one region of the declared shape (two where there are more)."""
-        lead = max(len(spec.shape) - alias.transform.core_dims, 0)
-        probe = TensorSpec(
-            (*(min(n, 2) if i == 0 else 1 for i, n in enumerate(spec.shape[:lead])), *spec.shape[lead:]),
-            spec.dtype,
-        )
-        key = (alias.transform, probe)
-        if key in _probed:
-            return
-        try:
-            check_inverse(alias.transform, probe)
-        except DeclarationError:
-            raise
-        except Exception as error:
-            raise DeclarationError(
-                f"the transform of {alias.derived!r} failed on a probe of {probe}: {error}",
-                module=self.label,
-                name=alias.source,
-            ) from error
-        _probed.add(key)
-
-    def _report_fallback(self, alias: Alias, plan: StoragePlan, aliasing: bool) -> None:
-        if not aliasing or alias.on_mismatch == "copy":
-            return
-        error = DeclarationError(
-            f"{alias.derived!r} cannot share memory with its source: {plan.reason.value}",
-            module=self.label,
-            name=alias.source,
-            expected=f"the bytes of {plan.source}",
-            found=plan.derived,
-            remedy='Pass on_mismatch="copy" to give it memory of its own.',
-        )
-        if alias.on_mismatch == "error":
-            raise error
-        warnings.warn(str(error), stacklevel=5)
 
     # -- memory and names ----------------------------------------------------------------------------------------------
 
@@ -179,17 +50,17 @@ class AliasRegistry:
         tensor = self.module._parameters[source.name]
         if tensor is None:
             raise AssertionError(f"{self.label}.{source.name} vanished while it was being declared")
-        source.attributes.update(_loader_attributes(tensor))
+        source.attributes.update(loader_attributes(tensor))
         if tensor.device.type == "meta":
             return  # a loader will put a real tensor here: see reconcile
         with torch.no_grad():
-            source.storage = self._storage_from(source, tensor.detach(), State.CHECKPOINT if loaded else State.EMPTY)
+            source.storage = self.storage_from(source, tensor.detach(), State.CHECKPOINT if loaded else State.EMPTY)
         parameter = make_parameter(source.storage, source.storage.checkpoint)
         parameter.__dict__.update(source.attributes)
         source.bindings = [Binding(self.module, source.name, parameter)]
-        self._bind(source)
+        self.bind(source)
 
-    def _storage_from(self, source: Source, tensor: Tensor, state: State) -> AliasedStorage:
+    def storage_from(self, source: Source, tensor: Tensor, state: State) -> AliasedStorage:
         plan, label = source.plan, f"{self.label}.{source.name}"
         whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == plan.nbytes == plan.source.nbytes
         if whole and type(tensor) is Tensor:
@@ -204,16 +75,16 @@ class AliasRegistry:
         storage.on_stale = self.mark_stale
         return storage
 
-    def _bind(self, source: Source) -> None:
+    def bind(self, source: Source) -> None:
         for binding in source.bindings:
             binding.module._parameters[binding.name] = binding.parameter
 
-    def _bind_kernel_names(self) -> None:
+    def bind_kernel_names(self) -> None:
         for source in self.sources.values():
             if source.derived and source.storage is not None and source.storage.kernel is not None:
                 self._bind_buffer(source.derived, source.storage.kernel)
         for derived in self.derived.values():
-            if derived.tensor is None and (device := self._device()) is not None:
+            if derived.tensor is None and (device := self.device()) is not None:
                 spec = derived.declaration
                 derived.tensor = torch.empty(spec.shape, dtype=spec.dtype, device=device)
             if derived.tensor is not None:
@@ -228,7 +99,7 @@ class AliasRegistry:
         module._buffers[name] = tensor
         module._non_persistent_buffers_set.add(name)
 
-    def _device(self) -> torch.device | None:
+    def device(self) -> torch.device | None:
         for source in self.sources.values():
             if source.storage is not None:
                 return source.storage.buffer.device
@@ -256,7 +127,7 @@ class AliasRegistry:
             parameter = make_parameter(source.storage, view._alias_memory)
             old = module._parameters.get(shard_name)
             if old is not None:
-                parameter.__dict__.update(_loader_attributes(old))
+                parameter.__dict__.update(loader_attributes(old))
             bindings.append(Binding(module, shard_name, parameter))
         if sum(b.parameter.numel() for b in bindings) != source.plan.source.numel:
             raise DeclarationError(
@@ -268,100 +139,13 @@ class AliasRegistry:
             )
         self.module._parameters.pop(name, None)
         source.bindings = bindings
-        self._bind(source)
-
-    # -- reconciling: see [Note: who is right] --------------------------------------------------------------------------
-
-    def reconcile(self) -> None:
-        """Adopt or refuse whatever was put under the declared names since the last verb."""
-        foreign: list[tuple[Source, Binding, Tensor]] = [
-            (source, binding, tensor)
-            for source in self.sources.values()
-            for binding in (source.bindings or [Binding(self.module, source.name, None)])  # type: ignore[arg-type]
-            if (tensor := binding.module._parameters.get(binding.name)) is not binding.parameter and tensor is not None
-        ]
-        for source, binding, found in foreign:
-            self._check_adoptable(source, binding, found)
-        self._follow_device(foreign)
-        for source, binding, found in foreign:
-            self._adopt(source, binding, found)
-        self._drop_left_behind()
-        for source in self.sources.values():
-            self._bind(source)
-        self._bind_kernel_names()
-
-    def _drop_left_behind(self) -> None:
-        """Derived tensors whose sources moved to another device are computed anew there."""
-        here = self._device()
-        for derived in self.derived.values():
-            if derived.tensor is not None and derived.tensor.device != here:
-                derived.tensor, derived.seen = None, None
-
-    def _check_adoptable(self, source: Source, binding: Binding, tensor: Tensor) -> None:
-        expected = source.plan.source if source.storage is None else TensorSpec.of(binding.parameter._alias_memory)
-        if TensorSpec.of(tensor) != expected:
-            raise AdoptionError(
-                "a tensor that does not fit was put in the place of a declared name",
-                module=self.label,
-                name=binding.name,
-                expected=expected,
-                found=TensorSpec.of(tensor),
-                remedy="Declared weights keep shape and dtype (Module.half() and the like cannot apply to them). "
-                "registry.rebind() puts the library's parameter back.",
-            )
-
-    def _follow_device(self, foreign: list[tuple[Source, Binding, Tensor]]) -> None:
-        """After Module.to(device) every name holds a tensor elsewhere: follow, as a whole."""
-        here = self._device()
-        devices = {t.device for _, _, t in foreign if t.device.type != "meta"}
-        if here is None or devices <= {here}:
-            return
-        count = sum(len(s.bindings) for s in self.sources.values())
-        if len(devices) != 1 or len(foreign) != count:
-            raise AdoptionError(
-                "only some of the declared names are on another device",
-                module=self.label,
-                expected=f"all {count} names on {here}, or all elsewhere",
-                found=f"{len(foreign)} names on {sorted(map(str, devices))}",
-                remedy="Move the whole module: module.to(device).",
-            )
-        device = devices.pop()
-        for source in self.sources.values():
-            if source.storage is None:
-                raise AssertionError(f"{self.label}.{source.name}: bound without storage")
-            source.storage.relocate(device)
-            for binding in source.bindings:
-                old = binding.parameter
-                memory = old._alias_memory
-                typed = source.storage.buffer.view(memory.dtype)
-                view = typed.as_strided(memory.shape, memory.stride(), memory.storage_offset())
-                binding.parameter = make_parameter(source.storage, view)
-                binding.parameter.__dict__.update(_loader_attributes(old))
-
-    def _adopt(self, source: Source, binding: Binding, tensor: Tensor) -> None:
-        if tensor.device.type == "meta":
-            return  # a placeholder: nothing to take, and our name comes back
-        if source.storage is None:
-            self._materialize(source, tensor)
-            return
-        binding.parameter.__dict__.update(_loader_attributes(tensor))
-        same_memory = isinstance(tensor, _Aliased) and tensor._alias_storage is source.storage
-        if not same_memory:
-            binding.parameter.copy_(tensor.detach())
-
-    def _materialize(self, source: Source, tensor: Tensor) -> None:
-        source.attributes.update(_loader_attributes(tensor))
-        with torch.no_grad():
-            source.storage = self._storage_from(source, tensor.detach(), State.CHECKPOINT)
-        parameter = make_parameter(source.storage, source.storage.checkpoint)
-        parameter.__dict__.update(source.attributes)
-        source.bindings = [Binding(self.module, source.name, parameter)]
+        self.bind(source)
 
     def rebind(self) -> None:
         """Put the library's own names back and discard whatever replaced them."""
         for source in self.sources.values():
-            self._bind(source)
-        self._bind_kernel_names()
+            self.bind(source)
+        self.bind_kernel_names()
 
     # -- processing ----------------------------------------------------------------------------------------------------
 
@@ -373,7 +157,7 @@ class AliasRegistry:
             AdoptionError: a foreign tensor under a declared name does not fit.
         """
         with torch.no_grad():
-            self.reconcile()
+            reconcile(self)
             storages = self._storages()
             for storage in storages:
                 storage.settle()
@@ -387,7 +171,7 @@ class AliasRegistry:
     def restore(self) -> None:
         """Bring every storage back to checkpoint format (an engine's ``restore_weights_before_loading``)."""
         with torch.no_grad():
-            self.reconcile()
+            reconcile(self)
             for storage in self._storages():
                 storage.restore()
         self.mark_stale()
@@ -488,9 +272,6 @@ class AliasRegistry:
             storage.on_stale = self.mark_stale
 
 
-_probed: set[tuple[Any, TensorSpec]] = set()
-
-
 def registry_of(module: nn.Module) -> AliasRegistry | None:
     """The registry of exactly this module, or None."""
     registry: AliasRegistry | None = module.__dict__.get(_ATTRIBUTE)
@@ -548,37 +329,4 @@ def _after_load_state_dict(module: nn.Module, incompatible: Any) -> None:
     registry = registry_of(module)
     if registry is not None:
         with torch.no_grad():
-            registry.reconcile()
-
-
-def _loader_attributes(tensor: Tensor) -> dict[str, Any]:
-    """What engines hang on parameters (weight_loader, output_dim, ...)."""
-    return {k: v for k, v in tensor.__dict__.items() if k not in ("_alias_storage", "_alias_memory", "_is_param")}
-
-
-def _copy_derivation(alias: Alias, plan: StoragePlan) -> Derivation:
-    return Derivation(alias.derived, (alias.source,), alias.transform.forward, plan.derived.shape, plan.derived.dtype)
-
-
-def _in_order(derived: list[Derived], label: str) -> list[Derived]:
-    """Derivations with what they derive from before them. Raises DeclarationError on a cycle."""
-    by_name = {d.declaration.name: d for d in derived}
-    ordered: list[Derived] = []
-    done: set[str] = set()
-
-    def visit(name: str, trail: tuple[str, ...]) -> None:
-        if name in trail:
-            raise DeclarationError("derivations form a cycle", module=label, name=" -> ".join((*trail, name)))
-        if name in done or name not in by_name:
-            return
-        for source in by_name[name].declaration.sources:
-            visit(source, (*trail, name))
-        done.add(name)
-        ordered.append(by_name[name])
-
-    for name in by_name:
-        visit(name, ())
-    return ordered
-
-
-__all__ = ["AliasRegistry", "AliasedView", "declare", "registries", "registry_of"]
+            reconcile(registry)

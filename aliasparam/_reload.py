@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ._parameter import _Aliased
+from ._reconcile import reconcile
 from ._registry import registries
 from ._transform import TensorSpec
 from ._verbs import checkpoint_names, process
@@ -43,7 +44,7 @@ class ReloadSession:
             raise ReloadError("a reload of this model is already open", remedy="Finish or abort it first.")
         for _, registry in registries(self.model):
             with torch.no_grad():
-                registry.reconcile()
+                reconcile(registry)
         self._targets = checkpoint_names(self.model)
         self.model.__dict__["_alias_reload_open"] = True
         self._open = True

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ._parameter import _Aliased
+from ._reconcile import reconcile
 from ._registry import registries
 
 
@@ -46,7 +47,7 @@ def iterate_checkpoint(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(name, plain tensor) of every entry of the state dict, converted one at a time. Tied names come once."""
     for _, registry in registries(module):
         with torch.no_grad():
-            registry.reconcile()
+            reconcile(registry)
     for name, tensor in checkpoint_names(module).items():
         yield name, tensor._values().contiguous() if isinstance(tensor, _Aliased) else tensor.detach()
 

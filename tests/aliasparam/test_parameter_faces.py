@@ -253,3 +253,19 @@ def test_moving_the_module_to_another_device_keeps_it_right() -> None:
     assert layer.weight.data_ptr() == layer.prepared.data_ptr()
     assert torch.equal(layer.weight.cpu(), VALUES)
     assert torch.equal(layer.prepared.cpu(), SwapHalves().forward(VALUES))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+def test_parameters_replaced_by_ones_on_another_device_are_followed() -> None:
+    layer = nn.Module()
+    layer.weight = nn.Parameter(VALUES.clone(), requires_grad=False)
+    declare(layer, Alias("weight", "prepared", SwapHalves()))
+    process(layer)
+
+    layer.weight = nn.Parameter(VALUES.cuda() + 1, requires_grad=False)
+    process(layer)
+
+    assert isinstance(layer.weight, AliasedParameter)
+    assert layer.weight.data_ptr() == layer.prepared.data_ptr()
+    assert torch.equal(layer.prepared.cpu(), SwapHalves().forward(VALUES + 1))

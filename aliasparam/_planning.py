@@ -1,0 +1,191 @@
+"""From declarations to a plan: every check that can be made before memory is touched."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._declare import Alias, Declaration, Derivation, Keep
+from ._parameter import AliasedParameter
+from ._storage import AliasedStorage
+from ._transform import Identity, TensorSpec, check_inverse
+from ._verdict import StoragePlan, plan_storage
+from .errors import DeclarationError
+
+
+@dataclass
+class Binding:
+    """One checkpoint name: the module that shows it, and the parameter it shows."""
+
+    module: nn.Module
+    name: str
+    parameter: AliasedParameter
+
+
+@dataclass
+class Source:
+    """One declared checkpoint tensor with its storage and every name bound to it."""
+
+    name: str
+    plan: StoragePlan
+    derived: str | None  # the kernel name that lives in the storage
+    storage: AliasedStorage | None = None  # None while the module is on the meta device
+    bindings: list[Binding] = field(default_factory=list)
+    attributes: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Derived:
+    """One derived tensor with memory of its own: a Derivation, or an alias that fell back to a copy."""
+
+    declaration: Derivation
+    fallback: StoragePlan | None = None
+    tensor: Tensor | None = None
+    seen: tuple[int, ...] | None = None  # generations of its sources when it was computed
+    generation: int = 0
+
+
+def planned(
+    module: nn.Module, label: str, declarations: Sequence[Declaration], taken: set[str], *, aliasing: bool
+) -> tuple[list[Source], list[Derived]]:
+    """What a list of declarations asks for, checked as a whole; nothing is allocated or bound.
+
+    Args:
+        module: owner of the Parameters.
+        label: its name in messages.
+        declarations: as given to :func:`declare`.
+        taken: names declared before.
+        aliasing: False turns every pair into a copy.
+
+    Raises:
+        DeclarationError: an unknown source, a name used twice, a cycle, or a transform that does not invert.
+    """
+    sources: dict[str, Source] = {}
+    derived: list[Derived] = []
+    taken = set(taken)
+    wanted = [d for d in declarations if isinstance(d, Alias)]
+    wanted += [Alias(d.source, "") for d in declarations if isinstance(d, Keep)]
+    for alias in wanted:
+        _need_free(label, taken, alias.source, alias.derived)
+        spec = _parameter_spec(module, label, alias.source)
+        plan = plan_storage(spec, alias.transform, aliasing=aliasing)
+        if alias.transform.invertible and not alias.transform.is_identity_for(spec):
+            _probe(label, alias, spec)
+        fell_back = bool(alias.derived) and not plan.reason.aliases
+        if fell_back:
+            _report_fallback(label, alias, plan, aliasing)
+            derived.append(Derived(_copy_derivation(alias, plan), fallback=plan))
+            plan_here = plan_storage(spec, Identity())
+        else:
+            plan_here = plan
+        sources[alias.source] = Source(alias.source, plan_here, None if fell_back else alias.derived or None)
+    derivations = [d for d in declarations if isinstance(d, Derivation)]
+    _need_free(label, taken, *(d.name for d in derivations))
+    for derivation in derivations:
+        derived.append(Derived(derivation))
+        for name in derivation.sources:
+            if name not in sources and name not in taken:
+                taken.add(name)
+                sources[name] = Source(name, plan_storage(_parameter_spec(module, label, name), Identity()), None)
+    return list(sources.values()), _in_order(derived, label)
+
+
+def _need_free(label: str, taken: set[str], *names: str) -> None:
+    for name in filter(None, names):
+        if name in taken:
+            raise DeclarationError(
+                "this name is declared twice",
+                module=label,
+                name=name,
+                expected="each source and each derived name in one declaration",
+                remedy="Chain transforms with .then(), or derive from the derived name.",
+            )
+        taken.add(name)
+
+
+def _parameter_spec(module: nn.Module, label: str, name: str) -> TensorSpec:
+    parameter = module._parameters.get(name)
+    if parameter is None:
+        raise DeclarationError(
+            "a declared source must be a registered Parameter of the module",
+            module=label,
+            name=name,
+            found=f"parameters {sorted(n for n, p in module._parameters.items() if p is not None)}",
+            remedy="Register it first: module.register_parameter(name, nn.Parameter(..., requires_grad=False)).",
+        )
+    if parameter.layout is not torch.strided:
+        raise DeclarationError("only strided tensors can be aliased", module=label, name=name, found=parameter.layout)
+    return TensorSpec.of(parameter)
+
+
+def _probe(label: str, alias: Alias, spec: TensorSpec) -> None:
+    """Check the inverse on one region of the declared shape (two where there are more)."""
+    lead = max(len(spec.shape) - alias.transform.core_dims, 0)
+    probe = TensorSpec(
+        (*(min(n, 2) if i == 0 else 1 for i, n in enumerate(spec.shape[:lead])), *spec.shape[lead:]),
+        spec.dtype,
+    )
+    key = (alias.transform, probe)
+    if key in _probed:
+        return
+    try:
+        check_inverse(alias.transform, probe)
+    except DeclarationError:
+        raise
+    except Exception as error:
+        raise DeclarationError(
+            f"the transform of {alias.derived!r} failed on a probe of {probe}: {error}",
+            module=label,
+            name=alias.source,
+        ) from error
+    _probed.add(key)
+
+
+def _report_fallback(label: str, alias: Alias, plan: StoragePlan, aliasing: bool) -> None:
+    if not aliasing or alias.on_mismatch == "copy":
+        return
+    error = DeclarationError(
+        f"{alias.derived!r} cannot share memory with its source: {plan.reason.value}",
+        module=label,
+        name=alias.source,
+        expected=f"the bytes of {plan.source}",
+        found=plan.derived,
+        remedy='Pass on_mismatch="copy" to give it memory of its own.',
+    )
+    if alias.on_mismatch == "error":
+        raise error
+    warnings.warn(str(error), stacklevel=5)
+
+
+#: (transform, probe) pairs whose inverse was found right.
+_probed: set[tuple[Any, TensorSpec]] = set()
+
+
+def _copy_derivation(alias: Alias, plan: StoragePlan) -> Derivation:
+    return Derivation(alias.derived, (alias.source,), alias.transform.forward, plan.derived.shape, plan.derived.dtype)
+
+
+def _in_order(derived: list[Derived], label: str) -> list[Derived]:
+    """Derivations with what they derive from before them. Raises DeclarationError on a cycle."""
+    by_name = {d.declaration.name: d for d in derived}
+    ordered: list[Derived] = []
+    done: set[str] = set()
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        if name in trail:
+            raise DeclarationError("derivations form a cycle", module=label, name=" -> ".join((*trail, name)))
+        if name in done or name not in by_name:
+            return
+        for source in by_name[name].declaration.sources:
+            visit(source, (*trail, name))
+        done.add(name)
+        ordered.append(by_name[name])
+
+    for name in by_name:
+        visit(name, ())
+    return ordered
