@@ -12,6 +12,7 @@ Every operator that touches an aliased tensor arrives here. There are four behav
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -46,7 +47,16 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     handler = _handlers.get(func)
     if handler is None:
         handler = _handlers[func] = _handler_for(func)
-    return handler(func, args, kwargs)
+    if handler is _view:  # looks at no bytes
+        return handler(func, args, kwargs)
+    storages = {t._alias_storage for t in _aliased((*args, *kwargs.values()))}
+    if len(storages) == 1:
+        with storages.pop().lock:
+            return handler(func, args, kwargs)
+    with ExitStack() as locks:
+        for storage in sorted(storages, key=id):  # one order for everybody, so that no two wait for each other
+            locks.enter_context(storage.lock)
+        return handler(func, args, kwargs)
 
 
 def _handler_for(func: Any) -> _Handler:

@@ -8,7 +8,9 @@ dispatcher (Python attributes of Tensor, raw-pointer readers) is overridden here
 from __future__ import annotations
 
 import copy
-from typing import Any, NoReturn
+import types
+import weakref
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +25,7 @@ class _Aliased(Tensor):
 
     _alias_storage: AliasedStorage
     _alias_memory: Tensor
+    _alias_pin: weakref.ref[Any]
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -44,11 +47,13 @@ class _Aliased(Tensor):
         _assign(self, value)
 
     def _values(self) -> Tensor:
-        return self._alias_storage.read(self._alias_memory)
+        with self._alias_storage.lock:
+            return self._alias_storage.read(self._alias_memory)
 
     def _snapshot(self) -> Tensor:
-        values = self._values()
-        return values.clone() if values is self._alias_memory else values
+        with self._alias_storage.lock:
+            values = self._values()
+            return values.clone() if values is self._alias_memory else values
 
     def is_contiguous(self, memory_format: torch.memory_format = torch.contiguous_format) -> bool:
         """False while the memory holds kernel format: raw-pointer readers such as safetensors then refuse."""
@@ -120,9 +125,8 @@ class _Aliased(Tensor):
         storage = copy.deepcopy(self._alias_storage, memo)
         new = _make(type(self), storage, same_view(storage, self._alias_memory))
         memo[id(self)] = new
-        for key, value in self.__dict__.items():
-            if key not in ("_alias_storage", "_alias_memory"):
-                new.__dict__[key] = copy.deepcopy(value, memo)
+        for key, value in loader_attributes(self).items():
+            new.__dict__[key] = copy.deepcopy(value, memo)
         return new
 
 
@@ -142,8 +146,9 @@ class AliasedParameter(_Aliased, nn.Parameter):
     touched regions back to checkpoint format first and marks what depends on them as stale. Assigning ``.data`` copies the
     values in, and never moves the address.
 
-    Made by :func:`aliasparam.declare`, not by hand. Attributes which engines put on parameters (``weight_loader``, …)
-    live in ``__dict__`` and survive.
+    Made by :func:`aliasparam.declare`, not by hand: the Parameter object that was there becomes one, so whoever holds it (a
+    tied module, a loader's dict of parameters) sees it too. Attributes which engines put on parameters (``weight_loader``, …)
+    survive, and where an engine uses a Parameter class of its own, the result is of that class as well.
 
     Raises:
         StateError: on reading bytes that were never loaded, are invalid, or have no inverse.
@@ -160,14 +165,59 @@ class AliasedParameter(_Aliased, nn.Parameter):
     def __reduce_ex__(self, protocol: Any) -> Any:
         memory = self._alias_memory
         geometry = (memory.dtype, tuple(memory.shape), memory.stride(), memory.storage_offset())
-        attributes = {k: v for k, v in self.__dict__.items() if k not in ("_alias_storage", "_alias_memory")}
-        return _rebuild, (self._alias_storage, geometry, attributes)
+        return _rebuild, (self._alias_storage, geometry, loader_attributes(self), plain_class(type(self)))
 
 
-def make_parameter(storage: AliasedStorage, memory: Tensor) -> AliasedParameter:
-    """An AliasedParameter over ``memory``, a plain view of ``storage.checkpoint``."""
-    parameter: AliasedParameter = _make(AliasedParameter, storage, memory)
+def make_parameter(storage: AliasedStorage, memory: Tensor, like: type[Any] = nn.Parameter) -> AliasedParameter:
+    """An AliasedParameter over ``memory``, a plain view of ``storage.checkpoint``; also of the class ``like``."""
+    parameter: AliasedParameter = _make(_aliased_class(plain_class(like)), storage, memory)
+    _pin(parameter)
     return parameter
+
+
+def take_over(old: Tensor, storage: AliasedStorage, memory: Tensor) -> AliasedParameter | None:
+    """Make the object ``old`` itself an AliasedParameter over ``memory``, with its class and attributes; None if it cannot be.
+
+    It cannot where torch holds on to the old tensor (a compiled function's guard, an autograd graph).
+    """
+    new = _make(_aliased_class(plain_class(type(old))), storage, memory)
+    new.__dict__.update(loader_attributes(old))
+    try:
+        torch.utils.swap_tensors(old, new)  # type: ignore[no-untyped-call]
+    except RuntimeError:
+        return None
+    _pin(old)
+    return cast(AliasedParameter, old)
+
+
+def adopt_class(parameter: AliasedParameter, like: type[Any]) -> None:
+    """Give ``parameter`` the engine's class ``like`` too, if it has another."""
+    wanted = _aliased_class(plain_class(like))
+    if type(parameter) is not wanted and wanted is not AliasedParameter:
+        parameter.__class__ = wanted
+
+
+def plain_class(cls: type[Any]) -> type[Any]:
+    """The Parameter class an engine sees: its own, or nn.Parameter."""
+    if issubclass(cls, _Aliased):
+        return cast(type[Any], cls.__dict__.get("_alias_engine_class", nn.Parameter))
+    return cls if issubclass(cls, nn.Parameter) else nn.Parameter
+
+
+def _aliased_class(engine_class: type[Any]) -> type[Any]:
+    """AliasedParameter which is also an ``engine_class``: its loader methods, its isinstance checks, our storage."""
+    if engine_class is nn.Parameter:
+        return AliasedParameter
+    if engine_class in _classes:
+        return _classes[engine_class]
+    namespace = {"__module__": engine_class.__module__, "__doc__": engine_class.__doc__, "_alias_engine_class": engine_class}
+    made: type[Any] = types.new_class(
+        engine_class.__name__, (AliasedParameter, engine_class), exec_body=lambda body: body.update(namespace)
+    )
+    return _classes.setdefault(engine_class, made)
+
+
+_classes: dict[type[Any], type[Any]] = {}
 
 
 def _make(cls: type[Any], storage: AliasedStorage, memory: Tensor) -> Any:
@@ -175,6 +225,11 @@ def _make(cls: type[Any], storage: AliasedStorage, memory: Tensor) -> Any:
     tensor._alias_storage = storage
     tensor._alias_memory = memory
     return tensor
+
+
+def _pin(parameter: Any) -> None:
+    # torch.utils.swap_tensors() exchanges what two objects are, unseen by anybody; it refuses tensors with weak references.
+    parameter._alias_pin = weakref.ref(parameter)
 
 
 def _make_view(storage: AliasedStorage, memory: Tensor) -> Tensor:
@@ -190,12 +245,15 @@ def same_view(storage: AliasedStorage, memory: Tensor) -> Tensor:
 
 def loader_attributes(tensor: Tensor) -> dict[str, Any]:
     """What engines hang on parameters (weight_loader, output_dim, ...)."""
-    return {k: v for k, v in tensor.__dict__.items() if k not in ("_alias_storage", "_alias_memory", "_is_param")}
+    return {k: v for k, v in tensor.__dict__.items() if k not in _OURS}
 
 
-def _rebuild(storage: AliasedStorage, geometry: Any, attributes: dict[str, Any]) -> AliasedParameter:
+_OURS = frozenset({"_alias_storage", "_alias_memory", "_alias_pin", "_is_param"})
+
+
+def _rebuild(storage: AliasedStorage, geometry: Any, attributes: dict[str, Any], like: type[Any]) -> AliasedParameter:
     dtype, shape, stride, offset = geometry
-    parameter = make_parameter(storage, storage.buffer.view(dtype).as_strided(shape, stride, offset))
+    parameter = make_parameter(storage, storage.buffer.view(dtype).as_strided(shape, stride, offset), like)
     parameter.__dict__.update(attributes)
     return parameter
 

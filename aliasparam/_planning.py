@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from ._declare import Alias, Declaration, Derivation, Keep
 from ._parameter import AliasedParameter
+from ._probe import check_inverse
 from ._storage import AliasedStorage
-from ._transform import Identity, TensorSpec, check_inverse
+from ._transform import Identity, TensorSpec
 from ._verdict import StoragePlan, plan_storage
 from .errors import DeclarationError
 

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
-from ._parameter import _Aliased, loader_attributes, make_parameter, same_view
+from ._parameter import _Aliased, adopt_class, loader_attributes, make_parameter, same_view
 from ._planning import Binding, Source
 from ._storage import State
 from ._transform import TensorSpec
@@ -85,7 +84,7 @@ def _follow_device(registry: AliasRegistry, foreign: list[tuple[Source, Binding,
         source.storage.relocate(device)
         for binding in source.bindings:
             old = binding.parameter
-            binding.parameter = make_parameter(source.storage, same_view(source.storage, old._alias_memory))
+            binding.parameter = make_parameter(source.storage, same_view(source.storage, old._alias_memory), type(old))
             binding.parameter.__dict__.update(loader_attributes(old))
 
 
@@ -93,18 +92,10 @@ def _adopt(registry: AliasRegistry, source: Source, binding: Binding, tensor: Te
     if tensor.device.type == "meta":
         return  # a placeholder: nothing to take, and our name comes back
     if source.storage is None:
-        _materialize(registry, source, tensor)
+        registry.take(source, tensor, State.CHECKPOINT)
         return
+    adopt_class(binding.parameter, type(tensor))
     binding.parameter.__dict__.update(loader_attributes(tensor))
     same_memory = isinstance(tensor, _Aliased) and tensor._alias_storage is source.storage
     if not same_memory:
         binding.parameter.copy_(tensor.detach())
-
-
-def _materialize(registry: AliasRegistry, source: Source, tensor: Tensor) -> None:
-    source.attributes.update(loader_attributes(tensor))
-    with torch.no_grad():
-        source.storage = registry.storage_from(source, tensor.detach(), State.CHECKPOINT)
-    parameter = make_parameter(source.storage, source.storage.checkpoint)
-    parameter.__dict__.update(source.attributes)
-    source.bindings = [Binding(registry.module, source.name, parameter)]

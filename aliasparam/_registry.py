@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ._declare import Declaration
-from ._parameter import _Aliased, loader_attributes, make_parameter
+from ._parameter import AliasedParameter, _Aliased, loader_attributes, make_parameter, take_over
 from ._planning import Binding, Derived, Source, planned
 from ._reconcile import reconcile
 from ._storage import AliasedStorage, State
 from ._transform import TensorSpec
+from ._watch import put, watch
 from .errors import DeclarationError, StaleKernelError, StateError
 
 _ATTRIBUTE = "_alias_registry"
@@ -28,6 +30,7 @@ class AliasRegistry:
         self.sources: dict[str, Source] = {}
         self.derived: dict[str, Derived] = {}
         self._guard: Any = None
+        self._suspicious = False
 
     # -- declaring -----------------------------------------------------------------------------------------------------
 
@@ -50,34 +53,72 @@ class AliasRegistry:
         tensor = self.module._parameters[source.name]
         if tensor is None:
             raise AssertionError(f"{self.label}.{source.name} vanished while it was being declared")
-        source.attributes.update(loader_attributes(tensor))
-        if tensor.device.type == "meta":
-            return  # a loader will put a real tensor here: see reconcile
+        if isinstance(tensor, _Aliased):
+            self._share(source, tensor)
+        elif tensor.device.type == "meta":
+            source.attributes.update(loader_attributes(tensor))  # a loader will put a real tensor here: see reconcile
+        else:
+            self.take(source, tensor, State.CHECKPOINT if loaded else State.EMPTY)
+
+    def take(self, source: Source, tensor: Tensor, state: State) -> None:
+        """Make ``tensor``, the Parameter now under the source's name, the storage's checkpoint name."""
         with torch.no_grad():
-            source.storage = self.storage_from(source, tensor.detach(), State.CHECKPOINT if loaded else State.EMPTY)
-        parameter = make_parameter(source.storage, source.storage.checkpoint)
-        parameter.__dict__.update(source.attributes)
+            storage = self._storage_over(source, tensor, state) or self._storage_beside(source, tensor, state)
+            parameter = take_over(tensor, storage, storage.checkpoint)
+            if parameter is None:  # the old object stays in somebody's hands, so its memory stays its own
+                storage = self._storage_beside(source, tensor, state)
+                parameter = make_parameter(storage, storage.checkpoint, type(tensor))
+                parameter.__dict__.update(loader_attributes(tensor))
+        parameter.__dict__.update({k: v for k, v in source.attributes.items() if k not in parameter.__dict__})
+        self._own(source, storage, parameter)
+
+    def _share(self, source: Source, parameter: _Aliased) -> None:
+        """A tied weight which another module declared: the same storage, if it is declared to the same format."""
+        storage = parameter._alias_storage
+        if not isinstance(parameter, AliasedParameter) or parameter._alias_memory is not storage.checkpoint:
+            raise DeclarationError(
+                "this Parameter is a view of a storage that another module declared", module=self.label, name=source.name
+            )
+        if storage.plan != source.plan or (storage.kernel is None) != (not source.derived):
+            raise DeclarationError(
+                "a tied weight is declared to two different kernel formats",
+                module=self.label,
+                name=source.name,
+                expected=f"{storage.plan.transform} as in {storage.label}",
+                found=source.plan.transform,
+                remedy="Declare it once, or untie it with clone().",
+            )
+        self._own(source, storage, parameter)
+
+    def _own(self, source: Source, storage: AliasedStorage, parameter: AliasedParameter) -> None:
+        source.storage = storage
+        storage.listeners.append(self.mark_stale)
         source.bindings = [Binding(self.module, source.name, parameter)]
         self.bind(source)
 
-    def storage_from(self, source: Source, tensor: Tensor, state: State) -> AliasedStorage:
-        plan, label = source.plan, f"{self.label}.{source.name}"
-        whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == plan.nbytes == plan.source.nbytes
-        if whole and type(tensor) is Tensor:
-            # The tensor's own allocation is exactly the capacity: take it over, no copy and no new address.
-            buffer = tensor.reshape(-1).view(torch.uint8) if tensor.dim() else tensor.reshape(1).view(torch.uint8)
-            storage = AliasedStorage(label, plan, buffer, state, has_kernel_name=bool(source.derived))
-        else:
-            buffer = torch.empty(plan.nbytes, dtype=torch.uint8, device=tensor.device)
-            storage = AliasedStorage(label, plan, buffer, state, has_kernel_name=bool(source.derived))
-            if state is State.CHECKPOINT:
-                storage.checkpoint.copy_(tensor)
-        storage.on_stale = self.mark_stale
+    def _storage_over(self, source: Source, tensor: Tensor, state: State) -> AliasedStorage | None:
+        """A storage that takes over the tensor's own allocation (no copy, no new address), if that is exactly the capacity and
+        nobody else looks at it."""
+        plan, memory = source.plan, tensor.untyped_storage()
+        alone = torch._C._storage_Use_Count(memory._cdata) <= 2  # the tensor and the object we hold just now
+        if not (alone and tensor.is_contiguous() and memory.nbytes() == plan.nbytes == plan.source.nbytes):
+            return None
+        plain = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(memory, 0, (plan.nbytes,), (1,))
+        return AliasedStorage(f"{self.label}.{source.name}", plan, plain, state, has_kernel_name=bool(source.derived))
+
+    def _storage_beside(self, source: Source, tensor: Tensor, state: State) -> AliasedStorage:
+        """A storage with memory of its own, filled from the tensor if its bytes count."""
+        buffer = torch.empty(source.plan.nbytes, dtype=torch.uint8, device=tensor.device)
+        label = f"{self.label}.{source.name}"
+        storage = AliasedStorage(label, source.plan, buffer, state, has_kernel_name=bool(source.derived))
+        if state is State.CHECKPOINT:
+            storage.checkpoint.copy_(tensor.detach())
         return storage
 
     def bind(self, source: Source) -> None:
         for binding in source.bindings:
-            binding.module._parameters[binding.name] = binding.parameter
+            watch(binding.module, binding.name, self)
+            put(binding.module, binding.name, binding.parameter)
 
     def bind_kernel_names(self) -> None:
         for source in self.sources.values():
@@ -124,8 +165,8 @@ class AliasRegistry:
         for module, shard_name, view in shards:
             if not isinstance(view, _Aliased) or view._alias_storage is not source.storage:
                 raise DeclarationError("a shard must be a view of the source it shows", module=self.label, name=name)
-            parameter = make_parameter(source.storage, view._alias_memory)
             old = module._parameters.get(shard_name)
+            parameter = make_parameter(source.storage, view._alias_memory, type(old) if old is not None else nn.Parameter)
             if old is not None:
                 parameter.__dict__.update(loader_attributes(old))
             bindings.append(Binding(module, shard_name, parameter))
@@ -159,12 +200,15 @@ class AliasRegistry:
         with torch.no_grad():
             reconcile(self)
             storages = self._storages()
-            for storage in storages:
-                storage.settle()
-            self._need_loaded()
-            work = sum(self._refresh(derived) for derived in self.derived.values())
-            for storage in storages:
-                work += storage.to_kernel()
+            with ExitStack() as locks:
+                for storage in sorted(storages, key=id):
+                    locks.enter_context(storage.lock)
+                for storage in storages:
+                    storage.settle()
+                self._need_loaded()
+                work = sum(self._refresh(derived) for derived in self.derived.values())
+                for storage in storages:
+                    work += storage.to_kernel()
         self.settle_guard()
         return work
 
@@ -173,7 +217,8 @@ class AliasRegistry:
         with torch.no_grad():
             reconcile(self)
             for storage in self._storages():
-                storage.restore()
+                with storage.lock:
+                    storage.restore()
         self.mark_stale()
 
     def _storages(self) -> list[AliasedStorage]:
@@ -234,17 +279,32 @@ class AliasRegistry:
         The guard is a forward pre-hook which exists only while something is stale, so a ready module pays nothing.
         """
         if self._guard is None and self.kernel_names():
-            self._guard = self.module.register_forward_pre_hook(self._refuse_forward, prepend=True)
+            self._guard = self.module.register_forward_pre_hook(self._check_before_forward, prepend=True)
+
+    def suspect(self) -> None:
+        """Something was put under a declared name. Whether it stays there is seen at the next forward or verb."""
+        self._suspicious = True
+        self.mark_stale()
+
+    def replaced_names(self) -> list[str]:
+        """Declared names under which there is another tensor than ours."""
+        bindings = [b for source in self.sources.values() for b in source.bindings]
+        found = ((b, b.module._parameters.get(b.name)) for b in bindings)
+        return [b.name for b, tensor in found if tensor is not None and tensor is not b.parameter]
 
     def settle_guard(self) -> None:
         """Let the module run again once every kernel name is current."""
-        if self._guard is not None and not self.stale_names():
+        if self._suspicious and not self.replaced_names():
+            self._suspicious = False
+        if self._guard is not None and not self._suspicious and not self.stale_names():
             self._guard.remove()
             self._guard = None
 
     @property
     def is_ready(self) -> bool:
         """Whether every kernel name is current."""
+        if self._suspicious:
+            self.settle_guard()
         return self._guard is None
 
     def stale_names(self) -> list[str]:
@@ -257,11 +317,18 @@ class AliasRegistry:
                 stale.append(name)
         return stale
 
-    def _refuse_forward(self, module: nn.Module, args: Any) -> None:
+    def _check_before_forward(self, module: nn.Module, args: Any) -> None:
+        if self._suspicious:
+            self.settle_guard()
+            if self._guard is None:
+                return
+        replaced = self.replaced_names()
         raise StaleKernelError(
-            "called while kernel-format names are stale",
+            "called while a declared name holds a tensor that was not taken in yet"
+            if replaced
+            else "called while kernel-format names are stale",
             module=self.label,
-            name=", ".join(self.stale_names()) or None,
+            name=", ".join(replaced or self.stale_names()) or None,
             expected="names processed since the last write to their sources",
             remedy="Call aliasparam.process(model) after loading.",
         )
@@ -269,7 +336,7 @@ class AliasRegistry:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         for storage in self._storages():
-            storage.on_stale = self.mark_stale
+            storage.listeners.append(self.mark_stale)
 
 
 def registry_of(module: nn.Module) -> AliasRegistry | None:

@@ -15,23 +15,28 @@ the address. Every name is a view of this one buffer.
     CHECKPOINT  checkpoint-format bytes           checkpoint names are plain memory; kernel names are stale
     KERNEL      kernel-format bytes               kernel names are plain memory; checkpoint names read a converted copy
     INVALID     a failed load or sleep            everything refuses until it is written whole again
+
+[Note: threads] Loaders write shards from many threads. Whatever looks at a state and then touches bytes holds the storage's
+lock, so a conversion never meets a write or a read of the same storage. Locks of several storages are taken in one order
+(see `_dispatch.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from enum import Enum
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._transform import TensorSpec
+from . import _convert
+from ._transform import TensorSpec, contiguous_strides
 from ._verdict import StoragePlan
+from ._written import WrittenBytes
 from .errors import PointerError, StateError
-
-#: Bytes of scratch a conversion may take at once; one region is the least it can do.
-SCRATCH_BYTES = 16 << 20
 
 
 class State(Enum):
@@ -50,9 +55,6 @@ _MOVES: dict[State, frozenset[State]] = {
     State.KERNEL: frozenset({State.KERNEL, State.CHECKPOINT, State.PARTIAL, State.INVALID}),
     State.INVALID: frozenset({State.PARTIAL, State.CHECKPOINT, State.INVALID}),
 }
-
-#: A strided area of the checkpoint name, in bytes: (offset, sizes, strides, element width).
-_Area = tuple[int, tuple[int, ...], tuple[int, ...], int]
 
 
 class AliasedStorage:
@@ -83,9 +85,13 @@ class AliasedStorage:
         self.states = [state] * plan.regions
         #: Counts content changes; whoever derives from this storage compares it with what it saw last.
         self.generation = 0
-        #: Called after any change that makes a kernel name or a derivation stale.
-        self.on_stale: Callable[[], None] | None = None
-        self._written: list[_Area] = []
+        #: Called after any change that makes a kernel name or a derivation stale; one per registry that shows this storage.
+        self.listeners: list[Callable[[], None]] = []
+        #: See [Note: threads].
+        self.lock = threading.RLock()
+        #: Why somebody outside is writing the raw bytes now, or None.
+        self.exposed: str | None = None
+        self._written = WrittenBytes()
         self._plain = state is State.CHECKPOINT  # fast path: every region is CHECKPOINT
         self.checkpoint = self._name(plan.source)
         self.kernel = self._name(plan.derived) if has_kernel_name and plan.reason.aliases else None
@@ -95,7 +101,7 @@ class AliasedStorage:
     def _name(self, spec: TensorSpec) -> Tensor:
         """The plain tensor of one format over the buffer. See [Note: regions lie apart] in _verdict.py."""
         lead = self.plan.lead_dims
-        strides = list(torch.empty(spec.shape, device="meta").stride())
+        strides = contiguous_strides(spec.shape)
         step = self.plan.region_capacity // spec.dtype.itemsize
         for dim in reversed(range(lead)):
             strides[dim] = step
@@ -130,6 +136,7 @@ class AliasedStorage:
     def _move(self, regions: Iterable[int], to: State, doing: str) -> None:
         """Change state: the only place. Refuses illegal moves before any is made."""
         regions = list(regions)
+        self._need_unexposed(doing)
         for region in regions:
             if to not in _MOVES[self.states[region]]:
                 raise StateError(
@@ -153,8 +160,17 @@ class AliasedStorage:
 
     def _changed(self) -> None:
         self.generation += 1
-        if self.on_stale is not None:
-            self.on_stale()
+        for listener in self.listeners:
+            listener()
+
+    def _need_unexposed(self, doing: str) -> None:
+        if self.exposed is not None:
+            raise StateError(
+                f"cannot {doing}: the raw bytes are exposed to {self.exposed}",
+                name=self.label,
+                expected="written() or abandon() of the exposure first",
+                found="an open exposure",
+            )
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
@@ -167,6 +183,7 @@ class AliasedStorage:
         """
         if self._plain:
             return view
+        self._need_unexposed("read")
         regions = self.regions_of(view)
         self._need_weights(view, regions)
         if any(self.states[r] is State.KERNEL for r in regions):
@@ -176,7 +193,7 @@ class AliasedStorage:
     def _need_weights(self, view: Tensor, regions: range) -> None:
         """Refuse to read bytes that were never loaded."""
         found = {self.states[r] for r in regions}
-        if found & {State.EMPTY, State.INVALID} or (State.PARTIAL in found and not self._is_written(view)):
+        if found & {State.EMPTY, State.INVALID} or (State.PARTIAL in found and not self._written.has(view, self.plan.nbytes)):
             bad = next(r for r in regions if self.states[r] not in (State.CHECKPOINT, State.KERNEL))
             raise StateError(
                 f"reading bytes that hold no weights: region {bad} of {self.plan.regions} is {self.states[bad].value!r}",
@@ -191,8 +208,9 @@ class AliasedStorage:
         temporary = torch.empty(count * capacity, dtype=torch.uint8, device=self.buffer.device)
         spec = self.plan.source
         core = spec.shape[self.plan.lead_dims :]
-        strides = torch.empty(core, device="meta").stride()
-        typed = temporary.view(spec.dtype).as_strided((count, *core), (capacity // spec.dtype.itemsize, *strides))
+        typed = temporary.view(spec.dtype).as_strided(
+            (count, *core), (capacity // spec.dtype.itemsize, *contiguous_strides(core))
+        )
         for start, n, state in self._runs(regions):
             target = typed[start - first : start - first + n]
             if state is State.KERNEL:
@@ -204,24 +222,28 @@ class AliasedStorage:
         return result.set_(temporary.untyped_storage(), offset, view.shape, view.stride())
 
     def _inverse(self, start: int, count: int) -> Tensor:
+        kernel = self._kernel_regions(start, count)
+        core = self.plan.source.shape[self.plan.lead_dims :]
+        with self._telling_whose():
+            return self.plan.transform.inverse(kernel, TensorSpec((count, *core), self.plan.source.dtype))
+
+    def _kernel_regions(self, start: int, count: int) -> Tensor:
         if self.kernel is None:
             raise AssertionError(f"{self.label}: kernel state without a kernel name")
-        core = self.plan.source.shape[self.plan.lead_dims :]
-        spec = TensorSpec((count, *core), self.plan.source.dtype)
+        return self._regions_view(self.kernel, start, count)
+
+    @contextmanager
+    def _telling_whose(self) -> Iterator[None]:
+        """A transform without an inverse does not know whose bytes it refuses; we do."""
         try:
-            return self.plan.transform.inverse(self._regions_view(self.kernel, start, count), spec)
-        except StateError as error:  # a transform without an inverse does not know whose bytes these are
-            raise StateError(
-                error.message,
-                name=self.label,
-                expected=error.expected,
-                found=error.found,
-                remedy=error.remedy,
-            ) from None
+            yield
+        except StateError as error:
+            facts = {"expected": error.expected, "found": error.found, "remedy": error.remedy}
+            raise StateError(error.message, name=self.label, **facts) from None
 
     def _runs(self, regions: Iterable[int]) -> Iterable[tuple[int, int, State]]:
         """(first, count, state) runs of equal state, each small enough for the scratch bound."""
-        most = max(1, SCRATCH_BYTES // max(self.plan.region_capacity, 1))
+        most = _convert.regions_at_once(self.plan)
         start, count = -1, 0
         for region in regions:
             if count and region == start + count and count < most and self.states[region] is self.states[start]:
@@ -246,6 +268,7 @@ class AliasedStorage:
         """
         if self._plain:
             return []
+        self._need_unexposed("write")
         undo: list[tuple[int, State]] = []
         regions = self.regions_of(view)
         if not overwrites:
@@ -284,9 +307,7 @@ class AliasedStorage:
             if open_regions and self._covers(view, regions):
                 self._move(open_regions, State.CHECKPOINT, "write")
             elif open_regions:
-                width = view.element_size()
-                strides = tuple(s * width for s in view.stride())
-                self._written.append((int(view.storage_offset()) * width, tuple(view.shape), strides, width))
+                self._written.add(view)
         self._changed()
 
     def _covers(self, view: Tensor, regions: range) -> bool:
@@ -299,21 +320,32 @@ class AliasedStorage:
         partial = [r for r, s in enumerate(self.states) if s is State.PARTIAL]
         if not partial:
             return
-        mask = self._written_mask()
+        mask = self._written.mask(self.plan.nbytes)
         core_bytes = self.plan.source.nbytes // self.plan.regions
         full = [r for r in partial if bool(mask[r * self.plan.region_capacity :][:core_bytes].all())]
         self._move(full, State.CHECKPOINT, "settle")
 
-    def _written_mask(self) -> Tensor:
-        mask = torch.zeros(self.plan.nbytes, dtype=torch.bool)
-        for offset, sizes, strides, width in self._written:
-            mask.as_strided((*sizes, width), (*strides, 1), offset).fill_(True)
-        return mask
+    # -- writing from outside ------------------------------------------------------------------------------------------
 
-    def _is_written(self, view: Tensor) -> bool:
-        width = view.element_size()
-        strides = (*(s * width for s in view.stride()), 1)
-        return bool(self._written_mask().as_strided((*view.shape, width), strides, view.storage_offset() * width).all())
+    def expose(self, view: Tensor, writer: str) -> None:
+        """Make ``view`` checkpoint-format memory which ``writer`` may fill behind our back.
+
+        Until :meth:`close_exposure` nothing reads, writes or converts this storage.
+        """
+        self._need_unexposed("expose")
+        self.before_write(view, overwrites=True)
+        self.exposed, self._plain = writer, False
+        self._changed()
+
+    def close_exposure(self, written: Iterable[Tensor], *, failed: Iterable[Tensor] = ()) -> None:
+        """The writer is done with ``written`` (views of the checkpoint name); the regions under ``failed`` hold rubbish."""
+        self.exposed = None
+        for view in failed:
+            self._move(self.regions_of(view), State.INVALID, "abandon")
+        self._plain = all(s is State.CHECKPOINT for s in self.states)
+        for view in written:
+            self.after_write(view)
+        self._changed()
 
     # -- converting ----------------------------------------------------------------------------------------------------
 
@@ -327,10 +359,11 @@ class AliasedStorage:
         wanted = range(self.plan.regions) if regions is None else list(regions)
         self.need_loaded(wanted)
         stale = [r for r in wanted if self.states[r] is not State.KERNEL]
-        if self.kernel is None:
+        if self.kernel is None or not stale:
             return 0
         for start, count, _ in list(self._runs(stale)):
-            self._convert(start, count)
+            checkpoint = self._regions_view(self.checkpoint, start, count)
+            _convert.to_kernel(self.plan, checkpoint, self._kernel_regions(start, count))
             self._move(range(start, start + count), State.KERNEL, "process")
         return len(stale)
 
@@ -346,37 +379,29 @@ class AliasedStorage:
                     remedy="Load every shard of this tensor before processing.",
                 )
 
-    def _convert(self, start: int, count: int) -> None:
-        if self.kernel is None:
-            raise AssertionError(f"{self.label}: no kernel name")
-        result = self.plan.transform.forward(self._regions_view(self.checkpoint, start, count))
-        self._overwrite(self._regions_view(self.kernel, start, count), result)
-
     def restore(self, regions: Iterable[int] | None = None) -> None:
         """Bring regions (default: all) back to checkpoint format in place."""
+        if self._plain:
+            return
         wanted = range(self.plan.regions) if regions is None else regions
         for start, count, state in list(self._runs(wanted)):
             if state is State.KERNEL:
-                self._overwrite(self._regions_view(self.checkpoint, start, count), self._inverse(start, count))
+                self._need_unexposed("restore")
+                with self._telling_whose():
+                    checkpoint = self._regions_view(self.checkpoint, start, count)
+                    _convert.to_checkpoint(self.plan, checkpoint, self._kernel_regions(start, count))
                 self._move(range(start, start + count), State.CHECKPOINT, "restore")
 
     def put_kernel(self, value: Tensor) -> None:
         """Write kernel-format bytes made elsewhere (the ported helpers) over the whole storage."""
         if self.kernel is None or TensorSpec.of(value) != self.plan.derived:
             raise AssertionError(f"{self.label}: {TensorSpec.of(value)} is not the kernel format {self.plan.derived}")
-        self._overwrite(self.kernel, value)
+        self._need_unexposed("process")
+        self.kernel.copy_(value)
         for region in range(self.plan.regions):
             self.states[region] = State.KERNEL
         self._plain = False
         self._written.clear()
-
-    def _overwrite(self, target: Tensor, value: Tensor) -> None:
-        same_memory = value.untyped_storage().data_ptr() == self.buffer.untyped_storage().data_ptr()
-        if same_memory:
-            if value.data_ptr() == target.data_ptr() and value.stride() == target.stride():
-                return  # identity: the bytes are where they belong
-            value = value.clone()  # a transform that returned another view of its input
-        target.copy_(value)
 
     def relocate(self, device: torch.device) -> None:
         """Follow the module to another device: the one legal change of address, made by the owner."""
@@ -393,14 +418,16 @@ class AliasedStorage:
 
         new = AliasedStorage.__new__(AliasedStorage)
         memo[id(self)] = new
+        new.lock, new.listeners = threading.RLock(), []  # the copied registry connects itself
         for key, value in self.__dict__.items():
             # The plan is immutable. Tensors over one memory stay over one memory: torch keeps that in the memo.
-            new.__dict__[key] = value if key == "plan" else copy.deepcopy(value, memo)
+            if key not in ("lock", "listeners"):
+                new.__dict__[key] = value if key == "plan" else copy.deepcopy(value, memo)
         return new
 
     def __getstate__(self) -> dict[str, Any]:
         # The registry listens to us and reconnects itself; the names are views made again from the buffer.
-        state = {k: v for k, v in self.__dict__.items() if k not in ("checkpoint", "kernel", "on_stale")}
+        state = {k: v for k, v in self.__dict__.items() if k not in ("checkpoint", "kernel", "listeners", "lock")}
         # torch.save refuses one memory under two dtypes, and the kernel name is saved beside us as a buffer.
         state["buffer"] = self.buffer.view((self.kernel if self.kernel is not None else self.checkpoint).dtype)
         state["has_kernel_name"] = self.kernel is not None
@@ -409,7 +436,8 @@ class AliasedStorage:
     def __setstate__(self, state: dict[str, Any]) -> None:
         has_kernel_name = state.pop("has_kernel_name")
         self.__dict__.update(state)
-        self.on_stale = None
+        self.listeners = []
+        self.lock = threading.RLock()
         self.buffer = self.buffer.view(torch.uint8)
         self.checkpoint = self._name(self.plan.source)
         self.kernel = self._name(self.plan.derived) if has_kernel_name else None

@@ -4,6 +4,9 @@
 them is an independent *region* (an expert, say). So one declaration serves a 2-D linear weight and a 3-D stack of experts,
 and a storage can convert one expert without touching its neighbours.
 
+[Note: bands] Inside a region a transform may further say that slices of rows (or of columns) convert independently. A storage
+then converts a large region piece by piece in place, with a small scratch, instead of copying it as a whole.
+
 [Note: inverse needs the spec] Padding forgets the checkpoint shape and a dtype view forgets the dtype, so `inverse` is
 given the :class:`TensorSpec` of what it must rebuild.
 """
@@ -44,6 +47,20 @@ class TensorSpec:
         return f"{str(self.dtype).removeprefix('torch.')}{list(self.shape)}"
 
 
+@dataclass(frozen=True, slots=True)
+class Band:
+    """A slice of a region which converts by itself. See [Note: bands].
+
+    Attributes:
+        dim: -2: source rows ``[k*size, (k+1)*size)`` alone make the k-th equal part of the kernel format's bytes, in order (the
+            last part may be shorter in the source). -1: any ``size``-aligned range of columns maps to the same columns.
+        size: rows or columns of the source in one band.
+    """
+
+    dim: int
+    size: int
+
+
 class Transform(ABC):
     """A bijection from checkpoint format to kernel format.
 
@@ -57,6 +74,11 @@ class Transform(ABC):
 
     #: Trailing dimensions the transform acts on; dimensions before them are regions.
     core_dims: int = 2
+    #: False for steps that lose information (re-quantizing, rounding, clamping). They never share memory with their source:
+    #: the kernel name gets memory of its own and is always computed from the kept source, so nothing drifts.
+    lossless: bool = True
+    #: True where the kernel format is larger by padding. Tells padding of a single row apart from a broadcast of it.
+    pads: bool = False
 
     @abstractmethod
     def output_spec(self, spec: TensorSpec) -> TensorSpec:
@@ -77,6 +99,10 @@ class Transform(ABC):
     def is_identity_for(self, spec: TensorSpec) -> bool:
         """Whether kernel format and checkpoint format are the same bytes for tensors of this spec."""
         return False
+
+    def band(self, spec: TensorSpec) -> Band | None:
+        """The smallest slice of a region that converts by itself, or None: the region converts as a whole."""
+        return None
 
     @property
     def invertible(self) -> bool:
@@ -101,6 +127,9 @@ class Identity(Transform):
 
     def is_identity_for(self, spec: TensorSpec) -> bool:
         return True
+
+    def band(self, spec: TensorSpec) -> Band | None:
+        return Band(-2, 1)
 
 
 @dataclass(frozen=True)
@@ -145,8 +174,33 @@ class Chain(Transform):
         return True
 
     @property
+    def lossless(self) -> bool:  # type: ignore[override]
+        return all(step.lossless for step in self.steps)
+
+    @property
+    def pads(self) -> bool:  # type: ignore[override]
+        return any(step.pads for step in self.steps)
+
+    @property
     def invertible(self) -> bool:
         return all(step.invertible for step in self.steps)
+
+    def band(self, spec: TensorSpec) -> Band | None:
+        """The common band where every step has one along the same dim."""
+        size, dim = 1, None
+        for step in self.steps:
+            following = step.output_spec(spec)
+            if not isinstance(step, (Identity, ViewDtype)):
+                band = step.band(spec)
+                if band is None or dim not in (None, band.dim):
+                    return None
+                dim, size = band.dim, math.lcm(size, band.size)
+                # Rows may be added at the very end only, or the bands of the next step are not ours.
+                whole = (spec.shape[-2], round_up(spec.shape[-2], band.size))
+                if band.dim == -2 and step is not self.steps[-1] and following.shape[-2] not in whole:
+                    return None
+            spec = following
+        return Band(-2 if dim is None else dim, size)
 
 
 @dataclass(frozen=True)
@@ -159,9 +213,10 @@ class PadLast2(Transform):
     rows: int = 1
     cols: int = 1
     core_dims: int = 2
+    pads = True
 
     def output_spec(self, spec: TensorSpec) -> TensorSpec:
-        _need_dims(self, spec, 2)
+        need_dims(self, spec, 2)
         *lead, r, c = spec.shape
         return TensorSpec((*lead, round_up(r, self.rows), round_up(c, self.cols)), spec.dtype)
 
@@ -179,26 +234,8 @@ class PadLast2(Transform):
     def is_identity_for(self, spec: TensorSpec) -> bool:
         return self.output_spec(spec) == spec
 
-
-@dataclass(frozen=True)
-class SwapHalves(Transform):
-    """Exchange the two halves of the rows (dim -2): ``[gate; up] <-> [up; gate]``. An involution."""
-
-    core_dims: int = 2
-
-    def output_spec(self, spec: TensorSpec) -> TensorSpec:
-        _need_dims(self, spec, 2)
-        if spec.shape[-2] % 2:
-            raise TransformError("cannot swap the halves of an odd number of rows", expected="an even row count", found=spec)
-        return spec
-
-    def forward(self, tensor: Tensor) -> Tensor:
-        self.output_spec(TensorSpec.of(tensor))
-        half = tensor.shape[-2] // 2
-        return torch.cat([tensor[..., half:, :], tensor[..., :half, :]], dim=-2)
-
-    def inverse(self, tensor: Tensor, spec: TensorSpec) -> Tensor:
-        return self.forward(tensor)
+    def band(self, spec: TensorSpec) -> Band | None:
+        return Band(-2, self.rows)
 
 
 @dataclass(frozen=True)
@@ -223,29 +260,8 @@ class ViewDtype(Transform):
     def inverse(self, tensor: Tensor, spec: TensorSpec) -> Tensor:
         return tensor.view(spec.dtype)
 
-
-def check_inverse(transform: Transform, spec: TensorSpec, *, device: torch.device | str = "cpu") -> None:
-    """Raise TransformError unless ``transform`` inverts on a probe of ``spec``.
-
-    The probe holds distinct bytes wherever the size allows, so any lost, doubled or moved byte shows.
-    """
-    probe_bytes = (torch.arange(spec.nbytes, device=device, dtype=torch.int64) * 131 + 7) % 251
-    probe = probe_bytes.to(torch.uint8).view(spec.dtype).reshape(spec.shape)
-    after = transform.forward(probe.clone())
-    promised = transform.output_spec(spec)
-    if TensorSpec.of(after) != promised:
-        raise TransformError(f"{transform} gives another spec than it promises", expected=promised, found=TensorSpec.of(after))
-    back = transform.inverse(after.contiguous(), spec)
-    if TensorSpec.of(back) != spec:
-        raise TransformError(f"the inverse of {transform} gives another spec", expected=spec, found=TensorSpec.of(back))
-    wrong = as_bytes(back) != as_bytes(probe)
-    if bool(wrong.any()):
-        raise TransformError(
-            f"the inverse of {transform} does not invert",
-            expected="inverse(forward(x)) == x for every byte",
-            found=f"{int(wrong.sum())} of {spec.nbytes} bytes differ, first at byte {int(wrong.nonzero()[0])} ({spec})",
-            remedy="Declare the step as lossy with a kept source, or mend the inverse.",
-        )
+    def band(self, spec: TensorSpec) -> Band | None:
+        return Band(-2, 1)
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
@@ -257,6 +273,14 @@ def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-def _need_dims(transform: Transform, spec: TensorSpec, dims: int) -> None:
+def need_dims(transform: Transform, spec: TensorSpec, dims: int) -> None:
     if len(spec.shape) < dims:
         raise TransformError(f"{type(transform).__name__} needs at least {dims} dimensions", expected="[..., R, C]", found=spec)
+
+
+def contiguous_strides(shape: tuple[int, ...]) -> list[int]:
+    """Element strides of a contiguous tensor of ``shape``."""
+    strides = [1] * len(shape)
+    for dim in reversed(range(len(shape) - 1)):
+        strides[dim] = strides[dim + 1] * max(shape[dim + 1], 1)
+    return strides

@@ -13,18 +13,30 @@ from ._transform import TensorSpec, Transform, round_up
 
 
 class Reason(Enum):
-    """Why a pair aliases or falls back to a copy. The value is the text that users see."""
+    """Why a pair aliases or falls back to a copy.
+
+    ``reason.code`` is stable and meant for programs; the value is the text that users see.
+    """
 
     SAME = "same shape and dtype"
     SAME_BYTES = "same bytes under another shape or same-width dtype"
     PADDED = "kernel format is larger by declared padding: one padded capacity"
     ELEMENT_WIDTH = "element widths differ"
-    SMALLER = "kernel format is smaller than the checkpoint format (a broadcast or a reduction, not a layout)"
+    BROADCAST = "kernel format is a broadcast of the source, or the source of it"
+    SMALLER = "kernel format is smaller than the checkpoint format (a reduction, not a layout)"
+    LOSSY = "the transform loses information: the source is kept"
+    OTHER_DEVICE = "on another device than its source"
+    UNDECLARED_SHAPE = "value of another shape or dtype from undeclared code"
     SWITCHED_OFF = "aliasing is switched off"
 
     @property
     def aliases(self) -> bool:
         return self in (Reason.SAME, Reason.SAME_BYTES, Reason.PADDED)
+
+    @property
+    def code(self) -> str:
+        """``same``, ``same-bytes``, ``padded``, ``element-width``, …"""
+        return self.name.lower().replace("_", "-")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,15 +65,24 @@ class StoragePlan:
         return _lead_dims(self.source, self.transform)
 
 
-def judge(source: TensorSpec, derived: TensorSpec) -> Reason:
-    """The compatibility verdict for one pair."""
+def judge(source: TensorSpec, derived: TensorSpec, transform: Transform) -> Reason:
+    """The compatibility verdict for one pair, from what both formats look like."""
+    if not transform.lossless:
+        return Reason.LOSSY
     if source.dtype.itemsize != derived.dtype.itemsize:
         return Reason.ELEMENT_WIDTH
     if derived.nbytes < source.nbytes:
-        return Reason.SMALLER
+        return Reason.BROADCAST if _broadcasts(derived.shape, source.shape) else Reason.SMALLER
     if derived.nbytes > source.nbytes:
-        return Reason.PADDED
+        return Reason.PADDED if transform.pads or not _broadcasts(source.shape, derived.shape) else Reason.BROADCAST
     return Reason.SAME if source == derived else Reason.SAME_BYTES
+
+
+def _broadcasts(small: tuple[int, ...], large: tuple[int, ...]) -> bool:
+    """Whether ``small`` broadcasts to ``large``: every trailing dim is equal or 1, and at least one is 1 or absent."""
+    if len(small) > len(large):
+        return False
+    return all(a in (b, 1) for a, b in zip(reversed(small), reversed(large), strict=False))
 
 
 def plan_storage(source: TensorSpec, transform: Transform, *, aliasing: bool = True) -> StoragePlan:
@@ -71,7 +92,10 @@ def plan_storage(source: TensorSpec, transform: Transform, *, aliasing: bool = T
     alone: the copy gets storage of its own.
     """
     derived = transform.output_spec(source)
-    reason = judge(source, derived) if aliasing or transform.is_identity_for(source) else Reason.SWITCHED_OFF
+    if aliasing or transform.is_identity_for(source):
+        reason = judge(source, derived, transform)
+    else:
+        reason = Reason.SWITCHED_OFF
     regions = math.prod(source.shape[: _lead_dims(source, transform)])
     per_region = max(regions, 1)
     size = source.nbytes // per_region

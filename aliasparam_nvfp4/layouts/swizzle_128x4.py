@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from aliasparam import PadLast2, TensorSpec, Transform
+from aliasparam import Band, PadLast2, TensorSpec, Transform
 from aliasparam.errors import TransformError
 
 _PAD = PadLast2(rows=128, cols=4)
@@ -24,11 +24,15 @@ class Swizzle128x4(Transform):
     """
 
     core_dims: int = 2
+    pads = True
 
     def output_spec(self, spec: TensorSpec) -> TensorSpec:
         if spec.dtype.itemsize != 1:
             raise TransformError("block scales are one byte each", expected="float8_e4m3fn or uint8", found=spec)
         return _PAD.output_spec(spec)
+
+    def band(self, spec: TensorSpec) -> Band | None:
+        return Band(-2, 128)
 
     def forward(self, tensor: Tensor) -> Tensor:
         padded = self.output_spec(TensorSpec.of(tensor)).shape

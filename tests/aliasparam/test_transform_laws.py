@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from aliasparam import Chain, Identity, PadLast2, SwapHalves, TensorSpec, Transform, ViewDtype
-from aliasparam._transform import check_inverse
+from aliasparam import Chain, Identity, PadLast2, SwapHalves, TensorSpec, Transform, ViewDtype, check_inverse
 from aliasparam.errors import TransformError
 from aliasparam.testing import transforms
 from aliasparam_nvfp4.layouts import Swizzle128x4
