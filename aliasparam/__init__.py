@@ -5,6 +5,7 @@ See `docs/concepts.md` for the ideas and `aliasparam.declare` for where to start
 
 from __future__ import annotations
 
+from ._bulk import bulk_load as bulk_load
 from ._declare import Alias as Alias
 from ._declare import Derivation as Derivation
 from ._declare import Keep as Keep

@@ -1,11 +1,12 @@
 """What an operator does with a checkpoint name, decided once per operator from its schema.
 
-Every operator that touches an aliased tensor arrives here. There are four behaviours and a refusal:
+Every operator that touches an aliased tensor arrives here. There are five behaviours and a refusal:
 
 - *read*: aliased arguments become plain tensors with checkpoint values (the memory itself, or a converted copy);
 - *view*: the result is again an aliased tensor over the same storage, so writes through slices are seen;
 - *write*: the regions under the written arguments become checkpoint format first, and their dependents stale after;
-- *collective*: c10d schemas do not say what they write, so every aliased tensor in them counts as written;
+- *blank*: operators that want a tensor like this one, without its values;
+- *collective*: c10d schemas do not say what they write, their argument names do: what is sent is read, the rest is written;
 - *refuse*: operators that would move or re-shape the allocation.
 """
 
@@ -38,7 +39,12 @@ _OVERWRITES = frozenset(
         "exponential_",
     }
 )
-_COLLECTIVES = frozenset({"c10d", "_c10d_functional", "c10d_functional"})
+#: Operators that look at shape, dtype and device alone.
+_BLANK = frozenset({"empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like"})
+#: Arguments of c10d operators that are only read, and operators whose ``tensors`` are read, or wholly overwritten.
+_SENT = frozenset({"input_tensors", "input_tensor", "input_list", "inputs", "input"})
+_SENDS = frozenset({"send"})
+_REDUCES = frozenset({"allreduce_", "reduce_", "allreduce_coalesced_"})
 
 _handlers: dict[Any, _Handler] = {}
 
@@ -62,10 +68,12 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def _handler_for(func: Any) -> _Handler:
     schema = func._schema
     namespace, _, name = schema.name.partition("::")
+    if name in _BLANK or name.startswith("new_"):
+        return _blank
     if name in _MOVES_MEMORY or torch.Tag.inplace_view in func.tags:
         return _refuse
-    if namespace in _COLLECTIVES:
-        return _collective
+    if namespace == "c10d":
+        return _collective(func)
     if schema.is_mutable:
         return _writer(func)
     if any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns):
@@ -78,6 +86,13 @@ def _handler_for(func: Any) -> _Handler:
 
 def _read(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return func(*_map(_values, args), **_map_kwargs(_values, kwargs))
+
+
+def _blank(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    result = func(*_map(_memory, args), **_map_kwargs(_memory, kwargs))
+    if "empty" in func._schema.name:
+        result._alias_uninitialized = True  # Module.to_empty() assigns it: then nothing is loaded any more
+    return result
 
 
 def _view(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -125,17 +140,32 @@ def _writer(func: Any) -> _Handler:
     return write
 
 
-def _collective(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    touched = list(_aliased((*args, *kwargs.values())))
-    for tensor in touched:
-        # A sender's bytes must be checkpoint values too, so a region is restored even where it is about to be overwritten.
-        storage, memory = tensor._alias_storage, tensor._alias_memory
-        storage.restore(storage.regions_of(memory))
-        storage.before_write(memory, True)
-    result = func(*_map(_memory, args), **_map_kwargs(_memory, kwargs))
-    for tensor in touched:
-        tensor._alias_storage.after_write(tensor._alias_memory)
-    return result
+def _collective(func: Any) -> _Handler:
+    """A handler for one c10d operator: its schema does not say what it writes, its argument names do."""
+    schema = func._schema
+    name = schema.name.partition("::")[2]
+    names = [a.name for a in schema.arguments]
+
+    def collective(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = dict(zip(names, args, strict=False)) | kwargs
+        sends = name in _SENDS or (name == "broadcast_" and _is_root(given))
+        written = [t for n, v in given.items() if n not in _SENT and not sends for t in _aliased([v])]
+        for tensor in written:
+            tensor._alias_storage.before_write(tensor._alias_memory, overwrites=name not in _REDUCES)
+        plain = {n: _map_one(_values if sends or n in _SENT else _memory, v) for n, v in given.items()}
+        result = func(**plain)
+        for tensor in written:
+            tensor._alias_storage.after_write(tensor._alias_memory)
+        return result
+
+    return collective
+
+
+def _is_root(given: dict[str, Any]) -> bool:
+    from torch.distributed import ProcessGroup
+
+    group = ProcessGroup.unbox(given["process_group"])
+    return bool(group.rank() == given["root_rank"])
 
 
 def _refuse(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

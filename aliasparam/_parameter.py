@@ -10,13 +10,14 @@ from __future__ import annotations
 import copy
 import types
 import weakref
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
 
 from ._dispatch import _types, dispatch
-from ._storage import AliasedStorage
+from ._storage import AliasedStorage, State
 from .errors import AdoptionError, StateError
 
 
@@ -91,6 +92,17 @@ class _Aliased(Tensor):
         raise AttributeError(
             f"{self._alias_storage.label}: no raw array interface, the memory changes format with processing; use clone()"
         )
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        """The raw bytes while they are checkpoint values; else a stand-in without memory, which cannot be read.
+
+        Code that only compares storages (``torch.export``, safetensors) goes on working; code that reads them fails.
+        ``aliasparam.expose_for_writing`` hands out memory to write.
+        """
+        storage = self._alias_storage
+        if storage.state is State.CHECKPOINT and not storage.exposed:
+            return super().untyped_storage()
+        return storage.stand_in
 
     def tolist(self) -> Any:
         return self._values().tolist()
@@ -214,6 +226,7 @@ def _aliased_class(engine_class: type[Any]) -> type[Any]:
     made: type[Any] = types.new_class(
         engine_class.__name__, (AliasedParameter, engine_class), exec_body=lambda body: body.update(namespace)
     )
+    ForkingPickler.register(made, _reduce_for_process)
     return _classes.setdefault(engine_class, made)
 
 
@@ -272,7 +285,11 @@ def _assign(target: _Aliased, value: Tensor) -> None:
             remedy="Convert the value first; Module.half() and the like cannot apply to declared weights.",
         )
     if value.device == memory.device:
-        target.copy_(value)
+        if getattr(value, "_alias_uninitialized", False):  # Module.to_empty(): nothing is loaded any more
+            with storage.lock:
+                storage.invalidate()
+        else:
+            target.copy_(value)
         return
     if value.device != storage.buffer.device:
         storage.relocate(value.device)
@@ -287,3 +304,24 @@ def _issame_view(a: Tensor, b: Tensor) -> bool:
 
 _types.aliased = (_Aliased,)
 _types.view = _make_view
+
+
+# -- other processes -----------------------------------------------------------------------------------------------------
+
+
+def _reduce_for_process(tensor: _Aliased) -> Any:
+    # torch would move the memory to a shared segment; a name that is sent arrives as its values, in a plain tensor.
+    return tensor._snapshot().detach().__reduce_ex__(2)  # type: ignore[no-untyped-call]
+
+
+def _refuse_for_process(owner: Any) -> NoReturn:
+    raise AdoptionError(
+        "a declared module cannot be sent to another process: torch would move its memory to a shared segment",
+        name=owner.label,
+        remedy="Send checkpoint_state_dict(module), or declare in the other process.",
+    )
+
+
+ForkingPickler.register(AliasedView, _reduce_for_process)
+ForkingPickler.register(AliasedParameter, _reduce_for_process)
+ForkingPickler.register(AliasedStorage, _refuse_for_process)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from ._constants import kept
 from ._transform import Band, TensorSpec, Transform, need_dims
 from .errors import TransformError
 
@@ -51,7 +51,7 @@ def _gather(tensor: Tensor, rows: Tensor) -> Tensor:
     return tensor.view(torch.uint8).index_select(-2, rows).view(tensor.dtype)  # 8-bit floats have few operators
 
 
-@lru_cache(maxsize=256)
+@kept
 def _indices(transform: PermuteRows, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """(gather indices, their inverse) on ``device``."""
     gather = transform.source_rows(rows)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ._declare import Declaration
-from ._parameter import AliasedParameter, _Aliased, loader_attributes, make_parameter, take_over
+from ._parameter import AliasedParameter, _Aliased, _refuse_for_process, loader_attributes, make_parameter, take_over
 from ._planning import Binding, Derived, Source, planned
 from ._reconcile import reconcile
 from ._storage import AliasedStorage, State
@@ -397,3 +398,6 @@ def _after_load_state_dict(module: nn.Module, incompatible: Any) -> None:
     if registry is not None:
         with torch.no_grad():
             reconcile(registry)
+
+
+ForkingPickler.register(AliasRegistry, _refuse_for_process)

@@ -27,6 +27,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from enum import Enum
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -55,6 +56,10 @@ _MOVES: dict[State, frozenset[State]] = {
     State.KERNEL: frozenset({State.KERNEL, State.CHECKPOINT, State.PARTIAL, State.INVALID}),
     State.INVALID: frozenset({State.PARTIAL, State.CHECKPOINT, State.INVALID}),
 }
+
+
+#: Attributes which an unpickled storage makes for itself.
+_REMADE = frozenset({"checkpoint", "kernel", "listeners", "lock", "stand_in"})
 
 
 class AliasedStorage:
@@ -126,6 +131,11 @@ class AliasedStorage:
         return range(first // capacity, last // capacity + 1)
 
     # -- state ---------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def stand_in(self) -> torch.UntypedStorage:
+        """What checkpoint names show as their raw storage while the bytes are not theirs: same size, no memory."""
+        return torch.empty(self.plan.nbytes, dtype=torch.uint8, device="meta").untyped_storage()
 
     @property
     def state(self) -> State | None:
@@ -421,13 +431,13 @@ class AliasedStorage:
         new.lock, new.listeners = threading.RLock(), []  # the copied registry connects itself
         for key, value in self.__dict__.items():
             # The plan is immutable. Tensors over one memory stay over one memory: torch keeps that in the memo.
-            if key not in ("lock", "listeners"):
+            if key not in ("lock", "listeners", "stand_in"):
                 new.__dict__[key] = value if key == "plan" else copy.deepcopy(value, memo)
         return new
 
     def __getstate__(self) -> dict[str, Any]:
         # The registry listens to us and reconnects itself; the names are views made again from the buffer.
-        state = {k: v for k, v in self.__dict__.items() if k not in ("checkpoint", "kernel", "listeners", "lock")}
+        state = {k: v for k, v in self.__dict__.items() if k not in _REMADE}
         # torch.save refuses one memory under two dtypes, and the kernel name is saved beside us as a buffer.
         state["buffer"] = self.buffer.view((self.kernel if self.kernel is not None else self.checkpoint).dtype)
         state["has_kernel_name"] = self.kernel is not None

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
+
+from aliasparam._constants import kept
 
 from .errors import ShapeError
 from .format import BLOCK_SIZE, E2M1_MAX, E2M1_VALUES, E4M3_MAX, E4M3_TINY
@@ -27,11 +27,17 @@ def round_to_codes(values: Tensor) -> Tensor:
     """Nearest e2m1 code of each value, u8; ties go to the even code, magnitudes above 6 saturate, -0 and small negatives
     keep their sign (code 8)."""
     magnitude = values.abs()
-    bounds = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0], device=values.device, dtype=values.dtype)
+    bounds = _bounds(values.dtype, values.device)
     index = torch.searchsorted(bounds, magnitude.contiguous(), right=False)
     # searchsorted leaves a tie below its bound; the even neighbour of bounds 1, 3 and 5 is the upper one.
     ties = (magnitude == bounds[1]) | (magnitude == bounds[3]) | (magnitude == bounds[5])
     return (index + ties + 8 * torch.signbit(values)).to(torch.uint8)
+
+
+@kept
+def _bounds(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Midpoints between neighbouring magnitudes."""
+    return torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0], device=device, dtype=dtype)
 
 
 def scaled_codes(packed: Tensor, block_scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -51,7 +57,7 @@ def scaled_codes(packed: Tensor, block_scale: Tensor, dtype: torch.dtype = torch
     return blocks.flatten(-2)
 
 
-@cache
+@kept
 def _pairs(dtype: torch.dtype, device: torch.device) -> Tensor:
     """For each byte its two values, as one integer of twice the width: one gather instead of two."""
     values = torch.tensor([*E2M1_VALUES, *(-v for v in E2M1_VALUES)])
