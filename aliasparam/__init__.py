@@ -37,8 +37,10 @@ from ._transform import Transform as Transform
 from ._transform import ViewDtype as ViewDtype
 from ._verbs import checkpoint_names as checkpoint_names
 from ._verbs import checkpoint_state_dict as checkpoint_state_dict
+from ._verbs import invalidate as invalidate
 from ._verbs import iterate_checkpoint as iterate_checkpoint
 from ._verbs import process as process
 from ._verbs import restore as restore
+from ._verdict import Reason as Reason
 
 __version__ = "0.1.0"

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from ._declare import Alias, Declaration, Derivation, Keep
+from ._overlap import check_memory
 from ._parameter import AliasedParameter
 from ._probe import check_inverse
 from ._storage import AliasedStorage
 from ._transform import Identity, TensorSpec
-from ._verdict import StoragePlan, plan_storage
+from ._verdict import Reason, StoragePlan, plan_storage
 from .errors import DeclarationError
 
 
@@ -51,6 +52,15 @@ class Derived:
     generation: int = 0
 
 
+@dataclass(frozen=True)
+class Separate:
+    """A name which undeclared code derived, and which got memory of its own. See _ported.py."""
+
+    source: str
+    reason: Reason
+    nbytes: int
+
+
 def planned(
     module: nn.Module, label: str, declarations: Sequence[Declaration], taken: set[str], *, aliasing: bool
 ) -> tuple[list[Source], list[Derived]]:
@@ -64,7 +74,8 @@ def planned(
         aliasing: False turns every pair into a copy.
 
     Raises:
-        DeclarationError: an unknown source, a name used twice, a cycle, or a transform that does not invert.
+        DeclarationError: an unknown source, a name used twice, a cycle, a transform that does not invert, or memory that
+            overlaps or is on several devices.
     """
     sources: dict[str, Source] = {}
     derived: list[Derived] = []
@@ -75,7 +86,7 @@ def planned(
         _need_free(label, taken, alias.source, alias.derived)
         spec = _parameter_spec(module, label, alias.source)
         plan = plan_storage(spec, alias.transform, aliasing=aliasing)
-        if alias.transform.invertible and not alias.transform.is_identity_for(spec):
+        if alias.transform.invertible and alias.transform.lossless and not alias.transform.is_identity_for(spec):
             _probe(label, alias, spec)
         fell_back = bool(alias.derived) and not plan.reason.aliases
         if fell_back:
@@ -93,6 +104,7 @@ def planned(
             if name not in sources and name not in taken:
                 taken.add(name)
                 sources[name] = Source(name, plan_storage(_parameter_spec(module, label, name), Identity()), None)
+    check_memory(label, {n: p for n in sources if (p := module._parameters[n]) is not None})
     return list(sources.values()), _in_order(derived, label)
 
 

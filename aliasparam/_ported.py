@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from ._declare import Alias
-from ._planning import Source
+from ._planning import Separate, Source
 from ._reconcile import reconcile
 from ._registry import declare, registry_of
-from ._transform import TensorSpec, Transform
+from ._transform import Identity, TensorSpec, Transform
+from ._verdict import Reason, judge
 from .errors import DeclarationError, PointerError, StateError
 
 
@@ -69,9 +70,11 @@ def alias_or_bind_derived_param(module: nn.Module, source_name: str, derived_nam
             expected=source.derived,
             found=derived_name,
         )
-    spec = _source_spec(module, source, source_name)
-    if TensorSpec.of(derived_value) != spec:
+    spec, device = _source_spec(module, source, source_name)
+    if TensorSpec.of(derived_value) != spec or derived_value.device != device:
         copy_or_rebind_param(module, derived_name, derived_value)
+        reason = _why_apart(spec, TensorSpec.of(derived_value), same_device=derived_value.device == device)
+        (registry or declare(module)).separate[derived_name] = Separate(source_name, reason, derived_value.nbytes)
         return
     if source is None:
         registry = declare(module, Alias(source_name, derived_name, Undeclared()))
@@ -90,13 +93,21 @@ def alias_or_bind_derived_param(module: nn.Module, source_name: str, derived_nam
     registry.settle_guard()
 
 
-def _source_spec(module: nn.Module, source: Source | None, name: str) -> TensorSpec:
-    if source is not None:
-        return source.plan.source
+def _source_spec(module: nn.Module, source: Source | None, name: str) -> tuple[TensorSpec, torch.device]:
     parameter = module._parameters.get(name)
+    if source is not None and source.storage is not None:
+        return source.plan.source, source.storage.buffer.device
     if parameter is None:
         raise DeclarationError("the source is not a Parameter of the module", module=type(module).__name__, name=name)
-    return TensorSpec.of(parameter)
+    return TensorSpec.of(parameter), parameter.device
+
+
+def _why_apart(source: TensorSpec, derived: TensorSpec, *, same_device: bool) -> Reason:
+    """Undeclared code promises no padding and no inverse, so only the very same shape and dtype can share memory."""
+    if not same_device:
+        return Reason.OTHER_DEVICE
+    verdict = judge(source, derived, Identity())
+    return Reason.UNDECLARED_SHAPE if verdict.aliases else verdict
 
 
 def copy_or_rebind_param(module: nn.Module, name: str, value: Tensor) -> None:

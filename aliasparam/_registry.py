@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ._declare import Declaration
 from ._parameter import AliasedParameter, _Aliased, _refuse_for_process, loader_attributes, make_parameter, take_over
-from ._planning import Binding, Derived, Source, planned
+from ._planning import Binding, Derived, Separate, Source, planned
 from ._reconcile import reconcile
 from ._storage import AliasedStorage, State
 from ._transform import TensorSpec
@@ -30,6 +30,8 @@ class AliasRegistry:
         self.label = type(module).__name__
         self.sources: dict[str, Source] = {}
         self.derived: dict[str, Derived] = {}
+        #: Names that undeclared code derived and that could not share memory.
+        self.separate: dict[str, Separate] = {}
         self._guard: Any = None
         self._suspicious = False
 

@@ -6,7 +6,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ._convert import SCRATCH_BYTES, scratch_bytes
+from ._planning import Source
 from ._registry import AliasRegistry, registries
+from ._transform import TensorSpec
+from ._verdict import Reason, StoragePlan
 
 
 @dataclass(frozen=True)
@@ -17,6 +21,7 @@ class MemoryRow:
     source: str
     derived: str | None
     verdict: str
+    reason: Reason | None
     aliased: bool
     checkpoint_bytes: int
     kernel_bytes: int
@@ -66,59 +71,78 @@ class MemoryReport:
 
 
 def memory_report(model: nn.Module) -> MemoryReport:
-    """Bytes of every declared tensor of ``model``: one storage, against both formats kept apart."""
+    """Bytes of every declared tensor of ``model``: one storage, against both formats kept apart. Tied weights count once."""
     rows: list[MemoryRow] = []
+    seen: set[int] = set()
     derivations = 0
     for path, registry in registries(model):
-        rows.extend(_rows(path or registry.label, registry))
+        rows.extend(_rows(path or registry.label, registry, seen))
         for derived in registry.derived.values():
             if derived.fallback is None:
-                spec = derived.declaration
-                count = 1
-                for n in spec.shape:
-                    count *= n
-                derivations += count * spec.dtype.itemsize
+                derivations += TensorSpec(derived.declaration.shape, derived.declaration.dtype).nbytes
     return MemoryReport(tuple(rows), derivations)
 
 
-def _rows(path: str, registry: AliasRegistry) -> list[MemoryRow]:
+def _rows(path: str, registry: AliasRegistry, seen: set[int]) -> list[MemoryRow]:
     copies = {d.declaration.sources[0]: (n, d.fallback) for n, d in registry.derived.items() if d.fallback is not None}
-    rows = []
-    for source in registry.sources.values():
-        plan = source.plan
-        name, fallback = copies.get(source.name, (None, None))
-        if fallback is not None:
-            kernel = fallback.derived.nbytes
-            verdict, aliased, allocated = f"copy: {fallback.reason.value}", False, plan.nbytes + kernel
-        else:
-            name = source.derived
-            kernel = plan.derived.nbytes if name and not plan.transform.is_identity_for(plan.source) else 0
-            verdict, aliased, allocated = f"alias: {plan.reason.value}", True, plan.nbytes
-            if not name:
-                verdict = "no kernel format"
-            elif not kernel:
-                verdict = "alias: kernel format is the checkpoint format"
-        rows.append(MemoryRow(path, source.name, name, verdict, aliased, plan.source.nbytes, kernel, allocated))
+    rows = [_row(path, source, seen, *copies.get(source.name, (None, None))) for source in registry.sources.values()]
+    for name, separate in registry.separate.items():
+        size, verdict = separate.nbytes, f"copy: {separate.reason.value}"
+        rows.append(MemoryRow(path, separate.source, name, verdict, separate.reason, False, 0, size, size))
     return rows
 
 
+def _row(path: str, source: Source, seen: set[int], copy: str | None, fallback: StoragePlan | None) -> MemoryRow:
+    plan, size = source.plan, source.plan.source.nbytes
+    if source.storage is not None:
+        if id(source.storage) in seen:
+            return MemoryRow(path, source.name, source.derived, "tied: the storage of an earlier row", plan.reason, True, 0, 0, 0)
+        seen.add(id(source.storage))
+    if fallback is not None:
+        kernel = fallback.derived.nbytes
+        verdict = f"copy: {fallback.reason.value}"
+        return MemoryRow(path, source.name, copy, verdict, fallback.reason, False, size, kernel, plan.nbytes + kernel)
+    if not source.derived:
+        return MemoryRow(path, source.name, None, "no kernel format", None, True, size, 0, plan.nbytes)
+    if plan.transform.is_identity_for(plan.source):
+        verdict = "alias: kernel format is the checkpoint format"
+        return MemoryRow(path, source.name, source.derived, verdict, plan.reason, True, size, 0, plan.nbytes)
+    verdict = f"alias: {plan.reason.value}"
+    return MemoryRow(path, source.name, source.derived, verdict, plan.reason, True, size, plan.derived.nbytes, plan.nbytes)
+
+
 def explain(module: nn.Module) -> str:
-    """What each declared name of ``module`` (and of modules in it) shares memory with, and why."""
+    """What each declared name of ``module`` (and of modules in it) shares memory with, why, and what it costs."""
     lines: list[str] = []
     paths = {id(m): path for path, m in module.named_modules()}
+    seen: set[int] = set()
     for path, registry in registries(module):
         lines.append(f"{path or registry.label} ({type(registry.module).__name__}): {'ready' if registry.is_ready else 'stale'}")
-        for source, row in zip(registry.sources.values(), _rows(path, registry), strict=True):
-            state = "on meta" if source.storage is None else source.storage.state.value if source.storage.state else "mixed"
-            names = ", ".join(f"{paths.get(id(b.module), '?')}.{b.name}" for b in source.bindings)
-            shards = f"; shown as {names}" if len(source.bindings) > 1 else ""
+        for row in _rows(path, registry, seen):
+            code = f" [{row.reason.code}]" if row.reason else ""
             target = f" -> {row.derived}" if row.derived else ""
-            lines.append(f"  {source.name}{target}: {row.verdict}; {row.allocated_bytes} bytes; holds {state}{shards}")
+            known = registry.sources.get(row.source)
+            about = _about(known, paths) if known is not None else ""
+            lines.append(f"  {row.source}{target}: {row.verdict}{code}; {_size(row.allocated_bytes)}{about}")
         for name, derived in registry.derived.items():
             if derived.fallback is None:
                 fresh = "current" if name not in registry.stale_names() else "stale"
                 lines.append(f"  {name} = f({', '.join(derived.declaration.sources)}): own memory; {fresh}")
     return "\n".join(lines) if lines else "no module here declares aliases"
+
+
+def _about(source: Source, paths: dict[int, str]) -> str:
+    """State, regions, scratch and shards of one source."""
+    storage = source.storage
+    held = "on meta" if storage is None else storage.state.value if storage.state else "mixed"
+    text = f"; holds {held}"
+    if source.plan.regions > 1:
+        text += f"; {source.plan.regions} regions"
+    if (scratch := scratch_bytes(source.plan)) > SCRATCH_BYTES:
+        text += f"; converts as a whole, scratch up to {_size(scratch)}"
+    if len(source.bindings) > 1:
+        text += f"; shown as {', '.join(f'{paths.get(id(b.module), chr(63))}.{b.name}' for b in source.bindings)}"
+    return text
 
 
 def _size(count: int) -> str:

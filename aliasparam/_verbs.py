@@ -34,6 +34,18 @@ def restore(module: nn.Module) -> None:
         registry.restore()
 
 
+def invalidate(module: nn.Module) -> None:
+    """Say that the memory of every declared name under ``module`` no longer holds weights (it was lent out, or slept).
+
+    From then on reading, processing and the forward refuse, until each tensor is loaded whole again. Addresses stay.
+    """
+    for _, registry in registries(module):
+        for source in registry.sources.values():
+            if source.storage is not None:
+                with source.storage.lock:
+                    source.storage.invalidate()
+
+
 def checkpoint_state_dict(module: nn.Module) -> dict[str, Tensor]:
     """The model's state dict in checkpoint format: bit-equal to what was loaded, whatever format the memory is in.
 

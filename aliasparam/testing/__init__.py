@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+from ._check import LAWS as LAWS
+from ._check import LawBroken as LawBroken
+from ._check import Report as Report
+from ._check import check_method as check_method
+from ._check import kernel_names as kernel_names
 from ._machine import AliasMachine as AliasMachine
+from ._machine import expected_kernel_names as expected_kernel_names
 from ._machine import machine_for as machine_for
+from ._strategies import LayerPlan as LayerPlan
 from ._strategies import layers as layers
 from ._strategies import transforms as transforms
+from ._values import random_values as random_values
+from ._values import same_bytes as same_bytes

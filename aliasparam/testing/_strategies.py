@@ -8,23 +8,17 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from .. import Alias, Derivation, Identity, PadLast2, SwapHalves, TensorSpec, Transform, ViewDtype, declare
+from .. import Alias, Derivation, Identity, InterleaveHalves, PadLast2, PermuteRows, SwapHalves, Transform, ViewDtype, declare
 
 
 @dataclass(frozen=True)
-class RollRows(Transform):
+class RollRows(PermuteRows):
     """Rows moved round by ``by``: a permutation that is not an involution."""
 
     by: int = 1
 
-    def output_spec(self, spec: TensorSpec) -> TensorSpec:
-        return spec
-
-    def forward(self, tensor: Tensor) -> Tensor:
-        return tensor.roll(self.by, -2)
-
-    def inverse(self, tensor: Tensor, spec: TensorSpec) -> Tensor:
-        return tensor.roll(-self.by, -2)
+    def source_rows(self, rows: int) -> Tensor:
+        return torch.arange(rows).roll(self.by)
 
 
 def transforms() -> st.SearchStrategy[Transform]:
@@ -34,6 +28,7 @@ def transforms() -> st.SearchStrategy[Transform]:
         st.builds(Identity),
         st.builds(PadLast2, rows=even, cols=st.integers(1, 8)),
         st.builds(SwapHalves),
+        st.builds(InterleaveHalves),
         st.builds(RollRows, by=st.integers(1, 5)),
         st.sampled_from([ViewDtype(torch.int8), ViewDtype(torch.uint8)]),
     )
@@ -69,6 +64,10 @@ class LayerPlan:
             aliasing=aliasing,
         )
         return layer
+
+    def make_empty(self, device: str, aliasing: bool) -> nn.Module:
+        """As :meth:`make`, in the form the state machine asks for."""
+        return self.make(device, aliasing=aliasing)
 
 
 class _Layer(nn.Module):

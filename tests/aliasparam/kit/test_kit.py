@@ -1,0 +1,93 @@
+"""The kit finds what failed in the field, and nothing in what is right."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from aliasparam import Alias, Derivation, PadLast2, SwapHalves, declare
+from aliasparam.testing import LawBroken, check_method, machine_for
+
+from .broken_methods import METHODS, Layer, Method, shuffle
+
+
+@pytest.mark.parametrize("broken", METHODS, ids=lambda cls: cls.__name__)
+def test_the_kit_catches_a_broken_method(broken: type[Method]) -> None:
+    method = broken()
+
+    with pytest.raises(LawBroken) as caught:
+        check_method(
+            method.make,
+            process=method.process,
+            before_load=getattr(method, "before_load", lambda layer: None),
+            outputs=method.outputs,
+            name=broken.__name__,
+        )
+
+    assert caught.value.law in broken.laws, caught.value
+    assert 2 <= len(caught.value.steps) <= 12, "the sequence is not short"
+
+
+def declared(aliasing: bool = True) -> nn.Module:
+    layer = Layer()
+    declare(
+        layer,
+        Alias("weight", "prepared", SwapHalves()),
+        Alias("weight_scale", "weight_scale_prepared", SwapHalves().then(PadLast2(16, 8))),
+        Derivation("alpha", ("scale",), _largest, (1,), torch.float32),
+        Derivation("alpha_inv", ("alpha",), torch.reciprocal, (1,), torch.float32),
+        loaded=False,
+        aliasing=aliasing,
+    )
+    return layer
+
+
+def _largest(scale: Tensor) -> Tensor:
+    return scale.max().reshape(1)
+
+
+@pytest.mark.parametrize("aliasing", [True, False])
+def test_the_same_method_declared_keeps_every_law(aliasing: bool) -> None:
+    report = check_method(lambda: declared(aliasing), name="declared")
+
+    assert report.broken is None
+    assert report.sequences >= 10
+
+
+class Careful(Method):
+    """Hand-written and right, at the price of two copies."""
+
+    def process(self, layer: nn.Module) -> None:
+        from .broken_methods import put
+
+        put(layer, "prepared", shuffle(layer.weight.data))
+        put(layer, "alpha", layer.scale.max().reshape(1))
+
+
+def test_a_careful_method_by_hand_passes_and_a_memory_bound_tells_it_apart() -> None:
+    method = Careful()
+    check_method(method.make, process=method.process, outputs=method.outputs)
+
+    checkpoint = 8 * 6 + 8 * 4 + 3 * 4
+    with pytest.raises(LawBroken, match="law 4"):
+        check_method(method.make, process=method.process, outputs=method.outputs, max_bytes=checkpoint + 4)
+    check_method(lambda: declared(), max_bytes=checkpoint + 16 * 8 - 8 * 4 + 8)
+
+
+def make(device: str, aliasing: bool) -> nn.Module:
+    return declared(aliasing).to(device)
+
+
+class TestMachineOnAnyModule_laws_1_to_9(machine_for("cpu", make=make)):
+    pass
+
+
+def test_the_message_names_the_law_and_the_steps() -> None:
+    method = METHODS[1]()
+    with pytest.raises(LawBroken) as caught:
+        check_method(method.make, process=method.process, outputs=method.outputs, name="SkipsByAFlag")
+
+    text = str(caught.value)
+    assert "SkipsByAFlag breaks law" in text
+    assert "1. load weight" in text
