@@ -343,6 +343,8 @@ class AliasedStorage:
         Until :meth:`close_exposure` nothing reads, writes or converts this storage.
         """
         self._need_unexposed("expose")
+        if self.plan.transform.invertible:  # what the writer leaves out stays as it was
+            self.restore(self.regions_of(view))
         self.before_write(view, overwrites=True)
         self.exposed, self._plain = writer, False
         self._changed()
@@ -371,6 +373,7 @@ class AliasedStorage:
         stale = [r for r in wanted if self.states[r] is not State.KERNEL]
         if self.kernel is None or not stale:
             return 0
+        self._need_unexposed("process")
         for start, count, _ in list(self._runs(stale)):
             checkpoint = self._regions_view(self.checkpoint, start, count)
             _convert.to_kernel(self.plan, checkpoint, self._kernel_regions(start, count))
