@@ -55,14 +55,27 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         handler = _handlers[func] = _handler_for(func)
     if handler is _view:  # looks at no bytes
         return handler(func, args, kwargs)
-    storages = {t._alias_storage for t in _aliased((*args, *kwargs.values()))}
+    storages = _storages(args, kwargs)
     if len(storages) == 1:
-        with storages.pop().lock:
+        with storages[0].lock:
             return handler(func, args, kwargs)
     with ExitStack() as locks:
         for storage in sorted(storages, key=id):  # one order for everybody, so that no two wait for each other
             locks.enter_context(storage.lock)
         return handler(func, args, kwargs)
+
+
+def _storages(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """The distinct storages among the arguments. Nearly always there is one, in a plain argument."""
+    found: list[Any] = []
+    for value in (*args, *kwargs.values()) if kwargs else args:
+        if isinstance(value, _types.aliased):
+            storage = value._alias_storage  # type: ignore[attr-defined]
+            if storage not in found:
+                found.append(storage)
+        elif isinstance(value, (list, tuple)):
+            found += [t._alias_storage for t in _aliased(value) if t._alias_storage not in found]
+    return found
 
 
 def _handler_for(func: Any) -> _Handler:
@@ -96,9 +109,10 @@ def _blank(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _view(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    owner = next(iter(_aliased((*args, *kwargs.values()))))
-    result = func(*_map(_memory, args), **_map_kwargs(_memory, kwargs))
-    return _rewrap(result, owner)
+    owner = args[0] if isinstance(args[0], _types.aliased) else next(iter(_aliased((*args, *kwargs.values()))))
+    if owner is args[0] and not kwargs:  # view operators take one tensor, the first argument
+        return _rewrap(func(owner._alias_memory, *args[1:]), owner)
+    return _rewrap(func(*_map(_memory, args), **_map_kwargs(_memory, kwargs)), owner)
 
 
 def _rewrap(result: Any, owner: Any) -> Any:
@@ -116,6 +130,11 @@ def _writer(func: Any) -> _Handler:
     overwrites = schema.name.partition("::")[2] in _OVERWRITES or any(schema.arguments[i].is_out for i in positions)
 
     def write(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if positions == [0] and not kwargs and isinstance(args[0], _types.aliased):
+            target, rest = args[0], args[1:]
+            if not any(isinstance(a, (*_types.aliased, list, tuple)) for a in rest):  # the loaders' copy_, fill_, zero_
+                _write_one(func, target, rest, overwrites)
+                return target
         originals = [args[i] if i < len(args) else kwargs.get(n) for i, n in zip(positions, names, strict=True)]
         written = list(_aliased(originals))
         # A source over the same memory is read while it is written: then nothing may be given up beforehand.
@@ -138,6 +157,17 @@ def _writer(func: Any) -> _Handler:
         return originals[0] if returns == 1 else tuple(originals)
 
     return write
+
+
+def _write_one(func: Any, target: Any, rest: tuple[Any, ...], overwrites: bool) -> None:
+    storage, memory = target._alias_storage, target._alias_memory
+    undo = storage.before_write(memory, overwrites)
+    try:
+        func(memory, *rest)
+    except BaseException:
+        storage.undo(undo)
+        raise
+    storage.after_write(memory)
 
 
 def _collective(func: Any) -> _Handler:

@@ -1,15 +1,18 @@
-"""The tutorial runs as written."""
+"""Pages with code run as written."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-TUTORIAL = Path(__file__).parent.parent / "docs" / "tutorial.md"
+import pytest
+
+DOCS = Path(__file__).parent.parent / "docs"
 
 
-def test_the_tutorial_runs_as_written() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", TUTORIAL.read_text(), re.DOTALL)
-    assert len(blocks) == 3
+@pytest.mark.parametrize(("page", "blocks"), [("tutorial.md", 4), ("pwal.md", 5)])
+def test_the_page_runs_as_written(page: str, blocks: int) -> None:
+    found = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
+    assert len(found) == blocks
 
-    exec(compile("\n".join(blocks), str(TUTORIAL), "exec"), {"__name__": "tutorial"})
+    exec(compile("\n".join(found), page, "exec"), {"__name__": "page"})

@@ -208,7 +208,7 @@ def parametrize(layer: nn.Module) -> None:
 
 def raw_bytes(layer: nn.Module) -> Tensor:
     storage = weight(layer).untyped_storage()
-    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (48,), (1,)) + 0
+    return torch.empty(0, dtype=torch.uint8, device=weight(layer).device).set_(storage, 0, (48,), (1,)) + 0
 
 
 def to_safetensors(layer: nn.Module) -> Tensor:
@@ -294,7 +294,7 @@ titled(
         "`Module.to(dtype)`, `half`": lambda layer: layer.scale_like_half(),
         "`Module.cpu`, `to(device)` where it is": lambda layer: layer.to(weight(layer).device) and None,
         '`Module.to("meta")`, then the forward': lambda layer: forward(layer.to("meta")),
-        "`Module.to_empty`, then the forward": lambda layer: layer.to_empty(device=weight(layer).device)(torch.ones(1)),
+        "`Module.to_empty`, then the forward": lambda layer: forward(layer.to_empty(device=weight(layer).device)),
         "`requires_grad_`": unary(lambda w: w.requires_grad_()),
         "`functional_call` with another weight": functional_call,
         "`setattr` of another Parameter, then the forward": replace,
@@ -341,9 +341,10 @@ titled(
 
 
 @contextlib.contextmanager
-def one_rank() -> Iterator[None]:
+def one_rank(device: torch.device) -> Iterator[None]:
+    backend = "nccl" if device.type == "cuda" else "gloo"
     with tempfile.TemporaryDirectory() as folder:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+        dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=0, world_size=1)
         try:
             yield
         finally:
@@ -352,14 +353,14 @@ def one_rank() -> Iterator[None]:
 
 def within_group(do: Callable[[Any], Any]) -> Face:
     def face(layer: nn.Module) -> Any:
-        with one_rank():
+        with one_rank(weight(layer).device):
             return do(layer)
 
     return face
 
 
 def all_gather(layer: nn.Module) -> Tensor:
-    out = [torch.empty(6, 8, dtype=torch.uint8)]
+    out = [torch.empty(6, 8, dtype=torch.uint8, device=weight(layer).device)]
     dist.all_gather(out, weight(layer))
     return out[0]
 
@@ -372,40 +373,42 @@ def all_gather_into(layer: nn.Module) -> None:
     dist.all_gather_into_tensor(weight(layer).data, other(weight(layer)))
 
 
-def fully_shard(layer: nn.Module) -> Tensor:
+def mesh(layer: nn.Module) -> Any:
     from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh(weight(layer).device.type, (1,))
+
+
+def fully_shard(layer: nn.Module) -> Tensor:
     from torch.distributed.fsdp import fully_shard as shard
 
-    shard(layer, mesh=init_device_mesh("cpu", (1,)))
+    shard(layer, mesh=mesh(layer))
     return forward(layer)
 
 
 def fully_shard_ignoring(layer: nn.Module) -> Tensor:
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard as shard
 
-    layer.extra = nn.Linear(2, 2)
-    shard(layer, mesh=init_device_mesh("cpu", (1,)), ignored_params={weight(layer)})
+    layer.extra = nn.Linear(2, 2, device=weight(layer).device)
+    shard(layer, mesh=mesh(layer), ignored_params={weight(layer)})
     return forward(layer)
 
 
 def dtensor(layer: nn.Module) -> Tensor:
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, distribute_tensor
 
-    return distribute_tensor(weight(layer), init_device_mesh("cpu", (1,)), [Replicate()]).full_tensor() + 0
+    return distribute_tensor(weight(layer), mesh(layer), [Replicate()]).full_tensor() + 0
 
 
 def distribute_module(layer: nn.Module) -> Tensor:
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import distribute_module as distribute
 
-    distribute(layer, init_device_mesh("cpu", (1,)))
+    distribute(layer, mesh(layer))
     return forward(layer)
 
 
 titled(
-    "torch.distributed (one gloo rank; more in `test_collectives.py`)",
+    "torch.distributed (one rank, gloo or NCCL; more in `test_collectives.py`)",
     {
         "`broadcast`": within_group(lambda layer: dist.broadcast(weight(layer), src=0) and None),
         "`all_reduce`": within_group(lambda layer: dist.all_reduce(weight(layer)) and None),

@@ -1,0 +1,119 @@
+"""What the storage abstraction costs, beside plain tensors in the same run: ``python benchmarks/core.py [--device cuda]``."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from aliasparam import Alias, Derivation, SwapHalves, bulk_load, declare, process
+
+EXPERTS, ROWS, COLUMNS = 64, 32, 256
+
+
+class Linear(nn.Module):
+    def __init__(self, device: str, *, declared: bool) -> None:
+        super().__init__()
+        weight = torch.zeros(EXPERTS, ROWS, COLUMNS, dtype=torch.uint8, device=device)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.scale = nn.Parameter(torch.ones(3, device=device), requires_grad=False)
+        if declared:
+            declare(
+                self,
+                Alias("weight", "weight_prepared", SwapHalves()),
+                Derivation("alpha", ("scale",), _largest, (1,), torch.float32),
+            )
+            process(self)
+        else:
+            self.weight_prepared = nn.Parameter(weight.clone(), requires_grad=False)
+            self.alpha = nn.Parameter(torch.ones(1, device=device), requires_grad=False)
+
+
+def _largest(scale: torch.Tensor) -> torch.Tensor:
+    return scale.max().reshape(1)
+
+
+def seconds(do: Callable[[], Any], repeat: int) -> float:
+    """Best of five rounds, per call."""
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        for _ in range(repeat):
+            do()
+        best = min(best, (time.perf_counter() - start) / repeat)
+    return best
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--layers", type=int, default=25_000, help="layers of four parameters to declare")
+    options = parser.parse_args()
+    console = Console(width=110)
+    device = options.device
+    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    console.print(f"torch {torch.__version__}, {name}; host time per call, nothing waits for the device\n", highlight=False)
+    table = Table("what", "plain, µs", "aliased, µs", "above plain, µs")
+    for what, plain, aliased, repeat in cases(device):
+        a, b = seconds(plain, repeat) * 1e6, seconds(aliased, repeat) * 1e6
+        table.add_row(what, f"{a:.2f}", f"{b:.2f}", f"{b - a:+.2f}")
+    console.print(table)
+    declaring(console, options.layers)
+
+
+def cases(device: str) -> list[tuple[str, Callable[[], Any], Callable[[], Any], int]]:
+    plain, aliased = Linear(device, declared=False), Linear(device, declared=True)
+    stale = Linear(device, declared=True)
+    stale.weight.copy_(stale.weight)  # in checkpoint format, as during a load
+    shard = torch.zeros(ROWS, COLUMNS, dtype=torch.uint8, device=device)
+    x = torch.zeros(8, device=device)
+
+    def write(layer: Any) -> Callable[[], Any]:
+        return lambda: layer.weight.narrow(0, 5, 1).copy_(shard)
+
+    def write_through_data(layer: Any) -> Callable[[], Any]:
+        return lambda: layer.weight.data[5].copy_(shard)
+
+    rows = [
+        ("read a kernel name and use it", lambda: x * plain.alpha, lambda: x * aliased.alpha, 20000),
+        ("look a kernel name up", lambda: plain.weight_prepared, lambda: aliased.weight_prepared, 100000),
+        ("read a checkpoint name, unprocessed", lambda: plain.weight[5].clone(), lambda: stale.weight[5].clone(), 5000),
+        ("write a shard: narrow().copy_()", write(plain), write(stale), 5000),
+        ("write a shard: data\\[i].copy_()", write_through_data(plain), write_through_data(stale), 5000),
+    ]
+    in_bulk = Linear(device, declared=True)
+    in_bulk.__dict__["open"] = context = bulk_load(in_bulk)  # held, or it would end here
+    context.__enter__()
+    rows.append(("the same inside bulk_load", write_through_data(plain), write_through_data(in_bulk), 5000))
+    return rows
+
+
+def declaring(console: Console, layers: int) -> None:
+    modules = [nn.Module() for _ in range(layers)]
+    for module in modules:
+        for name in ("weight", "weight_scale", "weight_scale_2", "input_scale"):
+            shape = (4, 8) if name.startswith("weight") and name[-1] != "2" else (1,)
+            module.register_parameter(name, nn.Parameter(torch.empty(shape), requires_grad=False))
+    start = time.perf_counter()
+    for module in modules:
+        declare(
+            module,
+            Alias("weight", "weight_prepared", SwapHalves()),
+            Alias("weight_scale", "weight_scale_prepared", SwapHalves()),
+            Derivation("alpha", ("weight_scale_2", "input_scale"), torch.mul, (1,), torch.float32),
+            loaded=False,
+        )
+    elapsed = time.perf_counter() - start
+    console.print(
+        f"\ndeclaring {4 * layers} parameters in {layers} modules: {elapsed:.2f} s ({elapsed / layers / 4 * 1e6:.0f} µs each)"
+    )
+
+
+if __name__ == "__main__":
+    main()
