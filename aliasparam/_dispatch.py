@@ -53,16 +53,23 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     handler = _handlers.get(func)
     if handler is None:
         handler = _handlers[func] = _handler_for(func)
-    if handler is _view:  # looks at no bytes
-        return handler(func, args, kwargs)
-    storages = _storages(args, kwargs)
-    if len(storages) == 1:
-        with storages[0].lock:
+    return handler(func, args, kwargs)
+
+
+def _locked(handler: _Handler) -> _Handler:
+    """``handler`` with the locks of all storages in its arguments held."""
+
+    def locked(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        storages = _storages(args, kwargs)
+        if len(storages) == 1:
+            with storages[0].lock:
+                return handler(func, args, kwargs)
+        with ExitStack() as locks:
+            for storage in sorted(storages, key=id):  # one order for everybody, so that no two wait for each other
+                locks.enter_context(storage.lock)
             return handler(func, args, kwargs)
-    with ExitStack() as locks:
-        for storage in sorted(storages, key=id):  # one order for everybody, so that no two wait for each other
-            locks.enter_context(storage.lock)
-        return handler(func, args, kwargs)
+
+    return locked
 
 
 def _storages(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
@@ -86,12 +93,12 @@ def _handler_for(func: Any) -> _Handler:
     if name in _MOVES_MEMORY or torch.Tag.inplace_view in func.tags:
         return _refuse
     if namespace == "c10d":
-        return _collective(func)
+        return _locked(_collective(func))
     if schema.is_mutable:
         return _writer(func)
     if any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns):
-        return _view
-    return _read
+        return _view  # looks at no bytes, takes no lock
+    return _locked(_read)
 
 
 # -- handlers ----------------------------------------------------------------------------------------------------------
@@ -130,11 +137,6 @@ def _writer(func: Any) -> _Handler:
     overwrites = schema.name.partition("::")[2] in _OVERWRITES or any(schema.arguments[i].is_out for i in positions)
 
     def write(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if positions == [0] and not kwargs and isinstance(args[0], _types.aliased):
-            target, rest = args[0], args[1:]
-            if not any(isinstance(a, (*_types.aliased, list, tuple)) for a in rest):  # the loaders' copy_, fill_, zero_
-                _write_one(func, target, rest, overwrites)
-                return target
         originals = [args[i] if i < len(args) else kwargs.get(n) for i, n in zip(positions, names, strict=True)]
         written = list(_aliased(originals))
         # A source over the same memory is read while it is written: then nothing may be given up beforehand.
@@ -156,18 +158,35 @@ def _writer(func: Any) -> _Handler:
             return None
         return originals[0] if returns == 1 else tuple(originals)
 
-    return write
+    general = _locked(write)
+    if positions != [0]:
+        return general
+
+    def write_first(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The loaders' ``copy_``, ``fill_``, ``zero_``: into an aliased tensor, from a plain one."""
+        target = args[0]
+        if kwargs or not isinstance(target, _types.aliased):
+            return general(func, args, kwargs)
+        for other in args[1:]:
+            if isinstance(other, _types.compound):
+                return general(func, args, kwargs)
+        write_one(func, target, args[1:], overwrites)
+        return target
+
+    return write_first
 
 
-def _write_one(func: Any, target: Any, rest: tuple[Any, ...], overwrites: bool) -> None:
+def write_one(func: Any, target: Any, rest: tuple[Any, ...], overwrites: bool) -> None:
+    """``func(target, *rest)``, an operator that writes ``target`` alone and reads nothing aliased."""
     storage, memory = target._alias_storage, target._alias_memory
-    undo = storage.before_write(memory, overwrites)
-    try:
-        func(memory, *rest)
-    except BaseException:
-        storage.undo(undo)
-        raise
-    storage.after_write(memory)
+    with storage.lock:
+        undo = storage.before_write(memory, overwrites)
+        try:
+            func(memory, *rest)
+        except BaseException:
+            storage.undo(undo)
+            raise
+        storage.after_write(memory)
 
 
 def _collective(func: Any) -> _Handler:
@@ -254,4 +273,6 @@ class _types:
     """The tensor classes, filled in by _parameter.py (which imports this module)."""
 
     aliased: tuple[type, ...] = ()
+    #: What an argument is if it may hold an aliased tensor.
+    compound: tuple[type, ...] = ()
     view: Callable[[Any, Tensor], Tensor]

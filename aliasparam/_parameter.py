@@ -15,10 +15,13 @@ from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import reduce_tensor
 
-from ._dispatch import _types, dispatch
+from ._dispatch import _types, dispatch, write_one
 from ._storage import AliasedStorage, State
 from .errors import AdoptionError, StateError
+
+_COPY = torch.ops.aten.copy_.default
 
 
 class _Aliased(Tensor):
@@ -35,6 +38,24 @@ class _Aliased(Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         return dispatch(func, args, kwargs or {})
+
+    # -- what loaders do for every shard: the same as by the dispatcher, without the way through it ---------------------
+
+    def narrow(self, dim: int, start: Any, length: Any) -> Tensor:
+        return _make_view(self._alias_storage, self._alias_memory.narrow(dim, start, length))
+
+    def __getitem__(self, index: Any) -> Any:
+        if type(index) is int or type(index) is slice:
+            return _make_view(self._alias_storage, self._alias_memory[index])
+        return super().__getitem__(index)
+
+    def copy_(self, source: Tensor, non_blocking: bool = False) -> Any:
+        if type(source) is not Tensor and type(source) is not nn.Parameter:
+            if isinstance(source, _Aliased) and source._alias_storage is self._alias_storage and _issame_view(source, self):
+                return self  # onto itself: nothing changes, nothing gets stale
+            return super().copy_(source, non_blocking)
+        write_one(_COPY, self, (source, non_blocking), True)
+        return self
 
     # -- faces of Tensor that do not come through the dispatcher -------------------------------------------------------
 
@@ -246,8 +267,10 @@ def _pin(parameter: Any) -> None:
 
 
 def _make_view(storage: AliasedStorage, memory: Tensor) -> Tensor:
-    view: Tensor = _make(AliasedView, storage, memory)
-    return view
+    view: Any = Tensor._make_subclass(AliasedView, memory, False)  # as _make, without its call: views are made for every shard
+    view._alias_storage = storage
+    view._alias_memory = memory
+    return view  # type: ignore[no-any-return]
 
 
 def same_view(storage: AliasedStorage, memory: Tensor) -> Tensor:
@@ -274,7 +297,7 @@ def _rebuild(storage: AliasedStorage, geometry: Any, attributes: dict[str, Any],
 def _assign(target: _Aliased, value: Tensor) -> None:
     """``target.data = value``: the values are copied in; only another device moves the memory, as Module.to() asks."""
     memory, storage = target._alias_memory, target._alias_storage
-    if isinstance(value, _Aliased) and value._alias_storage is storage and _issame_view(value._alias_memory, memory):
+    if isinstance(value, _Aliased) and value._alias_storage is storage and _issame_view(value, target):
         return
     if value.shape != memory.shape or value.dtype != memory.dtype or value.device.type == "meta":
         raise AdoptionError(
@@ -297,12 +320,14 @@ def _assign(target: _Aliased, value: Tensor) -> None:
     torch._C.TensorBase.data.__set__(target, target._alias_memory)  # type: ignore[attr-defined]
 
 
-def _issame_view(a: Tensor, b: Tensor) -> bool:
+def _issame_view(first: _Aliased, second: _Aliased) -> bool:
+    a, b = first._alias_memory, second._alias_memory
     same_place = a.storage_offset() * a.element_size() == b.storage_offset() * b.element_size()
     return same_place and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
 
 
 _types.aliased = (_Aliased,)
+_types.compound = (_Aliased, list, tuple)
 _types.view = _make_view
 
 
@@ -311,7 +336,7 @@ _types.view = _make_view
 
 def _reduce_for_process(tensor: _Aliased) -> Any:
     # torch would move the memory to a shared segment; a name that is sent arrives as its values, in a plain tensor.
-    return tensor._snapshot().detach().__reduce_ex__(2)  # type: ignore[no-untyped-call]
+    return reduce_tensor(tensor._snapshot().detach())  # type: ignore[no-untyped-call]
 
 
 def _refuse_for_process(owner: Any) -> NoReturn:

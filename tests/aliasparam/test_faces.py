@@ -10,8 +10,10 @@ from .faces.layers import STATES
 from .faces.observe import outcome, table
 
 CASES = [(group, title, state) for group, faces in FACES.items() for title in faces for state in STATES]
-#: numpy has no memory on a GPU; and only the GPU has a CUDA array interface to refuse or a plain one to give.
-CPU_ONLY = {"`.numpy()` (a read-only copy)", "`numpy.asarray`"}
+#: numpy has no memory on a GPU, and CUDA handles cannot be opened by the process that made them.
+CPU_ONLY = {"`.numpy()` (a read-only copy)", "`numpy.asarray`", "the name sent to another process"}
+#: The table is of this version; torch's own refusals are of other classes in others, and on a GPU.
+EXACT = torch.__version__.startswith("2.13.")
 
 
 @pytest.mark.parametrize(("group", "title", "state"), CASES, ids=[f"{t}-{s}" for _, t, s in CASES])
@@ -19,7 +21,11 @@ def test_law_1_and_8_a_face_is_right_or_refuses(group: str, title: str, state: s
     if device.type == "cuda" and title in CPU_ONLY:
         pytest.skip("a face of the CPU")
 
-    assert outcome(title, FACES[group][title], state, device) == table()[group, title, state]
+    found, expected = outcome(title, FACES[group][title], state, device), table()[group, title, state]
+
+    if EXACT and device.type == "cpu":
+        assert found == expected
+    assert found.partition(":")[0] == expected.partition(":")[0]
 
 
 def test_the_table_lists_every_face_and_no_other() -> None:
