@@ -24,12 +24,14 @@ class Alias:
         derived: kernel-format name, registered as a non-persistent buffer.
         transform: checkpoint format to kernel format. Its inverse is checked on a probe at declaration.
         on_mismatch: what happens where the pair cannot alias.
+        room_for: other kernel formats that the storage must have room for, see :meth:`AliasRegistry.retarget`.
     """
 
     source: str
     derived: str
     transform: Transform = field(default_factory=Identity)
     on_mismatch: Policy = "copy"
+    room_for: tuple[Transform, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from ._overlap import check_memory
 from ._parameter import AliasedParameter
 from ._probe import check_inverse
 from ._storage import AliasedStorage
-from ._transform import Identity, TensorSpec
+from ._transform import Identity, TensorSpec, Transform
 from ._verdict import Reason, StoragePlan, plan_storage
 from .errors import DeclarationError
 
@@ -85,9 +85,9 @@ def planned(
     for alias in wanted:
         _need_free(label, taken, alias.source, alias.derived)
         spec = _parameter_spec(module, label, alias.source)
-        plan = plan_storage(spec, alias.transform, aliasing=aliasing)
+        plan = plan_storage(spec, alias.transform, aliasing=aliasing, room_for=alias.room_for)
         if alias.transform.invertible and alias.transform.lossless and not alias.transform.is_identity_for(spec):
-            _probe(label, alias, spec)
+            probe_transform(label, alias.source, alias.transform, spec)
         fell_back = bool(alias.derived) and not plan.reason.aliases
         if fell_back:
             _report_fallback(label, alias, plan, aliasing)
@@ -136,25 +136,25 @@ def _parameter_spec(module: nn.Module, label: str, name: str) -> TensorSpec:
     return TensorSpec.of(parameter)
 
 
-def _probe(label: str, alias: Alias, spec: TensorSpec) -> None:
+def probe_transform(label: str, name: str, transform: Transform, spec: TensorSpec) -> None:
     """Check the inverse on one region of the declared shape (two where there are more)."""
-    lead = max(len(spec.shape) - alias.transform.core_dims, 0)
+    lead = max(len(spec.shape) - transform.core_dims, 0)
     probe = TensorSpec(
         (*(min(n, 2) if i == 0 else 1 for i, n in enumerate(spec.shape[:lead])), *spec.shape[lead:]),
         spec.dtype,
     )
-    key = (alias.transform, probe)
+    key = (transform, probe)
     if key in _probed:
         return
     try:
-        check_inverse(alias.transform, probe)
+        check_inverse(transform, probe)
     except DeclarationError:
         raise
     except Exception as error:
         raise DeclarationError(
-            f"the transform of {alias.derived!r} failed on a probe of {probe}: {error}",
+            f"the transform {transform} failed on a probe of {probe}: {error}",
             module=label,
-            name=alias.source,
+            name=name,
         ) from error
     _probed.add(key)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from ._declare import Declaration
 from ._parameter import AliasedParameter, _Aliased, _refuse_for_process, loader_attributes, make_parameter, take_over
-from ._planning import Binding, Derived, Separate, Source, planned
+from ._planning import Binding, Derived, Separate, Source, planned, probe_transform
 from ._reconcile import reconcile
 from ._storage import AliasedStorage, State
-from ._transform import TensorSpec
+from ._transform import TensorSpec, Transform
+from ._verdict import StoragePlan, plan_storage
 from ._watch import put, watch
-from .errors import DeclarationError, StaleKernelError, StateError
+from .errors import DeclarationError, PointerError, StaleKernelError, StateError
 
 _ATTRIBUTE = "_alias_registry"
 
@@ -190,6 +191,50 @@ class AliasRegistry:
         for source in self.sources.values():
             self.bind(source)
         self.bind_kernel_names()
+
+    def retarget(self, transforms: Mapping[str, Transform]) -> None:
+        """Give sources another kernel format, in place: back by the old inverse, then (on processing) forward by the new.
+
+        Names, addresses and capacities stay; the shape of a kernel name may change. Nothing changes if any format does not fit.
+
+        Raises:
+            DeclarationError: not a source with an aliased kernel name, or a transform that does not invert.
+            PointerError: the new format needs more memory than was planned (``Alias(room_for=...)``).
+        """
+        plans = {name: self._plan_for(name, transform) for name, transform in transforms.items()}
+        with torch.no_grad():
+            reconcile(self)
+            for name, plan in plans.items():
+                source = self.sources[name]
+                if source.storage is not None:
+                    with source.storage.lock:
+                        source.storage.retarget(plan)
+                    plan = source.storage.plan
+                source.plan = plan
+            self.bind_kernel_names()
+        self.mark_stale()
+
+    def _plan_for(self, name: str, transform: Transform) -> StoragePlan:
+        source = self.sources.get(name)
+        if source is None or not source.derived:
+            raise DeclarationError(
+                "only a source with an aliased kernel name has a format to change",
+                module=self.label,
+                name=name,
+                found=f"aliased sources {sorted(n for n, s in self.sources.items() if s.derived)}",
+            )
+        old, plan = source.plan, plan_storage(source.plan.source, transform)
+        if not plan.reason.aliases or plan.regions != old.regions or plan.region_capacity > old.region_capacity:
+            raise PointerError(
+                f"this kernel format does not fit the storage: {plan.reason.value}",
+                module=self.label,
+                name=name,
+                expected=f"{old.regions} regions of at most {old.region_capacity} bytes",
+                found=f"{plan.regions} regions of {plan.region_capacity} bytes ({plan.derived})",
+                remedy="Plan room for it at creation: Alias(room_for=(transform,)).",
+            )
+        probe_transform(self.label, name, transform, plan.source)
+        return plan
 
     # -- processing ----------------------------------------------------------------------------------------------------
 

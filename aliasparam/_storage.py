@@ -26,6 +26,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from enum import Enum
 from functools import cached_property
 from typing import Any
@@ -415,6 +416,15 @@ class AliasedStorage:
             self.states[region] = State.KERNEL
         self._plain = False
         self._written.clear()
+
+    def retarget(self, plan: StoragePlan) -> None:
+        """Change to another kernel format within the same capacity. The bytes go back to checkpoint format first."""
+        if self.kernel is None or plan.regions != self.plan.regions or plan.region_capacity > self.plan.region_capacity:
+            raise AssertionError(f"{self.label}: {plan} does not fit {self.plan}")
+        self.restore()
+        self.plan = replace(plan, region_capacity=self.plan.region_capacity)
+        self.kernel = self._name(self.plan.derived)
+        self._changed()
 
     def relocate(self, device: torch.device) -> None:
         """Follow the module to another device: the one legal change of address, made by the owner."""

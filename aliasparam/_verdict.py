@@ -85,8 +85,10 @@ def _broadcasts(small: tuple[int, ...], large: tuple[int, ...]) -> bool:
     return all(a in (b, 1) for a, b in zip(reversed(small), reversed(large), strict=False))
 
 
-def plan_storage(source: TensorSpec, transform: Transform, *, aliasing: bool = True) -> StoragePlan:
-    """Plan the storage of a source and its kernel format.
+def plan_storage(
+    source: TensorSpec, transform: Transform, *, aliasing: bool = True, room_for: tuple[Transform, ...] = ()
+) -> StoragePlan:
+    """Plan the storage of a source and its kernel format, with room for other kernel formats it may be moved to.
 
     Where the verdict is a copy, the returned plan still describes the kernel format, and its capacity is the source's
     alone: the copy gets storage of its own.
@@ -100,13 +102,13 @@ def plan_storage(source: TensorSpec, transform: Transform, *, aliasing: bool = T
     per_region = max(regions, 1)
     size = source.nbytes // per_region
     if reason.aliases:
-        size = max(size, derived.nbytes // per_region)
+        size = max(size, derived.nbytes // per_region, *(t.output_spec(source).nbytes // per_region for t in room_for))
     # Both formats are read through typed views from the region's first byte.
     size = round_up(size, math.lcm(source.dtype.itemsize, derived.dtype.itemsize))
     return StoragePlan(source, derived, transform, regions, size, reason)
 
 
 def _lead_dims(source: TensorSpec, transform: Transform) -> int:
-    if transform.is_identity_for(source):
+    if transform.core_dims == 0:
         return 0
     return max(len(source.shape) - transform.core_dims, 0)
