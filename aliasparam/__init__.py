@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from ._bulk import bulk_load as bulk_load
 from ._declare import Alias as Alias
+from ._declare import Declaration as Declaration
 from ._declare import Derivation as Derivation
 from ._declare import Keep as Keep
 from ._expose import Exposure as Exposure

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
@@ -33,6 +33,8 @@ class AliasRegistry:
         self.derived: dict[str, Derived] = {}
         #: Names that undeclared code derived and that could not share memory.
         self.separate: dict[str, Separate] = {}
+        #: Called with the registry after anything was converted: for caches that depend on the weights.
+        self.on_processed: list[Callable[[AliasRegistry], None]] = []
         self._guard: Any = None
         self._suspicious = False
 
@@ -258,6 +260,9 @@ class AliasRegistry:
                 for storage in storages:
                     work += storage.to_kernel()
         self.settle_guard()
+        if work:
+            for hook in self.on_processed:
+                hook(self)
         return work
 
     def restore(self) -> None:

@@ -2,4 +2,10 @@
 
 from __future__ import annotations
 
+from .checkpoint_format import COMPRESSED_TENSORS as COMPRESSED_TENSORS
+from .checkpoint_format import MODELOPT as MODELOPT
+from .checkpoint_format import CheckpointFormat as CheckpointFormat
 from .linear import NvFp4LinearMethod as NvFp4LinearMethod
+from .linear import retarget as retarget
+from .loaders import ShardedLoader as ShardedLoader
+from .loaders import load_partition as load_partition

@@ -13,6 +13,7 @@ from ._base import KernelNames as KernelNames
 from ._base import LinearBackend as LinearBackend
 from ._base import LinearLayout as LinearLayout
 from ._base import LinearShape as LinearShape
+from ._layouts import RETARGETABLE as RETARGETABLE
 
 
 @cache
@@ -31,15 +32,23 @@ def linear_backend(name: str, device: torch.device | None = None) -> LinearBacke
     """
     known = linear_backends()
     if name == "auto":
-        here = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        runnable = [b for b in known.values() if b.unavailable(here) is None]
-        return max(runnable, key=lambda b: b.rank)
+        return max(_runnable(device), key=lambda b: b.rank)
     if name not in known:
         raise BackendError("unknown linear backend", name=name, expected=f"auto or one of {sorted(known)}", found=repr(name))
     return known[name]
 
 
+def _runnable(device: torch.device | None) -> list[LinearBackend]:
+    here = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return [b for b in linear_backends().values() if b.unavailable(here) is None]
+
+
 def why(device: torch.device) -> str:
-    """One line per backend: runs here, or why not."""
-    rows = ((b.name, b.unavailable(device)) for b in linear_backends().values())
-    return "\n".join(f"{name:<22}{'runs here' if reason is None else reason}" for name, reason in rows)
+    """One line per backend, best first: which ``auto`` takes, which run here too, and why the others do not."""
+    chosen = linear_backend("auto", device)
+    lines = []
+    for backend in sorted(linear_backends().values(), key=lambda b: -b.rank):
+        reason = backend.unavailable(device)
+        verdict = "auto takes it: the first that runs here" if backend is chosen else "runs here" if reason is None else reason
+        lines.append(f"{backend.name:<32}{verdict}")
+    return "\n".join(lines)

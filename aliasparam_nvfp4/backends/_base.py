@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Protocol
@@ -20,6 +21,7 @@ class LinearLayout:
     ``weight_scale``: e4m3 ``[N, K/16]`` to the format of ``weight_scale_interleaved``.
     """
 
+    name: str
     weight: Transform
     weight_scale: Transform
 
@@ -34,11 +36,16 @@ class LinearShape:
 
 
 class KernelNames(Protocol):
-    """What a backend reads of a layer."""
+    """What a backend reads of a layer.
+
+    ``alpha`` is ``input_scale * weight_scale_2``, for kernels that take quantized activations; ``weight_alpha`` is
+    ``weight_scale_2`` alone, for those that take them as they are. Both f32 ``[1]``.
+    """
 
     weight_prepared: Tensor
     weight_scale_interleaved: Tensor
     alpha: Tensor
+    weight_alpha: Tensor
     input_scale_inv: Tensor
 
 
@@ -48,16 +55,35 @@ class LinearBackend(ABC):
     #: Public name, see the fixed list in the docs.
     name: str
     layout: LinearLayout
-    #: ``auto`` takes the runnable backend with the highest rank.
+    #: True where activations are not quantized (W4A16).
+    weight_only: bool = False
+    #: Compute capabilities it runs on; empty for any device.
+    capabilities: frozenset[tuple[int, int]] = frozenset()
+    #: Packages it needs, besides torch.
+    packages: tuple[str, ...] = ()
+    #: ``auto`` takes the runnable backend with the highest rank on a device.
     rank: int = 0
+    #: What is proven without the hardware; rows of the table in docs/nvfp4/backends.md.
+    call: str = ""
 
-    @abstractmethod
     def unavailable(self, device: torch.device) -> str | None:
         """Why this backend cannot run on ``device``, or None where it can."""
+        if self.capabilities:
+            wanted = ", ".join(f"{major}.{minor}" for major, minor in sorted(self.capabilities))
+            if device.type != "cuda":
+                return f"needs a GPU of compute capability {wanted}"
+            found = torch.cuda.get_device_capability(device)
+            if found not in self.capabilities:
+                return f"needs a GPU of compute capability {wanted}; this one has {found[0]}.{found[1]}"
+        missing = [p for p in self.packages if importlib.util.find_spec(p) is None]
+        return f"{', '.join(missing)} is not installed" if missing else None
 
     def check_shape(self, shape: LinearShape) -> None:  # noqa: B027  (optional, not abstract)
         """Raise ShapeError for dims the kernel cannot take. Default: what the layouts take."""
 
     @abstractmethod
     def apply(self, layer: KernelNames, x: Tensor, shape: LinearShape) -> Tensor:
-        """``x [..., K] -> [..., N]`` from the layer's kernel-format names, in ``x.dtype``, without bias."""
+        """``x [M, K] -> [M, N]`` from the layer's kernel-format names, in ``x.dtype``, without bias. M is not 0."""
+
+    def weights_changed(self) -> None:  # noqa: B027  (optional, not abstract)
+        """Called after a layer was processed: drop what a library keeps by address."""

@@ -1,37 +1,29 @@
-"""``reference``: plain torch on any device, reading the very bytes of the CUTLASS kernel format.
+"""``reference``: plain torch on any device, reading the very bytes of the plain kernel format.
 
-It computes what the kernel computes: activations quantized to NVFP4 with ``input_scale_inv``, codes times block scales
-multiplied and summed in float32, ``alpha`` applied to the sum.
+It computes what the kernels compute: activations quantized to NVFP4 with ``input_scale_inv``, codes times block scales
+multiplied and summed in float32, ``alpha`` applied to the sum. Without an input scale (W4A16 checkpoints) activations stay.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from ..reference import linear_from_kernel_format
+from ..reference import kernel_weight, linear_from_kernel_format
 from ._base import KernelNames, LinearBackend, LinearShape
-from ._cutlass_layout import CUTLASS_LAYOUT
+from ._layouts import PLAIN
 
 
 class Reference(LinearBackend):
     name = "reference"
-    layout = CUTLASS_LAYOUT
+    layout = PLAIN
     rank = 0
-
-    def unavailable(self, device: torch.device) -> str | None:
-        return None
+    call = "aliasparam_nvfp4.reference"
 
     def apply(self, layer: KernelNames, x: Tensor, shape: LinearShape) -> Tensor:
-        return linear_from_kernel_format(
-            x,
-            layer.weight_prepared,
-            layer.weight_scale_interleaved,
-            layer.alpha,
-            layer.input_scale_inv,
-            n=shape.n,
-            k=shape.k,
-        )
+        weight, scales = layer.weight_prepared, layer.weight_scale_interleaved
+        if getattr(layer, "input_scale_inv", None) is None:
+            return (x.float() @ kernel_weight(weight, scales, n=shape.n, k=shape.k).T * layer.weight_alpha).to(x.dtype)
+        return linear_from_kernel_format(x, weight, scales, layer.alpha, layer.input_scale_inv, n=shape.n, k=shape.k)
 
 
 BACKEND = Reference()

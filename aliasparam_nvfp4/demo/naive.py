@@ -10,16 +10,16 @@ attribute, in the source's memory where shapes allow.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import scales
 from ..backends import LinearShape
 from ..checkpoint import CheckpointFolder
 from ..integrations.transformers.modules import FusedLinear
 from ..layouts import Swizzle128x4
+from ..scales import GlobalScales
 
 _SWIZZLE = Swizzle128x4()
 _NAMES = ("weight", "weight_scale", "weight_scale_2", "input_scale")
@@ -36,7 +36,8 @@ class NaiveLinear(nn.Module):
     def __init__(self, fused: FusedLinear, members: list[str], way: str) -> None:
         super().__init__()
         self.method, self.way, self.members = fused.quant_method, way, members
-        self.nvfp4_shape = cast(LinearShape, fused.nvfp4_shape)
+        self.nvfp4_shape: LinearShape = fused.__dict__["nvfp4_shape"]
+        self.nvfp4_backend = fused.__dict__["nvfp4_backend"]
         self.processed = False
 
     def load(self, folder: CheckpointFolder) -> None:
@@ -51,7 +52,9 @@ class NaiveLinear(nn.Module):
     def process(self) -> None:
         if self.way == "skip" and self.processed:
             return
+        scales = GlobalScales()
         self.alpha = scales.alpha(self.input_scale, self.weight_scale_2)
+        self.weight_alpha = self.weight_scale_2.max().reshape(1)
         self.input_scale_inv = scales.input_scale_inv(self.input_scale)
         self.weight_prepared = self.weight
         swizzled = _SWIZZLE.forward(self.weight_scale)

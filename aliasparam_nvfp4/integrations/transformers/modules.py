@@ -97,4 +97,4 @@ class FusedLinear(nn.Module):
         return pending[2][index]
 
     def extra_repr(self) -> str:
-        return f"partitions={list(self.partitions)}, backend={self.quant_method.backend.name}"
+        return f"partitions={list(self.partitions)}, backend={self.__dict__['nvfp4_backend'].name}"

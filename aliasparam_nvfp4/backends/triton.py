@@ -1,0 +1,45 @@
+"""``triton``: our W4A16 kernel, which decodes weights in registers from the plain kernel format. Compute capability 8.0 on."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._base import KernelNames, LinearBackend, LinearShape
+from ._layouts import PLAIN
+
+
+class Triton(LinearBackend):
+    name = "triton"
+    layout = PLAIN
+    weight_only = True
+    packages = ("triton",)
+    rank = 2
+    call = "aliasparam_nvfp4.kernels.triton_linear.linear"
+    shuffled = False
+
+    def unavailable(self, device: torch.device) -> str | None:
+        if (reason := super().unavailable(device)) is not None:
+            return reason
+        import triton
+
+        if triton.knobs.runtime.interpret:
+            return None
+        if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+            return "needs a GPU of compute capability 8.0 or later (or TRITON_INTERPRET=1)"
+        return None
+
+    def apply(self, layer: KernelNames, x: Tensor, shape: LinearShape) -> Tensor:
+        from ..kernels.triton_linear import linear
+
+        return linear(
+            x.contiguous(),
+            layer.weight_prepared,
+            layer.weight_scale_interleaved,
+            layer.weight_alpha,
+            n=shape.n,
+            shuffled=self.shuffled,
+        )
+
+
+BACKEND = Triton()

@@ -1,0 +1,129 @@
+"""SGLang's own ModelOpt NVFP4 linear class on the CPU: equal bytes on a first load, and ours right where its second is wrong."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from aliasparam_nvfp4 import NvFp4LinearMethod
+
+from .test_linear import Layer, tensors
+
+SHAPES = [((576, 192, 192), 576), ((1536, 1536), 576), ((576,), 1536), ((128, 128), 64), ((40,), 48), ((96,), 48), ((512,), 7168)]
+
+
+@pytest.fixture
+def peer(monkeypatch: pytest.MonkeyPatch) -> Any:
+    pytest.importorskip("sglang")
+    module = importlib.import_module("sglang.srt.layers.quantization.modelopt_quant")
+
+    class Platform:
+        is_blackwell = is_sm100 = is_sm120 = True
+        is_cuda = True
+
+        def __getattr__(self, name: str) -> Any:
+            return False
+
+    monkeypatch.setattr(module, "get_platform", lambda: Platform())
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)
+    return module
+
+
+def peer_layer(module: Any, partitions: tuple[int, ...], k: int, backend: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    utils = importlib.import_module("sglang.srt.layers.quantization.fp4_utils")
+
+    class Backend:
+        def __getattr__(self, name: str) -> Any:
+            return lambda: name == f"is_{backend}"
+
+    for owner in (module, utils):
+        if hasattr(owner, "get_fp4_gemm_runner_backend"):
+            monkeypatch.setattr(owner, "get_fp4_gemm_runner_backend", lambda: Backend())
+    config = module.ModelOptFp4Config(
+        is_checkpoint_nvfp4_serialized=True,
+        kv_cache_quant_algo=None,
+        group_size=16,
+        exclude_modules=[],
+        packed_modules_mapping={},
+    )
+    method = module.ModelOptFp4LinearMethod(config)
+    layer = nn.Module()
+    layer.method = method
+    method.create_weights(layer, k, list(partitions), k, sum(partitions), torch.bfloat16, weight_loader=lambda *a: None)
+    return layer
+
+
+def fill(layer: Any, source: dict[str, Tensor]) -> None:
+    for name, value in source.items():
+        getattr(layer, name).data.copy_(value)
+
+
+def ours(partitions: tuple[int, ...], k: int, backend: str, source: dict[str, Tensor]) -> Any:
+    layer = Layer(NvFp4LinearMethod(backend), partitions, k)
+    fill(layer, source)
+    layer.method.process_weights_after_loading(layer)
+    return layer
+
+
+@pytest.mark.parametrize(("partitions", "k"), SHAPES)
+def test_bytes_are_sglangs(partitions: tuple[int, ...], k: int, peer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tensors(partitions, k)
+    theirs = peer_layer(peer, partitions, k, "flashinfer_cutlass", monkeypatch)
+    fill(theirs, source)
+    theirs.method.process_weights_after_loading(theirs)
+    layer = ours(partitions, k, "flashinfer_cutlass", source)
+
+    assert torch.equal(layer.weight_prepared, theirs.weight.data)
+    assert torch.equal(
+        layer.weight_scale_interleaved.view(torch.uint8).reshape(-1),
+        theirs.weight_scale_interleaved.data.view(torch.uint8).reshape(-1),
+    )
+    assert torch.equal(layer.alpha.reshape(()), theirs.alpha.data.reshape(()))
+    assert torch.equal(layer.input_scale_inv.reshape(()), theirs.input_scale_inv.data.reshape(()))
+
+
+def test_processing_twice_is_wrong_there_and_right_here(peer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tensors((128,), 64)
+    theirs = peer_layer(peer, (128,), 64, "flashinfer_cutlass", monkeypatch)
+    fill(theirs, source)
+    theirs.method.process_weights_after_loading(theirs)
+    first = theirs.weight_scale_interleaved.data.clone()
+    theirs.method.process_weights_after_loading(theirs)
+    assert not torch.equal(theirs.weight_scale_interleaved.data.view(torch.uint8), first.view(torch.uint8)), "swizzled twice"
+
+    layer = ours((128,), 64, "flashinfer_cutlass", source)
+    layer.method.process_weights_after_loading(layer)
+    assert torch.equal(layer.weight_scale_interleaved.view(torch.uint8).reshape(-1), first.view(torch.uint8).reshape(-1))
+
+
+def test_a_ragged_second_load_fails_there_and_is_right_here(peer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    partitions, k = (96,), 48
+    theirs = peer_layer(peer, partitions, k, "flashinfer_cutlass", monkeypatch)
+    fill(theirs, tensors(partitions, k))
+    theirs.method.process_weights_after_loading(theirs)
+    with pytest.raises(RuntimeError, match="must match"):
+        fill(theirs, tensors(partitions, k, seed=1))
+
+    layer = ours(partitions, k, "flashinfer_cutlass", tensors(partitions, k))
+    fill(layer, tensors(partitions, k, seed=1))
+    layer.method.process_weights_after_loading(layer)
+    cold = ours(partitions, k, "flashinfer_cutlass", tensors(partitions, k, seed=1))
+    assert torch.equal(layer.weight_prepared, cold.weight_prepared)
+
+
+def test_fused_qkv_with_different_scales_is_silently_wrong_there(peer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One alpha for all columns: SGLang takes the largest; here the other columns are scaled, exactly."""
+    partitions, k = (32, 32), 64
+    source = tensors(partitions, k)
+    source["weight_scale_2"] = torch.tensor([0.002, 0.001])
+    theirs = peer_layer(peer, partitions, k, "flashinfer_cutlass", monkeypatch)
+    fill(theirs, source)
+    theirs.method.process_weights_after_loading(theirs)
+
+    layer = ours(partitions, k, "flashinfer_cutlass", source)
+    assert torch.equal(layer.alpha.reshape(()), theirs.alpha.data.reshape(()))
+    assert layer.output_scale.tolist() == [1.0] * 32 + [0.5] * 32
