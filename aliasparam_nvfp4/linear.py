@@ -47,7 +47,7 @@ class NvFp4LinearMethod:
         pre_quant_scale: bool = False,
         retarget_to: Sequence[str] = (),
     ) -> None:
-        self.backend: LinearBackend = linear_backend(backend)
+        self.backend: LinearBackend = linear_backend(backend, input_scale=input_scale)
         self.checkpoint = checkpoint
         self.input_scale = input_scale
         self.pre_quant_scale = pre_quant_scale

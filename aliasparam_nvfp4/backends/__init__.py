@@ -24,15 +24,17 @@ def linear_backends() -> dict[str, LinearBackend]:
     return {m.BACKEND.name: m.BACKEND for m in modules}
 
 
-def linear_backend(name: str, device: torch.device | None = None) -> LinearBackend:
-    """The backend called ``name``; ``auto`` picks the best that runs on ``device`` (default: what this process has).
+def linear_backend(name: str, device: torch.device | None = None, *, input_scale: bool = True) -> LinearBackend:
+    """The backend called ``name``; ``auto`` picks the best that runs on ``device`` (default: what this process has), and that
+    does without activation scales where there are none.
 
     Raises:
         BackendError: no such backend.
     """
     known = linear_backends()
     if name == "auto":
-        return max(_runnable(device), key=lambda b: b.rank)
+        fit = [b for b in _runnable(device) if input_scale or b.weight_only or b.name == "reference"]
+        return max(fit, key=lambda b: b.rank)
     if name not in known:
         raise BackendError("unknown linear backend", name=name, expected=f"auto or one of {sorted(known)}", found=repr(name))
     return known[name]

@@ -1,22 +1,27 @@
 """How a checkpoint folder says it is quantized.
 
-Two spellings: ``quantization_config`` in config.json (flat, ``quant_method: modelopt``), and the older
-``hf_quant_config.json`` (nested under ``quantization``).
+ModelOpt has two spellings: ``quantization_config`` in config.json (flat, ``quant_method: modelopt``), and the older
+``hf_quant_config.json`` (nested under ``quantization``). compressed-tensors has one, in config.json.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint_format import COMPRESSED_TENSORS, MODELOPT, CheckpointFormat
 from ..format import BLOCK_SIZE
 from .errors import CheckpointError, UnsupportedFormatError
 
-SUPPORTED = ("NVFP4",)
+#: ModelOpt's algorithms that are read.
+SUPPORTED = ("NVFP4", "NVFP4_AWQ", "W4A16_NVFP4", "MIXED_PRECISION")
+#: What compressed-tensors calls a packed NVFP4 checkpoint.
+_CT_FORMAT = "nvfp4-pack-quantized"
 
 
 @dataclass(frozen=True)
@@ -24,9 +29,12 @@ class QuantConfig:
     """The quantization of a checkpoint.
 
     Attributes:
-        algo: ModelOpt's name of the algorithm, "NVFP4".
+        algo: ModelOpt's name of the algorithm ("NVFP4", "NVFP4_AWQ", "W4A16_NVFP4", "MIXED_PRECISION"); compressed-tensors'
+            NVFP4 and NVFP4A16 are "NVFP4" and "W4A16_NVFP4".
         group_size: values per block scale, 16.
-        exclude: glob patterns of modules which are not quantized.
+        exclude: patterns of modules which are not quantized: globs, or regular expressions after ``re:``.
+        tensors: how the files name a module's tensors.
+        layers: for MIXED_PRECISION the algorithm of each quantized module; all others are left alone.
         kv_cache_algo: quantization of the KV cache, or None.
         raw: the whole dict as it was read.
     """
@@ -34,34 +42,58 @@ class QuantConfig:
     algo: str
     group_size: int
     exclude: tuple[str, ...]
+    tensors: CheckpointFormat = MODELOPT
+    layers: Mapping[str, str] = field(default_factory=dict, compare=False)
     kv_cache_algo: str | None = None
     raw: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], *, where: str = "quantization_config") -> QuantConfig:
-        """Parse either spelling.
+        """Parse any spelling.
 
         Raises:
             UnsupportedFormatError: another quantization method or algorithm, or another group size.
         """
+        if config.get("quant_method") == "compressed-tensors":
+            return cls._compressed_tensors(config, where)
         body = config["quantization"] if isinstance(config.get("quantization"), Mapping) else config
         method = config.get("quant_method", "modelopt")
         algo = body.get("quant_algo")
         if method != "modelopt" or algo not in SUPPORTED:
-            raise UnsupportedFormatError(
-                "this checkpoint is quantized in a way that is not supported",
-                name=where,
-                expected=f"quant_method 'modelopt' with quant_algo {' or '.join(SUPPORTED)}",
-                found=f"quant_method {method!r}, quant_algo {algo!r}, format {config.get('format')!r}",
-                remedy="Export the model with ModelOpt's NVFP4_DEFAULT_CFG: aliasparam-nvfp4 quantize MODEL OUT.",
+            raise _unsupported(
+                config, where, found=f"quant_method {method!r}, quant_algo {algo!r}, format {config.get('format')!r}"
             )
+        layers = {name: str(layer.get("quant_algo")) for name, layer in (body.get("quantized_layers") or {}).items()}
+        unknown = sorted(set(layers.values()) - {"NVFP4", "W4A16_NVFP4", "FP8"})
+        if unknown:
+            raise _unsupported(config, where, found=f"layers quantized to {', '.join(unknown)}")
         size = _group_size(body)
-        if size != BLOCK_SIZE:
+        if size != BLOCK_SIZE and algo != "MIXED_PRECISION":
             raise UnsupportedFormatError("NVFP4 has one block scale per 16 values", name=where, expected=BLOCK_SIZE, found=size)
         exclude = body.get("ignore") or body.get("modules_to_not_convert") or body.get("exclude_modules") or ()
         scheme = body.get("kv_cache_scheme")
         kv = body.get("kv_cache_quant_algo") or (f"FP{scheme['num_bits']}" if scheme else None)
-        return cls(algo, size, tuple(exclude), kv, dict(config))
+        return cls(algo, BLOCK_SIZE, tuple(exclude), MODELOPT, layers, kv, dict(config))
+
+    @classmethod
+    def _compressed_tensors(cls, config: Mapping[str, Any], where: str) -> QuantConfig:
+        groups = list((config.get("config_groups") or {}).values())
+        formats = {config.get("format"), *(g.get("format") for g in groups)} - {None}
+        weights = [g.get("weights") or {} for g in groups]
+        nvfp4 = all(w.get("num_bits") == 4 and w.get("type") == "float" and w.get("strategy") == "tensor_group" for w in weights)
+        if formats != {_CT_FORMAT} or not groups or not nvfp4 or any(g.get("targets") != ["Linear"] for g in groups):
+            raise _unsupported(config, where, found=f"format {sorted(map(str, formats))}, {len(groups)} config groups")
+        size = {w.get("group_size") for w in weights}
+        if size != {BLOCK_SIZE}:
+            raise UnsupportedFormatError("NVFP4 has one block scale per 16 values", name=where, expected=BLOCK_SIZE, found=size)
+        algo = "NVFP4" if groups[0].get("input_activations") else "W4A16_NVFP4"
+        return cls(algo, BLOCK_SIZE, tuple(config.get("ignore") or ()), COMPRESSED_TENSORS, {}, None, dict(config))
+
+    def algo_of(self, module: str) -> str | None:
+        """The algorithm of one linear module by its dotted path, or None if it is not quantized."""
+        if self.algo == "MIXED_PRECISION":
+            return self.layers.get(module)
+        return None if self.excludes(module) else self.algo
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> QuantConfig:
@@ -96,7 +128,24 @@ class QuantConfig:
         """Whether a pattern matches the module's dotted path, its last part, or a path above it."""
         parts = module.split(".")
         prefixes = [".".join(parts[: i + 1]) for i in range(len(parts))]
-        return any(fnmatchcase(c, p) for p in self.exclude for c in (*prefixes, parts[-1]))
+        return any(_matches(c, p) for p in self.exclude for c in (*prefixes, parts[-1]))
+
+
+def _matches(name: str, pattern: str) -> bool:
+    if pattern.startswith("re:"):
+        return re.match(pattern[3:], name) is not None
+    return fnmatchcase(name, pattern)
+
+
+def _unsupported(config: Mapping[str, Any], where: str, *, found: str) -> UnsupportedFormatError:
+    return UnsupportedFormatError(
+        "this checkpoint is quantized in a way that is not supported",
+        name=where,
+        expected=f"quant_method 'modelopt' with quant_algo {', '.join(SUPPORTED)} (layers NVFP4, W4A16_NVFP4 or FP8), "
+        f"or 'compressed-tensors' in format {_CT_FORMAT} for all linear layers",
+        found=found,
+        remedy="Export the model with ModelOpt's NVFP4_DEFAULT_CFG: aliasparam-nvfp4 quantize MODEL OUT.",
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:

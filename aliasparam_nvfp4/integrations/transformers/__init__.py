@@ -5,8 +5,10 @@ from __future__ import annotations
 from .load import answer as answer
 from .load import load_model as load_model
 from .load import logits as logits
+from .quantizer import CompressedTensorsConfig as CompressedTensorsConfig
 from .quantizer import ModelOptConfig as ModelOptConfig
 from .quantizer import ModelOptQuantizer as ModelOptQuantizer
+from .quantizer import compressed_tensors_here as compressed_tensors_here
 from .quantizer import register as register
 from .quantizer import use_backend as use_backend
 from .reload import reload_folder as reload_folder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from aliasparam import AliasRegistry, registry_of
 
 from ...linear import NvFp4LinearMethod
-from .modules import FusedLinear, Projection, placeholders
+from .modules import FusedLinear, Projection, ProjectionKind
 
 #: Sibling names which read the same input, and the name of their fused layer.
 FUSED_GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -19,16 +20,19 @@ FUSED_GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 
 
-def fuse_projections(model: nn.Module, method: NvFp4LinearMethod) -> int:
+def fuse_projections(model: nn.Module, backend: str) -> int:
     """Give every loaded :class:`Projection` of ``model`` its fused layer; returns the number of fused layers.
 
     Peak extra memory is one layer: its placeholders are released as soon as their bytes are taken.
     """
+    methods: dict[ProjectionKind, NvFp4LinearMethod] = {}
     count = 0
     for parent in list(model.modules()):
         if isinstance(parent, FusedLinear):
             continue
         for name, members in _groups(parent):
+            kind = members[0].kind
+            method = methods.setdefault(kind, kind.method(backend))
             _fuse(parent, name, members, method)
             count += 1
     return count
@@ -49,21 +53,23 @@ def _groups(parent: nn.Module) -> Iterator[tuple[str, list[Projection]]]:
 
 def _fit_together(members: list[Projection]) -> bool:
     first = members[0]
-    same_input = all(m.in_features == first.in_features for m in members)
+    alike = all((m.in_features, replace(m.kind, kept=())) == (first.in_features, replace(first.kind, kept=())) for m in members)
+    if not alike or first.kind.pre_quant_scale:
+        return False
     # One alpha serves the fused layer. Where the exporter did not unify the scales, the layers stay apart and right.
-    same_scale = all(torch.equal(m.get_parameter("weight_scale_2"), first.get_parameter("weight_scale_2")) for m in members)
-    return same_input and same_scale
+    scale = first.kind.names.weight_global
+    return all(torch.equal(m.get_parameter(scale), first.get_parameter(scale)) for m in members)
 
 
 def _fuse(parent: nn.Module, name: str, members: list[Projection], method: NvFp4LinearMethod) -> None:
-    dtype = torch.get_default_dtype()
-    with torch.device(members[0].get_parameter("weight").device):
-        fused = FusedLinear(method, members[0].in_features, [m.out_features for m in members], dtype)
+    tensors = members[0].tensors()
+    with torch.device(members[0].get_parameter(next(iter(tensors))).device):
+        fused = FusedLinear(method, members[0].in_features, [m.out_features for m in members], members[0].dtype)
     registry = registry_of(fused)
     if registry is None:
         raise AssertionError("create_weights did not declare the layer")
-    for tensor in placeholders(members[0].in_features, members[0].out_features):
-        shards = _shards(fused.get_parameter(tensor), members, scalar=members[0].get_parameter(tensor).dim() == 0)
+    for tensor, (shape, _) in tensors.items():
+        shards = _shards(fused.get_parameter(tensor), members, shape)
         with torch.no_grad():
             for member, shard in zip(members, shards, strict=True):
                 shard.copy_(member.get_parameter(tensor))
@@ -73,10 +79,11 @@ def _fuse(parent: nn.Module, name: str, members: list[Projection], method: NvFp4
         member.attach(fused, index)
 
 
-def _shards(whole: Tensor, members: list[Projection], *, scalar: bool) -> list[Tensor]:
-    if scalar:
-        return [whole[i] for i in range(len(members))]
-    return list(torch.split(whole, [m.out_features for m in members]))
+def _shards(whole: Tensor, members: list[Projection], shape: tuple[int, ...]) -> list[Tensor]:
+    """Each member's part of a fused tensor, in the shape that the checkpoint has."""
+    if len(shape) < 2 and whole.shape[0] == len(members):
+        return [whole[i] if shape == () else whole[i : i + 1] for i in range(len(members))]
+    return [whole] if len(members) == 1 else list(torch.split(whole, [m.out_features for m in members]))
 
 
 def _show(registry: AliasRegistry, name: str, members: list[Projection], shards: list[Tensor]) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...checkpoint import QuantConfig
-from .quantizer import use_backend
+from .quantizer import compressed_tensors_here, use_backend
 
 
 def load_model(folder: str | Path, backend: str = "auto") -> tuple[Any, Any]:
@@ -23,7 +23,7 @@ def load_model(folder: str | Path, backend: str = "auto") -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     QuantConfig.from_folder(folder)
-    with use_backend(backend):
+    with use_backend(backend), compressed_tensors_here():
         model = AutoModelForCausalLM.from_pretrained(folder)
     return model.eval(), AutoTokenizer.from_pretrained(folder)
 

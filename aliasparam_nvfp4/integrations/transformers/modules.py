@@ -9,22 +9,51 @@ checkpoint's names, and writing ``q_proj.weight`` writes rows of the fused weigh
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from ...checkpoint_format import MODELOPT, CheckpointFormat
 from ...format import BLOCK_SIZE
 from ...linear import NvFp4LinearMethod
 
 
-def placeholders(in_features: int, out_features: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Checkpoint tensors of one projection as ModelOpt stores them: name to (shape, dtype). Scalars are 0-d."""
-    return {
-        "weight": ((out_features, in_features // 2), torch.uint8),
-        "weight_scale": ((out_features, in_features // BLOCK_SIZE), torch.float8_e4m3fn),
-        "weight_scale_2": ((), torch.float32),
-        "input_scale": ((), torch.float32),
-    }
+@dataclass(frozen=True)
+class ProjectionKind:
+    """Which tensors a projection's checkpoint has.
+
+    Attributes:
+        names: of the tensors.
+        input_scale: whether activations have a scale.
+        pre_quant_scale: whether input features have a factor (AWQ).
+        kept: scalars which travel with the projection and are not used here (KV-cache scales).
+    """
+
+    names: CheckpointFormat = MODELOPT
+    input_scale: bool = True
+    pre_quant_scale: bool = False
+    kept: tuple[str, ...] = ()
+
+    def tensors(self, in_features: int, out_features: int, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Name to (shape, dtype) of the tensors that the fused layer takes in."""
+        names, scalar = self.names, (self.names.scalar_shape, torch.float32)
+        found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            names.weight: ((out_features, in_features // 2), torch.uint8),
+            names.block_scale: ((out_features, in_features // BLOCK_SIZE), torch.float8_e4m3fn),
+            names.weight_global: scalar,
+        }
+        if self.input_scale:
+            found[names.input_global] = scalar
+        if self.pre_quant_scale:
+            found["pre_quant_scale"] = ((in_features,), dtype)
+        return found
+
+    def method(self, backend: str) -> NvFp4LinearMethod:
+        """The quantization method of such a projection."""
+        return NvFp4LinearMethod(
+            backend, checkpoint=self.names, input_scale=self.input_scale, pre_quant_scale=self.pre_quant_scale
+        )
 
 
 class Projection(nn.Module):
@@ -34,16 +63,23 @@ class Projection(nn.Module):
     the fused layer, and calling it gives its columns of the fused output.
     """
 
-    def __init__(self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype) -> None:
+    def __init__(self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype, kind: ProjectionKind) -> None:
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
-        for name, (shape, kind) in placeholders(in_features, out_features).items():
-            self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=kind), requires_grad=False))
+        self.kind = kind
+        self.dtype = dtype
+        kept = dict.fromkeys(kind.kept, ((), torch.float32))
+        for name, (shape, element) in {**self.tensors(), **kept}.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=element), requires_grad=False))
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype), requires_grad=False) if bias else None
         self._index = 0
         # In a tuple, so that the fused layer is not registered a second time as our submodule.
         self._fused: tuple[FusedLinear, ...] = ()
+
+    def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Name to (shape, dtype) of what the fused layer takes in."""
+        return self.kind.tensors(self.in_features, self.out_features, self.dtype)
 
     def attach(self, fused: FusedLinear, index: int) -> None:
         self._fused, self._index = (fused,), index

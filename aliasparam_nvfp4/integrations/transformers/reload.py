@@ -62,7 +62,7 @@ def check_config(model: Any, folder: Path) -> None:
     parsed = QuantConfig.from_folder(folder)
     held = model.config.quantization_config
     held_parsed = held.parsed if hasattr(held, "parsed") else QuantConfig.from_dict(held)
-    if (parsed.algo, parsed.group_size) != (held_parsed.algo, held_parsed.group_size):
+    if (parsed.algo, parsed.group_size, parsed.tensors) != (held_parsed.algo, held_parsed.group_size, held_parsed.tensors):
         raise CheckpointError(
             "the folder is quantized in another way",
             name=str(folder),
@@ -87,18 +87,20 @@ def check_fused_scales(model: nn.Module, folder: CheckpointFolder) -> None:
     for path, fused in model.named_modules():
         if not isinstance(fused, FusedLinear):
             continue
-        members = [names[id(m)] for m in fused.members()]
-        weight_scales = {m: float(folder.read(f"{m}.weight_scale_2")) for m in members}
+        members, tensors = [names[id(m)] for m in fused.members()], fused.quant_method.checkpoint
+        weight_scales = {m: float(folder.read(f"{m}.{tensors.weight_global}")) for m in members}
         if len(set(weight_scales.values())) > 1:
             raise ScaleError(
                 "fused projections come with different weight global scales",
                 module=path,
-                name="weight_scale_2",
+                name=tensors.weight_global,
                 expected="one value for all of them, as in the checkpoint that was loaded first",
                 found=weight_scales,
                 remedy="Export with unified scales, or start the model cold from this folder: it then stays unfused.",
             )
-        scalars = {**weight_scales, **{f"{m}.input_scale": float(folder.read(f"{m}.input_scale")) for m in members}}
-        bad = {n: v for n, v in scalars.items() if not 0 <= v < float("inf") or (v == 0 and n.endswith("input_scale"))}
+        scalars = dict(weight_scales)
+        if fused.quant_method.input_scale:
+            scalars |= {f"{m}.{tensors.input_global}": float(folder.read(f"{m}.{tensors.input_global}")) for m in members}
+        bad = {n: v for n, v in scalars.items() if not 0 < v < float("inf")}
         if bad:
             raise ScaleError("a global scale is not a scale", module=path, expected="finite and positive", found=bad)
