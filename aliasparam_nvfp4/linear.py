@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from aliasparam import Alias, AliasRegistry, Declaration, Derivation, Keep, declare, registry_of
+from aliasparam import Alias, AliasRegistry, Declaration, Derivation, declare, registry_of
 from aliasparam.errors import StateError
 
 from .backends import KernelNames, LinearBackend, LinearShape, linear_backend
@@ -35,7 +35,7 @@ class NvFp4LinearMethod:
     Checkpoint names on the layer (ModelOpt's): ``weight`` u8 ``[N, K/2]``, ``weight_scale`` e4m3 ``[N, K/16]``,
     ``weight_scale_2`` f32 ``[partitions]``, ``input_scale`` f32 ``[partitions]``. Kernel names: ``weight_prepared``,
     ``weight_scale_interleaved`` (over the memory of the first two), ``alpha``, ``weight_alpha``, ``input_scale_inv`` f32 ``[1]``,
-    and ``output_scale`` ``[N]`` where there are several partitions.
+    ``output_scale`` ``[N]`` where there are several partitions, and ``input_factor`` ``[K]`` with AWQ.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class NvFp4LinearMethod:
         else:
             declared += [Derivation("alpha", ("weight_alpha",), torch.clone, *one)]
         if self.pre_quant_scale:
-            declared += [Keep("pre_quant_scale")]
+            declared += [Alias("pre_quant_scale", "input_factor")]
         if len(shape.partitions) > 1:
             ratios = PartitionRatios(shape.partitions, dtype, names.reciprocal)
             layer.__dict__["nvfp4_ratios"] = ratios
@@ -172,7 +172,7 @@ class NvFp4LinearMethod:
         if rows.shape[0] == 0:
             return x.new_empty((*x.shape[:-1], shape.n))
         if self.pre_quant_scale:
-            rows = rows * layer.get_parameter("pre_quant_scale")
+            rows = rows * layer.get_buffer("input_factor")
         out = backend.apply(cast(KernelNames, layer), rows, shape)
         ratios: PartitionRatios | None = layer.__dict__.get("nvfp4_ratios")
         if ratios is not None and ratios.applies:
