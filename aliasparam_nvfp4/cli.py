@@ -14,7 +14,7 @@ from aliasparam.errors import AliasError
 
 app = typer.Typer(
     name="aliasparam-nvfp4",
-    help="NVFP4 checkpoints: quantize, inspect, generate and hot-reload.",
+    help="NVFP4 checkpoints: quantize, inspect, generate, hot-reload and verify.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -106,6 +106,29 @@ def reload(
             failed = True
             console.print(f"[red]refused[/red] {error}", highlight=False, markup=True)
         _answer(model, tokenizer, prompt, tokens)
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def verify(backend: Annotated[str, typer.Option(help="Linear backend to accept, or auto.")] = "auto") -> None:
+    """Run a backend's kernel against its emulator on this machine's GPU (or CPU). Exit code 1 if any shape is wrong."""
+    import torch
+
+    from .backends import linear_backend
+    from .verify import verify as run
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = linear_backend(backend, device)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    console.print(f"{chosen.name} on {name}, torch {torch.__version__}", highlight=False)
+    table = Table("layer", "tokens", "dB against the emulator", "")
+    failed = False
+    for verdict in run(chosen.name, device):
+        failed |= not verdict.held
+        shown = verdict.detail or f"{verdict.decibel:.1f}"
+        table.add_row(verdict.shape, str(verdict.tokens or ""), shown, "right" if verdict.held else "[red]WRONG[/red]")
+    console.print(table)
     if failed:
         raise typer.Exit(1)
 

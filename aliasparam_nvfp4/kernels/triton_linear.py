@@ -13,6 +13,7 @@ columns of x in two products, so nothing is interleaved.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -157,11 +158,12 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor, alpha: Tensor, *, n: int, s
 
     Deterministic, allocates only its result and partial sums, and looks at no value on the host: safe in CUDA graphs.
     """
+    if x.is_cuda and x.shape[0] <= 8 and x.dtype is torch.bfloat16 and _has_gluon():
+        return _decode(x, weight, scale, alpha, n=n, shuffled=shuffled)
     m, k = x.shape
     config = _config(m, n, k, x.device)
     split = config["SPLIT_K"]
-    out = torch.empty(m, n, dtype=x.dtype, device=x.device)
-    target = out if split == 1 else torch.empty(split, m, n, dtype=torch.float32, device=x.device)
+    out, target = _outputs(split, m, n, x)
     kernel_rows = weight.shape[0] if shuffled else n
     grid = (triton.cdiv(kernel_rows, config["BLOCK_N"]), triton.cdiv(m, config["BLOCK_M"]), split)
     half, decode = x.dtype is torch.float16, x.is_cuda and not triton.knobs.runtime.interpret
@@ -185,15 +187,64 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor, alpha: Tensor, *, n: int, s
         OUT_FACTOR=1.0 if not decode else 2.0**7 if half else 2.0**8,
         **config,
     )
+    return _summed(out, target, split)
+
+
+def _decode(x: Tensor, weight: Tensor, scale: Tensor, alpha: Tensor, *, n: int, shuffled: bool) -> Tensor:
+    """Up to 8 tokens: see decode.py."""
+    from .decode import decode_linear, launch_options
+
+    m, k = x.shape
+    kernel_rows = weight.shape[0] if shuffled else n
+    blocks, constants = launch_options(kernel_rows, k)
+    split = constants["SPLIT_K"]
+    out, target = _outputs(split, m, n, x)
+    decode_linear[(blocks, split)](
+        x.view(torch.int32),
+        weight,
+        scale.view(torch.uint8),
+        alpha,
+        target,
+        m,
+        kernel_rows,
+        k // 2,
+        weight.stride(0),
+        scale.shape[-1],
+        n,
+        m * n,
+        SHUFFLED=shuffled,
+        **constants,
+    )
+    return _summed(out, target, split)
+
+
+def _outputs(split: int, m: int, n: int, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The result, and where the kernel writes: the result itself, or float32 partial sums ``[split, m, n]``."""
+    out = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    return out, out if split == 1 else torch.empty(split, m, n, dtype=torch.float32, device=x.device)
+
+
+def _summed(out: Tensor, parts: Tensor, split: int) -> Tensor:
     if split > 1:
-        _sum_parts[(triton.cdiv(m * n, 1024),)](target, out, m * n, m * n, SPLIT_K=split, BLOCK=1024)
+        size = out.numel()
+        _sum_parts[(triton.cdiv(size, 1024),)](parts, out, size, size, SPLIT_K=split, BLOCK=1024)
     return out
+
+
+@cache
+def _has_gluon() -> bool:
+    """Triton has explicit register layouts since 3.5; before that the general kernel serves."""
+    try:
+        from . import decode
+    except ImportError:
+        return False
+    return bool(decode.MAX_TOKENS)
 
 
 def _config(m: int, n: int, k: int, device: torch.device) -> dict[str, Any]:
     """Tile sizes by shape alone, so that a captured graph and a later call run the same kernel."""
     if m <= 16:
-        block_n, block_k, warps, stages = 64, 256, 4, 4
+        block_n, block_k, warps, stages = 64, 128, 2, 4
         block_m = 16
     else:
         block_n, block_k, warps, stages = 128, 64, 8, 3
