@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,32 +57,41 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 16])
     options = parser.parse_args()
     console = Console(width=120)
-    source, target = (torch.empty(1 << 28, device="cuda") for _ in range(2))
-    bandwidth = 2 * source.nbytes / microseconds([lambda: target.copy_(source)], 10) / 1e3
-    del source, target
+    bandwidth = copy_bandwidth()
     console.print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; copy {bandwidth:.0f} GB/s (read and write)\n")
     table = Table("layer", "N × K", "tokens", "bf16, µs", "ours, µs", "GB/s", "of copy", "against bf16")
     for name, (n, k) in SHAPES.items():
-        packed, dense = n * k // 2 + n * k // 16, 2 * n * k
-        weights = copies(lambda n=n, k=k: prepared(n, k), packed)  # type: ignore[misc]
-        bf16 = copies(lambda n=n, k=k: torch.randn(n, k, device="cuda", dtype=torch.bfloat16), dense)  # type: ignore[misc]
-        alpha = torch.ones(1, device="cuda")
-        for tokens in options.tokens:
-            x = torch.randn(tokens, k, device="cuda", dtype=torch.bfloat16)
-            plain = microseconds([lambda w=w, x=x: torch.nn.functional.linear(x, w) for w in bf16])  # type: ignore[misc]
-            ours = microseconds([lambda w=w, x=x, n=n: linear(x, *w, alpha, n=n) for w in weights])  # type: ignore[misc]
-            rate = packed / ours / 1e3
-            table.add_row(
-                name,
-                f"{n} × {k}",
-                str(tokens),
-                f"{plain:.1f}",
-                f"{ours:.1f}",
-                f"{rate:.0f}",
-                f"{rate / bandwidth:.2f}",
-                f"{plain / ours:.2f}×",
-            )
+        for tokens, plain, ours in compare(n, k, options.tokens):
+            rate = packed_bytes(n, k) / ours / 1e3
+            figures = (f"{plain:.1f}", f"{ours:.1f}", f"{rate:.0f}", f"{rate / bandwidth:.2f}", f"{plain / ours:.2f}×")
+            table.add_row(name, f"{n} × {k}", str(tokens), *figures)
     console.print(table)
+
+
+def copy_bandwidth() -> float:
+    """GB/s of a 1 GiB copy, bytes read and written."""
+    source = torch.empty(1 << 28, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / microseconds([lambda: target.copy_(source)], 10) / 1e3
+
+
+def compare(n: int, k: int, batches: Sequence[int]) -> list[tuple[int, float, float]]:
+    """(tokens, µs of bf16, µs of ours) for each batch size."""
+    weights = copies(lambda: prepared(n, k), packed_bytes(n, k))
+    dense = copies(lambda: torch.randn(n, k, device="cuda", dtype=torch.bfloat16), 2 * n * k)
+    alpha = torch.ones(1, device="cuda")
+    rows = []
+    for tokens in batches:
+        x = torch.randn(tokens, k, device="cuda", dtype=torch.bfloat16)
+        plain = microseconds([partial(torch.nn.functional.linear, x, w) for w in dense])
+        ours = microseconds([partial(linear, x, *w, alpha, n=n) for w in weights])
+        rows.append((tokens, plain, ours))
+    return rows
+
+
+def packed_bytes(n: int, k: int) -> int:
+    """Codes and block scales."""
+    return n * k // 2 + n * k // 16
 
 
 def prepared(n: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,3 +16,10 @@ def test_the_page_runs_as_written(page: str, blocks: int) -> None:
     assert len(found) == blocks
 
     exec(compile("\n".join(found), page, "exec"), {"__name__": "page"})
+
+
+def test_the_backends_table_is_the_backends() -> None:
+    from .nvfp4.proof_table import DOCS as PAGE
+    from .nvfp4.proof_table import render
+
+    assert render() in PAGE.read_text()
