@@ -14,6 +14,7 @@ from torch import Tensor
 from ._parameter import _Aliased, adopt_class, loader_attributes, make_parameter, same_view
 from ._planning import Binding, Source
 from ._storage import State
+from ._take import take
 from ._transform import TensorSpec
 from .errors import AdoptionError
 
@@ -92,7 +93,7 @@ def _adopt(registry: AliasRegistry, source: Source, binding: Binding, tensor: Te
     if tensor.device.type == "meta":
         return  # a placeholder: nothing to take, and our name comes back
     if source.storage is None:
-        registry.take(source, tensor, State.CHECKPOINT)
+        take(registry, source, tensor, State.CHECKPOINT)
         return
     adopt_class(binding.parameter, type(tensor))
     binding.parameter.__dict__.update(loader_attributes(tensor))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
@@ -11,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ._declare import Declaration
-from ._parameter import AliasedParameter, _Aliased, _refuse_for_process, loader_attributes, make_parameter, take_over
+from ._parameter import AliasedParameter, _Aliased, _refuse_for_process, loader_attributes, make_parameter
 from ._planning import Binding, Derived, Separate, Source, planned, probe_transform
 from ._reconcile import reconcile
 from ._storage import AliasedStorage, State
+from ._take import share, take
 from ._transform import TensorSpec, Transform
 from ._verdict import StoragePlan, plan_storage
 from ._watch import put, watch
@@ -60,66 +62,18 @@ class AliasRegistry:
         if tensor is None:
             raise AssertionError(f"{self.label}.{source.name} vanished while it was being declared")
         if isinstance(tensor, _Aliased):
-            self._share(source, tensor)
+            share(self, source, tensor)
         elif tensor.device.type == "meta":
             source.attributes.update(loader_attributes(tensor))  # a loader will put a real tensor here: see reconcile
         else:
-            self.take(source, tensor, State.CHECKPOINT if loaded else State.EMPTY)
+            take(self, source, tensor, State.CHECKPOINT if loaded else State.EMPTY)
 
-    def take(self, source: Source, tensor: Tensor, state: State) -> None:
-        """Make ``tensor``, the Parameter now under the source's name, the storage's checkpoint name."""
-        with torch.no_grad():
-            storage = self._storage_over(source, tensor, state) or self._storage_beside(source, tensor, state)
-            parameter = take_over(tensor, storage, storage.checkpoint)
-            if parameter is None:  # the old object stays in somebody's hands, so its memory stays its own
-                storage = self._storage_beside(source, tensor, state)
-                parameter = make_parameter(storage, storage.checkpoint, type(tensor))
-                parameter.__dict__.update(loader_attributes(tensor))
-        parameter.__dict__.update({k: v for k, v in source.attributes.items() if k not in parameter.__dict__})
-        self._own(source, storage, parameter)
-
-    def _share(self, source: Source, parameter: _Aliased) -> None:
-        """A tied weight which another module declared: the same storage, if it is declared to the same format."""
-        storage = parameter._alias_storage
-        if not isinstance(parameter, AliasedParameter) or parameter._alias_memory is not storage.checkpoint:
-            raise DeclarationError(
-                "this Parameter is a view of a storage that another module declared", module=self.label, name=source.name
-            )
-        if storage.plan != source.plan or (storage.kernel is None) != (not source.derived):
-            raise DeclarationError(
-                "a tied weight is declared to two different kernel formats",
-                module=self.label,
-                name=source.name,
-                expected=f"{storage.plan.transform} as in {storage.label}",
-                found=source.plan.transform,
-                remedy="Declare it once, or untie it with clone().",
-            )
-        self._own(source, storage, parameter)
-
-    def _own(self, source: Source, storage: AliasedStorage, parameter: AliasedParameter) -> None:
+    def own(self, source: Source, storage: AliasedStorage, parameter: AliasedParameter) -> None:
+        """Make ``parameter`` over ``storage`` the checkpoint name of ``source``."""
         source.storage = storage
         storage.listeners.append(self.mark_stale)
         source.bindings = [Binding(self.module, source.name, parameter)]
         self.bind(source)
-
-    def _storage_over(self, source: Source, tensor: Tensor, state: State) -> AliasedStorage | None:
-        """A storage that takes over the tensor's own allocation (no copy, no new address), if that is exactly the capacity and
-        nobody else looks at it."""
-        plan, memory = source.plan, tensor.untyped_storage()
-        alone = torch._C._storage_Use_Count(memory._cdata) <= 2  # the tensor and the object we hold just now
-        if not (alone and tensor.is_contiguous() and memory.nbytes() == plan.nbytes == plan.source.nbytes):
-            return None
-        plain = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(memory, 0, (plan.nbytes,), (1,))
-        return AliasedStorage(f"{self.label}.{source.name}", plan, plain, state, has_kernel_name=bool(source.derived))
-
-    def _storage_beside(self, source: Source, tensor: Tensor, state: State) -> AliasedStorage:
-        """A storage with memory of its own, filled from the tensor if its bytes count."""
-        buffer = torch.empty(source.plan.nbytes, dtype=torch.uint8, device=tensor.device)
-        label = f"{self.label}.{source.name}"
-        storage = AliasedStorage(label, source.plan, buffer, state, has_kernel_name=bool(source.derived))
-        if state is State.CHECKPOINT:
-            storage.checkpoint.copy_(tensor.detach())
-        return storage
 
     def bind(self, source: Source) -> None:
         for binding in source.bindings:
@@ -211,7 +165,6 @@ class AliasRegistry:
                 if source.storage is not None:
                     with source.storage.lock:
                         source.storage.retarget(plan)
-                    plan = source.storage.plan
                 source.plan = plan
             self.bind_kernel_names()
         self.mark_stale()
@@ -225,6 +178,13 @@ class AliasRegistry:
                 name=name,
                 found=f"aliased sources {sorted(n for n, s in self.sources.items() if s.derived)}",
             )
+        if source.storage is not None and len(source.storage.listeners) > 1:
+            raise DeclarationError(
+                "another module declares this tied weight too, to the format it has",
+                module=self.label,
+                name=name,
+                remedy="Untie it with clone() before declaring, or declare it once.",
+            )
         old, plan = source.plan, plan_storage(source.plan.source, transform)
         if not plan.reason.aliases or plan.regions != old.regions or plan.region_capacity > old.region_capacity:
             raise PointerError(
@@ -236,7 +196,7 @@ class AliasRegistry:
                 remedy="Plan room for it at creation: Alias(room_for=(transform,)).",
             )
         probe_transform(self.label, name, transform, plan.source)
-        return plan
+        return replace(plan, region_capacity=old.region_capacity)
 
     # -- processing ----------------------------------------------------------------------------------------------------
 

@@ -26,7 +26,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from enum import Enum
 from functools import cached_property
 from typing import Any
@@ -418,11 +417,11 @@ class AliasedStorage:
         self._written.clear()
 
     def retarget(self, plan: StoragePlan) -> None:
-        """Change to another kernel format within the same capacity. The bytes go back to checkpoint format first."""
-        if self.kernel is None or plan.regions != self.plan.regions or plan.region_capacity > self.plan.region_capacity:
+        """Change to another kernel format of the same capacity. The bytes go back to checkpoint format first."""
+        if self.kernel is None or (plan.regions, plan.region_capacity) != (self.plan.regions, self.plan.region_capacity):
             raise AssertionError(f"{self.label}: {plan} does not fit {self.plan}")
         self.restore()
-        self.plan = replace(plan, region_capacity=self.plan.region_capacity)
+        self.plan = plan
         self.kernel = self._name(self.plan.derived)
         self._changed()
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from aliasparam import Alias, Derivation, SwapHalves, bulk_load, declare, process
+from aliasparam import Alias, Derivation, SwapHalves, bulk_load, declare, process, restore
 
 EXPERTS, ROWS, COLUMNS = 64, 32, 256
 
@@ -70,7 +70,7 @@ def main() -> None:
 def cases(device: str) -> list[tuple[str, Callable[[], Any], Callable[[], Any], int]]:
     plain, aliased = Linear(device, declared=False), Linear(device, declared=True)
     stale = Linear(device, declared=True)
-    stale.weight.copy_(stale.weight)  # in checkpoint format, as during a load
+    restore(stale)  # in checkpoint format, as during a load
     shard = torch.zeros(ROWS, COLUMNS, dtype=torch.uint8, device=device)
     x = torch.zeros(8, device=device)
 

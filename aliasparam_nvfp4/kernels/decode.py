@@ -1,4 +1,4 @@
-"""W4A16 for up to 8 tokens: one pass over the weights, from global memory to tensor cores without shared memory.
+"""W4A16 for up to 16 tokens: one pass over the weights, from global memory to tensor cores without shared memory.
 
 [Note: fragments by address] A tensor core's fragment belongs to one lane, but which columns of K a lane brings is free, as long
 as weights and activations agree. So a lane loads 16 consecutive packed bytes of its row and they *are* its fragments: no byte
@@ -19,7 +19,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-MAX_TOKENS = 8
+MAX_TOKENS = 16
 #: Bytes of a row that four lanes hold at once; four such pieces are in flight.
 PIECE = gl.constexpr(64)
 
@@ -92,6 +92,7 @@ def decode_linear(
     out_stride,
     split_stride,
     ROWS: gl.constexpr,
+    TOKENS: gl.constexpr,
     SPLIT_K: gl.constexpr,
     SHUFFLED: gl.constexpr,
     LAYOUT: gl.constexpr,
@@ -99,7 +100,7 @@ def decode_linear(
     DECODE: gl.constexpr,
     UNZIP: gl.constexpr,
 ):
-    """ROWS kernel rows by up to 8 tokens, over one of SPLIT_K ranges of K. ``x_ptr`` holds pairs of bf16 as int32."""
+    """ROWS kernel rows by up to TOKENS (8 or 16) tokens, over one of SPLIT_K ranges of K. ``x_ptr``: pairs of bf16 as int32."""
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, 8])
     operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=mma, k_width=8)
     activation: gl.constexpr = gl.DotOperandLayout(operand_index=1, parent=mma, k_width=8)
@@ -117,12 +118,12 @@ def decode_linear(
     w_off = gl.expand_dims(rows.to(gl.int64) * weight_stride + groups * 8, 3) + bytes_
     s_off = rows // 128 * 128 * scale_columns + rows % 32 * 16 + rows % 128 // 32 * 4
     pair = gl.arange(0, PIECE, layout=gl.SliceLayout(1, activation))
-    token = gl.arange(0, 8, layout=gl.SliceLayout(0, activation))
+    token = gl.arange(0, TOKENS, layout=gl.SliceLayout(0, activation))
     pairs = gl.expand_dims(pair // 8 % 4 * 16 + pair // 32 * 8 + pair % 8, 1)
     x_off = gl.expand_dims(token, 0) * half_k + pairs
     row_ok = rows < n_size
     token_ok = gl.expand_dims(token < m_size, 0)
-    total = gl.zeros((ROWS, 8), gl.float32, layout=mma)
+    total = gl.zeros((ROWS, TOKENS), gl.float32, layout=mma)
     steps = gl.cdiv(gl.cdiv(half_k, 4 * PIECE), SPLIT_K)
     for step in range(part * steps, (part + 1) * steps):
         at = step * 4 * PIECE
@@ -139,7 +140,7 @@ def decode_linear(
         total = _add(w3, s3, x3, total, ROWS, DECODE, UNZIP, operand)
     alpha = gl.load(alpha_ptr) * 256.0
     out_row = start + gl.arange(0, ROWS, layout=gl.SliceLayout(1, mma))
-    out_token = gl.arange(0, 8, layout=gl.SliceLayout(0, mma))
+    out_token = gl.arange(0, TOKENS, layout=gl.SliceLayout(0, mma))
     if SHUFFLED:  # kernel row i is logical row P(i): see layouts/shuffle_rows.py
         out_row = 32 * (out_row // 32) + 4 * (out_row % 8) + (out_row % 32) // 8
     where = out_ptr + part * split_stride + gl.expand_dims(out_token, 0) * out_stride + gl.expand_dims(out_row, 1)
@@ -158,14 +159,15 @@ def _layout(warps: int, rows: int) -> Any:
     )
 
 
-def launch_options(n: int, k: int) -> tuple[int, dict[str, Any]]:
+def launch_options(tokens: int, n: int, k: int) -> tuple[int, dict[str, Any]]:
     """(row blocks, constants) by shape alone, so that a captured graph and a later call run the same kernel."""
     warps, rows = 2, 32
     blocks, split = -(-n // rows), 1
-    while split < 8 and blocks * split < 1024 and k // 512 >= 2 * split:
+    while split < 8 and blocks * split < 2048 and k // 512 >= 2 * split:
         split *= 2
     constants = {
         "ROWS": rows,
+        "TOKENS": 8 if tokens <= 8 else 16,
         "SPLIT_K": split,
         "LAYOUT": _layout(warps, rows),
         "WARPS": warps,

@@ -158,7 +158,7 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor, alpha: Tensor, *, n: int, s
 
     Deterministic, allocates only its result and partial sums, and looks at no value on the host: safe in CUDA graphs.
     """
-    if x.is_cuda and x.shape[0] <= 8 and x.dtype is torch.bfloat16 and _has_gluon():
+    if x.is_cuda and x.shape[0] <= 16 and x.dtype is torch.bfloat16 and _has_gluon():
         return _decode(x, weight, scale, alpha, n=n, shuffled=shuffled)
     m, k = x.shape
     config = _config(m, n, k, x.device)
@@ -191,12 +191,12 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor, alpha: Tensor, *, n: int, s
 
 
 def _decode(x: Tensor, weight: Tensor, scale: Tensor, alpha: Tensor, *, n: int, shuffled: bool) -> Tensor:
-    """Up to 8 tokens: see decode.py."""
+    """Up to 16 tokens: see decode.py."""
     from .decode import decode_linear, launch_options
 
     m, k = x.shape
     kernel_rows = weight.shape[0] if shuffled else n
-    blocks, constants = launch_options(kernel_rows, k)
+    blocks, constants = launch_options(m, kernel_rows, k)
     split = constants["SPLIT_K"]
     out, target = _outputs(split, m, n, x)
     decode_linear[(blocks, split)](

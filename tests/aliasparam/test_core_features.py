@@ -33,7 +33,7 @@ from aliasparam import (
     reload,
 )
 from aliasparam._verdict import judge
-from aliasparam.errors import DeclarationError, ReloadError, StaleKernelError, StateError
+from aliasparam.errors import DeclarationError, PointerError, ReloadError, StaleKernelError, StateError
 from aliasparam.testing import random_values
 from aliasparam_nvfp4.layouts import ShuffleRows, Swizzle128x4
 
@@ -465,3 +465,56 @@ def test_a_chain_of_derivations_refreshes_in_order_and_keeps_addresses() -> None
     assert layer.c.item() == 0.25
     assert [layer.get_buffer(n).data_ptr() for n in "abc"] == addresses
     assert process(layer) == 0
+
+
+# -- retarget ------------------------------------------------------------------------------------------------------------
+
+
+def test_retarget_changes_the_kernel_format_in_place_and_back() -> None:
+    values = bytes_of(3, 8, 6)
+    padded = SwapHalves().then(PadLast2(16, 8))
+    layer = nn.Module()
+    layer.weight = nn.Parameter(values.clone(), requires_grad=False)
+    registry = declare(layer, Alias("weight", "prepared", SwapHalves(), room_for=(padded,)))
+    process(layer)
+    address = layer.prepared.data_ptr()
+
+    for transform in (padded, SwapHalves(), InterleaveHalves(2), padded):
+        registry.retarget({"weight": transform})
+        with pytest.raises(StaleKernelError):
+            layer()
+        process(layer)
+        assert torch.equal(layer.prepared, transform.forward(values))
+        assert torch.equal(layer.weight, values)
+        assert layer.prepared.data_ptr() == address
+
+
+def test_retarget_refuses_what_does_not_fit() -> None:
+    layer = layer_of(bytes_of(3, 8, 6), SwapHalves())
+    registry = registry_of(layer)
+    assert registry is not None
+    with pytest.raises(PointerError, match="Plan room"):
+        registry.retarget({"weight": PadLast2(16, 8)})
+    with pytest.raises(DeclarationError, match="only a source with an aliased kernel name"):
+        registry.retarget({"prepared": SwapHalves()})
+    other = nn.Module()
+    other.weight = layer.weight
+    declare(other, Alias("weight", "prepared", SwapHalves()))
+    with pytest.raises(DeclarationError, match="tied"):
+        registry.retarget({"weight": InterleaveHalves(2)})
+    assert process(layer) == 3
+
+
+def test_a_hook_runs_after_something_was_converted_and_only_then() -> None:
+    layer = layer_of(bytes_of(8, 6), SwapHalves())
+    registry = registry_of(layer)
+    assert registry is not None
+    seen: list[object] = []
+    registry.on_processed.append(seen.append)
+
+    process(layer)
+    process(layer)
+    layer.weight[0] = 1
+    process(layer)
+
+    assert seen == [registry, registry]
