@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import pytest
@@ -33,7 +34,7 @@ from aliasparam import (
     reload,
 )
 from aliasparam._verdict import judge
-from aliasparam.errors import DeclarationError, PointerError, ReloadError, StaleKernelError, StateError
+from aliasparam.errors import AdoptionError, DeclarationError, PointerError, ReloadError, StaleKernelError, StateError
 from aliasparam.testing import random_values
 from aliasparam_nvfp4.layouts import ShuffleRows, Swizzle128x4
 
@@ -264,6 +265,32 @@ def test_overlapping_expanded_and_scattered_sources_are_refused() -> None:
     assert registry_of(module) is None
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+def test_names_on_several_devices_are_refused() -> None:
+    module = nn.Module()
+    module.a = nn.Parameter(torch.zeros(4), requires_grad=False)
+    module.b = nn.Parameter(torch.zeros(4, device="cuda"), requires_grad=False)
+
+    with pytest.raises(DeclarationError, match="several devices"):
+        declare(module, Alias("a", "a_"), Alias("b", "b_"))
+
+    assert registry_of(module) is None
+
+
+def test_a_declared_module_is_not_sent_to_another_process_and_does_not_move() -> None:
+    """torch would move its memory into a shared segment, under every captured address."""
+    layer = layer_of(bytes_of(4, 6), SwapHalves())
+    process(layer)
+    address = layer.weight.data_ptr()
+
+    with pytest.raises(AdoptionError, match="another process"):
+        ForkingPickler.dumps(layer)
+
+    assert layer.weight.data_ptr() == address
+    assert torch.equal(layer.weight, bytes_of(4, 6))
+
+
 def test_a_transposed_source_gets_contiguous_memory_of_its_own() -> None:
     base = bytes_of(4, 6)
     layer = nn.Module()
@@ -345,6 +372,21 @@ def test_an_exposure_names_the_bytes_and_nothing_reads_meanwhile(device: torch.d
     assert torch.equal(layer.weight, values)
     process(layer)
     assert torch.equal(layer.prepared, SwapHalves().then(PadLast2(16, 8)).forward(values))
+
+
+def test_what_was_never_loaded_is_loaded_by_what_was_written_and_no_more() -> None:
+    values = bytes_of(4, 8, 6)
+    layer = layer_of(torch.zeros_like(values), SwapHalves(), loaded=False)
+    exposure = expose_for_writing(layer, "weight")
+    exposure.memory.copy_(values)
+    exposure.written(slice(0, 3))
+
+    with pytest.raises(StateError, match=r"partly written|empty"):
+        process(layer)
+    with expose_for_writing(layer, "weight", slice(3, 4)) as last:
+        last.memory.copy_(values[3:])
+    process(layer)
+    assert torch.equal(layer.prepared, SwapHalves().forward(values))
 
 
 def test_an_abandoned_exposure_leaves_a_refusal() -> None:

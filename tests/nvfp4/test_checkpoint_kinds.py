@@ -260,3 +260,16 @@ def _assert_export_is_the_file(model: Any, folder: Path) -> None:
     assert exported.keys() == stored.keys()
     for name, tensor in stored.items():
         assert torch.equal(exported[name].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)), name
+
+
+@pytest.mark.real
+def test_smollm2_is_as_accurate_as_its_bytes_allow(checkpoints: tuple[Path, Path]) -> None:
+    """The real model through `reference`, against exact arithmetic on ModelOpt's weights and the same quantized activations."""
+    folder = checkpoints[0]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer("The capital of France is Paris, and the sea is wide.", return_tensors="pt").input_ids
+    with torch.no_grad():
+        found = load(folder, torch.float32)(input_ids=ids, use_cache=False).logits
+        expected = decoded(folder)(input_ids=ids, use_cache=False).logits
+
+    assert sqnr(found, expected) >= LEAST_DB
