@@ -23,9 +23,10 @@ from aliasparam_nvfp4.demo._quiet import quiet  # noqa: E402
 from aliasparam_nvfp4.integrations.transformers import compressed_tensors_here, reload_folder, use_backend  # noqa: E402
 
 IDS = torch.arange(1, 25).view(2, 12)
-#: Signal-to-noise in dB in float32, against exact arithmetic on the same weights and activations. Activations on the edge
-#: between two codes now and then fall to the other side. A forgotten or doubled scale gives less than 3.
-LEAST_DB = 25.0
+#: Signal-to-noise in dB in float32, against exact arithmetic on the same weights and activations. An activation on the edge
+#: between two codes may fall to the other side by the order of a sum, and the rest of the model then differs a little; without
+#: quantized activations that cannot be. A forgotten or doubled scale gives less than 3.
+W4A4_DB, W4A16_DB = 10.0, 60.0
 
 
 def small_model(seed: int = 0) -> Any:
@@ -189,7 +190,8 @@ def test_modelopts_checkpoints_load_right_and_export_byte_for_byte(kind: str, fo
     folder = folders[kind]
     model = load(folder)
 
-    assert sqnr(logits(load(folder, torch.float32)), logits(decoded(folder))) >= LEAST_DB
+    least = W4A16_DB if kind.startswith("W4A16") else W4A4_DB
+    assert sqnr(logits(load(folder, torch.float32)), logits(decoded(folder))) >= least
     _assert_export_is_the_file(model, folder)
     other = by_modelopt(tmp_path / "b", kind, seed=1)
     before = logits(model)
@@ -216,7 +218,7 @@ def test_compressed_tensors_checkpoints_load_right_and_export_byte_for_byte(acti
     folder = by_compressed_tensors(tmp_path / "a", activations=activations)
     model = load(folder)
 
-    assert sqnr(logits(load(folder, torch.float32)), logits(decoded(folder))) >= LEAST_DB
+    assert sqnr(logits(load(folder, torch.float32)), logits(decoded(folder))) >= (W4A4_DB if activations else W4A16_DB)
     _assert_export_is_the_file(model, folder)
     other = by_compressed_tensors(tmp_path / "b", activations=activations, seed=1)
     reload_folder(model, other)
@@ -272,4 +274,4 @@ def test_smollm2_is_as_accurate_as_its_bytes_allow(checkpoints: tuple[Path, Path
         found = load(folder, torch.float32)(input_ids=ids, use_cache=False).logits
         expected = decoded(folder)(input_ids=ids, use_cache=False).logits
 
-    assert sqnr(found, expected) >= LEAST_DB
+    assert sqnr(found, expected) >= W4A4_DB
