@@ -11,7 +11,9 @@ from ._machine import AliasMachine as AliasMachine
 from ._machine import expected_kernel_names as expected_kernel_names
 from ._machine import machine_for as machine_for
 from ._strategies import LayerPlan as LayerPlan
+from ._strategies import dtypes as dtypes
 from ._strategies import layers as layers
+from ._strategies import shapes as shapes
 from ._strategies import transforms as transforms
 from ._values import random_values as random_values
 from ._values import same_bytes as same_bytes

@@ -21,16 +21,32 @@ class RollRows(PermuteRows):
         return torch.arange(rows).roll(self.by)
 
 
-def transforms() -> st.SearchStrategy[Transform]:
-    """Layouts over the last two dims of one-byte tensors with an even number of rows, and chains of them."""
+#: Element types that checkpoints of quantized models have.
+DTYPES = (torch.uint8, torch.int8, torch.float8_e4m3fn, torch.bfloat16, torch.int32)
+
+
+def dtypes() -> st.SearchStrategy[torch.dtype]:
+    """Element types of checkpoint tensors, of one, two and four bytes."""
+    return st.sampled_from(DTYPES)
+
+
+def shapes() -> st.SearchStrategy[tuple[int, ...]]:
+    """Matrices with an even number of rows, and stacks of up to four of them (experts)."""
+    rows = st.integers(1, 6).map(lambda n: 2 * n)
+    return st.one_of(st.tuples(rows, st.integers(1, 9)), st.tuples(st.integers(1, 4), rows, st.integers(1, 9)))
+
+
+def transforms(width: int = 1) -> st.SearchStrategy[Transform]:
+    """Layouts over the last two dims of tensors with an even number of rows and ``width``-byte elements, and chains of them."""
     even = st.integers(1, 8).map(lambda n: 2 * n)
+    same_width = {1: [torch.int8, torch.uint8], 2: [torch.int16, torch.float16], 4: [torch.int32, torch.float32]}[width]
     single: st.SearchStrategy[Transform] = st.one_of(
         st.builds(Identity),
         st.builds(PadLast2, rows=even, cols=st.integers(1, 8)),
         st.builds(SwapHalves),
         st.builds(InterleaveHalves),
         st.builds(RollRows, by=st.integers(1, 5)),
-        st.sampled_from([ViewDtype(torch.int8), ViewDtype(torch.uint8)]),
+        st.sampled_from([ViewDtype(dtype) for dtype in same_width]),
     )
     return st.lists(single, min_size=1, max_size=3).map(_chain)
 
@@ -49,11 +65,12 @@ class LayerPlan:
     shape: tuple[int, ...]
     transform: Transform
     partitions: int
+    dtype: torch.dtype = torch.uint8
 
     def make(self, device: str | torch.device = "cpu", *, loaded: bool = False, aliasing: bool = True) -> nn.Module:
         """The module: ``weight`` -> ``weight_prepared`` by the transform; ``scale`` -> ``alpha`` -> ``alpha_inv``."""
         layer = _Layer()
-        layer.weight = nn.Parameter(torch.empty(self.shape, dtype=torch.uint8, device=device), requires_grad=False)
+        layer.weight = nn.Parameter(torch.empty(self.shape, dtype=self.dtype, device=device), requires_grad=False)
         layer.scale = nn.Parameter(torch.empty(self.partitions, device=device), requires_grad=False)
         declare(
             layer,
@@ -86,7 +103,12 @@ def _inverse(alpha: Tensor) -> Tensor:
 
 def layers() -> st.SearchStrategy[LayerPlan]:
     """Layers with one aliased weight, 2-D or a 3-D stack of experts, and a chain of two derivations."""
-    rows = st.integers(1, 6).map(lambda n: 2 * n)
-    matrix = st.tuples(rows, st.integers(1, 9))
-    stack = st.tuples(st.integers(1, 4), rows, st.integers(1, 9))
-    return st.builds(LayerPlan, shape=st.one_of(matrix, stack), transform=transforms(), partitions=st.integers(1, 3))
+    return dtypes().flatmap(
+        lambda dtype: st.builds(
+            LayerPlan,
+            shape=shapes(),
+            transform=transforms(dtype.itemsize),
+            partitions=st.integers(1, 3),
+            dtype=st.just(dtype),
+        )
+    )
