@@ -43,8 +43,6 @@ def bulk_load(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for storage in _storages(found):
                 with storage.lock:
-                    if storage.plan.transform.invertible:
-                        storage.restore()
                     storage.expose(storage.checkpoint, "a bulk load")
                 opened.append(storage)
         plain = [(b, _show_plain(b)) for r in found for s in r.sources.values() for b in s.bindings]

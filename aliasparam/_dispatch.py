@@ -13,12 +13,12 @@ Every operator that touches an aliased tensor arrives here. There are five behav
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ._storage import all_locked
 from .errors import PointerError
 
 _Handler = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
@@ -61,12 +61,7 @@ def _locked(handler: _Handler) -> _Handler:
 
     def locked(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         storages = _storages(args, kwargs)
-        if len(storages) == 1:
-            with storages[0].lock:
-                return handler(func, args, kwargs)
-        with ExitStack() as locks:
-            for storage in sorted(storages, key=id):  # one order for everybody, so that no two wait for each other
-                locks.enter_context(storage.lock)
+        with storages[0].lock if len(storages) == 1 else all_locked(storages):
             return handler(func, args, kwargs)
 
     return locked

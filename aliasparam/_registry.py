@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
@@ -15,7 +14,7 @@ from ._declare import Declaration
 from ._parameter import AliasedParameter, _Aliased, _refuse_for_process, loader_attributes, make_parameter
 from ._planning import Binding, Derived, Separate, Source, planned, probe_transform
 from ._reconcile import reconcile
-from ._storage import AliasedStorage, State
+from ._storage import AliasedStorage, State, all_locked
 from ._take import share, take
 from ._transform import TensorSpec, Transform
 from ._verdict import StoragePlan, plan_storage
@@ -210,9 +209,7 @@ class AliasRegistry:
         with torch.no_grad():
             reconcile(self)
             storages = self._storages()
-            with ExitStack() as locks:
-                for storage in sorted(storages, key=id):
-                    locks.enter_context(storage.lock)
+            with all_locked(storages):
                 for storage in storages:
                     storage.settle()
                 self._need_loaded()

@@ -18,14 +18,14 @@ the address. Every name is a view of this one buffer.
 
 [Note: threads] Loaders write shards from many threads. Whatever looks at a state and then touches bytes holds the storage's
 lock, so a conversion never meets a write or a read of the same storage. Locks of several storages are taken in one order
-(see `_dispatch.py`).
+(see :func:`all_locked`).
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from enum import Enum
 from functools import cached_property
 from typing import Any
@@ -56,6 +56,15 @@ _MOVES: dict[State, frozenset[State]] = {
     State.KERNEL: frozenset({State.KERNEL, State.CHECKPOINT, State.PARTIAL, State.INVALID}),
     State.INVALID: frozenset({State.PARTIAL, State.CHECKPOINT, State.INVALID}),
 }
+
+
+@contextmanager
+def all_locked(storages: Iterable[AliasedStorage]) -> Iterator[None]:
+    """Hold several locks, taken in one order by everybody, so that no two wait for each other. See [Note: threads]."""
+    with ExitStack() as locks:
+        for storage in sorted(storages, key=id):
+            locks.enter_context(storage.lock)
+        yield
 
 
 #: Attributes which an unpickled storage makes for itself.

@@ -56,7 +56,7 @@ class NvFp4LinearMethod:
             self._need_input_scale(candidate)
 
     def _need_input_scale(self, backend: LinearBackend) -> None:
-        if not self.input_scale and not backend.weight_only and backend.name != "reference":
+        if not self.input_scale and backend.needs_input_scale:
             raise BackendError(
                 "this backend quantizes activations, and the checkpoint has no activation scales",
                 name=backend.name,
@@ -199,7 +199,7 @@ def retarget(module: nn.Module, backend: str) -> int:
         registry = registry_of(layer)
         if registry is None or layer.__dict__["nvfp4_backend"] is target:
             continue
-        if "input_scale_inv" not in registry.derived and not target.weight_only and target.name != "reference":
+        if "input_scale_inv" not in registry.derived and target.needs_input_scale:
             raise BackendError("the checkpoint has no activation scales, which this backend needs", name=backend)
         layout = target.layout
         if layer.__dict__["nvfp4_backend"].layout is not layout:

@@ -93,6 +93,11 @@ def _one(method: NvFp4LinearMethod, layer: nn.Module, tensors: dict[str, Tensor]
         "checkpoint", x.float(), tensors["weight"], tensors["weight_scale"], alpha, quantized, n=tensors["weight"].shape[0]
     )
     found = method.apply(layer, x).double()
-    noise = float((found - expected).square().sum())
-    decibel = 10 * math.log10(float(expected.square().sum()) / noise) if noise else math.inf
+    decibel = signal_to_noise(found, expected)
     return Verdict(label, tokens, decibel, decibel >= LEAST_DB)
+
+
+def signal_to_noise(found: Tensor, expected: Tensor) -> float:
+    """Signal-to-quantization-noise ratio in dB."""
+    noise = float((found - expected).square().sum())
+    return 10 * math.log10(float(expected.square().sum()) / noise) if noise else math.inf

@@ -13,7 +13,6 @@ from ._base import KernelNames as KernelNames
 from ._base import LinearBackend as LinearBackend
 from ._base import LinearLayout as LinearLayout
 from ._base import LinearShape as LinearShape
-from ._layouts import RETARGETABLE as RETARGETABLE
 
 
 @cache
@@ -33,7 +32,7 @@ def linear_backend(name: str, device: torch.device | None = None, *, input_scale
     """
     known = linear_backends()
     if name == "auto":
-        fit = [b for b in _runnable(device) if input_scale or b.weight_only or b.name == "reference"]
+        fit = [b for b in _runnable(device) if input_scale or not b.needs_input_scale]
         return max(fit, key=lambda b: b.rank)
     if name not in known:
         raise BackendError("unknown linear backend", name=name, expected=f"auto or one of {sorted(known)}", found=repr(name))

@@ -57,6 +57,8 @@ class LinearBackend(ABC):
     layout: LinearLayout
     #: True where activations are not quantized (W4A16).
     weight_only: bool = False
+    #: True where the checkpoint must have activation scales.
+    needs_input_scale: bool = True
     #: Compute capabilities it runs on; empty for any device.
     capabilities: frozenset[tuple[int, int]] = frozenset()
     #: Packages it needs, besides torch.

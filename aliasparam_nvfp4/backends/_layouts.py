@@ -27,6 +27,3 @@ SWIZZLED = LinearLayout("swizzled", weight=Identity(), weight_scale=Swizzle128x4
 
 #: W4A16 by CuteDSL on compute capability 12.x.
 FRAGMENTS = LinearLayout("fragments", weight=PackFragments(), weight_scale=ScalesToS0E5M3())
-
-#: Formats between which a layer can be moved in place.
-RETARGETABLE = (PLAIN, SHUFFLED, SWIZZLED, CHECKPOINT)

@@ -18,6 +18,7 @@ class MmBf16Fp4(LinearBackend):
     #: ``mm_bf16_fp4(backend=...)``.
     kernel: str
     weight_only = True
+    needs_input_scale = False
     packages: tuple[str, ...] = ("flashinfer",)
     call = "mm_bf16_fp4"
 

@@ -16,6 +16,7 @@ from ._layouts import PLAIN
 class Reference(LinearBackend):
     name = "reference"
     layout = PLAIN
+    needs_input_scale = False
     rank = 0
     call = "aliasparam_nvfp4.reference"
 

@@ -13,6 +13,7 @@ class Triton(LinearBackend):
     name = "triton"
     layout = PLAIN
     weight_only = True
+    needs_input_scale = False
     packages = ("triton",)
     rank = 2
     call = "aliasparam_nvfp4.kernels.triton_linear.linear"

@@ -158,7 +158,7 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor, alpha: Tensor, *, n: int, s
 
     Deterministic, allocates only its result and partial sums, and looks at no value on the host: safe in CUDA graphs.
     """
-    if x.is_cuda and x.shape[0] <= 16 and x.dtype is torch.bfloat16 and _has_gluon():
+    if x.is_cuda and x.dtype is torch.bfloat16 and x.shape[0] <= _most_decode_tokens():
         return _decode(x, weight, scale, alpha, n=n, shuffled=shuffled)
     m, k = x.shape
     config = _config(m, n, k, x.device)
@@ -232,13 +232,13 @@ def _summed(out: Tensor, parts: Tensor, split: int) -> Tensor:
 
 
 @cache
-def _has_gluon() -> bool:
-    """Triton has explicit register layouts since 3.5; before that the general kernel serves."""
+def _most_decode_tokens() -> int:
+    """How many tokens decode.py takes; none where Triton is older than 3.5 and has no explicit register layouts."""
     try:
-        from . import decode
+        from .decode import MAX_TOKENS
     except ImportError:
-        return False
-    return bool(decode.MAX_TOKENS)
+        return 0
+    return MAX_TOKENS
 
 
 def _config(m: int, n: int, k: int, device: torch.device) -> dict[str, Any]:

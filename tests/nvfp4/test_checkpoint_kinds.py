@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from aliasparam import checkpoint_state_dict
 from aliasparam_nvfp4.checkpoint import QuantConfig, UnsupportedFormatError
 from aliasparam_nvfp4.codec import dequantize, quantize_activation
+from aliasparam_nvfp4.verify import signal_to_noise
 
 transformers = pytest.importorskip("transformers")
 from aliasparam_nvfp4.demo._quiet import quiet  # noqa: E402
@@ -171,11 +171,6 @@ def logits(model: Any) -> Tensor:
         return model(input_ids=IDS, use_cache=False).logits.float()  # type: ignore[no-any-return]
 
 
-def sqnr(found: Tensor, expected: Tensor) -> float:
-    """Signal-to-quantization-noise ratio in dB."""
-    return 10 * math.log10(float(expected.square().sum() / (found - expected).square().sum()))
-
-
 MODELOPT = ["NVFP4_DEFAULT_CFG", "W4A16_NVFP4_CFG", "NVFP4_MLP_ONLY_CFG", "NVFP4_AWQ_LITE_CFG", "KV", "MIXED"]
 
 
@@ -191,7 +186,7 @@ def test_modelopts_checkpoints_load_right_and_export_byte_for_byte(kind: str, fo
     model = load(folder)
 
     least = W4A16_DB if kind.startswith("W4A16") else W4A4_DB
-    assert sqnr(logits(load(folder, torch.float32)), logits(decoded(folder))) >= least
+    assert signal_to_noise(logits(load(folder, torch.float32)), logits(decoded(folder))) >= least
     _assert_export_is_the_file(model, folder)
     other = by_modelopt(tmp_path / "b", kind, seed=1)
     before = logits(model)
@@ -218,7 +213,7 @@ def test_compressed_tensors_checkpoints_load_right_and_export_byte_for_byte(acti
     folder = by_compressed_tensors(tmp_path / "a", activations=activations)
     model = load(folder)
 
-    assert sqnr(logits(load(folder, torch.float32)), logits(decoded(folder))) >= (W4A4_DB if activations else W4A16_DB)
+    assert signal_to_noise(logits(load(folder, torch.float32)), logits(decoded(folder))) >= (W4A4_DB if activations else W4A16_DB)
     _assert_export_is_the_file(model, folder)
     other = by_compressed_tensors(tmp_path / "b", activations=activations, seed=1)
     reload_folder(model, other)
@@ -274,4 +269,4 @@ def test_smollm2_is_as_accurate_as_its_bytes_allow(checkpoints: tuple[Path, Path
         found = load(folder, torch.float32)(input_ids=ids, use_cache=False).logits
         expected = decoded(folder)(input_ids=ids, use_cache=False).logits
 
-    assert sqnr(found, expected) >= W4A4_DB
+    assert signal_to_noise(found, expected) >= W4A4_DB

@@ -89,22 +89,21 @@ class ModelOptQuantizer(HfQuantizer):  # type: ignore[misc]
         config: QuantConfig = self.quantization_config.parsed
         dtype = getattr(model.config, "dtype", None) or torch.get_default_dtype()
         files = kwargs.get("checkpoint_files")
-        stored = CheckpointFolder(Path(files[0]).parent).tensors if files else {}
+        folder = CheckpointFolder(Path(files[0]).parent) if files else None
+        stored = folder.tensors if folder else {}
         for name, module in list(model.named_modules()):
             if isinstance(module, nn.Linear) and (algo := config.algo_of(name)) is not None:
                 shape = (module.in_features, module.out_features, module.bias is not None, dtype)
                 with torch.device("meta"):
                     made = Fp8Linear(*shape) if algo == "FP8" else Projection(*shape, _kind(config, name, algo, stored))
                 model.set_submodule(name, made)
-        self._check_files(model, files)
+        if folder:
+            self._check_files(model, folder)
 
-    def _check_files(self, model: Any, files: list[str] | None) -> None:
+    def _check_files(self, model: Any, folder: CheckpointFolder) -> None:
         """Hold the files' headers against the model before anything is loaded."""
-        if not files:
-            return
         tied = set(getattr(model, "all_tied_weights_keys", None) or ())
         expected = {n: TensorSpec.of(t) for n, t in model.state_dict().items() if n not in tied}
-        folder = CheckpointFolder(Path(files[0]).parent)
         # Only quantized tensors must agree in dtype: transformers casts the others as the user asks.
         expected = {
             n: TensorSpec(s.shape, folder.tensors[n].dtype)
