@@ -9,3 +9,5 @@ from .linear import NvFp4LinearMethod as NvFp4LinearMethod
 from .linear import retarget as retarget
 from .loaders import ShardedLoader as ShardedLoader
 from .loaders import load_partition as load_partition
+from .moe import ExpertLoader as ExpertLoader
+from .moe import NvFp4MoEMethod as NvFp4MoEMethod

@@ -6,6 +6,7 @@ from .gate_up import UP_GATE as UP_GATE
 from .gate_up import up_gate_blocks as up_gate_blocks
 from .gate_up import up_gate_shuffled as up_gate_shuffled
 from .mma_view import mma_view as mma_view
+from .pad_halves import PadHalves as PadHalves
 from .shuffle_rows import ShuffleRows as ShuffleRows
 from .sm12x import PackFragments as PackFragments
 from .sm12x import ScalesToS0E5M3 as ScalesToS0E5M3

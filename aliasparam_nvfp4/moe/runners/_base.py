@@ -1,0 +1,110 @@
+"""What an MoE runner is: the layout it wants, how scales meet its activations, where it runs, and its call."""
+
+from __future__ import annotations
+
+import importlib.util
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ...format import BLOCK_SIZE
+from ..layouts import MoELayout
+from ..scales import Activation
+
+
+@dataclass(frozen=True)
+class MoEShape:
+    """Logical dims of an MoE layer on this rank.
+
+    Attributes:
+        experts: E of this rank.
+        hidden: H.
+        intermediate: I of this rank.
+        first_expert: global number of this rank's first expert.
+        all_experts: experts of all ranks.
+        ep_rank: this rank among the expert-parallel ones.
+        ep_size: ranks which divide the experts.
+    """
+
+    experts: int
+    hidden: int
+    intermediate: int
+    first_expert: int = 0
+    all_experts: int = 0
+    ep_rank: int = 0
+    ep_size: int = 1
+
+    def padded(self, layout: MoELayout) -> tuple[int, int]:
+        """(H, I) of the kernel format."""
+        return -(-self.hidden // layout.hidden) * layout.hidden, -(
+            -self.intermediate // layout.intermediate
+        ) * layout.intermediate
+
+
+class MoENames(Protocol):
+    """Kernel names of a layer. The scalars are in the table of scales.py."""
+
+    w13_weight_prepared: Tensor
+    w2_weight_prepared: Tensor
+    w13_blockscale_swizzled: Tensor
+    w2_blockscale_swizzled: Tensor
+    g1_alphas: Tensor
+    g1_scale_c: Tensor
+    g2_alphas: Tensor
+    w13_input_scale_quant: Tensor
+    w2_input_scale_quant: Tensor
+
+
+class MoERunner(ABC):
+    """One fused-MoE path. A file in this folder defines one, as ``RUNNER``."""
+
+    name: str
+    layout: MoELayout
+    activation: Activation = "quantized"
+    #: Whether gate and up of an expert may have different weight scales.
+    untied: bool = False
+    capabilities: frozenset[tuple[int, int]] = frozenset()
+    packages: tuple[str, ...] = ()
+    rank: int = 0
+    #: The function it calls, for the table in the docs.
+    call: str = ""
+
+    def unavailable(self, device: torch.device) -> str | None:
+        """Why this runner cannot run on ``device``, or None where it can."""
+        if self.capabilities:
+            wanted = ", ".join(f"{major}.{minor}" for major, minor in sorted(self.capabilities))
+            found = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+            if found not in self.capabilities:
+                return f"needs a GPU of compute capability {wanted}"
+        missing = [p for p in self.packages if importlib.util.find_spec(p) is None]
+        return f"{', '.join(missing)} is not installed" if missing else None
+
+    @abstractmethod
+    def apply(self, layer: MoENames, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, shape: MoEShape) -> Tensor:
+        """``x [T, H] -> [T, H]`` in ``x.dtype``; T is not 0.
+
+        Args:
+            layer: kernel names.
+            x: activations.
+            topk_weights: f32 ``[T, k]``.
+            topk_ids: int32 ``[T, k]``, global expert numbers; experts of other ranks give nothing here.
+            shape: logical dims.
+        """
+
+
+def padded_input(x: Tensor, shape: MoEShape, layout: MoELayout) -> Tensor:
+    """``[T, H]`` with zero columns up to the kernel's H."""
+    hidden, _ = shape.padded(layout)
+    return x if hidden == shape.hidden else functional.pad(x, (0, hidden - shape.hidden))
+
+
+def quantized_input(x: Tensor, layer: MoENames) -> tuple[Tensor, Tensor]:
+    """(codes u8 ``[T, H/2]``, row-major block scales e4m3 ``[T, H/16]``) by FlashInfer's quantizer."""
+    from flashinfer import fp4_quantize
+
+    codes, scales = fp4_quantize(x, layer.w13_input_scale_quant, is_sf_swizzled_layout=False)
+    return codes, scales.view(torch.float8_e4m3fn).reshape(x.shape[0], x.shape[1] // BLOCK_SIZE)

@@ -1,0 +1,47 @@
+"""``flashinfer_cutedsl``: FlashInfer ``cute_dsl_fused_moe`` (v2), compute capability 10.x."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ...format import BLOCK_SIZE
+from ...layouts import mma_view
+from ..layouts import INTERLEAVED
+from ._base import MoENames, MoERunner, MoEShape, padded_input, quantized_input
+
+
+class FlashInferCuteDsl(MoERunner):
+    name = "flashinfer_cutedsl"
+    layout = INTERLEAVED
+    capabilities = frozenset({(10, 0), (10, 3), (10, 7)})
+    packages = ("flashinfer", "cutlass", "triton")
+    rank = 10
+    call = "cute_dsl_fused_moe"
+
+    def apply(self, layer: MoENames, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, shape: MoEShape) -> Tensor:
+        from flashinfer.fused_moe import cute_dsl_fused_moe
+
+        codes, scales = quantized_input(padded_input(x, shape, self.layout), layer)
+        hidden, intermediate = shape.padded(self.layout)
+        blocks = hidden // BLOCK_SIZE, intermediate // BLOCK_SIZE
+        out = cute_dsl_fused_moe(
+            x=codes,
+            x_sf=scales,
+            token_selected_experts=topk_ids,
+            token_final_scales=topk_weights,
+            w1_weight=layer.w13_weight_prepared,
+            w1_weight_sf=mma_view(layer.w13_blockscale_swizzled, 2 * intermediate, blocks[0], shape.experts),
+            w1_alpha=layer.g1_alphas,
+            fc2_input_scale=layer.w2_input_scale_quant,
+            w2_weight=layer.w2_weight_prepared,
+            w2_weight_sf=mma_view(layer.w2_blockscale_swizzled, hidden, blocks[1], shape.experts),
+            w2_alpha=layer.g2_alphas,
+            num_experts=shape.all_experts,
+            top_k=topk_ids.shape[1],
+            num_local_experts=shape.experts,
+            local_expert_offset=shape.first_expert,
+        )
+        return out[:, : shape.hidden].to(x.dtype)  # type: ignore[no-any-return]
+
+
+RUNNER = FlashInferCuteDsl()

@@ -1,0 +1,44 @@
+"""``flashinfer_cutlass``: FlashInfer ``cutlass_fused_moe``. int64 weights and int32 scales say NVFP4 to it (``binding.cu``)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..layouts import UP_GATE_SWIZZLED
+from ._base import MoENames, MoERunner, MoEShape, padded_input
+
+
+class FlashInferCutlass(MoERunner):
+    name = "flashinfer_cutlass"
+    layout = UP_GATE_SWIZZLED
+    capabilities = frozenset({(10, 0), (10, 3), (10, 7), (11, 0), (12, 0), (12, 1)})
+    packages = ("flashinfer",)
+    rank = 20
+    call = "cutlass_fused_moe"
+
+    def apply(self, layer: MoENames, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, shape: MoEShape) -> Tensor:
+        from flashinfer.fused_moe import cutlass_fused_moe
+
+        out = cutlass_fused_moe(
+            padded_input(x, shape, self.layout),
+            topk_ids.to(torch.int32),
+            topk_weights.float(),
+            layer.w13_weight_prepared.view(torch.int64),
+            layer.w2_weight_prepared.view(torch.int64),
+            x.dtype,
+            [
+                layer.w13_input_scale_quant[0],
+                layer.w13_blockscale_swizzled.view(torch.int32),
+                layer.g1_alphas,
+                layer.w2_input_scale_quant[0],
+                layer.w2_blockscale_swizzled.view(torch.int32),
+                layer.g2_alphas,
+            ],
+            ep_size=shape.ep_size,
+            ep_rank=shape.ep_rank,
+        )
+        return out[0][:, : shape.hidden]  # type: ignore[no-any-return]
+
+
+RUNNER = FlashInferCutlass()

@@ -1,0 +1,273 @@
+"""The laws of MoE layers on every runner, and their proofs without the hardware."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from aliasparam import memory_report
+from aliasparam.errors import AliasError, StaleKernelError, StateError
+from aliasparam_nvfp4 import NvFp4MoEMethod
+from aliasparam_nvfp4.codec import scaled_codes
+from aliasparam_nvfp4.errors import BackendError, ScaleError, ShapeError
+from aliasparam_nvfp4.moe.emulate import weights as emulated
+from aliasparam_nvfp4.moe.runners import moe_runner, moe_runners
+from aliasparam_nvfp4.verify import signal_to_noise
+
+from .moe_layers import SHAPES, MoE, checkpoint, choices, dense, load, names
+
+RUNNERS = sorted(moe_runners())
+every_runner = pytest.mark.parametrize("runner", RUNNERS)
+every_shape = pytest.mark.parametrize("dims", SHAPES, ids=str)
+
+
+def loaded(runner: str, dims: tuple[int, int, int], seed: int = 0, **how: Any) -> MoE:
+    layer = MoE(runner, *dims)
+    load(layer, checkpoint(*dims, seed, **how))
+    return layer
+
+
+@every_shape
+def test_reference_is_the_layer_within_quantization_noise(dims: tuple[int, int, int]) -> None:
+    x, weights, ids = choices(4, *dims[:2])
+    tensors = checkpoint(*dims, untied=True)
+    found = loaded("reference", dims, untied=True)(x, weights, ids)
+    assert signal_to_noise(found.double(), dense(tensors, x, weights, ids)) > 12
+
+
+@every_runner
+@every_shape
+def test_an_emulator_reads_the_checkpoint_from_kernel_bytes(runner: str, dims: tuple[int, int, int]) -> None:
+    tensors, layer = checkpoint(*dims), loaded(runner, dims)
+    for expert in range(dims[0]):
+        w13, w2 = emulated(layer, moe_runner(runner), layer.nvfp4_moe_shape, expert)  # type: ignore[arg-type]
+        rows = [scaled_codes(tensors[expert, s, "weight"], tensors[expert, s, "weight_scale"]) for s in ("w1", "w3", "w2")]
+        assert torch.equal(w13, torch.cat(rows[:2]).double())
+        assert torch.equal(w2, rows[2].double())
+
+
+@every_runner
+@every_shape
+def test_idempotence_and_pointer_stability_and_warm_equals_cold(runner: str, dims: tuple[int, int, int]) -> None:
+    layer = loaded(runner, dims)
+    every = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
+    first, addresses = names(layer), {n: t.data_ptr() for n, t in every.items()}
+    layer.method.process_weights_after_loading(layer)
+    assert names(layer) == first
+    load(layer, checkpoint(*dims, seed=1))
+    assert names(layer) == names(loaded(runner, dims, seed=1))
+    load(layer, checkpoint(*dims))
+    assert names(layer) == first
+    every = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
+    assert {n: t.data_ptr() for n, t in every.items()} == addresses
+
+
+@every_runner
+@pytest.mark.parametrize("part", ["one expert", "one shard", "scales", "weights"])
+def test_selective_equals_full(runner: str, part: str) -> None:
+    dims = SHAPES[1]
+    a, b = checkpoint(*dims), checkpoint(*dims, seed=1)
+    chosen = {
+        "one expert": lambda key: key[0] == 1,
+        "one shard": lambda key: key[1] == "w2",
+        "scales": lambda key: key[2] == "weight_scale",
+        "weights": lambda key: key[2] == "weight",
+    }[part]
+    layer, oracle = MoE(runner, *dims), MoE(runner, *dims)
+    load(layer, a)
+    load(layer, {key: tensor for key, tensor in b.items() if chosen(key)})
+    load(oracle, {key: b[key] if chosen(key) else tensor for key, tensor in a.items()})
+    assert names(layer) == names(oracle)
+
+
+@every_runner
+def test_one_copy(runner: str) -> None:
+    report = memory_report(loaded(runner, SHAPES[0]))
+    assert not report.fallbacks
+    assert report.saved_bytes > 0 or runner == "reference"  # it reads the checkpoint's own bytes: there is nothing to save
+
+
+@every_runner
+def test_no_silent_garbage_a_stale_layer_refuses(runner: str) -> None:
+    layer = loaded(runner, SHAPES[0])
+    load(layer, {(0, "w1", "weight"): checkpoint(*SHAPES[0], seed=1)[0, "w1", "weight"]}, process=False)
+    with pytest.raises(StaleKernelError):
+        layer(*choices(2, *SHAPES[0][:2]))
+
+
+@every_runner
+def test_a_missing_expert_is_refused_by_name(runner: str) -> None:
+    layer, tensors = MoE(runner, *SHAPES[0]), checkpoint(*SHAPES[0])
+    with pytest.raises(StateError, match="w13"):
+        load(layer, {key: tensor for key, tensor in tensors.items() if key[:2] != (1, "w3")})
+    load(layer, {key: tensor for key, tensor in tensors.items() if key[:2] == (1, "w3")})
+    assert names(layer) == names(loaded(runner, SHAPES[0]))
+
+
+@every_runner
+def test_untied_scales_are_right_or_refused_by_name(runner: str) -> None:
+    tensors, layer = checkpoint(*SHAPES[0], untied=True), MoE(runner, *SHAPES[0])
+    if not moe_runner(runner).untied:
+        with pytest.raises(ScaleError, match=rf"(?s){runner}.*expert 0"):
+            load(layer, tensors)
+        return
+    load(layer, tensors)
+    a1, a2 = (max(float(t) for (_, s, f), t in tensors.items() if f == "input_scale" and s in of) for of in ("w1 w3", "w2"))
+    for expert in range(SHAPES[0][0]):
+        s1, s3, s2 = (float(tensors[expert, s, "weight_scale_2"]) for s in ("w1", "w3", "w2"))
+        expected = (a1 * s1, a1 * s3 / a2, a2 * s2)
+        found = (layer.g1_alphas[expert], layer.g1_scale_c[expert], layer.g2_alphas[expert])  # type: ignore[index]
+        assert all(math.isclose(float(f), e, rel_tol=1e-6) for f, e in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_expert_parallel_ranks_agree_on_input_scales_and_add_up(size: int) -> None:
+    e, h, i = 4, 128, 64
+    tensors, (x, weights, ids) = checkpoint(e, h, i), choices(6, e, h)
+    whole = MoE("reference", e, h, i)
+    load(whole, tensors)
+    ranks = [MoE("reference", e // size, h, i, ep_rank=r, ep_size=size) for r in range(size)]
+    for rank in ranks:
+        load(rank, tensors)
+        assert torch.equal(rank.get_buffer("w13_input_scale_quant"), whole.get_buffer("w13_input_scale_quant"))
+    torch.testing.assert_close(sum(rank(x, weights, ids) for rank in ranks), whole(x, weights, ids))
+
+
+@every_runner
+@pytest.mark.parametrize("size", [2, 4])
+def test_tensor_parallel_shards_are_the_bytes_of_slicing_first(runner: str, size: int) -> None:
+    e, h, i = 2, 128, 256
+    tensors = checkpoint(e, h, i)
+    for rank in range(size):
+        layer, oracle = MoE(runner, e, h, i // size, tp_rank=rank, tp_size=size), MoE(runner, e, h, i // size)
+        load(layer, tensors)
+        sliced = {
+            key: t.chunk(size, 1 if key[1] == "w2" else 0)[rank].contiguous() if t.dim() == 2 else t for key, t in tensors.items()
+        }
+        load(oracle, sliced)
+        assert names(layer) == names(oracle)
+
+
+@every_runner
+def test_bad_input_is_refused_and_changes_nothing(runner: str) -> None:
+    dims = SHAPES[0]
+    layer = loaded(runner, dims)
+    before, param = names(layer), layer.get_parameter("w13_weight")
+    good = checkpoint(*dims)[0, "w1", "weight"]
+    for tensor, shard, expert in (
+        (good, "w1", 2),
+        (good, "w1", -1),
+        (good, "w4", 0),
+        (good[:-1], "w1", 0),
+        (good.int(), "w3", 0),
+    ):
+        with pytest.raises(ShapeError):
+            param.weight_loader(param, tensor, "experts", shard, expert)
+    x, weights, ids = choices(2, *dims[:2])
+    for bad in ((x[:, :-1], weights, ids), (x, weights[:1], ids), (x[:1], weights, ids)):
+        with pytest.raises(ShapeError):
+            layer(*bad)
+    assert names(layer) == before
+    for e, h, i in ((0, 64, 64), (1, 72, 64), (1, 64, 8)):
+        with pytest.raises(ShapeError):
+            MoE(runner, e, h, i)
+    with pytest.raises(BackendError, match="flashinfer_cutlass"):
+        NvFp4MoEMethod("nonsense")
+    with pytest.raises(AliasError):
+        NvFp4MoEMethod(runner, ep_rank=2, ep_size=2)
+
+
+# -- FlashInfer's own functions --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dims", [(1, 128, 128), (8, 256, 64), (2, 384, 192)], ids=str)
+def test_bytes_are_those_of_flashinfers_preparation(dims: tuple[int, int, int]) -> None:
+    core = pytest.importorskip("flashinfer.fused_moe.core")
+    prepare = pytest.importorskip("flashinfer.fused_moe.prepare")
+    unswizzle = pytest.importorskip("flashinfer.gemm.gemm_bf16_fp4")._unswizzle_sf_128x4
+    tensors = checkpoint(*dims)
+    trtllm, cutlass, cutedsl = (loaded(f"flashinfer_{n}", dims) for n in ("trtllm_routed", "cutlass", "cutedsl"))
+    for e in range(dims[0]):
+        for suffix, w13, w2 in (
+            ("weight", "w13_weight_prepared", "w2_weight_prepared"),
+            ("weight_scale", "w13_blockscale_swizzled", "w2_blockscale_swizzled"),
+        ):
+            up_gate = torch.cat([tensors[e, s, suffix].view(torch.uint8) for s in ("w3", "w1")])
+            down = tensors[e, "w2", suffix].view(torch.uint8)
+            shuffle13 = core._maybe_get_cached_w3_w1_permute_indices({}, up_gate, 128)
+            shuffle2 = core.get_w2_permute_indices_with_cache({}, down, 128)
+            interleaved = prepare._interleave_linear_and_gate(up_gate[None], 64, 1)[0]
+            for layer, rows13, rows2 in (
+                (trtllm, up_gate[shuffle13], down[shuffle2]),
+                (cutlass, up_gate, down),
+                (cutedsl, interleaved, down),
+            ):
+                for name, rows in ((w13, rows13), (w2, rows2)):
+                    found = layer.get_buffer(name)[e].view(torch.uint8)
+                    if suffix == "weight_scale":
+                        found = unswizzle(found, *rows.shape).view(torch.uint8)
+                    assert torch.equal(found, rows), (name, suffix)
+
+
+@pytest.mark.parametrize("dims", SHAPES, ids=str)
+@pytest.mark.parametrize("runner", [n for n in RUNNERS if n.startswith("flashinfer")])
+def test_the_call_binds_to_flashinfers_signature(
+    runner: str, dims: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fi = pytest.importorskip("flashinfer")
+    chosen, layer = moe_runner(runner), loaded(runner, dims)
+    if not hasattr(fi.fused_moe, chosen.call):
+        pytest.skip(f"flashinfer has no {chosen.call} without its compiler")
+    h, i = layer.nvfp4_moe_shape.padded(chosen.layout)  # type: ignore[operator, union-attr]
+    x, weights, ids = choices(3, *dims[:2])
+    signature, calls = inspect.signature(getattr(fi.fused_moe, chosen.call)), []
+    quantizer = inspect.signature(fi.fp4_quantize)
+
+    def quantize(*args: Any, **kwargs: Any) -> Any:
+        given = quantizer.bind(*args, **kwargs).arguments["input"]
+        assert given.shape == (3, h)
+        return torch.zeros(3, h // 2, dtype=torch.uint8), torch.zeros(3, h // 16, dtype=torch.uint8)
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        calls.append(signature.bind(*args, **kwargs).arguments)
+        out = torch.zeros(3, h, dtype=torch.bfloat16)
+        return out if runner == "flashinfer_cutedsl" else [out]
+
+    monkeypatch.setattr(fi, "fp4_quantize", quantize)
+    monkeypatch.setattr(fi.fused_moe, chosen.call, kernel)
+    out = chosen.apply(layer, x.bfloat16(), weights, ids, layer.nvfp4_moe_shape)  # type: ignore[arg-type]
+    assert out.shape == (3, dims[1]) and out.dtype is torch.bfloat16
+    (call,) = calls
+    expected = {
+        "flashinfer_trtllm_routed": {
+            "topk_ids": ((3, 2), torch.int32),
+            "hidden_states_scale": ((3, h // 16), torch.float8_e4m3fn),
+            "gemm1_weights": ((dims[0], 2 * i, h // 2), torch.uint8),
+            "gemm1_weights_scale": ((dims[0], 2 * i, h // 16), torch.float8_e4m3fn),
+            "gemm2_weights_scale": ((dims[0], h, i // 16), torch.float8_e4m3fn),
+            "output1_scale_scalar": ((dims[0],), torch.float32),
+        },
+        "flashinfer_cutlass": {
+            "token_selected_experts": ((3, 2), torch.int32),
+            "fc1_expert_weights": ((dims[0], 2 * i, h // 16), torch.int64),
+            "fc2_expert_weights": ((dims[0], h, i // 16), torch.int64),
+        },
+        "flashinfer_cutedsl": {
+            "x_sf": ((3, h // 16), torch.float8_e4m3fn),
+            "w1_weight": ((dims[0], 2 * i, h // 2), torch.uint8),
+            "w1_weight_sf": ((32, 4, 2 * i // 128, 4, h // 64, dims[0]), torch.float8_e4m3fn),
+            "fc2_input_scale": ((1,), torch.float32),
+        },
+    }[runner]
+    for name, (shape, dtype) in expected.items():
+        assert (tuple(call[name].shape), call[name].dtype) == (shape, dtype), name
+    if runner == "flashinfer_cutlass":
+        _, sf13, alphas, _, sf2, _ = call["quant_scales"]
+        rows2 = -(-h // 128) * 128
+        assert (sf13.dtype, tuple(sf13.shape)) == (torch.int32, (dims[0], 2 * i, h // 64))
+        assert (sf2.dtype, tuple(sf2.shape)) == (torch.int32, (dims[0], rows2, i // 64))
+        assert alphas.dtype is torch.float32
