@@ -14,7 +14,12 @@ _R = TypeVar("_R")
 
 def kept(make: Callable[_P, _R]) -> Callable[_P, _R]:
     """``make`` with its results kept per arguments, except while torch traces: then they would be stand-ins without values."""
-    cached = lru_cache(maxsize=512)(make)
+
+    def on_cpu(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        with torch.device("cpu"):  # a module may be built inside `with torch.device("meta")`: tables need values
+            return make(*args, **kwargs)
+
+    cached = lru_cache(maxsize=512)(on_cpu)
 
     @wraps(make)
     def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _R:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from aliasparam import Alias, AliasedParameter, PadLast2, declare, memory_report, process
+from aliasparam import Alias, AliasedParameter, PadLast2, SwapHalves, declare, memory_report, process
 
 
 def test_a_plan_costs_no_memory_and_is_bound_by_the_loader() -> None:
@@ -35,3 +35,13 @@ def test_float_scales_that_come_back_with_requires_grad_are_taken() -> None:
 
     assert not layer.scale.requires_grad
     assert torch.equal(layer.prepared, torch.ones(3))
+
+
+def test_declaring_under_a_meta_device_context_keeps_real_index_tables() -> None:
+    """Engines build modules inside `with torch.device(...)`; the tables of a row count are shared with real modules."""
+    for device in ("meta", "cpu"):
+        with torch.device(device):
+            layer = nn.Module()
+            layer.weight = nn.Parameter(torch.ones(74, 4, dtype=torch.uint8), requires_grad=False)
+            declare(layer, Alias("weight", "prepared", SwapHalves()))
+    assert process(layer) and torch.equal(layer.prepared, torch.ones(74, 4, dtype=torch.uint8, device="cpu"))

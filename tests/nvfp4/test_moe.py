@@ -13,6 +13,7 @@ from aliasparam import memory_report
 from aliasparam.errors import AliasError, StaleKernelError, StateError
 from aliasparam_nvfp4 import NvFp4MoEMethod
 from aliasparam_nvfp4.codec import scaled_codes
+from aliasparam_nvfp4.demo.large_models import MODELS, MoEModel
 from aliasparam_nvfp4.errors import BackendError, ScaleError, ShapeError
 from aliasparam_nvfp4.moe.emulate import weights as emulated
 from aliasparam_nvfp4.moe.runners import moe_runner, moe_runners
@@ -184,7 +185,7 @@ def test_bad_input_is_refused_and_changes_nothing(runner: str) -> None:
 # -- FlashInfer's own functions --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dims", [(1, 128, 128), (8, 256, 64), (2, 384, 192)], ids=str)
+@pytest.mark.parametrize("dims", [(1, 128, 128), (8, 256, 64), (2, 384, 192), (128, 128, 64), (384, 128, 64)], ids=str)
 def test_bytes_are_those_of_flashinfers_preparation(dims: tuple[int, int, int]) -> None:
     core = pytest.importorskip("flashinfer.fused_moe.core")
     prepare = pytest.importorskip("flashinfer.fused_moe.prepare")
@@ -271,3 +272,18 @@ def test_the_call_binds_to_flashinfers_signature(
         assert (sf13.dtype, tuple(sf13.shape)) == (torch.int32, (dims[0], 2 * i, h // 64))
         assert (sf2.dtype, tuple(sf2.shape)) == (torch.int32, (dims[0], rows2, i // 64))
         assert alphas.dtype is torch.float32
+
+
+# -- memory ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("runner", ["flashinfer_trtllm_routed", "flashinfer_cutlass", "flashinfer_cutedsl"])
+@pytest.mark.parametrize("model, saved", list(zip(MODELS, (14.77, 4.76, 3.30, 0.42), strict=True)), ids=str)
+def test_memory_block_scales_are_kept_once(runner: str, model: MoEModel, saved: float) -> None:
+    with torch.device("meta"):
+        layer = MoE(runner, model.experts, model.hidden, model.intermediate_per_rank)
+    rows = memory_report(layer).rows
+    pairs = [row for row in rows if row.source in ("w13_weight_scale", "w2_weight_scale")]
+    assert all(row.aliased for row in rows if row.derived and row.source.endswith(("weight", "weight_scale")))
+    total = sum(row.two_copies_bytes - row.allocated_bytes for row in pairs) * model.layers
+    assert round(total / 2**30, 2) == saved
