@@ -111,18 +111,23 @@ def reload(
 
 
 @app.command()
-def verify(backend: Annotated[str, typer.Option(help="Linear backend to accept, or auto.")] = "auto") -> None:
-    """Run a backend's kernel against its emulator on this machine's GPU (or CPU). Exit code 1 if any shape is wrong."""
+def verify(
+    backend: Annotated[str, typer.Option(help="Linear backend or MoE runner to accept, or auto.")] = "auto",
+    moe: Annotated[bool, typer.Option("--moe", help="An MoE runner, not a linear backend.")] = False,
+) -> None:
+    """Run a kernel against its emulator on this machine's GPU (or CPU). Exit code 1 if any shape is wrong."""
     import torch
 
     from .backends import linear_backend
-    from .verify import verify as run
+    from .moe.runners import moe_runner
+    from .moe.verify import verify as run_moe
+    from .verify import verify as run_linear
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = linear_backend(backend, device)
+    chosen, run = (moe_runner(backend, device), run_moe) if moe else (linear_backend(backend, device), run_linear)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     console.print(f"{chosen.name} on {name}, torch {torch.__version__}", highlight=False)
-    table = Table("layer", "tokens", "dB against the emulator", "")
+    table = Table("layer", "tokens", "dB against the reference" if moe else "dB against the emulator", "")
     failed = False
     for verdict in run(chosen.name, device):
         failed |= not verdict.held
@@ -141,6 +146,7 @@ def doctor() -> None:
     import torch
 
     from .backends import why
+    from .moe.runners import moe_runners
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = torch.cuda.get_device_name() if device.type == "cuda" else "no CUDA device"
@@ -149,6 +155,9 @@ def doctor() -> None:
         console.print(f"{package:<22}{'installed' if importlib.util.find_spec(package) else 'not installed'}", highlight=False)
     console.print("\nlinear backends:")
     console.print(why(device), highlight=False)
+    console.print("\nMoE runners:")
+    for runner in sorted(moe_runners().values(), key=lambda r: -r.rank):
+        console.print(f"{runner.name:<32}{runner.unavailable(device) or 'runs here'}", highlight=False)
 
 
 def _load(folder: Path, backend: str) -> tuple[Any, Any]:

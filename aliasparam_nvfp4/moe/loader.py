@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from ..errors import ShapeError
-
-ShardId = Literal["w1", "w2", "w3"]
 
 
 @dataclass(frozen=True)
@@ -31,20 +29,29 @@ class ExpertLoader:
     tp_rank: int = 0
     tp_size: int = 1
 
-    def __call__(self, param: Tensor, loaded_weight: Tensor, weight_name: str, shard_id: str, expert_id: int) -> bool:
+    def __call__(
+        self,
+        param: Tensor,
+        loaded_weight: Tensor,
+        weight_name: str = "",
+        shard_id: str | None = None,
+        expert_id: int | None = None,
+    ) -> bool:
         """Returns False for an expert of another rank, of which nothing is kept (input scales are kept of all).
 
         Args:
             param: the layer's name: ``w13_weight``, ``w2_weight_scale``, ...
             loaded_weight: the tensor from the checkpoint.
             weight_name: its name there, for messages.
-            shard_id: "w1" (gate), "w3" (up) or "w2" (down).
+            shard_id: "w1" (gate), "w3" (up) or "w2" (down); None, with no expert, for the whole of ``param`` as it is.
             expert_id: global number.
 
         Raises:
             ShapeError: no such shard or expert, or a tensor which does not fit. Nothing is written then.
         """
-        if shard_id not in ("w1", "w2", "w3") or not 0 <= expert_id < self.all_experts:
+        if shard_id is None and expert_id is None:
+            return _copy(param, loaded_weight, weight_name or "the whole tensor")
+        if expert_id is None or shard_id not in ("w1", "w2", "w3") or not 0 <= expert_id < self.all_experts:
             raise ShapeError(
                 "no such shard",
                 name=weight_name,
@@ -60,16 +67,7 @@ class ExpertLoader:
             half = target.shape[0] // 2
             target = target[:half] if shard_id == "w1" else target[half:]
         value = value.reshape(target.shape) if loaded_weight.numel() == 1 else value
-        if value.shape != target.shape or value.dtype != target.dtype:
-            raise ShapeError(
-                "the loaded shard does not fit",
-                name=f"{weight_name}: {shard_id} of expert {expert_id}",
-                expected=f"{target.dtype} {list(target.shape)}",
-                found=f"{value.dtype} {list(value.shape)}",
-            )
-        with torch.no_grad():
-            target.copy_(value)
-        return True
+        return _copy(target, value, f"{weight_name}: {shard_id} of expert {expert_id}")
 
     def _own_part(self, loaded: Tensor, shard_id: str, name: str) -> Tensor:
         if loaded.dim() < 2 or self.tp_size == 1:
@@ -85,3 +83,16 @@ class ExpertLoader:
             )
         width = loaded.shape[dim] // self.tp_size
         return loaded.narrow(dim, self.tp_rank * width, width)
+
+
+def _copy(target: Tensor, value: Tensor, what: str) -> bool:
+    if value.shape != target.shape or value.dtype != target.dtype:
+        raise ShapeError(
+            "the loaded shard does not fit",
+            name=what,
+            expected=f"{target.dtype} {list(target.shape)}",
+            found=f"{value.dtype} {list(value.shape)}",
+        )
+    with torch.no_grad():
+        target.copy_(value)
+    return True

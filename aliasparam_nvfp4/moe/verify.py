@@ -1,0 +1,72 @@
+"""Acceptance of an MoE runner on the machine that has its GPU: its kernel against the reference, across a reload."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from aliasparam import reload
+
+from ..codec import quantize
+from ..errors import BackendError
+from ..verify import Verdict, signal_to_noise
+from .method import NvFp4MoEMethod
+from .runners import moe_runner
+
+#: (what, E, H, I): aligned; SmolLM2's experts, ragged in H; ragged in I.
+SHAPES = (("8 x 512 x 256", 8, 512, 256), ("8 x 576 x 192", 8, 576, 192), ("4 x 256 x 80", 4, 256, 80))
+TOKENS = (1, 7, 130)
+#: Kernels round activations by approximate reciprocals, so single codes differ; a wrong layout gives about 0 dB.
+LEAST_DB = 20.0
+
+
+def verify(runner: str, device: torch.device) -> Iterator[Verdict]:
+    """Run the runner on every shape, load other weights into the same memory, and run it again.
+
+    Raises:
+        BackendError: unknown, or it cannot run on ``device``.
+    """
+    chosen = moe_runner(runner, device)
+    if (reason := chosen.unavailable(device)) is not None:
+        raise BackendError("this runner cannot run here", name=chosen.name, found=reason, remedy="Run this on its GPU.")
+    for what, e, h, i in SHAPES:
+        methods = NvFp4MoEMethod(chosen.name), NvFp4MoEMethod("reference")
+        layers = nn.Module(), nn.Module()
+        for method, layer in zip(methods, layers, strict=True):
+            with torch.device(device):
+                method.create_weights(layer, e, h, i, torch.bfloat16)
+        addresses: set[tuple[str, int]] = set()
+        for seed in (1, 2):
+            tensors = {name: tensor.to(device) for name, tensor in random_experts(e, h, i, seed).items()}
+            for layer in layers:
+                with reload(layer) as session:
+                    session.load(tensors)
+            addresses |= {(n, t.data_ptr()) for n, t in layers[0].named_buffers()}
+            for tokens in TOKENS:
+                x, weights, ids = (t.to(device) for t in _choices(tokens, e, h))
+                found, expected = (m.apply(layer, x, weights, ids) for m, layer in zip(methods, layers, strict=True))
+                decibel = signal_to_noise(found.double(), expected.double())
+                yield Verdict(what if seed == 1 else f"{what}, reloaded", tokens, decibel, decibel >= LEAST_DB)
+        moved = len(addresses) != len(list(layers[0].named_buffers()))
+        yield Verdict(f"{what}, addresses", 0, math.inf, not moved, "moved" if moved else "as they were")
+
+
+def random_experts(e: int, h: int, i: int, seed: int) -> dict[str, Tensor]:
+    """Checkpoint tensors of a layer, as ModelOpt would make them from normal weights that keep outputs at about 1."""
+    random = torch.Generator().manual_seed(seed)
+    tensors = {"w13_input_scale": torch.full((e, 2), 4.5 / 2688), "w2_input_scale": torch.full((e,), 9.0 / 2688)}
+    for name, dims in (("w13", (e, 2 * i, h)), ("w2", (e, h, i))):
+        packed, scale, total = quantize(torch.randn(dims, generator=random) / dims[2] ** 0.5)
+        per_expert = (e, 2) if name == "w13" else (e,)
+        tensors |= {f"{name}_weight": packed, f"{name}_weight_scale": scale, f"{name}_weight_scale_2": total.expand(per_expert)}
+    return tensors
+
+
+def _choices(tokens: int, e: int, h: int) -> tuple[Tensor, Tensor, Tensor]:
+    random = torch.Generator().manual_seed(tokens)
+    x = torch.randn(tokens, h, generator=random).to(torch.bfloat16)
+    weights, ids = torch.randn(tokens, e, generator=random).softmax(-1).topk(2)
+    return x, weights, ids.int()
