@@ -18,6 +18,7 @@ from aliasparam_nvfp4.demo.large_models import MODELS, MoEModel
 from aliasparam_nvfp4.errors import BackendError, ScaleError, ShapeError
 from aliasparam_nvfp4.moe.emulate import weights as emulated
 from aliasparam_nvfp4.moe.runners import moe_runner, moe_runners
+from aliasparam_nvfp4.moe.runners.flashinfer_trtllm_routed import pack_choices
 from aliasparam_nvfp4.moe.verify import verify
 from aliasparam_nvfp4.verify import signal_to_noise
 
@@ -312,3 +313,10 @@ def test_the_acceptance_runs_here_with_the_reference_and_refuses_the_others() ->
     assert len(verdicts) == 21 and all(v.held for v in verdicts)
     with pytest.raises(BackendError, match="compute capability"):
         list(verify("flashinfer_cutlass", torch.device("cpu")))
+
+
+def test_packed_choices_are_expert_and_bfloat16_bits() -> None:
+    ids, weights = torch.tensor([[0, 5], [383, 1]], dtype=torch.int32), torch.tensor([[0.25, 1.0], [-0.5, 3e-5]])
+    packed = pack_choices(ids, weights)
+    assert packed.dtype is torch.int32 and torch.equal(packed >> 16, ids)
+    assert torch.equal((packed & 0xFFFF).to(torch.uint16).view(torch.bfloat16), weights.bfloat16())
