@@ -13,8 +13,13 @@ from ...checkpoint import QuantConfig
 from .quantizer import compressed_tensors_here, use_backend
 
 
-def load_model(folder: str | Path, backend: str = "auto") -> tuple[Any, Any]:
+def load_model(folder: str | Path, backend: str = "auto", device: torch.device | str | None = None) -> tuple[Any, Any]:
     """(model, tokenizer) of an NVFP4 checkpoint folder, ready to generate.
+
+    Args:
+        folder: the checkpoint.
+        backend: a linear backend's name, or "auto".
+        device: where the weights go, all of them; transformers' default without.
 
     Raises:
         CheckpointError: not an NVFP4 folder, or tensors that do not fit the model.
@@ -24,7 +29,7 @@ def load_model(folder: str | Path, backend: str = "auto") -> tuple[Any, Any]:
 
     QuantConfig.from_folder(folder)
     with use_backend(backend), compressed_tensors_here():
-        model = AutoModelForCausalLM.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, **({} if device is None else {"device_map": {"": device}}))
     return model.eval(), AutoTokenizer.from_pretrained(folder)
 
 
