@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ...format import BLOCK_SIZE
+from ..activation import SWIGLU, ExpertActivation
 from ..layouts import MoELayout
 from ..scales import Activation
 
@@ -28,6 +29,7 @@ class MoEShape:
         all_experts: experts of all ranks.
         ep_rank: this rank among the expert-parallel ones.
         ep_size: ranks which divide the experts.
+        expert_activation: what lies between the two GEMMs.
     """
 
     experts: int
@@ -37,6 +39,7 @@ class MoEShape:
     all_experts: int = 0
     ep_rank: int = 0
     ep_size: int = 1
+    expert_activation: ExpertActivation = SWIGLU
 
     def padded(self, layout: MoELayout) -> tuple[int, int]:
         """(H, I) of the kernel format."""
