@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from ._declare import Alias, Declaration, Derivation, Keep, Policy
 from ._overlap import check_memory
@@ -106,7 +106,7 @@ def planned(
             if name not in sources and name not in taken:
                 taken.add(name)
                 sources[name] = Source(name, plan_storage(_parameter_spec(module, label, name), Identity()), None)
-    parameters = {n: p for n, p in module._parameters.items() if p is not None and not isinstance(p, UninitializedTensorMixin)}
+    parameters = {n: p for n, p in module._parameters.items() if p is not None and not is_lazy(p)}
     check_memory(
         label,
         {n: p for n, p in parameters.items() if n in sources},
@@ -143,7 +143,7 @@ def _need_free(label: str, taken: set[str], *names: str) -> None:
 
 def _parameter_spec(module: nn.Module, label: str, name: str) -> TensorSpec:
     parameter = module._parameters.get(name)
-    if isinstance(parameter, UninitializedTensorMixin):
+    if parameter is not None and is_lazy(parameter):
         raise DeclarationError(
             "the shape of this Parameter is not known yet",
             module=label,

@@ -72,6 +72,10 @@ class TransformError(AliasError):
     """A transform cannot take this shape or dtype, or its inverse does not invert."""
 
 
+class DerivationError(AliasError):
+    """The function of a derivation failed, or returned something else than it declared."""
+
+
 class StateError(AliasError):
     """The storage is in a state in which this operation would give or keep wrong bytes."""
 
