@@ -24,7 +24,7 @@ class Called(Layer):
 
 
 class Guarded(Called):
-    """Refuses unless it was processed after the last change of its weights: compares their bytes, at the price of reading them."""
+    """Refuses unless it was processed after the last change of its weights; reads them all to know."""
 
     seen: bytes | None = None
 
