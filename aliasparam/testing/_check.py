@@ -81,6 +81,8 @@ def check_method(
         kinds += _look(method, report)
         try:
             _sequences(method, report, kinds, examples)
+            if 10 not in report.unchecked:
+                _every_failure(method, report, most=examples)
         except LawBroken as broken:
             report.broken = broken
             raise
@@ -130,6 +132,23 @@ def _sequences(method: Method, report: Report, kinds: list[str], examples: int) 
             _follow_without_aliasing(Run(method, torch.Generator().manual_seed(seed), aliasing=False), plan, half, report)
 
     sequence()
+
+
+def _every_failure(method: Method, report: Report, most: int) -> None:
+    """Each operator of processing a whole load fails once, and each of loading a tensor; ``most`` of each, evenly spaced."""
+    first = Run(method, torch.Generator().manual_seed(0))
+    first.begin(None)
+    cold, names = first.cold(), list(first.specs)
+    plan: _Plan = [("fault in process", 1, 0.0, 0.0, at) for at in _spread(cold.processing, most)]
+    loads = [("fault in load", index, 0.0, 0.0, at) for index, name in enumerate(names) for at in range(cold.loading[name])]
+    plan += [loads[k] for k in _spread(len(loads), most)]
+    for step in plan:
+        report.sequences += 1
+        _follow(Run(method, torch.Generator().manual_seed(0)), [step], None, report)
+
+
+def _spread(count: int, most: int) -> list[int]:
+    return list(range(count)) if count <= most else [k * count // most for k in range(most)]
 
 
 def _follow_without_aliasing(run: Run, plan: _Plan, half: float | None, report: Report) -> None:
