@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ._declare import Alias, Declaration, Derivation, Keep
+from ._kernel_name import KernelName
 from ._overlap import check_memory
 from ._parameter import AliasedParameter
 from ._probe import check_inverse
@@ -47,7 +48,7 @@ class Derived:
 
     declaration: Derivation
     fallback: StoragePlan | None = None
-    tensor: Tensor | None = None
+    kernel: KernelName | None = None
     seen: tuple[int, ...] | None = None  # generations of its sources when it was computed
     generation: int = 0
 

@@ -61,7 +61,7 @@ def test_law_8_a_compiled_caller_refuses_stale_weights_and_serves_again(compiled
         f(x)
     process(layer)
 
-    assert "Layer.prepared" in str(refusal.value)
+    assert "aliasparam.process" in str(refusal.value)
     assert torch.equal(f(x), layer.prepared)
     assert not torch.equal(f(x), first)
 
@@ -131,8 +131,7 @@ def test_law_3_a_stale_name_keeps_its_address_shape_and_place() -> None:
         lambda k: torch.empty_like(k).copy_(k),
         lambda k: torch.utils.dlpack.from_dlpack(k),
         lambda k: torch.cat([k, k]),
-        lambda k: bytes(k.untyped_storage()),
-        lambda k: torch.save(k, io.BytesIO()),
+        lambda k: k.share_memory_(),
     ],
 )
 def test_law_8_every_use_of_a_stale_name_is_refused(use: Callable[[Tensor], Any]) -> None:
@@ -197,7 +196,12 @@ WRITERS: dict[str, Callable[[Tensor, Tensor], Any]] = {
 }
 
 
-@pytest.mark.parametrize("verb", [process, restore, lambda layer: layer.weight + 0, lambda layer: layer.weight.add_(1)])
+def restore_and_process(layer: Layer) -> None:
+    restore(layer)
+    process(layer)
+
+
+@pytest.mark.parametrize("verb", [process, restore_and_process, lambda layer: layer.weight + 0, lambda layer: layer.weight.add_(1)])
 @pytest.mark.parametrize("writer", WRITERS)
 def test_law_8_a_write_to_a_kernel_name_is_refused_at_the_next_verb_or_read(writer: str, verb: Callable[[Any], Any]) -> None:
     layer = Layer()

