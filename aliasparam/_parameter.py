@@ -15,13 +15,16 @@ from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import reduce_tensor
 
-from ._dispatch import _types, dispatch, write_one
+from ._compiled import never_traced
+from ._dispatch import _COPY, _types, dispatch
+from ._kernel_name import Hidden
+from ._processes import reduce_for_process, refuse_for_process
+from ._read_only import read_only
+from ._regions import same_view
 from ._storage import AliasedStorage, State
-from .errors import AdoptionError, StateError
-
-_COPY = torch.ops.aten.copy_.default
+from ._writes import write_one
+from .errors import AdoptionError
 
 
 class _Aliased(Tensor):
@@ -32,6 +35,7 @@ class _Aliased(Tensor):
     _alias_pin: weakref.ref[Any]
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __dlpack_c_exchange_api__ = Hidden()  # by which tvm_ffi would take the memory past __dlpack__
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -49,12 +53,14 @@ class _Aliased(Tensor):
             return _make_view(self._alias_storage, self._alias_memory[index])
         return super().__getitem__(index)
 
-    def copy_(self, source: Tensor, non_blocking: bool = False) -> Any:
-        if type(source) is not Tensor and type(source) is not nn.Parameter:
-            if isinstance(source, _Aliased) and source._alias_storage is self._alias_storage and _issame_view(source, self):
+    def copy_(self, other: Tensor, non_blocking: bool = False) -> Any:
+        if type(other) is not Tensor and type(other) is not nn.Parameter:
+            if isinstance(other, _Aliased) and other._alias_storage is self._alias_storage and is_same_view(other, self):
                 return self  # onto itself: nothing changes, nothing gets stale
-            return super().copy_(source, non_blocking)
-        write_one(_COPY, self, (source, non_blocking), True)
+            return super().copy_(other, non_blocking)
+        if other.requires_grad:
+            other = other.detach()  # a declared name takes the values of a trained Parameter, and no gradient
+        write_one(_COPY, self, (other, non_blocking), True)
         return self
 
     # -- faces of Tensor that do not come through the dispatcher -------------------------------------------------------
@@ -82,15 +88,15 @@ class _Aliased(Tensor):
         return self._holds_values() and self._alias_memory.is_contiguous(memory_format=memory_format)
 
     def contiguous(self, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
+        """This name, or a copy: which refuses to be written where a plain tensor would have given itself."""
         if self.is_contiguous(memory_format):
             return self
-        return self._values().contiguous(memory_format=memory_format)
+        copied = self._values().contiguous(memory_format=memory_format)
+        return read_only(copied, self) if self._alias_memory.is_contiguous(memory_format=memory_format) else copied
 
     def _holds_values(self) -> bool:
-        try:
-            return self._values() is self._alias_memory
-        except StateError:
-            return False
+        with self._alias_storage.lock:
+            return self._alias_storage.holds(self._alias_memory)
 
     def numpy(self, *, force: bool = False) -> Any:
         """A read-only copy of the checkpoint values: writes through it could not be seen."""
@@ -101,6 +107,9 @@ class _Aliased(Tensor):
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
         array = self.numpy(force=False)
         return array if dtype is None else array.astype(dtype)
+
+    def __tvm_ffi_object__(self) -> NoReturn:
+        self.__dlpack__()  # tvm_ffi (FlashInfer's kernels) asks for this before it takes a tensor's memory by itself
 
     def __dlpack__(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise BufferError(
@@ -156,11 +165,14 @@ class _Aliased(Tensor):
         if id(self) in memo:
             return memo[id(self)]
         storage = copy.deepcopy(self._alias_storage, memo)
-        new = _make(type(self), storage, same_view(storage, self._alias_memory))
+        new = _make(type(self), storage, same_view(storage.buffer, self._alias_memory))
         memo[id(self)] = new
         for key, value in loader_attributes(self).items():
             new.__dict__[key] = copy.deepcopy(value, memo)
         return new
+
+
+never_traced(_Aliased)
 
 
 class AliasedView(_Aliased):
@@ -208,13 +220,17 @@ def make_parameter(storage: AliasedStorage, memory: Tensor, like: type[Any] = nn
     return parameter
 
 
-def take_over(old: Tensor, storage: AliasedStorage, memory: Tensor) -> AliasedParameter | None:
-    """Make the object ``old`` itself an AliasedParameter over ``memory``, with its class and attributes; None if it cannot be.
+def take_over(
+    old: Tensor, storage: AliasedStorage, memory: Tensor, like: Tensor | None = None
+) -> AliasedParameter | None:
+    """Make the object ``old`` itself an AliasedParameter over ``memory``, with the class and attributes of ``like`` (default:
+    its own); None if it cannot be.
 
     It cannot where torch holds on to the old tensor (a compiled function's guard, an autograd graph).
     """
-    new = _make(_aliased_class(plain_class(type(old))), storage, memory)
-    new.__dict__.update(loader_attributes(old))
+    like = old if like is None else like
+    new = _make(_aliased_class(plain_class(type(like))), storage, memory)
+    new.__dict__.update(loader_attributes(like))
     try:
         torch.utils.swap_tensors(old, new)  # type: ignore[no-untyped-call]
     except RuntimeError:
@@ -247,7 +263,7 @@ def _aliased_class(engine_class: type[Any]) -> type[Any]:
     made: type[Any] = types.new_class(
         engine_class.__name__, (AliasedParameter, engine_class), exec_body=lambda body: body.update(namespace)
     )
-    ForkingPickler.register(made, _reduce_for_process)
+    ForkingPickler.register(made, reduce_for_process)
     return _classes.setdefault(engine_class, made)
 
 
@@ -273,12 +289,6 @@ def _make_view(storage: AliasedStorage, memory: Tensor) -> Tensor:
     return view  # type: ignore[no-any-return]
 
 
-def same_view(storage: AliasedStorage, memory: Tensor) -> Tensor:
-    """The view of ``storage`` which ``memory`` is of another storage of the same plan."""
-    typed = storage.buffer.view(memory.dtype)
-    return typed.as_strided(memory.shape, memory.stride(), memory.storage_offset())
-
-
 def loader_attributes(tensor: Tensor) -> dict[str, Any]:
     """What engines hang on parameters (weight_loader, output_dim, ...)."""
     return {k: v for k, v in tensor.__dict__.items() if k not in _OURS}
@@ -297,7 +307,7 @@ def _rebuild(storage: AliasedStorage, geometry: Any, attributes: dict[str, Any],
 def _assign(target: _Aliased, value: Tensor) -> None:
     """``target.data = value``: the values are copied in; only another device moves the memory, as Module.to() asks."""
     memory, storage = target._alias_memory, target._alias_storage
-    if isinstance(value, _Aliased) and value._alias_storage is storage and _issame_view(value, target):
+    if isinstance(value, _Aliased) and value._alias_storage is storage and is_same_view(value, target):
         return
     if value.shape != memory.shape or value.dtype != memory.dtype or value.device.type == "meta":
         raise AdoptionError(
@@ -316,11 +326,11 @@ def _assign(target: _Aliased, value: Tensor) -> None:
         return
     if value.device != storage.buffer.device:
         storage.relocate(value.device)
-    target._alias_memory = same_view(storage, memory)
+    target._alias_memory = same_view(storage.buffer, memory)
     torch._C.TensorBase.data.__set__(target, target._alias_memory)  # type: ignore[attr-defined]
 
 
-def _issame_view(first: _Aliased, second: _Aliased) -> bool:
+def is_same_view(first: _Aliased, second: _Aliased) -> bool:
     a, b = first._alias_memory, second._alias_memory
     same_place = a.storage_offset() * a.element_size() == b.storage_offset() * b.element_size()
     return same_place and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
@@ -331,22 +341,6 @@ _types.compound = (_Aliased, list, tuple)
 _types.view = _make_view
 
 
-# -- other processes -----------------------------------------------------------------------------------------------------
-
-
-def _reduce_for_process(tensor: _Aliased) -> Any:
-    # torch would move the memory to a shared segment; a name that is sent arrives as its values, in a plain tensor.
-    return reduce_tensor(tensor._snapshot().detach())  # type: ignore[no-untyped-call]
-
-
-def _refuse_for_process(owner: Any) -> NoReturn:
-    raise AdoptionError(
-        "a declared module cannot be sent to another process: torch would move its memory to a shared segment",
-        name=owner.label,
-        remedy="Send checkpoint_state_dict(module), or declare in the other process.",
-    )
-
-
-ForkingPickler.register(AliasedView, _reduce_for_process)
-ForkingPickler.register(AliasedParameter, _reduce_for_process)
-ForkingPickler.register(AliasedStorage, _refuse_for_process)
+ForkingPickler.register(AliasedView, reduce_for_process)
+ForkingPickler.register(AliasedParameter, reduce_for_process)
+ForkingPickler.register(AliasedStorage, refuse_for_process)
