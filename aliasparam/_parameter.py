@@ -330,6 +330,13 @@ def _assign(target: _Aliased, value: Tensor) -> None:
     torch._C.TensorBase.data.__set__(target, target._alias_memory)  # type: ignore[attr-defined]
 
 
+def is_same_name(tensor: Any, parameter: AliasedParameter) -> bool:
+    """Whether ``tensor`` is ``parameter``, or another object that is the same name: engines keep and put back old ones."""
+    if tensor is parameter or not isinstance(tensor, AliasedParameter):
+        return tensor is parameter
+    return tensor._alias_storage is parameter._alias_storage and is_same_view(tensor, parameter)
+
+
 def is_same_view(first: _Aliased, second: _Aliased) -> bool:
     a, b = first._alias_memory, second._alias_memory
     same_place = a.storage_offset() * a.element_size() == b.storage_offset() * b.element_size()

@@ -32,6 +32,20 @@ class ReadOnlyCopy(Tensor):
         is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
         return _wrap(result, owner._alias_label) if is_view and owner is not None else result
 
+    def numpy(self, *, force: bool = False) -> Any:
+        array = self._alias_plain.numpy(force=force)
+        array.flags.writeable = False
+        return array
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        return self.numpy() if dtype is None else self.numpy().astype(dtype)
+
+    def tolist(self) -> Any:
+        return self._alias_plain.tolist()
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return repr(self._alias_plain)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         return self._alias_plain.clone()
 

@@ -7,7 +7,7 @@ into the storage, its loader attributes onto our parameter) or refused, and kern
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from torch import Tensor
 
@@ -15,7 +15,7 @@ from ._parameter import (
     AliasedParameter,
     _Aliased,
     adopt_class,
-    is_same_view,
+    is_same_name,
     loader_attributes,
     make_parameter,
     take_over,
@@ -125,10 +125,11 @@ def _adopt(registry: AliasRegistry, source: Source, binding: Binding, tensor: Te
     if source.storage is None:
         take(registry, source, tensor, State.CHECKPOINT)
         return
-    same_storage = isinstance(tensor, _Aliased) and tensor._alias_storage is source.storage
-    if same_storage and is_same_view(tensor, binding.parameter):
-        _keep(binding.parameter, tensor)
+    if is_same_name(tensor, binding.parameter):
+        _keep(cast(AliasedParameter, tensor), binding.parameter)
+        binding.parameter = cast(AliasedParameter, tensor)
         return
+    same_storage = isinstance(tensor, _Aliased) and tensor._alias_storage is source.storage
     # Another view of the same storage would be read while it is written.
     binding.parameter.copy_(tensor.detach().clone() if same_storage else tensor.detach())
     _keep(binding.parameter, tensor)
@@ -139,7 +140,7 @@ def _adopt(registry: AliasRegistry, source: Source, binding: Binding, tensor: Te
             binding.parameter = taken
 
 
-def _keep(parameter: AliasedParameter, tensor: Tensor) -> None:
-    """The class and the loader attributes of what was put in the place of ``parameter``."""
-    adopt_class(parameter, type(tensor))
-    parameter.__dict__.update(loader_attributes(tensor))
+def _keep(parameter: AliasedParameter, other: Tensor) -> None:
+    """Give ``parameter`` the class and the loader attributes of ``other`` too."""
+    adopt_class(parameter, type(other))
+    parameter.__dict__.update(loader_attributes(other))

@@ -14,7 +14,7 @@ from ._declare import Declaration
 from ._derive import late_derivations, refresh
 from ._guard import Guard
 from ._kernel_name import KernelName
-from ._parameter import AliasedParameter, loader_attributes
+from ._parameter import AliasedParameter, is_same_name, loader_attributes
 from ._planning import Binding, Derived, Separate, Source, planned
 from ._processes import refuse_for_process
 from ._reconcile import reconcile
@@ -238,7 +238,7 @@ class AliasRegistry:
     def shows(self, name: str, value: Any) -> bool:
         """Whether ``value`` is what this registry has under ``name``, a checkpoint name or a kernel name."""
         return any(k.shows(value) for n, k in self.kernels() if n == name) or any(
-            b.parameter is value for s in self.sources.values() for b in s.bindings if b.name == name
+            is_same_name(value, b.parameter) for s in self.sources.values() for b in s.bindings if b.name == name
         )
 
     def check_kernel_name(self, name: str, value: Any) -> None:
@@ -261,7 +261,7 @@ class AliasRegistry:
         """Declared names under which there is another tensor than ours."""
         bindings = [b for source in self.sources.values() for b in source.bindings]
         found = ((b, b.module._parameters.get(b.name)) for b in bindings)
-        replaced = [b.name for b, tensor in found if tensor is not None and tensor is not b.parameter]
+        replaced = [b.name for b, tensor in found if tensor is not None and not is_same_name(tensor, b.parameter)]
         return replaced + [n for n, kernel in self.kernels() if not kernel.shows(self.module._buffers.get(n))]
 
     def stale_names(self) -> list[str]:

@@ -225,7 +225,11 @@ class AliasedStorage:
     def _has_weights(self, view: Tensor, found: set[State]) -> bool:
         if State.EMPTY in found or State.INVALID in found:
             return False
-        return State.PARTIAL not in found or self._written.has(view, self.plan.nbytes)
+        if State.PARTIAL not in found:
+            return True
+        size = self.plan.region_capacity
+        loaded = [(r * size, (r + 1) * size) for r, state in enumerate(self.states) if state is not State.PARTIAL]
+        return self._written.has(view, self.plan.nbytes, loaded)
 
     def _need_weights(self, view: Tensor, regions: range) -> None:
         """Refuse to read bytes that were never loaded."""

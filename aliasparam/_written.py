@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -35,10 +37,13 @@ class WrittenBytes:
                 mask.as_strided(entry[1], entry[2], entry[0]).fill_(True)
         return mask
 
-    def has(self, view: Tensor, nbytes: int) -> bool:
-        """Whether every byte of ``view`` arrived."""
+    def has(self, view: Tensor, nbytes: int, loaded: Iterable[tuple[int, int]] = ()) -> bool:
+        """Whether every byte of ``view`` arrived, or lies in ``loaded`` (first, end) ranges."""
+        mask = self.mask(nbytes)
+        for first, end in loaded:
+            mask[first:end] = True
         offset, sizes, strides = _area(view)
-        return bool(self.mask(nbytes).as_strided(sizes, strides, offset).all())
+        return bool(mask.as_strided(sizes, strides, offset).all())
 
 
 def _area(view: Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...]]:

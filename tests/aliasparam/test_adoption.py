@@ -235,4 +235,4 @@ def test_compiled_code_that_reads_a_checkpoint_name_leaves_the_graph_or_refuses(
         step(layer)
         assert torch.equal(compiled(x), layer.weight + 1)
     with pytest.raises(Exception, match="AliasedParameter"):
-        torch.compile(read, fullgraph=True, backend=backend)(x)
+        torch.compile(lambda x: layer.weight + x, fullgraph=True, backend=backend)(x)
