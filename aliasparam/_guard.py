@@ -74,6 +74,7 @@ class Guard:
             module=registry.label,
             name=", ".join(replaced or registry.stale_names()) or None,
             expected="names processed since the last write to their sources",
+            found="another tensor under the name" if replaced else "names that are older than their sources",
             remedy="Call aliasparam.process(model) after loading.",
         )
 

@@ -207,6 +207,8 @@ class AliasRegistry:
                     "cannot process a name which is still on the meta device",
                     module=self.label,
                     name=source.name,
+                    expected="a loaded tensor",
+                    found="a placeholder on meta",
                     remedy="Load the module's weights first.",
                 )
             source.storage.need_loaded()

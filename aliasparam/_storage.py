@@ -29,7 +29,7 @@ from ._states import State as State
 from ._transform import TensorSpec
 from ._verdict import StoragePlan
 from ._written import WrittenBytes
-from .errors import PointerError, StateError
+from .errors import MemoryFreedError, StateError
 
 
 class Listener(Protocol):
@@ -89,6 +89,8 @@ class AliasedStorage:
         self.listeners: list[Listener] = []
         #: See [Note: threads].
         self.lock = threading.RLock()
+        #: Whether other code was given the raw storage, which it might free.
+        self.handed_out = False
         #: Why somebody outside is writing the raw bytes now, or None.
         self.exposed: str | None = None
         self._states = RegionStates(plan.regions, state)
@@ -167,6 +169,7 @@ class AliasedStorage:
 
     def notice(self) -> None:
         """See whether other code wrote the kernel name: then nobody knows what the bytes are. See [Note: foreign writes]."""
+        self.need_memory()
         name = self.kernel_name
         if name is not None and name.tensor._version != name.version and self.exposed is None:
             name.accept()
@@ -188,9 +191,21 @@ class AliasedStorage:
         if self.exposed is not None:
             raise StateError(
                 f"cannot {doing}: the raw bytes are exposed to {self.exposed}",
-                name=self.label,
+                label=self.label,
                 expected="written() or abandon() of the exposure first",
                 found="an open exposure",
+                remedy="Close it, or leave its `with` block; a bulk load ends with its block.",
+            )
+
+    def need_memory(self) -> None:
+        """Raise MemoryFreedError where other code gave the memory back (``untyped_storage().resize_(0)``)."""
+        if self.buffer.device.type != "meta" and self.buffer.untyped_storage().nbytes() < self.plan.nbytes:
+            raise MemoryFreedError(
+                "the memory of this name was freed",
+                label=self.label,
+                expected=f"{self.plan.nbytes} bytes",
+                found=f"{self.buffer.untyped_storage().nbytes()} bytes",
+                remedy="Call aliasparam.invalidate(model) before memory is lent out, have it back at the same address, and load again.",
             )
 
     # -- reading -------------------------------------------------------------------------------------------------------
@@ -205,6 +220,8 @@ class AliasedStorage:
         name = self.kernel_name
         if name is not None and name.tensor._version != name.version:
             self.notice()
+        if self.handed_out:
+            self.need_memory()
         if self.is_plain:
             return view
         self.need_unexposed("read")
@@ -241,7 +258,7 @@ class AliasedStorage:
         state = self.states[region].value
         return StateError(
             f"{doing}: region {region} of {self.plan.regions} is {state!r}",
-            name=self.label,
+            label=self.label,
             expected="checkpoint-format bytes in the whole tensor",
             found=f"{state}: {self._why}" if self._why else state,
             remedy="Load every shard of this tensor first.",
@@ -274,6 +291,8 @@ class AliasedStorage:
         name = self.kernel_name
         if name is not None and name.tensor._version != name.version:
             self.notice()
+        if self.handed_out:
+            self.need_memory()
         if self.is_plain:
             return None
         self.need_unexposed("write")
@@ -476,7 +495,7 @@ class AliasedStorage:
     def relocate(self, device: torch.device) -> None:
         """Follow the module to another device: the one legal change of address, made by the owner."""
         if device == self.buffer.device:
-            raise PointerError("relocating to the device it is on", name=self.label)
+            raise AssertionError(f"{self.label}: relocated to the device it is on")
         self.notice()
         with torch.inference_mode(False):
             self.name_buffer(self.buffer.to(device), has_kernel_name=self.kernel_name is not None)
