@@ -277,6 +277,16 @@ def test_law_10_areas_written_long_ago_do_not_count_when_a_region_is_begun_again
         process(layer)
 
 
+def test_law_10_a_format_is_not_changed_while_somebody_writes_the_bytes() -> None:
+    layer = Layer()
+
+    with expose_for_writing(layer, "weight"), pytest.raises(StateError, match="exposed"):
+        the_registry(layer).retarget({"weight": InterleaveHalves()})
+
+    process(layer)
+    assert torch.equal(layer(), SwapHalves().forward(counting(6, 8)))
+
+
 @pytest.mark.parametrize("by", ["deepcopy", "save"])
 @pytest.mark.parametrize("through", ["an exposure", "a bulk load"])
 def test_law_10_a_module_is_not_copied_while_somebody_writes_it(by: str, through: str) -> None:
