@@ -229,7 +229,8 @@ def _collective(func: Any) -> _Handler:
         storages = [t._alias_storage for t in written]
         with Writes(written, name not in _REDUCES, checks_first=False) as writes:
             plain = {
-                n: _map_one(_values, apart(v, storages)) if sends or n in _SENT else _map_one(_memory, v) for n, v in given.items()
+                n: _map_one(_values, apart(v, storages)) if sends or n in _SENT else _map_one(_memory, v)
+                for n, v in given.items()
             }
             writes.begin()
             return func(**plain)

@@ -33,7 +33,7 @@ def regions_view(plan: StoragePlan, name: Tensor, first: int, count: int) -> Ten
 def bytes_of(view: Tensor) -> tuple[int, int]:
     """(first byte, byte after the last) of a view that is not empty."""
     width = view.element_size()
-    first = view.storage_offset() * width
+    first = int(view.storage_offset()) * width
     if view.is_contiguous():
         return first, first + view.numel() * width
     last = sum((n - 1) * s for n, s in zip(view.shape, view.stride(), strict=True))
@@ -93,9 +93,7 @@ def same_view(buffer: Tensor, memory: Tensor) -> Tensor:
     return buffer.view(memory.dtype).as_strided(memory.shape, memory.stride(), memory.storage_offset())
 
 
-def converted(
-    plan: StoragePlan, device: torch.device, first: int, nbytes: int, view: Tensor
-) -> tuple[Tensor, Tensor]:
+def converted(plan: StoragePlan, device: torch.device, first: int, nbytes: int, view: Tensor) -> tuple[Tensor, Tensor]:
     """Fresh bytes for ``[first, first + nbytes)`` of the buffer, and the view of them that ``view`` is of the buffer.
 
     Elements of a wider dtype may begin before a region does, so the copy begins where ``view``'s dtype is aligned.
