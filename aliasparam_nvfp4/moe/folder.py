@@ -48,21 +48,13 @@ class ExpertSource:
     folder: CheckpointFolder
     tensors: ExpertTensors
     shape: MoEShape
-    ranks: ExpertRanks = ExpertRanks()
-    format: CheckpointFormat = MODELOPT
-    untied: bool = False
+    ranks: ExpertRanks
+    format: CheckpointFormat
+    untied: bool
 
     def specs(self) -> dict[tuple[str, str], TensorSpec]:
         """(shard, suffix) to what the folder must hold for every expert, undivided."""
-        names, h, i = self.format, self.shape.hidden, self.shape.intermediate * self.ranks.tp_size
-        found = {}
-        for shard in SHARDS:
-            n, k = (h, i) if shard == "w2" else (i, h)
-            found[shard, names.weight] = TensorSpec((n, k // 2), torch.uint8)
-            found[shard, names.block_scale] = TensorSpec((n, k // BLOCK_SIZE), torch.float8_e4m3fn)
-            for name in (names.weight_global, names.input_global):
-                found[shard, name] = TensorSpec(names.scalar_shape, torch.float32)
-        return found
+        return expert_specs(self.format, self.shape.hidden, self.shape.intermediate * self.ranks.tp_size)
 
     def parts(self) -> Iterator[ExpertPart]:
         """What this rank reads: its experts, its share of each, and the input scales of all experts."""
@@ -104,7 +96,7 @@ class ExpertSource:
                 "gate and up of an expert have different weight global scales, and this runner has one factor",
                 expected="equal values",
                 found=differing,
-                remedy="Use a runner which takes them apart (reference, flashinfer_trtllm_routed), or export with unified scales.",
+                remedy="Use a runner which takes them apart (reference, flashinfer_trtllm_routed), or unify the scales.",
             )
 
     def _is_scalar(self, part: ExpertPart) -> bool:
@@ -127,19 +119,22 @@ class ExpertSource:
             yield f"{'w2' if shard == 'w2' else 'w13'}_{suffix}", row, value
 
 
-def expert_source(method: NvFp4MoEMethod, layer: nn.Module, folder: CheckpointFolder, name: str) -> ExpertSource:
-    """The experts called ``name`` (``model.layers.0.mlp.experts``) in ``folder``, for a layer made by ``method``.
+def expert_specs(names: CheckpointFormat, hidden: int, intermediate: int) -> dict[tuple[str, str], TensorSpec]:
+    """(shard, suffix) to the tensor that every expert has in the files."""
+    found = {}
+    for shard in SHARDS:
+        n, k = (hidden, intermediate) if shard == "w2" else (intermediate, hidden)
+        found[shard, names.weight] = TensorSpec((n, k // 2), torch.uint8)
+        found[shard, names.block_scale] = TensorSpec((n, k // BLOCK_SIZE), torch.float8_e4m3fn)
+        for name in (names.weight_global, names.input_global):
+            found[shard, name] = TensorSpec(names.scalar_shape, torch.float32)
+    return found
 
-    Raises:
-        CheckpointError: the folder has no experts of that name.
-    """
-    layers = expert_layers(folder.tensors)
-    if name not in layers:
-        raise CheckpointError(
-            "the checkpoint has no experts of this name", name=f"{folder.path}: {name}", found=", ".join(layers) or "no experts"
-        )
+
+def expert_source(method: NvFp4MoEMethod, layer: nn.Module, folder: CheckpointFolder, tensors: ExpertTensors) -> ExpertSource:
+    """``tensors`` of ``folder``, for a layer made by ``method``."""
     ranks = ExpertRanks(method.ep_rank, method.ep_size, method.tp_rank, method.tp_size)
-    return ExpertSource(folder, layers[name], layer.__dict__["nvfp4_moe_shape"], ranks, MODELOPT, method.backend.untied)
+    return ExpertSource(folder, tensors, layer.__dict__["nvfp4_moe_shape"], ranks, MODELOPT, method.backend.untied)
 
 
 def load_experts(
@@ -150,7 +145,7 @@ def load_experts(
     *,
     on_bytes: Callable[[int], None] = lambda n: None,
 ) -> int:
-    """Load or hot-reload this rank's part of one layer's experts, in place; returns the bytes read of large tensors and scales.
+    """Load or hot-reload this rank's part of one layer's experts, in place; returns the bytes that were loaded.
 
     All that headers and scalars can tell is checked before the first write. Only this rank's rows of w1 and w3 and columns of
     w2 are read, only of its experts; input scales are read of all.
@@ -163,11 +158,21 @@ def load_experts(
         on_bytes: called with the bytes of every piece.
 
     Raises:
-        CheckpointError: see :meth:`ExpertSource.check`. The layer is as it was.
-        ScaleError: likewise.
+        CheckpointError: no experts of that name, or see :meth:`ExpertSource.check`. The layer is as it was.
+        ScaleError: see :meth:`ExpertSource.check`. The layer is as it was.
     """
-    source = expert_source(method, layer, folder, name)
+    layers = expert_layers(folder.tensors)
+    if name not in layers:
+        raise CheckpointError(
+            "the checkpoint has no experts of this name", name=f"{folder.path}: {name}", found=", ".join(layers) or "no experts"
+        )
+    source = expert_source(method, layer, folder, layers[name])
     source.check()
+    return load_from(source, layer, on_bytes)
+
+
+def load_from(source: ExpertSource, layer: nn.Module, on_bytes: Callable[[int], None] = lambda n: None) -> int:
+    """The same from a source that was checked already."""
     total = 0
     with torch.no_grad(), reload(layer) as session:
         for target, row, value in source.rows():
