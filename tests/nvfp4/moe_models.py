@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -74,6 +75,67 @@ def by_modelopt(folder: Path, kind: str, seed: int = 0, exclude: tuple[str, ...]
             model = mtq.quantize(small_moe(kind, seed), config, lambda m: m(input_ids=IDS))
             with torch.inference_mode():
                 export_hf_checkpoint(model, export_dir=folder)
+    return folder
+
+
+def by_compressed_tensors(folder: Path, kind: str, seed: int = 0, *, activations: bool = True) -> Path:
+    """compressed-tensors' own parameters and packing, with llm-compressor's names and config.
+
+    llm-compressor 0.14.0.1 itself writes the same bytes (make_llmcompressor_folder.py): each expert's projections apart, in Mixtral too
+    as gate_proj, up_proj and down_proj; gate and up of an expert with one global scale; every router ignored by its full name.
+    """
+    from compressed_tensors.compressors import NVFP4PackedCompressor
+    from compressed_tensors.quantization import preset_name_to_scheme
+    from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
+    from safetensors.torch import save_file
+
+    model = small_moe(kind, seed)
+    scheme = preset_name_to_scheme("NVFP4" if activations else "NVFP4A16", ["Linear"])
+    plain, linears, routers = {}, {}, []
+    for name, tensor in model.state_dict().items():
+        name = name.replace(".mlp.", ".block_sparse_moe.") if kind == "mixtral" else name
+        prefix = name.rpartition(".")[0]
+        if name.endswith("experts.gate_up_proj"):
+            for expert, weight in enumerate(tensor):
+                linears[f"{prefix}.{expert}.gate_proj"], linears[f"{prefix}.{expert}.up_proj"] = weight.chunk(2)
+        elif name.endswith("experts.down_proj"):
+            linears |= {f"{prefix}.{expert}.down_proj": weight for expert, weight in enumerate(tensor)}
+        elif name.endswith("_proj.weight"):
+            linears[prefix] = tensor
+        elif name != "lm_head.weight":
+            plain[name] = tensor
+        if prefix.endswith((".gate", "_gate")):
+            routers.append(prefix)
+    groups = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
+    group = lambda n: n.rpartition(".")[0] + groups.get(n.rpartition(".")[2], n)  # noqa: E731
+    largest: dict[str, Tensor] = {}
+    for name, weight in linears.items():
+        largest[group(name)] = torch.maximum(largest.get(group(name), torch.zeros((), dtype=weight.dtype)), weight.abs().max())
+    tensors = dict(plain)
+    for name, weight in linears.items():
+        total = generate_gparam(-largest[group(name)], largest[group(name)])
+        blocks = weight.reshape(weight.shape[0], -1, 16)
+        scale, _ = calculate_qparams(blocks.amin(-1), blocks.amax(-1), scheme.weights, global_scale=total)
+        raw = {"weight": weight.contiguous(), "weight_scale": scale, "weight_global_scale": total}
+        tensors |= {f"{name}.{n}": t for n, t in NVFP4PackedCompressor.compress(raw, scheme).items()}
+        tensors[f"{name}.weight_global_scale"] = total.float().reshape(1)
+        if activations:
+            expert = int(name.split(".experts.")[1].split(".")[0]) if ".experts." in name else 0
+            tensors[f"{name}.input_global_scale"] = torch.tensor([60.0 + 8 * expert if "down" in name else 90.0])
+    folder.mkdir()
+    save_file({n: t.contiguous() for n, t in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    weights = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "symmetric": True, "dynamic": False}
+    quantization = {
+        "quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized", "quantization_status": "compressed",
+        "config_groups": {
+            "group_0": {
+                "format": "nvfp4-pack-quantized", "targets": ["Linear"], "weights": weights,
+                "input_activations": {**weights, "dynamic": "local"} if activations else None,
+            },
+        },
+        "ignore": ["lm_head", *dict.fromkeys(routers)],
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps({**model.config.to_dict(), "quantization_config": quantization}))
     return folder
 
 
