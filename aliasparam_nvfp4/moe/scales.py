@@ -10,6 +10,7 @@ With ``a1 = max(w13_input_scale)`` and ``a2 = max(w2_input_scale)`` over *all* e
 | as they are | ``s13[e, 0]`` | ``s13[e, 1]`` | ``s2[e]`` | none | none |
 
 ``per expert`` takes each expert's own input scales. All are f32 ``[E]``, except the quants of the first row, ``[1]``.
+The last row has ``g1_alphas_gate_up`` too: both columns of ``s13``, ``[E, 2]``, for kernels that take them as one tensor.
 A runner with one factor for gate and up cannot serve an expert whose two weight scales differ; it refuses it by name.
 """
 
@@ -54,6 +55,7 @@ class MoEScales:
             return [
                 Derivation("g1_alphas", (s13,), self._gate, per_expert, f32),
                 Derivation("g1_scale_c", (s13,), self._up, per_expert, f32),
+                Derivation("g1_alphas_gate_up", (s13,), self._gate_up, (self.experts, 2), f32),
                 Derivation("g2_alphas", (s2,), self._down, per_expert, f32),
             ]
         quants = per_expert if self.activation == "per expert" else (1,)
@@ -99,6 +101,10 @@ class MoEScales:
     def _up(self, s13: Tensor) -> Tensor:
         self._need("a weight global scale", s13)
         return s13[:, 1].clone()
+
+    def _gate_up(self, s13: Tensor) -> Tensor:
+        self._need("a weight global scale", s13)
+        return s13.clone()
 
     def _down(self, s2: Tensor) -> Tensor:
         self._need("a weight global scale", s2)

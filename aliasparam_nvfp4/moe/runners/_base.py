@@ -57,6 +57,7 @@ class MoENames(Protocol):
     w2_blockscale_swizzled: Tensor
     g1_alphas: Tensor
     g1_scale_c: Tensor
+    g1_alphas_gate_up: Tensor
     g2_alphas: Tensor
     w13_input_scale_quant: Tensor
     w2_input_scale_quant: Tensor
@@ -70,6 +71,9 @@ class MoERunner(ABC):
     activation: Activation = "quantized"
     #: Whether gate and up of an expert may have different weight scales.
     untied: bool = False
+    #: The kinds of :class:`~aliasparam_nvfp4.moe.activation.ExpertActivation` its call takes, and whether with their numbers.
+    activations: frozenset[str] = frozenset({"swiglu"})
+    numbers: bool = False
     capabilities: frozenset[tuple[int, int]] = frozenset()
     packages: tuple[str, ...] = ()
     rank: int = 0
