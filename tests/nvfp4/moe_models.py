@@ -81,8 +81,8 @@ def by_modelopt(folder: Path, kind: str, seed: int = 0, exclude: tuple[str, ...]
 def by_compressed_tensors(folder: Path, kind: str, seed: int = 0, *, activations: bool = True) -> Path:
     """compressed-tensors' own parameters and packing, with llm-compressor's names and config.
 
-    llm-compressor 0.14.0.1 itself writes the same bytes (make_llmcompressor_folder.py): each expert's projections apart, in Mixtral too
-    as gate_proj, up_proj and down_proj; gate and up of an expert with one global scale; every router ignored by its full name.
+    As llm-compressor 0.14.0.1 writes (make_llmcompressor_folder.py): each expert's projections apart, in Mixtral too as gate_proj,
+    up_proj and down_proj; gate and up of an expert with one global scale; every router ignored by its full name.
     """
     from compressed_tensors.compressors import NVFP4PackedCompressor
     from compressed_tensors.quantization import preset_name_to_scheme

@@ -16,11 +16,11 @@ from torch import Tensor
 pytest.importorskip("transformers")
 pytest.importorskip("modelopt")
 
-from aliasparam_nvfp4.checkpoint import CheckpointFolder, ExpertTensorName  # noqa: E402
-from aliasparam_nvfp4.moe import ExpertRanks  # noqa: E402
-from aliasparam_nvfp4.verify import signal_to_noise  # noqa: E402
+from aliasparam_nvfp4.checkpoint import CheckpointFolder, ExpertTensorName
+from aliasparam_nvfp4.moe import ExpertRanks
+from aliasparam_nvfp4.verify import signal_to_noise
 
-from .moe_models import IDS, by_modelopt, logits  # noqa: E402
+from .moe_models import IDS, by_modelopt, logits
 
 EXPERTS, LEAST_DB = 8, 10.0
 
@@ -93,7 +93,5 @@ def serve(rank: int, a: Path, b: Path, size: int, how: str, store: Path) -> None
 
 
 @pytest.mark.parametrize("how, size", [("tp", 4), ("tp", 2), ("ep", 2)])
-def test_decode_logprobs_are_bit_equal_after_each_reload(
-    how: str, size: int, folders: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_decode_logprobs_are_bit_equal_after_each_reload(how: str, size: int, folders: tuple[Path, Path], tmp_path: Path) -> None:
     mp.spawn(serve, args=(*folders, size, how, tmp_path / "store"), nprocs=size)
