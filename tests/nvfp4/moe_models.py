@@ -62,7 +62,7 @@ def small_moe(kind: str, seed: int = 0) -> Any:
     return model.to(torch.bfloat16).eval()
 
 
-def by_modelopt(folder: Path, kind: str, seed: int = 0, exclude: tuple[str, ...] = ()) -> Path:
+def by_modelopt(folder: Path, kind: str, seed: int = 0, exclude: tuple[str, ...] = (), recipe: str = "NVFP4_DEFAULT_CFG") -> Path:
     """ModelOpt's own quantization and export."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -70,7 +70,7 @@ def by_modelopt(folder: Path, kind: str, seed: int = 0, exclude: tuple[str, ...]
             import modelopt.torch.quantization as mtq
             from modelopt.torch.export import export_hf_checkpoint
 
-            config = copy.deepcopy(mtq.NVFP4_DEFAULT_CFG)
+            config = copy.deepcopy(getattr(mtq, recipe))
             config["quant_cfg"] = [*config["quant_cfg"], *({"quantizer_name": name, "enable": False} for name in exclude)]
             model = mtq.quantize(small_moe(kind, seed), config, lambda m: m(input_ids=IDS))
             with torch.inference_mode():
@@ -81,7 +81,7 @@ def by_modelopt(folder: Path, kind: str, seed: int = 0, exclude: tuple[str, ...]
 def by_compressed_tensors(folder: Path, kind: str, seed: int = 0, *, activations: bool = True) -> Path:
     """compressed-tensors' own parameters and packing, with llm-compressor's names and config.
 
-    As llm-compressor 0.14.0.1 writes (make_llmcompressor_folder.py): each expert's projections apart, in Mixtral too as gate_proj,
+    As llm-compressor 0.14.0.1 writes (make_llmcompressor_folder.py): projections apart, in Mixtral too as gate_proj,
     up_proj and down_proj; gate and up of an expert with one global scale; every router ignored by its full name.
     """
     from compressed_tensors.compressors import NVFP4PackedCompressor
