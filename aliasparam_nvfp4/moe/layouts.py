@@ -86,14 +86,16 @@ _SWIZZLED_128 = _ungated("rows-swizzled", Identity(), Swizzle128x4(), 64, 128)
 #: ``_maybe_get_cached_w3_w1_permute_indices`` with ``is_gated_act_gemm=False`` is the plain row shuffle.
 _SHUFFLED_ROWS = _ungated("rows-shuffled", ShuffleRows(128), Swizzle128x4(), 128, 128)
 
+#: Expert by expert, so that a layer can be moved to and from the other formats.
+_SAME = Identity(core_dims=2)
 #: The checkpoint's own bytes: the reference.
 CHECKPOINT = MoELayout(
     "checkpoint",
-    Identity(),
-    Identity(),
-    Identity(),
-    Identity(),
-    ungated=MoELayout("rows", Identity(), Identity(), Identity(), Identity()),
+    _SAME,
+    _SAME,
+    _SAME,
+    _SAME,
+    ungated=MoELayout("rows", _SAME, _SAME, _SAME, _SAME),
 )
 #: The same rows with H and I in whole 64s, and row-major scales (FlashInfer ``prepare_cutile_nvfp4_weights``, below 10.0).
 ROW_MAJOR_64 = _padded("row-major", Identity(), Identity(), Identity(), 64, 64, _ROWS_64)

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from aliasparam import Alias, Transform, declare, registry_of
+from aliasparam import declare, registry_of
 from aliasparam.errors import StateError
 
 from ..checkpoint_format import MODELOPT, CheckpointFormat
@@ -16,7 +16,7 @@ from ..errors import BackendError, ShapeError
 from ..format import BLOCK_SIZE
 from .activation import SWIGLU, ExpertActivation
 from .checks import FiniteBlockScales
-from .layouts import MoELayout
+from .declarations import aliases, scalars
 from .loader import ExpertLoader
 from .runners import MoENames, MoERunner, MoEShape, moe_runner
 
@@ -121,7 +121,8 @@ class NvFp4MoEMethod:
             for key, value in {**attributes, "of_all_experts": of_all}.items():
                 setattr(parameter, key, value)
             layer.register_parameter(name, parameter)
-        layer.__dict__.update(nvfp4_moe_shape=shape, nvfp4_runner=self.backend, nvfp4_moe=self, params_dtype=params_dtype)
+        layer.__dict__.update(nvfp4_moe_shape=shape, nvfp4_runner=self.backend, params_dtype=params_dtype)
+        layer.__dict__["nvfp4_moe_checkpoint"] = self.checkpoint, self.input_scale
         self._declare(layer, shape)
 
     def _parameters(self, shape: MoEShape) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -143,19 +144,19 @@ class NvFp4MoEMethod:
         return found
 
     def _declare(self, layer: nn.Module, shape: MoEShape) -> None:
-        scales = {
-            d.name: d
-            for runner in (*self.retarget_to, self.backend)  # its own formulas last: they are the ones that count now
-            for d in runner.scales(shape, self.checkpoint, input_scale=self.input_scale).derivations()
-        }
-        rooms = [r.layout.of(self.activation) for r in self.retarget_to]
-        aliases = [
-            Alias(source, derived, transform, room_for=tuple(aliased(self.checkpoint, room)[source][1] for room in rooms))
-            for source, (derived, transform) in aliased(self.checkpoint, self.backend.layout.of(self.activation)).items()
-        ]
-        registry = declare(layer, *aliases, *scales.values(), loaded=False)
+        layout = self.backend.layout.of(self.activation)
+        own, *others = (
+            runner.scales(shape, self.checkpoint, input_scale=self.input_scale).derivations()
+            for runner in (self.backend, *self.retarget_to)
+        )
+        registry = declare(
+            layer,
+            *aliases(self.checkpoint, layout, [r.layout.of(self.activation) for r in self.retarget_to]),
+            *scalars(own, [d for other in others for d in other], self.backend.name),
+            loaded=False,
+        )
         block_scales = f"w13_{self.checkpoint.block_scale}", f"w2_{self.checkpoint.block_scale}"
-        registry.checks.append(FiniteBlockScales(block_scales, shape.first_expert, shape.experts))
+        registry.checks.append(FiniteBlockScales(block_scales, shape.first_expert))
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Bring what was written since the last call to kernel format. Idempotent, in place, expert by expert.
@@ -199,16 +200,6 @@ class NvFp4MoEMethod:
         if rows.shape[0] == 0:
             return torch.empty_like(x)
         return runner.apply(cast(MoENames, layer), rows, topk_weights, topk_ids, shape).reshape(x.shape)
-
-
-def aliased(checkpoint: CheckpointFormat, layout: MoELayout) -> dict[str, tuple[str, Transform]]:
-    """Checkpoint name to (kernel name, its format) of the four large tensors."""
-    return {
-        f"w13_{checkpoint.weight}": ("w13_weight_prepared", layout.w13),
-        f"w2_{checkpoint.weight}": ("w2_weight_prepared", layout.w2),
-        f"w13_{checkpoint.block_scale}": ("w13_blockscale_swizzled", layout.w13_scale),
-        f"w2_{checkpoint.block_scale}": ("w2_blockscale_swizzled", layout.w2_scale),
-    }
 
 
 def _would_do(h: int, i: int, tp_size: int) -> str | None:
