@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from aliasparam import declare, registry_of
+from aliasparam import Keep, declare, registry_of
 from aliasparam.errors import StateError
 
 from ..checkpoint_format import MODELOPT, CheckpointFormat
@@ -149,12 +149,11 @@ class NvFp4MoEMethod:
             runner.scales(shape, self.checkpoint, input_scale=self.input_scale).derivations()
             for runner in (self.backend, *self.retarget_to)
         )
-        registry = declare(
-            layer,
-            *aliases(self.checkpoint, layout, [r.layout.of(self.activation) for r in self.retarget_to]),
-            *scalars(own, [d for other in others for d in other], self.backend.name),
-            loaded=False,
-        )
+        pairs = aliases(self.checkpoint, layout, [r.layout.of(self.activation) for r in self.retarget_to])
+        derived = scalars(own, [d for other in others for d in other], self.backend.name)
+        read = {alias.source for alias in pairs} | {source for d in derived for source in d.sources}
+        kept = [Keep(name) for name in self._parameters(shape) if name not in read]  # activation scales on W4A16 runners
+        registry = declare(layer, *pairs, *derived, *kept, loaded=False)
         block_scales = f"w13_{self.checkpoint.block_scale}", f"w2_{self.checkpoint.block_scale}"
         registry.checks.append(FiniteBlockScales(block_scales, shape.first_expert))
 
