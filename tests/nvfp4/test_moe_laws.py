@@ -165,7 +165,10 @@ def test_bad_input_is_refused_and_changes_nothing(runner: str) -> None:
 # -- memory ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("runner", ["flashinfer_trtllm_routed", "flashinfer_cutlass", "flashinfer_cutedsl"])
+SWIZZLING = ["trtllm", "trtllm_routed", "cutlass", "cutedsl", "cutedsl_masked", "cutile_sm12x"]
+
+
+@pytest.mark.parametrize("runner", [f"flashinfer_{name}" for name in SWIZZLING])
 @pytest.mark.parametrize("model, saved", list(zip(MODELS, (14.77, 4.76, 3.30, 0.42), strict=True)), ids=str)
 def test_memory_block_scales_are_kept_once(runner: str, model: MoEModel, saved: float) -> None:
     with torch.device("meta"):
