@@ -38,10 +38,10 @@ def test_groups_hold_each_experts_tokens_and_choices_find_their_rows(tokens: int
 
 
 def test_masked_rows_never_reach_the_result() -> None:
-    ids = torch.tensor([[0, 3], [1, -1]], dtype=torch.int32)
+    ids = torch.tensor([[0, 3], [0, -1]], dtype=torch.int32)  # expert 1 has no token: all its rows are masked
     groups = Groups.of(ids, 2)
     out = torch.full((2, 2, 4), float("nan"))
-    out[0, 0], out[1, 0] = 2.0, 3.0
+    out[0] = torch.tensor([[2.0], [3.0]])
     assert torch.equal(groups.combined(out, torch.tensor([[0.5, 1.0], [1.0, 1.0]])), torch.tensor([[1.0] * 4, [3.0] * 4]))
 
 
