@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from aliasparam import Keep, declare, registry_of
+from aliasparam import AliasRegistry, Keep, declare, registry_of
 from aliasparam.errors import StateError
 
 from ..checkpoint_format import MODELOPT, CheckpointFormat
@@ -18,6 +18,7 @@ from .activation import SWIGLU, ExpertActivation
 from .checks import FiniteBlockScales
 from .declarations import aliases, scalars
 from .loader import ExpertLoader
+from .routing import Routing
 from .runners import MoENames, MoERunner, MoEShape, moe_runner
 
 
@@ -156,6 +157,7 @@ class NvFp4MoEMethod:
         registry = declare(layer, *pairs, *derived, *kept, loaded=False)
         block_scales = f"w13_{self.checkpoint.block_scale}", f"w2_{self.checkpoint.block_scale}"
         registry.checks.append(FiniteBlockScales(block_scales, shape.first_expert))
+        registry.on_processed.append(_tell_runner)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Bring what was written since the last call to kernel format. Idempotent, in place, expert by expert.
@@ -199,6 +201,41 @@ class NvFp4MoEMethod:
         if rows.shape[0] == 0:
             return torch.empty_like(x)
         return runner.apply(cast(MoENames, layer), rows, topk_weights, topk_ids, shape).reshape(x.shape)
+
+    def apply_logits(self, layer: nn.Module, x: Tensor, router_logits: Tensor, routing: Routing) -> Tensor:
+        """:meth:`apply` from the router's logits: runners whose kernel routes take them as they are, the others choose first.
+
+        Args:
+            layer: made by :meth:`create_weights`.
+            x: activations ``[..., H]``.
+            router_logits: ``[T, experts of all ranks]``, bf16 or f32, T the product of x's leading dims.
+            routing: how the model chooses.
+
+        Raises:
+            ShapeError: dims which do not fit each other or the layer.
+            BackendError: the runner cannot run on this device, or its kernel knows no such routing.
+        """
+        shape: MoEShape = layer.__dict__["nvfp4_moe_shape"]
+        runner: MoERunner = layer.__dict__["nvfp4_runner"]
+        rows = x.reshape(-1, x.shape[-1])
+        if x.shape[-1] != shape.hidden or router_logits.shape != (rows.shape[0], shape.all_experts):
+            raise ShapeError(
+                "the input does not fit",
+                module=type(layer).__name__,
+                expected=f"x [T, {shape.hidden}], router_logits [T, {shape.all_experts}]",
+                found=f"{list(x.shape)}, {list(router_logits.shape)}",
+            )
+        if (reason := runner.unavailable(x.device)) is not None:
+            raise BackendError(
+                "this runner cannot run here", name=runner.name, found=reason, remedy='Use backend="reference" or "auto".'
+            )
+        if rows.shape[0] == 0:
+            return torch.empty_like(x)
+        return runner.apply_logits(cast(MoENames, layer), rows, router_logits, routing, shape).reshape(x.shape)
+
+
+def _tell_runner(registry: AliasRegistry) -> None:
+    registry.module.__dict__["nvfp4_runner"].weights_changed()
 
 
 def _would_do(h: int, i: int, tp_size: int) -> str | None:

@@ -14,6 +14,7 @@ from aliasparam.errors import DeclarationError, PointerError
 from aliasparam_nvfp4 import COMPRESSED_TENSORS, NvFp4LinearMethod, retarget, retarget_experts
 from aliasparam_nvfp4.errors import BackendError, ScaleError
 from aliasparam_nvfp4.moe.activation import SWIGLU, ExpertActivation
+from aliasparam_nvfp4.moe.runners import moe_runner
 
 from .moe_experts import ACTIVATIONS, OAI, Experts, pointers, serving, stored
 from .moe_layers import SHAPES, choices, load, names
@@ -31,8 +32,13 @@ def read_by(layer: Experts) -> dict[str, bytes]:
     }
 
 
+def alike(activation: ExpertActivation = SWIGLU, **how: Any) -> list[str]:
+    """Runners among which a layer can be moved: those with scales for each expert have quants of another shape."""
+    return [n for n in serving(activation, **how) if moe_runner(n).activation != "per expert"]
+
+
 def pairs(activation: ExpertActivation, **how: Any) -> list[tuple[str, str]]:
-    return list(itertools.permutations(serving(activation, **how), 2))
+    return list(itertools.permutations(alike(activation, **how), 2))
 
 
 @pytest.mark.parametrize("kind", ACTIVATIONS)
@@ -74,7 +80,7 @@ def test_retargeting_keeps_the_kind_of_checkpoint(how: dict[str, Any]) -> None:
 
 def test_the_reference_answers_the_same_after_a_round_over_all_runners() -> None:
     dims = SHAPES[0]
-    others = [n for n in serving() if n != "reference"]
+    others = [n for n in alike() if n != "reference"]
     layer = Experts("reference", dims, retarget_to=others)
     load(layer, stored(dims))
     x = choices(4, *dims[:2])
@@ -107,7 +113,7 @@ def test_a_layer_that_was_not_loaded_yet_is_moved_too() -> None:
 
 
 def unmoved(layer: Experts, runner: str, error: type[Exception], match: str) -> None:
-    model = nn.ModuleList([Experts("flashinfer_cutlass", SHAPES[0], retarget_to=serving()), layer])
+    model = nn.ModuleList([Experts("flashinfer_cutlass", SHAPES[0], retarget_to=alike()), layer])
     load(model[0], stored(SHAPES[0]))
     before = names(model)
     with pytest.raises(error, match=match):
@@ -122,6 +128,11 @@ def test_scalars_without_memory_are_refused_by_name() -> None:
     unmoved(layer, "reference", BackendError, r'(?s)w13_input_scale_quant.*retarget_to=\("reference",\)')
 
 
+def test_scalars_of_another_shape_are_refused_at_creation() -> None:
+    with pytest.raises(BackendError, match=r"(?s)w13_input_scale_quant \[1\].*\[2\]"):
+        Experts("flashinfer_cutlass", SHAPES[0], retarget_to=("flashinfer_cutedsl_masked",))
+
+
 def test_numbers_without_memory_are_refused_by_name() -> None:
     layer = Experts("flashinfer_cutedsl", SHAPES[0], activation=OAI)
     load(layer, stored(SHAPES[0]))
@@ -129,7 +140,7 @@ def test_numbers_without_memory_are_refused_by_name() -> None:
 
 
 def test_untied_scales_are_refused_by_a_runner_with_one_factor() -> None:
-    layer = Experts("reference", SHAPES[0], retarget_to=serving())
+    layer = Experts("reference", SHAPES[0], retarget_to=alike())
     load(layer, stored(SHAPES[0], untied=True))
     unmoved(layer, "flashinfer_cutedsl", ScaleError, "flashinfer_cutedsl: w13_weight_scale_2, expert 0")
 
