@@ -150,7 +150,8 @@ def expert_source(method: NvFp4MoEMethod, layer: nn.Module, folder: CheckpointFo
         )  # fmt: skip
     ranks = ExpertRanks(method.ep_rank, method.ep_size, method.tp_rank, method.tp_size)
     shape: MoEShape = layer.__dict__["nvfp4_moe_shape"]
-    return ExpertSource(folder, tensors, shape, ranks, method.checkpoint, method.input_scale, method.backend.untied)
+    untied: bool = layer.__dict__["nvfp4_runner"].untied  # which may have been retargeted
+    return ExpertSource(folder, tensors, shape, ranks, method.checkpoint, method.input_scale, untied=untied)
 
 
 def load_experts(

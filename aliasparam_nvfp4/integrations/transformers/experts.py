@@ -112,7 +112,8 @@ class Experts(nn.Module):
         return out
 
     def extra_repr(self) -> str:
-        return f"experts, H, I = {self._sizes}, runner={self.quant_method.backend.name}"
+        runner = self.__dict__.get("nvfp4_runner", self.quant_method.backend)
+        return f"experts, H, I = {self._sizes}, runner={runner.name}"
 
 
 def replace_experts(
