@@ -178,10 +178,11 @@ class NvFp4MoEMethod:
             layer: made by :meth:`create_weights`.
             x: activations.
             topk_weights: ``[T, k]``, T the product of x's leading dims.
-            topk_ids: ``[T, k]`` global expert numbers.
+            topk_ids: ``[T, k]`` global expert numbers, int32 or int64; -1 is no expert.
 
         Raises:
-            ShapeError: dims or dtypes which do not fit each other or the layer.
+            ShapeError: dims or dtypes which do not fit each other or the layer; on the CPU also numbers of no expert (on a GPU
+                they are not looked at: that would wait for it, and could not be captured).
             BackendError: the runner cannot run on this device.
         """
         shape: MoEShape = layer.__dict__["nvfp4_moe_shape"]
@@ -194,6 +195,7 @@ class NvFp4MoEMethod:
                 expected=f"x [T, {shape.hidden}], topk_weights and topk_ids [T, k]",
                 found=f"{list(x.shape)}, {list(topk_weights.shape)}, {list(topk_ids.shape)}",
             )
+        _need_experts(layer, topk_weights, topk_ids, shape.all_experts)
         if (reason := runner.unavailable(x.device)) is not None:
             raise BackendError(
                 "this runner cannot run here", name=runner.name, found=reason, remedy='Use backend="reference" or "auto".'
@@ -232,6 +234,17 @@ class NvFp4MoEMethod:
         if rows.shape[0] == 0:
             return torch.empty_like(x)
         return runner.apply_logits(cast(MoENames, layer), rows, router_logits, routing, shape).reshape(x.shape)
+
+
+def _need_experts(layer: nn.Module, weights: Tensor, ids: Tensor, experts: int) -> None:
+    wrong = [int(n) for n in ids.flatten().tolist() if not -1 <= n < experts] if ids.device.type == "cpu" else []
+    if wrong or ids.dtype not in (torch.int32, torch.int64) or not weights.is_floating_point():
+        raise ShapeError(
+            "these are no choices of experts",
+            module=type(layer).__name__,
+            expected=f"topk_weights of a float dtype, topk_ids int32 or int64, expert 0 to {experts - 1} (or -1 for none)",
+            found=f"{weights.dtype}, {ids.dtype}{f', experts {wrong[:5]}' if wrong else ''}",
+        )
 
 
 def _tell_runner(registry: AliasRegistry) -> None:
