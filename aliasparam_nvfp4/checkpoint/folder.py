@@ -19,7 +19,7 @@ from aliasparam import TensorSpec
 from .errors import CheckpointError
 from .quant_config import read_json
 
-#: How much of a file may be mapped and touched before it is closed and opened again.
+#: How much of a file may be touched before it is closed and opened again (a larger piece is read by itself).
 _MAPPED_BYTES = 8 << 20
 
 #: All rows, or all columns.
@@ -116,7 +116,7 @@ class CheckpointFolder:
         Pages of a mapped file count as resident until it is closed, so it is opened afresh after every few MiB; not for each
         tensor, because that parses the header each time.
         """
-        if self._mapped is None or self._mapped[0] != path or self._mapped[2] > _MAPPED_BYTES:
+        if self._mapped is None or self._mapped[0] != path or self._mapped[2] + nbytes > _MAPPED_BYTES:
             self.close()
             file = safe_open(path, framework="pt")
             self._mapped = (path, file.__enter__(), 0)  # type: ignore[no-untyped-call]
