@@ -49,8 +49,9 @@ ROW_MAJOR_64 = _padded("row-major", Identity(), Identity(), Identity(), 64, 64)
 GATE_UP = _padded("gate-up", Identity(), Identity(), Swizzle128x4(), 64, 64)
 #: ``[up; gate]``, scales swizzled: CUTLASS (fused_moe ``binding.cu``: scales ``[E, 2*ceil(I/64)*64, ...]``).
 UP_GATE_SWIZZLED = _padded("up-gate", UP_GATE, Identity(), Swizzle128x4(), 64, 64)
-#: The same with I in whole 128s, so that b12x makes no padded copies of its own (``_pad_intermediate_to_tile``).
-UP_GATE_128 = _padded("up-gate-128", UP_GATE, Identity(), Swizzle128x4(), 128, 128)
+#: The same with H in whole 128s and I in whole 256s: b12x takes I in pairs of 128, and where they are not whole it makes padded
+#: copies, which it keeps by address and no reload would reach (``moe_dispatch.py``, ``_STATIC_RETAINED_GROUP_N``).
+UP_GATE_256 = _padded("up-gate-256", UP_GATE, Identity(), Swizzle128x4(), 128, 256)
 #: Blocks of 64 rows from up and gate in turn: CuteDSL v2.
 INTERLEAVED = _padded("interleaved", up_gate_blocks(64), Identity(), Swizzle128x4(), 64, 64)
 #: Pairs (up, gate), shuffled for an epilogue tile of 128: TRT-LLM. The scale shuffle wants whole 128s of rows.

@@ -13,6 +13,7 @@ from aliasparam.errors import StateError
 from ..errors import BackendError, ShapeError
 from ..format import BLOCK_SIZE
 from .loader import ExpertLoader
+from .routing import Routing
 from .runners import MoENames, MoERunner, MoEShape, moe_runner
 from .scales import MoEScales
 
@@ -94,7 +95,7 @@ class NvFp4MoEMethod:
         layer.__dict__.update(nvfp4_moe_shape=shape, nvfp4_runner=self.backend, params_dtype=params_dtype)
         layout = self.backend.layout
         scales = MoEScales(self.backend.activation, self.backend.name, self.backend.untied, shape.first_expert, e)
-        declare(
+        registry = declare(
             layer,
             Alias("w13_weight", "w13_weight_prepared", layout.w13),
             Alias("w2_weight", "w2_weight_prepared", layout.w2),
@@ -103,6 +104,7 @@ class NvFp4MoEMethod:
             *scales.derivations(),
             loaded=False,
         )
+        registry.on_processed.append(lambda registry: registry.module.__dict__["nvfp4_runner"].weights_changed())
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Bring what was written since the last call to kernel format. Idempotent, in place, expert by expert.
@@ -146,3 +148,34 @@ class NvFp4MoEMethod:
         if rows.shape[0] == 0:
             return torch.empty_like(x)
         return runner.apply(cast(MoENames, layer), rows, topk_weights, topk_ids, shape).reshape(x.shape)
+
+    def apply_logits(self, layer: nn.Module, x: Tensor, router_logits: Tensor, routing: Routing) -> Tensor:
+        """:meth:`apply` from the router's logits: runners whose kernel routes take them as they are, the others choose first.
+
+        Args:
+            layer: made by :meth:`create_weights`.
+            x: activations ``[..., H]``.
+            router_logits: ``[T, experts of all ranks]``, bf16 or f32, T the product of x's leading dims.
+            routing: how the model chooses.
+
+        Raises:
+            ShapeError: dims which do not fit each other or the layer.
+            BackendError: the runner cannot run on this device, or its kernel knows no such routing.
+        """
+        shape: MoEShape = layer.__dict__["nvfp4_moe_shape"]
+        runner: MoERunner = layer.__dict__["nvfp4_runner"]
+        rows = x.reshape(-1, x.shape[-1])
+        if x.shape[-1] != shape.hidden or router_logits.shape != (rows.shape[0], shape.all_experts):
+            raise ShapeError(
+                "the input does not fit",
+                module=type(layer).__name__,
+                expected=f"x [T, {shape.hidden}], router_logits [T, {shape.all_experts}]",
+                found=f"{list(x.shape)}, {list(router_logits.shape)}",
+            )
+        if (reason := runner.unavailable(x.device)) is not None:
+            raise BackendError(
+                "this runner cannot run here", name=runner.name, found=reason, remedy='Use backend="reference" or "auto".'
+            )
+        if rows.shape[0] == 0:
+            return torch.empty_like(x)
+        return runner.apply_logits(cast(MoENames, layer), rows, router_logits, routing, shape).reshape(x.shape)

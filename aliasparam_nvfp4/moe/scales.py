@@ -8,8 +8,12 @@ With ``a1 = max(w13_input_scale)`` and ``a2 = max(w2_input_scale)`` over *all* e
 | quantized | ``a1 * s13[e, 0]`` | ``a1 * s13[e, 1] / a2`` | ``a2 * s2[e]`` | ``1 / a1`` | ``1 / a2`` |
 | per expert | ``a1[e] * s13[e, 0]`` | ``a1[e] * s13[e, 1] / a2[e]`` | ``a2[e] * s2[e]`` | ``1 / a1[e]`` | ``1 / a2[e]`` |
 | as they are | ``s13[e, 0]`` | ``s13[e, 1]`` | ``s2[e]`` | none | none |
+| divided | ``s13[e, 0]`` | none | ``a2 * s2[e]`` | none | none |
 
 ``per expert`` takes each expert's own input scales. All are f32 ``[E]``, except the quants of the first row, ``[1]``.
+``as they are`` has ``g1_alphas_gate_up`` too: both columns of ``s13``, ``[E, 2]``, for kernels that take them as one tensor.
+``divided`` is for kernels that divide by an input scale and multiply it back into the first GEMM's factor themselves: it has
+``w13_input_scale_max = a1`` and ``w2_input_scale_max = a2``, ``[1]``.
 A runner with one factor for gate and up cannot serve an expert whose two weight scales differ; it refuses it by name.
 """
 
@@ -25,7 +29,7 @@ from aliasparam import Derivation
 
 from ..errors import ScaleError
 
-Activation = Literal["quantized", "per expert", "as they are"]
+Activation = Literal["quantized", "per expert", "as they are", "divided"]
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,15 @@ class MoEScales:
             return [
                 Derivation("g1_alphas", (s13,), self._gate, per_expert, f32),
                 Derivation("g1_scale_c", (s13,), self._up, per_expert, f32),
+                Derivation("g1_alphas_gate_up", (s13,), self._gate_up, (self.experts, 2), f32),
                 Derivation("g2_alphas", (s2,), self._down, per_expert, f32),
+            ]
+        if self.activation == "divided":
+            return [
+                Derivation("g1_alphas", (s13,), self._gate, per_expert, f32),
+                Derivation("g2_alphas", (a2, s2), lambda a, s: self._combined(a) * self._down(s), per_expert, f32),
+                Derivation("w13_input_scale_max", (a1,), self._combined, (1,), f32),
+                Derivation("w2_input_scale_max", (a2,), self._combined, (1,), f32),
             ]
         quants = per_expert if self.activation == "per expert" else (1,)
         return [
@@ -74,7 +86,7 @@ class MoEScales:
     def _combined(self, scales: Tensor) -> Tensor:
         """Input scales ``[E_global]`` or ``[E_global, 2]`` as ``[1]``, or ``[E]`` of this rank's experts."""
         self._need("an input scale", scales)
-        if self.activation == "quantized":
+        if self.activation != "per expert":
             return scales.max().reshape(1)
         own = scales[self.first_expert : self.first_expert + self.experts]
         return own.amax(-1) if own.dim() == 2 else own.clone()
@@ -99,6 +111,10 @@ class MoEScales:
     def _up(self, s13: Tensor) -> Tensor:
         self._need("a weight global scale", s13)
         return s13[:, 1].clone()
+
+    def _gate_up(self, s13: Tensor) -> Tensor:
+        self._need("a weight global scale", s13)
+        return s13.clone()
 
     def _down(self, s2: Tensor) -> Tensor:
         self._need("a weight global scale", s2)

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ...errors import BackendError
 from ...format import BLOCK_SIZE
 from ..activation import SWIGLU, ExpertActivation
 from ..layouts import MoELayout
+from ..routing import Routing
 from ..scales import Activation
 
 
@@ -57,9 +59,12 @@ class MoENames(Protocol):
     w2_blockscale_swizzled: Tensor
     g1_alphas: Tensor
     g1_scale_c: Tensor
+    g1_alphas_gate_up: Tensor
     g2_alphas: Tensor
     w13_input_scale_quant: Tensor
     w2_input_scale_quant: Tensor
+    w13_input_scale_max: Tensor
+    w2_input_scale_max: Tensor
 
 
 class MoERunner(ABC):
@@ -70,6 +75,9 @@ class MoERunner(ABC):
     activation: Activation = "quantized"
     #: Whether gate and up of an expert may have different weight scales.
     untied: bool = False
+    #: The kinds of :class:`~aliasparam_nvfp4.moe.activation.ExpertActivation` its call takes, and whether with their numbers.
+    activations: frozenset[str] = frozenset({"swiglu"})
+    numbers: bool = False
     capabilities: frozenset[tuple[int, int]] = frozenset()
     packages: tuple[str, ...] = ()
     rank: int = 0
@@ -97,6 +105,39 @@ class MoERunner(ABC):
             topk_ids: int32 ``[T, k]``, global expert numbers; experts of other ranks give nothing here.
             shape: logical dims.
         """
+
+    def apply_logits(self, layer: MoENames, x: Tensor, logits: Tensor, routing: Routing, shape: MoEShape) -> Tensor:
+        """The same from router logits ``[T, all experts]``. Default: choose, then :meth:`apply`."""
+        weights, ids = routing.choose(logits)
+        if routing.on_input:
+            return self.apply(layer, (x * weights).to(x.dtype), torch.ones_like(weights), ids, shape)
+        return self.apply(layer, x, weights, ids, shape)
+
+    def weights_changed(self) -> None:  # noqa: B027  (optional, not abstract)
+        """Called after a layer was processed: drop what a library keeps by address."""
+
+    def check_activation(self, activation: ExpertActivation) -> None:
+        """Raise BackendError for an activation which the kernel does not compute."""
+        if activation.kind not in self.activations or (activation.has_numbers and not self.numbers):
+            raise BackendError(
+                "this runner's kernel has no such activation",
+                name=self.name,
+                expected=f"{' or '.join(sorted(self.activations))}{', with its numbers' if self.numbers else ' as it is'}",
+                found=activation,
+                remedy="Choose another runner; reference computes every activation.",
+            )
+
+
+def own_choices(topk_ids: Tensor, topk_weights: Tensor, shape: MoEShape) -> tuple[Tensor, Tensor]:
+    """(int32 numbers within this rank, f32 weights): a choice of another rank's expert goes to one of ours with weight 0.
+
+    For kernels which know no expert parallelism. Spread evenly, because ranks hold equally many experts.
+    """
+    ids, weights = topk_ids.to(torch.int32), topk_weights.to(torch.float32)
+    if shape.ep_size > 1:
+        own = torch.div(ids, shape.experts, rounding_mode="floor") == shape.ep_rank
+        ids, weights = ids % shape.experts, weights * own
+    return ids.contiguous(), weights.contiguous()
 
 
 def padded_input(x: Tensor, shape: MoEShape, layout: MoELayout) -> Tensor:
