@@ -87,7 +87,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Any:
     """FlashInfer's real cuTile runner with its checks, on the CPU; what it would launch is kept."""
     fi, runners = pytest.importorskip("flashinfer.fused_moe"), pytest.importorskip("flashinfer.fused_moe.runners")
     seen: list[tuple[Any, ...]] = []
-    kept = SimpleNamespace(arch=90, launches=seen, layers=0)
+    kept = SimpleNamespace(arch=90, launches=seen, layers=0, resets=0, tuner=SimpleNamespace(is_tuning_mode=False))
 
     def run_moe(*args: Any, **kwargs: Any) -> Tensor:
         seen.append((args, kwargs))
@@ -98,7 +98,8 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Any:
             kept.layers += 1
             (candidate,) = config.backend.candidates
             assert candidate.supported(kept.arch)
-            self.tuner = SimpleNamespace(is_tuning_mode=False)
+            self.tuner = kept.tuner
+            self.config = config
             self.runner = runner = object.__new__(runners.CuTileNvfp4Bf16Runner)
             assert runner.supports_quant(config.quant)
             runner.__dict__.update(
@@ -109,7 +110,11 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Any:
             )
             runners.MoERunner._check_support(runner)
 
+        def reset_winner(self) -> None:
+            kept.resets += 1
+
         def __call__(self, act: Any, pack: Any) -> Tensor:
+            assert act.num_tokens <= self.config.execution.tune_max_num_tokens
             assert act.routing_input_mode in self.runner.supported_routing_modes and self.runner.accepts(act, pack)
             return self.runner.forward(self.runner.pack_inputs(act, pack))  # type: ignore[no-any-return]
 
@@ -164,6 +169,21 @@ def test_flashinfers_runner_takes_the_call_and_its_formula_gives_the_layer(
     )
     assert not kwargs["activation_fp4"] and kwargs["scale_block_size"] == 16
     assert (kwargs["activation"].alpha, kwargs["activation"].beta) == (1.0, 0.0)
+
+
+def test_more_tokens_than_flashinfers_ceiling_and_its_tuning_are_served(launched: Any) -> None:
+    layer = MoE("flashinfer_cutile", 2, 64, 64)
+    load(layer, checkpoint(2, 64, 64))
+    x, weights, ids = choices(3, 2, 64)
+    many = 8195
+    for tokens in (3, many):
+        rows, w, i = (t.repeat(-(-tokens // 3), 1)[:tokens] for t in (x, weights, ids))
+        out = moe_runner("flashinfer_cutile").apply(layer, rows, w, i, layer.nvfp4_moe_shape)  # type: ignore[arg-type]
+        assert out.shape == (tokens, 64) and out.dtype is torch.float32
+    assert launched.layers == 2 and launched.resets == 0
+    launched.tuner.is_tuning_mode = True  # within flashinfer.autotune()
+    moe_runner("flashinfer_cutile").apply(layer, x, weights, ids, layer.nvfp4_moe_shape)  # type: ignore[arg-type]
+    assert launched.layers == 2 and launched.resets == 1
 
 
 def test_expert_parallel_choices_stay_within_the_rank() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -91,7 +92,7 @@ class MoERunner(ABC):
             found = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
             if found not in self.capabilities:
                 return f"needs a GPU of compute capability {wanted}"
-        missing = [p for p in self.packages if importlib.util.find_spec(p) is None]
+        missing = [p for p in self.packages if not _installed(p)]
         return f"{', '.join(missing)} is not installed" if missing else None
 
     @abstractmethod
@@ -126,6 +127,11 @@ class MoERunner(ABC):
                 found=activation,
                 remedy="Choose another runner; reference computes every activation.",
             )
+
+
+@cache
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
 def own_choices(topk_ids: Tensor, topk_weights: Tensor, shape: MoEShape) -> tuple[Tensor, Tensor]:
