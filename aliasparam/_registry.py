@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._declare import Declaration
+from ._declare import Declaration, Derivation
 from ._parameter import AliasedParameter, _Aliased, _refuse_for_process, loader_attributes, make_parameter
 from ._planning import Binding, Derived, Separate, Source, planned, probe_transform
 from ._reconcile import reconcile
@@ -34,6 +34,8 @@ class AliasRegistry:
         self.derived: dict[str, Derived] = {}
         #: Names that undeclared code derived and that could not share memory.
         self.separate: dict[str, Separate] = {}
+        #: Called with the registry before anything is derived or converted: whatever raises leaves all names as they were.
+        self.checks: list[Callable[[AliasRegistry], None]] = []
         #: Called with the registry after anything was converted: for caches that depend on the weights.
         self.on_processed: list[Callable[[AliasRegistry], None]] = []
         self._guard: Any = None
@@ -197,6 +199,32 @@ class AliasRegistry:
         probe_transform(self.label, name, transform, plan.source)
         return replace(plan, region_capacity=old.region_capacity)
 
+    def rederive(self, derivations: Iterable[Derivation]) -> None:
+        """Give derived names other formulas, in the memory they have; the next processing computes them anew.
+
+        Raises:
+            DeclarationError: not a derived name, another shape or dtype, or a source which was never declared. Nothing changes
+                then.
+        """
+        new = list(derivations)
+        for derivation in new:
+            old = self.derived.get(derivation.name)
+            found = None if old is None else (old.declaration.shape, old.declaration.dtype)
+            if old is None or old.fallback or found != (derivation.shape, derivation.dtype):
+                raise DeclarationError(
+                    "only a derivation of the same shape and dtype can be computed otherwise",
+                    module=self.label,
+                    name=derivation.name,
+                    expected=TensorSpec(derivation.shape, derivation.dtype),
+                    found=found,
+                )
+            if unknown := [n for n in derivation.sources if n not in self.sources]:
+                raise DeclarationError("derived from names that are no sources here", module=self.label, name=", ".join(unknown))
+        for derivation in new:
+            self.derived[derivation.name].declaration = derivation
+            self.derived[derivation.name].seen = None
+        self.mark_stale()
+
     # -- processing ----------------------------------------------------------------------------------------------------
 
     def process(self) -> int:
@@ -213,6 +241,8 @@ class AliasRegistry:
                 for storage in storages:
                     storage.settle()
                 self._need_loaded()
+                for check in self.checks:
+                    check(self)
                 work = sum(self._refresh(derived) for derived in self.derived.values())
                 for storage in storages:
                     work += storage.to_kernel()

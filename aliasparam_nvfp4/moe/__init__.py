@@ -2,5 +2,9 @@
 
 from __future__ import annotations
 
+from .activation import RELU2 as RELU2
+from .activation import SWIGLU as SWIGLU
+from .activation import ExpertActivation as ExpertActivation
 from .loader import ExpertLoader as ExpertLoader
 from .method import NvFp4MoEMethod as NvFp4MoEMethod
+from .retarget import retarget_experts as retarget_experts

@@ -14,14 +14,17 @@ from aliasparam import reload
 from ..codec import quantize
 from ..errors import BackendError
 from ..verify import Verdict, signal_to_noise
+from .activation import RELU2, ExpertActivation
 from .emulate import layer_output
 from .method import NvFp4MoEMethod
 from .routing import Routing
-from .runners import MoENames, moe_runner
+from .runners import MoENames, MoERunner, moe_runner
 
 #: (what, E, H, I): aligned; SmolLM2's experts, ragged in H; ragged in I.
 SHAPES = (("8 x 512 x 256", 8, 512, 256), ("8 x 576 x 192", 8, 576, 192), ("4 x 256 x 80", 4, 256, 80))
 TOKENS = (1, 7, 130)
+#: Run besides plain SwiGLU where the runner has it, with numbers that many values meet.
+ACTIVATIONS = {"relu2": RELU2, "clamped": ExpertActivation(alpha=1.702, beta=1.0, limit=1.0)}
 #: Kernels round activations by approximate reciprocals, so single codes differ; a wrong layout gives about 0 dB.
 LEAST_DB = 20.0
 
@@ -56,21 +59,41 @@ def verify(runner: str, device: torch.device) -> Iterator[Verdict]:
             expected = layer_output(names, chosen, shape, x, *routing.choose(logits))
             decibel = signal_to_noise(method.apply_logits(layer, x, logits, routing).double(), expected)
             yield Verdict(f"{what}, {routing.kind}", x.shape[0], decibel, decibel >= LEAST_DB)
+        for kind, activation in ACTIVATIONS.items():
+            if chosen.refusal(activation) is None:
+                yield from _with_activation(chosen, device, f"{what}, {kind}", (e, h, i), activation)
         moved = len(addresses) != len(list(layer.named_buffers()))
         yield Verdict(f"{what}, addresses", 0, math.inf, not moved, "moved" if moved else "as they were")
 
 
-def random_experts(e: int, h: int, i: int, seed: int, untied: bool = False) -> dict[str, Tensor]:
+def _with_activation(
+    chosen: MoERunner, device: torch.device, what: str, dims: tuple[int, int, int], activation: ExpertActivation
+) -> Iterator[Verdict]:
+    method, layer = NvFp4MoEMethod(chosen.name, activation=activation), nn.Module()
+    with torch.device(device):
+        method.create_weights(layer, *dims, torch.bfloat16)
+    names, shape = cast(MoENames, layer), layer.__dict__["nvfp4_moe_shape"]
+    for seed in (1, 2):
+        with reload(layer) as session:
+            session.load({n: t.to(device) for n, t in random_experts(*dims, seed, gated=activation.gated).items()})
+        x, weights, ids = (t.to(device) for t in _choices(TOKENS[-1], *dims[:2]))
+        expected = layer_output(names, chosen, shape, x, weights, ids)
+        decibel = signal_to_noise(method.apply(layer, x, weights, ids).double(), expected)
+        yield Verdict(what if seed == 1 else f"{what}, reloaded", TOKENS[-1], decibel, decibel >= LEAST_DB)
+
+
+def random_experts(e: int, h: int, i: int, seed: int, untied: bool = False, gated: bool = True) -> dict[str, Tensor]:
     """Checkpoint tensors of a layer, as ModelOpt would make them from normal weights that keep outputs at about 1.
 
     Input scales differ among experts; with ``untied``, the scales of gate and up do.
     """
+    halves = 2 if gated else 1
     random = torch.Generator().manual_seed(seed)
     each = torch.linspace(0.8, 1.0, e)
-    tensors = {"w13_input_scale": (each * 4.5 / 2688).unsqueeze(1).repeat(1, 2), "w2_input_scale": each * 9.0 / 2688}
-    for name, dims in (("w13", (e, 2 * i, h)), ("w2", (e, h, i))):
+    tensors = {"w13_input_scale": (each * 4.5 / 2688).unsqueeze(1).repeat(1, halves), "w2_input_scale": each * 9.0 / 2688}
+    for name, dims in (("w13", (e, halves * i, h)), ("w2", (e, h, i))):
         packed, scale, total = quantize(torch.randn(dims, generator=random) / dims[2] ** 0.5)
-        per_expert = (e, 2) if name == "w13" else (e,)
+        per_expert = (e, 2) if name == "w13" and gated else (e,)
         tensors |= {f"{name}_weight": packed, f"{name}_weight_scale": scale, f"{name}_weight_scale_2": total.expand(per_expert)}
     if untied:
         tensors["w13_weight_scale_2"] = tensors["w13_weight_scale_2"] * torch.tensor([1.0, 1.25])

@@ -23,7 +23,15 @@ def test_the_reference_is_accepted_loaded_reloaded_and_routed() -> None:
     run = CliRunner().invoke(app, ["verify", "--moe", "--backend", "reference"])
     assert run.exit_code == 0, run.output
     assert "WRONG" not in run.output
-    for row in ("small", "ragged, reloaded", "ragged, addresses", "ragged, sigmoid_bias_grouped", "dB against the emulator"):
+    for row in (
+        "small",
+        "ragged, reloaded",
+        "ragged, addresses",
+        "ragged, sigmoid_bias_grouped",
+        "ragged, relu2, reloaded",
+        "limit, reloaded",
+        "dB against the emulator",
+    ):
         assert row in run.output
 
 

@@ -1,7 +1,8 @@
 """What the two TRT-LLM runners share: the kernel's arguments, and the call with a choice made before it.
 
 Gate and up have a factor each, so untied scales are right. The kernel computes ``silu(gate * output1_scale_gate_scalar) *
-(up * output1_scale_scalar)``, which is the activation over ``a2``, and quantizes that with global scale 1.
+(up * output1_scale_scalar)``, which is the activation over ``a2``, and quantizes that with global scale 1. Its clamp limit is one
+for both sums, so with a limit untied scales are refused.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from ._base import MoENames, MoERunner, MoEShape, padded_input, quantized_input
 class TrtLlm(MoERunner):
     layout = SHUFFLED
     untied = True
+    activations = frozenset({"swiglu", "relu2"})
+    numbers = True
+    numbers_as = "of raw sums"
     capabilities = frozenset({(10, 0), (10, 3), (10, 7)})
     packages = ("flashinfer",)
 
@@ -40,7 +44,7 @@ class TrtLlm(MoERunner):
 
     def arguments(self, layer: MoENames, x: Tensor, shape: MoEShape) -> dict[str, Any]:
         """What both entry points take alike."""
-        from flashinfer.tllm_enums import SfLayout
+        from flashinfer.tllm_enums import ActivationType, SfLayout
 
         codes, scales = quantized_input(padded_input(x, shape, self.layout), layer)
         _, intermediate = shape.padded(self.layout)
@@ -51,9 +55,9 @@ class TrtLlm(MoERunner):
             "gemm1_weights": layer.w13_weight_prepared,
             "gemm1_weights_scale": layer.w13_blockscale_swizzled,
             "gemm1_bias": None,
-            "gemm1_alpha": None,
-            "gemm1_beta": None,
-            "gemm1_clamp_limit": None,
+            "gemm1_alpha": getattr(layer, "gemm1_alpha", None),
+            "gemm1_beta": getattr(layer, "gemm1_beta", None),
+            "gemm1_clamp_limit": getattr(layer, "gemm1_clamp_limit", None),
             "gemm2_weights": layer.w2_weight_prepared,
             "gemm2_weights_scale": layer.w2_blockscale_swizzled,
             "gemm2_bias": None,
@@ -64,6 +68,7 @@ class TrtLlm(MoERunner):
             "intermediate_size": intermediate,
             "local_expert_offset": shape.first_expert,
             "local_num_experts": shape.experts,
+            "activation_type": int(ActivationType.Swiglu if shape.expert_activation.gated else ActivationType.Relu2),
         }
 
 
