@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from aliasparam_nvfp4.backends import LinearBackend, linear_backends
+from aliasparam_nvfp4.moe.activation import RELU2
 from aliasparam_nvfp4.moe.runners import MoERunner, moe_runners
 
 DOCS = Path(__file__).parents[2] / "docs" / "nvfp4" / "backends.md"
@@ -92,8 +93,28 @@ def _moe_cells(runner: MoERunner) -> list[str]:
     ]
 
 
+def render_activations() -> str:
+    lines = ["| runner | SwiGLU with numbers | its numbers | `relu2` | I in whole, without a gate |", "|" + "---|" * 5]
+    for runner in sorted(moe_runners().values(), key=lambda r: (-r.rank, r.name)):
+        relu2 = runner.refusal(RELU2) is None
+        ungated = runner.layout.of(RELU2).intermediate if relu2 else None
+        cells = [
+            f"`{runner.name}`",
+            "yes" if runner.numbers else "refused",
+            runner.numbers_as if runner.numbers else "",
+            "yes" if relu2 else "refused",
+            "16s" if ungated == 1 else f"{ungated}s" if ungated else "",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def write() -> None:
-    for page, name, table in ((DOCS, "backends", render()), (MOE_DOCS, "runners", render_moe())):
+    for page, name, table in (
+        (DOCS, "backends", render()),
+        (MOE_DOCS, "runners", render_moe()),
+        (MOE_DOCS, "activations", render_activations()),
+    ):
         begin, end = (_MARK.format(name=name, edge=edge) for edge in ("begin", "end"))
         text = page.read_text()
         head, _, rest = text.partition(begin)

@@ -29,7 +29,7 @@ def test_the_reference_is_accepted_loaded_reloaded_and_routed() -> None:
         "ragged, addresses",
         "ragged, sigmoid_bias_grouped",
         "ragged, relu2, reloaded",
-        "limit, reloaded",
+        "ragged, clamped, reloaded",
         "dB against the emulator",
     ):
         assert row in run.output
