@@ -34,6 +34,8 @@ class AliasRegistry:
         self.derived: dict[str, Derived] = {}
         #: Names that undeclared code derived and that could not share memory.
         self.separate: dict[str, Separate] = {}
+        #: Called with the registry before anything is derived or converted: whatever raises leaves all names as they were.
+        self.checks: list[Callable[[AliasRegistry], None]] = []
         #: Called with the registry after anything was converted: for caches that depend on the weights.
         self.on_processed: list[Callable[[AliasRegistry], None]] = []
         self._guard: Any = None
@@ -213,6 +215,8 @@ class AliasRegistry:
                 for storage in storages:
                     storage.settle()
                 self._need_loaded()
+                for check in self.checks:
+                    check(self)
                 work = sum(self._refresh(derived) for derived in self.derived.values())
                 for storage in storages:
                     work += storage.to_kernel()

@@ -22,6 +22,9 @@ from .quant_config import read_json
 #: How much of a file may be mapped and touched before it is closed and opened again.
 _MAPPED_BYTES = 8 << 20
 
+#: All rows, or all columns.
+WHOLE = slice(None)
+
 _DTYPES = {
     "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64, "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -46,6 +49,28 @@ class TensorEntry:
     def nbytes(self) -> int:
         return self.spec.nbytes
 
+    def part(self, rows: slice = WHOLE, columns: slice = WHOLE) -> TensorSpec:
+        """What rows (dim 0) and columns (dim 1) of the tensor are.
+
+        Raises:
+            CheckpointError: beyond the tensor's dims, or with steps.
+        """
+        shape = list(self.shape)
+        for dim, (what, asked) in enumerate((("rows", rows), ("columns", columns))):
+            if asked == WHOLE:
+                continue
+            size = shape[dim] if dim < len(shape) else 0
+            begin, end = asked.start or 0, size if asked.stop is None else asked.stop
+            if not 0 <= begin <= end <= size or asked.step not in (None, 1):
+                raise CheckpointError(
+                    f"the tensor does not have these {what}",
+                    name=f"{self.file}: {self.name}",
+                    expected=f"a range within {list(self.shape)}",
+                    found=f"{what} {asked.start} to {asked.stop}",
+                )
+            shape[dim] = end - begin
+        return TensorSpec(tuple(shape), self.dtype)
+
 
 class CheckpointFolder:
     """The tensors of a checkpoint folder (``model.safetensors``, or shards with an index).
@@ -60,11 +85,24 @@ class CheckpointFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.tensors: Mapping[str, TensorEntry] = self._entries()
+        #: Bytes of tensors that were read, for progress and for ranks which must read their own part alone.
+        self.bytes_read = 0
         self._mapped: tuple[Path, Any, int] | None = None
 
-    def read(self, name: str) -> Tensor:
-        """One whole tensor, in memory of its own."""
-        return self._open(self._entry(name)).get_tensor(name).clone()  # type: ignore[no-any-return]
+    def read(self, name: str, rows: slice = WHOLE, columns: slice = WHOLE) -> Tensor:
+        """One tensor, or rows (dim 0) and columns (dim 1) of it, in memory of its own. No other bytes are read.
+
+        Raises:
+            CheckpointError: no such tensor, or a part which it does not have.
+        """
+        entry = self._entry(name)
+        part = entry.part(rows, columns)
+        self.bytes_read += part.nbytes
+        file = self._open(entry.file, part.nbytes)
+        if part == entry.spec:
+            return file.get_tensor(name).clone()  # type: ignore[no-any-return]
+        index = (rows, columns)[: len(entry.shape)]
+        return file.get_slice(name)[index].clone()  # type: ignore[no-any-return]
 
     def close(self) -> None:
         """Let go of the mapped file. Reading afterwards opens it again."""
@@ -72,29 +110,36 @@ class CheckpointFolder:
             self._mapped[1].__exit__(None, None, None)
             self._mapped = None
 
-    def _open(self, entry: TensorEntry) -> Any:
-        """The file of a tensor which is about to be read.
+    def _open(self, path: Path, nbytes: int) -> Any:
+        """The file from which ``nbytes`` are about to be read.
 
         Pages of a mapped file count as resident until it is closed, so it is opened afresh after every few MiB; not for each
         tensor, because that parses the header each time.
         """
-        if self._mapped is None or self._mapped[0] != entry.file or self._mapped[2] > _MAPPED_BYTES:
+        if self._mapped is None or self._mapped[0] != path or self._mapped[2] > _MAPPED_BYTES:
             self.close()
-            file = safe_open(entry.file, framework="pt")
-            self._mapped = (entry.file, file.__enter__(), 0)  # type: ignore[no-untyped-call]
-        path, file, count = self._mapped
-        self._mapped = (path, file, count + entry.nbytes)
+            file = safe_open(path, framework="pt")
+            self._mapped = (path, file.__enter__(), 0)  # type: ignore[no-untyped-call]
+        _, file, count = self._mapped
+        self._mapped = (path, file, count + nbytes)
         return file
 
-    def chunks(self, name: str, max_bytes: int = 8 << 20) -> Iterator[tuple[int, Tensor]]:
-        """(first row, rows) of one tensor, each piece at most ``max_bytes`` (but at least one row)."""
+    def chunks(
+        self, name: str, max_bytes: int = 8 << 20, *, rows: slice = WHOLE, columns: slice = WHOLE
+    ) -> Iterator[tuple[int, Tensor]]:
+        """(first row, rows) of one tensor or of a part of it, each piece at most ``max_bytes`` (but at least one row).
+
+        Rows are counted from where the part begins.
+        """
         entry = self._entry(name)
+        part = entry.part(rows, columns)
         if not entry.shape:
             yield 0, self.read(name)
             return
-        rows = max(1, max_bytes // max(entry.nbytes // max(entry.shape[0], 1), 1))
-        for first in range(0, entry.shape[0], rows):
-            yield first, self._open(entry).get_slice(name)[first : first + rows].clone()
+        begin, count = rows.start or 0, part.shape[0]
+        step = max(1, max_bytes // max(part.nbytes // max(count, 1), 1))
+        for first in range(0, count, step):
+            yield first, self.read(name, slice(begin + first, begin + min(first + step, count)), columns)
 
     def _entry(self, name: str) -> TensorEntry:
         entry = self.tensors.get(name)

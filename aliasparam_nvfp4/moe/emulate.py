@@ -17,11 +17,12 @@ Place = Callable[[Tensor, Tensor, int], Tensor]
 
 
 def weights(layer: MoENames, runner: MoERunner, shape: MoEShape, expert: int) -> tuple[Tensor, Tensor]:
-    """(w13 ``[2I, H]``, w2 ``[H, I]``) of one expert: code times block scale, float64, without global scales."""
+    """(w13 ``[2I, H]``, or ``[I, H]`` without a gate; w2 ``[H, I]``) of one expert: code times block scale, float64, without
+    global scales."""
     hidden, intermediate = shape.padded(runner.layout)
-    w13_place, w2_place, swizzled = PLACES[runner.layout.name]
+    w13_place, w2_place, swizzled = PLACES[runner.layout.of(shape.expert_activation).name]
     i, h = shape.intermediate, shape.hidden
-    row, column = _grid(2 * i, h, layer.w13_weight_prepared.device)
+    row, column = _grid(shape.w13_rows, h, layer.w13_weight_prepared.device)
     w13 = _read(layer.w13_weight_prepared[expert], layer.w13_blockscale_swizzled[expert], column, swizzled,
                 w13_place(row // i, row % i, intermediate))  # fmt: skip
     row, column = _grid(h, i, layer.w13_weight_prepared.device)
@@ -66,4 +67,8 @@ PLACES: dict[str, tuple[Place, Place, bool]] = {
     "up-gate-128": (_up_gate, _gate_up, True),
     "interleaved": (_blocks, _gate_up, True),
     "shuffled": (_shuffled_pairs, _shuffled_rows, True),
+    # Without a gate; every row is of half 0.
+    "rows": (_gate_up, _gate_up, False),
+    "rows-swizzled": (_gate_up, _gate_up, True),
+    "rows-shuffled": (_shuffled_rows, _shuffled_rows, True),
 }

@@ -58,7 +58,7 @@ def test_a_finished_checkpoint_is_used_again_and_an_unfinished_one_is_made_anew(
 ) -> None:
     made: list[str] = []
 
-    def make(tag: str, destination: Path, console: Console) -> None:
+    def make(tag: str, destination: Path, console: Console, variant: object) -> None:
         made.append(tag)
         destination.mkdir()
         if made == ["A"]:

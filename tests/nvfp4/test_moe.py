@@ -92,7 +92,8 @@ def test_selective_equals_full(runner: str, part: str) -> None:
 def test_one_copy(runner: str) -> None:
     report = memory_report(loaded(runner, SHAPES[0]))
     assert not report.fallbacks
-    assert report.saved_bytes > 0 or runner == "reference"  # it reads the checkpoint's own bytes: there is nothing to save
+    reads_the_checkpoint = moe_runner(runner).layout.name in ("checkpoint", "row-major")  # there is nothing to save
+    assert report.saved_bytes > 0 or reads_the_checkpoint
 
 
 @every_runner
@@ -123,7 +124,8 @@ def test_untied_scales_are_right_or_refused_by_name(runner: str) -> None:
     a1, a2 = (max(float(t) for (_, s, f), t in tensors.items() if f == "input_scale" and s in of) for of in ("w1 w3", "w2"))
     for expert in range(SHAPES[0][0]):
         s1, s3, s2 = (float(tensors[expert, s, "weight_scale_2"]) for s in ("w1", "w3", "w2"))
-        expected = (a1 * s1, a1 * s3 / a2, a2 * s2)
+        as_they_are = moe_runner(runner).activation == "as they are"
+        expected = (s1, s3, s2) if as_they_are else (a1 * s1, a1 * s3 / a2, a2 * s2)
         found = (layer.g1_alphas[expert], layer.g1_scale_c[expert], layer.g2_alphas[expert])  # type: ignore[index]
         assert all(math.isclose(float(f), e, rel_tol=1e-6) for f, e in zip(found, expected, strict=True))
 
@@ -218,7 +220,7 @@ def test_bytes_are_those_of_flashinfers_preparation(dims: tuple[int, int, int]) 
 
 
 @pytest.mark.parametrize("dims", SHAPES, ids=str)
-@pytest.mark.parametrize("runner", [n for n in RUNNERS if n.startswith("flashinfer")])
+@pytest.mark.parametrize("runner", ["flashinfer_trtllm_routed", "flashinfer_cutlass", "flashinfer_cutedsl"])
 def test_the_call_binds_to_flashinfers_signature(
     runner: str, dims: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,22 +13,25 @@ from ...checkpoint import QuantConfig
 from .quantizer import compressed_tensors_here, use_backend
 
 
-def load_model(folder: str | Path, backend: str = "auto", device: torch.device | str | None = None) -> tuple[Any, Any]:
+def load_model(
+    folder: str | Path, backend: str = "auto", device: torch.device | str | None = None, *, moe_backend: str = "auto"
+) -> tuple[Any, Any]:
     """(model, tokenizer) of an NVFP4 checkpoint folder, ready to generate.
 
     Args:
         folder: the checkpoint.
         backend: a linear backend's name, or "auto".
         device: where the weights go, all of them; transformers' default without.
+        moe_backend: an MoE runner's name, or "auto".
 
     Raises:
         CheckpointError: not an NVFP4 folder, or tensors that do not fit the model.
-        BackendError: unknown backend.
+        BackendError: unknown backend or runner.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     QuantConfig.from_folder(folder)
-    with use_backend(backend), compressed_tensors_here():
+    with use_backend(backend, moe=moe_backend), compressed_tensors_here():
         model = AutoModelForCausalLM.from_pretrained(folder, **({} if device is None else {"device_map": {"": device}}))
     return model.eval(), AutoTokenizer.from_pretrained(folder)
 

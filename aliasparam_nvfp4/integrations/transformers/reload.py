@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig
 
 from aliasparam import TensorSpec, checkpoint_names, reload
 
-from ...checkpoint import CheckpointError, CheckpointFolder, QuantConfig, check_tensors
+from ...checkpoint import WHOLE, CheckpointError, CheckpointFolder, QuantConfig, check_tensors, expert_layers
 from ...errors import ScaleError
+from .experts import Experts
 from .modules import FusedLinear
 
 #: Config entries which may differ between two checkpoints of one model.
@@ -43,18 +44,48 @@ def reload_folder(
     """
     source = CheckpointFolder(folder)
     check_config(model, source.path)
-    expected = {n: TensorSpec.of(t) for n, t in checkpoint_names(model).items()}
-    check_tensors(source, expected, ignore=sorted(getattr(model, "all_tied_weights_keys", None) or ()))
-    check_fused_scales(model, source)
+    names = checkpoint_names(model)
+    parts, others = check_experts(model, source)
+    expected = {n: TensorSpec.of(t) for n, t in names.items() if n not in parts}
+    check_tensors(source, expected, ignore={*(getattr(model, "all_tied_weights_keys", None) or ()), *others})
+    check_fused_scales(model, names, source)
     total = 0
     with torch.no_grad(), closing(source), reload(model) as session:
-        for name in expected:
-            for first_row, piece in source.chunks(name, max_bytes=chunk_bytes):
+        for name in names:
+            stored, rows, columns = parts.get(name, (name, WHOLE, WHOLE))
+            for first_row, piece in source.chunks(stored, chunk_bytes, rows=rows, columns=columns):
                 session.update(name, piece, first_row=first_row if piece.dim() else None)
                 total += piece.nbytes
                 if on_bytes is not None:
                     on_bytes(piece.nbytes)
     return total
+
+
+def check_experts(model: nn.Module, folder: CheckpointFolder) -> tuple[dict[str, tuple[str, slice, slice]], set[str]]:
+    """Hold the folder's experts against the model's.
+
+    Returns:
+        Name in the model's state dict to what this process reads for it: (name in the folder, rows, columns); and the names of
+        all experts' tensors in the folder, those of other ranks too.
+
+    Raises:
+        CheckpointError: no experts where the model has them, or experts that do not fit.
+        ScaleError: scales which are none, or which the runner cannot take.
+    """
+    layers = expert_layers(folder.tensors)
+    parts: dict[str, tuple[str, slice, slice]] = {}
+    everyone: set[str] = set()
+    for path, module in model.named_modules():
+        if not isinstance(module, Experts):
+            continue
+        if module.layer not in layers:
+            raise CheckpointError("the folder has no experts of this layer", module=path, name=f"{folder.path}: {module.layer}")
+        tensors = layers[module.layer]
+        source = module.source(folder, tensors)
+        source.check()
+        parts |= {module.names[part.key]: (part.name, part.rows, part.columns) for part in source.parts()}
+        everyone |= {entry.name for entry in tensors.entries.values()}
+    return parts, everyone
 
 
 def check_config(model: Any, folder: Path) -> None:
@@ -81,13 +112,14 @@ def check_config(model: Any, folder: Path) -> None:
         )
 
 
-def check_fused_scales(model: nn.Module, folder: CheckpointFolder) -> None:
+def check_fused_scales(model: nn.Module, names: Mapping[str, Tensor], folder: CheckpointFolder) -> None:
     """Read the scalars of the new checkpoint and refuse those which the fused layers cannot take."""
-    names = {id(m): n for n, m in model.named_modules()}
+    stored = {id(tensor): name for name, tensor in names.items()}
     for path, fused in model.named_modules():
         if not isinstance(fused, FusedLinear):
             continue
-        members, tensors = [names[id(m)] for m in fused.members()], fused.quant_method.checkpoint
+        tensors = fused.quant_method.checkpoint
+        members = [stored[id(m.get_parameter(tensors.weight))].rpartition(".")[0] for m in fused.members()]
         weight_scales = {m: float(folder.read(f"{m}.{tensors.weight_global}")) for m in members}
         if len(set(weight_scales.values())) > 1:
             raise ScaleError(

@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from aliasparam._transform import round_up
+
+from ...checkpoint_format import MODELOPT, CheckpointFormat
 from ...format import BLOCK_SIZE
 from ..activation import SWIGLU, ExpertActivation
 from ..layouts import MoELayout
-from ..scales import Activation
+from ..scales import Activation, MoEScales, Numbers
 
 
 @dataclass(frozen=True)
@@ -41,15 +44,19 @@ class MoEShape:
     ep_size: int = 1
     expert_activation: ExpertActivation = SWIGLU
 
+    @property
+    def w13_rows(self) -> int:
+        """2I with a gate, I without."""
+        return self.intermediate * (2 if self.expert_activation.gated else 1)
+
     def padded(self, layout: MoELayout) -> tuple[int, int]:
-        """(H, I) of the kernel format."""
-        return -(-self.hidden // layout.hidden) * layout.hidden, -(
-            -self.intermediate // layout.intermediate
-        ) * layout.intermediate
+        """(H, I) of the kernel format for experts with this activation."""
+        layout = layout.of(self.expert_activation)
+        return round_up(self.hidden, layout.hidden), round_up(self.intermediate, layout.intermediate)
 
 
 class MoENames(Protocol):
-    """Kernel names of a layer. The scalars are in the table of scales.py."""
+    """Kernel names of a layer. The scalars are in the tables of scales.py; which a layer has depends on its runner."""
 
     w13_weight_prepared: Tensor
     w2_weight_prepared: Tensor
@@ -57,9 +64,13 @@ class MoENames(Protocol):
     w2_blockscale_swizzled: Tensor
     g1_alphas: Tensor
     g1_scale_c: Tensor
+    g1_alphas_gate_up: Tensor
     g2_alphas: Tensor
     w13_input_scale_quant: Tensor
     w2_input_scale_quant: Tensor
+    gemm1_alpha: Tensor
+    gemm1_beta: Tensor
+    gemm1_clamp_limit: Tensor
 
 
 class MoERunner(ABC):
@@ -70,6 +81,11 @@ class MoERunner(ABC):
     activation: Activation = "quantized"
     #: Whether gate and up of an expert may have different weight scales.
     untied: bool = False
+    #: The kinds of :class:`~aliasparam_nvfp4.moe.activation.ExpertActivation` its call takes, and whether with their numbers.
+    activations: frozenset[str] = frozenset({"swiglu"})
+    numbers: bool = False
+    #: How its call takes those numbers, see scales.py.
+    numbers_as: Numbers = "python floats"
     capabilities: frozenset[tuple[int, int]] = frozenset()
     packages: tuple[str, ...] = ()
     rank: int = 0
@@ -85,6 +101,34 @@ class MoERunner(ABC):
                 return f"needs a GPU of compute capability {wanted}"
         missing = [p for p in self.packages if importlib.util.find_spec(p) is None]
         return f"{', '.join(missing)} is not installed" if missing else None
+
+    @property
+    def needs_input_scale(self) -> bool:
+        """Whether it quantizes activations with the checkpoint's own scales."""
+        return self.activation != "as they are"
+
+    def scales(self, shape: MoEShape, checkpoint: CheckpointFormat = MODELOPT, *, input_scale: bool = True) -> MoEScales:
+        """The scalars it reads. Without activation scales in the checkpoint, those of activations as they are."""
+        return MoEScales(
+            self.activation if input_scale else "as they are",
+            self.name,
+            self.untied,
+            shape.first_expert,
+            shape.experts,
+            checkpoint,
+            shape.expert_activation,
+            self.numbers_as,
+        )
+
+    def refusal(self, activation: ExpertActivation, *, input_scale: bool = True) -> str | None:
+        """Why it cannot serve experts like these, or None where it can."""
+        if not input_scale and self.needs_input_scale:
+            return "it quantizes activations, and the checkpoint has no activation scales"
+        if activation.kind not in self.activations or not (activation.gated or self.layout.ungated):
+            return f"its kernel has no {activation.kind}, only {', '.join(sorted(self.activations))}"
+        if activation.has_numbers and not self.numbers:
+            return "its kernel has no alpha, beta or limit of SwiGLU"
+        return None
 
     @abstractmethod
     def apply(self, layer: MoENames, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, shape: MoEShape) -> Tensor:

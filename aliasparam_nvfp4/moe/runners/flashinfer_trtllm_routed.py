@@ -1,7 +1,8 @@
 """``flashinfer_trtllm_routed``: FlashInfer ``trtllm_fp4_block_scale_routed_moe``, compute capability 10.x.
 
 The choice of experts is packed for it: expert number in the high 16 bits, the bits of the bfloat16 weight in the low ones
-(``flashinfer/fused_moe/core.py``). Gate and up have a factor each, so untied scales are right.
+(``flashinfer/fused_moe/core.py``). Gate and up have a factor each, so untied scales are right; the clamp limit is one for both
+sums, so with a limit they are refused.
 """
 
 from __future__ import annotations
@@ -17,13 +18,16 @@ class FlashInferTrtllmRouted(MoERunner):
     name = "flashinfer_trtllm_routed"
     layout = SHUFFLED
     untied = True
+    activations = frozenset({"swiglu", "relu2"})
+    numbers = True
+    numbers_as = "of raw sums"
     capabilities = frozenset({(10, 0), (10, 3), (10, 7)})
     packages = ("flashinfer",)
     rank = 30
     call = "trtllm_fp4_block_scale_routed_moe"
 
     def apply(self, layer: MoENames, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, shape: MoEShape) -> Tensor:
-        from flashinfer.fused_moe import trtllm_fp4_block_scale_routed_moe
+        from flashinfer.fused_moe import ActivationType, trtllm_fp4_block_scale_routed_moe
 
         codes, scales = quantized_input(padded_input(x, shape, self.layout), layer)
         _, intermediate = shape.padded(self.layout)
@@ -35,9 +39,9 @@ class FlashInferTrtllmRouted(MoERunner):
             gemm1_weights=layer.w13_weight_prepared,
             gemm1_weights_scale=layer.w13_blockscale_swizzled,
             gemm1_bias=None,
-            gemm1_alpha=None,
-            gemm1_beta=None,
-            gemm1_clamp_limit=None,
+            gemm1_alpha=getattr(layer, "gemm1_alpha", None),
+            gemm1_beta=getattr(layer, "gemm1_beta", None),
+            gemm1_clamp_limit=getattr(layer, "gemm1_clamp_limit", None),
             gemm2_weights=layer.w2_weight_prepared,
             gemm2_weights_scale=layer.w2_blockscale_swizzled,
             gemm2_bias=None,
@@ -53,6 +57,7 @@ class FlashInferTrtllmRouted(MoERunner):
             local_num_experts=shape.experts,
             routed_scaling_factor=None,
             routing_method_type=1,
+            activation_type=int(ActivationType.Swiglu if shape.expert_activation.gated else ActivationType.Relu2),
         )
         return out[:, : shape.hidden].to(x.dtype)  # type: ignore[no-any-return]
 
