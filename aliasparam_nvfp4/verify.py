@@ -84,7 +84,7 @@ def random_weights(partitions: tuple[int, ...], k: int, seed: int, device: torch
 
 
 def _one(method: NvFp4LinearMethod, layer: nn.Module, tensors: dict[str, Tensor], tokens: int, label: str) -> Verdict:
-    backend = method.backend
+    backend = layer.__dict__["nvfp4_backend"]
     k = tensors["weight"].shape[1] * 2
     x = torch.randn(tokens, k, generator=torch.Generator().manual_seed(tokens)).to(tensors["weight"].device, torch.bfloat16)
     quantized = None if backend.weight_only else layer.get_buffer("input_scale_inv")

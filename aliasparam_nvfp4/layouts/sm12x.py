@@ -11,6 +11,8 @@ from aliasparam import Band, TensorSpec, Transform
 from aliasparam._constants import kept
 from aliasparam.errors import TransformError
 
+from ..errors import ScaleError
+
 
 @dataclass(frozen=True)
 class PackFragments(Transform):
@@ -59,7 +61,7 @@ class ScalesToS0E5M3(Transform):
     """Block scales e4m3 ``[N, K/16]`` to u8 ``[K/16, N]``: the high bits of the float16 value without its sign.
 
     FlashInfer ``gemm_bf16_fp4_cute_dsl.py``, ``_e4m3_to_s0e5m3``. The sign is dropped, so this is no bijection of bytes:
-    the source is kept and the kernel name has memory of its own.
+    the source is kept and the kernel name has memory of its own. Negative scales are refused: it would make them positive.
     """
 
     lossless = False
@@ -71,6 +73,15 @@ class ScalesToS0E5M3(Transform):
         return None
 
     def forward(self, tensor: Tensor) -> Tensor:
+        """Raises ScaleError for negative scales (-0 is none)."""
+        if bool((tensor.view(torch.uint8) > 0x80).any()):
+            raise ScaleError(
+                "block scales are negative, and this kernel format has no sign",
+                name="weight_scale",
+                expected="scales which are 0 or positive",
+                found=f"{int((tensor.view(torch.uint8) > 0x80).sum())} negative ones",
+                remedy="Use another backend, or export the checkpoint with positive scales.",
+            )
         bits = tensor.to(torch.float16).view(torch.int16).int()
         return ((bits >> 7) & 0xFF).to(torch.uint8).transpose(-1, -2).contiguous()
 
