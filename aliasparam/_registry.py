@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ._declare import Declaration
+from ._derive import compute
 from ._parameter import AliasedParameter, _Aliased, _refuse_for_process, loader_attributes, make_parameter
 from ._planning import Binding, Derived, Separate, Source, planned, probe_transform
 from ._reconcile import reconcile
@@ -219,9 +220,11 @@ class AliasRegistry:
                 self._need_loaded()
                 for check in self.checks:
                     check(self)
-                work = sum(self._refresh(derived) for derived in self.derived.values())
+                late = self._late_derivations()
+                work = sum(self._refresh(derived) for name, derived in self.derived.items() if name not in late)
                 for storage in storages:
                     work += storage.to_kernel()
+                work += sum(self._refresh(derived) for name, derived in self.derived.items() if name in late)
         self.settle_guard()
         if work:
             for hook in self.on_processed:
@@ -236,6 +239,7 @@ class AliasRegistry:
                 with storage.lock:
                     storage.restore()
         self.mark_stale()
+        self.settle_guard()  # where nothing is aliased, nothing is stale
 
     def _storages(self) -> list[AliasedStorage]:
         return [s.storage for s in self.sources.values() if s.storage is not None]
@@ -256,7 +260,7 @@ class AliasRegistry:
         if derived.seen == current:
             return 0
         spec = derived.declaration
-        value = spec.function(*(self._value(name) for name in spec.sources))
+        value = compute(self.label, derived, [self._value(name) for name in spec.sources])
         if derived.tensor is None or TensorSpec.of(value) != TensorSpec(spec.shape, spec.dtype):
             raise StateError(
                 "a derivation returned another shape or dtype than it declared",
@@ -264,6 +268,7 @@ class AliasRegistry:
                 name=spec.name,
                 expected=TensorSpec(spec.shape, spec.dtype),
                 found=TensorSpec.of(value),
+                remedy="Return exactly that from the function, or declare what it returns.",
             )
         derived.tensor.copy_(value)
         derived.seen = current
@@ -273,7 +278,7 @@ class AliasRegistry:
     def _generation(self, name: str) -> int:
         if name in self.derived:
             return self.derived[name].generation
-        storage = self.sources[name].storage
+        storage = self._source_of(name).storage
         return storage.generation if storage is not None else -1
 
     def _value(self, name: str) -> Tensor:
@@ -282,10 +287,24 @@ class AliasRegistry:
             if tensor is None:
                 raise AssertionError(f"{self.label}.{name}: derived before it has memory")
             return tensor
-        storage = self.sources[name].storage
+        storage = self._source_of(name).storage
         if storage is None:
             raise AssertionError(f"{self.label}.{name}: read before it has memory")
+        if name not in self.sources and storage.kernel is not None:
+            return storage.kernel
         return storage.read(storage.checkpoint)
+
+    def _source_of(self, name: str) -> Source:
+        """The source of a checkpoint name, or of the kernel name that lives in its storage."""
+        return self.sources.get(name) or next(s for s in self.sources.values() if s.derived == name)
+
+    def _late_derivations(self) -> set[str]:
+        """Derivations of kernel names, and what derives from them: computed after the conversion, the others before it."""
+        late = {s.derived for s in self.sources.values() if s.derived}
+        for name, derived in self.derived.items():  # in the order of refreshing
+            if late.intersection(derived.declaration.sources):
+                late.add(name)
+        return {name for name in self.derived if name in late}
 
     # -- staleness -----------------------------------------------------------------------------------------------------
 
@@ -328,16 +347,17 @@ class AliasRegistry:
         stale = [
             s.derived for s in self.sources.values() if s.derived and (s.storage is None or s.storage.state is not State.KERNEL)
         ]
+        older: list[str] = []
         for name, derived in self.derived.items():
-            if derived.seen != tuple(self._generation(n) for n in derived.declaration.sources):
-                stale.append(name)
-        return stale
+            sources = derived.declaration.sources
+            if derived.seen != tuple(self._generation(n) for n in sources) or not set(older).isdisjoint(sources):
+                older.append(name)
+        return stale + older
 
     def _check_before_forward(self, module: nn.Module, args: Any) -> None:
-        if self._suspicious:
-            self.settle_guard()
-            if self._guard is None:
-                return
+        self.settle_guard()  # what was stale may have been processed by another module that shows the same storage
+        if self._guard is None:
+            return
         replaced = self.replaced_names()
         raise StaleKernelError(
             "called while a declared name holds a tensor that was not taken in yet"

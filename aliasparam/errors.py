@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 
 class AliasError(Exception):
@@ -45,10 +45,18 @@ class AliasError(Exception):
             lines.append(f"  {self.remedy}")
         return "\n".join(lines)
 
+    def located(self, **facts: Any) -> Self:
+        """The same error with the fields it lacks: code that raises often knows less than its caller."""
+        kept = {name: getattr(self, name) for name in _FIELDS if getattr(self, name) is not None}
+        return type(self)(self.message, **{**facts, **kept})
+
     def __reduce__(self) -> tuple[Any, ...]:
         # Exceptions cross process boundaries (torch.distributed, multiprocessing) with their fields.
         fields = (self.message, self.module, self.name, self.expected, self.found, self.remedy)
         return _rebuild_error, (type(self), fields)
+
+
+_FIELDS = ("module", "name", "expected", "found", "remedy")
 
 
 def _rebuild_error(cls: type[AliasError], fields: tuple[Any, ...]) -> AliasError:
@@ -62,6 +70,10 @@ class DeclarationError(AliasError):
 
 class TransformError(AliasError):
     """A transform cannot take this shape or dtype, or its inverse does not invert."""
+
+
+class DerivationError(AliasError):
+    """The function of a derivation failed, or returned something else than it declared."""
 
 
 class StateError(AliasError):

@@ -181,7 +181,7 @@ class AliasMachine(RuleBasedStateMachine):
     @rule()
     def restore_it(self) -> None:
         restore(self.layer)
-        self.stale = True
+        self.stale = self.stale or any(source.derived for source in self._registry().sources.values())
 
     @rule(index=st.integers(0, 7), whole=st.booleans())
     def reload_it(self, index: int, whole: bool) -> None:

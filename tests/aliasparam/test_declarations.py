@@ -137,3 +137,25 @@ def test_a_module_of_no_declarations_is_left_alone() -> None:
 
     assert process(module) == 0
     assert explain(module) == "no module here declares aliases"
+
+
+def test_a_parameter_that_lies_in_the_memory_of_a_declared_one_is_refused() -> None:
+    memory = torch.arange(16.0).view(8, 2)
+    module = nn.Module()
+    module.a = nn.Parameter(memory[:4], requires_grad=False)
+    module.c = nn.Parameter(memory[2:6], requires_grad=False)
+
+    with pytest.raises(DeclarationError, match="overlap in memory"):
+        declare(module, Alias("a", "x"))  # c would go on showing what a no longer holds
+    with pytest.raises(DeclarationError, match="overlap in memory"):
+        declare(module, Alias("c", "x"))
+    assert registry_of(module) is None
+
+
+def test_the_same_parameter_under_two_names_is_a_tie_and_not_an_overlap() -> None:
+    module = layer()
+    module.tied = module.a
+
+    declare(module, Alias("a", "x"))
+
+    assert module.tied is module.a
