@@ -125,9 +125,7 @@ class NvFp4LinearMethod:
         registry.about = f"{backend.name}: {reason}"
         registry.on_processed.append(_weights_changed)
 
-    def _declarations(
-        self, layer: nn.Module, shape: LinearShape, dtype: torch.dtype, layout: LinearLayout
-    ) -> list[Declaration]:
+    def _declarations(self, layer: nn.Module, shape: LinearShape, dtype: torch.dtype, layout: LinearLayout) -> list[Declaration]:
         names, one = self.checkpoint, ((1,), torch.float32)
         room = [b.layout for b in self.retarget_to]
         scales = GlobalScales(names.reciprocal)

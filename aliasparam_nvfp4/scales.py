@@ -20,8 +20,8 @@ from torch import Tensor
 from .errors import ScaleError, ShapeError
 
 
-def need_block_scales(block_scale: Tensor, name: str = "weight_scale") -> None:
-    """Raise ScaleError where a block scale (e4m3, any shape) is NaN."""
+def need_block_scales(block_scale: Tensor, name: str = "weight_scale", *, signed: bool = True) -> None:
+    """Raise ScaleError where a block scale (e4m3, any shape) is NaN, or negative for a kernel format that has no sign."""
     if bool(((block_scale.view(torch.uint8) & 0x7F) == 0x7F).any()):
         raise ScaleError(
             "block scales are NaN",
@@ -29,6 +29,14 @@ def need_block_scales(block_scale: Tensor, name: str = "weight_scale") -> None:
             expected="finite e4m3 values",
             found="NaN, as ModelOpt writes for a tensor of zeros",
             remedy="Exclude this module from quantization and export again.",
+        )
+    if not signed and (negative := int((block_scale.view(torch.uint8) > 0x80).sum())):  # -0 is none
+        raise ScaleError(
+            "block scales are negative, and this kernel format has no sign",
+            name=name,
+            expected="scales which are 0 or positive",
+            found=f"{negative} negative ones",
+            remedy="Use another backend, or export the checkpoint with positive scales.",
         )
 
 
@@ -59,7 +67,9 @@ class GlobalScales:
     def input_scale_inv(self, input_global: Tensor) -> Tensor:
         """What the activation quantizer multiplies with, f32 ``[1]``; of the partitions the smallest, so that none saturates."""
         _need_scales("an input global scale", input_global)
-        return _usable("input_scale_inv", input_global.min().reshape(1) if self.reciprocal else 1.0 / input_global.max().reshape(1))
+        return _usable(
+            "input_scale_inv", input_global.min().reshape(1) if self.reciprocal else 1.0 / input_global.max().reshape(1)
+        )
 
     def _largest(self, scales: Tensor) -> Tensor:
         return 1.0 / scales.min().reshape(1) if self.reciprocal else scales.max().reshape(1)
@@ -96,7 +106,9 @@ class PartitionRatios:
         if different and (not exact or late):
             raise ScaleError(
                 "the partitions of a fused projection have different weight global scales",
-                expected="equal scales, as in the weights that the layer ran with first" if exact else "ratios that are powers of two",
+                expected="equal scales, as in the weights that the layer ran with first"
+                if exact
+                else "ratios that are powers of two",
                 found=weight_global.tolist(),
                 remedy="Start cold from this checkpoint: the layer then scales its columns; or make it with column_scales=True."
                 if exact

@@ -28,6 +28,8 @@ class LinearLayout:
     name: str
     weight: Transform
     weight_scale: Transform
+    #: Whether block scales keep their sign.
+    signed_scales: bool = True
 
 
 @dataclass(frozen=True)

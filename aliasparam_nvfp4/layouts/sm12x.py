@@ -11,7 +11,7 @@ from aliasparam import Band, TensorSpec, Transform
 from aliasparam._constants import kept
 from aliasparam.errors import TransformError
 
-from ..errors import ScaleError
+from ..scales import need_block_scales
 
 
 @dataclass(frozen=True)
@@ -73,15 +73,8 @@ class ScalesToS0E5M3(Transform):
         return None
 
     def forward(self, tensor: Tensor) -> Tensor:
-        """Raises ScaleError for negative scales (-0 is none)."""
-        if bool((tensor.view(torch.uint8) > 0x80).any()):
-            raise ScaleError(
-                "block scales are negative, and this kernel format has no sign",
-                name="weight_scale",
-                expected="scales which are 0 or positive",
-                found=f"{int((tensor.view(torch.uint8) > 0x80).sum())} negative ones",
-                remedy="Use another backend, or export the checkpoint with positive scales.",
-            )
+        """Raises ScaleError for negative scales and for NaN."""
+        need_block_scales(tensor, signed=False)
         bits = tensor.to(torch.float16).view(torch.int16).int()
         return ((bits >> 7) & 0xFF).to(torch.uint8).transpose(-1, -2).contiguous()
 

@@ -100,7 +100,9 @@ def test_float16_never_overflows_in_silence_where_columns_are_scaled() -> None:
 
 def test_law_9_weights_that_never_ran_do_not_bind_the_next_ones() -> None:
     """The first reload fails in `b`, after `a` was processed; the second is good, and `a` comes with a ratio."""
-    model = nn.ModuleDict({"a": Layer(NvFp4LinearMethod("reference"), (32, 32), 48), "b": Layer(NvFp4LinearMethod("reference"), (32,), 48)})
+    model = nn.ModuleDict(
+        {"a": Layer(NvFp4LinearMethod("reference"), (32, 32), 48), "b": Layer(NvFp4LinearMethod("reference"), (32,), 48)}
+    )
     bad = {**{f"a.{n}": t for n, t in tensors((32, 32), 48).items()}, **{f"b.{n}": t for n, t in tensors((32,), 48).items()}}
     bad["b.input_scale"] = torch.tensor([float("nan")])
     with pytest.raises(ScaleError), reload(model) as session:

@@ -119,7 +119,11 @@ def test_law_of_replicas_ranks_beyond_the_kv_heads_share_them(fused_in_the_file:
         else:
             load(layer, whole, partitions)
         head = rank // 2
-        rows = [*range(32 * rank, 32 * rank + 32), *range(128 + 16 * head, 144 + 16 * head), *range(160 + 16 * head, 176 + 16 * head)]
+        rows = [
+            *range(32 * rank, 32 * rank + 32),
+            *range(128 + 16 * head, 144 + 16 * head),
+            *range(160 + 16 * head, 176 + 16 * head),
+        ]
         for name in ("weight", "weight_scale"):
             held = layer.get_parameter(name).detach().clone().view(torch.uint8)
             assert torch.equal(held, whole[name].view(torch.uint8)[rows]), name
@@ -159,10 +163,17 @@ def test_awq_factors_are_cast_but_never_broadcast() -> None:
 
 @pytest.mark.parametrize(
     ("rank", "size", "style", "replicas"),
-    [(-1, 2, "column", ()), (5, 2, "row", ()), (0, 0, "row", ()), (0, 2, "colum", ()), (0, 4, "column", (1, 3)), (0, 4, "row", (1, 2))],
+    [
+        (-1, 2, "column", ()),
+        (5, 2, "row", ()),
+        (0, 0, "row", ()),
+        (0, 2, "colum", ()),
+        (0, 4, "column", (1, 3)),
+        (0, 4, "row", (1, 2)),
+    ],
 )
 def test_a_loader_of_no_rank_or_style_is_refused(rank: int, size: int, style: Any, replicas: tuple[int, ...]) -> None:
-    with pytest.raises(ShapeError, match="no such rank|unknown style|replicated"):
+    with pytest.raises(ShapeError, match=r"no such rank|unknown style|replicated"):
         ShardedLoader(rank, size, style, replicas)
 
 

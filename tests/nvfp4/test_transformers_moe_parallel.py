@@ -93,7 +93,5 @@ def serve(rank: int, a: Path, b: Path, size: int, how: str, store: Path) -> None
 
 
 @pytest.mark.parametrize("how, size", [("tp", 4), ("tp", 2), ("ep", 2)])
-def test_decode_logprobs_are_bit_equal_after_each_reload(
-    how: str, size: int, folders: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_decode_logprobs_are_bit_equal_after_each_reload(how: str, size: int, folders: tuple[Path, Path], tmp_path: Path) -> None:
     mp.spawn(serve, args=(*folders, size, how, tmp_path / "store"), nprocs=size)

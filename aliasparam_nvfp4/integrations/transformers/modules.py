@@ -51,10 +51,14 @@ class ProjectionKind:
             found["pre_quant_scale"] = ((in_features,), dtype)
         return found
 
-    def method(self, backend: str) -> NvFp4LinearMethod:
+    def method(self, backend: str, retarget_to: Sequence[str] = ()) -> NvFp4LinearMethod:
         """The quantization method of such a projection."""
         return NvFp4LinearMethod(
-            backend, checkpoint=self.names, input_scale=self.input_scale, pre_quant_scale=self.pre_quant_scale
+            backend,
+            checkpoint=self.names,
+            input_scale=self.input_scale,
+            pre_quant_scale=self.pre_quant_scale,
+            retarget_to=retarget_to,
         )
 
 

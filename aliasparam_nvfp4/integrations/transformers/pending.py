@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from aliasparam import registry_of
 
-
 #: What an output depends on: see :func:`question`.
 Question = tuple[Any, ...]
 
