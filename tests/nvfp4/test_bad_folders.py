@@ -194,7 +194,9 @@ def test_a_single_pattern_may_be_a_string() -> None:
     assert config.exclude == ("lm_head",)
 
 
-@pytest.mark.parametrize(("scheme", "algo"), [({"num_bits": 8, "type": "float"}, "FP8"), ("FP8", "FP8"), (None, None), ({}, None)])
+@pytest.mark.parametrize(
+    ("scheme", "algo"), [({"num_bits": 8, "type": "float"}, "FP8"), ("FP8", "FP8"), (None, None), ({}, None)]
+)
 def test_the_kv_cache_scheme_in_every_spelling(scheme: Any, algo: str | None) -> None:
     assert QuantConfig.from_dict({**MODELOPT, "kv_cache_scheme": scheme}).kv_cache_algo == algo
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoConfig, AutoTokenizer
 
 from aliasparam.errors import AliasError
@@ -19,7 +20,7 @@ def readable(folder: Path, what: str) -> Iterator[None]:
     """Whatever transformers raises inside the block says that it cannot ``what`` of this folder."""
     try:
         yield
-    except (AliasError, MemoryError):
+    except (AliasError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from aliasparam.errors import AliasError
 
+from ...backends import linear_backend
 from ...checkpoint import CheckpointFolder, QuantConfig
+from ...moe.runners import moe_runner
 from .config import model_config, readable, tokenizer_of
 from .quantizer import compressed_tensors_here, use_backend
 
@@ -41,6 +43,9 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     folder = Path(folder)
+    for name in (backend, *retarget_to):
+        linear_backend(name)  # an unknown name fails before anything is read
+    moe_runner(moe_backend)
     QuantConfig.from_folder(folder)
     CheckpointFolder(folder)
     tokenizer = tokenizer_of(folder)
