@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._declare import Declaration
+from ._declare import Declaration, Derivation
 from ._derive import compute
 from ._parameter import AliasedParameter, _Aliased, _refuse_for_process, loader_attributes, make_parameter
 from ._planning import Binding, Derived, Separate, Source, planned, probe_transform
@@ -201,6 +201,32 @@ class AliasRegistry:
             )
         probe_transform(self.label, name, transform, plan.source)
         return replace(plan, region_capacity=old.region_capacity)
+
+    def rederive(self, derivations: Iterable[Derivation]) -> None:
+        """Give derived names other formulas, in the memory they have; the next processing computes them anew.
+
+        Raises:
+            DeclarationError: not a derived name, another shape or dtype, or a source which was never declared. Nothing changes
+                then.
+        """
+        new = list(derivations)
+        for derivation in new:
+            old = self.derived.get(derivation.name)
+            found = None if old is None else (old.declaration.shape, old.declaration.dtype)
+            if old is None or old.fallback or found != (derivation.shape, derivation.dtype):
+                raise DeclarationError(
+                    "only a derivation of the same shape and dtype can be computed otherwise",
+                    module=self.label,
+                    name=derivation.name,
+                    expected=TensorSpec(derivation.shape, derivation.dtype),
+                    found=found,
+                )
+            if unknown := [n for n in derivation.sources if n not in self.sources]:
+                raise DeclarationError("derived from names that are no sources here", module=self.label, name=", ".join(unknown))
+        for derivation in new:
+            self.derived[derivation.name].declaration = derivation
+            self.derived[derivation.name].seen = None
+        self.mark_stale()
 
     # -- processing ----------------------------------------------------------------------------------------------------
 

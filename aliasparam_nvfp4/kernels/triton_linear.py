@@ -27,15 +27,15 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor, alpha: Tensor, *, n: int, s
     if parts.shape[0] == 1:
         return parts[0]
     out = torch.empty(x.shape[0], n, dtype=x.dtype, device=x.device)
-    _sum_parts[(triton.cdiv(out.numel(), 512),)](parts, out, out.numel(), parts.shape[0], BLOCK=512)
+    _sum_parts[(triton.cdiv(out.numel(), 256),)](parts, out, out.numel(), PARTS=parts.shape[0], BLOCK=256)
     return out
 
 
 @triton.jit
-def _sum_parts(parts_ptr, out_ptr, size, count, BLOCK: tl.constexpr):
-    """Adds the partial sums in order, so that the result is the same every time."""
+def _sum_parts(parts_ptr, out_ptr, size, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """Adds the partial sums in order, so that the result is the same every time. Unrolled, so that all loads are under way."""
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
-    for part in range(count):
+    for part in tl.static_range(PARTS):
         total += tl.load(parts_ptr + part * size + index, mask=index < size, other=0.0)
     tl.store(out_ptr + index, total.to(out_ptr.dtype.element_ty), mask=index < size)

@@ -21,6 +21,8 @@ from .tiled import tile_sizes
 
 #: Slots that are worked on at once, at most: bounds the float32 intermediates.
 _SLOTS_AT_ONCE = 1 << 14
+#: Columns of a program of the small kernels.
+_BLOCK = 256
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ def _some(x: Tensor, w: ExpertWeights, topk_weights: Tensor, topk_ids: Tensor, i
     sums13 = partial_sums(x, w.w13, w.w13_scale, n=rows13, planned=planned, slots=slots, share=k)
     hidden = torch.empty(slots, i, dtype=x.dtype, device=x.device)
     ids = topk_ids.reshape(-1)
-    _activate[(slots, triton.cdiv(i, 512))](
+    _activate[(slots, triton.cdiv(i, _BLOCK))](
         sums13,
         hidden,
         ids,
@@ -100,19 +102,30 @@ def _some(x: Tensor, w: ExpertWeights, topk_weights: Tensor, topk_ids: Tensor, i
         i,
         rows13 // 2,
         rows13,
-        sums13.shape[0],
         slots * rows13,
         w.first_expert,
         e,
         gating.alpha,
         gating.beta,
         gating.limit,
+        PARTS=sums13.shape[0],
         GATED=gating.gated,
-        BLOCK=512,
+        BLOCK=_BLOCK,
     )
     sums2 = partial_sums(hidden, w.w2, w.w2_scale, n=h, planned=planned, slots=slots)
-    _combine[(tokens, triton.cdiv(h, 512))](
-        sums2, out, ids, topk_weights.reshape(-1), w.down, h, k, sums2.shape[0], slots * h, w.first_expert, e, BLOCK=512
+    _combine[(tokens, triton.cdiv(h, _BLOCK))](
+        sums2,
+        out,
+        ids,
+        topk_weights.reshape(-1),
+        w.down,
+        h,
+        slots * h,
+        w.first_expert,
+        e,
+        CHOICES=k,
+        PARTS=sums2.shape[0],
+        BLOCK=_BLOCK,
     )
 
 
@@ -125,23 +138,22 @@ def _tile(tokens: int, slots: int, experts: int, most_decode: int) -> int:
 
 
 @triton.jit
-def _activate(sums_ptr, out_ptr, ids_ptr, gate_ptr, up_ptr, i_size, half, row_stride, parts, part_stride, first_expert, experts,
-              alpha, beta, limit, GATED: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """One slot's hidden row from its partial sums."""
+def _activate(sums_ptr, out_ptr, ids_ptr, gate_ptr, up_ptr, i_size, half, row_stride, part_stride, first_expert, experts,
+              alpha, beta, limit, PARTS: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """One slot's hidden row from its partial sums. Unrolled, so that all loads are under way at once."""
     slot = tl.program_id(0).to(tl.int64)
-    part_stride = tl.cast(part_stride, tl.int64)
     expert = tl.load(ids_ptr + slot) - first_expert
-    if (expert < 0) | (expert >= experts):
-        return
+    own = (expert >= 0) & (expert < experts)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    ok = column < i_size
+    ok = column < tl.where(own, i_size, 0)
     gate = tl.zeros((BLOCK,), dtype=tl.float32)
     up = tl.zeros((BLOCK,), dtype=tl.float32)
-    for part in range(parts):
-        at = sums_ptr + part * part_stride + slot * row_stride + column
+    for part in tl.static_range(PARTS):
+        at = sums_ptr + tl.cast(part_stride, tl.int64) * part + slot * row_stride + column
         gate += tl.load(at, mask=ok, other=0.0)
         if GATED:
             up += tl.load(at + half, mask=ok, other=0.0)
+    expert = tl.where(own, expert, 0)
     gate *= tl.load(gate_ptr + expert)
     if GATED:
         up *= tl.load(up_ptr + expert)
@@ -155,20 +167,20 @@ def _activate(sums_ptr, out_ptr, ids_ptr, gate_ptr, up_ptr, i_size, half, row_st
 
 
 @triton.jit
-def _combine(sums_ptr, out_ptr, ids_ptr, weights_ptr, down_ptr, h_size, k, parts, part_stride, first_expert, experts,
-             BLOCK: tl.constexpr):  # fmt: skip
-    """One token's row: its experts' partial sums, weighted, in the order of its choices."""
+def _combine(sums_ptr, out_ptr, ids_ptr, weights_ptr, down_ptr, h_size, part_stride, first_expert, experts,
+             CHOICES: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """One token's row: its experts' partial sums, weighted, in the order of its choices. Unrolled as above."""
     token = tl.program_id(0).to(tl.int64)
-    part_stride = tl.cast(part_stride, tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    ok = column < h_size
     total = tl.zeros((BLOCK,), dtype=tl.float32)
-    for choice in range(k):
-        slot = token * k + choice
+    for choice in tl.static_range(CHOICES):
+        slot = token * CHOICES + choice
         expert = tl.load(ids_ptr + slot) - first_expert
-        if (expert >= 0) & (expert < experts):
-            value = tl.zeros((BLOCK,), dtype=tl.float32)
-            for part in range(parts):
-                value += tl.load(sums_ptr + part * part_stride + slot * h_size + column, mask=ok, other=0.0)
-            total += value * (tl.load(down_ptr + expert) * tl.load(weights_ptr + slot).to(tl.float32))
-    tl.store(out_ptr + token * h_size + column, total.to(out_ptr.dtype.element_ty), mask=ok)
+        own = (expert >= 0) & (expert < experts)
+        factor = tl.load(down_ptr + tl.where(own, expert, 0)) * tl.load(weights_ptr + slot).to(tl.float32)
+        value = tl.zeros((BLOCK,), dtype=tl.float32)
+        for part in tl.static_range(PARTS):
+            at = sums_ptr + tl.cast(part_stride, tl.int64) * part + slot * h_size + column
+            value += tl.load(at, mask=column < tl.where(own, h_size, 0), other=0.0)
+        total += tl.where(own, value * factor, 0.0)
+    tl.store(out_ptr + token * h_size + column, total.to(out_ptr.dtype.element_ty), mask=column < h_size)

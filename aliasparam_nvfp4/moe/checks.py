@@ -20,14 +20,12 @@ class FiniteBlockScales:
     """Refuses NaN among the block scales that were written since the last processing. Experts in kernel format passed before.
 
     Attributes:
-        names: checkpoint names of e4m3 ``[E, R, C]``.
+        names: checkpoint names of e4m3 ``[E, R, C]``; every expert is a region.
         first_expert: global number of this rank's first expert.
-        experts: experts of this rank.
     """
 
     names: tuple[str, ...]
     first_expert: int
-    experts: int
 
     def __call__(self, registry: AliasRegistry) -> None:
         """Raises ScaleError with tensor and expert; nothing is converted then."""
@@ -35,8 +33,7 @@ class FiniteBlockScales:
             storage = registry.sources[name].storage
             if storage is None:
                 raise AssertionError(f"{name}: checked before it has memory")
-            whole = storage.plan.regions != self.experts  # a format without regions: one state for all experts
-            written = [e for e in range(self.experts) if storage.states[0 if whole else e] is not State.KERNEL]
+            written = [e for e, state in enumerate(storage.states) if state is not State.KERNEL]
             bad = _first_nan(storage.checkpoint.view(torch.uint8), written)
             if bad is not None:
                 raise ScaleError(

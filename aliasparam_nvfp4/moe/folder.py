@@ -12,8 +12,8 @@ from aliasparam import TensorSpec, reload
 
 from ..checkpoint import WHOLE, CheckpointError, CheckpointFolder, ExpertTensors, expert_layers
 from ..checkpoint.experts import ExpertKey
-from ..checkpoint_format import MODELOPT, CheckpointFormat
-from ..errors import ScaleError
+from ..checkpoint_format import CheckpointFormat
+from ..errors import ScaleError, ShapeError
 from ..format import BLOCK_SIZE
 from .method import NvFp4MoEMethod
 from .ranks import ExpertRanks
@@ -42,6 +42,7 @@ class ExpertSource:
         shape: of the layer on this rank.
         ranks: which of them this one is.
         format: how the tensors are called.
+        input_scale: whether experts have activation scales.
         untied: whether the runner takes gate and up with different global scales.
     """
 
@@ -50,11 +51,13 @@ class ExpertSource:
     shape: MoEShape
     ranks: ExpertRanks
     format: CheckpointFormat
+    input_scale: bool
     untied: bool
 
     def specs(self) -> dict[tuple[str, str], TensorSpec]:
         """(shard, suffix) to what the folder must hold for every expert, undivided."""
-        return expert_specs(self.format, self.shape.hidden, self.shape.intermediate * self.ranks.tp_size)
+        intermediate = self.shape.intermediate * self.ranks.tp_size
+        return expert_specs(self.format, self.shape.hidden, intermediate, input_scale=self.input_scale)
 
     def parts(self) -> Iterator[ExpertPart]:
         """What this rank reads: its experts, its share of each, and the input scales of all experts."""
@@ -119,22 +122,36 @@ class ExpertSource:
             yield f"{'w2' if shard == 'w2' else 'w13'}_{suffix}", row, value
 
 
-def expert_specs(names: CheckpointFormat, hidden: int, intermediate: int) -> dict[tuple[str, str], TensorSpec]:
+def expert_specs(
+    names: CheckpointFormat, hidden: int, intermediate: int, *, input_scale: bool
+) -> dict[tuple[str, str], TensorSpec]:
     """(shard, suffix) to the tensor that every expert has in the files."""
     found = {}
+    scalars = (names.weight_global, names.input_global) if input_scale else (names.weight_global,)
     for shard in SHARDS:
         n, k = (hidden, intermediate) if shard == "w2" else (intermediate, hidden)
         found[shard, names.weight] = TensorSpec((n, k // 2), torch.uint8)
         found[shard, names.block_scale] = TensorSpec((n, k // BLOCK_SIZE), torch.float8_e4m3fn)
-        for name in (names.weight_global, names.input_global):
+        for name in scalars:
             found[shard, name] = TensorSpec(names.scalar_shape, torch.float32)
     return found
 
 
 def expert_source(method: NvFp4MoEMethod, layer: nn.Module, folder: CheckpointFolder, tensors: ExpertTensors) -> ExpertSource:
-    """``tensors`` of ``folder``, for a layer made by ``method``."""
+    """``tensors`` of ``folder``, for a layer made by ``method``.
+
+    Raises:
+        ShapeError: experts without a gate, whose files have other projections.
+    """
+    if not method.activation.gated:
+        raise ShapeError(
+            "only gated experts are read from a folder", name=tensors.layer, found=method.activation.kind,
+            remedy="Give their tensors to weight_loader as w1 and w2.",
+        )  # fmt: skip
     ranks = ExpertRanks(method.ep_rank, method.ep_size, method.tp_rank, method.tp_size)
-    return ExpertSource(folder, tensors, layer.__dict__["nvfp4_moe_shape"], ranks, MODELOPT, method.backend.untied)
+    shape: MoEShape = layer.__dict__["nvfp4_moe_shape"]
+    untied: bool = layer.__dict__["nvfp4_runner"].untied  # which may have been retargeted
+    return ExpertSource(folder, tensors, shape, ranks, method.checkpoint, method.input_scale, untied=untied)
 
 
 def load_experts(

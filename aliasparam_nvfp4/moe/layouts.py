@@ -83,17 +83,20 @@ _SWIZZLED_64 = _ungated("rows-swizzled", Identity(), Swizzle128x4(), 64, 64)
 #: I in whole 128s: CUTLASS checks scales for exactly ``ceil(I/64)*64`` rows and reads tiles of 128 (``binding.cu``,
 #: ``getQuantParams``; SGLang 0.5.23 pads alike in ``ModelOptNvFp4FusedMoEMethod.process_weights_after_loading``).
 _SWIZZLED_128 = _ungated("rows-swizzled", Identity(), Swizzle128x4(), 64, 128)
+_SWIZZLED_256 = _ungated("rows-swizzled", Identity(), Swizzle128x4(), 128, 256)
 #: ``_maybe_get_cached_w3_w1_permute_indices`` with ``is_gated_act_gemm=False`` is the plain row shuffle.
 _SHUFFLED_ROWS = _ungated("rows-shuffled", ShuffleRows(128), Swizzle128x4(), 128, 128)
 
+#: Expert by expert, so that a layer can be moved to and from the other formats.
+_SAME = Identity(core_dims=2)
 #: The checkpoint's own bytes: the reference.
 CHECKPOINT = MoELayout(
     "checkpoint",
-    Identity(),
-    Identity(),
-    Identity(),
-    Identity(),
-    ungated=MoELayout("rows", Identity(), Identity(), Identity(), Identity()),
+    _SAME,
+    _SAME,
+    _SAME,
+    _SAME,
+    ungated=MoELayout("rows", _SAME, _SAME, _SAME, _SAME),
 )
 #: The same rows with H and I in whole 64s, and row-major scales (FlashInfer ``prepare_cutile_nvfp4_weights``, below 10.0).
 ROW_MAJOR_64 = _padded("row-major", Identity(), Identity(), Identity(), 64, 64, _ROWS_64)
@@ -101,16 +104,9 @@ ROW_MAJOR_64 = _padded("row-major", Identity(), Identity(), Identity(), 64, 64, 
 GATE_UP = _padded("gate-up", Identity(), Identity(), Swizzle128x4(), 64, 64, _SWIZZLED_64)
 #: ``[up; gate]``, scales swizzled: CUTLASS (fused_moe ``binding.cu``: scales ``[E, 2*ceil(I/64)*64, ...]``).
 UP_GATE_SWIZZLED = _padded("up-gate", UP_GATE, Identity(), Swizzle128x4(), 64, 64, _SWIZZLED_128)
-#: The same with I in whole 128s, so that b12x makes no padded copies of its own (``_pad_intermediate_to_tile``).
-UP_GATE_128 = _padded(
-    "up-gate-128",
-    UP_GATE,
-    Identity(),
-    Swizzle128x4(),
-    128,
-    128,
-    _ungated("rows-swizzled", Identity(), Swizzle128x4(), 128, 128),
-)
+#: The same with H in whole 128s and I in whole 256s: b12x takes I in pairs of 128, and where they are not whole it makes padded
+#: copies, which it keeps by address and no reload would reach (``moe_dispatch.py``, ``_STATIC_RETAINED_GROUP_N``).
+UP_GATE_256 = _padded("up-gate-256", UP_GATE, Identity(), Swizzle128x4(), 128, 256, _SWIZZLED_256)
 #: Blocks of 64 rows from up and gate in turn: CuteDSL v2.
 INTERLEAVED = _padded("interleaved", up_gate_blocks(64), Identity(), Swizzle128x4(), 64, 64, _SWIZZLED_128)
 #: Pairs (up, gate), shuffled for an epilogue tile of 128: TRT-LLM. The scale shuffle wants whole 128s of rows.

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from aliasparam import Alias, Transform, declare, registry_of
+from aliasparam import AliasRegistry, Keep, declare, registry_of
 from aliasparam.errors import StateError
 
 from ..checkpoint_format import MODELOPT, CheckpointFormat
@@ -16,8 +16,9 @@ from ..errors import BackendError, ShapeError
 from ..format import BLOCK_SIZE
 from .activation import SWIGLU, ExpertActivation
 from .checks import FiniteBlockScales
-from .layouts import MoELayout
+from .declarations import aliases, scalars
 from .loader import ExpertLoader
+from .routing import Routing
 from .runners import MoENames, MoERunner, MoEShape, moe_runner
 
 
@@ -121,7 +122,8 @@ class NvFp4MoEMethod:
             for key, value in {**attributes, "of_all_experts": of_all}.items():
                 setattr(parameter, key, value)
             layer.register_parameter(name, parameter)
-        layer.__dict__.update(nvfp4_moe_shape=shape, nvfp4_runner=self.backend, nvfp4_moe=self, params_dtype=params_dtype)
+        layer.__dict__.update(nvfp4_moe_shape=shape, nvfp4_runner=self.backend, params_dtype=params_dtype)
+        layer.__dict__["nvfp4_moe_checkpoint"] = self.checkpoint, self.input_scale
         self._declare(layer, shape)
 
     def _parameters(self, shape: MoEShape) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -143,19 +145,19 @@ class NvFp4MoEMethod:
         return found
 
     def _declare(self, layer: nn.Module, shape: MoEShape) -> None:
-        scales = {
-            d.name: d
-            for runner in (*self.retarget_to, self.backend)  # its own formulas last: they are the ones that count now
-            for d in runner.scales(shape, self.checkpoint, input_scale=self.input_scale).derivations()
-        }
-        rooms = [r.layout.of(self.activation) for r in self.retarget_to]
-        aliases = [
-            Alias(source, derived, transform, room_for=tuple(aliased(self.checkpoint, room)[source][1] for room in rooms))
-            for source, (derived, transform) in aliased(self.checkpoint, self.backend.layout.of(self.activation)).items()
-        ]
-        registry = declare(layer, *aliases, *scales.values(), loaded=False)
+        layout = self.backend.layout.of(self.activation)
+        own, *others = (
+            runner.scales(shape, self.checkpoint, input_scale=self.input_scale).derivations()
+            for runner in (self.backend, *self.retarget_to)
+        )
+        pairs = aliases(self.checkpoint, layout, [r.layout.of(self.activation) for r in self.retarget_to])
+        derived = scalars(own, [d for other in others for d in other], self.backend.name)
+        read = {alias.source for alias in pairs} | {source for d in derived for source in d.sources}
+        kept = [Keep(name) for name in self._parameters(shape) if name not in read]  # activation scales on W4A16 runners
+        registry = declare(layer, *pairs, *derived, *kept, loaded=False)
         block_scales = f"w13_{self.checkpoint.block_scale}", f"w2_{self.checkpoint.block_scale}"
-        registry.checks.append(FiniteBlockScales(block_scales, shape.first_expert, shape.experts))
+        registry.checks.append(FiniteBlockScales(block_scales, shape.first_expert))
+        registry.on_processed.append(_tell_runner)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Bring what was written since the last call to kernel format. Idempotent, in place, expert by expert.
@@ -176,10 +178,11 @@ class NvFp4MoEMethod:
             layer: made by :meth:`create_weights`.
             x: activations.
             topk_weights: ``[T, k]``, T the product of x's leading dims.
-            topk_ids: ``[T, k]`` global expert numbers.
+            topk_ids: ``[T, k]`` global expert numbers, int32 or int64; -1 is no expert.
 
         Raises:
-            ShapeError: dims or dtypes which do not fit each other or the layer.
+            ShapeError: dims or dtypes which do not fit each other or the layer; on the CPU also numbers of no expert (on a GPU
+                they are not looked at: that would wait for it, and could not be captured).
             BackendError: the runner cannot run on this device.
         """
         shape: MoEShape = layer.__dict__["nvfp4_moe_shape"]
@@ -192,6 +195,7 @@ class NvFp4MoEMethod:
                 expected=f"x [T, {shape.hidden}], topk_weights and topk_ids [T, k]",
                 found=f"{list(x.shape)}, {list(topk_weights.shape)}, {list(topk_ids.shape)}",
             )
+        _need_experts(layer, topk_weights, topk_ids, shape.all_experts)
         if (reason := runner.unavailable(x.device)) is not None:
             raise BackendError(
                 "this runner cannot run here", name=runner.name, found=reason, remedy='Use backend="reference" or "auto".'
@@ -200,15 +204,51 @@ class NvFp4MoEMethod:
             return torch.empty_like(x)
         return runner.apply(cast(MoENames, layer), rows, topk_weights, topk_ids, shape).reshape(x.shape)
 
+    def apply_logits(self, layer: nn.Module, x: Tensor, router_logits: Tensor, routing: Routing) -> Tensor:
+        """:meth:`apply` from the router's logits: runners whose kernel routes take them as they are, the others choose first.
 
-def aliased(checkpoint: CheckpointFormat, layout: MoELayout) -> dict[str, tuple[str, Transform]]:
-    """Checkpoint name to (kernel name, its format) of the four large tensors."""
-    return {
-        f"w13_{checkpoint.weight}": ("w13_weight_prepared", layout.w13),
-        f"w2_{checkpoint.weight}": ("w2_weight_prepared", layout.w2),
-        f"w13_{checkpoint.block_scale}": ("w13_blockscale_swizzled", layout.w13_scale),
-        f"w2_{checkpoint.block_scale}": ("w2_blockscale_swizzled", layout.w2_scale),
-    }
+        Args:
+            layer: made by :meth:`create_weights`.
+            x: activations ``[..., H]``.
+            router_logits: ``[T, experts of all ranks]``, bf16 or f32, T the product of x's leading dims.
+            routing: how the model chooses.
+
+        Raises:
+            ShapeError: dims which do not fit each other or the layer.
+            BackendError: the runner cannot run on this device, or its kernel knows no such routing.
+        """
+        shape: MoEShape = layer.__dict__["nvfp4_moe_shape"]
+        runner: MoERunner = layer.__dict__["nvfp4_runner"]
+        rows = x.reshape(-1, x.shape[-1])
+        if x.shape[-1] != shape.hidden or router_logits.shape != (rows.shape[0], shape.all_experts):
+            raise ShapeError(
+                "the input does not fit",
+                module=type(layer).__name__,
+                expected=f"x [T, {shape.hidden}], router_logits [T, {shape.all_experts}]",
+                found=f"{list(x.shape)}, {list(router_logits.shape)}",
+            )
+        if (reason := runner.unavailable(x.device)) is not None:
+            raise BackendError(
+                "this runner cannot run here", name=runner.name, found=reason, remedy='Use backend="reference" or "auto".'
+            )
+        if rows.shape[0] == 0:
+            return torch.empty_like(x)
+        return runner.apply_logits(cast(MoENames, layer), rows, router_logits, routing, shape).reshape(x.shape)
+
+
+def _need_experts(layer: nn.Module, weights: Tensor, ids: Tensor, experts: int) -> None:
+    wrong = [int(n) for n in ids.flatten().tolist() if not -1 <= n < experts] if ids.device.type == "cpu" else []
+    if wrong or ids.dtype not in (torch.int32, torch.int64) or not weights.is_floating_point():
+        raise ShapeError(
+            "these are no choices of experts",
+            module=type(layer).__name__,
+            expected=f"topk_weights of a float dtype, topk_ids int32 or int64, expert 0 to {experts - 1} (or -1 for none)",
+            found=f"{weights.dtype}, {ids.dtype}{f', experts {wrong[:5]}' if wrong else ''}",
+        )
+
+
+def _tell_runner(registry: AliasRegistry) -> None:
+    registry.module.__dict__["nvfp4_runner"].weights_changed()
 
 
 def _would_do(h: int, i: int, tp_size: int) -> str | None:

@@ -8,9 +8,12 @@ With ``a1 = max(w13_input_scale)`` and ``a2 = max(w2_input_scale)`` over *all* e
 | quantized | ``a1 * s13[e, 0]`` | ``a1 * s13[e, 1] / a2`` | ``a2 * s2[e]`` | ``1 / a1`` | ``1 / a2`` |
 | per expert | ``a1[e] * s13[e, 0]`` | ``a1[e] * s13[e, 1] / a2[e]`` | ``a2[e] * s2[e]`` | ``1 / a1[e]`` | ``1 / a2[e]`` |
 | as they are | ``s13[e, 0]`` | ``s13[e, 1]`` | ``s2[e]`` | none | none |
+| divided | ``s13[e, 0]`` | none | ``a2 * s2[e]`` | none | none |
 
 ``per expert`` takes each expert's own input scales. All are f32 ``[E]``, except the quants of the first row, ``[1]``.
-The last row has ``g1_alphas_gate_up`` too: both columns of ``s13``, ``[E, 2]``, for kernels that take them as one tensor.
+``as they are`` has ``g1_alphas_gate_up`` too: both columns of ``s13``, ``[E, 2]``, for kernels that take them as one tensor.
+``divided`` is for kernels that divide by an input scale and multiply it back into the first GEMM's factor themselves: it has
+``w13_input_scale_max = a1`` and ``w2_input_scale_max = a2``, ``[1]``.
 A runner with one factor for gate and up cannot serve an expert whose two weight scales differ; it refuses it by name.
 
 Without a gate ``s13`` is ``[E]``, ``g1_alphas`` takes it as it is, there is no ``g1_alphas_gate_up``, and ``g1_scale_c`` has no
@@ -49,7 +52,7 @@ from ..checkpoint_format import MODELOPT, CheckpointFormat
 from ..errors import ScaleError
 from .activation import SWIGLU, ExpertActivation
 
-Activation = Literal["quantized", "per expert", "as they are"]
+Activation = Literal["quantized", "per expert", "as they are", "divided"]
 Numbers = Literal["of true values", "of raw sums", "python floats"]
 
 
@@ -90,6 +93,13 @@ class MoEScales:
                 Derivation("g1_scale_c", (s13,), self._up, each, f32),
                 *(both if self._gated else []),
                 Derivation("g2_alphas", (s2,), self._down, each, f32),
+            ]
+        if self.activation == "divided":
+            return [
+                Derivation("g1_alphas", (s13,), self._gate, each, f32),
+                Derivation("g2_alphas", (a2, s2), lambda a, s: self._input(a2, a) * self._down(s), each, f32),
+                Derivation("w13_input_scale_max", (a1,), lambda a: self._input(a1, a), (1,), f32),
+                Derivation("w2_input_scale_max", (a2,), lambda a: self._input(a2, a), (1,), f32),
             ]
         quants = each if self.activation == "per expert" else (1,)
         return [
@@ -161,7 +171,7 @@ class MoEScales:
     def _combined(self, name: str, scales: Tensor) -> Tensor:
         """Input scales ``[E_global]`` or ``[E_global, 1 or 2]`` as ``[1]``, or ``[E]`` of this rank's experts, as stored."""
         self._need("an input scale", name, scales, 0)
-        if self.activation == "quantized":
+        if self.activation != "per expert":
             return (scales.min() if self.checkpoint.reciprocal else scales.max()).reshape(1)
         own = scales[self.first_expert : self.first_expert + self.experts]
         if own.dim() == 1:

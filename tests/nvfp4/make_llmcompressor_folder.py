@@ -7,7 +7,7 @@ llm-compressor pins other versions than the test environment has, so it runs in 
     lc/bin/pip install -c lc/constraints.txt llmcompressor==0.14.0.1 typer rich
     PYTHONPATH=. lc/bin/python -m tests.nvfp4.make_llmcompressor_folder TUNED OUT --variant mixtral_8
 
-TUNED is the demo's fine-tuned model in bf16 (``smollm2-135m-tuned-a`` in its cache folder, made by ``make demo``), or any Llama folder.
+TUNED is the demo's fine-tuned model in bf16 (``smollm2-135m-tuned-a`` in its cache folder, made by ``make demo DEMO=--moe``).
 OUT is made below the folder that ALIASPARAM_LLMCOMPRESSOR shall name: ``dense``, ``mixtral_8``, ``mixtral_4`` or ``qwen2_8``.
 """
 
@@ -46,6 +46,7 @@ def make(tuned: Path, out: Path, variant: str, scheme: str) -> None:
     ]
     oneshot(
         model=model,
+        processor=tokenizer,
         dataset=Dataset.from_list([dict(tokenizer(chat, add_special_tokens=False)) for chat in chats]),
         recipe=QuantizationModifier(targets="Linear", scheme=scheme, ignore=["lm_head", "re:.*gate$"]),
         max_seq_length=64,

@@ -62,7 +62,7 @@ def small_moe(kind: str, seed: int = 0) -> Any:
     return model.to(torch.bfloat16).eval()
 
 
-def by_modelopt(folder: Path, kind: str, seed: int = 0, exclude: tuple[str, ...] = ()) -> Path:
+def by_modelopt(folder: Path, kind: str, seed: int = 0, exclude: tuple[str, ...] = (), recipe: str = "NVFP4_DEFAULT_CFG") -> Path:
     """ModelOpt's own quantization and export."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -70,7 +70,7 @@ def by_modelopt(folder: Path, kind: str, seed: int = 0, exclude: tuple[str, ...]
             import modelopt.torch.quantization as mtq
             from modelopt.torch.export import export_hf_checkpoint
 
-            config = copy.deepcopy(mtq.NVFP4_DEFAULT_CFG)
+            config = copy.deepcopy(getattr(mtq, recipe))
             config["quant_cfg"] = [*config["quant_cfg"], *({"quantizer_name": name, "enable": False} for name in exclude)]
             model = mtq.quantize(small_moe(kind, seed), config, lambda m: m(input_ids=IDS))
             with torch.inference_mode():
@@ -78,19 +78,38 @@ def by_modelopt(folder: Path, kind: str, seed: int = 0, exclude: tuple[str, ...]
     return folder
 
 
-def by_compressed_tensors(folder: Path, kind: str, seed: int = 0, *, activations: bool = True) -> Path:
-    """compressed-tensors' own parameters and packing, with llm-compressor's names and config.
-
-    llm-compressor 0.14.0.1 itself writes the same bytes (make_llmcompressor_folder.py): each expert's projections apart, in Mixtral too
-    as gate_proj, up_proj and down_proj; gate and up of an expert with one global scale; every router ignored by its full name.
-    """
+def packed_by_compressed_tensors(linears: dict[str, Tensor], *, activations: bool) -> dict[str, Tensor]:
+    """Tensors of the files for weights by module, without input scales. q, k and v share a global scale, and gate and up."""
     from compressed_tensors.compressors import NVFP4PackedCompressor
     from compressed_tensors.quantization import preset_name_to_scheme
     from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
+
+    scheme = preset_name_to_scheme("NVFP4" if activations else "NVFP4A16", ["Linear"])
+    groups = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
+    group = lambda n: n.rpartition(".")[0] + groups.get(n.rpartition(".")[2], n)  # noqa: E731
+    largest: dict[str, Tensor] = {}
+    for name, weight in linears.items():
+        largest[group(name)] = torch.maximum(largest.get(group(name), torch.zeros((), dtype=weight.dtype)), weight.abs().max())
+    tensors: dict[str, Tensor] = {}
+    for name, weight in linears.items():
+        total = generate_gparam(-largest[group(name)], largest[group(name)])
+        blocks = weight.reshape(weight.shape[0], -1, 16)
+        scale, _ = calculate_qparams(blocks.amin(-1), blocks.amax(-1), scheme.weights, global_scale=total)
+        raw = {"weight": weight.contiguous(), "weight_scale": scale, "weight_global_scale": total}
+        tensors |= {f"{name}.{n}": t for n, t in NVFP4PackedCompressor.compress(raw, scheme).items()}
+        tensors[f"{name}.weight_global_scale"] = total.float().reshape(1)
+    return tensors
+
+
+def by_compressed_tensors(folder: Path, kind: str, seed: int = 0, *, activations: bool = True) -> Path:
+    """compressed-tensors' own parameters and packing, with llm-compressor's names and config.
+
+    As llm-compressor 0.14.0.1 writes (make_llmcompressor_folder.py): projections apart, in Mixtral too as gate_proj,
+    up_proj and down_proj; gate and up of an expert with one global scale; every router ignored by its full name.
+    """
     from safetensors.torch import save_file
 
     model = small_moe(kind, seed)
-    scheme = preset_name_to_scheme("NVFP4" if activations else "NVFP4A16", ["Linear"])
     plain, linears, routers = {}, {}, []
     for name, tensor in model.state_dict().items():
         name = name.replace(".mlp.", ".block_sparse_moe.") if kind == "mixtral" else name
@@ -106,20 +125,9 @@ def by_compressed_tensors(folder: Path, kind: str, seed: int = 0, *, activations
             plain[name] = tensor
         if prefix.endswith((".gate", "_gate")):
             routers.append(prefix)
-    groups = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
-    group = lambda n: n.rpartition(".")[0] + groups.get(n.rpartition(".")[2], n)  # noqa: E731
-    largest: dict[str, Tensor] = {}
-    for name, weight in linears.items():
-        largest[group(name)] = torch.maximum(largest.get(group(name), torch.zeros((), dtype=weight.dtype)), weight.abs().max())
-    tensors = dict(plain)
-    for name, weight in linears.items():
-        total = generate_gparam(-largest[group(name)], largest[group(name)])
-        blocks = weight.reshape(weight.shape[0], -1, 16)
-        scale, _ = calculate_qparams(blocks.amin(-1), blocks.amax(-1), scheme.weights, global_scale=total)
-        raw = {"weight": weight.contiguous(), "weight_scale": scale, "weight_global_scale": total}
-        tensors |= {f"{name}.{n}": t for n, t in NVFP4PackedCompressor.compress(raw, scheme).items()}
-        tensors[f"{name}.weight_global_scale"] = total.float().reshape(1)
-        if activations:
+    tensors = plain | packed_by_compressed_tensors(linears, activations=activations)
+    if activations:
+        for name in linears:
             expert = int(name.split(".experts.")[1].split(".")[0]) if ".experts." in name else 0
             tensors[f"{name}.input_global_scale"] = torch.tensor([60.0 + 8 * expert if "down" in name else 90.0])
     folder.mkdir()

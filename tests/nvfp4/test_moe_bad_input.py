@@ -103,6 +103,19 @@ def test_dims_that_are_no_whole_blocks_say_what_would_do() -> None:
         Experts("reference", (2, 72, 64))
 
 
+@pytest.mark.parametrize("ids", [[[0, 2]], [[0, -2]], [[0.0, 1.0]]], ids=str)
+def test_choices_that_are_no_experts_are_refused(ids: list[list[float]]) -> None:
+    layer = Experts("reference", SHAPES[0])
+    load(layer, stored(SHAPES[0]))
+    x, weights, _ = choices(1, *SHAPES[0][:2])
+    with pytest.raises(ShapeError, match=r"(?s)no choices of experts.*expert 0 to 1"):
+        layer(x, weights, torch.tensor(ids).to(torch.int32) if isinstance(ids[0][0], int) else torch.tensor(ids))
+    with pytest.raises(ShapeError, match="int64"):
+        layer(x, weights.long(), torch.zeros(1, 2, dtype=torch.int64))
+    one = layer(x, weights, torch.tensor([[0, -1]]))
+    assert torch.equal(one, layer(x, weights * torch.tensor([1.0, 0.0]), torch.tensor([[0, 0]], dtype=torch.int32)))
+
+
 # -- twice within one load -------------------------------------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,11 @@ from aliasparam_nvfp4.verify import signal_to_noise
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("modelopt")
-from aliasparam_nvfp4.integrations.transformers import load_model, reload_folder, use_backend  # noqa: E402
+pytest.importorskip("compressed_tensors")
+from aliasparam_nvfp4.demo._quiet import quiet  # noqa: E402
+from aliasparam_nvfp4.integrations.transformers import compressed_tensors_here, load_model, reload_folder, use_backend  # noqa: E402
 
-from .moe_models import MODELS, by_modelopt, exact, logits  # noqa: E402
+from .moe_models import MODELS, by_compressed_tensors, by_modelopt, exact, logits  # noqa: E402
 
 #: As for dense models (test_checkpoint_kinds.py): an activation on the edge between two codes may fall to the other side.
 LEAST_DB = 10.0
@@ -160,6 +163,64 @@ def test_experts_that_are_not_quantized_stay_transformers_own_and_show_the_files
     assert torch.equal(logits(model), logits(load(b)))
     reload_folder(model, a)
     assert torch.equal(logits(model), first)
+
+
+# -- compressed-tensors, and weights alone -------------------------------------------------------------------------------
+
+
+def load_here(folder: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
+    with compressed_tensors_here():
+        return load(folder, dtype)
+
+
+@pytest.mark.parametrize("kind, activations", [("mixtral", True), ("qwen2", True), ("qwen3", True), ("qwen3", False)])
+def test_compressed_tensors_experts_load_right_export_byte_for_byte_and_reload(
+    kind: str, activations: bool, tmp_path: Path
+) -> None:
+    a, b = (by_compressed_tensors(tmp_path / str(seed), kind, seed, activations=activations) for seed in (0, 1))
+    model = load_here(a)
+    first = logits(model)
+
+    # Where activations are not quantized there are no edges between codes.
+    least = LEAST_DB if activations else 60.0
+    assert signal_to_noise(logits(load_here(a, torch.float32)).double(), logits(exact(a)).double()) >= least
+    assert same_bytes(checkpoint_state_dict(model), load_file(a / "model.safetensors"))
+    reload_folder(model, b)
+    assert torch.equal(logits(model), logits(load_here(b)))
+    reload_folder(model, a)
+    assert torch.equal(logits(model), first)
+
+
+def test_transformers_own_loading_of_them_is_silently_wrong_and_ours_right(tmp_path: Path) -> None:
+    """huggingface/transformers issue 48371: block scales are applied to experts, and their global scale is not."""
+    folder = by_compressed_tensors(tmp_path / "a", "qwen3", activations=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with quiet():
+            config = transformers.CompressedTensorsConfig(dequantize=True)
+            try:
+                theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
+            except (ImportError, TypeError) as error:
+                pytest.skip(f"transformers cannot: {error}")
+    right = exact(folder)
+    files = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.experts.3"
+    weight = theirs.model.layers[0].mlp.experts.gate_up_proj[3].chunk(2)[0].detach().double()
+    ratio = weight / right.model.layers[0].mlp.experts.weights["3.gate_proj.weight"].double()
+
+    if torch.allclose(ratio[ratio.isfinite()], torch.ones(()).double(), rtol=1e-2):
+        pytest.skip("this transformers has been repaired")
+    total = files[f"{name}.gate_proj.weight_global_scale"].double()
+    assert torch.allclose(ratio[ratio.isfinite()], total, rtol=1e-2), "larger by exactly the global scale"
+    assert signal_to_noise(logits(theirs).double(), logits(right).double()) < 3
+    assert signal_to_noise(logits(load_here(folder, torch.float32)).double(), logits(right).double()) >= 60
+
+
+def test_modelopts_experts_with_weights_alone_quantized(tmp_path: Path) -> None:
+    folder = by_modelopt(tmp_path / "a", "qwen3", recipe="W4A16_NVFP4_CFG")
+
+    assert signal_to_noise(logits(load(folder, torch.float32)).double(), logits(exact(folder)).double()) >= 60
+    assert same_bytes(checkpoint_state_dict(load(folder)), load_file(folder / "model.safetensors"))
 
 
 # -- what does not fit ---------------------------------------------------------------------------------------------------

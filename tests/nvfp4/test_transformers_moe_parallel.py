@@ -16,11 +16,11 @@ from torch import Tensor
 pytest.importorskip("transformers")
 pytest.importorskip("modelopt")
 
-from aliasparam_nvfp4.checkpoint import CheckpointFolder, ExpertTensorName  # noqa: E402
-from aliasparam_nvfp4.moe import ExpertRanks  # noqa: E402
-from aliasparam_nvfp4.verify import signal_to_noise  # noqa: E402
+from aliasparam_nvfp4.checkpoint import CheckpointFolder, ExpertTensorName
+from aliasparam_nvfp4.moe import ExpertRanks
+from aliasparam_nvfp4.verify import signal_to_noise
 
-from .moe_models import IDS, by_modelopt, logits  # noqa: E402
+from .moe_models import IDS, by_modelopt, logits
 
 EXPERTS, LEAST_DB = 8, 10.0
 

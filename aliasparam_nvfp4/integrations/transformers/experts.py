@@ -19,9 +19,12 @@ from aliasparam import Alias, AliasRegistry, declare, registry_of
 
 from ...checkpoint import CheckpointFolder, ExpertTensors, QuantConfig, UnsupportedFormatError
 from ...checkpoint.experts import ExpertKey
-from ...checkpoint_format import MODELOPT
+from ...checkpoint_format import CheckpointFormat
 from ...moe import ExpertRanks, NvFp4MoEMethod
 from ...moe.folder import SHARDS, ExpertSource, expert_source, expert_specs, load_from
+
+#: What all experts of a layer may be quantized to.
+_SERVED = ({"NVFP4"}, {"W4A16_NVFP4"})
 
 
 class Experts(nn.Module):
@@ -30,16 +33,26 @@ class Experts(nn.Module):
     Args:
         tensors: the layer's experts in the folder that is being loaded.
         sizes: (experts, H, I) of the whole layer.
+        names: of the tensors.
+        input_scale: whether activations have scales.
         runner: an MoE runner's name, or "auto".
         ranks: the part of this process. With more than one, results are added up over the default process group.
         dtype: of activations.
     """
 
     def __init__(
-        self, tensors: ExpertTensors, sizes: tuple[int, int, int], runner: str, ranks: ExpertRanks, dtype: torch.dtype
+        self,
+        tensors: ExpertTensors,
+        sizes: tuple[int, int, int],
+        *,
+        names: CheckpointFormat,
+        input_scale: bool,
+        runner: str,
+        ranks: ExpertRanks,
+        dtype: torch.dtype,
     ) -> None:
         super().__init__()
-        self.quant_method = NvFp4MoEMethod(runner, **asdict(ranks))
+        self.quant_method = NvFp4MoEMethod(runner, checkpoint=names, input_scale=input_scale, **asdict(ranks))
         #: What the files call this layer's experts.
         self.layer = tensors.layer
         #: The names of its tensors in the state dict: those of the files it was loaded from.
@@ -50,7 +63,8 @@ class Experts(nn.Module):
     def check_headers(self, tensors: ExpertTensors) -> None:
         """Raise CheckpointError where the files' experts are not those of the model."""
         experts, hidden, intermediate = self._sizes
-        tensors.need(experts, expert_specs(MODELOPT, hidden, intermediate))
+        method = self.quant_method
+        tensors.need(experts, expert_specs(method.checkpoint, hidden, intermediate, input_scale=method.input_scale))
 
     def load(self, folder: CheckpointFolder, tensors: ExpertTensors, device: torch.device) -> None:
         """Allocate on ``device``, read this rank's part, process, and show every expert's tensors.
@@ -98,7 +112,8 @@ class Experts(nn.Module):
         return out
 
     def extra_repr(self) -> str:
-        return f"experts, H, I = {self._sizes}, runner={self.quant_method.backend.name}"
+        runner = self.__dict__.get("nvfp4_runner", self.quant_method.backend)
+        return f"experts, H, I = {self._sizes}, runner={runner.name}"
 
 
 def replace_experts(
@@ -127,17 +142,20 @@ def replace_experts(
         algos = {config.algo_of(name) for name in tensors.projections()} if tensors else {config.algo_of(path)}
         if algos == {None}:
             continue
-        if tensors is None or algos != {"NVFP4"} or not _is_swiglu(module):
+        if tensors is None or algos not in _SERVED or not _is_swiglu(module):
             raise UnsupportedFormatError(
                 "experts of this kind are not supported",
                 module=path,
-                expected="NVFP4 for all experts of the layer, each with tensors of its own, gated by SiLU, without biases",
+                expected="all experts NVFP4 or W4A16_NVFP4, each with tensors of its own, gated by SiLU, without biases",
                 found=f"{type(module).__name__}, {', '.join(sorted(map(str, algos)))}"
                 + ("" if tensors else ", no tensors for each expert in the files"),
             )
         gate_up = module.get_parameter("gate_up_proj")
         sizes = (gate_up.shape[0], gate_up.shape[2], gate_up.shape[1] // 2)
-        model.set_submodule(path, Experts(tensors, sizes, runner, ranks, dtype))
+        made = Experts(
+            tensors, sizes, names=config.tensors, input_scale=algos == {"NVFP4"}, runner=runner, ranks=ranks, dtype=dtype
+        )
+        model.set_submodule(path, made)
 
 
 def fused_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -111,6 +111,7 @@ class ModelOptQuantizer(HfQuantizer):  # type: ignore[misc]
         moe_runner(self.choice.moe)
         self._source = Source()
         self._plain_experts: list[str] = []
+        self._renamed: dict[str, torch.dtype] = {}
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Nothing to refuse: every backend loads everywhere."""
@@ -130,6 +131,7 @@ class ModelOptQuantizer(HfQuantizer):  # type: ignore[misc]
                 model.set_submodule(name, made)
         carry_kv_scales(model, stored)
         source.check(model)
+        self._renamed = source.renamed_dtypes(model)
         self._plain_experts = source.plain_experts(model)
         ours = {re.escape(f"{path}.") for path, module in model.named_modules() if isinstance(module, Experts)}
         ignored: Any = model._keys_to_ignore_on_load_unexpected
@@ -141,6 +143,9 @@ class ModelOptQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         source, self._source = self._source, Source()
         with torch.no_grad():
+            for name, dtype in self._renamed.items():  # transformers 5.17 leaves them in the dtype of the file
+                parameter = model.get_parameter(name)
+                parameter.data = parameter.data.to(dtype)
             for path, module in list(model.named_modules()):
                 if isinstance(module, Experts) and source.folder is not None:
                     block = model.get_submodule(path.rpartition(".")[0])

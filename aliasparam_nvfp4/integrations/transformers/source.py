@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.core_model_loading import WeightConverter
 
@@ -70,6 +71,12 @@ class Source:
     def plain_experts(self, model: nn.Module) -> list[str]:
         """Paths of the model's experts which are not quantized and have tensors of their own in the files."""
         return [path for path, _ in fused_experts(model) if path in self.experts]
+
+    def renamed_dtypes(self, model: nn.Module) -> dict[str, torch.dtype]:
+        """The dtypes of the model's wide floating-point parameters which the files call otherwise."""
+        renamed = {mine for theirs, mine in self.ours.items() if theirs != mine}
+        found = {name: p.dtype for name, p in model.named_parameters() if name in renamed}
+        return {name: dtype for name, dtype in found.items() if dtype.is_floating_point and dtype.itemsize > 1}
 
     def check(self, model: Any) -> None:
         """Hold the files' headers against the model before anything is loaded.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -14,9 +15,11 @@ from torch.nn import functional
 from aliasparam._transform import round_up
 
 from ...checkpoint_format import MODELOPT, CheckpointFormat
+from ...errors import BackendError
 from ...format import BLOCK_SIZE
 from ..activation import SWIGLU, ExpertActivation
 from ..layouts import MoELayout
+from ..routing import Routing
 from ..scales import Activation, MoEScales, Numbers
 
 
@@ -68,6 +71,8 @@ class MoENames(Protocol):
     g2_alphas: Tensor
     w13_input_scale_quant: Tensor
     w2_input_scale_quant: Tensor
+    w13_input_scale_max: Tensor
+    w2_input_scale_max: Tensor
     gemm1_alpha: Tensor
     gemm1_beta: Tensor
     gemm1_clamp_limit: Tensor
@@ -99,7 +104,7 @@ class MoERunner(ABC):
             found = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
             if found not in self.capabilities:
                 return f"needs a GPU of compute capability {wanted}"
-        missing = [p for p in self.packages if importlib.util.find_spec(p) is None]
+        missing = [p for p in self.packages if not _installed(p)]
         return f"{', '.join(missing)} is not installed" if missing else None
 
     @property
@@ -141,6 +146,44 @@ class MoERunner(ABC):
             topk_ids: int32 ``[T, k]``, global expert numbers; experts of other ranks give nothing here.
             shape: logical dims.
         """
+
+    def apply_logits(self, layer: MoENames, x: Tensor, logits: Tensor, routing: Routing, shape: MoEShape) -> Tensor:
+        """The same from router logits ``[T, all experts]``. Default: choose, then :meth:`apply`."""
+        weights, ids = routing.choose(logits)
+        if routing.on_input:
+            return self.apply(layer, (x * weights).to(x.dtype), torch.ones_like(weights), ids, shape)
+        return self.apply(layer, x, weights, ids, shape)
+
+    def weights_changed(self) -> None:  # noqa: B027  (optional, not abstract)
+        """Called after a layer was processed: drop what a library keeps by address."""
+
+    def check_activation(self, activation: ExpertActivation) -> None:
+        """Raise BackendError for an activation which the kernel does not compute."""
+        if activation.kind not in self.activations or (activation.has_numbers and not self.numbers):
+            raise BackendError(
+                "this runner's kernel has no such activation",
+                name=self.name,
+                expected=f"{' or '.join(sorted(self.activations))}{', with its numbers' if self.numbers else ' as it is'}",
+                found=activation,
+                remedy="Choose another runner; reference computes every activation.",
+            )
+
+
+@cache
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def own_choices(topk_ids: Tensor, topk_weights: Tensor, shape: MoEShape) -> tuple[Tensor, Tensor]:
+    """(int32 numbers within this rank, f32 weights): a choice of another rank's expert goes to one of ours with weight 0.
+
+    For kernels which know no expert parallelism. Spread evenly, because ranks hold equally many experts.
+    """
+    ids, weights = topk_ids.to(torch.int32), topk_weights.to(torch.float32)
+    if shape.ep_size > 1:
+        own = torch.div(ids, shape.experts, rounding_mode="floor") == shape.ep_rank
+        ids, weights = ids % shape.experts, weights * own
+    return ids.contiguous(), weights.contiguous()
 
 
 def padded_input(x: Tensor, shape: MoEShape, layout: MoELayout) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..activation import ExpertActivation
-from ._base import MoENames, MoERunner, MoEShape, padded_input
+from ._base import MoENames, MoERunner, MoEShape, own_choices, padded_input
 
 #: FlashInfer's own ceiling of tokens a call (``ExecutionConfig.tune_max_num_tokens``); more get a layer of their own.
 _TOKENS = 8192
@@ -54,6 +54,7 @@ class CuTile(MoERunner):
     def apply(self, layer: MoENames, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, shape: MoEShape) -> Tensor:
         from flashinfer.fused_moe import MoEActivationPack, MoEWeightPack
 
+        self.check_activation(shape.expert_activation)
         hidden, intermediate = shape.padded(self.layout)
         ids, weights = own_choices(topk_ids, topk_weights, shape)
         rows = padded_input(x, shape, self.layout).to(torch.bfloat16).contiguous()
@@ -64,18 +65,6 @@ class CuTile(MoERunner):
         pack = MoEWeightPack({"cutile_nvfp4": self.weight_views(layer, shape)})
         out = moe(MoEActivationPack(rows, None, ids, weights), pack)
         return out[:, : shape.hidden].to(x.dtype)  # type: ignore[no-any-return]
-
-
-def own_choices(topk_ids: Tensor, topk_weights: Tensor, shape: MoEShape) -> tuple[Tensor, Tensor]:
-    """(int32 numbers within this rank, f32 weights): a choice of another rank's expert goes to one of ours with weight 0.
-
-    For kernels which know no expert parallelism. Spread evenly, because ranks hold equally many experts.
-    """
-    ids, weights = topk_ids.to(torch.int32), topk_weights.to(torch.float32)
-    if shape.ep_size > 1:
-        own = torch.div(ids, shape.experts, rounding_mode="floor") == shape.ep_rank
-        ids, weights = ids % shape.experts, weights * own
-    return ids.contiguous(), weights.contiguous()
 
 
 @cache

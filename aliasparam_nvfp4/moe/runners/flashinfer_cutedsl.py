@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...format import BLOCK_SIZE
@@ -37,8 +38,8 @@ class FlashInferCuteDsl(MoERunner):
         out = cute_dsl_fused_moe(
             x=codes,
             x_sf=scales,
-            token_selected_experts=topk_ids,
-            token_final_scales=topk_weights,
+            token_selected_experts=topk_ids.to(torch.int32),
+            token_final_scales=topk_weights.float(),
             w1_weight=layer.w13_weight_prepared,
             w1_weight_sf=mma_view(layer.w13_blockscale_swizzled, rows, blocks[0], shape.experts),
             w1_alpha=layer.g1_alphas,

@@ -15,7 +15,7 @@ class FlashInferCuTile(CuTile):
     name = "flashinfer_cutile"
     layout = ROW_MAJOR_64
     capabilities = frozenset({(8, 9), (9, 0)})
-    rank = 10
+    rank = 1
 
     def scale_view(self, scales: Tensor) -> Tensor:
         return scales

@@ -12,7 +12,7 @@ class FlashInferCuTileSm12x(CuTile):
     name = "flashinfer_cutile_sm12x"
     layout = GATE_UP
     capabilities = frozenset({(12, 0), (12, 1)})
-    rank = 10
+    rank = 1
 
     def scale_view(self, scales: Tensor) -> Tensor:
         """``[E, R, C]`` as its tiles, ``[E, R/128, C/4, 32, 16]`` (``prepare.py``, ``_swizzle_cutile_fp4_scales``)."""

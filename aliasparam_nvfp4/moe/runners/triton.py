@@ -15,6 +15,8 @@ class Triton(MoERunner):
     layout = GATE_UP
     activation = "as they are"
     untied = True
+    activations = frozenset({"swiglu", "relu2"})
+    numbers = True
     packages = ("triton",)
     rank = 2
     call = "aliasparam_nvfp4.kernels.triton_moe.experts"
