@@ -21,6 +21,9 @@ class PackFragments(Transform):
     Within a tile of 16 K by 64 N, int32 word p of 128 serves MMA lane ``(p//2) % 32``; its four bytes are the packed pairs
     ``k/2 = lane%4 + {0, 4, 0, 4}`` of rows ``8*(p//64) + lane//4 + 32*(p%2) + {0, 0, 16, 16}``
     (FlashInfer ``gemm_bf16_fp4_cute_dsl.py``, ``_cute_dsl_pack_fp4_weight``). A bijection of bytes. N % 64 == 0, K % 16 == 0.
+
+    It has no bands: a tile's columns are a strided slice of every source row and one run of kernel bytes, so no piece of the one
+    format covers the memory of a piece of the other. A region converts as a whole, with a copy of it as scratch.
     """
 
     core_dims: int = 2
