@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from aliasparam import reload
 
 from . import emulate
-from .backends import linear_backend
+from .backends import LinearShape, linear_backend
 from .codec import quantize
-from .errors import BackendError
+from .errors import BackendError, ShapeError
 from .linear import NvFp4LinearMethod
 
 #: (what, partitions, K): SmolLM2-135M, Qwen3-30B-A3B, Kimi-K2.5, and dims that need padding.
@@ -51,7 +51,9 @@ def verify(backend: str, device: torch.device) -> Iterator[Verdict]:
     if (reason := chosen.unavailable(device)) is not None:
         raise BackendError("this backend cannot run here", name=chosen.name, found=reason, remedy="Run this on its GPU.")
     for what, partitions, k in SHAPES:
-        if chosen.layout.name == "fragments" and sum(partitions) % 64:
+        try:
+            chosen.check_shape(LinearShape(sum(partitions), k, partitions))
+        except ShapeError:
             continue
         layer = nn.Module()
         method = NvFp4LinearMethod(chosen.name)

@@ -87,6 +87,26 @@ def test_the_call_binds_to_flashinfers_signature_and_passes_its_checks(
         _need_accepted(weight_only, call)
 
 
+def test_the_environment_does_not_choose_the_quantizer_of_experts_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    from aliasparam_nvfp4.moe.runners._base import quantized_input
+
+    fi, recipes = flashinfer("flashinfer"), flashinfer("flashinfer.quantization.nvfp4_quantization_utils")
+    signature, given = inspect.signature(fi.fp4_quantize), {}
+
+    def fp4_quantize(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        given.update(signature.bind(*args, **kwargs).arguments)
+        return torch.zeros(2, 32, dtype=torch.uint8), torch.zeros(2, 4, dtype=torch.uint8)
+
+    monkeypatch.setattr(fi, "fp4_quantize", fp4_quantize)
+    monkeypatch.setenv("FLASHINFER_NVFP4_4OVER6", "1")
+    layer: Any = nn.Module()
+    layer.w13_input_scale_quant = torch.ones(1)
+
+    quantized_input(torch.zeros(2, 64, dtype=torch.bfloat16), layer)
+
+    assert recipes.resolve_nvfp4_4over6(given.get("nvfp4_4over6", recipes._UNSET)) is None
+
+
 def _need_accepted(module: Any, call: dict[str, Any]) -> None:
     """The backend's own check of its operands, where it looks at tensors alone."""
     if call["backend"].startswith("blackwell"):

@@ -12,6 +12,7 @@ from torch import Tensor
 from aliasparam import checkpoint_state_dict, reload
 from aliasparam_nvfp4 import NvFp4LinearMethod, emulate
 from aliasparam_nvfp4.backends import LinearBackend, linear_backends
+from aliasparam_nvfp4.codec import dequantize
 from aliasparam_nvfp4.errors import ScaleError
 from aliasparam_nvfp4.layouts import Swizzle128x4, mma_view
 
@@ -69,6 +70,9 @@ def test_edge_bytes_are_read_right_and_exported_bit_for_bit(
     expected = emulate.linear("checkpoint", x, source["weight"], source["weight_scale"], alpha, quantized, n=n)
 
     assert torch.equal(found, expected)
+    values = dequantize(source["weight"], source["weight_scale"], torch.ones(())).double()
+    read = emulate.READERS[backend.layout.name](layer.weight_prepared, layer.weight_scale_interleaved, n, k)
+    assert torch.equal(read, values), "every single weight, by torch's own e4m3"
     assert expected.abs().max() > 0 and expected[:, 1:3].abs().max() == 0
     assert all(torch.equal(v.view(torch.uint8), source[m].view(torch.uint8)) for m, v in checkpoint_state_dict(layer).items())
 

@@ -139,6 +139,12 @@ def test_a_model_with_an_open_question_copies_and_saves(two: tuple[Path, Path]) 
     assert torch.equal(attention(twin)[1](x), k(x))
 
 
+def test_the_output_has_the_dtype_of_the_activations_with_a_bias(tmp_path: Path) -> None:
+    q, _, _ = attention(load(write_checkpoint(tmp_path / "biased", 3, bias=True)))
+
+    assert q(some_input().half()).dtype is torch.float16
+
+
 def test_gradients_are_not_lost_to_an_output_without(two: tuple[Path, Path]) -> None:
     q, k, _ = attention(load(two[0]))
     x = some_input().requires_grad_()

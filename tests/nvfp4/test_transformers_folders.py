@@ -114,7 +114,7 @@ def test_kv_scales_of_compressed_tensors_travel_with_the_attention(tmp_path: Pat
     assert_export_is_the_file(model, b)
 
 
-def test_a_kv_scale_of_another_dtype_or_module_is_refused(two: tuple[Path, Path]) -> None:
+def test_a_kv_scale_of_no_module_is_refused(two: tuple[Path, Path]) -> None:
     edit(lambda tensors: tensors.update({"model.layers.7.self_attn.k_scale": torch.ones(1)}))(two[0])
 
     with pytest.raises(CheckpointError, match=r"unexpected: model.layers.7.self_attn.k_scale"):

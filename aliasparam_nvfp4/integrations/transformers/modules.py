@@ -95,7 +95,7 @@ class Projection(nn.Module):
         if not self._fused:
             raise RuntimeError("this projection has not been bound to its fused layer: the model is still loading")
         out = self._fused[0].partition(x, self._index)
-        return out if self.bias is None else out + self.bias
+        return out if self.bias is None else out + self.bias.to(out.dtype)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
