@@ -1,5 +1,5 @@
-"""``flashinfer_blackwell_native_w4a16``: FlashInfer ``mm_bf16_fp4(backend="blackwell-native")``, compute capability 10.0 and 10.3,
-built from source; reads the checkpoint's own bytes."""
+"""``flashinfer_blackwell_native_w4a16``: FlashInfer ``mm_bf16_fp4(backend="blackwell-native")``, compute capability 10.0 and
+10.3, built from source; reads the checkpoint's own bytes."""
 
 from __future__ import annotations
 

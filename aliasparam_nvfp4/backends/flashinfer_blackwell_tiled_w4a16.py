@@ -1,5 +1,5 @@
-"""``flashinfer_blackwell_tiled_w4a16``: FlashInfer ``mm_bf16_fp4(backend="blackwell-tiled")``, compute capability 10.0 and 10.3, built
-from source; reads the MMA fragments of compute capability 12.x. N a multiple of 64."""
+"""``flashinfer_blackwell_tiled_w4a16``: FlashInfer ``mm_bf16_fp4(backend="blackwell-tiled")``, compute capability 10.0 and
+10.3, built from source; reads the MMA fragments of compute capability 12.x. N a multiple of 64."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def measure(backend: str, a: Path, b: Path) -> float:
-    """SQNR of the model at ``a``, after it was reloaded to ``b`` and back; raises where a reload is not the cold load bit for bit."""
+    """SQNR of the model at ``a``; it is reloaded to ``b`` and back, and raises where that is not the cold load bit for bit."""
     with use_backend(backend):
         model, cold = (transformers.AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32).eval() for f in (a, b))
     first = logits(model)
