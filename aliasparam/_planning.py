@@ -17,7 +17,7 @@ from ._parameter import AliasedParameter
 from ._probe import check_declared
 from ._storage import AliasedStorage
 from ._transform import Identity, TensorSpec, Transform
-from ._verdict import Reason, StoragePlan, plan_storage
+from ._verdict import Reason, StoragePlan, aliasing_is_on, plan_storage
 from .errors import AliasError, DeclarationError
 
 
@@ -81,6 +81,7 @@ def planned(
     sources: dict[str, Source] = {}
     derived: list[Derived] = []
     taken = set(taken)
+    aliasing = aliasing and aliasing_is_on()
     wanted = [d for d in declarations if isinstance(d, Alias)]
     wanted += [Alias(d.source, "") for d in declarations if isinstance(d, Keep)]
     for alias in wanted:

@@ -19,7 +19,7 @@ from ._planning import Separate, Source
 from ._reconcile import reconcile
 from ._registry import declare, registry_of
 from ._transform import Identity, TensorSpec, Transform
-from ._verdict import Reason, judge
+from ._verdict import Reason, aliasing_is_on, judge
 from .errors import DeclarationError, PointerError, StateError
 
 
@@ -74,7 +74,7 @@ def alias_or_bind_derived_param(module: nn.Module, source_name: str, derived_nam
             remedy="Use the name it has, or put the other value under copy_or_rebind_param.",
         )
     spec, device = _source_spec(module, source, source_name)
-    if TensorSpec.of(derived_value) != spec or derived_value.device != device:
+    if TensorSpec.of(derived_value) != spec or derived_value.device != device or not aliasing_is_on():
         copy_or_rebind_param(module, derived_name, derived_value)
         reason = _why_apart(spec, TensorSpec.of(derived_value), same_device=derived_value.device == device)
         (registry or declare(module)).separate[derived_name] = Separate(source_name, reason, derived_value.nbytes)
@@ -149,6 +149,8 @@ def _why_apart(source: TensorSpec, derived: TensorSpec, *, same_device: bool) ->
     """Undeclared code promises no padding and no inverse, so only the very same shape and dtype can share memory."""
     if not same_device:
         return Reason.OTHER_DEVICE
+    if source == derived:
+        return Reason.SWITCHED_OFF
     verdict = judge(source, derived, Identity())
     return Reason.UNDECLARED_SHAPE if verdict.aliases else verdict
 

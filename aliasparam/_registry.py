@@ -286,7 +286,7 @@ class AliasRegistry:
         if derived.seen == current:
             return 0
         spec = derived.declaration
-        value = compute(self.label, derived, [self._value(name) for name in spec.sources])
+        value = compute(self.label, derived, [self.value(name) for name in spec.sources])
         if derived.tensor is None or TensorSpec.of(value) != TensorSpec(spec.shape, spec.dtype):
             raise StateError(
                 "a derivation returned another shape or dtype than it declared",
@@ -307,7 +307,8 @@ class AliasRegistry:
         storage = self._source_of(name).storage
         return storage.generation if storage is not None else -1
 
-    def _value(self, name: str) -> Tensor:
+    def value(self, name: str) -> Tensor:
+        """What a source (in checkpoint format) or a derivation holds, also of a source that is shown as shards by other names."""
         if name in self.derived:
             tensor = self.derived[name].tensor
             if tensor is None:

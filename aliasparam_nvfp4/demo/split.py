@@ -32,8 +32,9 @@ class Variant:
 
 
 def mixtral_8(model: Any) -> Any:
-    """Mixtral with 8 experts of 192 neurons, all chosen."""
-    return _mixtral(model, experts=8, top_k=8, intermediate=192, deal=lambda mlp, layer: _dealt(mlp, 8, 8.0), router=_even)
+    """Mixtral with 8 experts of an eighth of the neurons (192), all chosen."""
+    width = model.config.intermediate_size // 8
+    return _mixtral(model, experts=8, top_k=8, intermediate=width, deal=lambda mlp, layer: _dealt(mlp, 8, 8.0), router=_even)
 
 
 def mixtral_4(model: Any) -> Any:
@@ -55,27 +56,29 @@ def mixtral_4(model: Any) -> Any:
 
 
 def qwen2_8(model: Any) -> Any:
-    """Qwen2-MoE with 8 experts of 128 neurons, all chosen, and a shared expert of 512 whose gate is one half."""
+    """Qwen2-MoE: 8 experts of a twelfth of the neurons (128), all chosen; the shared expert has the rest, its gate one half."""
     from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
+    width = model.config.intermediate_size // 12
+    routed = 8 * width
     config = Qwen2MoeConfig(
-        **_common(model), moe_intermediate_size=128, shared_expert_intermediate_size=512, num_experts=8, num_experts_per_tok=8,
-        norm_topk_prob=True, qkv_bias=False, decoder_sparse_step=1, mlp_only_layers=[], use_sliding_window=False,
+        **_common(model), moe_intermediate_size=width, shared_expert_intermediate_size=4 * width, num_experts=8,
+        num_experts_per_tok=8, norm_topk_prob=True, qkv_bias=False, decoder_sparse_step=1, mlp_only_layers=[],
+        use_sliding_window=False,
     )  # fmt: skip
 
-    def experts(mlp: Mlp, layer: int) -> dict[str, Tensor]:
-        routed, shared = tuple(t[:1024] for t in mlp[:2]), tuple(t[1024:] for t in mlp[:2])
-        hidden = mlp[2].shape[0]
+    def block(mlp: Mlp, layer: int) -> dict[str, Tensor]:
+        gate, up, down = mlp
         return {
-            **_fused(_dealt((*routed, mlp[2][:, :1024]), 8, 8.0)),  # type: ignore[arg-type]
-            "gate.weight": torch.zeros(8, hidden),
-            "shared_expert_gate.weight": torch.zeros(1, hidden),
-            "shared_expert.gate_proj.weight": shared[0],
-            "shared_expert.up_proj.weight": shared[1],
-            "shared_expert.down_proj.weight": mlp[2][:, 1024:] * 2,
+            **_fused(_dealt((gate[:routed], up[:routed], down[:, :routed]), 8, 8.0)),
+            "gate.weight": torch.zeros(8, config.hidden_size),
+            "shared_expert_gate.weight": torch.zeros(1, config.hidden_size),
+            "shared_expert.gate_proj.weight": gate[routed:],
+            "shared_expert.up_proj.weight": up[routed:],
+            "shared_expert.down_proj.weight": down[:, routed:] * 2,
         }
 
-    return _converted(model, Qwen2MoeForCausalLM(config), experts)
+    return _converted(model, Qwen2MoeForCausalLM(config), block)
 
 
 DENSE = Variant("SmolLM2-135M-Instruct", "smollm2-135m-nvfp4", lambda model: model)

@@ -82,7 +82,7 @@ class _Experts:
             )
         if not self.registry.stale_names():
             for scalar in scalars:
-                scalar.function(*(self.layer.get_parameter(n).detach().clone() for n in scalar.sources))
+                scalar.function(*(self.registry.value(n).clone() for n in scalar.sources))
 
     def move_to(self, target: MoERunner) -> None:
         loaded = not self.registry.stale_names()

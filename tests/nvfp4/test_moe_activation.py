@@ -234,6 +234,8 @@ def test_what_a_runner_cannot_serve_is_refused_by_name_at_construction(monkeypat
             NvFp4MoEMethod("reference", activation=activation, retarget_to=("plain",))
         assert NvFp4MoEMethod("auto", activation=activation).backend.name != "plain"
     NvFp4MoEMethod("plain")
+    with pytest.raises(BackendError, match=r"flashinfer_cutedsl_masked: (?s:.)*no relu2"):
+        NvFp4MoEMethod("flashinfer_cutedsl_masked", activation=RELU2)
 
 
 @pytest.mark.parametrize("runner, kind", [(n, k) for n, k in SERVED if n in ("flashinfer_trtllm_routed", "flashinfer_cutlass")])

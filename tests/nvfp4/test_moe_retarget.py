@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from aliasparam import Derivation, checkpoint_state_dict, declare
-from aliasparam.errors import DeclarationError, PointerError
+from aliasparam import checkpoint_state_dict
+from aliasparam.errors import PointerError
 from aliasparam_nvfp4 import COMPRESSED_TENSORS, NvFp4LinearMethod, retarget, retarget_experts
 from aliasparam_nvfp4.errors import BackendError, ScaleError
 from aliasparam_nvfp4.moe.activation import SWIGLU, ExpertActivation
@@ -167,25 +167,3 @@ def test_what_no_kernel_reads_refuses_nothing() -> None:
     assert not layer.get_buffer("gemm1_clamp_limit").any()
     with pytest.raises(ScaleError, match="one clamp limit"):
         retarget_experts(layer, "flashinfer_trtllm_routed")
-
-
-def test_the_core_gives_a_name_another_formula_of_the_same_shape_only() -> None:
-    module = nn.Module()
-    module.scale = nn.Parameter(torch.tensor([2.0, 3.0]), requires_grad=False)
-    f32 = torch.float32
-    registry = declare(module, Derivation("twice", ("scale",), lambda s: 2 * s, (2,), f32))
-    registry.process()
-    address = module.twice.data_ptr()
-    for wrong in (
-        Derivation("other", ("scale",), torch.clone, (2,), f32),
-        Derivation("twice", ("scale",), torch.clone, (1,), f32),
-        Derivation("twice", ("nothing",), torch.clone, (2,), f32),
-    ):
-        with pytest.raises(DeclarationError):
-            registry.rederive([wrong])
-    registry.process()
-    assert module.twice.tolist() == [4.0, 6.0]
-    registry.rederive([Derivation("twice", ("scale",), lambda s: 3 * s, (2,), f32)])
-    assert not registry.is_ready
-    registry.process()
-    assert module.twice.tolist() == [6.0, 9.0] and module.twice.data_ptr() == address

@@ -20,6 +20,7 @@ from aliasparam.errors import AliasError, StaleKernelError
 from aliasparam_nvfp4.checkpoint import CheckpointError, UnsupportedFormatError
 from aliasparam_nvfp4.demo.run import addresses, fingerprints
 from aliasparam_nvfp4.errors import BackendError, ScaleError
+from aliasparam_nvfp4.moe import retarget_experts
 from aliasparam_nvfp4.verify import signal_to_noise
 
 transformers = pytest.importorskip("transformers")
@@ -127,6 +128,19 @@ def test_a_deep_copy_is_a_model_of_its_own_with_the_same_names(folders: Callable
 
     assert torch.equal(logits(twin), first)
     assert same_bytes(checkpoint_state_dict(twin), load_file(folders("mixtral") / "model.safetensors"))
+
+
+def test_loaded_experts_move_to_another_runner_and_reload_there(folders: Callable[..., Path]) -> None:
+    model = load(folders("qwen2"), runner="flashinfer_trtllm_routed")
+    where = addresses(model)
+
+    assert retarget_experts(model, "reference") == 2
+    assert torch.equal(logits(model), logits(load(folders("qwen2"))))
+    reload_folder(model, folders("qwen2", 1))
+
+    assert torch.equal(logits(model), logits(load(folders("qwen2", 1))))
+    assert addresses(model) == where
+    assert same_bytes(checkpoint_state_dict(model), load_file(folders("qwen2", 1) / "model.safetensors"))
 
 
 def test_both_spellings_of_mixtrals_experts_are_read_and_kept(folders: Callable[..., Path], tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ decode logprobs unchanged. There within 1e-4; here bit for bit. Real processes o
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 pytest.importorskip("transformers")
 pytest.importorskip("modelopt")
 
-from aliasparam_nvfp4.checkpoint import CheckpointFolder, ExpertTensorName
+from aliasparam_nvfp4.checkpoint import CheckpointError, CheckpointFolder, ExpertTensorName
 from aliasparam_nvfp4.moe import ExpertRanks
 from aliasparam_nvfp4.verify import signal_to_noise
 
@@ -64,34 +65,51 @@ def own_bytes(folder: Path, ranks: ExpertRanks) -> int:
     return total
 
 
-def serve(rank: int, a: Path, b: Path, size: int, how: str, store: Path) -> None:
+#: Four processes: each expert's I divided by four; and experts divided by two, each one's I by two.
+LAYOUTS = [
+    lambda rank: ExpertRanks(tp_rank=rank, tp_size=4),
+    lambda rank: ExpertRanks(tp_rank=rank % 2, tp_size=2, ep_rank=rank // 2, ep_size=2),
+]
+
+
+def serve(rank: int, a: Path, b: Path, broken: Path, store: Path) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=4)
     try:
-        from aliasparam_nvfp4.integrations.transformers import reload_folder
-
-        ranks = ExpertRanks(**{f"{how}_rank": rank, f"{how}_size": size})
-        model = load(a, ranks)
-        first, where = decode_logprobs(model), {n: t.data_ptr() for n, t in model.named_buffers()}
-        for _ in range(2):
-            assert reload_folder(model, a) == own_bytes(a, ranks)
-            assert torch.equal(decode_logprobs(model), first)
-        reload_folder(model, b)
-        other = decode_logprobs(model)
-        reload_folder(model, a)
-        assert torch.equal(decode_logprobs(model), first)
-        assert not torch.equal(other, first)
-        assert {n: t.data_ptr() for n, t in model.named_buffers()} == where
-        everyone = [torch.empty_like(first) for _ in range(size)]
-        dist.all_gather(everyone, first)
-        assert all(torch.equal(one, first) for one in everyone), "ranks agree"
-
-        found, alone = logits(load(b, ranks, torch.float32)), logits(load(b, ExpertRanks(), torch.float32))
-        assert signal_to_noise(found.double(), alone.double()) >= LEAST_DB
+        for layout in LAYOUTS:
+            serve_as(rank, layout(rank), a, b, broken)
     finally:
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("how, size", [("tp", 4), ("tp", 2), ("ep", 2)])
-def test_decode_logprobs_are_bit_equal_after_each_reload(how: str, size: int, folders: tuple[Path, Path], tmp_path: Path) -> None:
-    mp.spawn(serve, args=(*folders, size, how, tmp_path / "store"), nprocs=size)
+def serve_as(rank: int, ranks: ExpertRanks, a: Path, b: Path, broken: Path) -> None:
+    from aliasparam_nvfp4.integrations.transformers import reload_folder
+
+    model = load(a, ranks)
+    first, where = decode_logprobs(model), {n: t.data_ptr() for n, t in model.named_buffers()}
+    for _ in range(2):
+        assert reload_folder(model, a) == own_bytes(a, ranks)
+        assert torch.equal(decode_logprobs(model), first)
+    reload_folder(model, b)
+    assert not torch.equal(decode_logprobs(model), first)
+    reload_folder(model, a)
+    assert torch.equal(decode_logprobs(model), first)
+    assert {n: t.data_ptr() for n, t in model.named_buffers()} == where
+    with pytest.raises(CheckpointError, match="truncated" if rank == 1 else "another process refused"):
+        reload_folder(model, broken if rank == 1 else b)
+    assert torch.equal(decode_logprobs(model), first), "all go on answering"
+    everyone = [torch.empty_like(first) for _ in range(4)]
+    dist.all_gather(everyone, first)
+    assert all(torch.equal(one, first) for one in everyone), "ranks agree"
+
+    found = logits(load(b, ranks, torch.float32))
+    if rank == 0:
+        alone = logits(load(b, ExpertRanks(), torch.float32))
+        assert signal_to_noise(found.double(), alone.double()) >= LEAST_DB
+
+
+def test_decode_logprobs_are_bit_equal_after_each_reload(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    broken = Path(shutil.copytree(folders[1], tmp_path / "broken"))
+    weights = (broken / "model.safetensors").read_bytes()
+    (broken / "model.safetensors").write_bytes(weights[:-100])
+    mp.spawn(serve, args=(*folders, broken, tmp_path / "store"), nprocs=4)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from aliasparam import TensorSpec, checkpoint_names, reload
@@ -32,7 +34,8 @@ def reload_folder(
     """Replace all weights of a serving model with those of ``folder``, in place; returns the bytes read.
 
     Everything that headers and scales can tell is checked before the first write, so a bad folder leaves the model as it was
-    and answering. For that block scales are read twice. Tensors are streamed in pieces of at most ``chunk_bytes``.
+    and answering. For that block scales are read twice. Tensors are streamed in pieces of at most ``chunk_bytes``. Where processes
+    share the experts all call this, and what one of them refuses before the first write all refuse.
 
     Args:
         model: loaded through this package's quantizer.
@@ -44,25 +47,61 @@ def reload_folder(
         CheckpointError: missing, unexpected, truncated or ill-fitting tensors, or another architecture.
         ScaleError: scales of fused projections that differ, or scales that are none.
     """
-    source = CheckpointFolder(folder)
-    check_config(model, source.path)
-    names = checkpoint_names(model)
-    parts, others = check_experts(model, source)
-    expected = {n: castable(n, TensorSpec.of(t), source.tensors) for n, t in names.items() if n not in parts}
-    check_tensors(source, expected, ignore={*(getattr(model, "all_tied_weights_keys", None) or ()), *others})
-    check_fused_scales(model, names, source)
-    check_block_scales(model, names, parts, source)
+    try:
+        plan = _Plan.checked(model, folder)
+    except Exception as error:
+        _agree(model, error)
+        raise
+    _agree(model, None)
     total = 0
-    with torch.no_grad(), closing(source), reload(model) as session:
-        for name in names:
-            stored, rows, columns = parts.get(name, (name, WHOLE, WHOLE))
-            for first_row, piece in source.chunks(stored, chunk_bytes, rows=rows, columns=columns):
-                value = piece.to(names[name].dtype)  # as a cold load casts what is not quantized
+    with torch.no_grad(), closing(plan.source), reload(model) as session:
+        for name in plan.names:
+            stored, rows, columns = plan.parts.get(name, (name, WHOLE, WHOLE))
+            for first_row, piece in plan.source.chunks(stored, chunk_bytes, rows=rows, columns=columns):
+                value = piece.to(plan.names[name])  # as a cold load casts what is not quantized
                 session.update(name, value, first_row=first_row if piece.dim() else None)
                 total += piece.nbytes
                 if on_bytes is not None:
                     on_bytes(piece.nbytes)
     return total
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A reload of which everything was checked that headers and scales can tell.
+
+    Attributes:
+        source: opened.
+        names: the model's, which are the files', and the dtype that the model has each in.
+        parts: what is read for a name where it is not the whole tensor of that name.
+    """
+
+    source: CheckpointFolder
+    names: Mapping[str, torch.dtype]
+    parts: Mapping[str, tuple[str, slice, slice]]
+
+    @classmethod
+    def checked(cls, model: Any, folder: str | Path) -> _Plan:
+        source = CheckpointFolder(folder)
+        check_config(model, source.path)
+        names = checkpoint_names(model)
+        parts, others = check_experts(model, source)
+        expected = {n: castable(n, TensorSpec.of(t), source.tensors) for n, t in names.items() if n not in parts}
+        check_tensors(source, expected, ignore={*(getattr(model, "all_tied_weights_keys", None) or ()), *others})
+        check_fused_scales(model, names, source)
+        check_block_scales(model, names, parts, source)
+        return cls(source, {name: tensor.dtype for name, tensor in names.items()}, parts)
+
+
+def _agree(model: nn.Module, error: Exception | None) -> None:
+    """Where processes share the experts: what one of them refuses all refuse, before any has written."""
+    if all(m.ranks.size == 1 for m in model.modules() if isinstance(m, Experts)):
+        return
+    refusals: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(refusals, None if error is None else str(error))
+    refused = {rank: text for rank, text in enumerate(refusals) if text}
+    if refused and error is None:
+        raise CheckpointError("another process refused this reload; nothing was loaded", found=refused)
 
 
 def check_experts(model: nn.Module, folder: CheckpointFolder) -> tuple[dict[str, tuple[str, slice, slice]], set[str]]:
