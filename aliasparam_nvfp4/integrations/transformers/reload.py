@@ -34,7 +34,7 @@ def reload_folder(
     """Replace all weights of a serving model with those of ``folder``, in place; returns the bytes read.
 
     Everything that headers and scales can tell is checked before the first write, so a bad folder leaves the model as it was
-    and answering. For that block scales are read twice. Tensors are streamed in pieces of at most ``chunk_bytes``. Where processes
+    and answering (block scales are read twice). Tensors are streamed in pieces of at most ``chunk_bytes``. Where processes
     share the experts all call this, and what one of them refuses before the first write all refuse.
 
     Args:
