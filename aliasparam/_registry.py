@@ -39,6 +39,8 @@ class AliasRegistry:
         self.checks: list[Callable[[AliasRegistry], None]] = []
         #: Called with the registry after anything was converted: for caches that depend on the weights.
         self.on_processed: list[Callable[[AliasRegistry], None]] = []
+        #: What ``explain`` says of the module beside its names.
+        self.about = ""
         self._guard: Any = None
         self._suspicious = False
 

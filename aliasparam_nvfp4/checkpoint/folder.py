@@ -8,7 +8,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -155,7 +155,7 @@ class CheckpointFolder:
         index = self.path / "model.safetensors.index.json"
         if not index.is_file():
             return {e.name: e for e in _header(self.path / "model.safetensors")}
-        weight_map: dict[str, str] = read_json(index).get("weight_map", {})
+        weight_map = _weight_map(index)
         entries: dict[str, TensorEntry] = {}
         for file in sorted(set(weight_map.values())):
             for entry in _header(self.path / file):
@@ -180,15 +180,17 @@ def _header(file: Path) -> list[TensorEntry]:
         size = file.stat().st_size
     except FileNotFoundError:
         raise CheckpointError("the file is missing", name=str(file), remedy="Copy or export the checkpoint again.") from None
+    if not file.is_file():
+        raise CheckpointError("this is not a file", name=str(file), expected="a safetensors file")
     header, data_start = _read_header(file, size)
     entries = []
     for name, info in header.items():
         if name == "__metadata__":
             continue
-        dtype = _DTYPES.get(info["dtype"])
+        kind, shape, (begin, end) = _entry_fields(file, name, info)
+        dtype = _DTYPES.get(kind)
         if dtype is None:
-            raise CheckpointError("unknown dtype", name=f"{file}: {name}", found=info["dtype"])
-        shape, (begin, end) = tuple(info["shape"]), info["data_offsets"]
+            raise CheckpointError("unknown dtype", name=f"{file}: {name}", found=kind)
         if end - begin != math.prod(shape) * dtype.itemsize:
             raise CheckpointError(
                 "a tensor's bytes do not match its shape",
@@ -229,4 +231,40 @@ def _read_header(file: Path, size: int) -> tuple[dict[str, Any], int]:
             header = json.loads(stream.read(length))
         except (json.JSONDecodeError, UnicodeDecodeError):
             raise CheckpointError("the file is not a safetensors file: its header is not JSON", name=str(file)) from None
+    if not isinstance(header, dict):
+        raise CheckpointError(
+            "the file is not a safetensors file", name=str(file), expected="a JSON object as header", found=type(header).__name__
+        )
     return header, 8 + length
+
+
+def _entry_fields(file: Path, name: str, info: Any) -> tuple[str, tuple[int, ...], tuple[int, int]]:
+    """(dtype, shape, data offsets) of one entry of a header."""
+    fields = info if isinstance(info, dict) else {}
+    kind, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not isinstance(kind, str) or not _sizes(shape) or not _sizes(offsets) or len(offsets) != 2:
+        raise CheckpointError(
+            "the file is not a safetensors file: an entry of its header is not one",
+            name=f"{file}: {name}",
+            expected="dtype, shape and data_offsets",
+            found=repr(info)[:80],
+        )
+    return kind, tuple(shape), (offsets[0], offsets[1])
+
+
+def _sizes(value: Any) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(isinstance(v, int) and v >= 0 for v in value)
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor name to file name."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
+        raise CheckpointError(
+            "the index says of no tensor where it is",
+            name=str(index),
+            expected="a weight_map from tensor names to file names",
+            found=repr(weight_map)[:80],
+            remedy="Copy or export the checkpoint again.",
+        )
+    return weight_map

@@ -8,7 +8,8 @@ llm-compressor pins other versions than the test environment has, so it runs in 
     PYTHONPATH=. lc/bin/python -m tests.nvfp4.make_llmcompressor_folder TUNED OUT --variant mixtral_8
 
 TUNED is the demo's fine-tuned model in bf16 (``smollm2-135m-tuned-a`` in its cache folder, made by ``make demo DEMO=--moe``).
-OUT is made below the folder that ALIASPARAM_LLMCOMPRESSOR shall name: ``dense``, ``mixtral_8``, ``mixtral_4`` or ``qwen2_8``.
+OUT is made below the folder that ALIASPARAM_LLMCOMPRESSOR shall name: ``dense``, ``mixtral_8``, ``mixtral_4`` or ``qwen2_8``, and
+``dense-a16`` with ``--scheme NVFP4A16``.
 """
 
 from __future__ import annotations

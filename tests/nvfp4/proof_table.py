@@ -8,9 +8,13 @@ from aliasparam_nvfp4.backends import LinearBackend, linear_backends
 from aliasparam_nvfp4.moe.activation import RELU2
 from aliasparam_nvfp4.moe.runners import MoERunner, moe_runners
 
+from .proofs import PROOFS
+
 DOCS = Path(__file__).parents[2] / "docs" / "nvfp4" / "backends.md"
 MOE_DOCS = DOCS.with_name("moe.md")
 _MARK = "<!-- {name}: {edge} -->"
+#: Linear backends whose kernel has run, and where (docs/gpu.md). The others have a command that will.
+LINEAR_RAN = {"reference": "runs here", "triton": "ran on Hopper", "triton_shuffled": "ran on Hopper"}
 #: MoE runners whose kernel has run on a GPU, and where. The others have a command that will.
 RAN: dict[str, str] = {}
 #: What is compared with FlashInfer's own ``prepare_*`` as a whole, besides its index functions.
@@ -31,18 +35,26 @@ def _cells(backend: LinearBackend) -> list[str]:
     flashinfer = backend.call in ("mm_fp4", "mm_bf16_fp4")
     kernel = getattr(backend, "kernel", "")
     call = f'`{backend.call}(backend="{kernel}")`' if flashinfer else f"`{backend.call}`"
-    ours = "runs in the test-suite"
+    proofs = proofs_of(backend)
     return [
         f"`{backend.name}`",
         where or ("8.0 and later" if backend.name.startswith("triton") else "any device"),
         backend.layout.name,
         "as they are" if backend.weight_only else "quantized",
         call,
-        "yes",
-        "yes",
-        "yes" if flashinfer else ours,
-        "command; not run on Blackwell" if flashinfer else "runs here" if backend.name == "reference" else "ran on Hopper",
+        "yes" if proofs["bytes"] else "",
+        "yes" if proofs["emulator"] else "",
+        "runs in the test-suite" if proofs["runs"] else "yes" if proofs["call"] else "",
+        LINEAR_RAN.get(backend.name, "command; not run on its GPU"),
     ]
+
+
+def proofs_of(backend: LinearBackend) -> dict[str, list[str]]:
+    """Kind of proof to the tests which the suite runs on this backend: importing them records what they cover (see proofs.py)."""
+    from . import test_accuracy, test_backend_calls, test_backends
+
+    assert test_accuracy and test_backend_calls and test_backends
+    return {kind: covered.get(backend.name, []) for kind, covered in PROOFS.items()}
 
 
 def render_moe() -> str:

@@ -8,7 +8,7 @@ Written for the contract of transformers 5.17 to 5.23: the model is built on the
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -30,6 +30,7 @@ from ...moe.runners import moe_runner
 from .experts import Experts, replace_experts, show_apart
 from .fp8 import Fp8Linear
 from .fuse import fuse_projections
+from .kv_scales import KV_SCALES, carry_kv_scales
 from .modules import Projection, ProjectionKind
 from .names import speak_file_names
 from .source import Source, narrowed
@@ -39,24 +40,29 @@ _METHOD = "modelopt"
 
 @dataclass(frozen=True)
 class Choice:
-    """What models are loaded with: a linear backend, an MoE runner, and this process's part of the experts."""
+    """What models are loaded with: a linear backend, an MoE runner, this process's part of the experts, and the linear backends
+    to which the loaded model may be moved."""
 
     backend: str = "auto"
     moe: str = "auto"
     ranks: ExpertRanks = field(default_factory=ExpertRanks)
+    retarget_to: tuple[str, ...] = ()
 
 
 _choice: ContextVar[Choice] = ContextVar("aliasparam_nvfp4_backend")
 
 
 @contextmanager
-def use_backend(name: str = "auto", *, moe: str = "auto", ranks: ExpertRanks | None = None) -> Iterator[None]:
+def use_backend(
+    name: str = "auto", *, moe: str = "auto", ranks: ExpertRanks | None = None, retarget_to: Sequence[str] = ()
+) -> Iterator[None]:
     """Models loaded inside this block use the linear backend ``name`` and the MoE runner ``moe``.
 
     With ``ranks`` each process reads and holds its own part of the experts, and the results are added up over the default
-    process group of ``torch.distributed``; all other layers are whole in every process.
+    process group of ``torch.distributed``; all other layers are whole in every process. ``retarget_to`` plans room for the linear
+    backends to which :func:`aliasparam_nvfp4.retarget` may move the model.
     """
-    token = _choice.set(Choice(name, moe, ranks or ExpertRanks()))
+    token = _choice.set(Choice(name, moe, ranks or ExpertRanks(), tuple(retarget_to)))
     try:
         yield
     finally:
@@ -100,7 +106,8 @@ class ModelOptQuantizer(HfQuantizer):  # type: ignore[misc]
     def __init__(self, quantization_config: ModelOptConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.choice = _choice.get(Choice())
-        linear_backend(self.choice.backend)  # an unknown name fails before anything is read
+        for name in (self.choice.backend, *self.choice.retarget_to):
+            linear_backend(name)  # an unknown name fails before anything is read
         moe_runner(self.choice.moe)
         self._source = Source()
         self._plain_experts: list[str] = []
@@ -122,6 +129,7 @@ class ModelOptQuantizer(HfQuantizer):  # type: ignore[misc]
                 with torch.device("meta"):
                     made = Fp8Linear(*shape) if algo == "FP8" else Projection(*shape, _kind(config, name, algo, stored))
                 model.set_submodule(name, made)
+        carry_kv_scales(model, stored)
         source.check(model)
         self._renamed = source.renamed_dtypes(model)
         self._plain_experts = source.plain_experts(model)
@@ -144,7 +152,7 @@ class ModelOptQuantizer(HfQuantizer):  # type: ignore[misc]
                     module.load(source.folder, source.experts[path], next(block.parameters()).device)
             for path in self._plain_experts:
                 show_apart(model.get_submodule(path), source.experts[path])
-            fuse_projections(model, self.choice.backend)
+            fuse_projections(model, self.choice.backend, self.choice.retarget_to)
             process(model)
         speak_file_names(model, source.ours)
         if source.folder is not None:
@@ -167,7 +175,7 @@ def _kind(config: QuantConfig, name: str, algo: str, stored: Mapping[str, Any]) 
         names=config.tensors,
         input_scale=algo != "W4A16_NVFP4",
         pre_quant_scale=f"{name}.pre_quant_scale" in stored,
-        kept=tuple(extra for extra in ("k_scale", "v_scale") if f"{name}.{extra}" in stored),
+        kept=tuple(extra for extra in KV_SCALES if f"{name}.{extra}" in stored),
     )
 
 

@@ -11,14 +11,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import AutoConfig
 
 from aliasparam import TensorSpec, checkpoint_names, reload
 
 from ...checkpoint import WHOLE, CheckpointError, CheckpointFolder, QuantConfig, check_tensors, expert_layers
 from ...errors import ScaleError
+from ...scales import GlobalScales, need_block_scales
+from .config import model_config
 from .experts import Experts
 from .modules import FusedLinear
+from .source import castable
 
 #: Config entries which may differ between two checkpoints of one model.
 _FREE_KEYS = frozenset(
@@ -31,9 +33,9 @@ def reload_folder(
 ) -> int:
     """Replace all weights of a serving model with those of ``folder``, in place; returns the bytes read.
 
-    Everything that headers and scalars can tell is checked before the first write, so a bad folder leaves the model as it was
-    and answering. Tensors are streamed in pieces of at most ``chunk_bytes``. Where processes share the experts all call this, and
-    what one of them refuses before the first write all refuse.
+    Everything that headers and scales can tell is checked before the first write, so a bad folder leaves the model as it was
+    and answering (block scales are read twice). Tensors are streamed in pieces of at most ``chunk_bytes``. Where processes
+    share the experts all call this, and what one of them refuses before the first write all refuse.
 
     Args:
         model: loaded through this package's quantizer.
@@ -43,7 +45,7 @@ def reload_folder(
 
     Raises:
         CheckpointError: missing, unexpected, truncated or ill-fitting tensors, or another architecture.
-        ScaleError: scales of fused projections that differ, or are none.
+        ScaleError: scales of fused projections that differ, or scales that are none.
     """
     try:
         plan = _Plan.checked(model, folder)
@@ -56,7 +58,8 @@ def reload_folder(
         for name in plan.names:
             stored, rows, columns = plan.parts.get(name, (name, WHOLE, WHOLE))
             for first_row, piece in plan.source.chunks(stored, chunk_bytes, rows=rows, columns=columns):
-                session.update(name, piece, first_row=first_row if piece.dim() else None)
+                value = piece.to(plan.names[name])  # as a cold load casts what is not quantized
+                session.update(name, value, first_row=first_row if piece.dim() else None)
                 total += piece.nbytes
                 if on_bytes is not None:
                     on_bytes(piece.nbytes)
@@ -65,16 +68,16 @@ def reload_folder(
 
 @dataclass(frozen=True)
 class _Plan:
-    """A reload of which everything was checked that headers and scalars can tell.
+    """A reload of which everything was checked that headers and scales can tell.
 
     Attributes:
         source: opened.
-        names: the model's, which are the files'.
+        names: the model's, which are the files', and the dtype that the model has each in.
         parts: what is read for a name where it is not the whole tensor of that name.
     """
 
     source: CheckpointFolder
-    names: tuple[str, ...]
+    names: Mapping[str, torch.dtype]
     parts: Mapping[str, tuple[str, slice, slice]]
 
     @classmethod
@@ -83,10 +86,11 @@ class _Plan:
         check_config(model, source.path)
         names = checkpoint_names(model)
         parts, others = check_experts(model, source)
-        expected = {n: TensorSpec.of(t) for n, t in names.items() if n not in parts}
+        expected = {n: castable(n, TensorSpec.of(t), source.tensors) for n, t in names.items() if n not in parts}
         check_tensors(source, expected, ignore={*(getattr(model, "all_tied_weights_keys", None) or ()), *others})
         check_fused_scales(model, names, source)
-        return cls(source, tuple(names), parts)
+        check_block_scales(model, names, parts, source)
+        return cls(source, {name: tensor.dtype for name, tensor in names.items()}, parts)
 
 
 def _agree(model: nn.Module, error: Exception | None) -> None:
@@ -136,10 +140,11 @@ def check_config(model: Any, folder: Path) -> None:
         raise CheckpointError(
             "the folder is quantized in another way",
             name=str(folder),
-            expected=f"{held_parsed.algo}, group size {held_parsed.group_size}",
-            found=f"{parsed.algo}, group size {parsed.group_size}",
+            expected=f"{held_parsed.algo} as {held_parsed.tensors.name} stores it, group size {held_parsed.group_size}",
+            found=f"{parsed.algo} as {parsed.tensors.name} stores it, group size {parsed.group_size}",
+            remedy="Start the model cold from this folder instead.",
         )
-    new, old = AutoConfig.from_pretrained(folder).to_dict(), model.config.to_dict()
+    new, old = model_config(folder).to_dict(), model.config.to_dict()
     differing = sorted(k for k in (new.keys() | old.keys()) - _FREE_KEYS if new.get(k) != old.get(k))
     if differing:
         raise CheckpointError(
@@ -169,9 +174,33 @@ def check_fused_scales(model: nn.Module, names: Mapping[str, Tensor], folder: Ch
                 found=weight_scales,
                 remedy="Export with unified scales, or start the model cold from this folder: it then stays unfused.",
             )
-        scalars = dict(weight_scales)
+        inputs: dict[str, float] = {}
         if fused.quant_method.input_scale:
-            scalars |= {f"{m}.{tensors.input_global}": float(folder.read(f"{m}.{tensors.input_global}")) for m in members}
-        bad = {n: v for n, v in scalars.items() if not 0 < v < float("inf")}
+            inputs = {f"{m}.{tensors.input_global}": float(folder.read(f"{m}.{tensors.input_global}")) for m in members}
+        bad = {n: v for n, v in {**weight_scales, **inputs}.items() if not 0 < v < float("inf")}
         if bad:
             raise ScaleError("a global scale is not a scale", module=path, expected="finite and positive", found=bad)
+        derived, weight = GlobalScales(tensors.reciprocal), torch.tensor(list(weight_scales.values()))
+        try:
+            if inputs:
+                derived.alpha(torch.tensor(list(inputs.values())), weight)
+                derived.input_scale_inv(torch.tensor(list(inputs.values())))
+        except ScaleError as error:
+            raise error.located(module=path) from None
+
+
+def check_block_scales(
+    model: nn.Module, names: Mapping[str, Tensor], parts: Mapping[str, tuple[str, slice, slice]], folder: CheckpointFolder
+) -> None:
+    """Read the block scales that this process will take, and refuse those which no kernel can."""
+    unsigned = {
+        id(member.get_parameter(fused.quant_method.checkpoint.block_scale))
+        for fused in model.modules()
+        if isinstance(fused, FusedLinear) and not fused.__dict__["nvfp4_backend"].layout.signed_scales
+        for member in fused.members()
+    }
+    for name, tensor in names.items():
+        if tensor.dtype is torch.float8_e4m3fn and name.endswith("weight_scale"):
+            stored, rows, columns = parts.get(name, (name, WHOLE, WHOLE))
+            for _, piece in folder.chunks(stored, rows=rows, columns=columns):
+                need_block_scales(piece, f"{folder.path}: {stored}", signed=id(tensor) not in unsigned)

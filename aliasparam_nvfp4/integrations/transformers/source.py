@@ -15,10 +15,19 @@ from aliasparam import TensorSpec
 
 from ...checkpoint import CheckpointFolder, ExpertTensorName, ExpertTensors, TensorEntry, check_tensors, expert_layers
 from .experts import Experts, fused_experts
+from .kv_scales import KV_SCALES
 from .names import renamed
 
 #: float32 tensors whose dtype in the file must be the model's.
-_SCALARS = ("_scale_2", "_global_scale", "input_scale", "k_scale", "v_scale")
+_SCALARS = ("_scale_2", "_global_scale", "input_scale", *KV_SCALES)
+
+
+def castable(name: str, spec: TensorSpec, stored: Mapping[str, TensorEntry]) -> TensorSpec:
+    """What the files must have for a tensor of the model: quantized tensors and their scales as they are; all other floats in any
+    dtype of two bytes or more, because the user chooses in which the model is served."""
+    dtype = stored[name].dtype if name in stored else spec.dtype
+    free = all(d.is_floating_point and d.itemsize > 1 for d in (dtype, spec.dtype)) and not name.endswith(_SCALARS)
+    return TensorSpec(spec.shape, dtype) if free else spec
 
 
 @dataclass(frozen=True)
@@ -90,10 +99,8 @@ class Source:
         for name, tensor in model.state_dict().items():
             if name in tied or name in fused:
                 continue
-            name, spec = theirs.get(name, name), TensorSpec.of(tensor)
-            # Only quantized tensors must agree in dtype: transformers casts the others as the user asks.
-            wide = spec.dtype.is_floating_point and spec.dtype.itemsize > 1 and not name.endswith(_SCALARS)
-            expected[name] = TensorSpec(spec.shape, stored[name].dtype) if wide and name in stored else spec
+            name = theirs.get(name, name)
+            expected[name] = castable(name, TensorSpec.of(tensor), stored)
         own = {entry.name for layer in self.experts.values() for entry in layer.entries.values()}
         check_tensors(self.folder, expected, ignore=tied | own)
 

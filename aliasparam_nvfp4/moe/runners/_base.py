@@ -196,5 +196,5 @@ def quantized_input(x: Tensor, layer: MoENames) -> tuple[Tensor, Tensor]:
     """(codes u8 ``[T, H/2]``, row-major block scales e4m3 ``[T, H/16]``) by FlashInfer's quantizer."""
     from flashinfer import fp4_quantize
 
-    codes, scales = fp4_quantize(x, layer.w13_input_scale_quant, is_sf_swizzled_layout=False)
+    codes, scales = fp4_quantize(x, layer.w13_input_scale_quant, is_sf_swizzled_layout=False, nvfp4_4over6=None)
     return codes, scales.view(torch.float8_e4m3fn).reshape(x.shape[0], x.shape[1] // BLOCK_SIZE)
