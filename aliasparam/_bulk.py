@@ -16,7 +16,7 @@ from ._parameter import loader_attributes, plain_class
 from ._planning import Binding
 from ._reconcile import reconcile
 from ._registry import AliasRegistry, registries
-from ._storage import AliasedStorage
+from ._storage import AliasedStorage, Write
 from ._watch import put
 
 
@@ -37,20 +37,33 @@ def bulk_load(model: nn.Module) -> Iterator[None]:
     with torch.no_grad():
         for registry in found:
             reconcile(registry)
-    opened: list[AliasedStorage] = []
+    opened = _open(list(_storages(found)))
     plain: list[tuple[Binding, Tensor]] = []
     try:
-        with torch.no_grad():
-            for storage in _storages(found):
-                with storage.lock:
-                    storage.expose(storage.checkpoint, "a bulk load")
-                opened.append(storage)
         plain = [(b, _show_plain(b)) for r in found for s in r.sources.values() for b in s.bindings]
         yield
     except BaseException:
         _close(found, opened, plain, failed=True)
         raise
     _close(found, opened, plain, failed=False)
+
+
+def _open(storages: list[AliasedStorage]) -> list[AliasedStorage]:
+    """Expose all, or none: a refusal leaves every one as it was."""
+    opened: list[tuple[AliasedStorage, Write]] = []
+    try:
+        with torch.no_grad():
+            for storage in storages:
+                storage.need_unexposed("open a bulk load")
+            for storage in storages:
+                with storage.lock:
+                    opened.append((storage, storage.expose(storage.checkpoint, "a bulk load")))
+    except BaseException:
+        for storage, write in opened:
+            with storage.lock, torch.no_grad():
+                storage.cancel_exposure(write)
+        raise
+    return storages
 
 
 def _show_plain(binding: Binding) -> Tensor:

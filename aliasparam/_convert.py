@@ -7,6 +7,7 @@ its own temporaries live beside each other. A region that cannot be cut (see [No
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -29,24 +30,56 @@ def scratch_bytes(plan: StoragePlan) -> int:
     return max(SCRATCH_BYTES, 4 * largest)
 
 
-def to_kernel(plan: StoragePlan, checkpoint: Tensor, kernel: Tensor) -> None:
+@dataclass
+class Progress:
+    """How far a conversion came: once it wrote, its regions hold both formats until it is through."""
+
+    wrote: bool = False
+
+
+def to_kernel(plan: StoragePlan, checkpoint: Tensor, kernel: Tensor, progress: Progress) -> None:
     """Convert regions in place.
 
     Args:
         plan: geometry.
         checkpoint: ``[n, *core]`` checkpoint-format view of n regions.
         kernel: ``[n, *core']`` kernel-format view of the same memory.
+        progress: told before the first byte changes.
     """
     pieces = list(_pieces(plan, checkpoint, kernel))
     # Kernel format is never smaller, so its k-th piece reaches into later checkpoint pieces: the last one goes first.
     for source, target in reversed(pieces):
-        _overwrite(target, plan.transform.forward(source))
+        _overwrite(target, plan.transform.forward(source), progress)
 
 
-def to_checkpoint(plan: StoragePlan, checkpoint: Tensor, kernel: Tensor) -> None:
-    """Convert regions back in place. Arguments as in :func:`to_kernel`."""
+def to_checkpoint(plan: StoragePlan, checkpoint: Tensor, kernel: Tensor, progress: Progress) -> None:
+    """Convert regions back, in place or into other memory. Arguments as in :func:`to_kernel`."""
     for target, source in _pieces(plan, checkpoint, kernel):
-        _overwrite(target, plan.transform.inverse(source, TensorSpec.of(target)))
+        _overwrite(target, plan.transform.inverse(source, TensorSpec.of(target)), progress)
+
+
+def converts_by_bands(plan: StoragePlan) -> bool:
+    """Whether a region is large enough to be converted piece by piece, and can be."""
+    return plan.region_capacity > _PIECE_BYTES and _band(plan) is not None
+
+
+def rows_to_checkpoint(plan: StoragePlan, checkpoint: Tensor, kernel: Tensor, rows: range, target: Tensor) -> None:
+    """Checkpoint values of some rows of one region, into ``target`` ``[len(rows), columns]``.
+
+    Args:
+        plan: geometry, of regions for which :func:`converts_by_bands` holds.
+        checkpoint: ``[rows, columns]`` checkpoint-format view of the region, of which only the geometry counts.
+        kernel: ``[*core']`` kernel-format view of the region.
+        rows: the rows that are wanted.
+        target: where they go.
+    """
+    for piece, source in _pieces(plan, checkpoint[None], kernel[None]):
+        first, column = divmod(piece.storage_offset() - checkpoint.storage_offset(), checkpoint.stride(0))
+        begin, end = max(first, rows.start), min(first + piece.shape[0], rows.stop)
+        if begin < end:
+            values = plan.transform.inverse(source, TensorSpec.of(piece))
+            part = target[begin - rows.start : end - rows.start, column : column + piece.shape[1]]
+            part.copy_(values[begin - first : end - first])
 
 
 def _pieces(plan: StoragePlan, checkpoint: Tensor, kernel: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -105,9 +138,10 @@ def _band(plan: StoragePlan) -> Band | None:
     return band if core_derived[0] % bands == 0 else None
 
 
-def _overwrite(target: Tensor, value: Tensor) -> None:
+def _overwrite(target: Tensor, value: Tensor, progress: Progress) -> None:
     if value.untyped_storage().data_ptr() == target.untyped_storage().data_ptr():
         if value.data_ptr() == target.data_ptr() and value.stride() == target.stride():
             return  # identity: the bytes are where they belong
         value = value.clone()  # a transform that returned another view of its input
+    progress.wrote = True
     target.copy_(value)

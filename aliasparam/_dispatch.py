@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ._storage import all_locked
+from ._writes import Writes, apart, write_one
 from .errors import PointerError
 
 _Handler = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
@@ -39,12 +40,16 @@ _OVERWRITES = frozenset(
         "exponential_",
     }
 )
+#: Operators outside of torch's pointwise ones that check their arguments before they write: a raise has changed nothing.
+_CHECKS_FIRST = (_OVERWRITES | {"masked_fill_"}) - {"_foreach_copy_", "_foreach_zero_"}
 #: Operators that look at shape, dtype and device alone.
 _BLANK = frozenset({"empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like"})
 #: Arguments of c10d operators that are only read, and operators whose ``tensors`` are read, or wholly overwritten.
 _SENT = frozenset({"input_tensors", "input_tensor", "input_list", "inputs", "input"})
 _SENDS = frozenset({"send"})
 _REDUCES = frozenset({"allreduce_", "reduce_", "allreduce_coalesced_"})
+
+_COPY = torch.ops.aten.copy_.default
 
 _handlers: dict[Any, _Handler] = {}
 
@@ -128,30 +133,26 @@ def _writer(func: Any) -> _Handler:
     schema = func._schema
     positions = [i for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
     names = [schema.arguments[i].name for i in positions]
-    returns = len(schema.returns)
-    overwrites = schema.name.partition("::")[2] in _OVERWRITES or any(schema.arguments[i].is_out for i in positions)
+    base = schema.name.partition("::")[2]
+    overwrites, checks_first = base in _OVERWRITES, base in _CHECKS_FIRST or torch.Tag.pointwise in func.tags
+    if all(schema.arguments[i].is_out for i in positions):
+        return _locked(_into_out(func, names))
 
     def write(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         originals = [args[i] if i < len(args) else kwargs.get(n) for i, n in zip(positions, names, strict=True)]
         written = list(_aliased(originals))
-        # A source over the same memory is read while it is written: then nothing may be given up beforehand.
-        fresh = overwrites and not _reads_from({id(t._alias_storage) for t in written}, positions, names, args, kwargs)
-        undo = [(t._alias_storage, t._alias_storage.before_write(t._alias_memory, fresh)) for t in written]
-        try:
-            plain_args = list(args)
-            for i, arg in enumerate(args):
-                plain_args[i] = _map_one(_memory if i in positions else _values, arg)
-            plain_kwargs = {k: _map_one(_memory if k in names else _values, v) for k, v in kwargs.items()}
+        storages = [t._alias_storage for t in written]
+
+        # What is read is read first: as plain tensors of which none lies in memory that is about to change format.
+        def plain(value: Any, is_written: bool) -> Any:
+            return _map_one(_memory, value) if is_written else _map_one(_values, apart(value, storages))
+
+        with Writes(written, overwrites, checks_first=checks_first) as writes:
+            plain_args = [plain(arg, i in positions) for i, arg in enumerate(args)]
+            plain_kwargs = {k: plain(v, k in names) for k, v in kwargs.items()}
+            writes.begin()
             func(*plain_args, **plain_kwargs)
-        except BaseException:
-            for storage, changes in reversed(undo):
-                storage.undo(changes)
-            raise
-        for tensor in written:
-            tensor._alias_storage.after_write(tensor._alias_memory)
-        if returns == 0:
-            return None
-        return originals[0] if returns == 1 else tuple(originals)
+        return _returned(schema, originals)
 
     general = _locked(write)
     if positions != [0]:
@@ -165,23 +166,54 @@ def _writer(func: Any) -> _Handler:
         for other in args[1:]:
             if isinstance(other, _types.compound):
                 return general(func, args, kwargs)
-        write_one(func, target, args[1:], overwrites)
+        write_one(func, target, args[1:], overwrites, checks_first)
         return target
 
     return write_first
 
 
-def write_one(func: Any, target: Any, rest: tuple[Any, ...], overwrites: bool) -> None:
-    """``func(target, *rest)``, an operator that writes ``target`` alone and reads nothing aliased."""
-    storage, memory = target._alias_storage, target._alias_memory
-    with storage.lock:
-        undo = storage.before_write(memory, overwrites)
-        try:
-            func(memory, *rest)
-        except BaseException:
-            storage.undo(undo)
-            raise
-        storage.after_write(memory)
+def _returned(schema: Any, originals: list[Any]) -> Any:
+    """What a mutating operator returns: the arguments it wrote."""
+    returns = len(schema.returns)
+    if returns == 0:
+        return None
+    return originals[0] if returns == 1 else tuple(originals)
+
+
+def _into_out(func: Any, names: list[str]) -> _Handler:
+    """A handler for one operator with ``out=``: torch would resize what does not fit, so it gets memory of its own."""
+    schema = func._schema
+
+    def fresh(tensor: Any) -> Tensor:
+        memory = tensor._alias_memory  # aten operators give an empty tensor the shape of their result
+        shape = (0,) if schema.name.startswith("aten::") else memory.shape
+        return torch.empty(shape, dtype=memory.dtype, device=memory.device)
+
+    def write_out(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        originals = [kwargs[n] for n in names]
+        plain = {k: _map_one(fresh if k in names else _values, v) for k, v in kwargs.items()}
+        func(*_map(_values, args), **plain)
+        pairs = [pair for n in names for pair in _pairs(kwargs[n], plain[n])]
+        for target, result in pairs:
+            if target._alias_memory.shape != result.shape:
+                raise PointerError(
+                    f"{func} would give a fixed storage another shape",
+                    label=target._alias_storage.label,
+                    expected=f"a result of shape {list(target._alias_memory.shape)}",
+                    found=list(result.shape),
+                    remedy="Pass an out= of the result's shape: a slice of the name, or a tensor of its own.",
+                )
+        for target, result in pairs:
+            write_one(_COPY, target, (result,), True)
+        return _returned(schema, originals)
+
+    return write_out
+
+
+def _pairs(given: Any, got: Any) -> list[tuple[Any, Tensor]]:
+    """(aliased tensor, the result for it) of one ``out`` argument, a tensor or a list of them."""
+    pairs = zip(given, got, strict=True) if isinstance(given, (list, tuple)) else [(given, got)]
+    return [(t, result) for t, result in pairs if isinstance(t, _types.aliased)]
 
 
 def _collective(func: Any) -> _Handler:
@@ -194,13 +226,14 @@ def _collective(func: Any) -> _Handler:
         given = dict(zip(names, args, strict=False)) | kwargs
         sends = name in _SENDS or (name == "broadcast_" and _is_root(given))
         written = [t for n, v in given.items() if n not in _SENT and not sends for t in _aliased([v])]
-        for tensor in written:
-            tensor._alias_storage.before_write(tensor._alias_memory, overwrites=name not in _REDUCES)
-        plain = {n: _map_one(_values if sends or n in _SENT else _memory, v) for n, v in given.items()}
-        result = func(**plain)
-        for tensor in written:
-            tensor._alias_storage.after_write(tensor._alias_memory)
-        return result
+        storages = [t._alias_storage for t in written]
+        with Writes(written, name not in _REDUCES, checks_first=False) as writes:
+            plain = {
+                n: _map_one(_values, apart(v, storages)) if sends or n in _SENT else _map_one(_memory, v)
+                for n, v in given.items()
+            }
+            writes.begin()
+            return func(**plain)
 
     return collective
 
@@ -216,15 +249,11 @@ def _refuse(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     tensor = next(iter(_aliased((*args, *kwargs.values()))))
     raise PointerError(
         f"{func} would move or re-shape a fixed storage",
-        name=tensor._alias_storage.label,
+        label=tensor._alias_storage.label,
         expected="an operation that keeps the address, shape and dtype",
+        found=str(func),
         remedy="Write the new values with copy_(), or work on a clone().",
     )
-
-
-def _reads_from(storages: set[int], positions: list[int], names: list[str], args: Any, kwargs: dict[str, Any]) -> bool:
-    inputs = [a for i, a in enumerate(args) if i not in positions] + [v for k, v in kwargs.items() if k not in names]
-    return any(id(t._alias_storage) in storages for t in _aliased(inputs))
 
 
 # -- arguments ---------------------------------------------------------------------------------------------------------

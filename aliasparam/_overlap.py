@@ -31,7 +31,7 @@ def check_memory(label: str, tensors: Mapping[str, Tensor], beside: Mapping[str,
             remedy="Move the whole module first: module.to(device).",
         )
     for name, tensor in real.items():
-        if _overlaps_itself(tensor):
+        if overlaps_itself(tensor):
             raise DeclarationError(
                 "elements of this tensor share memory (an expanded or overlapping view)",
                 module=label,
@@ -93,7 +93,8 @@ def _extent(tensor: Tensor) -> int:
     return int((last + 1) * tensor.element_size())
 
 
-def _overlaps_itself(tensor: Tensor) -> bool:
+def overlaps_itself(tensor: Tensor) -> bool:
+    """Whether two elements may share memory."""
     reach = 1
     for size, stride in sorted(zip(tensor.shape, tensor.stride(), strict=True), key=lambda pair: pair[1]):
         if size > 1:

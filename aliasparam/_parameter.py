@@ -15,13 +15,16 @@ from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import reduce_tensor
 
-from ._dispatch import _types, dispatch, write_one
+from ._compiled import never_traced
+from ._dispatch import _COPY, _types, dispatch
+from ._kernel_name import Hidden
+from ._processes import reduce_for_process, refuse_for_process
+from ._read_only import read_only
+from ._regions import same_view
 from ._storage import AliasedStorage, State
-from .errors import AdoptionError, StateError
-
-_COPY = torch.ops.aten.copy_.default
+from ._writes import write_one
+from .errors import AdoptionError, PointerError
 
 
 class _Aliased(Tensor):
@@ -32,6 +35,7 @@ class _Aliased(Tensor):
     _alias_pin: weakref.ref[Any]
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __dlpack_c_exchange_api__ = Hidden()  # by which tvm_ffi would take the memory past __dlpack__
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -49,12 +53,14 @@ class _Aliased(Tensor):
             return _make_view(self._alias_storage, self._alias_memory[index])
         return super().__getitem__(index)
 
-    def copy_(self, source: Tensor, non_blocking: bool = False) -> Any:
-        if type(source) is not Tensor and type(source) is not nn.Parameter:
-            if isinstance(source, _Aliased) and source._alias_storage is self._alias_storage and _issame_view(source, self):
+    def copy_(self, other: Tensor, non_blocking: bool = False) -> Any:
+        if type(other) is not Tensor and type(other) is not nn.Parameter:
+            if isinstance(other, _Aliased) and other._alias_storage is self._alias_storage and is_same_view(other, self):
                 return self  # onto itself: nothing changes, nothing gets stale
-            return super().copy_(source, non_blocking)
-        write_one(_COPY, self, (source, non_blocking), True)
+            return super().copy_(other, non_blocking)
+        if other.requires_grad:
+            other = other.detach()  # a declared name takes the values of a trained Parameter, and no gradient
+        write_one(_COPY, self, (other, non_blocking), True)
         return self
 
     # -- faces of Tensor that do not come through the dispatcher -------------------------------------------------------
@@ -82,15 +88,15 @@ class _Aliased(Tensor):
         return self._holds_values() and self._alias_memory.is_contiguous(memory_format=memory_format)
 
     def contiguous(self, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
+        """This name, or a copy: which refuses to be written where a plain tensor would have given itself."""
         if self.is_contiguous(memory_format):
             return self
-        return self._values().contiguous(memory_format=memory_format)
+        copied = self._values().contiguous(memory_format=memory_format)
+        return read_only(copied, self) if self._alias_memory.is_contiguous(memory_format=memory_format) else copied
 
     def _holds_values(self) -> bool:
-        try:
-            return self._values() is self._alias_memory
-        except StateError:
-            return False
+        with self._alias_storage.lock:
+            return self._alias_storage.holds(self._alias_memory)
 
     def numpy(self, *, force: bool = False) -> Any:
         """A read-only copy of the checkpoint values: writes through it could not be seen."""
@@ -101,6 +107,9 @@ class _Aliased(Tensor):
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
         array = self.numpy(force=False)
         return array if dtype is None else array.astype(dtype)
+
+    def __tvm_ffi_object__(self) -> NoReturn:
+        self.__dlpack__()  # tvm_ffi (FlashInfer's kernels) asks for this before it takes a tensor's memory by itself
 
     def __dlpack__(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise BufferError(
@@ -122,8 +131,18 @@ class _Aliased(Tensor):
         """
         storage = self._alias_storage
         if storage.state is State.CHECKPOINT and not storage.exposed:
+            storage.handed_out = True  # from now on somebody else may free it
             return super().untyped_storage()
         return storage.stand_in
+
+    def set_(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise PointerError(
+            "set_() would move a fixed storage",
+            label=self._alias_storage.label,
+            expected="an operation that keeps the address, shape and dtype",
+            found="set_()",
+            remedy="Write the new values with copy_().",
+        )
 
     def tolist(self) -> Any:
         return self._values().tolist()
@@ -132,14 +151,19 @@ class _Aliased(Tensor):
         if requires_grad:
             raise AdoptionError(
                 "a declared name holds inference weights; it takes no gradient",
-                name=self._alias_storage.label,
+                label=self._alias_storage.label,
+                expected="requires_grad=False",
+                found="requires_grad=True",
+                remedy="Train a clone() and copy_ the result in.",
             )
         return self
 
     def share_memory_(self) -> NoReturn:
         raise AdoptionError(
             "share_memory_() would move the storage",
-            name=self._alias_storage.label,
+            label=self._alias_storage.label,
+            expected="memory that stays where it is",
+            found="a move to a shared segment",
             remedy="Share a clone(), or create the module in shared memory before declaring.",
         )
 
@@ -156,11 +180,14 @@ class _Aliased(Tensor):
         if id(self) in memo:
             return memo[id(self)]
         storage = copy.deepcopy(self._alias_storage, memo)
-        new = _make(type(self), storage, same_view(storage, self._alias_memory))
+        new = _make(type(self), storage, same_view(storage.buffer, self._alias_memory))
         memo[id(self)] = new
         for key, value in loader_attributes(self).items():
             new.__dict__[key] = copy.deepcopy(value, memo)
         return new
+
+
+never_traced(_Aliased)
 
 
 class AliasedView(_Aliased):
@@ -208,13 +235,15 @@ def make_parameter(storage: AliasedStorage, memory: Tensor, like: type[Any] = nn
     return parameter
 
 
-def take_over(old: Tensor, storage: AliasedStorage, memory: Tensor) -> AliasedParameter | None:
-    """Make the object ``old`` itself an AliasedParameter over ``memory``, with its class and attributes; None if it cannot be.
+def take_over(old: Tensor, storage: AliasedStorage, memory: Tensor, like: Tensor | None = None) -> AliasedParameter | None:
+    """Make the object ``old`` itself an AliasedParameter over ``memory``, with the class and attributes of ``like`` (default:
+    its own); None if it cannot be.
 
     It cannot where torch holds on to the old tensor (a compiled function's guard, an autograd graph).
     """
-    new = _make(_aliased_class(plain_class(type(old))), storage, memory)
-    new.__dict__.update(loader_attributes(old))
+    like = old if like is None else like
+    new = _make(_aliased_class(plain_class(type(like))), storage, memory)
+    new.__dict__.update(loader_attributes(like))
     try:
         torch.utils.swap_tensors(old, new)  # type: ignore[no-untyped-call]
     except RuntimeError:
@@ -247,7 +276,7 @@ def _aliased_class(engine_class: type[Any]) -> type[Any]:
     made: type[Any] = types.new_class(
         engine_class.__name__, (AliasedParameter, engine_class), exec_body=lambda body: body.update(namespace)
     )
-    ForkingPickler.register(made, _reduce_for_process)
+    ForkingPickler.register(made, reduce_for_process)
     return _classes.setdefault(engine_class, made)
 
 
@@ -273,12 +302,6 @@ def _make_view(storage: AliasedStorage, memory: Tensor) -> Tensor:
     return view  # type: ignore[no-any-return]
 
 
-def same_view(storage: AliasedStorage, memory: Tensor) -> Tensor:
-    """The view of ``storage`` which ``memory`` is of another storage of the same plan."""
-    typed = storage.buffer.view(memory.dtype)
-    return typed.as_strided(memory.shape, memory.stride(), memory.storage_offset())
-
-
 def loader_attributes(tensor: Tensor) -> dict[str, Any]:
     """What engines hang on parameters (weight_loader, output_dim, ...)."""
     return {k: v for k, v in tensor.__dict__.items() if k not in _OURS}
@@ -297,12 +320,12 @@ def _rebuild(storage: AliasedStorage, geometry: Any, attributes: dict[str, Any],
 def _assign(target: _Aliased, value: Tensor) -> None:
     """``target.data = value``: the values are copied in; only another device moves the memory, as Module.to() asks."""
     memory, storage = target._alias_memory, target._alias_storage
-    if isinstance(value, _Aliased) and value._alias_storage is storage and _issame_view(value, target):
+    if isinstance(value, _Aliased) and value._alias_storage is storage and is_same_view(value, target):
         return
     if value.shape != memory.shape or value.dtype != memory.dtype or value.device.type == "meta":
         raise AdoptionError(
             "assigning .data would change the geometry of a fixed storage",
-            name=storage.label,
+            label=storage.label,
             expected=f"{memory.dtype} {list(memory.shape)} on a real device",
             found=f"{value.dtype} {list(value.shape)} on {value.device}",
             remedy="Convert the value first; Module.half() and the like cannot apply to declared weights.",
@@ -316,11 +339,18 @@ def _assign(target: _Aliased, value: Tensor) -> None:
         return
     if value.device != storage.buffer.device:
         storage.relocate(value.device)
-    target._alias_memory = same_view(storage, memory)
+    target._alias_memory = same_view(storage.buffer, memory)
     torch._C.TensorBase.data.__set__(target, target._alias_memory)  # type: ignore[attr-defined]
 
 
-def _issame_view(first: _Aliased, second: _Aliased) -> bool:
+def is_same_name(tensor: Any, parameter: AliasedParameter) -> bool:
+    """Whether ``tensor`` is ``parameter``, or another object that is the same name: engines keep and put back old ones."""
+    if tensor is parameter or not isinstance(tensor, AliasedParameter):
+        return tensor is parameter
+    return tensor._alias_storage is parameter._alias_storage and is_same_view(tensor, parameter)
+
+
+def is_same_view(first: _Aliased, second: _Aliased) -> bool:
     a, b = first._alias_memory, second._alias_memory
     same_place = a.storage_offset() * a.element_size() == b.storage_offset() * b.element_size()
     return same_place and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
@@ -331,22 +361,6 @@ _types.compound = (_Aliased, list, tuple)
 _types.view = _make_view
 
 
-# -- other processes -----------------------------------------------------------------------------------------------------
-
-
-def _reduce_for_process(tensor: _Aliased) -> Any:
-    # torch would move the memory to a shared segment; a name that is sent arrives as its values, in a plain tensor.
-    return reduce_tensor(tensor._snapshot().detach())  # type: ignore[no-untyped-call]
-
-
-def _refuse_for_process(owner: Any) -> NoReturn:
-    raise AdoptionError(
-        "a declared module cannot be sent to another process: torch would move its memory to a shared segment",
-        name=owner.label,
-        remedy="Send checkpoint_state_dict(module), or declare in the other process.",
-    )
-
-
-ForkingPickler.register(AliasedView, _reduce_for_process)
-ForkingPickler.register(AliasedParameter, _reduce_for_process)
-ForkingPickler.register(AliasedStorage, _refuse_for_process)
+ForkingPickler.register(AliasedView, reduce_for_process)
+ForkingPickler.register(AliasedParameter, reduce_for_process)
+ForkingPickler.register(AliasedStorage, refuse_for_process)

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
 
 from ._declare import Alias, Declaration, Derivation, Keep, Policy
+from ._kernel_name import KernelName
 from ._overlap import check_memory
 from ._parameter import AliasedParameter
 from ._probe import check_declared
@@ -48,7 +49,7 @@ class Derived:
 
     declaration: Derivation
     fallback: StoragePlan | None = None
-    tensor: Tensor | None = None
+    kernel: KernelName | None = None
     seen: tuple[int, ...] | None = None  # generations of its sources when it was computed
     generation: int = 0
 

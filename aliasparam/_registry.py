@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from . import _retarget, _shards
 from ._declare import Declaration, Derivation
-from ._derive import compute
-from ._parameter import AliasedParameter, _Aliased, _refuse_for_process, loader_attributes, make_parameter
-from ._planning import Binding, Derived, Separate, Source, planned, probe_transform
+from ._derive import late_derivations, refresh, value_of
+from ._guard import Guard
+from ._kernel_name import KernelName
+from ._parameter import AliasedParameter, is_same_name, loader_attributes
+from ._planning import Binding, Derived, Separate, Source, planned
+from ._processes import refuse_for_process
 from ._reconcile import reconcile
 from ._storage import AliasedStorage, State, all_locked
-from ._take import share, take
+from ._take import check_sources, check_tie, share, take
 from ._transform import TensorSpec, Transform
-from ._verdict import StoragePlan, plan_storage
-from ._watch import put, watch
-from .errors import DeclarationError, PointerError, StaleKernelError, StateError
+from ._watch import put, put_buffer, watch
+from .errors import AdoptionError, DeclarationError, StateError
 
 _ATTRIBUTE = "_alias_registry"
 
@@ -41,16 +43,18 @@ class AliasRegistry:
         self.on_processed: list[Callable[[AliasRegistry], None]] = []
         #: What ``explain`` says of the module beside its names.
         self.about = ""
-        self._guard: Any = None
-        self._suspicious = False
+        self._guard = Guard(self)
 
     # -- declaring -----------------------------------------------------------------------------------------------------
 
     def add(self, declarations: Sequence[Declaration], *, loaded: bool, aliasing: bool) -> None:
         """Check all declarations, then carry them out. Nothing changes if any is wrong."""
+        check_sources(self, declarations)
         sources, derived = planned(
             self.module, self.label, declarations, set(self.sources) | self.kernel_names(), aliasing=aliasing
         )
+        for source in sources:
+            check_tie(self.label, source, self.module._parameters[source.name])
         for source in sources:
             self.sources[source.name] = source
             self._allocate(source, loaded)
@@ -65,7 +69,7 @@ class AliasRegistry:
         tensor = self.module._parameters[source.name]
         if tensor is None:
             raise AssertionError(f"{self.label}.{source.name} vanished while it was being declared")
-        if isinstance(tensor, _Aliased):
+        if isinstance(tensor, AliasedParameter):
             share(self, source, tensor)
         elif tensor.device.type == "meta":
             source.attributes.update(loader_attributes(tensor))  # a loader will put a real tensor here: see reconcile
@@ -75,7 +79,9 @@ class AliasRegistry:
     def own(self, source: Source, storage: AliasedStorage, parameter: AliasedParameter) -> None:
         """Make ``parameter`` over ``storage`` the checkpoint name of ``source``."""
         source.storage = storage
-        storage.listeners.append(self.mark_stale)
+        storage.listeners.append(self)
+        if storage.kernel_name is not None and source.derived:
+            storage.kernel_name.label = f"{self.label}.{source.derived}"
         source.bindings = [Binding(self.module, source.name, parameter)]
         self.bind(source)
 
@@ -85,24 +91,32 @@ class AliasRegistry:
             put(binding.module, binding.name, binding.parameter)
 
     def bind_kernel_names(self) -> None:
-        for source in self.sources.values():
-            if source.derived and source.storage is not None and source.storage.kernel is not None:
-                self._bind_buffer(source.derived, source.storage.kernel)
+        """Show every kernel name on the module: its tensor, or what stands in for it while the module is stale."""
+        device = self.device()
         for derived in self.derived.values():
-            if derived.tensor is None and (device := self.device()) is not None:
+            if derived.kernel is None and device is not None:
                 spec = derived.declaration
-                derived.tensor = torch.empty(spec.shape, dtype=spec.dtype, device=device)
-            if derived.tensor is not None:
-                self._bind_buffer(derived.declaration.name, derived.tensor)
+                with torch.inference_mode(False):
+                    memory = torch.empty(spec.shape, dtype=spec.dtype, device=device)
+                derived.kernel = KernelName(f"{self.label}.{spec.name}", memory)
+        for name, kernel in self.kernels():
+            put_buffer(self.module, name, self._shown(kernel), self)
 
-    def _bind_buffer(self, name: str, tensor: Tensor) -> None:
-        module = self.module
-        if module._buffers.get(name) is tensor:
-            return
-        module._parameters.pop(name, None)
-        module.__dict__.pop(name, None)
-        module._buffers[name] = tensor
-        module._non_persistent_buffers_set.add(name)
+    def show_kernel_names(self) -> None:
+        """As :meth:`bind_kernel_names`, but leave what was put under a name for the next verb to see."""
+        for name, kernel in self.kernels():
+            if kernel.shows(self.module._buffers.get(name)):
+                put_buffer(self.module, name, self._shown(kernel), self)
+
+    def _shown(self, kernel: KernelName) -> Tensor:
+        return kernel.stand_in if self._guard.is_up else kernel.tensor
+
+    def kernels(self) -> list[tuple[str, KernelName]]:
+        """Every kernel name that has memory."""
+        sources, derived = self.sources.values(), self.derived.values()
+        found = [(s.derived, s.storage.kernel_name) for s in sources if s.derived and s.storage is not None]
+        found += [(d.declaration.name, d.kernel) for d in derived]
+        return [(name, kernel) for name, kernel in found if kernel is not None]
 
     def device(self) -> torch.device | None:
         for source in self.sources.values():
@@ -113,6 +127,15 @@ class AliasRegistry:
     def kernel_names(self) -> set[str]:
         return {s.derived for s in self.sources.values() if s.derived} | set(self.derived)
 
+    def relabel(self, path: str) -> None:
+        """Call everything by the module's place in its model."""
+        self.label = path
+        for source in self.sources.values():
+            if source.storage is not None:
+                source.storage.label = f"{path}.{source.name}"
+        for name, kernel in self.kernels():
+            kernel.label = f"{path}.{name}"
+
     def show_shards(self, name: str, shards: Iterable[tuple[nn.Module, str, Tensor]]) -> None:
         """Show the storage of ``name`` as several names, each a view of it (the q, k and v of a fused projection).
 
@@ -122,29 +145,7 @@ class AliasRegistry:
             name: the declared source.
             shards: (module, parameter name, view), where view is a slice or view of the source parameter.
         """
-        source = self.sources[name]
-        if source.storage is None:
-            raise StateError("a source on the meta device has no memory to show", module=self.label, name=name)
-        bindings = []
-        for module, shard_name, view in shards:
-            if not isinstance(view, _Aliased) or view._alias_storage is not source.storage:
-                raise DeclarationError("a shard must be a view of the source it shows", module=self.label, name=name)
-            old = module._parameters.get(shard_name)
-            parameter = make_parameter(source.storage, view._alias_memory, type(old) if old is not None else nn.Parameter)
-            if old is not None:
-                parameter.__dict__.update(loader_attributes(old))
-            bindings.append(Binding(module, shard_name, parameter))
-        if sum(b.parameter.numel() for b in bindings) != source.plan.source.numel:
-            raise DeclarationError(
-                "the shards must cover the source exactly once",
-                module=self.label,
-                name=name,
-                expected=f"{source.plan.source.numel} elements",
-                found=f"{sum(b.parameter.numel() for b in bindings)} elements",
-            )
-        self.module._parameters.pop(name, None)
-        source.bindings = bindings
-        self.bind(source)
+        _shards.show(self, name, shards)
 
     def rebind(self) -> None:
         """Put the library's own names back and discard whatever replaced them."""
@@ -161,46 +162,7 @@ class AliasRegistry:
             DeclarationError: not a source with an aliased kernel name, or a transform that does not invert.
             PointerError: the new format needs more memory than was planned (``Alias(room_for=...)``).
         """
-        plans = {name: self._plan_for(name, transform) for name, transform in transforms.items()}
-        with torch.no_grad():
-            reconcile(self)
-            for name, plan in plans.items():
-                source = self.sources[name]
-                if source.storage is not None:
-                    with source.storage.lock:
-                        source.storage.retarget(plan)
-                source.plan = plan
-            self.bind_kernel_names()
-        self.mark_stale()
-
-    def _plan_for(self, name: str, transform: Transform) -> StoragePlan:
-        source = self.sources.get(name)
-        if source is None or not source.derived:
-            raise DeclarationError(
-                "only a source with an aliased kernel name has a format to change",
-                module=self.label,
-                name=name,
-                found=f"aliased sources {sorted(n for n, s in self.sources.items() if s.derived)}",
-            )
-        if source.storage is not None and len(source.storage.listeners) > 1:
-            raise DeclarationError(
-                "another module declares this tied weight too, to the format it has",
-                module=self.label,
-                name=name,
-                remedy="Untie it with clone() before declaring, or declare it once.",
-            )
-        old, plan = source.plan, plan_storage(source.plan.source, transform)
-        if not plan.reason.aliases or plan.regions != old.regions or plan.region_capacity > old.region_capacity:
-            raise PointerError(
-                f"this kernel format does not fit the storage: {plan.reason.value}",
-                module=self.label,
-                name=name,
-                expected=f"{old.regions} regions of at most {old.region_capacity} bytes",
-                found=f"{plan.regions} regions of {plan.region_capacity} bytes ({plan.derived})",
-                remedy="Plan room for it at creation: Alias(room_for=(transform,)).",
-            )
-        probe_transform(self.label, name, transform, plan.source)
-        return replace(plan, region_capacity=old.region_capacity)
+        _retarget.retarget(self, transforms)
 
     def rederive(self, derivations: Iterable[Derivation]) -> None:
         """Give derived names other formulas, in the memory they have; the next processing computes them anew.
@@ -239,18 +201,18 @@ class AliasRegistry:
         """
         with torch.no_grad():
             reconcile(self)
-            storages = self._storages()
+            storages = self.storages()
             with all_locked(storages):
                 for storage in storages:
                     storage.settle()
                 self._need_loaded()
                 for check in self.checks:
                     check(self)
-                late = self._late_derivations()
-                work = sum(self._refresh(derived) for name, derived in self.derived.items() if name not in late)
+                late = late_derivations(self)
+                work = sum(refresh(self, derived) for name, derived in self.derived.items() if name not in late)
                 for storage in storages:
                     work += storage.to_kernel()
-                work += sum(self._refresh(derived) for name, derived in self.derived.items() if name in late)
+                work += sum(refresh(self, derived) for name, derived in self.derived.items() if name in late)
         self.settle_guard()
         if work:
             for hook in self.on_processed:
@@ -261,13 +223,13 @@ class AliasRegistry:
         """Bring every storage back to checkpoint format (an engine's ``restore_weights_before_loading``)."""
         with torch.no_grad():
             reconcile(self)
-            for storage in self._storages():
+            for storage in self.storages():
                 with storage.lock:
                     storage.restore()
         self.mark_stale()
         self.settle_guard()  # where nothing is aliased, nothing is stale
 
-    def _storages(self) -> list[AliasedStorage]:
+    def storages(self) -> list[AliasedStorage]:
         return [s.storage for s in self.sources.values() if s.storage is not None]
 
     def _need_loaded(self) -> None:
@@ -277,129 +239,99 @@ class AliasRegistry:
                     "cannot process a name which is still on the meta device",
                     module=self.label,
                     name=source.name,
+                    expected="a loaded tensor",
+                    found="a placeholder on meta",
                     remedy="Load the module's weights first.",
                 )
             source.storage.need_loaded()
 
-    def _refresh(self, derived: Derived) -> int:
-        current = tuple(self._generation(name) for name in derived.declaration.sources)
-        if derived.seen == current:
-            return 0
-        spec = derived.declaration
-        value = compute(self.label, derived, [self.value(name) for name in spec.sources])
-        if derived.tensor is None or TensorSpec.of(value) != TensorSpec(spec.shape, spec.dtype):
-            raise StateError(
-                "a derivation returned another shape or dtype than it declared",
-                module=self.label,
-                name=spec.name,
-                expected=TensorSpec(spec.shape, spec.dtype),
-                found=TensorSpec.of(value),
-                remedy="Return exactly that from the function, or declare what it returns.",
-            )
-        derived.tensor.copy_(value)
-        derived.seen = current
-        derived.generation += 1
-        return 1
-
-    def _generation(self, name: str) -> int:
-        if name in self.derived:
-            return self.derived[name].generation
-        storage = self._source_of(name).storage
-        return storage.generation if storage is not None else -1
-
     def value(self, name: str) -> Tensor:
         """What a source (in checkpoint format) or a derivation holds, also of a source that is shown as shards by other names."""
-        if name in self.derived:
-            tensor = self.derived[name].tensor
-            if tensor is None:
-                raise AssertionError(f"{self.label}.{name}: derived before it has memory")
-            return tensor
-        storage = self._source_of(name).storage
-        if storage is None:
-            raise AssertionError(f"{self.label}.{name}: read before it has memory")
-        if name not in self.sources and storage.kernel is not None:
-            return storage.kernel
-        return storage.read(storage.checkpoint)
-
-    def _source_of(self, name: str) -> Source:
-        """The source of a checkpoint name, or of the kernel name that lives in its storage."""
-        return self.sources.get(name) or next(s for s in self.sources.values() if s.derived == name)
-
-    def _late_derivations(self) -> set[str]:
-        """Derivations of kernel names, and what derives from them: computed after the conversion, the others before it."""
-        late = {s.derived for s in self.sources.values() if s.derived}
-        for name, derived in self.derived.items():  # in the order of refreshing
-            if late.intersection(derived.declaration.sources):
-                late.add(name)
-        return {name for name in self.derived if name in late}
+        return value_of(self, name)
 
     # -- staleness -----------------------------------------------------------------------------------------------------
 
     def mark_stale(self) -> None:
-        """A checkpoint name changed: refuse the module's forward until it is processed (law 8).
-
-        The guard is a forward pre-hook which exists only while something is stale, so a ready module pays nothing.
-        """
-        if self._guard is None and self.kernel_names():
-            self._guard = self.module.register_forward_pre_hook(self._check_before_forward, prepend=True)
+        """A checkpoint name changed: refuse the module's forward and its kernel names until it is processed (law 8)."""
+        self._guard.mark_stale()
 
     def suspect(self) -> None:
         """Something was put under a declared name. Whether it stays there is seen at the next forward or verb."""
-        self._suspicious = True
-        self.mark_stale()
+        self._guard.suspect()
+
+    def look_again(self) -> None:
+        """Something of ours was put back under a declared name."""
+        self._guard.look_again()
+
+    def settle_guard(self) -> None:
+        """Let the module run again once every kernel name is current."""
+        self._guard.settle()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether every kernel name is current."""
+        self._guard.look_again()
+        return not self._guard.is_up
+
+    def shows(self, name: str, value: Any) -> bool:
+        """Whether ``value`` is what this registry has under ``name``, a checkpoint name or a kernel name."""
+        return any(k.shows(value) for n, k in self.kernels() if n == name) or any(
+            is_same_name(value, b.parameter) for s in self.sources.values() for b in s.bindings if b.name == name
+        )
+
+    def check_kernel_name(self, name: str, value: Any) -> None:
+        """Raise AdoptionError where ``value`` is put under a kernel name that it cannot stand for even in passing."""
+        kernel = dict(self.kernels()).get(name)
+        if kernel is None or not isinstance(value, Tensor):
+            return
+        found, expected = (value.dtype, value.shape), (kernel.memory.dtype, kernel.memory.shape)
+        if found != expected:
+            raise AdoptionError(
+                "a kernel-format name was given another dtype or shape",
+                module=self.label,
+                name=name,
+                expected=f"{expected[0]} {list(expected[1])}",
+                found=f"{found[0]} {list(found[1])}",
+                remedy="Module.half() and the like cannot apply to declared modules; cast the others.",
+            )
 
     def replaced_names(self) -> list[str]:
         """Declared names under which there is another tensor than ours."""
         bindings = [b for source in self.sources.values() for b in source.bindings]
         found = ((b, b.module._parameters.get(b.name)) for b in bindings)
-        return [b.name for b, tensor in found if tensor is not None and tensor is not b.parameter]
-
-    def settle_guard(self) -> None:
-        """Let the module run again once every kernel name is current."""
-        if self._suspicious and not self.replaced_names():
-            self._suspicious = False
-        if self._guard is not None and not self._suspicious and not self.stale_names():
-            self._guard.remove()
-            self._guard = None
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether every kernel name is current."""
-        if self._suspicious:
-            self.settle_guard()
-        return self._guard is None
+        replaced = [b.name for b, tensor in found if tensor is not None and not is_same_name(tensor, b.parameter)]
+        return replaced + [n for n, kernel in self.kernels() if not kernel.shows(self.module._buffers.get(n))]
 
     def stale_names(self) -> list[str]:
-        """Kernel names older than their sources."""
-        stale = [
-            s.derived for s in self.sources.values() if s.derived and (s.storage is None or s.storage.state is not State.KERNEL)
-        ]
+        """Kernel names older than their sources, or written or moved by other code."""
+        stale = [s.derived for s in self.sources.values() if s.derived and (s.storage is None or not s.storage.is_current)]
         older: list[str] = []
         for name, derived in self.derived.items():
-            sources = derived.declaration.sources
-            if derived.seen != tuple(self._generation(n) for n in sources) or not set(older).isdisjoint(sources):
+            if not self.is_current(derived) or not set(older).isdisjoint(derived.declaration.sources):
                 older.append(name)
         return stale + older
 
-    def _check_before_forward(self, module: nn.Module, args: Any) -> None:
-        self.settle_guard()  # what was stale may have been processed by another module that shows the same storage
-        if self._guard is None:
-            return
-        replaced = self.replaced_names()
-        raise StaleKernelError(
-            "called while a declared name holds a tensor that was not taken in yet"
-            if replaced
-            else "called while kernel-format names are stale",
-            module=self.label,
-            name=", ".join(replaced or self.stale_names()) or None,
-            expected="names processed since the last write to their sources",
-            remedy="Call aliasparam.process(model) after loading.",
-        )
+    def is_current(self, derived: Derived) -> bool:
+        kernel = derived.kernel
+        if kernel is None or kernel.was_written or kernel.was_moved:
+            return False
+        return derived.seen == tuple(self.generation_of(n) for n in derived.declaration.sources)
+
+    def generation_of(self, name: str) -> int:
+        """Counts the changes of a name that something derives from."""
+        if name in self.derived:
+            return self.derived[name].generation
+        storage = self.source_of(name).storage
+        return storage.generation if storage is not None else -1
+
+    def source_of(self, name: str) -> Source:
+        """The source of a checkpoint name, or of the kernel name that lives in its storage."""
+        return self.sources.get(name) or next(s for s in self.sources.values() if s.derived == name)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        for storage in self._storages():
-            storage.listeners.append(self.mark_stale)
+        for storage in self.storages():
+            storage.listeners.append(self)
 
 
 def registry_of(module: nn.Module) -> AliasRegistry | None:
@@ -415,10 +347,7 @@ def registries(model: nn.Module) -> list[tuple[str, AliasRegistry]]:
         registry = registry_of(module)
         if registry is not None:
             if path:
-                registry.label = path
-                for source in registry.sources.values():
-                    if source.storage is not None:
-                        source.storage.label = f"{path}.{source.name}"
+                registry.relabel(path)
             found.append((path, registry))
     return found
 
@@ -462,4 +391,4 @@ def _after_load_state_dict(module: nn.Module, incompatible: Any) -> None:
             reconcile(registry)
 
 
-ForkingPickler.register(AliasRegistry, _refuse_for_process)
+ForkingPickler.register(AliasRegistry, refuse_for_process)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ._compiled import refused_when_traced
 from ._parameter import _Aliased
 from ._reconcile import reconcile
 from ._registry import registries
@@ -225,3 +226,6 @@ def _refuse(module: nn.Module, args: Any) -> None:
         found="one that failed after its first write",
         remedy="Reload the whole model; until then it does not run.",
     )
+
+
+refused_when_traced(_refuse, "the last reload failed half-way, the weights are stale: reload the whole model")

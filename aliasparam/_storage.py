@@ -1,20 +1,7 @@
-"""AliasedStorage: one allocation, several formats, and the only place where its state changes.
+"""AliasedStorage: one allocation, several formats.
 
 [Note: storage identity] From allocation on, the bytes may be rewritten but never moved: CUDA graphs and kernel objects hold
-the address. Every name is a view of this one buffer.
-
-[Note: state] Each region is in one state, and its bytes mean nothing without it:
-
-    EMPTY ──write──▶ PARTIAL ──all bytes written──▶ CHECKPOINT ──process──▶ KERNEL
-                        ▲                              ▲ │                    │
-                        └──── write ──── INVALID       │ └──── fail ──▶ …     │
-                                                       └──── write, restore ──┘
-
-    EMPTY       allocated, never written          names refuse to be read
-    PARTIAL     some checkpoint bytes written     only what was written can be read
-    CHECKPOINT  checkpoint-format bytes           checkpoint names are plain memory; kernel names are stale
-    KERNEL      kernel-format bytes               kernel names are plain memory; checkpoint names read a converted copy
-    INVALID     a failed load or sleep            everything refuses until it is written whole again
+the address. Every name is a view of this one buffer. What a region's bytes mean is its state: see [Note: state] in _states.py.
 
 [Note: threads] Loaders write shards from many threads. Whatever looks at a state and then touches bytes holds the storage's
 lock, so a conversion never meets a write or a read of the same storage. Locks of several storages are taken in one order
@@ -23,39 +10,44 @@ lock, so a conversion never meets a write or a read of the same storage. Locks o
 
 from __future__ import annotations
 
+import copy
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from enum import Enum
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from . import _convert
-from ._transform import TensorSpec, contiguous_strides
+from ._kernel_name import KernelName
+from ._reading import converted_copy, whose
+from ._regions import covers, name_over, regions_of, regions_view
+from ._states import RegionStates
+from ._states import State as State
+from ._transform import TensorSpec
 from ._verdict import StoragePlan
 from ._written import WrittenBytes
-from .errors import PointerError, StateError
+from .errors import MemoryFreedError, StateError
 
 
-class State(Enum):
-    EMPTY = "empty"
-    PARTIAL = "partly written"
-    CHECKPOINT = "checkpoint format"
-    KERNEL = "kernel format"
-    INVALID = "invalid"
+class Listener(Protocol):
+    """Who shows kernel names that depend on a storage: a registry."""
+
+    def mark_stale(self) -> None:
+        """Something changed, or is about to."""
+
+    def settle_guard(self) -> None:
+        """What was about to change did not."""
 
 
-#: The legal moves; `_move` is their only executor.
-_MOVES: dict[State, frozenset[State]] = {
-    State.EMPTY: frozenset({State.PARTIAL, State.CHECKPOINT, State.INVALID}),
-    State.PARTIAL: frozenset({State.PARTIAL, State.CHECKPOINT, State.KERNEL, State.INVALID}),
-    State.CHECKPOINT: frozenset({State.CHECKPOINT, State.KERNEL, State.INVALID}),
-    State.KERNEL: frozenset({State.KERNEL, State.CHECKPOINT, State.PARTIAL, State.INVALID}),
-    State.INVALID: frozenset({State.PARTIAL, State.CHECKPOINT, State.INVALID}),
-}
+class Write(NamedTuple):
+    """One write in progress: see :meth:`AliasedStorage.before_write`."""
+
+    regions: range
+    whole: bool
+    moved: list[tuple[int, State]]
 
 
 @contextmanager
@@ -65,10 +57,6 @@ def all_locked(storages: Iterable[AliasedStorage]) -> Iterator[None]:
         for storage in sorted(storages, key=id):
             locks.enter_context(storage.lock)
         yield
-
-
-#: Attributes which an unpickled storage makes for itself.
-_REMADE = frozenset({"checkpoint", "kernel", "listeners", "lock", "stand_in"})
 
 
 class AliasedStorage:
@@ -95,49 +83,42 @@ class AliasedStorage:
             raise AssertionError(f"{label}: buffer of {buffer.numel()} {buffer.dtype}, planned {plan.nbytes} bytes")
         self.label = label
         self.plan = plan
-        self.buffer = buffer
-        self.states = [state] * plan.regions
         #: Counts content changes; whoever derives from this storage compares it with what it saw last.
         self.generation = 0
-        #: Called after any change that makes a kernel name or a derivation stale; one per registry that shows this storage.
-        self.listeners: list[Callable[[], None]] = []
+        #: Told of any change that makes a kernel name or a derivation stale; one per registry that shows this storage.
+        self.listeners: list[Listener] = []
         #: See [Note: threads].
         self.lock = threading.RLock()
+        #: Whether other code was given the raw storage, which it might free.
+        self.handed_out = False
         #: Why somebody outside is writing the raw bytes now, or None.
         self.exposed: str | None = None
+        self._states = RegionStates(plan.regions, state)
         self._written = WrittenBytes()
-        self._plain = state is State.CHECKPOINT  # fast path: every region is CHECKPOINT
-        self.checkpoint = self._name(plan.source)
-        self.kernel = self._name(plan.derived) if has_kernel_name and plan.reason.aliases else None
+        self._why: str | None = None  # what made regions invalid, where that is not plain from the caller
+        self.name_buffer(buffer, has_kernel_name=has_kernel_name and plan.reason.aliases)
+        self._look()
 
     # -- names ---------------------------------------------------------------------------------------------------------
 
-    def _name(self, spec: TensorSpec) -> Tensor:
-        """The plain tensor of one format over the buffer. See [Note: regions lie apart] in _verdict.py."""
-        lead = self.plan.lead_dims
-        strides = contiguous_strides(spec.shape)
-        step = self.plan.region_capacity // spec.dtype.itemsize
-        for dim in reversed(range(lead)):
-            strides[dim] = step
-            step *= spec.shape[dim]
-        return self.buffer.view(spec.dtype).as_strided(spec.shape, strides)
+    def name_buffer(self, buffer: Tensor, *, has_kernel_name: bool) -> None:
+        """Make the names over ``buffer``."""
+        self.buffer = buffer
+        with torch.inference_mode(False):
+            self.checkpoint = name_over(buffer, self.plan, self.plan.source)
+            self.kernel_name: KernelName | None = None
+            if has_kernel_name:
+                self.kernel_name = KernelName(self.label, name_over(buffer, self.plan, self.plan.derived), self)
 
-    def _regions_view(self, name: Tensor, first: int, count: int) -> Tensor:
-        """``count`` regions of one name as [count, *core]."""
-        lead = self.plan.lead_dims
-        step = self.plan.region_capacity // name.element_size()
-        return name.as_strided((count, *name.shape[lead:]), (step, *name.stride()[lead:]), first * step)
+    @property
+    def kernel(self) -> Tensor | None:
+        """The plain tensor that kernels read, or None. The library itself writes through a view of its own."""
+        return None if self.kernel_name is None else self.kernel_name.tensor
 
-    def regions_of(self, view: Tensor) -> range:
-        """The regions which a view of the checkpoint name touches."""
-        if self.plan.regions == 1:
-            return range(1)
-        if view.numel() == 0:
-            return range(0)
-        width, capacity = view.element_size(), self.plan.region_capacity
-        first = view.storage_offset() * width
-        last = first + sum((n - 1) * s for n, s in zip(view.shape, view.stride(), strict=True)) * width
-        return range(first // capacity, last // capacity + 1)
+    def kernel_regions(self, start: int, count: int) -> Tensor:
+        if self.kernel_name is None:
+            raise AssertionError(f"{self.label}: kernel state without a kernel name")
+        return regions_view(self.plan, self.kernel_name.memory, start, count)
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
@@ -147,48 +128,84 @@ class AliasedStorage:
         return torch.empty(self.plan.nbytes, dtype=torch.uint8, device="meta").untyped_storage()
 
     @property
+    def states(self) -> list[State]:
+        return self._states.each
+
+    @property
     def state(self) -> State | None:
         """The common state of all regions, or None where they differ."""
-        first = self.states[0] if self.states else State.CHECKPOINT
-        return first if all(s is first for s in self.states) else None
+        return self._states.common
 
-    def _move(self, regions: Iterable[int], to: State, doing: str) -> None:
-        """Change state: the only place. Refuses illegal moves before any is made."""
-        regions = list(regions)
-        self._need_unexposed(doing)
-        for region in regions:
-            if to not in _MOVES[self.states[region]]:
-                raise StateError(
-                    f"cannot {doing}: region {region} is {self.states[region].value!r}",
-                    name=self.label,
-                    expected=f"a state from which {to.value!r} can be reached",
-                    found=self.states[region].value,
-                    remedy="Load the whole tensor first." if to is not State.CHECKPOINT else None,
-                )
-        for region in regions:
-            self.states[region] = to
-        self._plain = all(s is State.CHECKPOINT for s in self.states)
-        if self._plain:
+    @property
+    def is_current(self) -> bool:
+        """Whether every region is in kernel format, and other code left the kernel name alone."""
+        name = self.kernel_name
+        return self._states.all_are(State.KERNEL) and name is not None and not name.was_written and not name.was_moved
+
+    def _move(self, regions: Sequence[int], to: State, doing: str) -> None:
+        self.need_unexposed(doing)
+        before = None if to is State.KERNEL or to is State.CHECKPOINT else [self.states[r] for r in regions]
+        self._states.move(regions, to, doing, self.label)
+        if before is not None:  # what arrived before a region was begun again no longer counts
+            for region, state in zip(regions, before, strict=True):
+                if state is not State.PARTIAL or to is State.INVALID:
+                    self._written.forget(region * self.plan.region_capacity, (region + 1) * self.plan.region_capacity)
+        self._look()
+
+    def _look(self) -> None:
+        """Renew what follows from the states."""
+        #: Fast path: every region is CHECKPOINT and nobody outside writes, so checkpoint names are plain memory.
+        self.is_plain = self._states.all_are(State.CHECKPOINT) and self.exposed is None
+        if self.is_plain:
             self._written.clear()
+            self._why = None
 
-    def invalidate(self) -> None:
+    def invalidate(self, why: str | None = None) -> None:
         """Declare the bytes unusable (failed load, sleep). Only a whole rewrite leads out."""
         self._move(range(self.plan.regions), State.INVALID, "invalidate")
         self._written.clear()
+        self._why = why
         self._changed()
+
+    def notice(self) -> None:
+        """See whether other code wrote the kernel name: then nobody knows what the bytes are. See [Note: foreign writes]."""
+        self.need_memory()
+        name = self.kernel_name
+        if name is not None and name.tensor._version != name.version and self.exposed is None:
+            name.accept()
+            self.invalidate(
+                f"the kernel name {name.label.rpartition('.')[2]!r} was written by other code: only aliasparam.process() writes "
+                "kernel names, and DistributedDataParallel, averaged models and the like must leave such buffers out"
+            )
 
     def _changed(self) -> None:
         self.generation += 1
-        for listener in self.listeners:
-            listener()
+        self._warn()
 
-    def _need_unexposed(self, doing: str) -> None:
+    def _warn(self) -> None:
+        for listener in self.listeners:
+            listener.mark_stale()
+
+    def need_unexposed(self, doing: str) -> None:
+        """Raise StateError while somebody outside writes the raw bytes."""
         if self.exposed is not None:
             raise StateError(
                 f"cannot {doing}: the raw bytes are exposed to {self.exposed}",
-                name=self.label,
+                label=self.label,
                 expected="written() or abandon() of the exposure first",
                 found="an open exposure",
+                remedy="Close it, or leave its `with` block; a bulk load ends with its block.",
+            )
+
+    def need_memory(self) -> None:
+        """Raise MemoryFreedError where other code gave the memory back (``untyped_storage().resize_(0)``)."""
+        if self.buffer.device.type != "meta" and self.buffer.untyped_storage().nbytes() < self.plan.nbytes:
+            raise MemoryFreedError(
+                "the memory of this name was freed",
+                label=self.label,
+                expected=f"{self.plan.nbytes} bytes",
+                found=f"{self.buffer.untyped_storage().nbytes()} bytes",
+                remedy="Call aliasparam.invalidate(model) before memory is lent out, have it back at the same address, and load again.",
             )
 
     # -- reading -------------------------------------------------------------------------------------------------------
@@ -200,173 +217,200 @@ class AliasedStorage:
         Raises:
             StateError: bytes that were never written, are invalid, or hold kernel bytes without an inverse.
         """
-        if self._plain:
+        name = self.kernel_name
+        if name is not None and name.tensor._version != name.version:
+            self.notice()
+        if self.handed_out:
+            self.need_memory()
+        if self.is_plain:
             return view
-        self._need_unexposed("read")
-        regions = self.regions_of(view)
+        self.need_unexposed("read")
+        regions = regions_of(self.plan, view)
         self._need_weights(view, regions)
         if any(self.states[r] is State.KERNEL for r in regions):
-            return self._converted(view, regions)
+            return converted_copy(self, view, regions)
         return view
+
+    def holds(self, view: Tensor) -> bool:
+        """Whether the memory under ``view`` holds its values, so that :meth:`read` would give the view itself."""
+        if self.is_plain or self.exposed is not None:
+            return self.is_plain
+        regions = regions_of(self.plan, view)
+        found = {self.states[r] for r in regions}
+        return found <= {State.CHECKPOINT, State.PARTIAL} and self._has_weights(view, found)
+
+    def _has_weights(self, view: Tensor, found: set[State]) -> bool:
+        if State.EMPTY in found or State.INVALID in found:
+            return False
+        if State.PARTIAL not in found:
+            return True
+        size = self.plan.region_capacity
+        loaded = [(r * size, (r + 1) * size) for r, state in enumerate(self.states) if state is not State.PARTIAL]
+        return self._written.has(view, self.plan.nbytes, loaded)
 
     def _need_weights(self, view: Tensor, regions: range) -> None:
         """Refuse to read bytes that were never loaded."""
-        found = {self.states[r] for r in regions}
-        if found & {State.EMPTY, State.INVALID} or (State.PARTIAL in found and not self._written.has(view, self.plan.nbytes)):
+        if not self._has_weights(view, {self.states[r] for r in regions}):
             bad = next(r for r in regions if self.states[r] not in (State.CHECKPOINT, State.KERNEL))
-            raise StateError(
-                f"reading bytes that hold no weights: region {bad} of {self.plan.regions} is {self.states[bad].value!r}",
-                name=self.label,
-                expected="a loaded tensor",
-                found=self.states[bad].value,
-                remedy="Load checkpoint-format bytes into the whole tensor first.",
-            )
+            raise self._not_loaded("reading bytes that hold no weights", bad)
 
-    def _converted(self, view: Tensor, regions: range) -> Tensor:
-        first, count, capacity = regions[0], len(regions), self.plan.region_capacity
-        temporary = torch.empty(count * capacity, dtype=torch.uint8, device=self.buffer.device)
-        spec = self.plan.source
-        core = spec.shape[self.plan.lead_dims :]
-        typed = temporary.view(spec.dtype).as_strided(
-            (count, *core), (capacity // spec.dtype.itemsize, *contiguous_strides(core))
+    def _not_loaded(self, doing: str, region: int) -> StateError:
+        state = self.states[region].value
+        return StateError(
+            f"{doing}: region {region} of {self.plan.regions} is {state!r}",
+            label=self.label,
+            expected="checkpoint-format bytes in the whole tensor",
+            found=f"{state}: {self._why}" if self._why else state,
+            remedy="Load every shard of this tensor first.",
         )
-        for start, n, state in self._runs(regions):
-            target = typed[start - first : start - first + n]
-            if state is State.KERNEL:
-                target.copy_(self._inverse(start, n))
-            else:
-                target.copy_(self._regions_view(self.checkpoint, start, n))
-        offset = view.storage_offset() - first * capacity // view.element_size()
-        result = torch.empty(0, dtype=view.dtype, device=view.device)
-        return result.set_(temporary.untyped_storage(), offset, view.shape, view.stride())
 
-    def _inverse(self, start: int, count: int) -> Tensor:
-        kernel = self._kernel_regions(start, count)
-        core = self.plan.source.shape[self.plan.lead_dims :]
-        with self._telling_whose():
-            return self.plan.transform.inverse(kernel, TensorSpec((count, *core), self.plan.source.dtype))
-
-    def _kernel_regions(self, start: int, count: int) -> Tensor:
-        if self.kernel is None:
-            raise AssertionError(f"{self.label}: kernel state without a kernel name")
-        return self._regions_view(self.kernel, start, count)
-
-    @contextmanager
-    def _telling_whose(self) -> Iterator[None]:
-        """A transform without an inverse does not know whose bytes it refuses; we do."""
-        try:
-            yield
-        except StateError as error:
-            facts = {"expected": error.expected, "found": error.found, "remedy": error.remedy}
-            raise StateError(error.message, name=self.label, **facts) from None
-
-    def _runs(self, regions: Iterable[int]) -> Iterable[tuple[int, int, State]]:
+    def runs(self, regions: Iterable[int]) -> list[tuple[int, int, State]]:
         """(first, count, state) runs of equal state, each small enough for the scratch bound."""
-        most = _convert.regions_at_once(self.plan)
-        start, count = -1, 0
+        most, states = _convert.regions_at_once(self.plan), self.states
+        found: list[tuple[int, int, State]] = []
         for region in regions:
-            if count and region == start + count and count < most and self.states[region] is self.states[start]:
-                count += 1
-                continue
-            if count:
-                yield start, count, self.states[start]
-            start, count = region, 1
-        if count:
-            yield start, count, self.states[start]
+            if found:
+                start, count, state = found[-1]
+                if region == start + count and count < most and states[region] is state:
+                    found[-1] = (start, count + 1, state)
+                    continue
+            found.append((region, 1, states[region]))
+        return found
 
     # -- writing -------------------------------------------------------------------------------------------------------
 
-    def before_write(self, view: Tensor, overwrites: bool) -> list[tuple[int, State]]:
+    def before_write(self, view: Tensor, overwrites: bool) -> Write | None:
         """Make the regions under ``view`` checkpoint-format memory, so that writing ``view`` is right.
 
         Args:
             view: plain view of the checkpoint name which is about to be written.
             overwrites: the write does not read what was there (``copy_``), so old bytes need not be kept.
 
-        Returns what :meth:`undo` needs if the write then fails.
+        Returns what :meth:`after_write` or :meth:`undo` need. If this raises, nothing has changed.
         """
-        if self._plain:
-            return []
-        self._need_unexposed("write")
-        undo: list[tuple[int, State]] = []
-        regions = self.regions_of(view)
+        name = self.kernel_name
+        if name is not None and name.tensor._version != name.version:
+            self.notice()
+        if self.handed_out:
+            self.need_memory()
+        if self.is_plain:
+            return None
+        self.need_unexposed("write")
+        regions = regions_of(self.plan, view)
         if not overwrites:
             self._need_weights(view, regions)
-        whole = overwrites and self._covers(view, regions)
-        for start, count, state in list(self._runs(regions)):
+        write = Write(regions, overwrites and covers(self.plan, view, regions), [])
+        try:
+            self._open(write, overwrites)
+        except BaseException:
+            self.undo(write)
+            raise
+        return write
+
+    def _open(self, write: Write, overwrites: bool) -> None:
+        for start, count, state in self.runs(write.regions):
             run = range(start, start + count)
             if state is State.KERNEL:
-                undo.extend((r, state) for r in run)
-                self._leave_kernel(run, whole, overwrites)
-            elif state in (State.EMPTY, State.INVALID):
-                undo.extend((r, state) for r in run)
+                self._warn()  # before the kernel name's bytes change
+                write.moved.extend((r, state) for r in run)
+                if not write.whole and (self.plan.transform.invertible or not overwrites):
+                    self.restore(run)
+                else:  # nothing of the old bytes survives the write, or nothing can be said about them
+                    self._move(run, State.PARTIAL, "write")
+            elif state in (State.EMPTY, State.INVALID) and not write.whole:
+                write.moved.extend((r, state) for r in run)
                 self._move(run, State.PARTIAL, "write")
-        return undo
 
-    def _leave_kernel(self, run: range, whole: bool, overwrites: bool) -> None:
-        if not whole and (self.plan.transform.invertible or not overwrites):
-            self.restore(run)
-        else:  # nothing of the old bytes survives the write, or nothing can be said about them
-            self._move(run, State.PARTIAL, "write")
-
-    def undo(self, changes: list[tuple[int, State]]) -> None:
+    def undo(self, write: Write | None) -> None:
         """After a write that raised before it wrote: bring regions back to the state they were in."""
-        for region, state in changes:
+        if write is None:
+            return
+        for region, state in write.moved:
             if state is State.KERNEL and self.states[region] is State.CHECKPOINT:
-                self.to_kernel([region])
-            else:
-                self.states[region] = state
-        self._plain = all(s is State.CHECKPOINT for s in self.states)
+                try:
+                    self.to_kernel([region])
+                except Exception:
+                    continue  # restored is right too, only stale: the first error is the one to tell
+            elif self.states[region] is State.PARTIAL:
+                self._states.set_known([(region, state)])
+        self._look()
+        for listener in self.listeners:
+            listener.settle_guard()
 
-    def after_write(self, view: Tensor) -> None:
-        """Record that checkpoint values were written through ``view``."""
-        if not self._plain:
-            regions = self.regions_of(view)
-            open_regions = [r for r in regions if self.states[r] is State.PARTIAL]
-            if open_regions and self._covers(view, regions):
-                self._move(open_regions, State.CHECKPOINT, "write")
-            elif open_regions:
-                self._written.add(view)
+    def spoil(self, view: Tensor) -> None:
+        """After a write that may have failed half-way: what is under ``view`` is neither old nor new."""
+        self._why = "a write failed half-way"
+        self._move(regions_of(self.plan, view), State.INVALID, "write")
         self._changed()
 
-    def _covers(self, view: Tensor, regions: range) -> bool:
-        """Whether ``view`` holds every checkpoint byte of ``regions`` (a view never lists a byte twice: see as_strided)."""
-        per_region = self.plan.source.nbytes // max(self.plan.regions, 1)
-        return view.numel() * view.element_size() == per_region * len(regions) and 0 not in view.stride()
+    def after_write(self, view: Tensor, write: Write | None = None) -> None:
+        """Record that checkpoint values were written through ``view``."""
+        if not self.is_plain:
+            if write is None:
+                regions = regions_of(self.plan, view)
+                write = Write(regions, covers(self.plan, view, regions), [])
+            if write.whole:
+                self._move(write.regions, State.CHECKPOINT, "write")
+            elif any(self.states[r] is State.PARTIAL for r in write.regions):
+                self._cover(view, write.regions)
+        self._changed()
+
+    def _cover(self, view: Tensor, regions: range) -> None:
+        if covers(self.plan, view, regions):
+            self._move([r for r in regions if self.states[r] is State.PARTIAL], State.CHECKPOINT, "write")
+        else:
+            self._written.add(view)
 
     def settle(self) -> None:
         """Turn PARTIAL regions whose bytes have all arrived into CHECKPOINT."""
-        partial = [r for r, s in enumerate(self.states) if s is State.PARTIAL]
-        if not partial:
+        if not self._states.any_is(State.PARTIAL):
             return
         mask = self._written.mask(self.plan.nbytes)
         core_bytes = self.plan.source.nbytes // self.plan.regions
+        partial = [r for r, s in enumerate(self.states) if s is State.PARTIAL]
         full = [r for r in partial if bool(mask[r * self.plan.region_capacity :][:core_bytes].all())]
         self._move(full, State.CHECKPOINT, "settle")
 
     # -- writing from outside ------------------------------------------------------------------------------------------
 
-    def expose(self, view: Tensor, writer: str) -> None:
+    def expose(self, view: Tensor, writer: str) -> Write:
         """Make ``view`` checkpoint-format memory which ``writer`` may fill behind our back.
 
-        Until :meth:`close_exposure` nothing reads, writes or converts this storage.
+        Until :meth:`close_exposure` nothing reads, writes or converts this storage. Returns what :meth:`cancel_exposure` needs.
         """
-        self._need_unexposed("expose")
-        if self.plan.transform.invertible:  # what the writer leaves out stays as it was
-            self.restore(self.regions_of(view))
-        self.before_write(view, overwrites=True)
-        self.exposed, self._plain = writer, False
+        self.notice()
+        self.need_unexposed("expose")
+        regions = regions_of(self.plan, view)
+        if not self.plan.transform.invertible and not covers(self.plan, view, regions):
+            if any(self.states[r] is State.KERNEL for r in regions):
+                self.read(view)  # raises: nobody could say what the bytes are that the writer leaves out
+        write = Write(regions, False, [])  # not whole: what the writer leaves out stays as it was
+        try:
+            self._open(write, True)
+        except BaseException:
+            self.undo(write)
+            raise
+        self.exposed = writer
+        self._look()
         self._changed()
+        return write
 
     def close_exposure(self, written: Iterable[Tensor], *, failed: Iterable[Tensor] = ()) -> None:
         """The writer is done with ``written`` (views of the checkpoint name); the regions under ``failed`` hold rubbish."""
         self.exposed = None
+        self._look()
         for view in failed:
-            self._move(self.regions_of(view), State.INVALID, "abandon")
-        self._plain = all(s is State.CHECKPOINT for s in self.states)
+            self._why = "whoever wrote the raw bytes failed"
+            self._move(regions_of(self.plan, view), State.INVALID, "abandon")
         for view in written:
             self.after_write(view)
         self._changed()
+
+    def cancel_exposure(self, write: Write) -> None:
+        """Nobody wrote: everything is as before :meth:`expose`."""
+        self.exposed = None
+        self._look()
+        self.undo(write)
 
     # -- converting ----------------------------------------------------------------------------------------------------
 
@@ -376,103 +420,128 @@ class AliasedStorage:
         Raises:
             StateError: a region is empty, partly written or invalid. Nothing is converted then.
         """
+        self.notice()
         self.settle()
         wanted = range(self.plan.regions) if regions is None else list(regions)
         self.need_loaded(wanted)
         stale = [r for r in wanted if self.states[r] is not State.KERNEL]
-        if self.kernel is None or not stale:
+        if self.kernel_name is None or not stale:
             return 0
-        self._need_unexposed("process")
-        for start, count, _ in list(self._runs(stale)):
-            checkpoint = self._regions_view(self.checkpoint, start, count)
-            _convert.to_kernel(self.plan, checkpoint, self._kernel_regions(start, count))
-            self._move(range(start, start + count), State.KERNEL, "process")
+        self.need_unexposed("process")
+        for start, count, _ in self.runs(stale):
+            with self._converting(range(start, start + count), State.KERNEL, "process") as progress:
+                checkpoint = regions_view(self.plan, self.checkpoint, start, count)
+                _convert.to_kernel(self.plan, checkpoint, self.kernel_regions(start, count), progress)
         return len(stale)
 
     def need_loaded(self, regions: Iterable[int] | None = None) -> None:
         """Raise StateError where a region (default: any) is empty, partly written or invalid."""
         for region in range(self.plan.regions) if regions is None else regions:
             if self.states[region] not in (State.CHECKPOINT, State.KERNEL):
-                raise StateError(
-                    f"cannot process: region {region} of {self.plan.regions} is {self.states[region].value!r}",
-                    name=self.label,
-                    expected="checkpoint-format bytes in the whole tensor",
-                    found=self.states[region].value,
-                    remedy="Load every shard of this tensor before processing.",
-                )
+                raise self._not_loaded("cannot process", region)
 
     def restore(self, regions: Iterable[int] | None = None) -> None:
         """Bring regions (default: all) back to checkpoint format in place."""
-        if self._plain:
+        self.notice()
+        if self.is_plain:
             return
         wanted = range(self.plan.regions) if regions is None else regions
-        for start, count, state in list(self._runs(wanted)):
+        for start, count, state in self.runs(wanted):
             if state is State.KERNEL:
-                self._need_unexposed("restore")
-                with self._telling_whose():
-                    checkpoint = self._regions_view(self.checkpoint, start, count)
-                    _convert.to_checkpoint(self.plan, checkpoint, self._kernel_regions(start, count))
-                self._move(range(start, start + count), State.CHECKPOINT, "restore")
+                self.need_unexposed("restore")
+                with whose(self), self._converting(range(start, start + count), State.CHECKPOINT, "restore") as progress:
+                    checkpoint = regions_view(self.plan, self.checkpoint, start, count)
+                    _convert.to_checkpoint(self.plan, checkpoint, self.kernel_regions(start, count), progress)
+
+    @contextmanager
+    def _converting(self, run: range, to: State, doing: str) -> Iterator[_convert.Progress]:
+        """Move ``run`` to ``to`` at the end; if it fails after the first byte changed, the run holds both formats."""
+        progress = _convert.Progress()
+        try:
+            yield progress
+            self._move(run, to, doing)
+        except BaseException:
+            if progress.wrote:
+                self._why = "a conversion failed half-way"
+                self._move(run, State.INVALID, doing)
+                self._changed()
+            raise
 
     def put_kernel(self, value: Tensor) -> None:
         """Write kernel-format bytes made elsewhere (the ported helpers) over the whole storage."""
-        if self.kernel is None or TensorSpec.of(value) != self.plan.derived:
+        if self.kernel_name is None or TensorSpec.of(value) != self.plan.derived:
             raise AssertionError(f"{self.label}: {TensorSpec.of(value)} is not the kernel format {self.plan.derived}")
-        self._need_unexposed("process")
-        self.kernel.copy_(value)
-        for region in range(self.plan.regions):
-            self.states[region] = State.KERNEL
-        self._plain = False
+        self.need_unexposed("process")
+        self.kernel_name.memory.copy_(value)
+        self.kernel_name.accept()
+        self._states.set_known((r, State.KERNEL) for r in range(self.plan.regions))
         self._written.clear()
+        self._look()
 
     def retarget(self, plan: StoragePlan) -> None:
-        """Change to another kernel format of the same capacity. The bytes go back to checkpoint format first."""
-        if self.kernel is None or (plan.regions, plan.region_capacity) != (self.plan.regions, self.plan.region_capacity):
+        """Change to another kernel format of the same capacity. The bytes must be in checkpoint format, or not loaded."""
+        if self.kernel_name is None or (plan.regions, plan.region_capacity) != (self.plan.regions, self.plan.region_capacity):
             raise AssertionError(f"{self.label}: {plan} does not fit {self.plan}")
-        self.restore()
+        if self._states.any_is(State.KERNEL):
+            raise AssertionError(f"{self.label}: retargeted before it was restored")
         self.plan = plan
-        self.kernel = self._name(self.plan.derived)
+        label = self.kernel_name.label
+        self.name_buffer(self.buffer, has_kernel_name=True)
+        self.kernel_name.label = label
         self._changed()
+
+    # -- moving and copying ----------------------------------------------------------------------------------------------
 
     def relocate(self, device: torch.device) -> None:
         """Follow the module to another device: the one legal change of address, made by the owner."""
         if device == self.buffer.device:
-            raise PointerError("relocating to the device it is on", name=self.label)
-        self.buffer = self.buffer.to(device)
-        self.checkpoint = self._name(self.plan.source)
-        self.kernel = self._name(self.plan.derived) if self.kernel is not None else None
-
-    # -- copying -------------------------------------------------------------------------------------------------------
+            raise AssertionError(f"{self.label}: relocated to the device it is on")
+        self.notice()
+        with torch.inference_mode(False):
+            self.name_buffer(self.buffer.to(device), has_kernel_name=self.kernel_name is not None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AliasedStorage:
-        import copy
-
+        self.need_unexposed("copy")
+        self.notice()
         new = AliasedStorage.__new__(AliasedStorage)
         memo[id(self)] = new
         new.lock, new.listeners = threading.RLock(), []  # the copied registry connects itself
         for key, value in self.__dict__.items():
-            # The plan is immutable. Tensors over one memory stay over one memory: torch keeps that in the memo.
-            if key not in ("lock", "listeners", "stand_in"):
-                new.__dict__[key] = value if key == "plan" else copy.deepcopy(value, memo)
+            if key not in _REMADE:
+                new.__dict__[key] = value if key == "plan" else copy.deepcopy(value, memo)  # the plan is immutable
+        with torch.inference_mode(False):
+            new.buffer = copy.deepcopy(self.buffer, memo)
+            new.checkpoint = name_over(new.buffer, new.plan, new.plan.source)
+            new.kernel_name = None
+            if self.kernel_name is not None:
+                memory = name_over(new.buffer, new.plan, new.plan.derived)
+                new.kernel_name = self.kernel_name.copied(memory, new, memo)
         return new
 
     def __getstate__(self) -> dict[str, Any]:
+        self.need_unexposed("save")
+        self.notice()
         # The registry listens to us and reconnects itself; the names are views made again from the buffer.
         state = {k: v for k, v in self.__dict__.items() if k not in _REMADE}
         # torch.save refuses one memory under two dtypes, and the kernel name is saved beside us as a buffer.
         state["buffer"] = self.buffer.view((self.kernel if self.kernel is not None else self.checkpoint).dtype)
-        state["has_kernel_name"] = self.kernel is not None
+        state["kernel_name"] = self.kernel_name
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        has_kernel_name = state.pop("has_kernel_name")
         self.__dict__.update(state)
         self.listeners = []
         self.lock = threading.RLock()
         self.buffer = self.buffer.view(torch.uint8)
-        self.checkpoint = self._name(self.plan.source)
-        self.kernel = self._name(self.plan.derived) if has_kernel_name else None
+        self.checkpoint = name_over(self.buffer, self.plan, self.plan.source)
+        if self.kernel_name is not None:
+            self.kernel_name.memory = name_over(self.buffer, self.plan, self.plan.derived)
+            self.kernel_name.owner = self
 
     def __repr__(self) -> str:
         state = self.state.value if self.state else "mixed"
         return f"AliasedStorage({self.label!r}, {self.plan.source} -> {self.plan.derived}, {self.plan.nbytes} bytes, {state})"
+
+
+#: Attributes which a copy makes for itself.
+_REMADE = frozenset({"buffer", "checkpoint", "kernel_name", "listeners", "lock", "stand_in"})

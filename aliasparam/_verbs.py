@@ -49,8 +49,9 @@ def invalidate(module: nn.Module) -> None:
 def checkpoint_state_dict(module: nn.Module) -> dict[str, Tensor]:
     """The model's state dict in checkpoint format: bit-equal to what was loaded, whatever format the memory is in.
 
-    Values are plain contiguous tensors. Those of names in kernel format are converted copies; the others share memory
-    with the model. For a bounded footprint iterate over :func:`iterate_checkpoint` instead.
+    Values are plain contiguous tensors. Those of declared names are copies, which stay what they are whatever is processed or
+    loaded later; the others share memory with the model, as in ``module.state_dict()``. For a bounded footprint iterate over
+    :func:`iterate_checkpoint` instead.
     """
     return dict(iterate_checkpoint(module))
 
@@ -61,7 +62,7 @@ def iterate_checkpoint(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         with torch.no_grad():
             reconcile(registry)
     for name, tensor in checkpoint_names(module).items():
-        yield name, tensor._values().contiguous() if isinstance(tensor, _Aliased) else tensor.detach()
+        yield name, tensor._snapshot().contiguous() if isinstance(tensor, _Aliased) else tensor.detach()
 
 
 def checkpoint_names(module: nn.Module) -> dict[str, Tensor]:

@@ -1,23 +1,27 @@
 """Noticing that a declared name was replaced.
 
 Engines put other Parameters in the place of ours by ``setattr``, by ``functional_call``, by writing ``module._parameters``. The
-kernel names do not follow by themselves, so from then on a forward would use the old weights without a word. A declared module
-keeps its parameters in a dict that tells the registry; the check itself happens at the next forward or verb.
+kernel names do not follow by themselves, so from then on a forward would use the old weights without a word. ``Module.half()``
+and ``Module.to()`` write ``module._buffers``, where kernel names are. A declared module keeps both in dicts that tell the
+registry; the check itself happens at the next forward or verb.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 if TYPE_CHECKING:
     from ._registry import AliasRegistry
 
+_TRACED = (FakeTensor, FunctionalTensor)  # torch.export traces with stand-ins, and puts everything back
 
-class WatchedParameters(dict[str, Any]):
-    """``module._parameters`` of a module which shows declared names."""
+
+class _Watched(dict[str, Any]):
+    """A dict of names that tells registries when one of theirs is replaced."""
 
     __slots__ = ("watchers",)
 
@@ -25,26 +29,49 @@ class WatchedParameters(dict[str, Any]):
 
     def __setitem__(self, name: str, value: Any) -> None:
         registry = self.watchers.get(name)
-        changed = registry is not None and value is not self.get(name)
+        if registry is None or value is self.get(name) or isinstance(value, _TRACED):
+            super().__setitem__(name, value)
+            return
+        ours = registry.shows(name, value)
+        if not ours:
+            self._check(registry, name, value)
         super().__setitem__(name, value)
-        if changed and registry is not None and not isinstance(value, FakeTensor):  # torch.export traces with stand-ins
-            registry.suspect()
+        registry.look_again() if ours else registry.suspect()
+
+    def _check(self, registry: AliasRegistry, name: str, value: Any) -> None:
+        """Refuse what cannot be under this name even in passing."""
 
     def update(self, *args: Any, **kwargs: Any) -> None:
         for name, value in dict(*args, **kwargs).items():
             self[name] = value
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (dict(self), self.watchers)
+        return _rebuild, (type(self), dict(self), self.watchers)
+
+
+class WatchedParameters(_Watched):
+    """``module._parameters`` of a module which shows declared names."""
+
+    __slots__ = ()
+
+
+class WatchedBuffers(_Watched):
+    """``module._buffers`` of a module which declares kernel names."""
+
+    __slots__ = ()
+
+    def _check(self, registry: AliasRegistry, name: str, value: Any) -> None:
+        registry.check_kernel_name(name, value)
+
+    def __delitem__(self, name: str) -> None:
+        super().__delitem__(name)
+        if (registry := self.watchers.get(name)) is not None:
+            registry.suspect()
 
 
 def watch(module: nn.Module, name: str, registry: AliasRegistry) -> None:
-    """Have ``registry`` told when ``name`` is replaced on ``module``."""
-    parameters = module._parameters
-    if not isinstance(parameters, WatchedParameters):
-        parameters = _rebuild(dict(parameters), {})
-        module.__dict__["_parameters"] = parameters
-    parameters.watchers[name] = registry
+    """Have ``registry`` told when the Parameter ``name`` is replaced on ``module``."""
+    _watched(module, "_parameters", WatchedParameters).watchers[name] = registry
 
 
 def put(module: nn.Module, name: str, value: Any) -> None:
@@ -52,7 +79,26 @@ def put(module: nn.Module, name: str, value: Any) -> None:
     dict.__setitem__(module._parameters, name, value)
 
 
-def _rebuild(items: dict[str, Any], watchers: dict[str, AliasRegistry]) -> WatchedParameters:
-    watched = WatchedParameters(items)
+def put_buffer(module: nn.Module, name: str, tensor: Tensor, registry: AliasRegistry) -> None:
+    """Bind a kernel name as a non-persistent buffer without telling, and have ``registry`` told when it is replaced."""
+    if module._buffers.get(name) is tensor:
+        return
+    module._parameters.pop(name, None)
+    module.__dict__.pop(name, None)
+    buffers = _watched(module, "_buffers", WatchedBuffers)
+    buffers.watchers[name] = registry
+    dict.__setitem__(buffers, name, tensor)
+    module._non_persistent_buffers_set.add(name)
+
+
+def _watched(module: nn.Module, attribute: str, kind: type[_Watched]) -> _Watched:
+    names = module.__dict__[attribute]
+    if not isinstance(names, kind):
+        names = module.__dict__[attribute] = _rebuild(kind, dict(names), {})
+    return names
+
+
+def _rebuild(kind: type[_Watched], items: dict[str, Any], watchers: dict[str, AliasRegistry]) -> _Watched:
+    watched = kind(items)
     watched.watchers = watchers
     return watched

@@ -22,11 +22,15 @@ class AliasError(Exception):
         *,
         module: str | None = None,
         name: str | None = None,
+        label: str | None = None,
         expected: Any = None,
         found: Any = None,
         remedy: str | None = None,
     ) -> None:
         self.message = message
+        if label is not None:  # what storages call themselves: the module and the name in one
+            where, _, leaf = label.rpartition(".")
+            module, name = module or where or None, name or leaf
         self.module = module
         self.name = name
         self.expected = expected
@@ -82,6 +86,10 @@ class StateError(AliasError):
 
 class StaleKernelError(StateError):
     """A module was called while a kernel-format name is older than its checkpoint-format source."""
+
+
+class MemoryFreedError(StateError):
+    """The memory under a declared name was given back to the allocator by other code."""
 
 
 class PointerError(AliasError):

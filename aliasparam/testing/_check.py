@@ -26,6 +26,8 @@ from ._values import Values, any_values
 
 #: Kind, index of a tensor, first and last row as fractions, operator that fails.
 _Plan = list[tuple[str, int, float, float, int]]
+#: A plan, how much of the first load comes by halves, and the seed of its values.
+_Example = tuple[_Plan, float | None, int]
 
 
 def check_method(
@@ -81,6 +83,8 @@ def check_method(
         kinds += _look(method, report)
         try:
             _sequences(method, report, kinds, examples)
+            if 10 not in report.unchecked:
+                _every_failure(method, report, most=examples)
         except LawBroken as broken:
             report.broken = broken
             raise
@@ -113,6 +117,8 @@ def _sequences(method: Method, report: Report, kinds: list[str], examples: int) 
     step = st.tuples(st.sampled_from(kinds), st.integers(0, 15), st.floats(0, 0.9), st.floats(0, 1), st.integers(0, 255))
     half = st.none() if 8 in report.unchecked else st.one_of(st.none(), st.floats(0, 0.99))
 
+    failing: list[_Example] = []
+
     @settings(
         max_examples=examples,
         deadline=None,
@@ -125,11 +131,55 @@ def _sequences(method: Method, report: Report, kinds: list[str], examples: int) 
     @given(st.lists(step, max_size=6), half, st.integers(0, 1 << 16))
     def sequence(plan: _Plan, half: float | None, seed: int) -> None:
         report.sequences += 1
-        _follow(Run(method, torch.Generator().manual_seed(seed)), plan, half, report)
-        if 7 not in report.unchecked:
-            _follow_without_aliasing(Run(method, torch.Generator().manual_seed(seed), aliasing=False), plan, half, report)
+        try:
+            _follow_both(method, report, (plan, half, seed))
+        except LawBroken:
+            failing[:] = [(plan, half, seed)]
+            raise
 
-    sequence()
+    try:
+        sequence()
+    except LawBroken as broken:
+        raise _shortened(method, report, failing[0], broken) from None
+
+
+def _shortened(method: Method, report: Report, example: _Example, broken: LawBroken) -> LawBroken:
+    """The same law broken by fewer steps: what is left of hypothesis's shortest after leaving out one step at a time."""
+    plan, half, seed = example
+    fewer: list[_Example] = [(plan[:i] + plan[i + 1 :], half, seed) for i in range(len(plan))]
+    for candidate in [*fewer, *([(plan, None, seed)] if half is not None else [])]:
+        try:
+            _follow_both(method, report, candidate)
+        except LawBroken as shorter:
+            if shorter.law == broken.law and len(shorter.steps) < len(broken.steps):
+                return _shortened(method, report, candidate, shorter)
+        except Exception:
+            continue  # a cold start that raises is not what was found
+    return broken
+
+
+def _follow_both(method: Method, report: Report, example: _Example) -> None:
+    plan, half, seed = example
+    _follow(Run(method, torch.Generator().manual_seed(seed)), plan, half, report)
+    if 7 not in report.unchecked:
+        _follow_without_aliasing(Run(method, torch.Generator().manual_seed(seed), aliasing=False), plan, half, report)
+
+
+def _every_failure(method: Method, report: Report, most: int) -> None:
+    """Each operator of processing a whole load fails once, and each of loading a tensor; ``most`` of each, evenly spaced."""
+    first = Run(method, torch.Generator().manual_seed(0))
+    first.begin(None)
+    cold, names = first.cold(), list(first.specs)
+    plan: _Plan = [("fault in process", 1, 0.0, 0.0, at) for at in _spread(cold.processing, most)]
+    loads = [("fault in load", index, 0.0, 0.0, at) for index, name in enumerate(names) for at in range(cold.loading[name])]
+    plan += [loads[k] for k in _spread(len(loads), most)]
+    for step in plan:
+        report.sequences += 1
+        _follow(Run(method, torch.Generator().manual_seed(0)), [step], None, report)
+
+
+def _spread(count: int, most: int) -> list[int]:
+    return list(range(count)) if count <= most else [k * count // most for k in range(most)]
 
 
 def _follow_without_aliasing(run: Run, plan: _Plan, half: float | None, report: Report) -> None:

@@ -43,7 +43,7 @@ class Cold:
     loaded: dict[str, Tensor]
     outputs: Mapping[str, Tensor]
     answer: list[Any]
-    #: Torch operators which processing took, and which loading each tensor took.
+    #: Torch operators which processing takes at most, and which loading each tensor takes.
     processing: int
     loading: Mapping[str, int]
 

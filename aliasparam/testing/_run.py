@@ -121,7 +121,7 @@ class Run:
         self.load(names)
         after = self.cold()
         self.law = 10
-        self._failing("process", at % max(after.processing, 1), self._process)
+        self._failing("process", at % after.processing, self._process)
         self._old_new_or_refused(before, after)
         self.tolerate("process", self._process)
         self._old_new_or_refused(before, after)
@@ -134,8 +134,7 @@ class Run:
         after = self.cold({**self.loaded, name: value})
         self.law = 10
         self._announce([name])
-        operators = after.loading[name] + 4  # the first load converts nothing, a later one may
-        self._failing(f"load {name}", at % operators, lambda: load(self.module, name, value.clone()))
+        self._failing(f"load {name}", at % after.loading[name], lambda: load(self.module, name, value.clone()))
         self._old_new_or_refused(before, after)
         self._recovers()
 
@@ -185,12 +184,13 @@ class Run:
         for name, value in weights.items():
             with FailingAt() as count:
                 load(module, name, value.clone(), reuse=False)
-            loading[name] = count.count
+            loading[name] = count.count + 4  # a first load converts nothing, a later one may
         with FailingAt() as count:
             self.method.process(module)
         outputs = {n: t.detach().clone() for n, t in self.method.outputs(module).items()}
         answer = [] if self.forward is None else self.attempt("call it", lambda: self._called(module), quiet=True)
-        cold = Cold(weights, outputs, answer, count.count, loading)
+        # What a first processing allocates, a later one copies into.
+        cold = Cold(weights, outputs, answer, count.count + 2 * len(outputs) + 1, loading)
         self._cold = cold if loaded is None else self._cold
         return cold
 

@@ -428,10 +428,11 @@ def test_a_name_from_before_a_bulk_load_refuses_inside_it() -> None:
             before.copy_(torch.zeros(4, 6))
         with pytest.raises(StateError, match="exposed"), bulk_load(layer):
             pass
-        layer.weight = nn.Parameter(bytes_of(4, 6, seed=3), requires_grad=False)  # loaders replace, too
+        layer.weight = replacement = nn.Parameter(bytes_of(4, 6, seed=3), requires_grad=False)  # loaders replace, too
     process(layer)
 
-    assert layer.weight is before
+    assert layer.weight is replacement and layer.weight.data_ptr() == before.data_ptr()
+    assert torch.equal(before, layer.weight)
     assert torch.equal(layer.prepared, SwapHalves().forward(bytes_of(4, 6, seed=3)))
 
 

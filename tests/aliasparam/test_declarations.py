@@ -152,6 +152,18 @@ def test_a_parameter_that_lies_in_the_memory_of_a_declared_one_is_refused() -> N
     assert registry_of(module) is None
 
 
+def test_shards_that_show_some_rows_twice_and_others_never_are_refused() -> None:
+    module, q, k = layer(), nn.Module(), nn.Module()
+    registry = declare(module, Alias("a", "x"))
+
+    with pytest.raises(DeclarationError, match="exactly once"):
+        registry.show_shards("a", [(q, "weight", module.a[:2]), (k, "weight", module.a[:2])])
+    with pytest.raises(DeclarationError, match="exactly once"):
+        registry.show_shards("a", [(q, "weight", module.a[:, ::2]), (k, "weight", module.a[:, :3])])
+    registry.show_shards("a", [(q, "weight", module.a[:, ::2]), (k, "weight", module.a[:, 1::2])])
+    assert torch.equal(k.weight, torch.arange(24, dtype=torch.uint8).view(4, 6)[:, 1::2])
+
+
 def test_the_same_parameter_under_two_names_is_a_tie_and_not_an_overlap() -> None:
     module = layer()
     module.tied = module.a

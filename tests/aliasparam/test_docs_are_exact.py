@@ -11,7 +11,7 @@ import pytest
 import aliasparam
 import aliasparam.testing
 from aliasparam import State
-from aliasparam._storage import _MOVES
+from aliasparam._states import _MOVES
 from aliasparam.testing import LAWS
 
 DOCS = Path(__file__).parents[2] / "docs"

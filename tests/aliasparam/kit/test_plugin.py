@@ -84,7 +84,7 @@ def test_the_plugin_reports_which_law_broke_with_the_steps(tmp_path: Path) -> No
 
     summary = run.stdout.partition("aliasparam: laws of quantization methods")[2]
     assert run.returncode == 1, run.stdout + run.stderr
-    assert "test_good: all laws hold (20 sequences" in summary
+    assert "test_good: all laws hold (" in summary
     assert "test_bad breaks law" in summary
     for law in (7, 8, 10):
         assert f"test_{law} breaks law {law} ({LAWS[law]})" in summary

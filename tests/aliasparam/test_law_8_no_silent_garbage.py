@@ -1,0 +1,349 @@
+"""Law 8: a stale or foreign kernel name is refused wherever somebody can look, not only at the declaring module's forward."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo
+from torch import Tensor, nn
+
+from aliasparam import SwapHalves, bulk_load, process, reload, restore
+from aliasparam.errors import AdoptionError, StaleKernelError, StateError
+
+from .small import Layer, is_ready, storage_of, the_registry
+
+
+class Parent(nn.Module):
+    """Reads its child's kernel name and never calls the child."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.child = Layer()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.child.prepared + x
+
+
+def compiled_parent(layer: Layer) -> Any:
+    return torch.compile(nn.Sequential(layer), fullgraph=True, backend="eager")
+
+
+def compiled_function(layer: Layer) -> Any:
+    return torch.compile(lambda x: layer(x) + 0, fullgraph=True, backend="eager")
+
+
+def compiled_with_breaks(layer: Layer) -> Any:
+    return torch.compile(nn.Sequential(layer), backend="eager")
+
+
+def compiled_by_aot(layer: Layer) -> Any:
+    return torch.compile(nn.Sequential(layer), fullgraph=True, backend="aot_eager")
+
+
+# -- compiled callers ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compiled", [compiled_parent, compiled_function, compiled_with_breaks, compiled_by_aot])
+def test_law_8_a_compiled_caller_refuses_stale_weights_and_serves_again(compiled: Callable[[Layer], Any]) -> None:
+    torch._dynamo.reset()
+    layer, x = Layer(), torch.ones(1)
+    process(layer)
+    f = compiled(layer)
+    first = f(x)
+
+    layer.weight[0] = 77
+    with pytest.raises(Exception, match="stale") as refusal:
+        f(x)
+    process(layer)
+
+    assert "aliasparam.process" in str(refusal.value)
+    assert torch.equal(f(x), layer.prepared)
+    assert not torch.equal(f(x), first)
+
+
+def test_law_10_a_compiled_caller_refuses_the_mixture_of_a_failed_reload() -> None:
+    torch._dynamo.reset()
+    layer, x = Layer(), torch.ones(1)
+    model = nn.Sequential(layer)
+    process(model)
+    f = torch.compile(model, fullgraph=True, backend="eager")
+    f(x)
+
+    with pytest.raises(ZeroDivisionError), reload(model) as session:
+        session.update("0.weight", torch.full((3, 8), 200, dtype=torch.uint8), first_row=0)
+        _ = 1 / 0
+
+    with pytest.raises(Exception, match="stale"):
+        f(x)
+
+
+@pytest.mark.parametrize("compile_it", [False, True])
+def test_law_8_a_parent_that_reads_the_name_without_calling_the_child_is_refused(compile_it: bool) -> None:
+    torch._dynamo.reset()
+    parent = Parent()
+    process(parent)
+    f: Any = torch.compile(parent, fullgraph=True, backend="eager") if compile_it else parent
+    x = torch.zeros(1, dtype=torch.uint8)
+    f(x)
+
+    parent.child.weight[:] = 7
+    with pytest.raises(Exception, match="stale"):
+        f(x)
+    process(parent)
+
+    assert f(x).unique().tolist() == [7]
+
+
+# -- what a stale name still is --------------------------------------------------------------------------------------------
+
+
+def test_law_3_a_stale_name_keeps_its_address_shape_and_place() -> None:
+    layer = Layer(scale=True)
+    process(layer)
+    before = {n: (t.data_ptr(), t.shape, t.dtype, t.stride()) for n, t in layer.named_buffers()}
+    ready = layer.prepared
+    assert type(ready) is Tensor
+
+    layer.weight[0] = 1
+
+    assert {n: (t.data_ptr(), t.shape, t.dtype, t.stride()) for n, t in layer.named_buffers()} == before
+    assert list(layer.state_dict()) == ["weight", "scale"]
+    assert "stale" in repr(layer.prepared)
+    process(layer)
+    assert layer.prepared is ready
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda k: k + 1,
+        lambda k: k.fill_(3),
+        lambda k: k.data.fill_(3),
+        lambda k: k.detach().fill_(3),
+        lambda k: k[0],
+        lambda k: k.tolist(),
+        lambda k: k.numpy(),
+        lambda k: torch.empty_like(k).copy_(k),
+        lambda k: torch.utils.dlpack.from_dlpack(k),
+        lambda k: torch.cat([k, k]),
+        lambda k: k.share_memory_(),
+    ],
+)
+def test_law_8_every_use_of_a_stale_name_is_refused(use: Callable[[Tensor], Any]) -> None:
+    layer = Layer()
+    process(layer)
+    restore(layer)
+
+    with pytest.raises((StaleKernelError, BufferError)):
+        use(layer.prepared)
+
+
+@pytest.mark.parametrize("by", ["deepcopy", "pickle"])
+@pytest.mark.parametrize("stale", [False, True])
+def test_law_1_a_copied_module_is_stale_where_the_original_was(by: str, stale: bool) -> None:
+    layer = Layer(scale=True)
+    process(layer)
+    if stale:
+        layer.weight[0] = 9
+    expected = SwapHalves().forward(layer.weight.clone())
+
+    if by == "deepcopy":
+        copied = copy.deepcopy(layer)
+    else:
+        torch.save(layer, file := io.BytesIO())
+        file.seek(0)
+        copied = torch.load(file, weights_only=False)
+
+    assert is_ready(copied) is not stale
+    if stale:
+        with pytest.raises(StaleKernelError):
+            _ = copied.prepared + 1
+        process(copied)
+    assert torch.equal(copied.prepared, expected)
+    assert copied.prepared.data_ptr() == copied.weight.data_ptr() != layer.weight.data_ptr()
+
+
+def test_a_stale_module_can_be_moved() -> None:
+    layer = Layer(scale=True)
+    assert not is_ready(layer)
+
+    layer.to("cpu").cpu().to(dtype=None)
+    process(layer)
+
+    assert torch.equal(layer.prepared, SwapHalves().forward(layer.weight.clone()))
+
+
+# -- writers of kernel names -----------------------------------------------------------------------------------------------
+
+
+def average(k: Tensor, other: Tensor) -> None:
+    k.detach().copy_(other)
+
+
+WRITERS: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "copy_": lambda k, other: k.copy_(other),
+    "a slice": lambda k, other: k[0].copy_(other[0]),
+    "detach, as DistributedDataParallel and AveragedModel": average,
+    "a view of another dtype": lambda k, other: k.view(torch.int8).copy_(other.view(torch.int8)),
+    "foreach": lambda k, other: torch._foreach_copy_([k], [other]),
+    "out=": lambda k, other: torch.add(other, 1, out=k),
+    "inference mode": lambda k, other: torch.inference_mode()(k.copy_)(other),
+}
+
+
+def restore_and_process(layer: Layer) -> None:
+    restore(layer)
+    process(layer)
+
+
+@pytest.mark.parametrize(
+    "verb", [process, restore_and_process, lambda layer: layer.weight + 0, lambda layer: layer.weight.add_(1)]
+)
+@pytest.mark.parametrize("writer", WRITERS)
+def test_law_8_a_write_to_a_kernel_name_is_refused_at_the_next_verb_or_read(writer: str, verb: Callable[[Any], Any]) -> None:
+    layer = Layer()
+    process(layer)
+    WRITERS[writer](layer.prepared, torch.full((6, 8), 5, dtype=torch.uint8))
+
+    with pytest.raises(StateError, match="kernel name 'prepared' was written by other code"):
+        verb(layer)
+    with pytest.raises(StaleKernelError):
+        layer()
+
+    layer.weight.copy_(torch.full((6, 8), 3, dtype=torch.uint8))
+    process(layer)
+    assert layer().unique().tolist() == [3]
+
+
+def test_law_8_a_write_through_a_name_fetched_before_it_became_stale_is_refused() -> None:
+    layer = Layer()
+    process(layer)
+    fetched = layer.prepared.detach()
+    layer.weight[0] = 1
+    fetched.fill_(9)
+
+    with pytest.raises(StateError, match="was written by other code"):
+        process(layer)
+
+
+def test_law_8_copying_all_parameters_and_then_all_buffers_is_refused() -> None:
+    a, b = Layer(), Layer()
+    b.weight[0] = 200
+    process(a)
+    process(b)
+
+    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+        p.data.copy_(q.data)
+    with pytest.raises(StaleKernelError):
+        for p, q in zip(a.buffers(), b.buffers(), strict=True):
+            p.data.copy_(q.data)
+    process(a)
+
+    assert torch.equal(a(), b())
+
+
+@pytest.mark.parametrize("by", ["deepcopy", "pickle"])
+def test_law_8_a_copy_does_not_forget_that_a_kernel_name_was_written(by: str) -> None:
+    layer = Layer(scale=True)
+    process(layer)
+    layer.prepared.fill_(9)
+    layer.alpha.fill_(9)
+
+    if by == "deepcopy":
+        copied = copy.deepcopy(layer)
+    else:
+        torch.save(layer, file := io.BytesIO())
+        file.seek(0)
+        copied = torch.load(file, weights_only=False)
+
+    with pytest.raises(StateError, match="was written by other code"):
+        process(copied)
+    copied.weight.fill_(1)
+    process(copied)
+    assert copied.alpha.item() == 3
+
+
+def test_law_1_a_derivation_that_other_code_wrote_is_computed_again() -> None:
+    layer = Layer(scale=True)
+    process(layer)
+    layer.alpha.fill_(100.0)
+
+    assert "alpha" in the_registry(layer).stale_names()
+    assert process(layer) == 1
+    assert layer.alpha.item() == 3
+
+
+def test_law_2_our_own_writers_do_not_count_as_others() -> None:
+    layer = Layer((4, 6, 8), scale=True)
+    with torch.inference_mode():
+        process(layer)
+        layer.weight[0] = 9
+        layer.scale.fill_(2)
+        process(layer)
+    with bulk_load(layer):
+        layer.weight.data[1] = 4
+    process(layer)
+    the_registry(layer).retarget({"weight": SwapHalves().then(SwapHalves())})
+    process(layer)
+    process(copy.deepcopy(layer))
+    restore(layer)
+
+    assert process(layer) == 4
+    assert process(layer) == 0
+    assert storage_of(layer).state is not None
+
+
+# -- casts and replacements --------------------------------------------------------------------------------------------------
+
+
+def test_law_8_a_cast_of_kernel_names_is_refused() -> None:
+    layer = Layer()
+    from aliasparam import Derivation, declare
+
+    declare(layer, Derivation("alpha2", ("weight",), lambda w: w.max().float().reshape(1), (1,), torch.float32))
+    process(layer)
+    address = layer.get_buffer("alpha2").data_ptr()
+
+    with pytest.raises(AdoptionError, match="alpha2"):
+        layer.half()
+
+    assert layer.get_buffer("alpha2").dtype is torch.float32
+    assert layer.get_buffer("alpha2").data_ptr() == address
+    layer()
+
+
+def test_law_8_a_kernel_name_that_was_replaced_is_refused_until_processed() -> None:
+    layer = Layer()
+    process(layer)
+    ours = layer.prepared
+
+    layer.prepared = torch.full((6, 8), 5, dtype=torch.uint8)
+    with pytest.raises(StaleKernelError):
+        layer()
+    process(layer)
+
+    assert layer.prepared is ours
+    assert torch.equal(layer(), SwapHalves().forward(layer.weight.clone()))
+
+
+# -- raw exits ---------------------------------------------------------------------------------------------------------------
+
+
+def test_law_8_tvm_ffi_does_not_take_a_checkpoint_name_by_its_pointer() -> None:
+    tvm_ffi = pytest.importorskip("tvm_ffi")
+    layer = Layer()
+    process(layer)
+    echo = tvm_ffi.get_global_func("testing.echo")
+
+    for name in (layer.weight, layer.weight.data):
+        with pytest.raises(Exception, match="DLPack"):
+            echo(name)
+    assert torch.equal(torch.from_dlpack(echo(layer.prepared)), layer.prepared)
+    restore(layer)
+    with pytest.raises(Exception, match="stale"):
+        echo(layer.prepared)
