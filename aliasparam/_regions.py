@@ -32,9 +32,11 @@ def regions_view(plan: StoragePlan, name: Tensor, first: int, count: int) -> Ten
 
 def bytes_of(view: Tensor) -> tuple[int, int]:
     """(first byte, byte after the last) of a view that is not empty."""
-    last = sum((n - 1) * s for n, s in zip(view.shape, view.stride(), strict=True))
     width = view.element_size()
     first = view.storage_offset() * width
+    if view.is_contiguous():
+        return first, first + view.numel() * width
+    last = sum((n - 1) * s for n, s in zip(view.shape, view.stride(), strict=True))
     return first, first + (last + 1) * width
 
 
@@ -48,17 +50,23 @@ def regions_of(plan: StoragePlan, view: Tensor) -> range:
     return range(first // plan.region_capacity, (end - 1) // plan.region_capacity + 1)
 
 
-def covers(plan: StoragePlan, view: Tensor, regions: range) -> bool:
-    """Whether ``view`` surely holds every checkpoint byte of ``regions``. False where that is not plain to see."""
-    core, capacity = plan.source.nbytes // max(plan.regions, 1), plan.region_capacity
-    if view.numel() * view.element_size() != core * len(regions) or not regions:
-        return False
-    begin = regions[0] * capacity
-    if core == capacity or len(regions) == 1:  # as many bytes as the range holds, none twice, none before or after it
-        first, end = bytes_of(view)
-        in_range = begin <= first and end <= begin + capacity * (len(regions) - 1) + core
-        return in_range and (view.is_contiguous() or not overlaps_itself(view))
-    return _is_stack(plan, view, begin)
+def covered(plan: StoragePlan, view: Tensor) -> tuple[range, bool]:
+    """The regions which a view touches, and whether it surely holds every checkpoint byte of them (False where that is not
+    plain to see)."""
+    if view.numel() == 0:
+        return range(0), False
+    first, end = bytes_of(view)
+    core, capacity = plan.source.nbytes // plan.regions, plan.region_capacity
+    regions = range(first // capacity, (end - 1) // capacity + 1)
+    count = len(regions)
+    if view.nbytes != core * count:
+        return regions, False
+    begin = regions.start * capacity
+    if count > 1 and core != capacity:
+        return regions, _is_stack(plan, view, begin)
+    # As many bytes as the range holds, none twice, none before or after it.
+    in_range = begin <= first and end <= begin + capacity * (count - 1) + core
+    return regions, in_range and (view.is_contiguous() or not overlaps_itself(view))
 
 
 def _is_stack(plan: StoragePlan, view: Tensor, begin: int) -> bool:

@@ -23,7 +23,7 @@ from torch import Tensor
 from . import _convert
 from ._kernel_name import KernelName
 from ._reading import converted_copy, whose
-from ._regions import covers, name_over, regions_of, regions_view
+from ._regions import covered, name_over, regions_of, regions_view
 from ._states import RegionStates
 from ._states import State as State
 from ._transform import TensorSpec
@@ -46,7 +46,11 @@ class Write(NamedTuple):
     """One write in progress: see :meth:`AliasedStorage.before_write`."""
 
     regions: range
-    whole: bool
+    #: It holds every byte of its regions.
+    covers: bool
+    #: What was there before is not kept.
+    overwrites: bool
+    #: Regions which it moved, and the states they were in.
     moved: list[tuple[int, State]]
 
 
@@ -137,6 +141,11 @@ class AliasedStorage:
         return self._states.common
 
     @property
+    def holds_kernel_bytes(self) -> bool:
+        """Whether any region is in kernel format, so that a write or a conversion may change its bytes' format."""
+        return self._states.any_is(State.KERNEL)
+
+    @property
     def is_current(self) -> bool:
         """Whether every region is in kernel format, and other code left the kernel name alone."""
         name = self.kernel_name
@@ -144,12 +153,11 @@ class AliasedStorage:
 
     def _move(self, regions: Sequence[int], to: State, doing: str) -> None:
         self.need_unexposed(doing)
-        before = None if to is State.KERNEL or to is State.CHECKPOINT else [self.states[r] for r in regions]
+        # What arrived before a region is begun again, or becomes invalid, no longer counts.
+        begun = [r for r in regions if self.states[r] is not State.PARTIAL] if to is State.PARTIAL else ()
         self._states.move(regions, to, doing, self.label)
-        if before is not None:  # what arrived before a region was begun again no longer counts
-            for region, state in zip(regions, before, strict=True):
-                if state is not State.PARTIAL or to is State.INVALID:
-                    self._written.forget(region * self.plan.region_capacity, (region + 1) * self.plan.region_capacity)
+        for region in regions if to is State.INVALID else begun:
+            self._written.forget(region * self.plan.region_capacity, (region + 1) * self.plan.region_capacity)
         self._look()
 
     def _look(self) -> None:
@@ -296,29 +304,37 @@ class AliasedStorage:
         if self.is_plain:
             return None
         self.need_unexposed("write")
-        regions = regions_of(self.plan, view)
+        regions, covers = covered(self.plan, view)
+        write = Write(regions, covers, overwrites, [])
         if not overwrites:
             self._need_weights(view, regions)
-        write = Write(regions, overwrites and covers(self.plan, view, regions), [])
         try:
-            self._open(write, overwrites)
+            self._open(write)
         except BaseException:
             self.undo(write)
             raise
         return write
 
-    def _open(self, write: Write, overwrites: bool) -> None:
+    def _open(self, write: Write) -> None:
+        if self.holds_kernel_bytes:
+            self._leave_kernel(write)
+        if not (write.covers and write.overwrites):  # else regions move when all their bytes are there
+            begun = [r for r in write.regions if self.states[r] is State.EMPTY or self.states[r] is State.INVALID]
+            if begun:
+                write.moved.extend((r, self.states[r]) for r in begun)
+                self._move(begun, State.PARTIAL, "write")
+
+    def _leave_kernel(self, write: Write) -> None:
+        kept = not (write.covers and write.overwrites)
         for start, count, state in self.runs(write.regions):
+            if state is not State.KERNEL:
+                continue
             run = range(start, start + count)
-            if state is State.KERNEL:
-                self._warn()  # before the kernel name's bytes change
-                write.moved.extend((r, state) for r in run)
-                if not write.whole and (self.plan.transform.invertible or not overwrites):
-                    self.restore(run)
-                else:  # nothing of the old bytes survives the write, or nothing can be said about them
-                    self._move(run, State.PARTIAL, "write")
-            elif state in (State.EMPTY, State.INVALID) and not write.whole:
-                write.moved.extend((r, state) for r in run)
+            self._warn()  # before the kernel name's bytes change
+            write.moved.extend((r, state) for r in run)
+            if kept and (self.plan.transform.invertible or not write.overwrites):
+                self.restore(run)
+            else:  # nothing of the old bytes survives the write, or nothing can be said about them
                 self._move(run, State.PARTIAL, "write")
 
     def undo(self, write: Write | None) -> None:
@@ -346,20 +362,12 @@ class AliasedStorage:
     def after_write(self, view: Tensor, write: Write | None = None) -> None:
         """Record that checkpoint values were written through ``view``."""
         if not self.is_plain:
-            if write is None:
-                regions = regions_of(self.plan, view)
-                write = Write(regions, covers(self.plan, view, regions), [])
-            if write.whole:
-                self._move(write.regions, State.CHECKPOINT, "write")
-            elif any(self.states[r] is State.PARTIAL for r in write.regions):
-                self._cover(view, write.regions)
+            regions, covers = write[:2] if write is not None else covered(self.plan, view)
+            if covers:
+                self._move(regions, State.CHECKPOINT, "write")
+            elif self._states.any_is(State.PARTIAL) and any(self.states[r] is State.PARTIAL for r in regions):
+                self._written.add(view)
         self._changed()
-
-    def _cover(self, view: Tensor, regions: range) -> None:
-        if covers(self.plan, view, regions):
-            self._move([r for r in regions if self.states[r] is State.PARTIAL], State.CHECKPOINT, "write")
-        else:
-            self._written.add(view)
 
     def settle(self) -> None:
         """Turn PARTIAL regions whose bytes have all arrived into CHECKPOINT."""
@@ -380,13 +388,13 @@ class AliasedStorage:
         """
         self.notice()
         self.need_unexposed("expose")
-        regions = regions_of(self.plan, view)
-        if not self.plan.transform.invertible and not covers(self.plan, view, regions):
+        regions, covers = covered(self.plan, view)
+        if not self.plan.transform.invertible and not covers:
             if any(self.states[r] is State.KERNEL for r in regions):
                 self.read(view)  # raises: nobody could say what the bytes are that the writer leaves out
-        write = Write(regions, False, [])  # not whole: what the writer leaves out stays as it was
+        write = Write(regions, False, True, [])  # as if it covered nothing: what the writer leaves out stays as it was
         try:
-            self._open(write, True)
+            self._open(write)
         except BaseException:
             self.undo(write)
             raise
@@ -482,7 +490,7 @@ class AliasedStorage:
         """Change to another kernel format of the same capacity. The bytes must be in checkpoint format, or not loaded."""
         if self.kernel_name is None or (plan.regions, plan.region_capacity) != (self.plan.regions, self.plan.region_capacity):
             raise AssertionError(f"{self.label}: {plan} does not fit {self.plan}")
-        if self._states.any_is(State.KERNEL):
+        if self.holds_kernel_bytes:
             raise AssertionError(f"{self.label}: retargeted before it was restored")
         self.plan = plan
         label = self.kernel_name.label

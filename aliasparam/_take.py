@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from ._declare import Declaration, Derivation
 from ._parameter import AliasedParameter, _Aliased, loader_attributes, make_parameter, take_over
@@ -35,8 +35,11 @@ def take(registry: AliasRegistry, source: Source, tensor: Tensor, state: State) 
 
 def check_sources(registry: AliasRegistry, declarations: Sequence[Declaration]) -> None:
     """Raise DeclarationError where a declared Parameter is of a kind that has no memory of its own to share."""
+    distributed: Any = sys.modules.get("torch.distributed.tensor")  # who has a DTensor has imported it
+    if distributed is None:
+        return
     for name, parameter in registry.module._parameters.items():
-        if isinstance(parameter, DTensor) and any(name in _source_names(d) for d in declarations):
+        if isinstance(parameter, distributed.DTensor) and any(name in _source_names(d) for d in declarations):
             raise DeclarationError(
                 "a DTensor is a part of a tensor over several ranks; only local tensors can be declared",
                 module=registry.label,

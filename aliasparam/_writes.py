@@ -24,7 +24,7 @@ def write_one(func: Any, target: Any, rest: tuple[Any, ...], overwrites: bool, c
     """
     storage, memory = target._alias_storage, target._alias_memory
     with storage.lock:
-        if not storage.is_plain:
+        if storage.holds_kernel_bytes:
             rest = tuple(apart(value, (storage,)) for value in rest)
         write = storage.before_write(memory, overwrites)
         try:
@@ -94,4 +94,4 @@ def apart(value: Any, storages: Sequence[AliasedStorage]) -> Any:
 
 
 def _lies_in(tensor: Tensor, storage: AliasedStorage) -> bool:
-    return not storage.is_plain and torch._C._is_alias_of(tensor, storage.buffer)
+    return storage.holds_kernel_bytes and torch._C._is_alias_of(tensor, storage.buffer)

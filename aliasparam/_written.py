@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,12 +13,12 @@ class WrittenBytes:
     """Strided areas of a buffer that were written, kept as written and unfolded only when somebody asks."""
 
     def __init__(self) -> None:
-        # In order: (byte offset, sizes, byte strides) of an area that arrived, or (first, end) of bytes that no longer count.
-        self._log: list[tuple[int, tuple[int, ...], tuple[int, ...]] | tuple[int, int]] = []
+        # In order: (offset, sizes, strides, element width) of an area that arrived, or (first, end) of bytes that no longer count.
+        self._log: list[Any] = []
 
     def add(self, view: Tensor) -> None:
         """``view`` (a view of the buffer from its first byte on) was written."""
-        self._log.append(_area(view))
+        self._log.append((view.storage_offset(), tuple(view.shape), view.stride(), view.element_size()))
 
     def forget(self, first: int, end: int) -> None:
         """Bytes ``[first, end)`` no longer hold what arrived."""
@@ -34,7 +35,7 @@ class WrittenBytes:
             if len(entry) == 2:
                 mask[entry[0] : entry[1]] = False
             else:
-                mask.as_strided(entry[1], entry[2], entry[0]).fill_(True)
+                _bytes(mask, *entry).fill_(True)
         return mask
 
     def has(self, view: Tensor, nbytes: int, loaded: Iterable[tuple[int, int]] = ()) -> bool:
@@ -42,10 +43,10 @@ class WrittenBytes:
         mask = self.mask(nbytes)
         for first, end in loaded:
             mask[first:end] = True
-        offset, sizes, strides = _area(view)
-        return bool(mask.as_strided(sizes, strides, offset).all())
+        area = view.storage_offset(), tuple(view.shape), view.stride(), view.element_size()
+        return bool(_bytes(mask, *area).all())
 
 
-def _area(view: Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
-    width = view.element_size()
-    return view.storage_offset() * width, (*view.shape, width), (*(s * width for s in view.stride()), 1)
+def _bytes(mask: Tensor, offset: int, sizes: tuple[int, ...], strides: tuple[int, ...], width: int) -> Tensor:
+    """The view of ``mask``, one element a byte, that an area is of the buffer."""
+    return mask.as_strided((*sizes, width), (*(s * width for s in strides), 1), offset * width)

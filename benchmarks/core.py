@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from torch import nn
 from aliasparam import Alias, Derivation, SwapHalves, bulk_load, declare, process, restore
 
 EXPERTS, ROWS, COLUMNS = 64, 32, 256
+MANY_EXPERTS = 384
+ROUNDS = 5
 
 
 class Linear(nn.Module):
@@ -40,9 +42,9 @@ def _largest(scale: torch.Tensor) -> torch.Tensor:
 
 
 def seconds(do: Callable[[], Any], repeat: int) -> float:
-    """Best of five rounds, per call."""
+    """Best of several rounds, per call."""
     best = float("inf")
-    for _ in range(5):
+    for _ in range(ROUNDS):
         start = time.perf_counter()
         for _ in range(repeat):
             do()
@@ -62,6 +64,9 @@ def main() -> None:
     table = Table("what", "plain, µs", "aliased, µs", "above plain, µs")
     for what, plain, aliased, repeat in cases(device):
         a, b = seconds(plain, repeat) * 1e6, seconds(aliased, repeat) * 1e6
+        table.add_row(what, f"{a:.2f}", f"{b:.2f}", f"{b - a:+.2f}")
+    for what, plain, aliased in first_loads(device):
+        a, b = seconds(plain, 1) / MANY_EXPERTS * 1e6, seconds(aliased, 1) / MANY_EXPERTS * 1e6
         table.add_row(what, f"{a:.2f}", f"{b:.2f}", f"{b - a:+.2f}")
     console.print(table)
     declaring(console, options.layers)
@@ -92,6 +97,37 @@ def cases(device: str) -> list[tuple[str, Callable[[], Any], Callable[[], Any], 
     context.__enter__()
     rows.append(("the same inside bulk_load", write_through_data(plain), write_through_data(in_bulk), 5000))
     return rows
+
+
+def first_loads(device: str) -> Iterator[tuple[str, Callable[[], Any], Callable[[], Any]]]:
+    """Filling a stack of many experts that was never written: each call loads all of them, into fresh memory."""
+    expert = torch.zeros(ROWS, COLUMNS, dtype=torch.uint8, device=device)
+    half = ROWS // 2
+
+    def empty(*, declared: bool) -> torch.Tensor:
+        module = nn.Module()
+        weight = torch.zeros(MANY_EXPERTS, ROWS, COLUMNS, dtype=torch.uint8, device=device)
+        module.weight = nn.Parameter(weight, requires_grad=False)
+        if declared:
+            declare(module, Alias("weight", "weight_prepared", SwapHalves()), loaded=False)
+        return module.weight
+
+    def whole(weight: torch.Tensor) -> None:
+        for e in range(MANY_EXPERTS):
+            weight.data[e].copy_(expert)
+
+    def first_half(weight: torch.Tensor) -> None:
+        for e in range(MANY_EXPERTS):
+            weight.data[e].narrow(0, 0, half).copy_(expert[:half])
+
+    for what, load in (("a whole expert", whole), ("half an expert", first_half)):
+        # One tensor for each of the rounds that `seconds` makes.
+        tensors = {d: iter([empty(declared=d) for _ in range(ROUNDS)]) for d in (False, True)}
+        yield (
+            f"first load of {MANY_EXPERTS} experts: {what}",
+            lambda load=load, t=tensors[False]: load(next(t)),  # type: ignore[misc]
+            lambda load=load, t=tensors[True]: load(next(t)),  # type: ignore[misc]
+        )
 
 
 def declaring(console: Console, layers: int) -> None:
