@@ -24,6 +24,8 @@ from .errors import AliasError, TransformError
 #: Bytes of a region that a declaration probes at most, where the transform can be tried on a part of one.
 PROBE_BYTES = 1 << 18
 
+#: Probes have values also inside ``with torch.device("meta")``.
+_CPU = torch.device("cpu")
 _MEND = "Declare the step as lossy (lossless = False) so that its source is kept, or mend the inverse."
 _RAISE_DIMS = "Raise core_dims, so that the dimensions it mixes count as one region."
 _PURE = "Work on a clone: forward and inverse are pure, the library calls them on memory that others read."
@@ -219,7 +221,7 @@ def _patterns(spec: TensorSpec) -> Iterator[Tensor]:
     shifts = {start + place for start in starts for place in range(width)} - {0}
     yield from (_digit(count, 256, 0) + shift for shift in sorted(shifts))
     if width in _WORDS and count:
-        words = torch.tensor([list(word.to_bytes(width, "little")) for word in _WORDS[width]], dtype=torch.uint8, device="cpu")
+        words = torch.tensor([list(word.to_bytes(width, "little")) for word in _WORDS[width]], dtype=torch.uint8, device=_CPU)
         for first in range(0, len(words), spec.numel):
             yield words.roll(-first, 0).repeat(-(-spec.numel // len(words)), 1)[: spec.numel].reshape(-1)
 
@@ -227,11 +229,11 @@ def _patterns(spec: TensorSpec) -> Iterator[Tensor]:
 def _digit(count: int, base: int, place: int) -> Tensor:
     """The ``place``-th digit of each byte's position, u8 ``[count]``: no wider integers, probes may be large."""
     step = base**place
-    values = torch.arange(min(base, -(-count // step)), device="cpu").to(torch.uint8)
+    values = torch.arange(min(base, -(-count // step)), device=_CPU).to(torch.uint8)
     return values.repeat(-(-count // (step * base))).repeat_interleave(step)[:count].clone()
 
 
 def _random(spec: TensorSpec) -> Tensor:
     """Bytes that tell regions and bands apart, always the same ones."""
     high = 2 if spec.dtype is torch.bool else 256
-    return torch.randint(0, high, (spec.nbytes,), dtype=torch.uint8, device="cpu", generator=torch.Generator().manual_seed(131))
+    return torch.randint(0, high, (spec.nbytes,), dtype=torch.uint8, device=_CPU, generator=torch.Generator().manual_seed(131))
