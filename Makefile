@@ -42,7 +42,7 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 
 $(VENV)/.test: $(VENV)/.demo
 	@$(INSTALL) $(PIN) -e '.[test,flashinfer]'
-	@$(INSTALL) --no-deps $(PIN) torchao
+	@$(INSTALL) --no-deps $(PIN) torchao optimum-quanto
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.test

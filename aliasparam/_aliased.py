@@ -23,7 +23,7 @@ from ._read_only import read_only
 from ._regions import same_view
 from ._storage import AliasedStorage, State
 from ._writes import write_one
-from .errors import AdoptionError
+from .errors import AdoptionError, PointerError
 
 
 class _Aliased(Tensor):
@@ -130,8 +130,18 @@ class _Aliased(Tensor):
         """
         storage = self._alias_storage
         if storage.state is State.CHECKPOINT and not storage.exposed:
+            storage.handed_out = True  # from now on somebody else may free it
             return super().untyped_storage()
         return storage.stand_in
+
+    def set_(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise PointerError(
+            "set_() would move a fixed storage",
+            label=self._alias_storage.label,
+            expected="an operation that keeps the address, shape and dtype",
+            found="set_()",
+            remedy="Write the new values with copy_().",
+        )
 
     def tolist(self) -> Any:
         return self._values().tolist()
@@ -140,14 +150,19 @@ class _Aliased(Tensor):
         if requires_grad:
             raise AdoptionError(
                 "a declared name holds inference weights; it takes no gradient",
-                name=self._alias_storage.label,
+                label=self._alias_storage.label,
+                expected="requires_grad=False",
+                found="requires_grad=True",
+                remedy="Train a clone() and copy_ the result in.",
             )
         return self
 
     def share_memory_(self) -> NoReturn:
         raise AdoptionError(
             "share_memory_() would move the storage",
-            name=self._alias_storage.label,
+            label=self._alias_storage.label,
+            expected="memory that stays where it is",
+            found="a move to a shared segment",
             remedy="Share a clone(), or create the module in shared memory before declaring.",
         )
 
@@ -212,7 +227,7 @@ def _assign(target: _Aliased, value: Tensor) -> None:
     if value.shape != memory.shape or value.dtype != memory.dtype or value.device.type == "meta":
         raise AdoptionError(
             "assigning .data would change the geometry of a fixed storage",
-            name=storage.label,
+            label=storage.label,
             expected=f"{memory.dtype} {list(memory.shape)} on a real device",
             found=f"{value.dtype} {list(value.shape)} on {value.device}",
             remedy="Convert the value first; Module.half() and the like cannot apply to declared weights.",

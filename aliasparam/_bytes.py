@@ -25,7 +25,7 @@ from ._regions import name_over, regions_of, regions_view
 from ._states import RegionStates, State
 from ._verdict import StoragePlan
 from ._written import WrittenBytes
-from .errors import StateError
+from .errors import MemoryFreedError, StateError
 
 
 class Listener(Protocol):
@@ -68,6 +68,8 @@ class StorageBytes:
         self.listeners: list[Listener] = []
         #: See [Note: threads].
         self.lock = threading.RLock()
+        #: Whether other code was given the raw storage, which it might free.
+        self.handed_out = False
         #: Why somebody outside is writing the raw bytes now, or None.
         self.exposed: str | None = None
         self._states = RegionStates(plan.regions, state)
@@ -151,6 +153,7 @@ class StorageBytes:
 
     def notice(self) -> None:
         """See whether other code wrote the kernel name: then nobody knows what the bytes are. See [Note: foreign writes]."""
+        self.need_memory()
         name = self.kernel_name
         if name is not None and name.tensor._version != name.version and self.exposed is None:
             name.accept()
@@ -172,9 +175,21 @@ class StorageBytes:
         if self.exposed is not None:
             raise StateError(
                 f"cannot {doing}: the raw bytes are exposed to {self.exposed}",
-                name=self.label,
+                label=self.label,
                 expected="written() or abandon() of the exposure first",
                 found="an open exposure",
+                remedy="Close it, or leave its `with` block; a bulk load ends with its block.",
+            )
+
+    def need_memory(self) -> None:
+        """Raise MemoryFreedError where other code gave the memory back (``untyped_storage().resize_(0)``)."""
+        if self.buffer.device.type != "meta" and self.buffer.untyped_storage().nbytes() < self.plan.nbytes:
+            raise MemoryFreedError(
+                "the memory of this name was freed",
+                label=self.label,
+                expected=f"{self.plan.nbytes} bytes",
+                found=f"{self.buffer.untyped_storage().nbytes()} bytes",
+                remedy="Call aliasparam.invalidate(model) before memory is lent out; have it back at its address, and load again.",
             )
 
     # -- reading -------------------------------------------------------------------------------------------------------
@@ -189,6 +204,8 @@ class StorageBytes:
         name = self.kernel_name
         if name is not None and name.tensor._version != name.version:
             self.notice()
+        if self.handed_out:
+            self.need_memory()
         if self.is_plain:
             return view
         self.need_unexposed("read")
@@ -209,7 +226,11 @@ class StorageBytes:
     def _has_weights(self, view: Tensor, found: set[State]) -> bool:
         if State.EMPTY in found or State.INVALID in found:
             return False
-        return State.PARTIAL not in found or self._written.has(view, self.plan.nbytes)
+        if State.PARTIAL not in found:
+            return True
+        size = self.plan.region_capacity
+        loaded = [(r * size, (r + 1) * size) for r, state in enumerate(self.states) if state is not State.PARTIAL]
+        return self._written.has(view, self.plan.nbytes, loaded)
 
     def _need_weights(self, view: Tensor, regions: range) -> None:
         """Refuse to read bytes that were never loaded."""
@@ -221,7 +242,7 @@ class StorageBytes:
         state = self.states[region].value
         return StateError(
             f"{doing}: region {region} of {self.plan.regions} is {state!r}",
-            name=self.label,
+            label=self.label,
             expected="checkpoint-format bytes in the whole tensor",
             found=f"{state}: {self._why}" if self._why else state,
             remedy="Load every shard of this tensor first.",

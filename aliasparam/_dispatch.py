@@ -198,7 +198,7 @@ def _into_out(func: Any, names: list[str]) -> _Handler:
             if target._alias_memory.shape != result.shape:
                 raise PointerError(
                     f"{func} would give a fixed storage another shape",
-                    name=target._alias_storage.label,
+                    label=target._alias_storage.label,
                     expected=f"a result of shape {list(target._alias_memory.shape)}",
                     found=list(result.shape),
                     remedy="Pass an out= of the result's shape: a slice of the name, or a tensor of its own.",
@@ -249,8 +249,9 @@ def _refuse(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     tensor = next(iter(_aliased((*args, *kwargs.values()))))
     raise PointerError(
         f"{func} would move or re-shape a fixed storage",
-        name=tensor._alias_storage.label,
+        label=tensor._alias_storage.label,
         expected="an operation that keeps the address, shape and dtype",
+        found=str(func),
         remedy="Write the new values with copy_(), or work on a clone().",
     )
 

@@ -45,7 +45,13 @@ class Exposure:
 
     def _close(self) -> None:
         if not self._open:
-            raise ReloadError("this exposure is closed already", name=self._storage.label, remedy="Expose the name again.")
+            raise ReloadError(
+                "this exposure is closed already",
+                label=self._storage.label,
+                expected="one written() or abandon()",
+                found="a second one",
+                remedy="Expose the name again.",
+            )
         self._open = False
 
     def __enter__(self) -> Exposure:
@@ -73,13 +79,16 @@ def expose_for_writing(module: nn.Module, name: str, rows: slice | None = None, 
         StateError: the name is exposed already, or only rows are asked for and the memory holds kernel bytes without an inverse.
     """
     owner, _, leaf = name.rpartition(".")
-    parameter = module.get_submodule(owner)._parameters.get(leaf)
+    holder = dict(module.named_modules()).get(owner)
+    parameter = None if holder is None else holder._parameters.get(leaf)
     if not isinstance(parameter, _Aliased):
         raise ReloadError(
             "only declared checkpoint names can be exposed",
             module=type(module).__name__,
             name=name,
-            found="no such parameter" if parameter is None else type(parameter).__name__,
+            expected="a declared Parameter, dotted below the module",
+            found="no such module" if holder is None else "no such Parameter" if parameter is None else type(parameter).__name__,
+            remedy="Declare it first, or write an undeclared Parameter directly.",
         )
     target = parameter if rows is None else parameter[rows]
     return Exposure(target, writer)

@@ -62,7 +62,7 @@ class Guard:
             self.settle()
 
     def _refuse(self, module: nn.Module, args: Any) -> None:
-        self.look_again()
+        self.settle()  # another module that shows the same storage may have processed it
         if self._hook is None:
             return
         registry = self._registry
@@ -74,6 +74,7 @@ class Guard:
             module=registry.label,
             name=", ".join(replaced or registry.stale_names()) or None,
             expected="names processed since the last write to their sources",
+            found="another tensor under the name" if replaced else "names that are older than their sources",
             remedy="Call aliasparam.process(model) after loading.",
         )
 

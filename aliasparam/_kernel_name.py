@@ -88,8 +88,9 @@ class KernelName:
     def refusal(self) -> StaleKernelError:
         return StaleKernelError(
             "this kernel-format name is stale",
-            name=self.label,
+            label=self.label,
             expected="a name processed since the last write to its sources",
+            found="one that is older than its sources",
             remedy=_REMEDY,
         )
 

@@ -147,7 +147,11 @@ class RegistryNames:
     def stale_names(self) -> list[str]:
         """Kernel names older than their sources, or written or moved by other code."""
         stale = [s.derived for s in self.sources.values() if s.derived and (s.storage is None or not s.storage.is_current)]
-        return stale + [name for name, derived in self.derived.items() if not self.is_current(derived)]
+        older: list[str] = []
+        for name, derived in self.derived.items():
+            if not self.is_current(derived) or not set(older).isdisjoint(derived.declaration.sources):
+                older.append(name)
+        return stale + older
 
     def is_current(self, derived: Derived) -> bool:
         kernel = derived.kernel
@@ -159,5 +163,9 @@ class RegistryNames:
         """Counts the changes of a name that something derives from."""
         if name in self.derived:
             return self.derived[name].generation
-        storage = self.sources[name].storage
+        storage = self.source_of(name).storage
         return storage.generation if storage is not None else -1
+
+    def source_of(self, name: str) -> Source:
+        """The source of a checkpoint name, or of the kernel name that lives in its storage."""
+        return self.sources.get(name) or next(s for s in self.sources.values() if s.derived == name)

@@ -5,20 +5,21 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
-from ._declare import Alias, Declaration, Derivation, Keep
+from ._declare import Alias, Declaration, Derivation, Keep, Policy
 from ._kernel_name import KernelName
 from ._overlap import check_memory
 from ._parameter import AliasedParameter
-from ._probe import check_inverse
+from ._probe import check_declared
 from ._storage import AliasedStorage
 from ._transform import Identity, TensorSpec, Transform
-from ._verdict import Reason, StoragePlan, plan_storage
-from .errors import DeclarationError
+from ._verdict import Reason, StoragePlan, aliasing_is_on, plan_storage
+from .errors import AliasError, DeclarationError
 
 
 @dataclass
@@ -81,12 +82,14 @@ def planned(
     sources: dict[str, Source] = {}
     derived: list[Derived] = []
     taken = set(taken)
+    aliasing = aliasing and aliasing_is_on()
     wanted = [d for d in declarations if isinstance(d, Alias)]
     wanted += [Alias(d.source, "") for d in declarations if isinstance(d, Keep)]
     for alias in wanted:
+        _need_policy(label, alias)
         _need_free(label, taken, alias.source, alias.derived)
         spec = _parameter_spec(module, label, alias.source)
-        plan = plan_storage(spec, alias.transform, aliasing=aliasing, room_for=alias.room_for)
+        plan = _plan(label, alias, spec, aliasing=aliasing)
         if alias.transform.invertible and alias.transform.lossless and not alias.transform.is_identity_for(spec):
             probe_transform(label, alias.source, alias.transform, spec)
         fell_back = bool(alias.derived) and not plan.reason.aliases
@@ -105,8 +108,25 @@ def planned(
             if name not in sources and name not in taken:
                 taken.add(name)
                 sources[name] = Source(name, plan_storage(_parameter_spec(module, label, name), Identity()), None)
-    check_memory(label, {n: p for n in sources if (p := module._parameters[n]) is not None})
+    parameters = {n: p for n, p in module._parameters.items() if p is not None and not is_lazy(p)}
+    check_memory(
+        label,
+        {n: p for n, p in parameters.items() if n in sources},
+        {n: p for n, p in parameters.items() if n not in sources},
+    )
     return list(sources.values()), _in_order(derived, label)
+
+
+def _need_policy(label: str, alias: Alias) -> None:
+    if alias.on_mismatch not in get_args(Policy):
+        raise DeclarationError(
+            "no such policy",
+            module=label,
+            name=alias.source,
+            expected=f"on_mismatch of {', '.join(map(repr, get_args(Policy)))}",
+            found=repr(alias.on_mismatch),
+            remedy="'copy' is the default.",
+        )
 
 
 def _need_free(label: str, taken: set[str], *names: str) -> None:
@@ -117,6 +137,7 @@ def _need_free(label: str, taken: set[str], *names: str) -> None:
                 module=label,
                 name=name,
                 expected="each source and each derived name in one declaration",
+                found="a name that a declaration has already",
                 remedy="Chain transforms with .then(), or derive from the derived name.",
             )
         taken.add(name)
@@ -124,38 +145,77 @@ def _need_free(label: str, taken: set[str], *names: str) -> None:
 
 def _parameter_spec(module: nn.Module, label: str, name: str) -> TensorSpec:
     parameter = module._parameters.get(name)
+    if parameter is not None and is_lazy(parameter):
+        raise DeclarationError(
+            "the shape of this Parameter is not known yet",
+            module=label,
+            name=name,
+            expected="a Parameter with shape and dtype",
+            found=type(parameter).__name__,
+            remedy="Materialize it first: parameter.materialize(shape), or a first forward of the lazy module.",
+        )
     if parameter is None:
         raise DeclarationError(
             "a declared source must be a registered Parameter of the module",
             module=label,
             name=name,
+            expected="the name of a Parameter",
             found=f"parameters {sorted(n for n, p in module._parameters.items() if p is not None)}",
             remedy="Register it first: module.register_parameter(name, nn.Parameter(..., requires_grad=False)).",
         )
     if parameter.layout is not torch.strided:
-        raise DeclarationError("only strided tensors can be aliased", module=label, name=name, found=parameter.layout)
+        raise DeclarationError(
+            "only strided tensors can be aliased",
+            module=label,
+            name=name,
+            expected="torch.strided",
+            found=parameter.layout,
+            remedy="Register tensor.to_dense() instead.",
+        )
     return TensorSpec.of(parameter)
 
 
+def _plan(label: str, alias: Alias, spec: TensorSpec, *, aliasing: bool) -> StoragePlan:
+    try:
+        return plan_storage(spec, alias.transform, aliasing=aliasing, room_for=alias.room_for)
+    except AliasError as error:  # a transform knows neither the module nor the name
+        raise error.located(
+            module=label,
+            name=alias.source,
+            expected=f"a shape and dtype that {alias.transform} takes",
+            found=spec,
+            remedy="Pad or reshape the tensor first (PadLast2), or declare another transform.",
+        ) from None
+
+
 def probe_transform(label: str, name: str, transform: Transform, spec: TensorSpec) -> None:
-    """Check the inverse on one region of the declared shape (two where there are more)."""
-    lead = max(len(spec.shape) - transform.core_dims, 0)
-    probe = TensorSpec(
-        (*(min(n, 2) if i == 0 else 1 for i, n in enumerate(spec.shape[:lead])), *spec.shape[lead:]),
-        spec.dtype,
-    )
-    key = (transform, probe)
+    """Check the laws of ``transform`` on probes of ``spec``. See [Note: probe size] in _probe.py.
+
+    Raises:
+        DeclarationError: it breaks one, or it raises.
+    """
+    key = (transform, spec)
     if key in _probed:
         return
     try:
-        check_inverse(transform, probe)
-    except DeclarationError:
-        raise
-    except Exception as error:
+        check_declared(transform, spec)
+    except AliasError as error:
         raise DeclarationError(
-            f"the transform {transform} failed on a probe of {probe}: {error}",
+            error.message,
             module=label,
             name=name,
+            expected=error.expected if error.expected is not None else f"a transform that takes {spec}",
+            found=error.found if error.found is not None else spec,
+            remedy=error.remedy or "Pad or reshape the tensor first, or declare another transform.",
+        ) from error
+    except Exception as error:
+        raise DeclarationError(
+            f"the transform {transform} failed on a probe of {spec}",
+            module=label,
+            name=name,
+            expected="forward and inverse that take any checkpoint bytes of this shape and dtype",
+            found=f"{type(error).__name__}: {error}",
+            remedy="Mend the transform, or raise TransformError in output_spec() where the format does not exist.",
         ) from error
     _probed.add(key)
 
@@ -192,7 +252,14 @@ def _in_order(derived: list[Derived], label: str) -> list[Derived]:
 
     def visit(name: str, trail: tuple[str, ...]) -> None:
         if name in trail:
-            raise DeclarationError("derivations form a cycle", module=label, name=" -> ".join((*trail, name)))
+            raise DeclarationError(
+                "derivations form a cycle",
+                module=label,
+                name=name,
+                expected="derivations that lead back to checkpoint names",
+                found=" -> ".join((*trail, name)),
+                remedy="Derive one of them from a checkpoint name.",
+            )
         if name in done or name not in by_name:
             return
         for source in by_name[name].declaration.sources:

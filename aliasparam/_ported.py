@@ -8,16 +8,18 @@ no existing name's address moves, and the source name does not show kernel bytes
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from ._declare import Alias
+from ._parameter import _Aliased
 from ._planning import Separate, Source
 from ._reconcile import reconcile
 from ._registry import declare, registry_of
 from ._transform import Identity, TensorSpec, Transform
-from ._verdict import Reason, judge
+from ._verdict import Reason, aliasing_is_on, judge
 from .errors import DeclarationError, PointerError, StateError
 
 
@@ -69,28 +71,62 @@ def alias_or_bind_derived_param(module: nn.Module, source_name: str, derived_nam
             name=source_name,
             expected=source.derived,
             found=derived_name,
+            remedy="Use the name it has, or put the other value under copy_or_rebind_param.",
         )
     spec, device = _source_spec(module, source, source_name)
-    if TensorSpec.of(derived_value) != spec or derived_value.device != device:
+    if TensorSpec.of(derived_value) != spec or derived_value.device != device or not aliasing_is_on():
         copy_or_rebind_param(module, derived_name, derived_value)
         reason = _why_apart(spec, TensorSpec.of(derived_value), same_device=derived_value.device == device)
         (registry or declare(module)).separate[derived_name] = Separate(source_name, reason, derived_value.nbytes)
         return
+    value = _apart(module, source, source_name, derived_value)
     if source is None:
         registry = declare(module, Alias(source_name, derived_name, Undeclared()))
         source = registry.sources[source_name]
     if registry is None or source.storage is None:
-        raise StateError("the source has no memory yet", module=type(module).__name__, name=source_name)
-    if source.plan.transform.invertible:
-        raise DeclarationError(
-            "this pair was declared with a transform: aliasparam.process converts it",
+        raise StateError(
+            "the source has no memory yet",
             module=type(module).__name__,
             name=source_name,
+            expected="a Parameter on a real device",
+            found="one on meta",
+            remedy="Load the module before processing it.",
         )
+    if source.plan.transform.invertible:
+        _refuse_declared(module, source, derived_name)
     with torch.no_grad():
         reconcile(registry)
-        source.storage.put_kernel(derived_value.detach())
+        source.storage.put_kernel(value)
     registry.settle_guard()
+
+
+def _refuse_declared(module: nn.Module, source: Source, derived_name: str) -> NoReturn:
+    where = {"module": type(module).__name__, "name": source.name}
+    if source.derived:
+        raise DeclarationError(
+            "this pair was declared with a transform",
+            **where,
+            expected="aliasparam.process(module), which converts it",
+            found=f"a converted value for {derived_name!r}",
+            remedy="Call process instead of this helper.",
+        )
+    raise DeclarationError(
+        "this source was declared without a kernel name",
+        **where,
+        expected=f"{derived_name!r} declared together with it",
+        found="a source that is kept (Keep), or that a Derivation reads",
+        remedy=f"Declare Alias({source.name!r}, {derived_name!r}, transform), or put the value there by copy_or_rebind_param.",
+    )
+
+
+def _apart(module: nn.Module, source: Source | None, name: str, value: Tensor) -> Tensor:
+    """``value``, copied if it is a view of the very memory it is put into (``weight.t()`` of a square weight, say)."""
+    target = module._parameters.get(name) if source is None or source.storage is None else source.storage.buffer
+    with torch.no_grad():
+        if isinstance(value, _Aliased) or target is None or value.device.type == "meta":
+            return value.detach().clone()
+        shared = value.untyped_storage().data_ptr() == target.untyped_storage().data_ptr()
+        return value.detach().clone() if shared else value.detach()
 
 
 def _source_spec(module: nn.Module, source: Source | None, name: str) -> tuple[TensorSpec, torch.device]:
@@ -98,7 +134,14 @@ def _source_spec(module: nn.Module, source: Source | None, name: str) -> tuple[T
     if source is not None and source.storage is not None:
         return source.plan.source, source.storage.buffer.device
     if parameter is None:
-        raise DeclarationError("the source is not a Parameter of the module", module=type(module).__name__, name=name)
+        raise DeclarationError(
+            "the source is not a Parameter of the module",
+            module=type(module).__name__,
+            name=name,
+            expected="the name of a Parameter",
+            found=f"parameters {sorted(n for n, p in module._parameters.items() if p is not None)}",
+            remedy="Register it first, or use copy_or_rebind_param for a value without a source.",
+        )
     return TensorSpec.of(parameter), parameter.device
 
 
@@ -106,6 +149,8 @@ def _why_apart(source: TensorSpec, derived: TensorSpec, *, same_device: bool) ->
     """Undeclared code promises no padding and no inverse, so only the very same shape and dtype can share memory."""
     if not same_device:
         return Reason.OTHER_DEVICE
+    if source == derived:
+        return Reason.SWITCHED_OFF
     verdict = judge(source, derived, Identity())
     return Reason.UNDECLARED_SHAPE if verdict.aliases else verdict
 

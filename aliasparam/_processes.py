@@ -17,6 +17,8 @@ def reduce_for_process(tensor: Any) -> Any:
 def refuse_for_process(owner: Any) -> NoReturn:
     raise AdoptionError(
         "a declared module cannot be sent to another process: torch would move its memory to a shared segment",
-        name=owner.label,
+        label=owner.label,
+        expected="values, or a module that is not declared",
+        found="a declared module",
         remedy="Send checkpoint_state_dict(module), or declare in the other process.",
     )

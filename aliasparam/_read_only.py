@@ -79,7 +79,8 @@ def _check_written(func: Any, args: Any, kwargs: Any) -> None:
             if isinstance(tensor, ReadOnlyCopy):
                 raise StateError(
                     "contiguous() of a name in kernel format is a converted copy: a write into it would be lost",
-                    name=tensor._alias_label,
+                    label=tensor._alias_label,
                     expected="a write through the name itself",
+                    found=f"{func} into the copy",
                     remedy="Write the parameter, its .data or a slice of them: they are contiguous in shape and strides.",
                 )

@@ -60,4 +60,4 @@ def whose(storage: StorageBytes) -> Iterator[None]:
         yield
     except StateError as error:
         facts = {"expected": error.expected, "found": error.found, "remedy": error.remedy}
-        raise StateError(error.message, name=storage.label, **facts) from None
+        raise StateError(error.message, label=storage.label, **facts) from None

@@ -42,7 +42,13 @@ class ReloadSession:
 
     def __enter__(self) -> ReloadSession:
         if self.model.__dict__.get("_alias_reload_open", False):
-            raise ReloadError("a reload of this model is already open", remedy="Finish or abort it first.")
+            raise ReloadError(
+                "a reload of this model is already open",
+                module=self._label,
+                expected="one reload at a time",
+                found="another one in progress",
+                remedy="Finish or abort it first.",
+            )
         for _, registry in registries(self.model):
             with torch.no_grad():
                 reconcile(registry)
@@ -82,8 +88,10 @@ class ReloadSession:
         if missing:
             raise ReloadError(
                 f"{len(missing)} of {len(self._targets)} tensors did not arrive whole",
+                module=self._label,
                 name=", ".join(missing[:5]) + (", …" if len(missing) > 5 else ""),
                 expected="every row of every tensor once" if self.scope == "all" else "every row of each tensor that was begun",
+                found=f"{len(missing)} without all their rows",
                 remedy='Send the missing tensors, or open the reload with scope="partial" for a deliberate partial update.',
             )
 
@@ -114,6 +122,7 @@ class ReloadSession:
         if destination.shape != value.shape or destination.dtype != value.dtype:
             raise ReloadError(
                 "the new tensor does not fit",
+                module=self._label,
                 name=name,
                 expected=TensorSpec.of(destination),
                 found=TensorSpec.of(value),
@@ -123,8 +132,11 @@ class ReloadSession:
         if any(start < last and first < start + rows for first, last in seen):
             raise ReloadError(
                 "these rows arrived twice in one reload",
+                module=self._label,
                 name=name,
-                found=f"rows {start} to {start + rows - 1}",
+                expected="every row once",
+                found=f"rows {start} to {start + rows - 1} again",
+                remedy="Drop the duplicate from the stream, or open another reload for it.",
             )
         self._written[id(target)] = target
         with torch.no_grad():
@@ -133,15 +145,29 @@ class ReloadSession:
 
     def _target(self, name: str) -> Tensor:
         if not self._open:
-            raise ReloadError("this reload is not open", name=name, remedy="Use it inside `with reload(model) as r:`.")
+            raise ReloadError(
+                "this reload is not open",
+                module=self._label,
+                name=name,
+                expected="an update inside the block",
+                found="one before or after it",
+                remedy="Use it inside `with reload(model) as r:`.",
+            )
         target = self._targets.get(name)
         if target is None:
             raise ReloadError(
                 "the model has no tensor of this name",
+                module=self._label,
                 name=name,
-                remedy=f"It has {len(self._targets)} names; see r.expected.",
+                expected=f"one of its {len(self._targets)} names",
+                found=name,
+                remedy="r.expected lists them. Map the sender's names to those first.",
             )
         return target
+
+    @property
+    def _label(self) -> str:
+        return type(self.model).__name__
 
     def load(self, tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> None:
         """Write every (name, tensor) of a mapping or iterable."""
@@ -161,7 +187,13 @@ def reload(model: nn.Module, *, scope: Scope = "all") -> ReloadSession:
         ReloadError: missing, unexpected, duplicate or ill-fitting tensors.
     """
     if scope not in ("all", "partial"):
-        raise ReloadError("unknown scope", expected="'all' or 'partial'", found=repr(scope))
+        raise ReloadError(
+            "unknown scope",
+            module=type(model).__name__,
+            expected="'all' or 'partial'",
+            found=repr(scope),
+            remedy="'all' is the default.",
+        )
     return ReloadSession(model, scope)
 
 
@@ -190,6 +222,8 @@ def _refuse(module: nn.Module, args: Any) -> None:
     raise StaleKernelError(
         "the last reload failed half-way: the weights are a mixture of old and new",
         module=type(module).__name__,
+        expected="a whole reload",
+        found="one that failed after its first write",
         remedy="Reload the whole model; until then it does not run.",
     )
 

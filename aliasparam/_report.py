@@ -94,14 +94,16 @@ def _rows(path: str, registry: AliasRegistry, seen: set[int]) -> list[MemoryRow]
 
 def _row(path: str, source: Source, seen: set[int], copy: str | None, fallback: StoragePlan | None) -> MemoryRow:
     plan, size = source.plan, source.plan.source.nbytes
+    tied = id(source.storage) in seen if source.storage is not None else False
     if source.storage is not None:
-        if id(source.storage) in seen:
-            return MemoryRow(path, source.name, source.derived, "tied: the storage of an earlier row", plan.reason, True, 0, 0, 0)
         seen.add(id(source.storage))
+    size, capacity = (0, 0) if tied else (size, plan.nbytes)
     if fallback is not None:
         kernel = fallback.derived.nbytes
-        verdict = f"copy: {fallback.reason.value}"
-        return MemoryRow(path, source.name, copy, verdict, fallback.reason, False, size, kernel, plan.nbytes + kernel)
+        verdict = f"copy: {fallback.reason.value}" + ("; tied to an earlier row" if tied else "")
+        return MemoryRow(path, source.name, copy, verdict, fallback.reason, False, size, kernel, capacity + kernel)
+    if tied:
+        return MemoryRow(path, source.name, source.derived, "tied: the storage of an earlier row", plan.reason, True, 0, 0, 0)
     if not source.derived:
         return MemoryRow(path, source.name, None, "no kernel format", None, True, size, 0, plan.nbytes)
     if plan.transform.is_identity_for(plan.source):
@@ -118,6 +120,8 @@ def explain(module: nn.Module) -> str:
     seen: set[int] = set()
     for path, registry in registries(module):
         lines.append(f"{path or registry.label} ({type(registry.module).__name__}): {'ready' if registry.is_ready else 'stale'}")
+        if registry.about:
+            lines.append(f"  {registry.about}")
         for row in _rows(path, registry, seen):
             code = f" [{row.reason.code}]" if row.reason else ""
             target = f" -> {row.derived}" if row.derived else ""

@@ -45,13 +45,17 @@ def _plan_for(registry: AliasRegistry, name: str, transform: Transform) -> Stora
             "only a source with an aliased kernel name has a format to change",
             module=registry.label,
             name=name,
+            expected="the name of an aliased source",
             found=f"aliased sources {sorted(n for n, s in registry.sources.items() if s.derived)}",
+            remedy="Declare the pair with Alias first.",
         )
     if source.storage is not None and len(source.storage.listeners) > 1:
         raise DeclarationError(
             "another module declares this tied weight too, to the format it has",
             module=registry.label,
             name=name,
+            expected="a weight of one module",
+            found=f"{len(source.storage.listeners)} modules that show it",
             remedy="Untie it with clone() before declaring, or declare it once.",
         )
     old, plan = source.plan, plan_storage(source.plan.source, transform)

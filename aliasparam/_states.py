@@ -76,10 +76,10 @@ class RegionStates:
             if to not in _MOVES[each[region]]:
                 raise StateError(
                     f"cannot {doing}: region {region} is {each[region].value!r}",
-                    name=label,
+                    label=label,
                     expected=f"a state from which {to.value!r} can be reached",
                     found=each[region].value,
-                    remedy="Load the whole tensor first." if to is not State.CHECKPOINT else None,
+                    remedy="Load the whole tensor first.",
                 )
         for region in regions:
             self._put(region, to)

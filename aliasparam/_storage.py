@@ -17,7 +17,6 @@ from torch import Tensor
 from ._converting import ConvertibleStorage
 from ._regions import covered, name_over, regions_of
 from ._states import State as State
-from .errors import PointerError
 
 
 class Write(NamedTuple):
@@ -58,6 +57,8 @@ class AliasedStorage(ConvertibleStorage):
         name = self.kernel_name
         if name is not None and name.tensor._version != name.version:
             self.notice()
+        if self.handed_out:
+            self.need_memory()
         if self.is_plain:
             return None
         self.need_unexposed("write")
@@ -171,7 +172,7 @@ class AliasedStorage(ConvertibleStorage):
     def relocate(self, device: torch.device) -> None:
         """Follow the module to another device: the one legal change of address, made by the owner."""
         if device == self.buffer.device:
-            raise PointerError("relocating to the device it is on", name=self.label)
+            raise AssertionError(f"{self.label}: relocated to the device it is on")
         self.notice()
         with torch.inference_mode(False):
             self.name_buffer(self.buffer.to(device), has_kernel_name=self.kernel_name is not None)

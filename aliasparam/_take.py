@@ -66,7 +66,12 @@ def check_tie(label: str, source: Source, parameter: Tensor | None) -> None:
     storage = parameter._alias_storage
     if not isinstance(parameter, AliasedParameter) or parameter._alias_memory is not storage.checkpoint:
         raise DeclarationError(
-            "this Parameter is a view of a storage that another module declared", module=label, name=source.name
+            "this Parameter is a view of a storage that another module declared",
+            module=label,
+            name=source.name,
+            expected="the whole Parameter, or one with memory of its own",
+            found=f"a view of {storage.label}",
+            remedy="Declare the whole, and show parts of it: registry.show_shards(...).",
         )
     if storage.plan != source.plan or (storage.kernel_name is None) != (not source.derived):
         raise DeclarationError(

@@ -187,7 +187,7 @@ class Chain(Transform):
 
     def band(self, spec: TensorSpec) -> Band | None:
         """The common band where every step has one along the same dim."""
-        size, dim = 1, None
+        size, dim, whole_spec = 1, None, spec
         for step in self.steps:
             following = step.output_spec(spec)
             if not isinstance(step, (Identity, ViewDtype)):
@@ -200,7 +200,17 @@ class Chain(Transform):
                 if band.dim == -2 and step is not self.steps[-1] and following.shape[-2] not in whole:
                     return None
             spec = following
+        if dim == -2 and not self._last_band_is_whole(whole_spec, size):
+            return None
         return Band(-2 if dim is None else dim, size)
+
+    def _last_band_is_whole(self, spec: TensorSpec, size: int) -> bool:
+        """Whether the rows left over make as many kernel bytes as a whole band. Padding by 4 and then by 6 rows does not."""
+        *lead, rows, columns = spec.shape
+        if rows % size == 0:
+            return True
+        left, whole = (self.output_spec(TensorSpec((*lead, n, columns), spec.dtype)) for n in (rows % size, size))
+        return left.nbytes == whole.nbytes
 
 
 @dataclass(frozen=True)

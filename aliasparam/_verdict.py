@@ -6,6 +6,9 @@ Pure: looks at specs only, allocates nothing, so a plan can be made on the meta 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import Enum
 
@@ -37,6 +40,27 @@ class Reason(Enum):
     def code(self) -> str:
         """``same``, ``same-bytes``, ``padded``, ``element-width``, …"""
         return self.name.lower().replace("_", "-")
+
+
+_switched_on: ContextVar[bool] = ContextVar("aliasing", default=True)
+
+
+def aliasing_is_on() -> bool:
+    """False inside :func:`without_aliasing`."""
+    return _switched_on.get()
+
+
+@contextmanager
+def without_aliasing() -> Iterator[None]:
+    """Inside the block declarations give every kernel name memory of its own, as ``declare(..., aliasing=False)`` does.
+
+    Results must be the same (law 7). For code that calls ``declare`` or the ported helpers itself.
+    """
+    token = _switched_on.set(False)
+    try:
+        yield
+    finally:
+        _switched_on.reset(token)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ._storage import AliasedStorage, Write
+from .errors import StaleKernelError
 
 
 def write_one(func: Any, target: Any, rest: tuple[Any, ...], overwrites: bool, checks_first: bool = True) -> None:
@@ -71,7 +72,8 @@ class Writes:
             except BaseException:
                 self._spoil()
                 raise
-        elif not self._all_begun or (self._checks_first and isinstance(error, Exception)):
+        elif not self._all_begun or isinstance(error, StaleKernelError) or (self._checks_first and isinstance(error, Exception)):
+            # A stale kernel name among the sources refuses the operator as a whole, before it writes.
             for storage, _, write in reversed(self._begun):
                 storage.undo(write)
         else:

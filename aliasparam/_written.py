@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -37,10 +38,13 @@ class WrittenBytes:
                 _bytes(mask, *entry).fill_(True)
         return mask
 
-    def has(self, view: Tensor, nbytes: int) -> bool:
-        """Whether every byte of ``view`` arrived."""
+    def has(self, view: Tensor, nbytes: int, loaded: Iterable[tuple[int, int]] = ()) -> bool:
+        """Whether every byte of ``view`` arrived, or lies in ``loaded`` (first, end) ranges."""
+        mask = self.mask(nbytes)
+        for first, end in loaded:
+            mask[first:end] = True
         area = int(view.storage_offset()), tuple(view.shape), view.stride(), view.element_size()
-        return bool(_bytes(self.mask(nbytes), *area).all())
+        return bool(_bytes(mask, *area).all())
 
 
 def _bytes(mask: Tensor, offset: int, sizes: tuple[int, ...], strides: tuple[int, ...], width: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 
 class AliasError(Exception):
@@ -22,11 +22,15 @@ class AliasError(Exception):
         *,
         module: str | None = None,
         name: str | None = None,
+        label: str | None = None,
         expected: Any = None,
         found: Any = None,
         remedy: str | None = None,
     ) -> None:
         self.message = message
+        if label is not None:  # what storages call themselves: the module and the name in one
+            where, _, leaf = label.rpartition(".")
+            module, name = module or where or None, name or leaf
         self.module = module
         self.name = name
         self.expected = expected
@@ -45,10 +49,18 @@ class AliasError(Exception):
             lines.append(f"  {self.remedy}")
         return "\n".join(lines)
 
+    def located(self, **facts: Any) -> Self:
+        """The same error with the fields it lacks: code that raises often knows less than its caller."""
+        kept = {name: getattr(self, name) for name in _FIELDS if getattr(self, name) is not None}
+        return type(self)(self.message, **{**facts, **kept})
+
     def __reduce__(self) -> tuple[Any, ...]:
         # Exceptions cross process boundaries (torch.distributed, multiprocessing) with their fields.
         fields = (self.message, self.module, self.name, self.expected, self.found, self.remedy)
         return _rebuild_error, (type(self), fields)
+
+
+_FIELDS = ("module", "name", "expected", "found", "remedy")
 
 
 def _rebuild_error(cls: type[AliasError], fields: tuple[Any, ...]) -> AliasError:
@@ -64,12 +76,20 @@ class TransformError(AliasError):
     """A transform cannot take this shape or dtype, or its inverse does not invert."""
 
 
+class DerivationError(AliasError):
+    """The function of a derivation failed, or returned something else than it declared."""
+
+
 class StateError(AliasError):
     """The storage is in a state in which this operation would give or keep wrong bytes."""
 
 
 class StaleKernelError(StateError):
     """A module was called while a kernel-format name is older than its checkpoint-format source."""
+
+
+class MemoryFreedError(StateError):
+    """The memory under a declared name was given back to the allocator by other code."""
 
 
 class PointerError(AliasError):

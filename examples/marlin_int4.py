@@ -15,21 +15,19 @@ from torch import Tensor, nn
 from aliasparam import Alias, AliasRegistry, Band, TensorSpec, Transform, declare
 from aliasparam.errors import TransformError
 
-_SHIFTS = torch.arange(0, 32, 4)
 _AWQ = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])
-_COLUMNS = torch.arange(64).view(8, 8).t().reshape(-1)
 
 
 def unpack(words: Tensor, along: int = -1) -> Tensor:
     """int32 words to nibbles u8, eight for each word along dim ``along``."""
-    nibbles = (words.unsqueeze(-1) >> _SHIFTS.to(words.device)) & 15
+    nibbles = (words.unsqueeze(-1) >> torch.arange(0, 32, 4, device=words.device)) & 15
     return (nibbles.transpose(-1, -2).flatten(-3, -2) if along == -2 else nibbles.flatten(-2)).to(torch.uint8)
 
 
 def pack(nibbles: Tensor, along: int = -1) -> Tensor:
     """The inverse of :func:`unpack`."""
     groups = nibbles.unflatten(along, (-1, 8)).movedim(along, -1).long()
-    return (groups << _SHIFTS.to(nibbles.device)).sum(-1).to(torch.int32)  # wraps: the top bit is the sign
+    return (groups << torch.arange(0, 32, 4, device=nibbles.device)).sum(-1).to(torch.int32)  # wraps: the top bit is the sign
 
 
 def regroup(values: Tensor, order: Tensor) -> Tensor:
@@ -37,15 +35,13 @@ def regroup(values: Tensor, order: Tensor) -> Tensor:
     return values.unflatten(-1, (-1, len(order)))[..., order.to(values.device)].flatten(-2)
 
 
-def _fragments() -> Tensor:
-    """Where each nibble of four 16x16 blocks is read from: per lane and block, the eight entries of its MMA fragment."""
-    axes = (torch.arange(32), torch.arange(4), torch.arange(2), torch.arange(4))
-    lane, block, half, entry = torch.meshgrid(*axes, indexing="ij")
-    row = 2 * (lane % 4) + torch.tensor([0, 1, 8, 9])[entry]
-    return regroup((16 * row + lane // 4 + 8 * half + 256 * block).reshape(-1), _AWQ)
-
-
-_FRAGMENTS = _fragments()
+#: Where each nibble of four 16x16 blocks is read from: per lane and block, the eight entries of its MMA fragment.
+_LANE, _BLOCK, _HALF, _ENTRY = torch.meshgrid(*map(torch.arange, (32, 4, 2, 4)), indexing="ij")
+_ROW = 2 * (_LANE % 4) + torch.tensor([0, 1, 8, 9])[_ENTRY]
+_FRAGMENTS = regroup((16 * _ROW + _LANE // 4 + 8 * _HALF + 256 * _BLOCK).reshape(-1), _AWQ)
+#: Scales within 64 columns; packed zero points are in AWQ's order before and after.
+_SCALES = torch.arange(64).view(8, 8).t().reshape(-1)
+_ZEROS = regroup(regroup(regroup(torch.arange(64), _AWQ.argsort()), _SCALES), _AWQ)
 
 
 @dataclass(frozen=True)
@@ -54,30 +50,21 @@ class ToMarlin(Transform):
 
     awq: bool = True
 
-    def _dims(self, spec: TensorSpec) -> tuple[int, int]:
-        k, n = (spec.shape[-2], spec.shape[-1] * 8) if self.awq else (spec.shape[-2] * 8, spec.shape[-1])
-        if k % 16 or n % 64 or spec.dtype is not torch.int32:
-            raise TransformError(
-                "no Marlin tiles", expected="int32 words, K % 16 == 0, N % 64 == 0", found=f"{spec}, K={k}, N={n}"
-            )
-        return k, n
-
     def band(self, spec: TensorSpec) -> Band | None:
         return Band(-2, 16 if self.awq else 2)
 
     def output_spec(self, spec: TensorSpec) -> TensorSpec:
-        k, n = self._dims(spec)
+        k, n = (spec.shape[-2], spec.shape[-1] * 8) if self.awq else (spec.shape[-2] * 8, spec.shape[-1])
+        if k % 16 or n % 64 or spec.dtype is not torch.int32:
+            raise TransformError("no Marlin tiles", expected="int32, K % 16 == 0, N % 64 == 0", found=f"{spec}, K={k}, N={n}")
         return TensorSpec((*spec.shape[:-2], k // 16, 2 * n), torch.int32)
 
     def forward(self, tensor: Tensor) -> Tensor:
-        k, n = self._dims(TensorSpec.of(tensor))
         values = regroup(unpack(tensor), _AWQ.argsort()) if self.awq else unpack(tensor, -2)
-        blocks = values.unflatten(-2, (k // 16, 16)).unflatten(-1, (n // 16, 16)).transpose(-3, -2)
-        return pack(regroup(blocks.flatten(-3), _FRAGMENTS))
+        return pack(regroup(values.unflatten(-2, (-1, 16)).unflatten(-1, (-1, 16)).transpose(-3, -2).flatten(-3), _FRAGMENTS))
 
     def inverse(self, tensor: Tensor, spec: TensorSpec) -> Tensor:
-        _, n = self._dims(spec)
-        blocks = regroup(unpack(tensor), _FRAGMENTS.argsort()).unflatten(-1, (n // 16, 16, 16))
+        blocks = regroup(unpack(tensor), _FRAGMENTS.argsort()).unflatten(-1, (-1, 16, 16))
         values = blocks.transpose(-3, -2).flatten(-2).flatten(-3, -2)
         return pack(regroup(values, _AWQ)) if self.awq else pack(values, -2)
 
@@ -92,15 +79,10 @@ class PermuteColumns(Transform):
         return spec
 
     def forward(self, tensor: Tensor) -> Tensor:
-        return self._move(tensor, _COLUMNS)
+        return pack(regroup(unpack(tensor), _ZEROS)) if self.packed else regroup(tensor, _SCALES)
 
     def inverse(self, tensor: Tensor, spec: TensorSpec) -> Tensor:
-        return self._move(tensor, _COLUMNS.argsort())
-
-    def _move(self, tensor: Tensor, order: Tensor) -> Tensor:
-        if not self.packed:
-            return regroup(tensor, order)
-        return pack(regroup(regroup(regroup(unpack(tensor), _AWQ.argsort()), order), _AWQ))
+        return pack(regroup(unpack(tensor), _ZEROS.argsort())) if self.packed else regroup(tensor, _SCALES.argsort())
 
 
 def declare_int4(layer: nn.Module, *, awq: bool) -> AliasRegistry:

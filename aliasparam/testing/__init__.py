@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from ._check import LAWS as LAWS
-from ._check import LawBroken as LawBroken
-from ._check import Report as Report
+from .._verdict import without_aliasing as without_aliasing
 from ._check import check_method as check_method
-from ._check import kernel_names as kernel_names
+from ._engine import kernel_names as kernel_names
+from ._laws import LAWS as LAWS
+from ._laws import LawBroken as LawBroken
+from ._laws import Report as Report
 from ._machine import AliasMachine as AliasMachine
-from ._machine import expected_kernel_names as expected_kernel_names
 from ._machine import machine_for as machine_for
+from ._oracle import expected_kernel_names as expected_kernel_names
 from ._strategies import LayerPlan as LayerPlan
 from ._strategies import dtypes as dtypes
 from ._strategies import layers as layers

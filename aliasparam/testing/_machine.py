@@ -18,19 +18,13 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from torch import Tensor, nn
 
 from .. import AliasRegistry, bulk_load, checkpoint_state_dict, expose_for_writing, process, registry_of, reload, restore
-from .._transform import TensorSpec
 from ..errors import ReloadError, StaleKernelError
+from ._oracle import expected_kernel_names, flipped, need_same
 from ._strategies import layers
-from ._values import random_values, same_bytes
+from ._values import Values, any_values
 
 #: Makes a declared, empty module: ``make(device, aliasing)``.
 Make = Callable[[str, bool], nn.Module]
-#: Checkpoint values of one name: ``values(name, spec, random)``.
-Values = Callable[[str, TensorSpec, torch.Generator], Tensor]
-
-
-def _any_values(name: str, spec: TensorSpec, random: torch.Generator) -> Tensor:
-    return random_values(spec, random)
 
 
 class AliasMachine(RuleBasedStateMachine):
@@ -40,7 +34,7 @@ class AliasMachine(RuleBasedStateMachine):
     aliasing = True
     #: What is drawn: functions that make the module.
     makers: st.SearchStrategy[Make] = layers().map(lambda plan: plan.make_empty)
-    values: Values = staticmethod(_any_values)
+    values: Values = staticmethod(any_values)
     #: Whether in-place arithmetic keeps the values legal (not so for scales that must agree, say).
     arithmetic = True
 
@@ -126,8 +120,8 @@ class AliasMachine(RuleBasedStateMachine):
         parameter = self._parameter(name)
         if parameter.dim() == 0:
             return
-        parameter.copy_(parameter.flip(0) if parameter.element_size() > 1 else _flip(parameter.clone()))
-        self.oracle[name] = _flip(self.oracle[name]).contiguous()
+        parameter.copy_(parameter.flip(0) if parameter.element_size() > 1 else flipped(parameter.clone()))
+        self.oracle[name] = flipped(self.oracle[name]).contiguous()
         self.stale = True
 
     @rule(index=st.integers(0, 7), through=st.sampled_from(["setattr", "data", "exposure"]))
@@ -181,7 +175,7 @@ class AliasMachine(RuleBasedStateMachine):
     @rule()
     def restore_it(self) -> None:
         restore(self.layer)
-        self.stale = True
+        self.stale = self.stale or any(source.derived for source in self._registry().sources.values())
 
     @rule(index=st.integers(0, 7), whole=st.booleans())
     def reload_it(self, index: int, whole: bool) -> None:
@@ -221,11 +215,11 @@ class AliasMachine(RuleBasedStateMachine):
     def law_1_every_name_reads_as_if_nothing_were_shared(self) -> None:
         for name, value in self.oracle.items():
             parameter = self._parameter(name)
-            _same(parameter.clone(), value, name)
-            _same(parameter.flatten()[1:].clone(), value.flatten()[1:], f"{name}.flatten()[1:]")
+            need_same(parameter.clone(), value, name)
+            need_same(parameter.flatten()[1:].clone(), value.flatten()[1:], f"{name}.flatten()[1:]")
             if value.dim():
-                _same(parameter.data[:1].clone(), value[:1], f"{name}.data[:1]")
-                _same(parameter[-1:].clone(), value[-1:], f"{name}[-1:]")
+                need_same(parameter.data[:1].clone(), value[:1], f"{name}.data[:1]")
+                need_same(parameter[-1:].clone(), value[-1:], f"{name}[-1:]")
 
     @invariant()
     def law_3_no_address_moves(self) -> None:
@@ -238,7 +232,7 @@ class AliasMachine(RuleBasedStateMachine):
         if exported.keys() != self.oracle.keys():
             raise AssertionError(f"the state dict lists {sorted(exported)} (law 5)")
         for name, value in self.oracle.items():
-            _same(exported[name], value, f"state dict {name}")
+            need_same(exported[name], value, f"state dict {name}")
 
     @invariant()
     def law_8_a_stale_layer_refuses_and_a_ready_one_is_right(self) -> None:
@@ -252,7 +246,7 @@ class AliasMachine(RuleBasedStateMachine):
                 return
             raise AssertionError("a stale layer answered (law 8)")
         for name, value in expected_kernel_names(registry, self.oracle).items():
-            _same(self.layer.get_buffer(name), value, name)
+            need_same(self.layer.get_buffer(name), value, name)
 
     @precondition(lambda self: not self.stale)
     @rule()
@@ -261,7 +255,7 @@ class AliasMachine(RuleBasedStateMachine):
         with reload(cold) as session:
             session.load(self.oracle)
         for (name, warm), (_, fresh) in zip(self.layer.named_buffers(), cold.named_buffers(), strict=True):
-            _same(warm, fresh, f"{name}, warm against cold (laws 6 and 9)")
+            need_same(warm, fresh, f"{name}, warm against cold (laws 6 and 9)")
 
 
 def machine_for(
@@ -288,26 +282,3 @@ def machine_for(
     if values is not None:
         settings["values"] = staticmethod(values)
     return type(name, (AliasMachine,), settings).TestCase  # type: ignore[attr-defined]
-
-
-def expected_kernel_names(registry: AliasRegistry, checkpoint: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Every kernel name as the declarations define it, from plain checkpoint tensors."""
-    known = dict(checkpoint)
-    for source in registry.sources.values():
-        if source.derived:
-            known[source.derived] = source.plan.transform.forward(checkpoint[source.name].clone())
-    for name, derived in registry.derived.items():
-        declaration = derived.declaration
-        known[name] = declaration.function(*(known[n] for n in declaration.sources))
-    return {name: value for name, value in known.items() if name not in checkpoint}
-
-
-def _flip(tensor: Tensor) -> Tensor:
-    if tensor.element_size() > 1:
-        return tensor.flip(0)
-    return tensor.view(torch.uint8).flip(0).view(tensor.dtype)  # 8-bit floats have few operators
-
-
-def _same(found: Tensor, expected: Tensor, what: str) -> None:
-    if not same_bytes(found, expected):
-        raise AssertionError(f"{what}: expected {expected.tolist()}, found {found.tolist()}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -24,3 +26,11 @@ def same_bytes(a: Tensor, b: Tensor) -> bool:
     """Equal in shape, dtype and every byte; -0 and NaN payloads count."""
     same_kind = a.shape == b.shape and a.dtype == b.dtype
     return same_kind and torch.equal(as_bytes(a.detach()).cpu(), as_bytes(b.detach()).cpu())
+
+
+#: Checkpoint values of one name: ``values(name, spec, random)``.
+Values = Callable[[str, TensorSpec, torch.Generator], Tensor]
+
+
+def any_values(name: str, spec: TensorSpec, random: torch.Generator) -> Tensor:
+    return random_values(spec, random)

@@ -137,3 +137,37 @@ def test_a_module_of_no_declarations_is_left_alone() -> None:
 
     assert process(module) == 0
     assert explain(module) == "no module here declares aliases"
+
+
+def test_a_parameter_that_lies_in_the_memory_of_a_declared_one_is_refused() -> None:
+    memory = torch.arange(16.0).view(8, 2)
+    module = nn.Module()
+    module.a = nn.Parameter(memory[:4], requires_grad=False)
+    module.c = nn.Parameter(memory[2:6], requires_grad=False)
+
+    with pytest.raises(DeclarationError, match="overlap in memory"):
+        declare(module, Alias("a", "x"))  # c would go on showing what a no longer holds
+    with pytest.raises(DeclarationError, match="overlap in memory"):
+        declare(module, Alias("c", "x"))
+    assert registry_of(module) is None
+
+
+def test_shards_that_show_some_rows_twice_and_others_never_are_refused() -> None:
+    module, q, k = layer(), nn.Module(), nn.Module()
+    registry = declare(module, Alias("a", "x"))
+
+    with pytest.raises(DeclarationError, match="exactly once"):
+        registry.show_shards("a", [(q, "weight", module.a[:2]), (k, "weight", module.a[:2])])
+    with pytest.raises(DeclarationError, match="exactly once"):
+        registry.show_shards("a", [(q, "weight", module.a[:, ::2]), (k, "weight", module.a[:, :3])])
+    registry.show_shards("a", [(q, "weight", module.a[:, ::2]), (k, "weight", module.a[:, 1::2])])
+    assert torch.equal(k.weight, torch.arange(24, dtype=torch.uint8).view(4, 6)[:, 1::2])
+
+
+def test_the_same_parameter_under_two_names_is_a_tie_and_not_an_overlap() -> None:
+    module = layer()
+    module.tied = module.a
+
+    declare(module, Alias("a", "x"))
+
+    assert module.tied is module.a

@@ -6,8 +6,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from aliasparam import alias_or_bind_derived_param, copy_or_rebind_param, memory_report
-from aliasparam.errors import PointerError, StaleKernelError, StateError
+from aliasparam import (
+    Alias,
+    Declaration,
+    Derivation,
+    Keep,
+    SwapHalves,
+    alias_or_bind_derived_param,
+    copy_or_rebind_param,
+    declare,
+    memory_report,
+)
+from aliasparam.errors import DeclarationError, PointerError, StaleKernelError, StateError
 
 
 class Layer(nn.Module):
@@ -89,3 +99,36 @@ def test_the_value_is_copied_not_adopted() -> None:
     value.zero_()
 
     assert layer.new.item() == 1.0
+
+
+def test_a_view_of_the_source_itself_is_taken_as_a_value() -> None:
+    module = nn.Module()
+    module.w = nn.Parameter(torch.arange(16, dtype=torch.uint8).view(4, 4), requires_grad=False)
+    for first in (0, 100):
+        module.w.copy_(torch.arange(first, first + 16, dtype=torch.uint8).view(4, 4))
+        alias_or_bind_derived_param(module, "w", "transposed", module.w.t())
+
+        assert torch.equal(module.transposed, torch.arange(first, first + 16, dtype=torch.uint8).view(4, 4).t())
+        assert module.transposed.data_ptr() == module.w.data_ptr()
+    alias_or_bind_derived_param(module, "w", "transposed", module.transposed.t())
+    assert torch.equal(module.transposed, torch.arange(100, 116, dtype=torch.uint8).view(4, 4))
+
+
+@pytest.mark.parametrize("declaration", [Keep("w"), Derivation("k", ("w",), lambda w: w.sum().reshape(1), (1,), torch.int64)])
+def test_a_source_declared_without_a_kernel_name_says_so(declaration: Declaration) -> None:
+    module = nn.Module()
+    module.w = nn.Parameter(torch.zeros(4, 4, dtype=torch.uint8), requires_grad=False)
+    declare(module, declaration)
+
+    with pytest.raises(DeclarationError, match="without a kernel name"):
+        alias_or_bind_derived_param(module, "w", "d", torch.ones(4, 4, dtype=torch.uint8))
+    assert torch.equal(module.w, torch.zeros(4, 4, dtype=torch.uint8))
+
+
+def test_a_pair_declared_with_a_transform_says_so() -> None:
+    module = nn.Module()
+    module.w = nn.Parameter(torch.zeros(4, 4, dtype=torch.uint8), requires_grad=False)
+    declare(module, Alias("w", "d", SwapHalves()))
+
+    with pytest.raises(DeclarationError, match="declared with a transform"):
+        alias_or_bind_derived_param(module, "w", "d", torch.ones(4, 4, dtype=torch.uint8))

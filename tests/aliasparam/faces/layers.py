@@ -1,44 +1,62 @@
-"""The layer under test, in each state, and its plain twin."""
+"""The layers under test, in each state, and their plain twins.
+
+- *linear*: u8 ``[6, 8]``, one region, a kernel format of the same size.
+- *experts*: u8 ``[4, 2, 3]``, four regions of six bytes, so that wider elements reach over two of them.
+- *padded*: bf16 ``[3, 4, 5]``, three regions with room for a kernel format of ``[8, 8]`` each, so the name is strided.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from weakref import WeakKeyDictionary
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from aliasparam import Alias, AliasedStorage, SwapHalves, declare, process, registry_of
+from aliasparam import Alias, AliasedStorage, PadLast2, State, SwapHalves, Transform, declare, process, registry_of
 
-#: Functions compiled while their layer was ready.
-COMPILED: WeakKeyDictionary[nn.Module, Callable[[Tensor], Tensor]] = WeakKeyDictionary()
-VALUES = torch.arange(48, dtype=torch.uint8).view(6, 8)
 STATES = ("checkpoint", "kernel", "half-written", "invalid")
+
+
+@dataclass(frozen=True)
+class Kind:
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    transform: Transform
+
+    @property
+    def values(self) -> Tensor:
+        count = torch.Size(self.shape).numel()
+        return torch.arange(count).to(self.dtype).view(self.shape)
+
+
+KINDS = {
+    "linear": Kind((6, 8), torch.uint8, SwapHalves()),
+    "experts": Kind((4, 2, 3), torch.uint8, SwapHalves()),
+    "padded": Kind((3, 4, 5), torch.bfloat16, SwapHalves().then(PadLast2(8, 8))),
+}
 
 
 class Plain(nn.Module):
     """The oracle: nothing is shared, the forward computes the kernel format from the weight each time."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, kind: str = "linear") -> None:
         super().__init__()
-        self.weight = nn.Parameter(VALUES.to(device).clone(), requires_grad=False)
+        self.kind = KINDS[kind]
+        self.weight = nn.Parameter(self.kind.values.to(device), requires_grad=False)
 
     def prepare(self) -> Tensor:
-        return SwapHalves().forward(self.weight.data)
+        return self.kind.transform.forward(self.weight.data)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.prepare().float()[0, 0]
-
-    def scale_like_half(self) -> None:
-        self.weight.data = self.weight.data.half()
+        return x + self.prepare().float().sum() + self.prepare().float().reshape(-1)[0]
 
 
 class Declared(Plain):
     """The same with aliased memory; the forward reads the kernel name."""
 
-    def __init__(self, device: torch.device) -> None:
-        super().__init__(device)
-        declare(self, Alias("weight", "prepared", SwapHalves()))
+    def __init__(self, device: torch.device, kind: str = "linear") -> None:
+        super().__init__(device, kind)
+        declare(self, Alias("weight", "prepared", self.kind.transform))
         process(self)
 
     def prepare(self) -> Tensor:
@@ -51,28 +69,38 @@ def storage_of(layer: nn.Module) -> AliasedStorage:
     return registry.sources["weight"].storage
 
 
-def in_state(state: str, device: torch.device, *, compiled: bool = False) -> Declared:
-    layer = Declared(device)
-    if compiled:
-        torch._dynamo.reset()
-        COMPILED[layer] = torch.compile(layer, fullgraph=True, backend="eager")
-        COMPILED[layer](torch.ones(1, device=device))
+def come_to(layer: Declared, state: str) -> None:
+    """Bring a ready layer into a state; of experts, the first is written, or the first and half of the second."""
+    values, half = layer.kind.values, layer.kind.shape[-2] // 3 or 1
     if state == "checkpoint":
-        layer.weight[0].copy_(VALUES[0])
+        layer.weight[0].copy_(values[0])
     elif state != "kernel":
         storage_of(layer).invalidate()
         if state == "half-written":
-            layer.weight[:2].copy_(VALUES[:2])
-    return layer
+            written = (slice(half),) if values.dim() == 2 else (1, slice(half))
+            layer.weight[written].copy_(values[written])
+            if values.dim() > 2:
+                layer.weight[0].copy_(values[0])
 
 
-def complete(layer: nn.Module) -> None:
+def complete(layer: Declared) -> None:
     """Write what is still missing with the values the plain twin began with."""
-    storage = storage_of(layer)
-    if storage.state is not None and storage.state.value in ("empty", "invalid"):
-        layer.weight.copy_(VALUES)
-        return
-    missing = ~storage._written.mask(48).view(6, 8)
-    if storage.state is not None and storage.state.value == "partly written":
-        for row, col in missing.nonzero().tolist():
-            layer.weight[row, col] = VALUES[row, col]
+    storage, values = storage_of(layer), layer.kind.values
+    storage.settle()
+    arrived = _arrived(storage)
+    for region, state in enumerate(storage.states):
+        inside = layer.weight.view_as(layer.weight) if storage.plan.regions == 1 else layer.weight[region]
+        wanted, there = (values, arrived) if storage.plan.regions == 1 else (values[region], arrived[region])
+        if state in (State.EMPTY, State.INVALID):
+            inside.copy_(wanted)
+        elif state is State.PARTIAL:
+            for index in (~there).nonzero().tolist():
+                inside[tuple(index)] = wanted[tuple(index)]
+
+
+def _arrived(storage: AliasedStorage) -> Tensor:
+    """bool, in the shape of the checkpoint name: which elements of half-written regions were written."""
+    name = storage.checkpoint
+    width = name.element_size()
+    strides = (*(s * width for s in name.stride()), 1)
+    return storage._written.mask(storage.plan.nbytes).as_strided((*name.shape, width), strides).all(-1)

@@ -41,6 +41,8 @@ class Method:
     """One broken method: how it makes, processes and shows its layer, and the laws that may be found broken."""
 
     laws: frozenset[int] = frozenset()
+    #: Laws it does not claim.
+    without: tuple[int, ...] = ()
 
     def make(self) -> nn.Module:
         return Layer()

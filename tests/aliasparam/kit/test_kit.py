@@ -2,31 +2,60 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from aliasparam import Alias, Derivation, PadLast2, SwapHalves, declare
-from aliasparam.testing import LawBroken, check_method, machine_for
+from aliasparam import Alias, Derivation, PadLast2, SwapHalves, _convert, declare
+from aliasparam.testing import LAWS, LawBroken, Report, check_method, machine_for
 
 from .broken_methods import METHODS, Layer, Method, shuffle
+from .broken_refusals import REFUSALS, RightByHand
 
 
-@pytest.mark.parametrize("broken", METHODS, ids=lambda cls: cls.__name__)
+def check(method: Method, **options: Any) -> Report:
+    return check_method(
+        method.make,
+        process=method.process,
+        before_load=getattr(method, "before_load", lambda layer: None),
+        outputs=method.outputs,
+        without=method.without,
+        name=type(method).__name__,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("broken", [*METHODS, *REFUSALS], ids=lambda cls: cls.__name__)
 def test_the_kit_catches_a_broken_method(broken: type[Method]) -> None:
-    method = broken()
-
     with pytest.raises(LawBroken) as caught:
-        check_method(
-            method.make,
-            process=method.process,
-            before_load=getattr(method, "before_load", lambda layer: None),
-            outputs=method.outputs,
-            name=broken.__name__,
-        )
+        check(broken())
 
-    assert caught.value.law in broken.laws, caught.value
-    assert 2 <= len(caught.value.steps) <= 12, "the sequence is not short"
+    law = caught.value.law
+    assert law in broken.laws, caught.value
+    assert f"{broken.__name__} breaks law {law} ({LAWS[law]})" in str(caught.value)
+    assert len(caught.value.steps) <= 12, "the sequence is not short"
+
+
+@pytest.mark.parametrize("law", [7, 8, 10])
+def test_broken_methods_are_there_for_the_laws_of_refusal(law: int) -> None:
+    assert sum(method.laws == {law} for method in REFUSALS) >= 2
+
+
+def test_a_method_by_hand_that_refuses_passes_and_the_report_says_what_was_checked() -> None:
+    report = check(RightByHand())
+
+    assert report.unchecked == {7: "it declares nothing"}
+    assert "laws 1, 2, 3, 4, 5, 6, 8, 9, 10 hold" in str(report)
+
+
+def test_what_cannot_be_checked_is_said() -> None:
+    report = check(Careful())
+
+    assert set(report.unchecked) == {7, 8, 10}
+    assert "law 8, 10 not checked: its forward takes arguments or is missing" in str(report)
+    assert "all laws hold" not in str(report)
 
 
 def declared(aliasing: bool = True) -> nn.Module:
@@ -52,7 +81,15 @@ def test_the_same_method_declared_keeps_every_law(aliasing: bool) -> None:
     report = check_method(lambda: declared(aliasing), name="declared")
 
     assert report.broken is None
+    assert report.unchecked == {}
+    assert "all laws hold" in str(report)
     assert report.sequences >= 10
+
+
+def test_law_10_holds_between_the_pieces_of_a_conversion(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_convert, "_PIECE_BYTES", 8)
+
+    check_method(declared, name="declared, converted in pieces")
 
 
 class Careful(Method):

@@ -1,0 +1,287 @@
+"""Every bad input is a named error that says where, what was expected, what was found, and what to do."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from aliasparam import (
+    Alias,
+    Derivation,
+    Identity,
+    Keep,
+    PadLast2,
+    SwapHalves,
+    TensorSpec,
+    Transform,
+    ViewDtype,
+    alias_or_bind_derived_param,
+    bulk_load,
+    copy_or_rebind_param,
+    declare,
+    expose_for_writing,
+    invalidate,
+    process,
+    registry_of,
+    reload,
+)
+from aliasparam.errors import (
+    AdoptionError,
+    AliasError,
+    DeclarationError,
+    DerivationError,
+    MemoryFreedError,
+    PointerError,
+    ReloadError,
+    StaleKernelError,
+    StateError,
+    TransformError,
+)
+
+U, F32 = torch.uint8, torch.float32
+Do = Callable[[], Any]
+
+
+def module(**parameters: Tensor) -> nn.Module:
+    made = nn.Module()
+    for name, value in parameters.items():
+        made.register_parameter(name, nn.Parameter(value, requires_grad=False))
+    return made
+
+
+class Layer(nn.Module):
+    def __init__(self, *, loaded: bool = True) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.arange(48, dtype=U).view(6, 8), requires_grad=False)
+        declare(self, Alias("weight", "prepared", SwapHalves()), loaded=loaded)
+        if loaded:
+            process(self)
+
+    def forward(self) -> Tensor:
+        return self.get_buffer("prepared").clone()
+
+
+def after(*steps: Callable[[Layer], Any], loaded: bool = True) -> Do:
+    """The last step is the bad one."""
+
+    def run() -> None:
+        layer = Layer(loaded=loaded)
+        for step in steps:
+            step(layer)
+
+    return run
+
+
+def largest(s: Tensor) -> Tensor:
+    return s.max().reshape(1)
+
+
+@dataclass(frozen=True)
+class WrongInverse(SwapHalves):
+    def inverse(self, tensor: Tensor, spec: TensorSpec) -> Tensor:
+        return tensor.clone()
+
+
+@dataclass(frozen=True)
+class Raises(SwapHalves):
+    def forward(self, tensor: Tensor) -> Tensor:
+        raise ValueError("boom")
+
+
+@dataclass(frozen=True)
+class Lossy(Identity):
+    lossless = False
+
+    def forward(self, tensor: Tensor) -> Tensor:
+        raise TransformError("these values have no such format")
+
+    def is_identity_for(self, spec: TensorSpec) -> bool:
+        return False
+
+
+@dataclass(frozen=True)
+class AnotherSpec(Identity):
+    def output_spec(self, spec: TensorSpec) -> TensorSpec:
+        return TensorSpec((1, *spec.shape), spec.dtype)
+
+    def is_identity_for(self, spec: TensorSpec) -> bool:
+        return False
+
+
+def declaring(*declarations: Any, **parameters: Tensor) -> Do:
+    return lambda: declare(module(**(parameters or {"a": torch.zeros(4, 2)})), *declarations)
+
+
+def declaring_later(first: Any, second: Any) -> Do:
+    def run() -> None:
+        made = module(a=torch.zeros(4, 2))
+        declare(made, first)
+        declare(made, second)
+
+    return run
+
+
+def processing(declaration: Any, value: Tensor) -> Do:
+    def run() -> None:
+        made = module(a=value)
+        declare(made, declaration)
+        process(made)
+
+    return run
+
+
+def overlapping(*names: str) -> Do:
+    memory = torch.zeros(8, 2)
+    return declaring(*(Alias(n, f"{n}_k") for n in names), a=memory[:5], c=memory[3:])
+
+
+def uninitialized() -> None:
+    lazy = nn.LazyLinear(4)
+    declare(lazy, Alias("weight", "k"))
+
+
+def unequal(transform: Transform, **options: Any) -> Alias:
+    return Alias("a", "x", transform, **options)
+
+
+def reloading(*steps: Callable[[Any], Any]) -> Callable[[Layer], None]:
+    def run(layer: Layer) -> None:
+        with reload(layer) as session:
+            for step in steps:
+                step(session)
+
+    return run
+
+
+def replace(layer: Layer) -> None:
+    layer.weight = nn.Parameter(torch.zeros(3, 3), requires_grad=False)
+
+
+def free(layer: Layer) -> None:
+    layer.weight.copy_(torch.zeros(6, 8, dtype=U))
+    layer.weight.untyped_storage().resize_(0)
+
+
+cycle = (Derivation("x", ("y",), largest, (1,), F32), Derivation("y", ("x",), largest, (1,), F32))
+zeros = torch.zeros(6, 8, dtype=U)
+
+DECLARING: dict[str, tuple[type[AliasError], Do]] = {
+    "a source declared twice": (DeclarationError, declaring(Alias("a", "c"), Alias("a", "d"))),
+    "a derived name declared twice": (
+        DeclarationError,
+        declaring(Alias("a", "c"), Alias("b", "c"), a=torch.zeros(4, 2), b=torch.zeros(4, 2)),
+    ),
+    "a conflict in a second declare": (DeclarationError, declaring_later(Alias("a", "c"), Alias("a", "d", SwapHalves()))),
+    "a cycle of derivations": (DeclarationError, declaring(*cycle)),
+    "a cycle of aliases": (DeclarationError, declaring(Alias("a", "b"), Alias("b", "a"))),
+    "sources that overlap": (DeclarationError, overlapping("a", "c")),
+    "another Parameter that overlaps": (DeclarationError, overlapping("a")),
+    "a source that overlaps itself": (DeclarationError, declaring(Alias("a", "x"), a=torch.zeros(1, 2).expand(4, 2))),
+    "an unknown source": (DeclarationError, declaring(Alias("b", "c"))),
+    "an unknown source of a derivation": (DeclarationError, declaring(Derivation("x", ("b",), largest, (1,), F32))),
+    "a sparse source": (DeclarationError, declaring(Alias("a", "x"), a=torch.eye(4).to_sparse())),
+    "a Parameter without a shape": (DeclarationError, uninitialized),
+    "an unknown policy": (DeclarationError, declaring(Alias("a", "x", on_mismatch="nonsense"))),  # type: ignore[arg-type]
+    "an inverse that does not invert": (DeclarationError, declaring(unequal(WrongInverse()))),
+    "a transform that raises": (DeclarationError, declaring(unequal(Raises()))),
+    "a transform of another spec": (DeclarationError, declaring(unequal(AnotherSpec(), on_mismatch="error"))),
+    "a pair that may not be copied": (DeclarationError, declaring(unequal(Lossy(), on_mismatch="error"))),
+    "an odd number of rows": (TransformError, declaring(unequal(SwapHalves()), a=torch.zeros(3, 2))),
+    "too few dims": (TransformError, declaring(unequal(PadLast2(8, 8)), a=torch.zeros(3))),
+    "another element width": (TransformError, declaring(unequal(ViewDtype(torch.int8)))),
+    "kernel bytes for a kept source": (
+        DeclarationError,
+        lambda: (lambda m: (declare(m, Keep("a")), alias_or_bind_derived_param(m, "a", "x", m.a + 1)))(module(a=torch.zeros(4))),
+    ),
+    "kernel bytes for no Parameter": (DeclarationError, lambda: alias_or_bind_derived_param(nn.Module(), "a", "x", zeros)),
+    "kernel bytes for a declared pair": (
+        DeclarationError,
+        after(lambda m: alias_or_bind_derived_param(m, "weight", "prepared", zeros)),
+    ),
+    "a value of another shape for a name": (
+        PointerError,
+        lambda: copy_or_rebind_param(module(a=torch.zeros(4)), "a", torch.zeros(5)),
+    ),
+    "a format without room": (PointerError, after(lambda m: registry_of(m).retarget({"weight": PadLast2(64, 64)}))),  # type: ignore[union-attr]
+    "a format for no source": (DeclarationError, after(lambda m: registry_of(m).retarget({"w": SwapHalves()}))),  # type: ignore[union-attr]
+}
+USING: dict[str, tuple[type[AliasError], Do]] = {
+    "processed before it is loaded": (StateError, after(process, loaded=False)),
+    "read before it is loaded": (StateError, after(lambda m: m.weight + 0, loaded=False)),
+    "called before it is loaded": (StaleKernelError, after(lambda m: m(), loaded=False)),
+    "called while stale": (StaleKernelError, after(lambda m: m.weight.zero_(), lambda m: m())),
+    "read after sleep": (StateError, after(invalidate, lambda m: m.weight + 0)),
+    "processed after sleep": (StateError, after(invalidate, process)),
+    "called after sleep": (StaleKernelError, after(invalidate, lambda m: m())),
+    "read after its memory was freed": (MemoryFreedError, after(free, lambda m: m.weight + 0)),
+    "written after its memory was freed": (MemoryFreedError, after(free, lambda m: m.weight.zero_())),
+    "processed after its memory was freed": (MemoryFreedError, after(free, process)),
+    "called with a tensor in its place": (StaleKernelError, after(replace, lambda m: m())),
+    "processed with a tensor in its place": (AdoptionError, after(replace, process)),
+    "a derivation of another dtype": (
+        StateError,
+        processing(Derivation("x", ("a",), lambda a: a.max(), (1,), F32), torch.ones(3)),
+    ),
+    "a derivation that raises": (
+        DerivationError,
+        processing(Derivation("x", ("a",), lambda a: a.view(7), (1,), F32), torch.ones(3)),
+    ),
+    "a lossy transform that refuses": (TransformError, processing(unequal(Lossy()), torch.ones(3, 2))),
+    "`resize_`": (PointerError, after(lambda m: m.weight.resize_(3))),
+    "`set_`": (PointerError, after(lambda m: m.weight.set_(torch.zeros(1, dtype=U)))),
+    "`set_` of another dtype": (PointerError, after(lambda m: m.weight.set_(torch.zeros(1)))),
+    "`out=` of another shape": (PointerError, after(lambda m: torch.add(torch.ones(20, 8, dtype=U), 1, out=m.weight))),
+    "`.data =` of another shape": (AdoptionError, after(lambda m: setattr(m.weight, "data", torch.zeros(3)))),
+    "`.data =` on no device": (AdoptionError, after(lambda m: setattr(m.weight, "data", zeros.to("meta")))),
+    "`share_memory_`": (AdoptionError, after(lambda m: m.weight.share_memory_())),
+    "`requires_grad_`": (AdoptionError, after(lambda m: m.weight.requires_grad_())),
+    "a reload of an unknown name": (ReloadError, after(reloading(lambda r: r.update("nope", zeros)))),
+    "a reload of another shape": (ReloadError, after(reloading(lambda r: r.update("weight", zeros[:3])))),
+    "a reload that sends rows twice": (
+        ReloadError,
+        after(reloading(lambda r: r.update("weight", zeros), lambda r: r.update("weight", zeros))),
+    ),
+    "a reload that sends nothing": (ReloadError, after(reloading())),
+    "exposing an unknown name": (ReloadError, after(lambda m: expose_for_writing(m, "nope"))),
+    "exposing a name of an unknown module": (ReloadError, after(lambda m: expose_for_writing(m, "a.b.weight"))),
+    "exposing twice": (StateError, after(*[lambda m: expose_for_writing(m, "weight")] * 2)),
+    "reading what is exposed": (StateError, after(lambda m: expose_for_writing(m, "weight"), lambda m: m.weight + 0)),
+    "a bulk load of what is exposed": (
+        StateError,
+        after(lambda m: expose_for_writing(m, "weight"), lambda m: bulk_load(m).__enter__()),
+    ),
+    "closing an exposure twice": (
+        ReloadError,
+        after(lambda m: (lambda e: (e.written(), e.written()))(expose_for_writing(m, "weight"))),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", [*DECLARING, *USING])
+def test_an_error_says_where_what_and_what_to_do(case: str) -> None:
+    kind, do = {**DECLARING, **USING}[case]
+
+    with pytest.raises(AliasError) as caught:
+        do()
+
+    error = caught.value
+    assert type(error) is kind, error
+    fields = {field: getattr(error, field) for field in ("module", "name", "expected", "found", "remedy")}
+    assert [field for field, value in fields.items() if value in (None, "")] == [], error
+    assert str(error.expected) != str(error.found), error
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
+
+
+def test_an_error_keeps_what_it_knows_and_takes_the_rest_from_its_caller() -> None:
+    error = TransformError("no such format", expected="even rows")
+
+    located = error.located(module="layers.0", name="weight", expected="anything", remedy="Pad it.")
+
+    assert type(located) is TransformError
+    assert (located.module, located.name, located.expected, located.remedy) == ("layers.0", "weight", "even rows", "Pad it.")

@@ -1,0 +1,149 @@
+"""The kernel-format bytes of every example beside another project's own function for them.
+
+One peer of each family is installed with the tests; those of SGLang run where it is.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import types
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from examples import bf16_w13, fp8_ue8m0, marlin_int4, mxfp4_gpt_oss
+
+from .test_examples import loaded
+
+# -- peers: FlashInfer ---------------------------------------------------------------------------------------------------
+
+
+def test_mxfp4_bytes_are_flashinfers() -> None:
+    core = pytest.importorskip("flashinfer.fused_moe.core")
+    unswizzle = importlib.import_module("flashinfer.gemm.gemm_bf16_fp4")._unswizzle_sf_128x4
+    layer, checkpoint = loaded(mxfp4_gpt_oss.make_layer)
+
+    for e in range(2):
+        pairs = checkpoint["w13_weight"][e].view(-1, 2, 64).flip(1).reshape(128, 64)
+        rows = core.get_w2_permute_indices_with_cache({}, pairs, 128)
+        assert torch.equal(layer.w13_prepared[e], pairs[rows])
+        assert torch.equal(
+            layer.w2_prepared[e], checkpoint["w2_weight"][e][core.get_w2_permute_indices_with_cache({}, pairs, 128)]
+        )
+
+        scale = checkpoint["w13_weight_scale"][e].view(-1, 2, 4).flip(1).reshape(128, 4)
+        rows = core.get_w2_permute_indices_with_cache({}, scale, 128, num_elts_per_sf=16)
+        assert torch.equal(unswizzle(layer.w13_scale_prepared[e].reshape(-1), 128, 4), scale[rows])
+
+
+# -- peers: FlashInfer's DeepGEMM and b12x ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n", "k"), [(200, 256), (256, 1024), (130, 640)])
+def test_packed_scales_are_those_of_flashinfers_deep_gemm(n: int, k: int) -> None:
+    peer = pytest.importorskip("flashinfer.deep_gemm")
+    layer, checkpoint = loaded(lambda: fp8_ue8m0.make_layer(n, k, scale_bytes=False))
+    by_bytes, raw = loaded(lambda: fp8_ue8m0.make_layer(n, k))
+
+    by_rows = checkpoint["weight_scale_inv"].repeat_interleave(128, 0)[:n]
+    exponents = (raw["weight_scale_inv"].int() << 23).view(torch.float32)
+    for scales, packed in ((by_rows, layer.scale_packed), (exponents, by_bytes.scale_packed)):
+        expected, found = peer.get_col_major_tma_aligned_packed_tensor(scales), fp8_ue8m0.kernel_view(packed, n)
+        assert torch.equal(found, expected)
+        assert found.stride() == expected.stride()
+
+
+def test_w13_bytes_are_those_of_flashinfers_b12x() -> None:
+    peer = pytest.importorskip("flashinfer.experimental.b12x.moe.fused_moe._impl")
+    layer, checkpoint = loaded(lambda: bf16_w13.make_layer(3, 32, 64))
+    weight, scale = checkpoint["w13_weight"].clone(), torch.zeros(3, 64, 2, dtype=torch.uint8)
+
+    peer._ensure_w13_kernel_order_inplace(weight, scale, n=32, k=64, quant_mode="w4a8_mx")
+
+    assert torch.equal(layer.w13_prepared, weight)
+
+
+# -- peers: Quanto ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(64, 128, 32), (128, 256, 64), (32, 64, 16)])
+def test_marlin_bytes_are_quantos(shape: tuple[int, int, int]) -> None:
+    pytest.importorskip("optimum.quanto")
+    weights, awq = (importlib.import_module(f"optimum.quanto.tensor.weights.{name}.packed") for name in ("marlin.int4", "awq"))
+    permute = importlib.import_module("optimum.quanto.tensor.weights.marlin.permutations").marlin_permute
+    k, n, group = shape
+    by_columns, checkpoint = loaded(lambda: marlin_int4.make_layer(k, n, group))
+    by_rows, raw = loaded(lambda: marlin_int4.make_layer(k, n, group, awq=False))
+
+    assert torch.equal(by_columns.qweight_marlin, weights.pack(awq.unpack(checkpoint["qweight"], reorder=True).t()))
+    assert torch.equal(by_columns.scales_marlin, permute(checkpoint["scales"]))
+    zeros = permute(awq.unpack(checkpoint["qzeros"], reorder=True))
+    assert torch.equal(by_columns.qzeros_marlin, awq.pack(zeros, reorder=True))
+
+    assert torch.equal(by_rows.qweight_marlin, weights.pack(awq.unpack(raw["qweight"].t().contiguous())))
+    assert torch.equal(by_rows.scales_marlin, permute(raw["scales"]))
+
+
+# -- peers: SGLang -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(64, 128, 32), (128, 256, 64), (32, 64, 16)])
+def test_marlin_bytes_are_sglangs(shape: tuple[int, int, int]) -> None:
+    peer = pytest.importorskip("sglang.test.test_marlin_utils")
+    utils = importlib.import_module("sglang.srt.layers.quantization.marlin_utils")
+    k, n, group = shape
+    awq, checkpoint = loaded(lambda: marlin_int4.make_layer(k, n, group))
+    gptq, raw = loaded(lambda: marlin_int4.make_layer(k, n, group, awq=False))
+
+    awq_order = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])
+    plain = marlin_int4.unpack(checkpoint["qweight"], -1).view(k, -1, 8)[..., awq_order.argsort()].reshape(k, n)
+    assert torch.equal(peer.awq_pack(plain.int(), 4, k, n), checkpoint["qweight"])
+    assert torch.equal(awq.qweight_marlin, peer.marlin_weights(plain.int(), k, n, 4, peer.get_weight_perm(4)))
+    assert torch.equal(awq.scales_marlin, utils.marlin_permute_scales(checkpoint["scales"], k, n, group))
+    assert torch.equal(awq.qzeros_marlin, utils.awq_to_marlin_zero_points(checkpoint["qzeros"], k // group, n, 4))
+
+    rows = marlin_int4.unpack(raw["qweight"], -2).int()
+    assert torch.equal(gptq.qweight_marlin, peer.marlin_weights(rows, k, n, 4, peer.get_weight_perm(4)))
+
+
+@pytest.fixture
+def deep_gemm_helpers() -> Iterator[None]:
+    """SGLang's torch form of DeepGEMM's packing needs two one-line helpers of that package, which needs a GPU to import."""
+    utils = types.ModuleType("deep_gemm.utils")
+    utils.align = lambda x, to: -(-x // to) * to  # type: ignore[attr-defined]
+    utils.get_tma_aligned_size = lambda x, size: -(-x // (16 // size)) * (16 // size)  # type: ignore[attr-defined]
+    modules = {"deep_gemm": types.ModuleType("deep_gemm"), "deep_gemm.utils": utils, "deep_gemm.utils.layout": utils}
+    before = {name: sys.modules.get(name) for name in modules}
+    sys.modules.update(modules)
+    yield
+    for name, module in before.items():
+        sys.modules.pop(name) if module is None else sys.modules.__setitem__(name, module)
+
+
+@pytest.mark.parametrize(("n", "k"), [(200, 256), (256, 1024), (130, 640)])
+def test_packed_scales_are_deep_gemms(n: int, k: int, deep_gemm_helpers: None) -> None:
+    peer = pytest.importorskip("sglang.srt.layers.quantization.fp8_utils")
+    layer, checkpoint = loaded(lambda: fp8_ue8m0.make_layer(n, k, scale_bytes=False))
+    by_bytes, raw = loaded(lambda: fp8_ue8m0.make_layer(n, k))
+
+    expected = peer.transform_scale_ue8m0(checkpoint["weight_scale_inv"], n, use_torch_impl=True)
+    found = fp8_ue8m0.kernel_view(layer.scale_packed, n)
+    assert torch.equal(found, expected)
+    assert found.stride() == expected.stride()
+
+    exponents = (raw["weight_scale_inv"].int() << 23).view(torch.float32)
+    assert torch.equal(
+        fp8_ue8m0.kernel_view(by_bytes.scale_packed, n), peer._get_mn_major_tma_aligned_packed_ue8m0_tensor_torch_impl(exponents)
+    )
+
+
+def test_w13_bytes_are_sglangs() -> None:
+    peer = pytest.importorskip("sglang.srt.layers.quantization.utils")
+    layer, checkpoint = loaded(bf16_w13.make_layer)
+    scale = torch.zeros(3, 8, 1)
+
+    expected, _ = peer.reorder_w1w3_to_w3w1(checkpoint["w13_weight"].clone(), scale)
+
+    assert torch.equal(layer.w13_prepared, expected)
