@@ -21,7 +21,7 @@ def refresh(registry: AliasRegistry, derived: Derived) -> int:
         return 0
     current = tuple(registry.generation_of(name) for name in derived.declaration.sources)
     spec = derived.declaration
-    value = compute(registry.label, derived, [_value(registry, name) for name in spec.sources])
+    value = compute(registry.label, derived, [value_of(registry, name) for name in spec.sources])
     if derived.kernel is None or TensorSpec.of(value) != TensorSpec(spec.shape, spec.dtype):
         raise StateError(
             "a derivation returned another shape or dtype than it declared",
@@ -38,7 +38,8 @@ def refresh(registry: AliasRegistry, derived: Derived) -> int:
     return 1
 
 
-def _value(registry: AliasRegistry, name: str) -> Tensor:
+def value_of(registry: AliasRegistry, name: str) -> Tensor:
+    """What a source (in checkpoint format) or a derived name holds, also of a source that is shown as shards by other names."""
     if name in registry.derived:
         kernel = registry.derived[name].kernel
         if kernel is None:

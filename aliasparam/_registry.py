@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from . import _retarget, _shards
-from ._declare import Declaration
-from ._derive import late_derivations, refresh
+from ._declare import Declaration, Derivation
+from ._derive import late_derivations, refresh, value_of
 from ._names import RegistryNames
 from ._parameter import AliasedParameter, loader_attributes
 from ._planning import Separate, Source, planned
@@ -19,8 +19,8 @@ from ._processes import refuse_for_process
 from ._reconcile import reconcile
 from ._storage import State, all_locked
 from ._take import check_sources, check_tie, share, take
-from ._transform import Transform
-from .errors import StateError
+from ._transform import TensorSpec, Transform
+from .errors import DeclarationError, StateError
 
 _ATTRIBUTE = "_alias_registry"
 
@@ -32,8 +32,12 @@ class AliasRegistry(RegistryNames):
         super().__init__(module)
         #: Names that undeclared code derived and that could not share memory.
         self.separate: dict[str, Separate] = {}
+        #: Called with the registry before anything is derived or converted: whatever raises leaves all names as they were.
+        self.checks: list[Callable[[AliasRegistry], None]] = []
         #: Called with the registry after anything was converted: for caches that depend on the weights.
         self.on_processed: list[Callable[[AliasRegistry], None]] = []
+        #: What ``explain`` says of the module beside its names.
+        self.about = ""
 
     # -- declaring -----------------------------------------------------------------------------------------------------
 
@@ -94,6 +98,32 @@ class AliasRegistry(RegistryNames):
         """
         _retarget.retarget(self, transforms)
 
+    def rederive(self, derivations: Iterable[Derivation]) -> None:
+        """Give derived names other formulas, in the memory they have; the next processing computes them anew.
+
+        Raises:
+            DeclarationError: not a derived name, another shape or dtype, or a source which was never declared. Nothing changes
+                then.
+        """
+        new = list(derivations)
+        for derivation in new:
+            old = self.derived.get(derivation.name)
+            found = None if old is None else (old.declaration.shape, old.declaration.dtype)
+            if old is None or old.fallback or found != (derivation.shape, derivation.dtype):
+                raise DeclarationError(
+                    "only a derivation of the same shape and dtype can be computed otherwise",
+                    module=self.label,
+                    name=derivation.name,
+                    expected=TensorSpec(derivation.shape, derivation.dtype),
+                    found=found,
+                )
+            if unknown := [n for n in derivation.sources if n not in self.sources]:
+                raise DeclarationError("derived from names that are no sources here", module=self.label, name=", ".join(unknown))
+        for derivation in new:
+            self.derived[derivation.name].declaration = derivation
+            self.derived[derivation.name].seen = None
+        self.mark_stale()
+
     # -- processing ----------------------------------------------------------------------------------------------------
 
     def process(self) -> int:
@@ -110,6 +140,8 @@ class AliasRegistry(RegistryNames):
                 for storage in storages:
                     storage.settle()
                 self._need_loaded()
+                for check in self.checks:
+                    check(self)
                 late = late_derivations(self)
                 work = sum(refresh(self, derived) for name, derived in self.derived.items() if name not in late)
                 for storage in storages:
@@ -143,6 +175,10 @@ class AliasRegistry(RegistryNames):
                     remedy="Load the module's weights first.",
                 )
             source.storage.need_loaded()
+
+    def value(self, name: str) -> Tensor:
+        """What a source (in checkpoint format) or a derivation holds, also of a source that is shown as shards by other names."""
+        return value_of(self, name)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

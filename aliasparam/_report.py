@@ -120,6 +120,8 @@ def explain(module: nn.Module) -> str:
     seen: set[int] = set()
     for path, registry in registries(module):
         lines.append(f"{path or registry.label} ({type(registry.module).__name__}): {'ready' if registry.is_ready else 'stale'}")
+        if registry.about:
+            lines.append(f"  {registry.about}")
         for row in _rows(path, registry, seen):
             code = f" [{row.reason.code}]" if row.reason else ""
             target = f" -> {row.derived}" if row.derived else ""

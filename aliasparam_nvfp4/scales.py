@@ -12,12 +12,32 @@ would round, and is refused. Engines take the largest and leave the columns alon
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from .errors import ScaleError
+from .errors import ScaleError, ShapeError
+
+
+def need_block_scales(block_scale: Tensor, name: str = "weight_scale", *, signed: bool = True) -> None:
+    """Raise ScaleError where a block scale (e4m3, any shape) is NaN, or negative for a kernel format that has no sign."""
+    if bool(((block_scale.view(torch.uint8) & 0x7F) == 0x7F).any()):
+        raise ScaleError(
+            "block scales are NaN",
+            name=name,
+            expected="finite e4m3 values",
+            found="NaN, as ModelOpt writes for a tensor of zeros",
+            remedy="Exclude this module from quantization and export again.",
+        )
+    if not signed and (negative := int((block_scale.view(torch.uint8) > 0x80).sum())):  # -0 is none
+        raise ScaleError(
+            "block scales are negative, and this kernel format has no sign",
+            name=name,
+            expected="scales which are 0 or positive",
+            found=f"{negative} negative ones",
+            remedy="Use another backend, or export the checkpoint with positive scales.",
+        )
 
 
 @dataclass(frozen=True)
@@ -33,28 +53,23 @@ class GlobalScales:
             ScaleError: a scale is not finite or not positive, or a block scale is NaN (ModelOpt writes those for a tensor of
                 zeros).
         """
-        if bool(((block_scale.view(torch.uint8) & 0x7F) == 0x7F).any()):
-            raise ScaleError(
-                "block scales are NaN",
-                name="weight_scale",
-                expected="finite e4m3 values",
-                found="NaN, as ModelOpt writes for a tensor of zeros",
-                remedy="Exclude this module from quantization and export again.",
-            )
-        _need_scales("weight global scale", weight_global)
-        return self._largest(weight_global)
+        need_block_scales(block_scale)
+        _need_scales("a weight global scale", weight_global)
+        return _usable("weight_alpha", self._largest(weight_global))
 
     def alpha(self, input_global: Tensor, weight_global: Tensor) -> Tensor:
         """``input_scale * weight_scale_2`` of the largest multipliers, f32 ``[1]``."""
-        _need_scales("input global scale", input_global)
+        _need_scales("an input global scale", input_global)
         if self.reciprocal:
-            return 1.0 / (input_global.min().reshape(1) * weight_global.min().reshape(1))
-        return input_global.max().reshape(1) * weight_global.max().reshape(1)
+            return _usable("alpha", 1.0 / (input_global.min().reshape(1) * weight_global.min().reshape(1)))
+        return _usable("alpha", input_global.max().reshape(1) * weight_global.max().reshape(1))
 
     def input_scale_inv(self, input_global: Tensor) -> Tensor:
         """What the activation quantizer multiplies with, f32 ``[1]``; of the partitions the smallest, so that none saturates."""
-        _need_scales("input global scale", input_global)
-        return input_global.min().reshape(1) if self.reciprocal else 1.0 / input_global.max().reshape(1)
+        _need_scales("an input global scale", input_global)
+        return _usable(
+            "input_scale_inv", input_global.min().reshape(1) if self.reciprocal else 1.0 / input_global.max().reshape(1)
+        )
 
     def _largest(self, scales: Tensor) -> Tensor:
         return 1.0 / scales.min().reshape(1) if self.reciprocal else scales.max().reshape(1)
@@ -64,38 +79,78 @@ class GlobalScales:
 class PartitionRatios:
     """The factor of every output column. See [Note: partitions with different global scales].
 
-    Whether columns are multiplied at all is decided by the first weights and never changes: a captured graph has it or not.
+    [Note: when columns are multiplied] A captured graph has the multiplication or not, so it is decided once, by the weights that
+    the first forward runs with. Until then every load may decide anew: weights that never ran bind nobody.
     """
 
     sizes: tuple[int, ...]
     dtype: torch.dtype
     reciprocal: bool = False
+    #: Whether columns are multiplied; None until weights are processed.
     applies: bool | None = None
+    decided: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.decided = self.applies is not None
 
     def __call__(self, weight_global: Tensor) -> Tensor:
         """``[N]`` in the layer's dtype, powers of two.
 
         Raises:
-            ScaleError: a ratio is not a power of two, or the layer began with equal scales and now comes with different ones.
+            ScaleError: a ratio is not a power of two, or the layer ran with equal scales and now comes with different ones.
         """
         ratio = weight_global.min() / weight_global if self.reciprocal else weight_global / weight_global.max()
         different = bool((ratio != 1).any())
         exact = bool((torch.frexp(ratio).mantissa == 0.5).all()) and bool((ratio.to(self.dtype).float() == ratio).all())
-        if different and (not exact or self.applies is False):
+        late = self.decided and not self.applies
+        if different and (not exact or late):
             raise ScaleError(
                 "the partitions of a fused projection have different weight global scales",
-                expected="equal scales, as in the first checkpoint" if exact else "ratios that are powers of two",
+                expected="equal scales, as in the weights that the layer ran with first"
+                if exact
+                else "ratios that are powers of two",
                 found=weight_global.tolist(),
-                remedy="Start cold from this checkpoint: the layer then scales its columns."
+                remedy="Start cold from this checkpoint: the layer then scales its columns; or make it with column_scales=True."
                 if exact
                 else "Export the checkpoint with unified scales, or load these projections unfused.",
             )
-        if self.applies is None:
+        if not self.decided:
             self.applies = different
         sizes = torch.tensor(self.sizes, device=ratio.device)
         return ratio.to(self.dtype).repeat_interleave(sizes)
 
+    def used_for(self, dtype: torch.dtype) -> bool:
+        """Whether this forward multiplies columns; from now on all do, or none.
+
+        Raises:
+            ShapeError: they do, and activations are float16. Before the multiplication a column is larger by the inverse ratio,
+                and float16 may have no such number.
+        """
+        if not self.decided:
+            self.decided = True
+        if self.applies and dtype is torch.float16:
+            raise ShapeError(
+                "partitions with different weight global scales need a dtype of wide range",
+                expected="bfloat16 or float32 activations",
+                found=dtype,
+                remedy="Cast the activations, export the checkpoint with unified scales, or load these projections unfused.",
+            )
+        return bool(self.applies)
+
 
 def _need_scales(what: str, values: Tensor) -> None:
     if not bool((torch.isfinite(values) & (values > 0)).all()):
-        raise ScaleError(f"an {what} is not a scale", expected="finite, > 0", found=values.tolist())
+        raise ScaleError(f"{what} is not a scale", expected="finite, > 0", found=values.tolist())
+
+
+def _usable(what: str, value: Tensor) -> Tensor:
+    """Scales may each be one and have a product or a reciprocal that float32 does not hold."""
+    if not bool((torch.isfinite(value) & (value > 0)).all()):
+        raise ScaleError(
+            f"{what} has no value in float32",
+            name=what,
+            expected="finite, > 0",
+            found=value.tolist(),
+            remedy="Export the checkpoint again: these global scales are beyond any weight or activation.",
+        )
+    return value

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from aliasparam import reload
 
 from . import emulate
-from .backends import linear_backend
+from .backends import LinearShape, linear_backend
 from .codec import quantize
-from .errors import BackendError
+from .errors import BackendError, ShapeError
 from .linear import NvFp4LinearMethod
 
 #: (what, partitions, K): SmolLM2-135M, Qwen3-30B-A3B, Kimi-K2.5, and dims that need padding.
@@ -51,7 +51,9 @@ def verify(backend: str, device: torch.device) -> Iterator[Verdict]:
     if (reason := chosen.unavailable(device)) is not None:
         raise BackendError("this backend cannot run here", name=chosen.name, found=reason, remedy="Run this on its GPU.")
     for what, partitions, k in SHAPES:
-        if chosen.layout.name == "fragments" and sum(partitions) % 64:
+        try:
+            chosen.check_shape(LinearShape(sum(partitions), k, partitions))
+        except ShapeError:
             continue
         layer = nn.Module()
         method = NvFp4LinearMethod(chosen.name)
@@ -84,7 +86,7 @@ def random_weights(partitions: tuple[int, ...], k: int, seed: int, device: torch
 
 
 def _one(method: NvFp4LinearMethod, layer: nn.Module, tensors: dict[str, Tensor], tokens: int, label: str) -> Verdict:
-    backend = method.backend
+    backend = layer.__dict__["nvfp4_backend"]
     k = tensors["weight"].shape[1] * 2
     x = torch.randn(tokens, k, generator=torch.Generator().manual_seed(tokens)).to(tensors["weight"].device, torch.bfloat16)
     quantized = None if backend.weight_only else layer.get_buffer("input_scale_inv")

@@ -23,3 +23,15 @@ def test_the_backends_table_is_the_backends() -> None:
     from .nvfp4.proof_table import render
 
     assert render() in PAGE.read_text()
+
+
+def test_the_runners_table_is_the_runners() -> None:
+    from .nvfp4.proof_table import MOE_DOCS, render_moe
+
+    assert render_moe() in MOE_DOCS.read_text()
+
+
+def test_the_activations_table_is_the_runners() -> None:
+    from .nvfp4.proof_table import MOE_DOCS, render_activations
+
+    assert render_activations() in MOE_DOCS.read_text()

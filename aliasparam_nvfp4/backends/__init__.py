@@ -8,7 +8,7 @@ from functools import cache
 
 import torch
 
-from ..errors import BackendError
+from ..errors import BackendError, ShapeError
 from ._base import KernelNames as KernelNames
 from ._base import LinearBackend as LinearBackend
 from ._base import LinearLayout as LinearLayout
@@ -30,18 +30,62 @@ def linear_backend(name: str, device: torch.device | None = None, *, input_scale
     Raises:
         BackendError: no such backend.
     """
+    return chosen(name, device, input_scale=input_scale)[0]
+
+
+def chosen(
+    name: str,
+    device: torch.device | None = None,
+    *,
+    input_scale: bool = True,
+    shape: LinearShape | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[LinearBackend, str]:
+    """(backend, why it is that one). ``auto`` takes the highest rank that runs on ``device`` and takes the dims and the dtype.
+
+    Raises:
+        BackendError: no such backend.
+    """
     known = linear_backends()
     if name == "auto":
-        fit = [b for b in _runnable(device) if input_scale or not b.needs_input_scale]
-        return max(fit, key=lambda b: b.rank)
+        here = device or _here()
+        passed: list[str] = []
+        for backend in sorted(_runnable(here), key=lambda b: -b.rank):
+            if (reason := _misfit(backend, input_scale, shape, dtype)) is None:
+                return backend, "; not ".join([f"auto, the first that fits on {_called(here)}", *passed])
+            passed.append(f"{backend.name} ({reason})")
+        raise BackendError("no linear backend fits", name="auto", expected="reference at least", found="; ".join(passed))
     if name not in known:
         raise BackendError("unknown linear backend", name=name, expected=f"auto or one of {sorted(known)}", found=repr(name))
-    return known[name]
+    return known[name], "asked for by name"
 
 
-def _runnable(device: torch.device | None) -> list[LinearBackend]:
-    here = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return [b for b in linear_backends().values() if b.unavailable(here) is None]
+def _misfit(backend: LinearBackend, input_scale: bool, shape: LinearShape | None, dtype: torch.dtype | None) -> str | None:
+    """Why a backend that runs here cannot serve this layer, or None where it can."""
+    if backend.needs_input_scale and not input_scale:
+        return "the checkpoint has no activation scales"
+    try:
+        if shape is not None:
+            backend.check_shape(shape)
+        if dtype is not None:
+            backend.check_dtype(dtype)
+    except ShapeError as error:
+        return f"expects {error.expected}, found {error.found}"
+    return None
+
+
+def _here() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _called(device: torch.device) -> str:
+    if device.type != "cuda":
+        return f"the {device.type.upper()}"
+    return "compute capability {}.{}".format(*torch.cuda.get_device_capability(device))
+
+
+def _runnable(device: torch.device) -> list[LinearBackend]:
+    return [b for b in linear_backends().values() if b.unavailable(device) is None]
 
 
 def why(device: torch.device) -> str:

@@ -10,7 +10,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from aliasparam import Transform
+from aliasparam import TensorSpec, Transform
+from aliasparam.errors import TransformError
+
+from ..errors import ShapeError
+from ..format import BLOCK_SIZE
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,8 @@ class LinearLayout:
     name: str
     weight: Transform
     weight_scale: Transform
+    #: Whether block scales keep their sign.
+    signed_scales: bool = True
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,8 @@ class LinearBackend(ABC):
     needs_input_scale: bool = True
     #: Compute capabilities it runs on; empty for any device.
     capabilities: frozenset[tuple[int, int]] = frozenset()
+    #: Dtypes of activations.
+    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32)
     #: Packages it needs, besides torch.
     packages: tuple[str, ...] = ()
     #: ``auto`` takes the runnable backend with the highest rank on a device.
@@ -80,8 +88,30 @@ class LinearBackend(ABC):
         missing = [p for p in self.packages if importlib.util.find_spec(p) is None]
         return f"{', '.join(missing)} is not installed" if missing else None
 
-    def check_shape(self, shape: LinearShape) -> None:  # noqa: B027  (optional, not abstract)
-        """Raise ShapeError for dims the kernel cannot take. Default: what the layouts take."""
+    def check_shape(self, shape: LinearShape) -> None:
+        """Raise ShapeError for dims the kernel cannot take. Default: those its layout does not have."""
+        try:
+            self.layout.weight.output_spec(TensorSpec((shape.n, shape.k // 2), torch.uint8))
+            self.layout.weight_scale.output_spec(TensorSpec((shape.n, shape.k // BLOCK_SIZE), torch.float8_e4m3fn))
+        except TransformError as error:
+            raise ShapeError(
+                f"this backend does not take these dims: {error.message}",
+                name=self.name,
+                expected=error.expected,
+                found=f"N={shape.n}, K={shape.k}",
+                remedy='Use another backend, or "auto".',
+            ) from error
+
+    def check_dtype(self, dtype: torch.dtype) -> None:
+        """Raise ShapeError for activations the kernel cannot take."""
+        if dtype not in self.dtypes:
+            raise ShapeError(
+                "this backend does not take activations of this dtype",
+                name=self.name,
+                expected=" or ".join(str(d).removeprefix("torch.") for d in self.dtypes),
+                found=dtype,
+                remedy="Cast the activations, or use another backend.",
+            )
 
     @abstractmethod
     def apply(self, layer: KernelNames, x: Tensor, shape: LinearShape) -> Tensor:

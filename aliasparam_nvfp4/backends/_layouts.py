@@ -26,4 +26,4 @@ CHECKPOINT = LinearLayout("checkpoint", weight=Identity(), weight_scale=Identity
 SWIZZLED = LinearLayout("swizzled", weight=Identity(), weight_scale=Swizzle128x4())
 
 #: W4A16 by CuteDSL on compute capability 12.x.
-FRAGMENTS = LinearLayout("fragments", weight=PackFragments(), weight_scale=ScalesToS0E5M3())
+FRAGMENTS = LinearLayout("fragments", weight=PackFragments(), weight_scale=ScalesToS0E5M3(), signed_scales=False)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import ShapeError
 from ._base import KernelNames, LinearBackend, LinearShape
 
 
@@ -19,6 +18,7 @@ class MmBf16Fp4(LinearBackend):
     kernel: str
     weight_only = True
     needs_input_scale = False
+    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)
     packages: tuple[str, ...] = ("flashinfer",)
     call = "mm_bf16_fp4"
 
@@ -29,8 +29,6 @@ class MmBf16Fp4(LinearBackend):
     def apply(self, layer: KernelNames, x: Tensor, shape: LinearShape) -> Tensor:
         from flashinfer import mm_bf16_fp4
 
-        if x.dtype is not torch.bfloat16:
-            raise ShapeError("mm_bf16_fp4 takes bfloat16 activations", name=self.name, expected=torch.bfloat16, found=x.dtype)
         weight, scales = self.operands(layer, shape)
         out: Tensor = mm_bf16_fp4(x, weight, scales, layer.weight_alpha, backend=self.kernel, out_dtype=x.dtype)
         return out

@@ -6,6 +6,7 @@ with global scale ``1 / input_scale``.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -17,6 +18,7 @@ class MmFp4(LinearBackend):
 
     #: ``mm_fp4(backend=...)``.
     kernel: str
+    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
     packages: tuple[str, ...] = ("flashinfer",)
     call = "mm_fp4"
 
@@ -30,7 +32,8 @@ class MmFp4(LinearBackend):
         padded_k = 2 * layer.weight_prepared.shape[1]
         if padded_k != shape.k:
             x = functional.pad(x, (0, padded_k - shape.k))
-        codes, block_scales = fp4_quantize(x, layer.input_scale_inv)
+        # None: no "4 over 6" search, whatever FLASHINFER_NVFP4_4OVER6 says; input_scale is that of plain NVFP4.
+        codes, block_scales = fp4_quantize(x, layer.input_scale_inv, nvfp4_4over6=None)
         out: Tensor = mm_fp4(
             codes,
             layer.weight_prepared.T,

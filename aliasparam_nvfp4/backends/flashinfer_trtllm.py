@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
-from ..errors import ShapeError
-from ._base import KernelNames, LinearShape
 from ._layouts import SHUFFLED
 from ._mm_fp4 import MmFp4
 
@@ -16,12 +13,8 @@ class FlashInferTrtllm(MmFp4):
     kernel = "trtllm"
     layout = SHUFFLED
     capabilities = frozenset({(10, 0), (10, 3), (10, 7)})
+    dtypes = (torch.bfloat16,)
     rank = 10
-
-    def apply(self, layer: KernelNames, x: Tensor, shape: LinearShape) -> Tensor:
-        if x.dtype is not torch.bfloat16:
-            raise ShapeError("this kernel writes bfloat16 alone", name=self.name, expected=torch.bfloat16, found=x.dtype)
-        return super().apply(layer, x, shape)
 
 
 BACKEND = FlashInferTrtllm()

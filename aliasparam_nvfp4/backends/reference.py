@@ -6,6 +6,7 @@ multiplied and summed in float32, ``alpha`` applied to the sum. Without an input
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..reference import kernel_weight, linear_from_kernel_format
@@ -17,6 +18,7 @@ class Reference(LinearBackend):
     name = "reference"
     layout = PLAIN
     needs_input_scale = False
+    dtypes = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
     rank = 0
     call = "aliasparam_nvfp4.reference"
 

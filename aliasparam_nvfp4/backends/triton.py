@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..errors import ShapeError
 from ._base import KernelNames, LinearBackend, LinearShape
 from ._layouts import PLAIN
 
@@ -34,13 +35,25 @@ class Triton(LinearBackend):
         from ..kernels.triton_linear import linear
 
         return linear(
-            x.contiguous(),
+            kernel_input(x),
             layer.weight_prepared,
             layer.weight_scale_interleaved,
             layer.weight_alpha,
             n=shape.n,
             shuffled=self.shuffled,
         )
+
+
+def kernel_input(x: Tensor) -> Tensor:
+    """``x`` as the kernels take it: bf16 or fp16, contiguous, and at an even offset, because they read pairs.
+
+    Raises:
+        ShapeError: another dtype.
+    """
+    if x.is_cuda and x.dtype not in (torch.bfloat16, torch.float16):
+        raise ShapeError("the Triton kernels take bfloat16 and float16", expected="bfloat16 or float16", found=x.dtype)
+    x = x.contiguous()
+    return x if x.storage_offset() % 2 == 0 else x.clone()
 
 
 BACKEND = Triton()

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from .errors import CheckpointError as CheckpointError
 from .errors import UnsupportedFormatError as UnsupportedFormatError
+from .experts import ExpertTensorName as ExpertTensorName
+from .experts import ExpertTensors as ExpertTensors
+from .experts import expert_layers as expert_layers
+from .folder import WHOLE as WHOLE
 from .folder import CheckpointFolder as CheckpointFolder
 from .folder import TensorEntry as TensorEntry
 from .quant_config import QuantConfig as QuantConfig

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 
 from ..checkpoint_format import COMPRESSED_TENSORS, MODELOPT, CheckpointFormat
 from ..format import BLOCK_SIZE
+from ._entries import kv_cache_algo, mapping, mappings, patterns, whole_number
 from .errors import CheckpointError, UnsupportedFormatError
 
 #: ModelOpt's algorithms that are read.
@@ -32,7 +33,7 @@ class QuantConfig:
         algo: ModelOpt's name of the algorithm ("NVFP4", "NVFP4_AWQ", "W4A16_NVFP4", "MIXED_PRECISION"); compressed-tensors'
             NVFP4 and NVFP4A16 are "NVFP4" and "W4A16_NVFP4".
         group_size: values per block scale, 16.
-        exclude: patterns of modules which are not quantized: globs, or regular expressions after ``re:``.
+        exclude: patterns of modules which are not quantized: globs, or regular expressions after ``re:`` (see :meth:`excludes`).
         tensors: how the files name a module's tensors.
         layers: for MIXED_PRECISION the algorithm of each quantized module; all others are left alone.
         kv_cache_algo: quantization of the KV cache, or None.
@@ -52,6 +53,7 @@ class QuantConfig:
         """Parse any spelling.
 
         Raises:
+            CheckpointError: an entry which is not of its kind.
             UnsupportedFormatError: another quantization method or algorithm, or another group size.
         """
         if config.get("quant_method") == "compressed-tensors":
@@ -63,23 +65,23 @@ class QuantConfig:
             raise _unsupported(
                 config, where, found=f"quant_method {method!r}, quant_algo {algo!r}, format {config.get('format')!r}"
             )
-        layers = {name: str(layer.get("quant_algo")) for name, layer in (body.get("quantized_layers") or {}).items()}
+        layers = {n: str(layer.get("quant_algo")) for n, layer in mappings(body, "quantized_layers", where).items()}
         unknown = sorted(set(layers.values()) - {"NVFP4", "W4A16_NVFP4", "FP8"})
         if unknown:
             raise _unsupported(config, where, found=f"layers quantized to {', '.join(unknown)}")
-        size = _group_size(body)
+        size = _group_size(body, where)
         if size != BLOCK_SIZE and algo != "MIXED_PRECISION":
             raise UnsupportedFormatError("NVFP4 has one block scale per 16 values", name=where, expected=BLOCK_SIZE, found=size)
-        exclude = body.get("ignore") or body.get("modules_to_not_convert") or body.get("exclude_modules") or ()
-        scheme = body.get("kv_cache_scheme")
-        kv = body.get("kv_cache_quant_algo") or (f"FP{scheme['num_bits']}" if scheme else None)
-        return cls(algo, BLOCK_SIZE, tuple(exclude), MODELOPT, layers, kv, dict(config))
+        keys = ("ignore", "modules_to_not_convert", "exclude_modules")
+        exclude = patterns(body, next((key for key in keys if body.get(key)), "ignore"), where)
+        kv = body.get("kv_cache_quant_algo") or kv_cache_algo(body, where)
+        return cls(algo, BLOCK_SIZE, exclude, MODELOPT, layers, kv, dict(config))
 
     @classmethod
     def _compressed_tensors(cls, config: Mapping[str, Any], where: str) -> QuantConfig:
-        groups = list((config.get("config_groups") or {}).values())
+        groups = list(mappings(config, "config_groups", where).values())
         formats = {config.get("format"), *(g.get("format") for g in groups)} - {None}
-        weights = [g.get("weights") or {} for g in groups]
+        weights = [mapping(g, "weights", where) for g in groups]
         nvfp4 = all(w.get("num_bits") == 4 and w.get("type") == "float" and w.get("strategy") == "tensor_group" for w in weights)
         if formats != {_CT_FORMAT} or not groups or not nvfp4 or any(g.get("targets") != ["Linear"] for g in groups):
             raise _unsupported(config, where, found=f"format {sorted(map(str, formats))}, {len(groups)} config groups")
@@ -87,7 +89,8 @@ class QuantConfig:
         if size != {BLOCK_SIZE}:
             raise UnsupportedFormatError("NVFP4 has one block scale per 16 values", name=where, expected=BLOCK_SIZE, found=size)
         algo = "NVFP4" if groups[0].get("input_activations") else "W4A16_NVFP4"
-        return cls(algo, BLOCK_SIZE, tuple(config.get("ignore") or ()), COMPRESSED_TENSORS, {}, None, dict(config))
+        exclude, kv = patterns(config, "ignore", where), kv_cache_algo(config, where)
+        return cls(algo, BLOCK_SIZE, exclude, COMPRESSED_TENSORS, {}, kv, dict(config))
 
     def algo_of(self, module: str) -> str | None:
         """The algorithm of one linear module by its dotted path, or None if it is not quantized."""
@@ -125,16 +128,17 @@ class QuantConfig:
         )
 
     def excludes(self, module: str) -> bool:
-        """Whether a pattern matches the module's dotted path, its last part, or a path above it."""
+        """Whether the module is excluded: a glob matches its dotted path, a path above it, or any part of it (SGLang 0.5.23
+        ``modelopt_quant.py``); a regular expression matches the beginning of its path (compressed-tensors)."""
         parts = module.split(".")
-        prefixes = [".".join(parts[: i + 1]) for i in range(len(parts))]
-        return any(_matches(c, p) for p in self.exclude for c in (*prefixes, parts[-1]))
+        paths = [".".join(parts[: i + 1]) for i in range(len(parts))]
+        return any(_matches(module, (*paths, *parts), pattern) for pattern in self.exclude)
 
 
-def _matches(name: str, pattern: str) -> bool:
+def _matches(module: str, names: Iterable[str], pattern: str) -> bool:
     if pattern.startswith("re:"):
-        return re.match(pattern[3:], name) is not None
-    return fnmatchcase(name, pattern)
+        return re.match(pattern[3:], module) is not None
+    return any(fnmatchcase(name, pattern) for name in names)
 
 
 def _unsupported(config: Mapping[str, Any], where: str, *, found: str) -> UnsupportedFormatError:
@@ -154,18 +158,18 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text())
     except FileNotFoundError:
         raise CheckpointError("the file is missing", name=str(path)) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise CheckpointError(f"the file cannot be read: {error.strerror}", name=str(path)) from None
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"the file is not JSON: {error}", name=str(path)) from None
     if not isinstance(value, dict):
         raise CheckpointError("the file does not hold a JSON object", name=str(path), found=type(value).__name__)
     return value
 
 
-def _group_size(body: Mapping[str, Any]) -> int:
-    if "group_size" in body:
-        return int(body["group_size"])
-    for group in (body.get("config_groups") or {}).values():
-        weights = group.get("weights") or {}
-        if "group_size" in weights:
-            return int(weights["group_size"])
+def _group_size(body: Mapping[str, Any], where: str) -> int:
+    groups = mappings(body, "config_groups", where).values()
+    for holder in (body, *(mapping(group, "weights", where) for group in groups)):
+        if "group_size" in holder:
+            return whole_number(holder, "group_size", where)
     return BLOCK_SIZE

@@ -25,7 +25,8 @@ def load_unquantized(folder: Path) -> tuple[Any, Any]:
     """(model, tokenizer) of a transformers causal-LM folder, in bf16.
 
     Raises:
-        CheckpointError: no such folder, no config.json, or a model that is quantized already.
+        CheckpointError: no such folder, no config.json, a model that is quantized already, or files that transformers cannot
+            read.
         MissingExtra: transformers is not installed.
     """
     need("transformers", "modelopt")
@@ -34,10 +35,14 @@ def load_unquantized(folder: Path) -> tuple[Any, Any]:
     if "quantization_config" in read_json(folder / "config.json"):
         raise CheckpointError("this model is quantized already", name=str(folder), expected="bf16, fp16 or fp32 weights")
     with quiet():
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-        return model.eval(), AutoTokenizer.from_pretrained(folder)
+        from ..integrations.transformers.config import readable, tokenizer_of
+
+        tokenizer = tokenizer_of(folder)
+        with readable(folder, "load the model"):
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        return model.eval(), tokenizer
 
 
 def quantize_to_nvfp4(model: Any, tokenizer: Any, destination: Path) -> None:

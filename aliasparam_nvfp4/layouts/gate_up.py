@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from aliasparam import InterleaveHalves, SwapHalves, Transform
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from aliasparam import InterleaveHalves, PermuteRows, SwapHalves, Transform
 
 from .shuffle_rows import ShuffleRows
 
@@ -18,9 +22,17 @@ def up_gate_blocks(rows: int = 64) -> Transform:
     return SwapHalves().then(InterleaveHalves(rows))
 
 
+@dataclass(frozen=True)
+class _UpGateShuffled(PermuteRows):
+    def source_rows(self, rows: int) -> Tensor:
+        shuffled, half = ShuffleRows(128).source_rows(rows), rows // 2
+        return (shuffled // 2 + (shuffled % 2) * half + half) % rows
+
+
 def up_gate_shuffled() -> Transform:
     """Pairs (up, gate), then the TRT-LLM row shuffle: FlashInfer ``_maybe_get_cached_w3_w1_permute_indices``.
 
-    Kernel row i is row ``s//2 + (s%2)*I`` of ``[up; gate]``, s the shuffle's source row. 2*I a multiple of 32.
+    Kernel row i is row ``s//2 + (s%2)*I`` of ``[up; gate]``, s the shuffle's source row. 2*I a multiple of 32. One gather; rows
+    move across the whole, so it converts in bands of columns.
     """
-    return SwapHalves().then(InterleaveHalves(1)).then(ShuffleRows(128))
+    return _UpGateShuffled()

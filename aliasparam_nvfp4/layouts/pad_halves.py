@@ -44,7 +44,8 @@ class PadHalves(Transform):
         return self.output_spec(spec) == spec
 
     def band(self, spec: TensorSpec) -> Band | None:
-        return Band(-2, 1) if self.is_identity_for(spec) else None
+        # Never a slice of rows: its two halves would be others.
+        return Band(-1, self.cols) if self.is_identity_for(spec) else None
 
     @property
     def _pad(self) -> PadLast2:

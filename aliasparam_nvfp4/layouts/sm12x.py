@@ -11,6 +11,8 @@ from aliasparam import Band, TensorSpec, Transform
 from aliasparam._constants import kept
 from aliasparam.errors import TransformError
 
+from ..scales import need_block_scales
+
 
 @dataclass(frozen=True)
 class PackFragments(Transform):
@@ -19,6 +21,9 @@ class PackFragments(Transform):
     Within a tile of 16 K by 64 N, int32 word p of 128 serves MMA lane ``(p//2) % 32``; its four bytes are the packed pairs
     ``k/2 = lane%4 + {0, 4, 0, 4}`` of rows ``8*(p//64) + lane//4 + 32*(p%2) + {0, 0, 16, 16}``
     (FlashInfer ``gemm_bf16_fp4_cute_dsl.py``, ``_cute_dsl_pack_fp4_weight``). A bijection of bytes. N % 64 == 0, K % 16 == 0.
+
+    It has no bands: a tile's columns are a strided slice of every source row and one run of kernel bytes, so no piece of the one
+    format covers the memory of a piece of the other. A region converts as a whole, with a copy of it as scratch.
     """
 
     core_dims: int = 2
@@ -59,7 +64,7 @@ class ScalesToS0E5M3(Transform):
     """Block scales e4m3 ``[N, K/16]`` to u8 ``[K/16, N]``: the high bits of the float16 value without its sign.
 
     FlashInfer ``gemm_bf16_fp4_cute_dsl.py``, ``_e4m3_to_s0e5m3``. The sign is dropped, so this is no bijection of bytes:
-    the source is kept and the kernel name has memory of its own.
+    the source is kept and the kernel name has memory of its own. Negative scales are refused: it would make them positive.
     """
 
     lossless = False
@@ -71,6 +76,8 @@ class ScalesToS0E5M3(Transform):
         return None
 
     def forward(self, tensor: Tensor) -> Tensor:
+        """Raises ScaleError for negative scales and for NaN."""
+        need_block_scales(tensor, signed=False)
         bits = tensor.to(torch.float16).view(torch.int16).int()
         return ((bits >> 7) & 0xFF).to(torch.uint8).transpose(-1, -2).contiguous()
 

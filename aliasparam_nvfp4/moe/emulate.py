@@ -1,14 +1,19 @@
-"""Reading an MoE layer's kernel bytes one by one, by each kernel's index formula and independent of the transforms."""
+"""Emulators of MoE kernels: bytes read one by one by each kernel's index formula, independent of the transforms, and the
+scalars used where its documentation says. Slow, float64, for any device; for the tests and ``aliasparam-nvfp4 verify --moe``.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..codec import quantize_activation, scaled_codes
 from ..emulate import _code, _e4m3, _grid, _swizzled_scale
 from ..format import BLOCK_SIZE
+from .activation import ExpertActivation
 from .runners import MoENames, MoEShape
 from .runners._base import MoERunner
 
@@ -16,12 +21,63 @@ from .runners._base import MoERunner
 Place = Callable[[Tensor, Tensor, int], Tensor]
 
 
+@dataclass(frozen=True)
+class Scalars:
+    """What a kernel multiplies with, for one expert.
+
+    Attributes:
+        input: reciprocal of the scale by which x is quantized, or None where it is not.
+        gate: factor of the first GEMM's gate sums.
+        up: factor of its up sums.
+        hidden: as ``input``, for what the activation gives.
+        down: factor of the second GEMM's sums.
+        after: without a gate, factor of what the activation gives; None is 1.
+        raw: (alpha, beta, limit or None) of a kernel which holds and shifts its sums before it multiplies them.
+    """
+
+    input: Tensor | None
+    gate: Tensor
+    up: Tensor
+    hidden: Tensor | None
+    down: Tensor
+    after: Tensor | None = None
+    raw: tuple[Tensor, Tensor, Tensor | None] | None = None
+
+
+def layer_output(
+    layer: MoENames, runner: MoERunner, shape: MoEShape, x: Tensor, topk_weights: Tensor, topk_ids: Tensor
+) -> Tensor:
+    """float64 ``[T, H]``: what the runner's kernel computes from the kernel names, but for its roundings of sums.
+
+    Args:
+        layer: kernel names.
+        runner: whose layout and scalars they are.
+        shape: logical dims.
+        x: ``[T, H]``.
+        topk_weights: ``[T, k]``.
+        topk_ids: ``[T, k]`` global expert numbers.
+    """
+    scalars = SCALARS[runner.activation, runner.untied, runner.numbers_as == "of raw sums"]
+    out = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
+    for expert in range(shape.experts):
+        token, choice = (topk_ids == shape.first_expert + expert).nonzero(as_tuple=True)
+        if not token.numel():
+            continue
+        w13, w2 = weights(layer, runner, shape, expert)
+        by = scalars(layer, expert)
+        hidden = _activated(_quantized(x[token], by.input) @ w13.T, by, shape.expert_activation)
+        rows = (_quantized(hidden, by.hidden) @ w2.T) * by.down.double()
+        out.index_add_(0, token, rows * topk_weights[token, choice].double().unsqueeze(-1))
+    return out
+
+
 def weights(layer: MoENames, runner: MoERunner, shape: MoEShape, expert: int) -> tuple[Tensor, Tensor]:
-    """(w13 ``[2I, H]``, w2 ``[H, I]``) of one expert: code times block scale, float64, without global scales."""
+    """(w13 ``[2I, H]``, or ``[I, H]`` without a gate; w2 ``[H, I]``) of one expert: code times block scale, float64, without
+    global scales."""
     hidden, intermediate = shape.padded(runner.layout)
-    w13_place, w2_place, swizzled = PLACES[runner.layout.name]
+    w13_place, w2_place, swizzled = PLACES[runner.layout.of(shape.expert_activation).name]
     i, h = shape.intermediate, shape.hidden
-    row, column = _grid(2 * i, h, layer.w13_weight_prepared.device)
+    row, column = _grid(shape.w13_rows, h, layer.w13_weight_prepared.device)
     w13 = _read(layer.w13_weight_prepared[expert], layer.w13_blockscale_swizzled[expert], column, swizzled,
                 w13_place(row // i, row % i, intermediate))  # fmt: skip
     row, column = _grid(h, i, layer.w13_weight_prepared.device)
@@ -63,7 +119,82 @@ PLACES: dict[str, tuple[Place, Place, bool]] = {
     "row-major": (_gate_up, _gate_up, False),
     "gate-up": (_gate_up, _gate_up, True),
     "up-gate": (_up_gate, _gate_up, True),
-    "up-gate-128": (_up_gate, _gate_up, True),
+    "up-gate-256": (_up_gate, _gate_up, True),
     "interleaved": (_blocks, _gate_up, True),
     "shuffled": (_shuffled_pairs, _shuffled_rows, True),
+    # Without a gate; every row is of half 0.
+    "rows": (_gate_up, _gate_up, False),
+    "rows-swizzled": (_gate_up, _gate_up, True),
+    "rows-shuffled": (_shuffled_rows, _shuffled_rows, True),
+}
+
+
+def _quantized(x: Tensor, reciprocal: Tensor | None) -> Tensor:
+    """Values of codes and block scales, without the global scale; x as it is where there is none."""
+    return x.double() if reciprocal is None else scaled_codes(*quantize_activation(x, reciprocal)).double()
+
+
+def _activated(sums: Tensor, by: Scalars, activation: ExpertActivation) -> Tensor:
+    if not activation.gated:
+        hidden = activation(sums * by.gate.double(), None)
+        return hidden if by.after is None else hidden * by.after.double()
+    gate, up = sums.chunk(2, -1)
+    if by.raw is None:
+        return activation(gate * by.gate.double(), up * by.up.double())
+    alpha, beta, limit = by.raw
+    if limit is not None:
+        gate, up = torch.minimum(gate, limit), torch.clamp(up, -limit, limit)
+    true = gate * by.gate.double()
+    return true * torch.sigmoid(alpha * true) * (up + beta) * by.up.double()
+
+
+def _one_factor(layer: MoENames, e: int) -> Scalars:
+    """CUTLASS ``quant_scales``, CuteDSL v2: one factor for gate and up, the activation's own scale after it."""
+    both = layer.g1_alphas[e]
+    return Scalars(layer.w13_input_scale_quant, both, both, layer.w2_input_scale_quant, layer.g2_alphas[e])
+
+
+def _two_factors(layer: MoENames, e: int) -> Scalars:
+    """TRT-LLM ``output1_scale_gate_scalar`` and ``output1_scale_scalar``: the latter has the activation's scale in it."""
+    one, up = torch.ones_like(layer.w13_input_scale_quant), layer.g1_scale_c[e]
+    limit: Tensor | None = getattr(layer, "gemm1_clamp_limit", None)
+    raw = None
+    if hasattr(layer, "gemm1_alpha"):
+        raw = layer.gemm1_alpha[e].double(), layer.gemm1_beta[e].double(), None if limit is None else limit[e].double()
+    return Scalars(layer.w13_input_scale_quant, layer.g1_alphas[e], up, one, layer.g2_alphas[e], up, raw)
+
+
+def _reference(layer: MoENames, e: int) -> Scalars:
+    """A factor each, the activation's own scale after it."""
+    up = layer.g1_scale_c[e] / layer.w2_input_scale_quant
+    return Scalars(layer.w13_input_scale_quant, layer.g1_alphas[e], up, layer.w2_input_scale_quant, layer.g2_alphas[e])
+
+
+def _each(layer: MoENames, e: int) -> Scalars:
+    """CuteDSL v1: every expert its own scales."""
+    both = layer.g1_alphas[e]
+    return Scalars(layer.w13_input_scale_quant[e], both, both, layer.w2_input_scale_quant[e], layer.g2_alphas[e])
+
+
+def _weights_alone(layer: MoENames, e: int) -> Scalars:
+    """cuTile ``w1_global_scale`` ``[E, 2]``, ``w2_global_scale``: activations as they are."""
+    both: Tensor | None = getattr(layer, "g1_alphas_gate_up", None)
+    gate, up = (layer.g1_alphas[e], layer.g1_alphas[e]) if both is None else both[e]
+    return Scalars(None, gate, up, None, layer.g2_alphas[e])
+
+
+def _divided(layer: MoENames, e: int) -> Scalars:
+    """b12x ``input_global_scale`` and ``fc2_input_scale`` divide; the kernel multiplies the first back (``moe_dispatch.py``)."""
+    both = layer.g1_alphas[e] * layer.w13_input_scale_max
+    return Scalars(1 / layer.w13_input_scale_max, both, both, 1 / layer.w2_input_scale_max, layer.g2_alphas[e])
+
+
+#: (how activations meet their scales, whether gate and up have a factor each, whether numbers are of raw sums) to their use.
+SCALARS: dict[tuple[str, bool, bool], Callable[[MoENames, int], Scalars]] = {
+    ("quantized", False, False): _one_factor,
+    ("quantized", True, True): _two_factors,
+    ("quantized", True, False): _reference,
+    ("per expert", False, False): _each,
+    ("as they are", True, False): _weights_alone,
+    ("divided", False, False): _divided,
 }

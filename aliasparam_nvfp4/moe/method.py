@@ -2,44 +2,81 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from aliasparam import Alias, declare, registry_of
+from aliasparam import AliasRegistry, Keep, declare, registry_of
 from aliasparam.errors import StateError
 
+from ..checkpoint_format import MODELOPT, CheckpointFormat
 from ..errors import BackendError, ShapeError
 from ..format import BLOCK_SIZE
+from .activation import SWIGLU, ExpertActivation
+from .checks import FiniteBlockScales
+from .declarations import aliases, scalars
 from .loader import ExpertLoader
+from .routing import Routing
 from .runners import MoENames, MoERunner, MoEShape, moe_runner
-from .scales import MoEScales
 
 
 class NvFp4MoEMethod:
-    """NVFP4 experts, gated by SiLU.
+    """NVFP4 experts: quantized weights, and activations quantized (W4A4) or as they are (W4A16).
 
     Args:
-        backend: a runner's name, or "auto" for the best one that runs here. An explicit choice works without its GPU up to
-            ``apply``.
+        backend: a runner's name, or "auto" for the best one that serves such experts here. An explicit choice works without its
+            GPU up to ``apply``.
+        activation: what lies between the two GEMMs: SwiGLU, with its numbers or without, or ReLU squared, which has no gate.
+        checkpoint: the names and the direction of scales, ModelOpt's or those of compressed-tensors.
+        input_scale: False for checkpoints without activation scales (W4A16_NVFP4, NVFP4A16).
+        interleaved: True where fused tensors of the checkpoint have rows ``[g0, u0, g1, u1, ...]``. The loader takes them apart
+            as they arrive; nothing on the layer remembers it, so they can arrive as often as they like.
+        retarget_to: runners to which a loaded layer may be moved by :func:`retarget_experts`, where their padding needs more
+            room or their scalars are others.
         ep_rank: this rank among those which divide the experts.
         ep_size: how many divide them. Input scales are kept of all experts, so that every rank derives the same factors.
         tp_rank: this rank among those which divide I.
         tp_size: how many divide it.
 
-    Checkpoint names on the layer (E experts of this rank): ``w13_weight`` u8 ``[E, 2I, H/2]`` with rows ``[w1 gate; w3 up]`` for
-    every runner, ``w2_weight`` u8 ``[E, H, I/2]``, ``w13_weight_scale`` and ``w2_weight_scale`` e4m3,
+    Checkpoint names on the layer, ModelOpt's (E experts of this rank): ``w13_weight`` u8 ``[E, 2I, H/2]`` with rows
+    ``[w1 gate; w3 up]`` for every runner, ``w2_weight`` u8 ``[E, H, I/2]``, ``w13_weight_scale`` and ``w2_weight_scale`` e4m3,
     ``w13_weight_scale_2`` f32 ``[E, 2]``, ``w2_weight_scale_2`` f32 ``[E]``, ``w13_input_scale`` f32 ``[E * ep_size, 2]``,
-    ``w2_input_scale`` f32 ``[E * ep_size]``. Kernel names over the same memory: ``w13_weight_prepared``,
-    ``w2_weight_prepared``, ``w13_blockscale_swizzled``, ``w2_blockscale_swizzled``; the scalars of scales.py have their own.
+    ``w2_input_scale`` f32 ``[E * ep_size]``. compressed-tensors': ``w13_weight_packed``, ``w2_weight_packed``,
+    ``w13_weight_global_scale``, ``w13_input_global_scale`` and so on, of the same shapes. Without a gate w13 is w1 alone:
+    ``[E, I, H/2]``, and its scales are ``[E]`` and ``[E * ep_size, 1]``, as in SGLang.
+
+    Kernel names over the same memory, the same for all checkpoints: ``w13_weight_prepared``, ``w2_weight_prepared``,
+    ``w13_blockscale_swizzled``, ``w2_blockscale_swizzled``; the scalars of scales.py have their own.
+
+    Raises:
+        BackendError: no such runner, or one that cannot serve such experts.
+        ShapeError: no such rank, or interleaved halves without a gate.
     """
 
-    def __init__(self, backend: str = "auto", *, ep_rank: int = 0, ep_size: int = 1, tp_rank: int = 0, tp_size: int = 1) -> None:
+    def __init__(
+        self,
+        backend: str = "auto",
+        *,
+        activation: ExpertActivation = SWIGLU,
+        checkpoint: CheckpointFormat = MODELOPT,
+        input_scale: bool = True,
+        interleaved: bool = False,
+        retarget_to: Sequence[str] = (),
+        ep_rank: int = 0,
+        ep_size: int = 1,
+        tp_rank: int = 0,
+        tp_size: int = 1,
+    ) -> None:
         for what, rank, size in (("ep", ep_rank, ep_size), ("tp", tp_rank, tp_size)):
             if not 0 <= rank < size:
                 raise ShapeError(f"no such {what} rank", expected=f"0 to {size - 1}", found=rank)
-        self.backend: MoERunner = moe_runner(backend)
+        if interleaved and not activation.gated:
+            raise ShapeError("without a gate there is nothing to interleave", expected="interleaved=False", found=activation.kind)
+        self.backend = moe_runner(backend, activation=activation, input_scale=input_scale)
+        self.retarget_to = tuple(moe_runner(n, activation=activation, input_scale=input_scale) for n in retarget_to)
+        self.activation, self.checkpoint, self.input_scale, self.interleaved = activation, checkpoint, input_scale, interleaved
         self.ep_rank, self.ep_size, self.tp_rank, self.tp_size = ep_rank, ep_size, tp_rank, tp_size
 
     def create_weights(
@@ -71,38 +108,56 @@ class NvFp4MoEMethod:
                 module=type(layer).__name__,
                 expected=f"E > 0, H and I positive multiples of {BLOCK_SIZE}",
                 found=f"E={e}, H={h}, I={i}",
+                remedy=_would_do(h, i, self.tp_size),
             )
         everywhere = e * self.ep_size
-        shape = MoEShape(e, h, i, e * self.ep_rank, everywhere, self.ep_rank, self.ep_size)
-        loader = ExpertLoader(e, shape.first_expert, everywhere, self.tp_rank, self.tp_size)
+        shape = MoEShape(e, h, i, e * self.ep_rank, everywhere, self.ep_rank, self.ep_size, self.activation)
+        loader = ExpertLoader(
+            e, shape.first_expert, everywhere, self.tp_rank, self.tp_size, self.activation.gated, self.interleaved
+        )
         attributes = {"weight_loader": loader, **extra_weight_attrs}
-        u8, e4m3, f32 = torch.uint8, torch.float8_e4m3fn, torch.float32
-        for name, dims, dtype in (
-            ("w13_weight", (e, 2 * i, h // 2), u8),
-            ("w2_weight", (e, h, i // 2), u8),
-            ("w13_weight_scale", (e, 2 * i, h // BLOCK_SIZE), e4m3),
-            ("w2_weight_scale", (e, h, i // BLOCK_SIZE), e4m3),
-            ("w13_weight_scale_2", (e, 2), f32),
-            ("w2_weight_scale_2", (e,), f32),
-            ("w13_input_scale", (everywhere, 2), f32),
-            ("w2_input_scale", (everywhere,), f32),
-        ):
+        for name, (dims, dtype) in self._parameters(shape).items():
             parameter = nn.Parameter(torch.empty(dims, dtype=dtype), requires_grad=False)
-            for key, value in {**attributes, "of_all_experts": name.endswith("input_scale")}.items():
+            of_all = name.endswith(self.checkpoint.input_global)
+            for key, value in {**attributes, "of_all_experts": of_all}.items():
                 setattr(parameter, key, value)
             layer.register_parameter(name, parameter)
         layer.__dict__.update(nvfp4_moe_shape=shape, nvfp4_runner=self.backend, params_dtype=params_dtype)
-        layout = self.backend.layout
-        scales = MoEScales(self.backend.activation, self.backend.name, self.backend.untied, shape.first_expert, e)
-        declare(
-            layer,
-            Alias("w13_weight", "w13_weight_prepared", layout.w13),
-            Alias("w2_weight", "w2_weight_prepared", layout.w2),
-            Alias("w13_weight_scale", "w13_blockscale_swizzled", layout.w13_scale),
-            Alias("w2_weight_scale", "w2_blockscale_swizzled", layout.w2_scale),
-            *scales.derivations(),
-            loaded=False,
+        layer.__dict__["nvfp4_moe_checkpoint"] = self.checkpoint, self.input_scale
+        self._declare(layer, shape)
+
+    def _parameters(self, shape: MoEShape) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Checkpoint names with their shapes and dtypes."""
+        names, e, h, i, rows = self.checkpoint, shape.experts, shape.hidden, shape.intermediate, shape.w13_rows
+        halves = (2,) if self.activation.gated else (1,)
+        u8, e4m3, f32 = torch.uint8, torch.float8_e4m3fn, torch.float32
+        found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            f"w13_{names.weight}": ((e, rows, h // 2), u8),
+            f"w2_{names.weight}": ((e, h, i // 2), u8),
+            f"w13_{names.block_scale}": ((e, rows, h // BLOCK_SIZE), e4m3),
+            f"w2_{names.block_scale}": ((e, h, i // BLOCK_SIZE), e4m3),
+            f"w13_{names.weight_global}": ((e, *halves) if self.activation.gated else (e,), f32),
+            f"w2_{names.weight_global}": ((e,), f32),
+        }
+        if self.input_scale:
+            found[f"w13_{names.input_global}"] = (shape.all_experts, *halves), f32
+            found[f"w2_{names.input_global}"] = (shape.all_experts,), f32
+        return found
+
+    def _declare(self, layer: nn.Module, shape: MoEShape) -> None:
+        layout = self.backend.layout.of(self.activation)
+        own, *others = (
+            runner.scales(shape, self.checkpoint, input_scale=self.input_scale).derivations()
+            for runner in (self.backend, *self.retarget_to)
         )
+        pairs = aliases(self.checkpoint, layout, [r.layout.of(self.activation) for r in self.retarget_to])
+        derived = scalars(own, [d for other in others for d in other], self.backend.name)
+        read = {alias.source for alias in pairs} | {source for d in derived for source in d.sources}
+        kept = [Keep(name) for name in self._parameters(shape) if name not in read]  # activation scales on W4A16 runners
+        registry = declare(layer, *pairs, *derived, *kept, loaded=False)
+        block_scales = f"w13_{self.checkpoint.block_scale}", f"w2_{self.checkpoint.block_scale}"
+        registry.checks.append(FiniteBlockScales(block_scales, shape.first_expert))
+        registry.on_processed.append(_tell_runner)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Bring what was written since the last call to kernel format. Idempotent, in place, expert by expert.
@@ -123,10 +178,11 @@ class NvFp4MoEMethod:
             layer: made by :meth:`create_weights`.
             x: activations.
             topk_weights: ``[T, k]``, T the product of x's leading dims.
-            topk_ids: ``[T, k]`` global expert numbers.
+            topk_ids: ``[T, k]`` global expert numbers, int32 or int64; -1 is no expert.
 
         Raises:
-            ShapeError: dims which do not fit each other or the layer.
+            ShapeError: dims or dtypes which do not fit each other or the layer; on the CPU also numbers of no expert (on a GPU
+                they are not looked at: that would wait for it, and could not be captured).
             BackendError: the runner cannot run on this device.
         """
         shape: MoEShape = layer.__dict__["nvfp4_moe_shape"]
@@ -139,6 +195,7 @@ class NvFp4MoEMethod:
                 expected=f"x [T, {shape.hidden}], topk_weights and topk_ids [T, k]",
                 found=f"{list(x.shape)}, {list(topk_weights.shape)}, {list(topk_ids.shape)}",
             )
+        _need_experts(layer, topk_weights, topk_ids, shape.all_experts)
         if (reason := runner.unavailable(x.device)) is not None:
             raise BackendError(
                 "this runner cannot run here", name=runner.name, found=reason, remedy='Use backend="reference" or "auto".'
@@ -146,3 +203,58 @@ class NvFp4MoEMethod:
         if rows.shape[0] == 0:
             return torch.empty_like(x)
         return runner.apply(cast(MoENames, layer), rows, topk_weights, topk_ids, shape).reshape(x.shape)
+
+    def apply_logits(self, layer: nn.Module, x: Tensor, router_logits: Tensor, routing: Routing) -> Tensor:
+        """:meth:`apply` from the router's logits: runners whose kernel routes take them as they are, the others choose first.
+
+        Args:
+            layer: made by :meth:`create_weights`.
+            x: activations ``[..., H]``.
+            router_logits: ``[T, experts of all ranks]``, bf16 or f32, T the product of x's leading dims.
+            routing: how the model chooses.
+
+        Raises:
+            ShapeError: dims which do not fit each other or the layer.
+            BackendError: the runner cannot run on this device, or its kernel knows no such routing.
+        """
+        shape: MoEShape = layer.__dict__["nvfp4_moe_shape"]
+        runner: MoERunner = layer.__dict__["nvfp4_runner"]
+        rows = x.reshape(-1, x.shape[-1])
+        if x.shape[-1] != shape.hidden or router_logits.shape != (rows.shape[0], shape.all_experts):
+            raise ShapeError(
+                "the input does not fit",
+                module=type(layer).__name__,
+                expected=f"x [T, {shape.hidden}], router_logits [T, {shape.all_experts}]",
+                found=f"{list(x.shape)}, {list(router_logits.shape)}",
+            )
+        if (reason := runner.unavailable(x.device)) is not None:
+            raise BackendError(
+                "this runner cannot run here", name=runner.name, found=reason, remedy='Use backend="reference" or "auto".'
+            )
+        if rows.shape[0] == 0:
+            return torch.empty_like(x)
+        return runner.apply_logits(cast(MoENames, layer), rows, router_logits, routing, shape).reshape(x.shape)
+
+
+def _need_experts(layer: nn.Module, weights: Tensor, ids: Tensor, experts: int) -> None:
+    wrong = [int(n) for n in ids.flatten().tolist() if not -1 <= n < experts] if ids.device.type == "cpu" else []
+    if wrong or ids.dtype not in (torch.int32, torch.int64) or not weights.is_floating_point():
+        raise ShapeError(
+            "these are no choices of experts",
+            module=type(layer).__name__,
+            expected=f"topk_weights of a float dtype, topk_ids int32 or int64, expert 0 to {experts - 1} (or -1 for none)",
+            found=f"{weights.dtype}, {ids.dtype}{f', experts {wrong[:5]}' if wrong else ''}",
+        )
+
+
+def _tell_runner(registry: AliasRegistry) -> None:
+    registry.module.__dict__["nvfp4_runner"].weights_changed()
+
+
+def _would_do(h: int, i: int, tp_size: int) -> str | None:
+    """What to change where a dim is not whole blocks."""
+    if h > 0 and i > 0 and h % BLOCK_SIZE == 0 and tp_size > 1:
+        whole = i * tp_size
+        fit = [n for n in range(tp_size, 0, -1) if whole % (n * BLOCK_SIZE) == 0]
+        return f"A tensor-parallel size of {fit[0]} divides I={whole} into whole blocks." if fit else None
+    return "Quantize this layer padded to whole blocks, or exclude it from quantization."

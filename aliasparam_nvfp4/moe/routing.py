@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -27,7 +28,8 @@ def softmax_topk_renormalized(logits: Tensor, top_k: int) -> Choice:
 def sigmoid_topk(logits: Tensor, top_k: int) -> Choice:
     """The sigmoid of the ``top_k`` largest logits (Llama 4).
 
-    Llama 4 multiplies the expert's *input* with this weight: multiply x by it and give ``apply`` ones (its models have k = 1).
+    Llama 4 multiplies the expert's *input* with this weight: multiply x by it and give ``apply`` ones (its models have k = 1),
+    or say ``Routing("sigmoid_topk", 1, on_input=True)``.
     """
     values, ids = logits.topk(_checked(logits, top_k), dim=-1)
     return torch.sigmoid(values.float()), ids.int()
@@ -86,6 +88,62 @@ def routing(name: str) -> Callable[..., Choice]:
     if name not in ROUTINGS:
         raise ShapeError("unknown routing", expected=f"one of {sorted(ROUTINGS)}", found=repr(name))
     return ROUTINGS[name]
+
+
+@dataclass(frozen=True)
+class Routing:
+    """A model's way of choosing experts, as a value: for runners whose kernel routes, and for those which do not.
+
+    Attributes:
+        kind: a name of :data:`ROUTINGS`.
+        top_k: experts a token.
+        bias: f32 or bf16 ``[E]``; for ``sigmoid_bias_grouped``, and needed there.
+        groups: see :func:`sigmoid_bias_grouped`, as the next three.
+        top_groups: groups which may be chosen from.
+        scaling: factor of the weights.
+        renormalize: whether the weights are first divided by their sum.
+        on_input: the weight multiplies the expert's input instead of its output (Llama 4; ``top_k`` 1).
+
+    Raises:
+        ShapeError: an unknown kind, or numbers which the kind does not have.
+    """
+
+    kind: str
+    top_k: int
+    bias: Tensor | None = field(default=None, compare=False)
+    groups: int = 1
+    top_groups: int = 1
+    scaling: float = 1.0
+    renormalize: bool = True
+    on_input: bool = False
+
+    def __post_init__(self) -> None:
+        routing(self.kind)
+        grouped = self.kind == "sigmoid_bias_grouped"
+        numbers = (self.groups, self.top_groups, self.scaling, self.renormalize)
+        if grouped is (self.bias is None) or not (grouped or numbers == (1, 1, 1.0, True)):
+            raise ShapeError(
+                "these numbers are not this routing's",
+                name=self.kind,
+                expected="bias, groups, top_groups, scaling and renormalize for sigmoid_bias_grouped, and for no other",
+                found=f"bias {'absent' if self.bias is None else 'given'}, {numbers}",
+            )
+        if self.on_input and self.top_k != 1:
+            raise ShapeError("a weight on the input needs one expert a token", expected="top_k 1", found=self.top_k)
+
+    def choose(self, logits: Tensor) -> Choice:
+        """(f32 ``[T, k]``, int32 ``[T, k]``) from router logits ``[T, E]``. Raises ShapeError for logits that do not fit."""
+        if self.bias is None:
+            return routing(self.kind)(logits, self.top_k)
+        return sigmoid_bias_grouped(
+            logits,
+            self.top_k,
+            bias=self.bias,
+            groups=self.groups,
+            top_groups=self.top_groups,
+            scaling=self.scaling,
+            renormalize=self.renormalize,
+        )
 
 
 def _checked(logits: Tensor, top_k: int) -> int:

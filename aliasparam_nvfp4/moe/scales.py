@@ -8,9 +8,34 @@ With ``a1 = max(w13_input_scale)`` and ``a2 = max(w2_input_scale)`` over *all* e
 | quantized | ``a1 * s13[e, 0]`` | ``a1 * s13[e, 1] / a2`` | ``a2 * s2[e]`` | ``1 / a1`` | ``1 / a2`` |
 | per expert | ``a1[e] * s13[e, 0]`` | ``a1[e] * s13[e, 1] / a2[e]`` | ``a2[e] * s2[e]`` | ``1 / a1[e]`` | ``1 / a2[e]`` |
 | as they are | ``s13[e, 0]`` | ``s13[e, 1]`` | ``s2[e]`` | none | none |
+| divided | ``s13[e, 0]`` | none | ``a2 * s2[e]`` | none | none |
 
 ``per expert`` takes each expert's own input scales. All are f32 ``[E]``, except the quants of the first row, ``[1]``.
+``as they are`` has ``g1_alphas_gate_up`` too: both columns of ``s13``, ``[E, 2]``, for kernels that take them as one tensor.
+``divided`` is for kernels that divide by an input scale and multiply it back into the first GEMM's factor themselves: it has
+``w13_input_scale_max = a1`` and ``w2_input_scale_max = a2``, ``[1]``.
 A runner with one factor for gate and up cannot serve an expert whose two weight scales differ; it refuses it by name.
+
+Without a gate ``s13`` is ``[E]``, ``g1_alphas`` takes it as it is, there is no ``g1_alphas_gate_up``, and ``g1_scale_c`` has no
+weight scale in it: ``1 / a2``, ``1 / a2[e]``, ``1`` (SGLang 0.5.23 ``moe_runner/flashinfer_trtllm.py``, ``_compute_g1_scale_c``).
+
+compressed-tensors stores the reciprocals of all these scales. Every ``s`` and ``a`` above is then 1 over the stored value, so
+``1 / a1`` is the *smallest* stored input scale, exactly.
+
+The numbers of a SwiGLU (activation.py) that has any, for kernels which read them from memory, f32 ``[E]``:
+
+| the kernel takes them | gemm1_alpha | gemm1_beta | gemm1_clamp_limit |
+|---|---|---|---|
+| of true values | ``alpha`` | ``beta`` | ``limit`` |
+| of raw sums | ``alpha`` | ``beta / (a1 * s13[e, 1])`` | ``limit / (a1 * s13[e, 0])`` |
+| python floats | none | none | none |
+
+``of raw sums`` is TRT-LLM: it clamps both sums and adds beta to that of up before it multiplies them with their factors, while
+alpha meets the gate's true value (SGLang 0.5.23 ``modelopt_quant.py``,
+``ModelOptNvFp4FusedMoEMethod.process_weights_after_loading``: ``1.0 / g1_alphas_up`` for beta 1, ``limit / g1_alphas``;
+FlashInfer ``trtllm_fused_moe_dev_kernel.cu``, ``gatedSilu``, has the order). One limit for both sums is right where gate and up
+have the same factor. Any other expert is refused by name: SGLang multiplies the block scales of one half with the ratio, in
+place, which rounds them anew at every load. Without a limit ``gemm1_clamp_limit`` does not exist.
 """
 
 from __future__ import annotations
@@ -23,9 +48,12 @@ from torch import Tensor
 
 from aliasparam import Derivation
 
+from ..checkpoint_format import MODELOPT, CheckpointFormat
 from ..errors import ScaleError
+from .activation import SWIGLU, ExpertActivation
 
-Activation = Literal["quantized", "per expert", "as they are"]
+Activation = Literal["quantized", "per expert", "as they are", "divided"]
+Numbers = Literal["of true values", "of raw sums", "python floats"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +66,9 @@ class MoEScales:
         untied: whether gate and up of an expert may have different weight scales.
         first_expert: global number of this rank's first expert.
         experts: experts of this rank.
+        checkpoint: names, and the direction of the scales.
+        expert_activation: what lies between the two GEMMs.
+        numbers_as: how the kernel takes its numbers.
     """
 
     activation: Activation
@@ -45,69 +76,170 @@ class MoEScales:
     untied: bool
     first_expert: int
     experts: int
+    checkpoint: CheckpointFormat = MODELOPT
+    expert_activation: ExpertActivation = SWIGLU
+    numbers_as: Numbers = "python floats"
 
     def derivations(self) -> list[Derivation]:
         """Refreshed by ``process`` whenever a source was written."""
-        per_expert, f32 = (self.experts,), torch.float32
-        s13, s2, a1, a2 = "w13_weight_scale_2", "w2_weight_scale_2", "w13_input_scale", "w2_input_scale"
+        return [*self._factors(), *self._numbers()]
+
+    def _factors(self) -> list[Derivation]:
+        each, f32, s13, s2, a1, a2 = (self.experts,), torch.float32, self._s13, self._s2, self._a1, self._a2
         if self.activation == "as they are":
+            both = [Derivation("g1_alphas_gate_up", (s13,), self._gate_up, (self.experts, 2), f32)]
             return [
-                Derivation("g1_alphas", (s13,), self._gate, per_expert, f32),
-                Derivation("g1_scale_c", (s13,), self._up, per_expert, f32),
-                Derivation("g2_alphas", (s2,), self._down, per_expert, f32),
+                Derivation("g1_alphas", (s13,), self._gate, each, f32),
+                Derivation("g1_scale_c", (s13,), self._up, each, f32),
+                *(both if self._gated else []),
+                Derivation("g2_alphas", (s2,), self._down, each, f32),
             ]
-        quants = per_expert if self.activation == "per expert" else (1,)
+        if self.activation == "divided":
+            return [
+                Derivation("g1_alphas", (s13,), self._gate, each, f32),
+                Derivation("g2_alphas", (a2, s2), lambda a, s: self._input(a2, a) * self._down(s), each, f32),
+                Derivation("w13_input_scale_max", (a1,), lambda a: self._input(a1, a), (1,), f32),
+                Derivation("w2_input_scale_max", (a2,), lambda a: self._input(a2, a), (1,), f32),
+            ]
+        quants = each if self.activation == "per expert" else (1,)
         return [
-            Derivation("w13_input_scale_quant", (a1,), self._inverse, quants, f32),
-            Derivation("w2_input_scale_quant", (a2,), self._inverse, quants, f32),
-            Derivation("g1_alphas", (a1, s13), lambda a, s: self._combined(a) * self._gate(s), per_expert, f32),
-            Derivation(
-                "g1_scale_c",
-                (a1, s13, a2),
-                lambda a, s, b: self._combined(a) * self._up(s) / self._combined(b),
-                per_expert,
-                f32,
-            ),
-            Derivation("g2_alphas", (a2, s2), lambda a, s: self._combined(a) * self._down(s), per_expert, f32),
+            Derivation("w13_input_scale_quant", (a1,), lambda a: self._quant(a1, a), quants, f32),
+            Derivation("w2_input_scale_quant", (a2,), lambda a: self._quant(a2, a), quants, f32),
+            Derivation("g1_alphas", (a1, s13), lambda a, s: self._input(a1, a) * self._gate(s), each, f32),
+            self._scale_c(each, f32),
+            Derivation("g2_alphas", (a2, s2), lambda a, s: self._input(a2, a) * self._down(s), each, f32),
         ]
 
-    def _combined(self, scales: Tensor) -> Tensor:
-        """Input scales ``[E_global]`` or ``[E_global, 2]`` as ``[1]``, or ``[E]`` of this rank's experts."""
-        self._need("an input scale", scales)
-        if self.activation == "quantized":
-            return scales.max().reshape(1)
-        own = scales[self.first_expert : self.first_expert + self.experts]
-        return own.amax(-1) if own.dim() == 2 else own.clone()
+    def _scale_c(self, each: tuple[int, ...], f32: torch.dtype) -> Derivation:
+        a1, a2 = self._a1, self._a2
+        if not self._gated:
+            return Derivation("g1_scale_c", (a2,), lambda b: self._quant(a2, b).expand(each).clone(), each, f32)
+        return Derivation(
+            "g1_scale_c",
+            (a1, self._s13, a2),
+            lambda a, s, b: self._input(a1, a) * self._up(s) / self._input(a2, b),
+            each,
+            f32,
+        )
 
-    def _inverse(self, scales: Tensor) -> Tensor:
-        return 1.0 / self._combined(scales)
+    def _numbers(self) -> list[Derivation]:
+        numbers, s13, a1 = self.expert_activation, self._s13, self._a1
+        each, f32 = (self.experts,), torch.float32
+        if not numbers.has_numbers or self.numbers_as == "python floats":
+            return []
+        alpha = Derivation("gemm1_alpha", (s13,), lambda s: s.new_full(each, numbers.alpha), each, f32)
+        limit = numbers.limit
+        if self.numbers_as == "of true values":
+            beta = Derivation("gemm1_beta", (s13,), lambda s: s.new_full(each, numbers.beta), each, f32)
+            clamp = Derivation("gemm1_clamp_limit", (s13,), lambda s: s.new_full(each, limit or 0.0), each, f32)
+        else:
+            sources = (s13,) if self.activation == "as they are" else (s13, a1)
+            beta = Derivation("gemm1_beta", sources, lambda s, *a: numbers.beta / self._factor(self._up(s), *a), each, f32)
+            clamp = Derivation(
+                "gemm1_clamp_limit",
+                sources,
+                lambda s, *a: (limit or 0.0) / self._factor(self._tied(s, _ONE_LIMIT), *a),
+                each,
+                f32,
+            )
+        return [alpha, beta, *([clamp] if limit is not None else [])]
+
+    # -- names ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def _s13(self) -> str:
+        return f"w13_{self.checkpoint.weight_global}"
+
+    @property
+    def _s2(self) -> str:
+        return f"w2_{self.checkpoint.weight_global}"
+
+    @property
+    def _a1(self) -> str:
+        return f"w13_{self.checkpoint.input_global}"
+
+    @property
+    def _a2(self) -> str:
+        return f"w2_{self.checkpoint.input_global}"
+
+    @property
+    def _gated(self) -> bool:
+        return self.expert_activation.gated
+
+    # -- values --------------------------------------------------------------------------------------------------------
+
+    def _combined(self, name: str, scales: Tensor) -> Tensor:
+        """Input scales ``[E_global]`` or ``[E_global, 1 or 2]`` as ``[1]``, or ``[E]`` of this rank's experts, as stored."""
+        self._need("an input scale", name, scales, 0)
+        if self.activation != "per expert":
+            return (scales.min() if self.checkpoint.reciprocal else scales.max()).reshape(1)
+        own = scales[self.first_expert : self.first_expert + self.experts]
+        if own.dim() == 1:
+            return own.clone()
+        return own.amin(-1) if self.checkpoint.reciprocal else own.amax(-1)
+
+    def _multiplier(self, stored: Tensor) -> Tensor:
+        return 1.0 / stored if self.checkpoint.reciprocal else stored.clone()
+
+    def _input(self, name: str, scales: Tensor) -> Tensor:
+        return self._multiplier(self._combined(name, scales))
+
+    def _quant(self, name: str, scales: Tensor) -> Tensor:
+        stored = self._combined(name, scales)
+        return stored.clone() if self.checkpoint.reciprocal else 1.0 / stored
+
+    def _factor(self, weight: Tensor, inputs: Tensor | None = None) -> Tensor:
+        return weight if inputs is None else self._input(self._a1, inputs) * weight
 
     def _gate(self, s13: Tensor) -> Tensor:
-        self._need("a weight global scale", s13)
-        differing = (s13[:, 0] != s13[:, 1]).nonzero().flatten().tolist()
-        if differing and not self.untied:
-            expert = differing[0]
-            raise ScaleError(
-                f"gate and up of {len(differing)} experts have different weight global scales, and this runner has one factor",
-                name=f"{self.runner}: w13_weight_scale_2, expert {self.first_expert + expert}",
-                expected="equal values",
-                found=s13[expert].tolist(),
-                remedy="Use flashinfer_trtllm, flashinfer_cutile or reference, or export with unified scales.",
-            )
-        return s13[:, 0].clone()
+        if not self._gated:
+            return self._weight(self._s13, s13)
+        return self._weight(self._s13, s13)[:, 0].clone() if self.untied else self._tied(s13, "this runner has one factor")
 
     def _up(self, s13: Tensor) -> Tensor:
-        self._need("a weight global scale", s13)
-        return s13[:, 1].clone()
+        scales = self._weight(self._s13, s13)
+        return scales[:, 1].clone() if self._gated else torch.ones_like(scales)
+
+    def _tied(self, s13: Tensor, why: str) -> Tensor:
+        """The scale of gate and up, ``[E]``. Raises ScaleError where an expert has two."""
+        both = self._weight(self._s13, s13)
+        differing = (both[:, 0] != both[:, 1]).nonzero().flatten().tolist()
+        if differing:
+            raise ScaleError(
+                f"gate and up of {len(differing)} experts have different weight global scales, and {why}",
+                name=f"{self.runner}: {self._s13}, expert {self.first_expert + differing[0]}",
+                expected="equal values",
+                found=s13[differing[0]].tolist(),
+                remedy="Use a runner whose gate and up may differ (reference, flashinfer_cutile), or export with unified scales.",
+            )
+        return both[:, 0].clone()
+
+    def _gate_up(self, s13: Tensor) -> Tensor:
+        return self._weight(self._s13, s13)
 
     def _down(self, s2: Tensor) -> Tensor:
-        self._need("a weight global scale", s2)
-        return s2.clone()
+        return self._weight(self._s2, s2)
 
-    def _need(self, what: str, values: Tensor) -> None:
+    def _weight(self, name: str, scales: Tensor) -> Tensor:
+        self._need("a weight global scale", name, scales, self.first_expert)
+        return self._multiplier(scales)
+
+    def _need(self, what: str, name: str, values: Tensor, first: int) -> None:
         wrong = ~(torch.isfinite(values) & (values > 0))
         if bool(wrong.any()):
             expert = int(wrong.nonzero()[0, 0])
             raise ScaleError(
-                f"{what} is not a scale", name=f"expert {expert}", expected="finite, > 0", found=values[expert].tolist()
+                f"{what} is not a scale",
+                name=f"{name}, expert {first + expert}",
+                expected="finite, > 0",
+                found=values[expert].tolist(),
+                remedy=_REMEDIES[what],
             )
+
+
+_ONE_LIMIT = "this runner has one clamp limit for both"
+
+_REMEDIES = {
+    "a weight global scale": "For an expert of zeros store 1.0 here, and zeros as its block scales: it then gives zeros.",
+    "an input scale": "An expert which met no token in calibration has none: calibrate with all experts, or store another's.",
+}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from aliasparam_nvfp4 import NvFp4MoEMethod
-from aliasparam_nvfp4.codec import dequantize, quantize
+from aliasparam_nvfp4.codec import dequantize, quantize, quantize_activation, scaled_codes
 
 SUFFIXES = ("weight", "weight_scale", "weight_scale_2", "input_scale")
 #: (E, H, I): aligned; SmolLM2's experts; ragged in everything.
@@ -34,16 +34,33 @@ def checkpoint(e: int, h: int, i: int, seed: int = 0, *, untied: bool = False) -
     """(expert, shard, suffix) to tensor, as ModelOpt has them."""
     random = torch.Generator().manual_seed(seed)
     found: Checkpoint = {}
-    for expert in range(e):
-        for shard, dims in (("w1", (i, h)), ("w3", (i, h)), ("w2", (h, i))):
-            width = dims[1] ** 0.5  # outputs of about 1, as trained layers have
-            total = torch.tensor((4.0 + expert + seed) / width) / 2688
-            own = total * 1.5 if untied and shard == "w3" else total
-            packed, scale, own = quantize(torch.randn(dims, generator=random) / width, own)
-            amax = 5.0 + expert + (5.0 if shard == "w2" else 0.5 if shard == "w3" else 0)
-            for suffix, tensor in zip(SUFFIXES, (packed, scale, own, torch.tensor(amax / 2688)), strict=True):
-                found[expert, shard, suffix] = tensor
+    each = torch.arange(e).float()
+    for shard, dims in (("w1", (i, h)), ("w3", (i, h)), ("w2", (h, i))):
+        width = dims[1] ** 0.5  # outputs of about 1, as trained layers have
+        own = (4.0 + each + seed) / width / 2688 * (1.5 if untied and shard == "w3" else 1.0)
+        packed, scale, _ = quantize(torch.randn(e, *dims, generator=random) / width, own.view(e, 1, 1))
+        amax = 5.0 + each + (5.0 if shard == "w2" else 0.5 if shard == "w3" else 0)
+        for suffix, tensors in zip(SUFFIXES, (packed, scale, own, amax / 2688), strict=True):
+            found |= {(expert, shard, suffix): tensor.clone() for expert, tensor in enumerate(tensors)}
     return found
+
+
+def stacked(tensors: Checkpoint, shards: tuple[str, ...], suffix: str, rows: int, columns: int) -> Tensor:
+    """u8 ``[E, rows * len(shards), columns]``: the shards of every expert one after another, each padded with zeros."""
+    e = 1 + max(expert for expert, _, _ in tensors)
+    parts = [torch.stack([tensors[x, s, suffix].view(torch.uint8) for x in range(e)]) for s in shards]
+    return torch.cat([nn.functional.pad(p, (0, columns - p.shape[2], 0, rows - p.shape[1])) for p in parts], 1)
+
+
+def load_whole(layer: Any, tensors: Checkpoint) -> None:
+    """The same as :func:`load`, a tensor of all experts at a time."""
+    for name, shards in (("w13", ("w1", "w3")), ("w2", ("w2",))):
+        for suffix in SUFFIXES:
+            param = layer.get_parameter(f"{name}_{suffix}")
+            each = range(param.shape[0])
+            rows = [torch.cat([tensors[e, s, suffix].reshape(-1) for s in shards]) for e in each]
+            param.weight_loader(param, torch.stack(rows).view(param.shape), suffix)
+    layer.method.process_weights_after_loading(layer)
 
 
 def load(layer: Any, tensors: Checkpoint, *, process: bool = True) -> None:
@@ -54,14 +71,31 @@ def load(layer: Any, tensors: Checkpoint, *, process: bool = True) -> None:
         layer.method.process_weights_after_loading(layer)
 
 
-def dense(tensors: Checkpoint, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
-    """The layer in float64 from the checkpoint, activations as they are."""
+def dense(tensors: Checkpoint, x: Tensor, weights: Tensor, ids: Tensor, *, inputs: str = "as they are") -> Tensor:
+    """The layer in float64 from the checkpoint.
+
+    Args:
+        tensors: all experts.
+        x: activations.
+        weights: of the choices.
+        ids: chosen experts.
+        inputs: whether activations are quantized: "as they are", with the largest scale "of all" experts, or with "each" one's.
+    """
     out = torch.zeros(x.shape, dtype=torch.float64)
+
+    def quantized(row: Tensor, expert: int, shards: tuple[str, ...]) -> Tensor:
+        if inputs == "as they are":
+            return row
+        scales = {e: t for (e, s, f), t in tensors.items() if f == "input_scale" and s == shards[-1]}  # w3's is above w1's
+        scale = scales[expert] if inputs == "each" else max(scales.values())
+        return scaled_codes(*quantize_activation(row.unsqueeze(0), 1.0 / scale))[0].double() * scale.double()
+
     for t in range(x.shape[0]):
         for weight, expert in zip(weights[t].tolist(), ids[t].tolist(), strict=True):
             w1, w3, w2 = (dequantize(*(tensors[expert, s, f] for f in SUFFIXES[:3])).double() for s in ("w1", "w3", "w2"))
-            row = x[t].double()
-            out[t] += weight * (w2 @ (nn.functional.silu(w1 @ row) * (w3 @ row)))
+            row = quantized(x[t].double(), expert, ("w1", "w3"))
+            hidden = quantized(nn.functional.silu(w1 @ row) * (w3 @ row), expert, ("w2",))
+            out[t] += weight * (w2 @ hidden)
     return out
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,8 @@ def small_model(seed: int = 0) -> Any:
     return transformers.LlamaForCausalLM(config).to(torch.bfloat16).eval()
 
 
-def by_modelopt(folder: Path, kind: str, seed: int = 0) -> Path:
-    """ModelOpt's own quantization and export."""
+def by_modelopt(folder: Path, kind: str | Callable[[Any], Any], seed: int = 0) -> Path:
+    """ModelOpt's own quantization and export, with a configuration by its name or made from ``modelopt.torch.quantization``."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with quiet():
@@ -50,7 +51,10 @@ def by_modelopt(folder: Path, kind: str, seed: int = 0) -> Path:
 
             model = small_model(seed)
             tensor_quant.dynamic_block_quantize_op = _fake_quantize  # ModelOpt's is CUDA alone; AWQ runs the model
-            config = copy.deepcopy(mtq.NVFP4_DEFAULT_CFG if kind in ("KV", "MIXED") else getattr(mtq, kind))
+            if callable(kind):
+                config = kind(mtq)
+            else:
+                config = copy.deepcopy(mtq.NVFP4_DEFAULT_CFG if kind in ("KV", "MIXED") else getattr(mtq, kind))
             if kind == "KV":
                 config["quant_cfg"] = config["quant_cfg"] + mtq.FP8_KV_CFG["quant_cfg"]
             if kind == "MIXED":

@@ -13,6 +13,7 @@ from aliasparam_nvfp4.demo import checkpoints as recipe  # noqa: E402
 from aliasparam_nvfp4.demo._peak import PeakMemory  # noqa: E402
 from aliasparam_nvfp4.demo.large_models import MODELS, scale_report  # noqa: E402
 from aliasparam_nvfp4.demo.reparametrize import reparametrize  # noqa: E402
+from aliasparam_nvfp4.demo.split import MIXTRAL_4, MIXTRAL_8, QWEN2_8, Variant  # noqa: E402
 
 
 def test_reparametrization_changes_the_bytes_and_not_the_function() -> None:
@@ -32,6 +33,33 @@ def test_reparametrization_changes_the_bytes_and_not_the_function() -> None:
     for name, parameter in model.named_parameters():
         if "proj" in name and "gate" not in name:
             assert (parameter != weights[name]).float().mean() > 0.9, name
+
+
+@pytest.mark.parametrize("variant", [MIXTRAL_4, MIXTRAL_8, QWEN2_8], ids=lambda v: v.prefix)
+def test_a_mixture_of_experts_computes_the_dense_function(variant: Variant) -> None:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=3,
+        head_dim=8, initializer_range=0.3,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+    ids = torch.arange(10).view(1, 10)
+
+    with torch.no_grad():
+        expected, found = model(input_ids=ids).logits, variant.convert(model)(input_ids=ids).logits
+
+    assert torch.allclose(found, expected, atol=1e-4)
+
+
+def test_every_expert_of_the_sparse_variant_has_bytes_of_its_own() -> None:
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=48, intermediate_size=96, num_hidden_layers=1, num_attention_heads=6, num_key_value_heads=3,
+        head_dim=8,
+    )  # fmt: skip
+    experts = MIXTRAL_4.convert(transformers.LlamaForCausalLM(config)).model.layers[0].mlp.experts
+
+    for fused in (experts.gate_up_proj, experts.down_proj):
+        assert all(not torch.equal(fused[i], fused[j]) for i in range(4) for j in range(i))
 
 
 @pytest.mark.parametrize(
@@ -58,7 +86,7 @@ def test_a_finished_checkpoint_is_used_again_and_an_unfinished_one_is_made_anew(
 ) -> None:
     made: list[str] = []
 
-    def make(tag: str, destination: Path, console: Console) -> None:
+    def make(tag: str, destination: Path, console: Console, variant: object) -> None:
         made.append(tag)
         destination.mkdir()
         if made == ["A"]:

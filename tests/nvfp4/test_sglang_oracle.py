@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 from typing import Any
 
 import pytest
@@ -11,15 +12,32 @@ from torch import Tensor, nn
 
 from aliasparam_nvfp4 import NvFp4LinearMethod
 
+from .backend_cases import flashinfer
 from .test_linear import Layer, tensors
 
-SHAPES = [((576, 192, 192), 576), ((1536, 1536), 576), ((576,), 1536), ((128, 128), 64), ((40,), 48), ((96,), 48), ((512,), 7168)]
+#: SmolLM2's, Kimi-K2.5's and Qwen3's (narrowed), primes x 16, aligned and ragged: (partitions, K).
+SHAPES = [
+    ((576, 192, 192), 576),
+    ((1536, 1536), 576),
+    ((576,), 1536),
+    ((512,), 7168),
+    ((256, 128), 2048),
+    ((64,), 17 * 16),
+    ((208,), 13 * 16),
+    ((128, 128), 64),
+    ((40,), 48),
+    ((96,), 48),
+    ((17, 5), 16),
+]
+BACKENDS = ["flashinfer_cutlass", "flashinfer_trtllm"]
 
 
 @pytest.fixture
 def peer(monkeypatch: pytest.MonkeyPatch) -> Any:
-    pytest.importorskip("sglang")
-    module = importlib.import_module("sglang.srt.layers.quantization.modelopt_quant")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pytest.importorskip("sglang")
+        module = importlib.import_module("sglang.srt.layers.quantization.modelopt_quant")
 
     class Platform:
         is_blackwell = is_sm100 = is_sm120 = True
@@ -30,6 +48,11 @@ def peer(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     monkeypatch.setattr(module, "get_platform", lambda: Platform())
     monkeypatch.setattr(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)
+    # FlashInfer's shuffle_matrix_sf_a swizzles by a CUDA kernel at its end; SGLang's own swizzle does the same in torch.
+    swizzle = importlib.import_module("sglang.srt.layers.quantization.utils").swizzle_blockscale
+    quantization = flashinfer("flashinfer.quantization.fp4_quantization")
+    plain = lambda scale: swizzle(scale.view(torch.float8_e4m3fn)).view(torch.uint8).reshape(-1)  # noqa: E731
+    monkeypatch.setattr(quantization, "block_scale_interleave", plain)
     return module
 
 
@@ -69,13 +92,14 @@ def ours(partitions: tuple[int, ...], k: int, backend: str, source: dict[str, Te
     return layer
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("partitions", "k"), SHAPES)
-def test_bytes_are_sglangs(partitions: tuple[int, ...], k: int, peer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bytes_are_sglangs(partitions: tuple[int, ...], k: int, backend: str, peer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tensors(partitions, k)
-    theirs = peer_layer(peer, partitions, k, "flashinfer_cutlass", monkeypatch)
+    theirs = peer_layer(peer, partitions, k, backend, monkeypatch)
     fill(theirs, source)
     theirs.method.process_weights_after_loading(theirs)
-    layer = ours(partitions, k, "flashinfer_cutlass", source)
+    layer = ours(partitions, k, backend, source)
 
     assert torch.equal(layer.weight_prepared, theirs.weight.data)
     assert torch.equal(
@@ -86,33 +110,42 @@ def test_bytes_are_sglangs(partitions: tuple[int, ...], k: int, peer: Any, monke
     assert torch.equal(layer.input_scale_inv.reshape(()), theirs.input_scale_inv.data.reshape(()))
 
 
-def test_processing_twice_is_wrong_there_and_right_here(peer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_processing_twice_is_wrong_there_and_right_here(backend: str, peer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tensors((128,), 64)
-    theirs = peer_layer(peer, (128,), 64, "flashinfer_cutlass", monkeypatch)
+    theirs = peer_layer(peer, (128,), 64, backend, monkeypatch)
     fill(theirs, source)
     theirs.method.process_weights_after_loading(theirs)
-    first = theirs.weight_scale_interleaved.data.clone()
+    weight, first = theirs.weight.data.clone(), theirs.weight_scale_interleaved.data.clone()
     theirs.method.process_weights_after_loading(theirs)
     assert not torch.equal(theirs.weight_scale_interleaved.data.view(torch.uint8), first.view(torch.uint8)), "swizzled twice"
+    if backend == "flashinfer_trtllm":
+        assert not torch.equal(theirs.weight.data, weight), "shuffled twice"
 
-    layer = ours((128,), 64, "flashinfer_cutlass", source)
+    layer = ours((128,), 64, backend, source)
     layer.method.process_weights_after_loading(layer)
+    assert torch.equal(layer.weight_prepared, weight)
     assert torch.equal(layer.weight_scale_interleaved.view(torch.uint8).reshape(-1), first.view(torch.uint8).reshape(-1))
 
 
-def test_a_ragged_second_load_fails_there_and_is_right_here(peer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_ragged_second_load_fails_there_and_is_right_here(backend: str, peer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     partitions, k = (96,), 48
-    theirs = peer_layer(peer, partitions, k, "flashinfer_cutlass", monkeypatch)
+    theirs = peer_layer(peer, partitions, k, backend, monkeypatch)
     fill(theirs, tensors(partitions, k))
     theirs.method.process_weights_after_loading(theirs)
     with pytest.raises(RuntimeError, match="must match"):
         fill(theirs, tensors(partitions, k, seed=1))
 
-    layer = ours(partitions, k, "flashinfer_cutlass", tensors(partitions, k))
+    layer = ours(partitions, k, backend, tensors(partitions, k))
     fill(layer, tensors(partitions, k, seed=1))
     layer.method.process_weights_after_loading(layer)
-    cold = ours(partitions, k, "flashinfer_cutlass", tensors(partitions, k, seed=1))
-    assert torch.equal(layer.weight_prepared, cold.weight_prepared)
+    again = peer_layer(peer, partitions, k, backend, monkeypatch)
+    fill(again, tensors(partitions, k, seed=1))
+    again.method.process_weights_after_loading(again)
+    assert torch.equal(layer.weight_prepared, again.weight.data), "as SGLang's own first load of it"
+    swizzled = again.weight_scale_interleaved.data.view(torch.uint8).reshape(-1)
+    assert torch.equal(layer.weight_scale_interleaved.view(torch.uint8).reshape(-1), swizzled)
 
 
 def test_fused_qkv_with_different_scales_is_silently_wrong_there(peer: Any, monkeypatch: pytest.MonkeyPatch) -> None:

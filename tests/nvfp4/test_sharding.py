@@ -92,3 +92,97 @@ def test_compressed_tensors_scales_are_reciprocals_and_combine_with_min() -> Non
     assert torch.allclose(layer.alpha, plain.alpha, rtol=1e-6)
     assert layer.input_scale_inv.item() == renamed["input_global_scale"].min().item()
     assert torch.allclose(layer(x), plain(x), rtol=1e-4, atol=1e-4)
+
+
+# -- KV heads, AWQ, bad arguments ----------------------------------------------------------------------------------------
+
+
+def create(partitions: tuple[int, ...], k: int, loader: ShardedLoader, **options: Any) -> Any:
+    layer: Any = torch.nn.Module()
+    dtype = options.pop("dtype", torch.bfloat16)
+    layer.method = NvFp4LinearMethod("reference", **options)
+    layer.method.create_weights(layer, k, partitions, k, sum(partitions), dtype, weight_loader=loader)
+    return layer
+
+
+@pytest.mark.parametrize("fused_in_the_file", [False, True])
+def test_law_of_replicas_ranks_beyond_the_kv_heads_share_them(fused_in_the_file: bool) -> None:
+    """Four ranks, two KV heads of 16: ranks 0 and 1 hold the first, 2 and 3 the second (QKVParallelLinear in the engines)."""
+    partitions, k, size = (128, 32, 32), 48, 4
+    whole = tensors(partitions, k)
+    for rank in range(size):
+        layer = create((32, 16, 16), k, ShardedLoader(rank, size, "column", replicas=(1, 2, 2)))
+        if fused_in_the_file:
+            for name, value in whole.items():
+                layer.get_parameter(name).weight_loader(layer.get_parameter(name), value)
+            layer.method.process_weights_after_loading(layer)
+        else:
+            load(layer, whole, partitions)
+        head = rank // 2
+        rows = [
+            *range(32 * rank, 32 * rank + 32),
+            *range(128 + 16 * head, 144 + 16 * head),
+            *range(160 + 16 * head, 176 + 16 * head),
+        ]
+        for name in ("weight", "weight_scale"):
+            held = layer.get_parameter(name).detach().clone().view(torch.uint8)
+            assert torch.equal(held, whole[name].view(torch.uint8)[rows]), name
+
+
+def test_awq_factors_are_divided_with_the_columns_and_shared_by_the_partitions() -> None:
+    factor = torch.rand(96) + 0.5
+    for rank in range(2):
+        layer = create((32,), 48, ShardedLoader(rank, 2, "row"), pre_quant_scale=True)
+        parameter = layer.get_parameter("pre_quant_scale")
+        parameter.weight_loader(parameter, factor.bfloat16())
+        assert torch.equal(parameter.detach(), factor.bfloat16()[48 * rank : 48 * rank + 48])
+
+    layer = create((32, 16, 16), 48, ShardedLoader(1, 2, "column"), pre_quant_scale=True)
+    parameter, first = layer.get_parameter("pre_quant_scale"), factor[:48].bfloat16()
+    for shard in "qkv":
+        parameter.weight_loader(parameter, first, shard)
+    assert torch.equal(parameter.detach(), first)
+    second = first * 2
+    parameter.weight_loader(parameter, second, "k")  # the next load begins, in another order
+    with pytest.raises(ShapeError, match="differ"):
+        parameter.weight_loader(parameter, first, "q")
+    parameter.weight_loader(parameter, second, "v")
+    assert torch.equal(parameter.detach(), second)
+    with pytest.raises(ShapeError, match="no such shard"):
+        parameter.weight_loader(parameter, second, 3)
+
+
+def test_awq_factors_are_cast_but_never_broadcast() -> None:
+    layer = create((32,), 48, ShardedLoader(0, 1, "column"), pre_quant_scale=True, dtype=torch.float16)
+    parameter = layer.get_parameter("pre_quant_scale")
+    parameter.weight_loader(parameter, torch.ones(48, dtype=torch.bfloat16))
+    for wrong in (torch.tensor(1.0), torch.ones(1), torch.ones(48, dtype=torch.uint8), torch.ones(48).to(torch.float8_e4m3fn)):
+        with pytest.raises(ShapeError, match="does not fit"):
+            parameter.weight_loader(parameter, wrong)
+
+
+@pytest.mark.parametrize(
+    ("rank", "size", "style", "replicas"),
+    [
+        (-1, 2, "column", ()),
+        (5, 2, "row", ()),
+        (0, 0, "row", ()),
+        (0, 2, "colum", ()),
+        (0, 4, "column", (1, 3)),
+        (0, 4, "row", (1, 2)),
+    ],
+)
+def test_a_loader_of_no_rank_or_style_is_refused(rank: int, size: int, style: Any, replicas: tuple[int, ...]) -> None:
+    with pytest.raises(ShapeError, match=r"no such rank|unknown style|replicated"):
+        ShardedLoader(rank, size, style, replicas)
+
+
+def test_a_fused_tensor_that_does_not_fit_writes_nothing() -> None:
+    layer = create((32, 16), 48, ShardedLoader(0, 2, "column"))
+    whole = tensors((64, 32), 48)["weight"]
+    layer.weight.weight_loader(layer.weight, whole)
+    before = layer.weight.detach().clone()
+    for wrong in (whole[:-2], torch.cat([whole, whole]), whole[:, :-8]):
+        with pytest.raises(ShapeError):
+            layer.weight.weight_loader(layer.weight, wrong)
+    assert torch.equal(layer.weight.detach(), before)

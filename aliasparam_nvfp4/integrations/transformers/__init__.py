@@ -1,7 +1,8 @@
-"""transformers: importing this package lets ``from_pretrained`` load ModelOpt NVFP4 checkpoints."""
+"""transformers: importing this package lets ``from_pretrained`` load ModelOpt NVFP4 checkpoints, dense and MoE."""
 
 from __future__ import annotations
 
+from .experts import Experts as Experts
 from .load import answer as answer
 from .load import load_model as load_model
 from .load import logits as logits

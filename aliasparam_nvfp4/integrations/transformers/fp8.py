@@ -27,7 +27,7 @@ class Fp8Linear(nn.Module):
         quantized = (x.float() / self.input_scale).clamp(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn).float()
         out = functional.linear(quantized, self.weight.float()) * (self.input_scale * self.weight_scale)
         out = out.to(x.dtype)
-        return out if self.bias is None else out + self.bias
+        return out if self.bias is None else out + self.bias.to(out.dtype)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

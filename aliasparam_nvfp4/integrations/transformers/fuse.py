@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -20,7 +20,7 @@ FUSED_GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 
 
-def fuse_projections(model: nn.Module, backend: str) -> int:
+def fuse_projections(model: nn.Module, backend: str, retarget_to: Sequence[str] = ()) -> int:
     """Give every loaded :class:`Projection` of ``model`` its fused layer; returns the number of fused layers.
 
     Peak extra memory is one layer: its placeholders are released as soon as their bytes are taken.
@@ -32,7 +32,7 @@ def fuse_projections(model: nn.Module, backend: str) -> int:
             continue
         for name, members in _groups(parent):
             kind = members[0].kind
-            method = methods.setdefault(kind, kind.method(backend))
+            method = methods.setdefault(kind, kind.method(backend, retarget_to))
             _fuse(parent, name, members, method)
             count += 1
     return count

@@ -2,39 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...checkpoint import QuantConfig
+from aliasparam.errors import AliasError
+
+from ...backends import linear_backend
+from ...checkpoint import CheckpointFolder, QuantConfig
+from ...moe.runners import moe_runner
+from .config import model_config, readable, tokenizer_of
 from .quantizer import compressed_tensors_here, use_backend
 
 
-def load_model(folder: str | Path, backend: str = "auto", device: torch.device | str | None = None) -> tuple[Any, Any]:
+def load_model(
+    folder: str | Path,
+    backend: str = "auto",
+    device: torch.device | str | None = None,
+    *,
+    moe_backend: str = "auto",
+    retarget_to: Sequence[str] = (),
+) -> tuple[Any, Any]:
     """(model, tokenizer) of an NVFP4 checkpoint folder, ready to generate.
 
     Args:
         folder: the checkpoint.
         backend: a linear backend's name, or "auto".
         device: where the weights go, all of them; transformers' default without.
+        moe_backend: an MoE runner's name, or "auto".
+        retarget_to: linear backends to which the model may be moved by :func:`aliasparam_nvfp4.retarget`, where their padding
+            needs more room.
 
     Raises:
-        CheckpointError: not an NVFP4 folder, or tensors that do not fit the model.
-        BackendError: unknown backend.
+        CheckpointError: not an NVFP4 folder, tensors that do not fit the model, or files that transformers cannot read.
+        BackendError: unknown backend or runner.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
+    folder = Path(folder)
+    for name in (backend, *retarget_to):
+        linear_backend(name)  # an unknown name fails before anything is read
+    moe_runner(moe_backend)
     QuantConfig.from_folder(folder)
-    with use_backend(backend), compressed_tensors_here():
-        model = AutoModelForCausalLM.from_pretrained(folder, **({} if device is None else {"device_map": {"": device}}))
-    return model.eval(), AutoTokenizer.from_pretrained(folder)
+    CheckpointFolder(folder)
+    tokenizer = tokenizer_of(folder)
+    options = {} if device is None else {"device_map": {"": device}}
+    with use_backend(backend, moe=moe_backend, retarget_to=retarget_to), compressed_tensors_here():
+        config = model_config(folder)
+        with readable(folder, "load the model"):
+            model = AutoModelForCausalLM.from_pretrained(folder, config=config, **options)
+    return model.eval(), tokenizer
 
 
 def chat_ids(tokenizer: Any, prompt: str) -> Tensor:
-    """Token ids ``[1, T]`` of a one-question chat; the bare prompt where the tokenizer has no chat template."""
+    """Token ids ``[1, T]`` of a one-question chat; the bare prompt where the tokenizer has no chat template.
+
+    Raises:
+        AliasError: a prompt without a token.
+    """
+    ids = _ids(tokenizer, prompt)
+    if not ids.numel():
+        raise AliasError("there is nothing to answer", expected="a prompt of one token at least", found=repr(prompt))
+    return ids
+
+
+def _ids(tokenizer: Any, prompt: str) -> Tensor:
     if not getattr(tokenizer, "chat_template", None):
         return tokenizer(prompt, return_tensors="pt").input_ids  # type: ignore[no-any-return]
     text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False)

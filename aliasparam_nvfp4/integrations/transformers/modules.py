@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from ...checkpoint_format import MODELOPT, CheckpointFormat
 from ...format import BLOCK_SIZE
 from ...linear import NvFp4LinearMethod
+from .pending import Pending, question
 
 
 @dataclass(frozen=True)
@@ -49,10 +51,14 @@ class ProjectionKind:
             found["pre_quant_scale"] = ((in_features,), dtype)
         return found
 
-    def method(self, backend: str) -> NvFp4LinearMethod:
+    def method(self, backend: str, retarget_to: Sequence[str] = ()) -> NvFp4LinearMethod:
         """The quantization method of such a projection."""
         return NvFp4LinearMethod(
-            backend, checkpoint=self.names, input_scale=self.input_scale, pre_quant_scale=self.pre_quant_scale
+            backend,
+            checkpoint=self.names,
+            input_scale=self.input_scale,
+            pre_quant_scale=self.pre_quant_scale,
+            retarget_to=retarget_to,
         )
 
 
@@ -89,7 +95,7 @@ class Projection(nn.Module):
         if not self._fused:
             raise RuntimeError("this projection has not been bound to its fused layer: the model is still loading")
         out = self._fused[0].partition(x, self._index)
-        return out if self.bias is None else out + self.bias
+        return out if self.bias is None else out + self.bias.to(out.dtype)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
@@ -110,7 +116,7 @@ class FusedLinear(nn.Module):
         self.partitions = tuple(partitions)
         out_features = sum(partitions)
         method.create_weights(self, in_features, self.partitions, in_features, out_features, dtype)
-        self._pending: tuple[Tensor, int, tuple[Tensor, ...]] | None = None
+        self._pending: Pending | None = None
         self._members: tuple[Projection, ...] = ()
 
     def members(self) -> tuple[Projection, ...]:
@@ -124,13 +130,21 @@ class FusedLinear(nn.Module):
         """The output of partition ``index``. The other partitions of the same ``x`` are kept until they are asked for."""
         if len(self.partitions) == 1:
             return self(x)  # type: ignore[no-any-return]
-        if x.is_inference():  # no version counter: a write to x in between could not be seen
+        asked = question(self, x)
+        if asked is None:
+            self._pending = None
             return self(x).split(self.partitions, -1)[index]  # type: ignore[no-any-return]
-        pending = self._pending
-        if pending is None or pending[0] is not x or pending[1] != x._version:
-            pending = (x, x._version, self(x).split(self.partitions, -1))
-        self._pending = None if index == len(self.partitions) - 1 else pending
-        return pending[2][index]
+        part = self._pending.take(x, asked, index) if self._pending is not None else None
+        if part is None:
+            parts = list(self(x).split(self.partitions, -1))
+            part, parts[index] = parts[index], None
+            self._pending = Pending(x, asked, parts)
+        elif self._pending is not None and self._pending.is_empty:
+            self._pending = None
+        return part
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_pending": None}  # a copy has asked nothing yet
 
     def extra_repr(self) -> str:
         return f"partitions={list(self.partitions)}, backend={self.__dict__['nvfp4_backend'].name}"

@@ -7,9 +7,11 @@ Written for the contract of transformers 5.17 to 5.23: the model is built on the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,28 +21,52 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from aliasparam import TensorSpec, checkpoint_state_dict, process
+from aliasparam import checkpoint_state_dict, process
 
 from ...backends import linear_backend
-from ...checkpoint import CheckpointFolder, QuantConfig, check_tensors
+from ...checkpoint import QuantConfig
+from ...moe import ExpertRanks
+from ...moe.runners import moe_runner
+from .experts import Experts, replace_experts, show_apart
 from .fp8 import Fp8Linear
 from .fuse import fuse_projections
+from .kv_scales import KV_SCALES, carry_kv_scales
 from .modules import Projection, ProjectionKind
+from .names import speak_file_names
+from .source import Source, narrowed
 
 _METHOD = "modelopt"
-#: float32 tensors whose dtype in the file must be the model's.
-_SCALARS = ("_scale_2", "_global_scale", "input_scale", "k_scale", "v_scale")
-_backend: ContextVar[str] = ContextVar("aliasparam_nvfp4_backend", default="auto")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What models are loaded with: a linear backend, an MoE runner, this process's part of the experts, and the linear backends
+    to which the loaded model may be moved."""
+
+    backend: str = "auto"
+    moe: str = "auto"
+    ranks: ExpertRanks = field(default_factory=ExpertRanks)
+    retarget_to: tuple[str, ...] = ()
+
+
+_choice: ContextVar[Choice] = ContextVar("aliasparam_nvfp4_backend")
 
 
 @contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """Models loaded inside this block use the backend ``name``."""
-    token = _backend.set(name)
+def use_backend(
+    name: str = "auto", *, moe: str = "auto", ranks: ExpertRanks | None = None, retarget_to: Sequence[str] = ()
+) -> Iterator[None]:
+    """Models loaded inside this block use the linear backend ``name`` and the MoE runner ``moe``.
+
+    With ``ranks`` each process reads and holds its own part of the experts, and the results are added up over the default
+    process group of ``torch.distributed``; all other layers are whole in every process. ``retarget_to`` plans room for the linear
+    backends to which :func:`aliasparam_nvfp4.retarget` may move the model.
+    """
+    token = _choice.set(Choice(name, moe, ranks or ExpertRanks(), tuple(retarget_to)))
     try:
         yield
     finally:
-        _backend.reset(token)
+        _choice.reset(token)
 
 
 class ModelOptConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -73,14 +99,19 @@ class CompressedTensorsConfig(ModelOptConfig):
 
 
 class ModelOptQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Loads NVFP4 linear layers into aliased storage."""
+    """Loads NVFP4 linear layers and experts into aliased storage."""
 
     requires_calibration = True
 
     def __init__(self, quantization_config: ModelOptConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        self.backend = _backend.get()
-        linear_backend(self.backend)  # an unknown name fails before anything is read
+        self.choice = _choice.get(Choice())
+        for name in (self.choice.backend, *self.choice.retarget_to):
+            linear_backend(name)  # an unknown name fails before anything is read
+        moe_runner(self.choice.moe)
+        self._source = Source()
+        self._plain_experts: list[str] = []
+        self._renamed: dict[str, torch.dtype] = {}
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Nothing to refuse: every backend loads everywhere."""
@@ -89,37 +120,43 @@ class ModelOptQuantizer(HfQuantizer):  # type: ignore[misc]
         config: QuantConfig = self.quantization_config.parsed
         dtype = getattr(model.config, "dtype", None) or torch.get_default_dtype()
         files = kwargs.get("checkpoint_files")
-        folder = CheckpointFolder(Path(files[0]).parent) if files else None
-        stored = folder.tensors if folder else {}
+        self._source = source = Source.of(model, Path(files[0]).parent) if files else Source()
+        replace_experts(model, config, source.experts, self.choice.moe, self.choice.ranks, dtype)
+        stored, theirs = source.tensors(), source.modules()
         for name, module in list(model.named_modules()):
-            if isinstance(module, nn.Linear) and (algo := config.algo_of(name)) is not None:
+            if isinstance(module, nn.Linear) and (algo := config.algo_of(theirs.get(name, name))) is not None:
                 shape = (module.in_features, module.out_features, module.bias is not None, dtype)
                 with torch.device("meta"):
                     made = Fp8Linear(*shape) if algo == "FP8" else Projection(*shape, _kind(config, name, algo, stored))
                 model.set_submodule(name, made)
-        if folder:
-            self._check_files(model, folder)
-
-    def _check_files(self, model: Any, folder: CheckpointFolder) -> None:
-        """Hold the files' headers against the model before anything is loaded."""
-        tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-        expected = {n: TensorSpec.of(t) for n, t in model.state_dict().items() if n not in tied}
-        # Only quantized tensors must agree in dtype: transformers casts the others as the user asks.
-        expected = {
-            n: TensorSpec(s.shape, folder.tensors[n].dtype)
-            if n in folder.tensors and s.dtype.is_floating_point and s.dtype.itemsize > 1 and not n.endswith(_SCALARS)
-            else s
-            for n, s in expected.items()
-        }
-        check_tensors(folder, expected, ignore=sorted(tied))
+        carry_kv_scales(model, stored)
+        source.check(model)
+        self._renamed = source.renamed_dtypes(model)
+        self._plain_experts = source.plain_experts(model)
+        ours = {re.escape(f"{path}.") for path, module in model.named_modules() if isinstance(module, Experts)}
+        ignored: Any = model._keys_to_ignore_on_load_unexpected
+        model.__dict__["_keys_to_ignore_on_load_unexpected"] = {*(ignored or ()), *ours}
 
     def update_weight_conversions(self, conversions: Any, model: Any = None) -> Any:
-        return conversions
+        return narrowed(conversions, self._plain_experts)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        source, self._source = self._source, Source()
         with torch.no_grad():
-            fuse_projections(model, self.backend)
+            for name, dtype in self._renamed.items():  # transformers 5.17 leaves them in the dtype of the file
+                parameter = model.get_parameter(name)
+                parameter.data = parameter.data.to(dtype)
+            for path, module in list(model.named_modules()):
+                if isinstance(module, Experts) and source.folder is not None:
+                    block = model.get_submodule(path.rpartition(".")[0])
+                    module.load(source.folder, source.experts[path], next(block.parameters()).device)
+            for path in self._plain_experts:
+                show_apart(model.get_submodule(path), source.experts[path])
+            fuse_projections(model, self.choice.backend, self.choice.retarget_to)
             process(model)
+        speak_file_names(model, source.ours)
+        if source.folder is not None:
+            source.folder.close()
 
     def get_state_dict_and_metadata(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return checkpoint_state_dict(model), {"format": "pt"}
@@ -138,7 +175,7 @@ def _kind(config: QuantConfig, name: str, algo: str, stored: Mapping[str, Any]) 
         names=config.tensors,
         input_scale=algo != "W4A16_NVFP4",
         pre_quant_scale=f"{name}.pre_quant_scale" in stored,
-        kept=tuple(extra for extra in ("k_scale", "v_scale") if f"{name}.{extra}" in stored),
+        kept=tuple(extra for extra in KV_SCALES if f"{name}.{extra}" in stored),
     )
 
 

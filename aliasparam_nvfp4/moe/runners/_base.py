@@ -5,16 +5,22 @@ from __future__ import annotations
 import importlib.util
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cache
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from aliasparam._transform import round_up
+
+from ...checkpoint_format import MODELOPT, CheckpointFormat
+from ...errors import BackendError
 from ...format import BLOCK_SIZE
 from ..activation import SWIGLU, ExpertActivation
 from ..layouts import MoELayout
-from ..scales import Activation
+from ..routing import Routing
+from ..scales import Activation, MoEScales, Numbers
 
 
 @dataclass(frozen=True)
@@ -41,15 +47,19 @@ class MoEShape:
     ep_size: int = 1
     expert_activation: ExpertActivation = SWIGLU
 
+    @property
+    def w13_rows(self) -> int:
+        """2I with a gate, I without."""
+        return self.intermediate * (2 if self.expert_activation.gated else 1)
+
     def padded(self, layout: MoELayout) -> tuple[int, int]:
-        """(H, I) of the kernel format."""
-        return -(-self.hidden // layout.hidden) * layout.hidden, -(
-            -self.intermediate // layout.intermediate
-        ) * layout.intermediate
+        """(H, I) of the kernel format for experts with this activation."""
+        layout = layout.of(self.expert_activation)
+        return round_up(self.hidden, layout.hidden), round_up(self.intermediate, layout.intermediate)
 
 
 class MoENames(Protocol):
-    """Kernel names of a layer. The scalars are in the table of scales.py."""
+    """Kernel names of a layer. The scalars are in the tables of scales.py; which a layer has depends on its runner."""
 
     w13_weight_prepared: Tensor
     w2_weight_prepared: Tensor
@@ -57,9 +67,15 @@ class MoENames(Protocol):
     w2_blockscale_swizzled: Tensor
     g1_alphas: Tensor
     g1_scale_c: Tensor
+    g1_alphas_gate_up: Tensor
     g2_alphas: Tensor
     w13_input_scale_quant: Tensor
     w2_input_scale_quant: Tensor
+    w13_input_scale_max: Tensor
+    w2_input_scale_max: Tensor
+    gemm1_alpha: Tensor
+    gemm1_beta: Tensor
+    gemm1_clamp_limit: Tensor
 
 
 class MoERunner(ABC):
@@ -70,6 +86,11 @@ class MoERunner(ABC):
     activation: Activation = "quantized"
     #: Whether gate and up of an expert may have different weight scales.
     untied: bool = False
+    #: The kinds of :class:`~aliasparam_nvfp4.moe.activation.ExpertActivation` its call takes, and whether with their numbers.
+    activations: frozenset[str] = frozenset({"swiglu"})
+    numbers: bool = False
+    #: How its call takes those numbers, see scales.py.
+    numbers_as: Numbers = "python floats"
     capabilities: frozenset[tuple[int, int]] = frozenset()
     packages: tuple[str, ...] = ()
     rank: int = 0
@@ -83,8 +104,36 @@ class MoERunner(ABC):
             found = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
             if found not in self.capabilities:
                 return f"needs a GPU of compute capability {wanted}"
-        missing = [p for p in self.packages if importlib.util.find_spec(p) is None]
+        missing = [p for p in self.packages if not _installed(p)]
         return f"{', '.join(missing)} is not installed" if missing else None
+
+    @property
+    def needs_input_scale(self) -> bool:
+        """Whether it quantizes activations with the checkpoint's own scales."""
+        return self.activation != "as they are"
+
+    def scales(self, shape: MoEShape, checkpoint: CheckpointFormat = MODELOPT, *, input_scale: bool = True) -> MoEScales:
+        """The scalars it reads. Without activation scales in the checkpoint, those of activations as they are."""
+        return MoEScales(
+            self.activation if input_scale else "as they are",
+            self.name,
+            self.untied,
+            shape.first_expert,
+            shape.experts,
+            checkpoint,
+            shape.expert_activation,
+            self.numbers_as,
+        )
+
+    def refusal(self, activation: ExpertActivation, *, input_scale: bool = True) -> str | None:
+        """Why it cannot serve experts like these, or None where it can."""
+        if not input_scale and self.needs_input_scale:
+            return "it quantizes activations, and the checkpoint has no activation scales"
+        if activation.kind not in self.activations or not (activation.gated or self.layout.ungated):
+            return f"its kernel has no {activation.kind}, only {', '.join(sorted(self.activations))}"
+        if activation.has_numbers and not self.numbers:
+            return "its kernel has no alpha, beta or limit of SwiGLU"
+        return None
 
     @abstractmethod
     def apply(self, layer: MoENames, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, shape: MoEShape) -> Tensor:
@@ -98,6 +147,44 @@ class MoERunner(ABC):
             shape: logical dims.
         """
 
+    def apply_logits(self, layer: MoENames, x: Tensor, logits: Tensor, routing: Routing, shape: MoEShape) -> Tensor:
+        """The same from router logits ``[T, all experts]``. Default: choose, then :meth:`apply`."""
+        weights, ids = routing.choose(logits)
+        if routing.on_input:
+            return self.apply(layer, (x * weights).to(x.dtype), torch.ones_like(weights), ids, shape)
+        return self.apply(layer, x, weights, ids, shape)
+
+    def weights_changed(self) -> None:  # noqa: B027  (optional, not abstract)
+        """Called after a layer was processed: drop what a library keeps by address."""
+
+    def check_activation(self, activation: ExpertActivation) -> None:
+        """Raise BackendError for an activation which the kernel does not compute."""
+        if activation.kind not in self.activations or (activation.has_numbers and not self.numbers):
+            raise BackendError(
+                "this runner's kernel has no such activation",
+                name=self.name,
+                expected=f"{' or '.join(sorted(self.activations))}{', with its numbers' if self.numbers else ' as it is'}",
+                found=activation,
+                remedy="Choose another runner; reference computes every activation.",
+            )
+
+
+@cache
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def own_choices(topk_ids: Tensor, topk_weights: Tensor, shape: MoEShape) -> tuple[Tensor, Tensor]:
+    """(int32 numbers within this rank, f32 weights): a choice of another rank's expert goes to one of ours with weight 0.
+
+    For kernels which know no expert parallelism. Spread evenly, because ranks hold equally many experts.
+    """
+    ids, weights = topk_ids.to(torch.int32), topk_weights.to(torch.float32)
+    if shape.ep_size > 1:
+        own = torch.div(ids, shape.experts, rounding_mode="floor") == shape.ep_rank
+        ids, weights = ids % shape.experts, weights * own
+    return ids.contiguous(), weights.contiguous()
+
 
 def padded_input(x: Tensor, shape: MoEShape, layout: MoELayout) -> Tensor:
     """``[T, H]`` with zero columns up to the kernel's H."""
@@ -109,5 +196,5 @@ def quantized_input(x: Tensor, layer: MoENames) -> tuple[Tensor, Tensor]:
     """(codes u8 ``[T, H/2]``, row-major block scales e4m3 ``[T, H/16]``) by FlashInfer's quantizer."""
     from flashinfer import fp4_quantize
 
-    codes, scales = fp4_quantize(x, layer.w13_input_scale_quant, is_sf_swizzled_layout=False)
+    codes, scales = fp4_quantize(x, layer.w13_input_scale_quant, is_sf_swizzled_layout=False, nvfp4_4over6=None)
     return codes, scales.view(torch.float8_e4m3fn).reshape(x.shape[0], x.shape[1] // BLOCK_SIZE)

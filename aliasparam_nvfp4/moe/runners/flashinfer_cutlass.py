@@ -1,4 +1,8 @@
-"""``flashinfer_cutlass``: FlashInfer ``cutlass_fused_moe``. int64 weights and int32 scales say NVFP4 to it (``binding.cu``)."""
+"""``flashinfer_cutlass``: FlashInfer ``cutlass_fused_moe``. int64 weights and int32 scales say NVFP4 to it (``binding.cu``).
+
+Alpha, beta and limit are of true values: the kernel multiplies its sums with ``quant_scales[2]`` first
+(``cutlass_fused_moe_kernels.cuh``, ``doActivationKernel``, ``SwigluBiasAdaptor``).
+"""
 
 from __future__ import annotations
 
@@ -12,13 +16,16 @@ from ._base import MoENames, MoERunner, MoEShape, padded_input
 class FlashInferCutlass(MoERunner):
     name = "flashinfer_cutlass"
     layout = UP_GATE_SWIZZLED
+    activations = frozenset({"swiglu", "relu2"})
+    numbers = True
+    numbers_as = "of true values"
     capabilities = frozenset({(10, 0), (10, 3), (10, 7), (11, 0), (12, 0), (12, 1)})
     packages = ("flashinfer",)
     rank = 20
     call = "cutlass_fused_moe"
 
     def apply(self, layer: MoENames, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, shape: MoEShape) -> Tensor:
-        from flashinfer.fused_moe import cutlass_fused_moe
+        from flashinfer.fused_moe import ActivationType, cutlass_fused_moe
 
         out = cutlass_fused_moe(
             padded_input(x, shape, self.layout),
@@ -37,6 +44,10 @@ class FlashInferCutlass(MoERunner):
             ],
             ep_size=shape.ep_size,
             ep_rank=shape.ep_rank,
+            activation_type=ActivationType.Swiglu if shape.expert_activation.gated else ActivationType.Relu2,
+            swiglu_alpha=getattr(layer, "gemm1_alpha", None),
+            swiglu_beta=getattr(layer, "gemm1_beta", None),
+            swiglu_limit=getattr(layer, "gemm1_clamp_limit", None),
         )
         return out[0][:, : shape.hidden]  # type: ignore[no-any-return]
 

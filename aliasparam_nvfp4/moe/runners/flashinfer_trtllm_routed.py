@@ -1,66 +1,14 @@
-"""``flashinfer_trtllm_routed``: FlashInfer ``trtllm_fp4_block_scale_routed_moe``, compute capability 10.x.
-
-The choice of experts is packed for it: expert number in the high 16 bits, the bits of the bfloat16 weight in the low ones
-(``flashinfer/fused_moe/core.py``). Gate and up have a factor each, so untied scales are right.
-"""
+"""``flashinfer_trtllm_routed``: FlashInfer ``trtllm_fp4_block_scale_routed_moe``, compute capability 10.x."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
-from ..layouts import SHUFFLED
-from ._base import MoENames, MoERunner, MoEShape, padded_input, quantized_input
+from ._trtllm import TrtLlm
 
 
-class FlashInferTrtllmRouted(MoERunner):
+class FlashInferTrtllmRouted(TrtLlm):
     name = "flashinfer_trtllm_routed"
-    layout = SHUFFLED
-    untied = True
-    capabilities = frozenset({(10, 0), (10, 3), (10, 7)})
-    packages = ("flashinfer",)
     rank = 30
     call = "trtllm_fp4_block_scale_routed_moe"
-
-    def apply(self, layer: MoENames, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, shape: MoEShape) -> Tensor:
-        from flashinfer.fused_moe import trtllm_fp4_block_scale_routed_moe
-
-        codes, scales = quantized_input(padded_input(x, shape, self.layout), layer)
-        _, intermediate = shape.padded(self.layout)
-        (out,) = trtllm_fp4_block_scale_routed_moe(
-            topk_ids=pack_choices(topk_ids, topk_weights),
-            routing_bias=None,
-            hidden_states=codes,
-            hidden_states_scale=scales,
-            gemm1_weights=layer.w13_weight_prepared,
-            gemm1_weights_scale=layer.w13_blockscale_swizzled,
-            gemm1_bias=None,
-            gemm1_alpha=None,
-            gemm1_beta=None,
-            gemm1_clamp_limit=None,
-            gemm2_weights=layer.w2_weight_prepared,
-            gemm2_weights_scale=layer.w2_blockscale_swizzled,
-            gemm2_bias=None,
-            output1_scale_scalar=layer.g1_scale_c,
-            output1_scale_gate_scalar=layer.g1_alphas,
-            output2_scale_scalar=layer.g2_alphas,
-            num_experts=shape.all_experts,
-            top_k=topk_ids.shape[1],
-            n_group=None,
-            topk_group=None,
-            intermediate_size=intermediate,
-            local_expert_offset=shape.first_expert,
-            local_num_experts=shape.experts,
-            routed_scaling_factor=None,
-            routing_method_type=1,
-        )
-        return out[:, : shape.hidden].to(x.dtype)  # type: ignore[no-any-return]
-
-
-def pack_choices(topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-    """int32 ``[T, k]``: ``expert << 16 | bits of bfloat16(weight)``."""
-    bits = topk_weights.to(torch.bfloat16).view(torch.int16).to(torch.int32) & 0xFFFF
-    return (topk_ids.to(torch.int32) << 16) | bits
 
 
 RUNNER = FlashInferTrtllmRouted()

@@ -1,14 +1,14 @@
 """``reference``: plain torch on any device, from the checkpoint's own bytes.
 
-As the W4A4 kernels compute: the input quantized with ``w13_input_scale_quant``, float32 sums, ``silu(gate) * up`` in float32,
-the result quantized with ``w2_input_scale_quant``, experts summed in float32 in the order of ``topk_ids``.
+As the W4A4 kernels compute: the input quantized with ``w13_input_scale_quant``, float32 sums, the activation of true values in
+float32, the result quantized with ``w2_input_scale_quant``, experts summed in float32 in the order of ``topk_ids``. Without
+activation scales in the checkpoint neither is quantized.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from ...codec import quantize_activation, scaled_codes
 from ..layouts import CHECKPOINT
@@ -19,6 +19,9 @@ class Reference(MoERunner):
     name = "reference"
     layout = CHECKPOINT
     untied = True
+    activations = frozenset({"swiglu", "relu2"})
+    numbers = True
+    needs_input_scale = False
     call = "torch"
 
     def apply(self, layer: MoENames, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, shape: MoEShape) -> Tensor:
@@ -32,8 +35,12 @@ class Reference(MoERunner):
             if not token.numel():
                 continue
             w13 = scaled_codes(layer.w13_weight_prepared[expert], layer.w13_blockscale_swizzled[expert])
-            gate, up = (rows[token] @ w13.T).chunk(2, -1)
-            hidden = functional.silu(gate * layer.g1_alphas[expert]) * (up * up_factor[expert])
+            sums = rows[token] @ w13.T
+            if shape.expert_activation.gated:
+                gate, up = sums.chunk(2, -1)
+                hidden = shape.expert_activation(gate * layer.g1_alphas[expert], up * up_factor[expert])
+            else:
+                hidden = shape.expert_activation(sums * layer.g1_alphas[expert], None)
             if quant2 is not None:
                 hidden = _quantized(hidden, quant2)
             w2 = scaled_codes(layer.w2_weight_prepared[expert], layer.w2_blockscale_swizzled[expert])

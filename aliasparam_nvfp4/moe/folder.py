@@ -1,0 +1,199 @@
+"""Experts out of a checkpoint folder: each rank reads its own ranges of bytes and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from aliasparam import TensorSpec, reload
+
+from ..checkpoint import WHOLE, CheckpointError, CheckpointFolder, ExpertTensors, expert_layers
+from ..checkpoint.experts import ExpertKey
+from ..checkpoint_format import CheckpointFormat
+from ..errors import ScaleError, ShapeError
+from ..format import BLOCK_SIZE
+from .method import NvFp4MoEMethod
+from .ranks import ExpertRanks
+from .runners import MoEShape
+
+SHARDS = ("w1", "w3", "w2")
+
+
+@dataclass(frozen=True)
+class ExpertPart:
+    """What one rank takes of one tensor."""
+
+    key: ExpertKey
+    name: str
+    rows: slice
+    columns: slice
+
+
+@dataclass(frozen=True)
+class ExpertSource:
+    """One layer's experts in a folder, as one rank needs them.
+
+    Attributes:
+        folder: opened.
+        tensors: the layer's, from :func:`~aliasparam_nvfp4.checkpoint.expert_layers`.
+        shape: of the layer on this rank.
+        ranks: which of them this one is.
+        format: how the tensors are called.
+        input_scale: whether experts have activation scales.
+        untied: whether the runner takes gate and up with different global scales.
+    """
+
+    folder: CheckpointFolder
+    tensors: ExpertTensors
+    shape: MoEShape
+    ranks: ExpertRanks
+    format: CheckpointFormat
+    input_scale: bool
+    untied: bool
+
+    def specs(self) -> dict[tuple[str, str], TensorSpec]:
+        """(shard, suffix) to what the folder must hold for every expert, undivided."""
+        intermediate = self.shape.intermediate * self.ranks.tp_size
+        return expert_specs(self.format, self.shape.hidden, intermediate, input_scale=self.input_scale)
+
+    def parts(self) -> Iterator[ExpertPart]:
+        """What this rank reads: its experts, its share of each, and the input scales of all experts."""
+        shape, first = self.shape, self.shape.first_expert
+        for shard, suffix in self.specs():
+            everyone = suffix == self.format.input_global
+            for expert in range(shape.all_experts) if everyone else range(first, first + shape.experts):
+                key = (expert, shard, suffix)
+                yield ExpertPart(key, self.tensors.name(key), *self._share(shard, suffix))
+
+    def _share(self, shard: str, suffix: str) -> tuple[slice, slice]:
+        elements = {self.format.weight: 2, self.format.block_scale: BLOCK_SIZE}.get(suffix)
+        if elements is None or self.ranks.tp_size == 1:
+            return WHOLE, WHOLE
+        width = self.shape.intermediate // (elements if shard == "w2" else 1)
+        own = slice(self.ranks.tp_rank * width, (self.ranks.tp_rank + 1) * width)
+        return (WHOLE, own) if shard == "w2" else (own, WHOLE)
+
+    def check(self) -> None:
+        """Everything that headers and scalars can tell.
+
+        Raises:
+            CheckpointError: experts missing, twice or too many, or tensors that do not fit.
+            ScaleError: global scales which are none, or of gate and up which this runner cannot take.
+        """
+        self.tensors.need(self.shape.all_experts, self.specs())
+        scalars = {p.key: float(self.folder.read(p.name)) for p in self.parts() if self._is_scalar(p)}
+        bad = {self.tensors.name(key): value for key, value in scalars.items() if not 0 < value < float("inf")}
+        if bad:
+            raise ScaleError("a global scale is not a scale", expected="finite and positive", found=bad)
+        weight = self.format.weight_global
+        differing = {
+            self.tensors.name(key): (value, scalars[key[0], "w3", weight])
+            for key, value in scalars.items()
+            if key[1:] == ("w1", weight) and value != scalars[key[0], "w3", weight]
+        }
+        if differing and not self.untied:
+            raise ScaleError(
+                "gate and up of an expert have different weight global scales, and this runner has one factor",
+                expected="equal values",
+                found=differing,
+                remedy="Use a runner which takes them apart (reference, flashinfer_trtllm_routed), or unify the scales.",
+            )
+
+    def _is_scalar(self, part: ExpertPart) -> bool:
+        return part.key[2] in (self.format.weight_global, self.format.input_global)
+
+    def rows(self) -> Iterator[tuple[str, int, Tensor]]:
+        """(name on the layer, row, value of that row ``[1, ...]``): gate above up, read one expert at a time."""
+        parts = {part.key: part for part in self.parts()}
+        for (expert, shard, suffix), part in parts.items():
+            if shard == "w3":
+                continue
+            halves = [part] if shard == "w2" else [part, parts[expert, "w3", suffix]]
+            values = [self.folder.read(p.name, p.rows, p.columns) for p in halves]
+            row = expert if suffix == self.format.input_global else expert - self.shape.first_expert
+            if self._is_scalar(part):
+                values = [value.reshape(1) for value in values]
+                value = values[0] if shard == "w2" else torch.cat(values).unsqueeze(0)
+            else:
+                value = torch.cat(values).unsqueeze(0)
+            yield f"{'w2' if shard == 'w2' else 'w13'}_{suffix}", row, value
+
+
+def expert_specs(
+    names: CheckpointFormat, hidden: int, intermediate: int, *, input_scale: bool
+) -> dict[tuple[str, str], TensorSpec]:
+    """(shard, suffix) to the tensor that every expert has in the files."""
+    found = {}
+    scalars = (names.weight_global, names.input_global) if input_scale else (names.weight_global,)
+    for shard in SHARDS:
+        n, k = (hidden, intermediate) if shard == "w2" else (intermediate, hidden)
+        found[shard, names.weight] = TensorSpec((n, k // 2), torch.uint8)
+        found[shard, names.block_scale] = TensorSpec((n, k // BLOCK_SIZE), torch.float8_e4m3fn)
+        for name in scalars:
+            found[shard, name] = TensorSpec(names.scalar_shape, torch.float32)
+    return found
+
+
+def expert_source(method: NvFp4MoEMethod, layer: nn.Module, folder: CheckpointFolder, tensors: ExpertTensors) -> ExpertSource:
+    """``tensors`` of ``folder``, for a layer made by ``method``.
+
+    Raises:
+        ShapeError: experts without a gate, whose files have other projections.
+    """
+    if not method.activation.gated:
+        raise ShapeError(
+            "only gated experts are read from a folder", name=tensors.layer, found=method.activation.kind,
+            remedy="Give their tensors to weight_loader as w1 and w2.",
+        )  # fmt: skip
+    ranks = ExpertRanks(method.ep_rank, method.ep_size, method.tp_rank, method.tp_size)
+    shape: MoEShape = layer.__dict__["nvfp4_moe_shape"]
+    untied: bool = layer.__dict__["nvfp4_runner"].untied  # which may have been retargeted
+    return ExpertSource(folder, tensors, shape, ranks, method.checkpoint, method.input_scale, untied=untied)
+
+
+def load_experts(
+    method: NvFp4MoEMethod,
+    layer: nn.Module,
+    folder: CheckpointFolder,
+    name: str,
+    *,
+    on_bytes: Callable[[int], None] = lambda n: None,
+) -> int:
+    """Load or hot-reload this rank's part of one layer's experts, in place; returns the bytes that were loaded.
+
+    All that headers and scalars can tell is checked before the first write. Only this rank's rows of w1 and w3 and columns of
+    w2 are read, only of its experts; input scales are read of all.
+
+    Args:
+        method: whose ``create_weights`` made ``layer``.
+        layer: holds nothing yet, or an older checkpoint.
+        folder: an opened checkpoint.
+        name: of the experts there: ``model.layers.0.mlp.experts``.
+        on_bytes: called with the bytes of every piece.
+
+    Raises:
+        CheckpointError: no experts of that name, or see :meth:`ExpertSource.check`. The layer is as it was.
+        ScaleError: see :meth:`ExpertSource.check`. The layer is as it was.
+    """
+    layers = expert_layers(folder.tensors)
+    if name not in layers:
+        raise CheckpointError(
+            "the checkpoint has no experts of this name", name=f"{folder.path}: {name}", found=", ".join(layers) or "no experts"
+        )
+    source = expert_source(method, layer, folder, layers[name])
+    source.check()
+    return load_from(source, layer, on_bytes)
+
+
+def load_from(source: ExpertSource, layer: nn.Module, on_bytes: Callable[[int], None] = lambda n: None) -> int:
+    """The same from a source that was checked already."""
+    total = 0
+    with torch.no_grad(), reload(layer) as session:
+        for target, row, value in source.rows():
+            session.update(target, value, first_row=row)
+            total += value.nbytes
+            on_bytes(value.nbytes)
+    return total

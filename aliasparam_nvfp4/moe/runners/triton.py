@@ -1,0 +1,60 @@
+"""``triton``: our fused W4A16 experts, which decode weights in registers. Compute capability 8.0 on."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...backends.triton import kernel_input
+from ..layouts import GATE_UP
+from ._base import MoENames, MoERunner, MoEShape
+
+
+class Triton(MoERunner):
+    name = "triton"
+    layout = GATE_UP
+    activation = "as they are"
+    untied = True
+    activations = frozenset({"swiglu", "relu2"})
+    numbers = True
+    packages = ("triton",)
+    rank = 2
+    call = "aliasparam_nvfp4.kernels.triton_moe.experts"
+
+    def unavailable(self, device: torch.device) -> str | None:
+        if (reason := super().unavailable(device)) is not None:
+            return reason
+        import triton
+
+        if triton.knobs.runtime.interpret:
+            return None
+        if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+            return "needs a GPU of compute capability 8.0 or later (or TRITON_INTERPRET=1)"
+        return None
+
+    def apply(self, layer: MoENames, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, shape: MoEShape) -> Tensor:
+        from ...kernels.triton_moe import ExpertWeights, Gating, experts
+
+        weights = ExpertWeights(
+            w13=layer.w13_weight_prepared,
+            w13_scale=layer.w13_blockscale_swizzled,
+            w2=layer.w2_weight_prepared,
+            w2_scale=layer.w2_blockscale_swizzled,
+            gate=layer.g1_alphas,
+            up=layer.g1_scale_c,
+            down=layer.g2_alphas,
+            first_expert=shape.first_expert,
+        )
+        how = shape.expert_activation
+        limit = float("inf") if how.limit is None else how.limit
+        return experts(
+            kernel_input(x),
+            weights,
+            topk_weights,
+            topk_ids.to(torch.int32),
+            intermediate=shape.intermediate,
+            gating=Gating(how.gated, how.alpha, how.beta, limit),
+        )
+
+
+RUNNER = Triton()

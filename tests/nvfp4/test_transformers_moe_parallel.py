@@ -1,0 +1,115 @@
+"""SGLang PR 25190's acceptance test in its shape: a Qwen3-MoE NVFP4 checkpoint over several processes, reloaded from disk twice,
+decode logprobs unchanged. There within 1e-4; here bit for bit. Real processes over gloo, one thread each.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+pytest.importorskip("transformers")
+pytest.importorskip("modelopt")
+
+from aliasparam_nvfp4.checkpoint import CheckpointError, CheckpointFolder, ExpertTensorName
+from aliasparam_nvfp4.moe import ExpertRanks
+from aliasparam_nvfp4.verify import signal_to_noise
+
+from .moe_models import IDS, by_modelopt, logits
+
+EXPERTS, LEAST_DB = 8, 10.0
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("qwen3-moe")
+    return by_modelopt(root / "a", "qwen3", 0), by_modelopt(root / "b", "qwen3", 1)
+
+
+def load(folder: Path, ranks: ExpertRanks, dtype: torch.dtype = torch.bfloat16) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    from aliasparam_nvfp4.integrations.transformers import use_backend
+
+    with use_backend("reference", moe="reference", ranks=ranks):
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+@torch.no_grad()
+def decode_logprobs(model: Any) -> Tensor:
+    """Log-probabilities over the vocabulary of 8 greedily decoded tokens, through the KV cache."""
+    out = model.generate(
+        input_ids=IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=0,
+        return_dict_in_generate=True, output_logits=True,
+    )  # fmt: skip
+    return torch.stack(out.logits).float().log_softmax(-1)
+
+
+def own_bytes(folder: Path, ranks: ExpertRanks) -> int:
+    """What a rank must read: every tensor which is not an expert's, its part of the experts, all input scales."""
+    total = 0
+    for entry in CheckpointFolder(folder).tensors.values():
+        name = ExpertTensorName.parse(entry.name)
+        if name is not None and name.suffix != "input_scale":
+            if name.expert // (EXPERTS // ranks.ep_size) != ranks.ep_rank:
+                continue
+            total += entry.nbytes // (ranks.tp_size if len(entry.shape) == 2 else 1)
+        else:
+            total += entry.nbytes
+    return total
+
+
+#: Four processes: each expert's I divided by four; and experts divided by two, each one's I by two.
+LAYOUTS = [
+    lambda rank: ExpertRanks(tp_rank=rank, tp_size=4),
+    lambda rank: ExpertRanks(tp_rank=rank % 2, tp_size=2, ep_rank=rank // 2, ep_size=2),
+]
+
+
+def serve(rank: int, a: Path, b: Path, broken: Path, store: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=4)
+    try:
+        for layout in LAYOUTS:
+            serve_as(rank, layout(rank), a, b, broken)
+    finally:
+        dist.destroy_process_group()
+
+
+def serve_as(rank: int, ranks: ExpertRanks, a: Path, b: Path, broken: Path) -> None:
+    from aliasparam_nvfp4.integrations.transformers import reload_folder
+
+    model = load(a, ranks)
+    first, where = decode_logprobs(model), {n: t.data_ptr() for n, t in model.named_buffers()}
+    for _ in range(2):
+        assert reload_folder(model, a) == own_bytes(a, ranks)
+        assert torch.equal(decode_logprobs(model), first)
+    reload_folder(model, b)
+    assert not torch.equal(decode_logprobs(model), first)
+    reload_folder(model, a)
+    assert torch.equal(decode_logprobs(model), first)
+    assert {n: t.data_ptr() for n, t in model.named_buffers()} == where
+    with pytest.raises(CheckpointError, match="truncated" if rank == 1 else "another process refused"):
+        reload_folder(model, broken if rank == 1 else b)
+    assert torch.equal(decode_logprobs(model), first), "all go on answering"
+    everyone = [torch.empty_like(first) for _ in range(4)]
+    dist.all_gather(everyone, first)
+    assert all(torch.equal(one, first) for one in everyone), "ranks agree"
+
+    found = logits(load(b, ranks, torch.float32))
+    if rank == 0:
+        alone = logits(load(b, ExpertRanks(), torch.float32))
+        assert signal_to_noise(found.double(), alone.double()) >= LEAST_DB
+
+
+def test_decode_logprobs_are_bit_equal_after_each_reload(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    broken = Path(shutil.copytree(folders[1], tmp_path / "broken"))
+    weights = (broken / "model.safetensors").read_bytes()
+    (broken / "model.safetensors").write_bytes(weights[:-100])
+    mp.spawn(serve, args=(*folders, broken, tmp_path / "store"), nprocs=4)
