@@ -14,6 +14,7 @@ import torch
 def refused_when_traced(function: Any, reason: str) -> None:
     """With ``fullgraph=True`` torch.compile refuses a caller of ``function`` with ``reason``; else the call leaves the graph."""
     # What torch.compiler.disable(function, reason=...) sets; the decorator would import the compiler with this library.
+    function = getattr(function, "__func__", function)
     function._torchdynamo_disable = True
     function._torchdynamo_disable_msg = reason
 

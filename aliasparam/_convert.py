@@ -74,7 +74,7 @@ def rows_to_checkpoint(plan: StoragePlan, checkpoint: Tensor, kernel: Tensor, ro
         target: where they go.
     """
     for piece, source in _pieces(plan, checkpoint[None], kernel[None]):
-        first, column = divmod(piece.storage_offset() - checkpoint.storage_offset(), checkpoint.stride(0))
+        first, column = divmod(int(piece.storage_offset() - checkpoint.storage_offset()), checkpoint.stride(0))
         begin, end = max(first, rows.start), min(first + piece.shape[0], rows.stop)
         if begin < end:
             values = plan.transform.inverse(source, TensorSpec.of(piece))

@@ -17,13 +17,13 @@ from ._compiled import refused_when_traced
 from .errors import StaleKernelError
 
 if TYPE_CHECKING:
-    from ._registry import AliasRegistry
+    from ._names import RegistryNames
 
 
 class Guard:
     """The forward pre-hook and the stand-ins of one registry."""
 
-    def __init__(self, registry: AliasRegistry) -> None:
+    def __init__(self, registry: RegistryNames) -> None:
         self._registry = registry
         self._hook: Any = None
         #: Something was put under a declared name. Whether it stays there is seen at the next forward or verb.

@@ -25,7 +25,7 @@ from ._transform import TensorSpec
 from .errors import StaleKernelError
 
 if TYPE_CHECKING:
-    from ._storage import AliasedStorage
+    from ._bytes import StorageBytes
 
 _REMEDY = "Call aliasparam.process(model) after loading."
 
@@ -39,7 +39,7 @@ class KernelName:
         owner: the storage whose buffer ``memory`` is a view of, or None where it has memory of its own.
     """
 
-    def __init__(self, label: str, memory: Tensor, owner: AliasedStorage | None = None, tensor: Tensor | None = None) -> None:
+    def __init__(self, label: str, memory: Tensor, owner: StorageBytes | None = None, tensor: Tensor | None = None) -> None:
         self.label = label
         self.memory = memory
         self.owner = owner
@@ -102,7 +102,7 @@ class KernelName:
             return memo[id(self)]  # type: ignore[no-any-return]
         return self.copied(copy.deepcopy(self.memory, memo), None, memo)
 
-    def copied(self, memory: Tensor, owner: AliasedStorage | None, memo: dict[int, Any]) -> KernelName:
+    def copied(self, memory: Tensor, owner: StorageBytes | None, memo: dict[int, Any]) -> KernelName:
         """This name over ``memory``, the copy of its memory; whoever copies the tensor by itself gets the same one."""
         new = KernelName(self.label, memory, owner, memo.get(id(self.tensor)))
         new.version -= self.was_written
@@ -151,8 +151,8 @@ class StaleName(Tensor):
         raise self._alias_name.refusal()
 
     # What goes past the dispatcher.
-    numpy = tolist = __array__ = share_memory_ = __dlpack__ = __tvm_ffi_object__ = _refuse  # type: ignore[assignment]
-    __cuda_array_interface__ = property(_refuse)  # type: ignore[assignment]
+    numpy = tolist = __array__ = share_memory_ = __dlpack__ = __tvm_ffi_object__ = _refuse
+    __cuda_array_interface__ = property(_refuse)
 
     def untyped_storage(self) -> torch.UntypedStorage:
         """Same size, no memory: for code that compares storages."""
@@ -172,9 +172,7 @@ class StaleName(Tensor):
 
 
 never_traced(StaleName)
-refused_when_traced(
-    StaleName.__torch_function__.__func__, "a kernel-format name is stale: call aliasparam.process(model) after loading"
-)
+refused_when_traced(StaleName.__torch_function__, "a kernel-format name is stale: call aliasparam.process(model) after loading")
 
 
 def _stand_in_of(name: KernelName) -> Tensor:

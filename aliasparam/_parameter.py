@@ -1,201 +1,20 @@
-"""AliasedParameter: a checkpoint-format name which is always right to read and to write.
-
-[Note: is-a] The parameter *is* a tensor over the real memory (right ``data_ptr``, sizes and strides), not a wrapper around
-one. Every operator on it still comes to `_dispatch.py`, because the class defines ``__torch_dispatch__``. What goes past the
-dispatcher (Python attributes of Tensor, raw-pointer readers) is overridden here: right, or refused.
-"""
+"""AliasedParameter: a checkpoint-format name which is always right to read and to write, and how Parameters become one."""
 
 from __future__ import annotations
 
-import copy
 import types
 import weakref
 from multiprocessing.reduction import ForkingPickler
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from ._compiled import never_traced
-from ._dispatch import _COPY, _types, dispatch
-from ._kernel_name import Hidden
+from ._aliased import _Aliased as _Aliased
+from ._aliased import is_same_view, make
+from ._aliased import loader_attributes as loader_attributes
 from ._processes import reduce_for_process, refuse_for_process
-from ._read_only import read_only
-from ._regions import same_view
-from ._storage import AliasedStorage, State
-from ._writes import write_one
-from .errors import AdoptionError, PointerError
-
-
-class _Aliased(Tensor):
-    """Behaviour common to parameters and to views of them."""
-
-    _alias_storage: AliasedStorage
-    _alias_memory: Tensor
-    _alias_pin: weakref.ref[Any]
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-    __dlpack_c_exchange_api__ = Hidden()  # by which tvm_ffi would take the memory past __dlpack__
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        return dispatch(func, args, kwargs or {})
-
-    # -- what loaders do for every shard: the same as by the dispatcher, without the way through it ---------------------
-
-    def narrow(self, dim: int, start: Any, length: Any) -> Tensor:
-        return _make_view(self._alias_storage, self._alias_memory.narrow(dim, start, length))
-
-    def __getitem__(self, index: Any) -> Any:
-        if type(index) is int or type(index) is slice:
-            return _make_view(self._alias_storage, self._alias_memory[index])
-        return super().__getitem__(index)
-
-    def copy_(self, other: Tensor, non_blocking: bool = False) -> Any:
-        if type(other) is not Tensor and type(other) is not nn.Parameter:
-            if isinstance(other, _Aliased) and other._alias_storage is self._alias_storage and is_same_view(other, self):
-                return self  # onto itself: nothing changes, nothing gets stale
-            return super().copy_(other, non_blocking)
-        if other.requires_grad:
-            other = other.detach()  # a declared name takes the values of a trained Parameter, and no gradient
-        write_one(_COPY, self, (other, non_blocking), True)
-        return self
-
-    # -- faces of Tensor that do not come through the dispatcher -------------------------------------------------------
-
-    @property
-    def data(self) -> Tensor:
-        """A writable alias of this name."""
-        return _make_view(self._alias_storage, self._alias_memory)
-
-    @data.setter
-    def data(self, value: Tensor) -> None:
-        _assign(self, value)
-
-    def _values(self) -> Tensor:
-        with self._alias_storage.lock:
-            return self._alias_storage.read(self._alias_memory)
-
-    def _snapshot(self) -> Tensor:
-        with self._alias_storage.lock:
-            values = self._values()
-            return values.clone() if values is self._alias_memory else values
-
-    def is_contiguous(self, memory_format: torch.memory_format = torch.contiguous_format) -> bool:
-        """False while the memory holds kernel format: raw-pointer readers such as safetensors then refuse."""
-        return self._holds_values() and self._alias_memory.is_contiguous(memory_format=memory_format)
-
-    def contiguous(self, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
-        """This name, or a copy: which refuses to be written where a plain tensor would have given itself."""
-        if self.is_contiguous(memory_format):
-            return self
-        copied = self._values().contiguous(memory_format=memory_format)
-        return read_only(copied, self) if self._alias_memory.is_contiguous(memory_format=memory_format) else copied
-
-    def _holds_values(self) -> bool:
-        with self._alias_storage.lock:
-            return self._alias_storage.holds(self._alias_memory)
-
-    def numpy(self, *, force: bool = False) -> Any:
-        """A read-only copy of the checkpoint values: writes through it could not be seen."""
-        array = self._snapshot().numpy(force=force)
-        array.flags.writeable = False
-        return array
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
-        array = self.numpy(force=False)
-        return array if dtype is None else array.astype(dtype)
-
-    def __tvm_ffi_object__(self) -> NoReturn:
-        self.__dlpack__()  # tvm_ffi (FlashInfer's kernels) asks for this before it takes a tensor's memory by itself
-
-    def __dlpack__(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise BufferError(
-            f"{self._alias_storage.label}: DLPack would hand out memory whose format changes with processing; "
-            "export clone() for the values, or the kernel-format buffer for the memory"
-        )
-
-    @property
-    def __cuda_array_interface__(self) -> NoReturn:
-        raise AttributeError(
-            f"{self._alias_storage.label}: no raw array interface, the memory changes format with processing; use clone()"
-        )
-
-    def untyped_storage(self) -> torch.UntypedStorage:
-        """The raw bytes while they are checkpoint values; else a stand-in without memory, which cannot be read.
-
-        Code that only compares storages (``torch.export``, safetensors) goes on working; code that reads them fails.
-        ``aliasparam.expose_for_writing`` hands out memory to write.
-        """
-        storage = self._alias_storage
-        if storage.state is State.CHECKPOINT and not storage.exposed:
-            storage.handed_out = True  # from now on somebody else may free it
-            return super().untyped_storage()
-        return storage.stand_in
-
-    def set_(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise PointerError(
-            "set_() would move a fixed storage",
-            label=self._alias_storage.label,
-            expected="an operation that keeps the address, shape and dtype",
-            found="set_()",
-            remedy="Write the new values with copy_().",
-        )
-
-    def tolist(self) -> Any:
-        return self._values().tolist()
-
-    def requires_grad_(self, requires_grad: bool = True) -> Any:
-        if requires_grad:
-            raise AdoptionError(
-                "a declared name holds inference weights; it takes no gradient",
-                label=self._alias_storage.label,
-                expected="requires_grad=False",
-                found="requires_grad=True",
-                remedy="Train a clone() and copy_ the result in.",
-            )
-        return self
-
-    def share_memory_(self) -> NoReturn:
-        raise AdoptionError(
-            "share_memory_() would move the storage",
-            label=self._alias_storage.label,
-            expected="memory that stays where it is",
-            found="a move to a shared segment",
-            remedy="Share a clone(), or create the module in shared memory before declaring.",
-        )
-
-    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        state = self._alias_storage.state
-        shape, dtype = list(self._alias_memory.shape), str(self._alias_memory.dtype).removeprefix("torch.")
-        held = state.value if state else "mixed"
-        return f"{type(self).__name__}({self._alias_storage.label!r}, {dtype}{shape}, holds {held})"
-
-    def __format__(self, spec: str) -> str:
-        return self._values().item().__format__(spec) if self._alias_memory.dim() == 0 else object.__format__(self, spec)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        if id(self) in memo:
-            return memo[id(self)]
-        storage = copy.deepcopy(self._alias_storage, memo)
-        new = _make(type(self), storage, same_view(storage.buffer, self._alias_memory))
-        memo[id(self)] = new
-        for key, value in loader_attributes(self).items():
-            new.__dict__[key] = copy.deepcopy(value, memo)
-        return new
-
-
-never_traced(_Aliased)
-
-
-class AliasedView(_Aliased):
-    """A slice or view of an :class:`AliasedParameter`: reads and writes checkpoint values of the same storage."""
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # A view saved by itself (state_dict, torch.save) is a value: it loads as a plain tensor.
-        return self._snapshot().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+from ._storage import AliasedStorage
 
 
 class AliasedParameter(_Aliased, nn.Parameter):
@@ -230,7 +49,7 @@ class AliasedParameter(_Aliased, nn.Parameter):
 
 def make_parameter(storage: AliasedStorage, memory: Tensor, like: type[Any] = nn.Parameter) -> AliasedParameter:
     """An AliasedParameter over ``memory``, a plain view of ``storage.checkpoint``; also of the class ``like``."""
-    parameter: AliasedParameter = _make(_aliased_class(plain_class(like)), storage, memory)
+    parameter: AliasedParameter = make(_aliased_class(plain_class(like)), storage, memory)
     _pin(parameter)
     return parameter
 
@@ -242,7 +61,7 @@ def take_over(old: Tensor, storage: AliasedStorage, memory: Tensor, like: Tensor
     It cannot where torch holds on to the old tensor (a compiled function's guard, an autograd graph).
     """
     like = old if like is None else like
-    new = _make(_aliased_class(plain_class(type(like))), storage, memory)
+    new = make(_aliased_class(plain_class(type(like))), storage, memory)
     new.__dict__.update(loader_attributes(like))
     try:
         torch.utils.swap_tensors(old, new)  # type: ignore[no-untyped-call]
@@ -283,31 +102,9 @@ def _aliased_class(engine_class: type[Any]) -> type[Any]:
 _classes: dict[type[Any], type[Any]] = {}
 
 
-def _make(cls: type[Any], storage: AliasedStorage, memory: Tensor) -> Any:
-    tensor = Tensor._make_subclass(cls, memory, False)
-    tensor._alias_storage = storage
-    tensor._alias_memory = memory
-    return tensor
-
-
 def _pin(parameter: Any) -> None:
     # torch.utils.swap_tensors() exchanges what two objects are, unseen by anybody; it refuses tensors with weak references.
     parameter._alias_pin = weakref.ref(parameter)
-
-
-def _make_view(storage: AliasedStorage, memory: Tensor) -> Tensor:
-    view: Any = Tensor._make_subclass(AliasedView, memory, False)  # as _make, without its call: views are made for every shard
-    view._alias_storage = storage
-    view._alias_memory = memory
-    return view  # type: ignore[no-any-return]
-
-
-def loader_attributes(tensor: Tensor) -> dict[str, Any]:
-    """What engines hang on parameters (weight_loader, output_dim, ...)."""
-    return {k: v for k, v in tensor.__dict__.items() if k not in _OURS}
-
-
-_OURS = frozenset({"_alias_storage", "_alias_memory", "_alias_pin", "_is_param"})
 
 
 def _rebuild(storage: AliasedStorage, geometry: Any, attributes: dict[str, Any], like: type[Any]) -> AliasedParameter:
@@ -317,32 +114,6 @@ def _rebuild(storage: AliasedStorage, geometry: Any, attributes: dict[str, Any],
     return parameter
 
 
-def _assign(target: _Aliased, value: Tensor) -> None:
-    """``target.data = value``: the values are copied in; only another device moves the memory, as Module.to() asks."""
-    memory, storage = target._alias_memory, target._alias_storage
-    if isinstance(value, _Aliased) and value._alias_storage is storage and is_same_view(value, target):
-        return
-    if value.shape != memory.shape or value.dtype != memory.dtype or value.device.type == "meta":
-        raise AdoptionError(
-            "assigning .data would change the geometry of a fixed storage",
-            label=storage.label,
-            expected=f"{memory.dtype} {list(memory.shape)} on a real device",
-            found=f"{value.dtype} {list(value.shape)} on {value.device}",
-            remedy="Convert the value first; Module.half() and the like cannot apply to declared weights.",
-        )
-    if value.device == memory.device:
-        if getattr(value, "_alias_uninitialized", False):  # Module.to_empty(): nothing is loaded any more
-            with storage.lock:
-                storage.invalidate()
-        else:
-            target.copy_(value)
-        return
-    if value.device != storage.buffer.device:
-        storage.relocate(value.device)
-    target._alias_memory = same_view(storage.buffer, memory)
-    torch._C.TensorBase.data.__set__(target, target._alias_memory)  # type: ignore[attr-defined]
-
-
 def is_same_name(tensor: Any, parameter: AliasedParameter) -> bool:
     """Whether ``tensor`` is ``parameter``, or another object that is the same name: engines keep and put back old ones."""
     if tensor is parameter or not isinstance(tensor, AliasedParameter):
@@ -350,17 +121,5 @@ def is_same_name(tensor: Any, parameter: AliasedParameter) -> bool:
     return tensor._alias_storage is parameter._alias_storage and is_same_view(tensor, parameter)
 
 
-def is_same_view(first: _Aliased, second: _Aliased) -> bool:
-    a, b = first._alias_memory, second._alias_memory
-    same_place = a.storage_offset() * a.element_size() == b.storage_offset() * b.element_size()
-    return same_place and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
-
-
-_types.aliased = (_Aliased,)
-_types.compound = (_Aliased, list, tuple)
-_types.view = _make_view
-
-
-ForkingPickler.register(AliasedView, reduce_for_process)
 ForkingPickler.register(AliasedParameter, reduce_for_process)
 ForkingPickler.register(AliasedStorage, refuse_for_process)

@@ -67,10 +67,7 @@ def _wrap(result: Any, label: str) -> Any:
 
 
 def _plain(values: Any) -> list[Any]:
-    return [
-        v._alias_plain if isinstance(v, ReadOnlyCopy) else type(v)(_plain(v)) if isinstance(v, (list, tuple)) else v
-        for v in values
-    ]
+    return [type(v)(_plain(v)) if isinstance(v, (list, tuple)) else getattr(v, "_alias_plain", v) for v in values]
 
 
 def _check_written(func: Any, args: Any, kwargs: Any) -> None:

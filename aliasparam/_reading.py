@@ -15,21 +15,19 @@ from ._transform import contiguous_strides
 from .errors import StateError
 
 if TYPE_CHECKING:
-    from ._storage import AliasedStorage
+    from ._bytes import StorageBytes
 
 
-def converted_copy(storage: AliasedStorage, view: Tensor, regions: range) -> Tensor:
+def converted_copy(storage: StorageBytes, view: Tensor, regions: range) -> Tensor:
     """Checkpoint values of ``view``: a copy of the same shape, strides and dtype."""
     if len(regions) == 1 and _convert.converts_by_bands(storage.plan):
         return _rows_copy(storage, view, regions[0])
     plan, first, count, capacity = storage.plan, regions[0], len(regions), storage.plan.region_capacity
     fresh, result = converted(plan, storage.buffer.device, first * capacity, count * capacity, view)
     core = plan.source.shape[plan.lead_dims :]
-    typed = fresh.view(plan.source.dtype).as_strided(
-        (count, *core),
-        (capacity // plan.source.dtype.itemsize, *contiguous_strides(core)),
-        _offset(fresh, plan.source.dtype.itemsize),
-    )
+    width = plan.source.dtype.itemsize
+    strides = (capacity // width, *contiguous_strides(core))
+    typed = fresh.view(plan.source.dtype).as_strided((count, *core), strides, int(fresh.storage_offset()) // width)
     for start, n, state in storage.runs(regions):
         target = typed[start - first : start - first + n]
         if state is State.KERNEL:
@@ -40,7 +38,7 @@ def converted_copy(storage: AliasedStorage, view: Tensor, regions: range) -> Ten
     return result
 
 
-def _rows_copy(storage: AliasedStorage, view: Tensor, region: int) -> Tensor:
+def _rows_copy(storage: StorageBytes, view: Tensor, region: int) -> Tensor:
     """The copy for a view of one large region: only the rows it touches take memory."""
     plan = storage.plan
     checkpoint = regions_view(plan, storage.checkpoint, region, 1)[0]
@@ -55,12 +53,8 @@ def _rows_copy(storage: AliasedStorage, view: Tensor, region: int) -> Tensor:
     return result
 
 
-def _offset(fresh: Tensor, itemsize: int) -> int:
-    return int(fresh.storage_offset()) // itemsize
-
-
 @contextmanager
-def whose(storage: AliasedStorage) -> Iterator[None]:
+def whose(storage: StorageBytes) -> Iterator[None]:
     """A transform without an inverse does not know whose bytes it refuses; we do."""
     try:
         yield

@@ -33,7 +33,7 @@ def regions_view(plan: StoragePlan, name: Tensor, first: int, count: int) -> Ten
 def bytes_of(view: Tensor) -> tuple[int, int]:
     """(first byte, byte after the last) of a view that is not empty."""
     width = view.element_size()
-    first = view.storage_offset() * width
+    first = int(view.storage_offset()) * width
     if view.is_contiguous():
         return first, first + view.numel() * width
     last = sum((n - 1) * s for n, s in zip(view.shape, view.stride(), strict=True))

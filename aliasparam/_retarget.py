@@ -28,6 +28,8 @@ def retarget(registry: AliasRegistry, transforms: Mapping[str, Transform]) -> No
         storages = {name: storage for name in plans if (storage := registry.sources[name].storage) is not None}
         with all_locked(storages.values()):
             for storage in storages.values():
+                storage.need_unexposed("retarget")
+            for storage in storages.values():
                 storage.restore()
             for name, plan in plans.items():
                 if name in storages:

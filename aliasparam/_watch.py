@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 if TYPE_CHECKING:
-    from ._registry import AliasRegistry
+    from ._names import RegistryNames
 
 _TRACED = (FakeTensor, FunctionalTensor)  # torch.export traces with stand-ins, and puts everything back
 
@@ -25,7 +25,7 @@ class _Watched(dict[str, Any]):
 
     __slots__ = ("watchers",)
 
-    watchers: dict[str, AliasRegistry]
+    watchers: dict[str, RegistryNames]
 
     def __setitem__(self, name: str, value: Any) -> None:
         registry = self.watchers.get(name)
@@ -38,7 +38,7 @@ class _Watched(dict[str, Any]):
         super().__setitem__(name, value)
         registry.look_again() if ours else registry.suspect()
 
-    def _check(self, registry: AliasRegistry, name: str, value: Any) -> None:
+    def _check(self, registry: RegistryNames, name: str, value: Any) -> None:
         """Refuse what cannot be under this name even in passing."""
 
     def update(self, *args: Any, **kwargs: Any) -> None:
@@ -60,7 +60,7 @@ class WatchedBuffers(_Watched):
 
     __slots__ = ()
 
-    def _check(self, registry: AliasRegistry, name: str, value: Any) -> None:
+    def _check(self, registry: RegistryNames, name: str, value: Any) -> None:
         registry.check_kernel_name(name, value)
 
     def __delitem__(self, name: str) -> None:
@@ -69,7 +69,7 @@ class WatchedBuffers(_Watched):
             registry.suspect()
 
 
-def watch(module: nn.Module, name: str, registry: AliasRegistry) -> None:
+def watch(module: nn.Module, name: str, registry: RegistryNames) -> None:
     """Have ``registry`` told when the Parameter ``name`` is replaced on ``module``."""
     _watched(module, "_parameters", WatchedParameters).watchers[name] = registry
 
@@ -79,7 +79,7 @@ def put(module: nn.Module, name: str, value: Any) -> None:
     dict.__setitem__(module._parameters, name, value)
 
 
-def put_buffer(module: nn.Module, name: str, tensor: Tensor, registry: AliasRegistry) -> None:
+def put_buffer(module: nn.Module, name: str, tensor: Tensor, registry: RegistryNames) -> None:
     """Bind a kernel name as a non-persistent buffer without telling, and have ``registry`` told when it is replaced."""
     if module._buffers.get(name) is tensor:
         return
@@ -98,7 +98,7 @@ def _watched(module: nn.Module, attribute: str, kind: type[_Watched]) -> _Watche
     return names
 
 
-def _rebuild(kind: type[_Watched], items: dict[str, Any], watchers: dict[str, AliasRegistry]) -> _Watched:
+def _rebuild(kind: type[_Watched], items: dict[str, Any], watchers: dict[str, RegistryNames]) -> _Watched:
     watched = kind(items)
     watched.watchers = watchers
     return watched

@@ -94,4 +94,4 @@ def apart(value: Any, storages: Sequence[AliasedStorage]) -> Any:
 
 
 def _lies_in(tensor: Tensor, storage: AliasedStorage) -> bool:
-    return storage.holds_kernel_bytes and torch._C._is_alias_of(tensor, storage.buffer)
+    return storage.holds_kernel_bytes and bool(torch._C._is_alias_of(tensor, storage.buffer))  # type: ignore[attr-defined]

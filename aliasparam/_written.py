@@ -13,7 +13,7 @@ class WrittenBytes:
     """Strided areas of a buffer that were written, kept as written and unfolded only when somebody asks."""
 
     def __init__(self) -> None:
-        # In order: (offset, sizes, strides, element width) of an area that arrived, or (first, end) of bytes that no longer count.
+        # In order: (offset, sizes, strides, element width) of an area that arrived, (first, end) of bytes that no longer count.
         self._log: list[Any] = []
 
     def add(self, view: Tensor) -> None:
@@ -43,7 +43,7 @@ class WrittenBytes:
         mask = self.mask(nbytes)
         for first, end in loaded:
             mask[first:end] = True
-        area = view.storage_offset(), tuple(view.shape), view.stride(), view.element_size()
+        area = int(view.storage_offset()), tuple(view.shape), view.stride(), view.element_size()
         return bool(_bytes(mask, *area).all())
 
 

@@ -65,8 +65,8 @@ def main() -> None:
     for what, plain, aliased, repeat in cases(device):
         a, b = seconds(plain, repeat) * 1e6, seconds(aliased, repeat) * 1e6
         table.add_row(what, f"{a:.2f}", f"{b:.2f}", f"{b - a:+.2f}")
-    for what, plain, aliased in first_loads(device):
-        a, b = seconds(plain, 1) / MANY_EXPERTS * 1e6, seconds(aliased, 1) / MANY_EXPERTS * 1e6
+    for what, plain, aliased, shards in first_loads(device):
+        a, b = seconds(plain, 1) / shards * 1e6, seconds(aliased, 1) / shards * 1e6
         table.add_row(what, f"{a:.2f}", f"{b:.2f}", f"{b - a:+.2f}")
     console.print(table)
     declaring(console, options.layers)
@@ -99,8 +99,8 @@ def cases(device: str) -> list[tuple[str, Callable[[], Any], Callable[[], Any], 
     return rows
 
 
-def first_loads(device: str) -> Iterator[tuple[str, Callable[[], Any], Callable[[], Any]]]:
-    """Filling a stack of many experts that was never written: each call loads all of them, into fresh memory."""
+def first_loads(device: str) -> Iterator[tuple[str, Callable[[], Any], Callable[[], Any], int]]:
+    """Filling a stack of many experts that was never written, into fresh memory; and how many shards each call writes."""
     expert = torch.zeros(ROWS, COLUMNS, dtype=torch.uint8, device=device)
     half = ROWS // 2
 
@@ -116,17 +116,19 @@ def first_loads(device: str) -> Iterator[tuple[str, Callable[[], Any], Callable[
         for e in range(MANY_EXPERTS):
             weight.data[e].copy_(expert)
 
-    def first_half(weight: torch.Tensor) -> None:
+    def halves(weight: torch.Tensor) -> None:
         for e in range(MANY_EXPERTS):
             weight.data[e].narrow(0, 0, half).copy_(expert[:half])
+            weight.data[e].narrow(0, half, half).copy_(expert[half:])
 
-    for what, load in (("a whole expert", whole), ("half an expert", first_half)):
+    for what, load, shards in (("whole", whole, MANY_EXPERTS), ("in halves, each", halves, 2 * MANY_EXPERTS)):
         # One tensor for each of the rounds that `seconds` makes.
         tensors = {d: iter([empty(declared=d) for _ in range(ROUNDS)]) for d in (False, True)}
         yield (
-            f"first load of {MANY_EXPERTS} experts: {what}",
+            f"first load of {MANY_EXPERTS} experts, {what}",
             lambda load=load, t=tensors[False]: load(next(t)),  # type: ignore[misc]
             lambda load=load, t=tensors[True]: load(next(t)),  # type: ignore[misc]
+            shards,
         )
 
 

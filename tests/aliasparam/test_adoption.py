@@ -13,7 +13,7 @@ from aliasparam.errors import AdoptionError, DeclarationError, PointerError
 
 from .small import Layer, counting, is_ready, storage_of, the_registry
 
-# -- ties and shards ---------------------------------------------------------------------------------------------------------
+# -- ties and shards ---------------------------------------------------------------------------------------------------
 
 
 def test_law_1_a_shard_put_under_another_name_of_its_storage_takes_its_values() -> None:
@@ -89,7 +89,7 @@ def test_an_adopted_parameter_keeps_the_loader_attributes_and_class_of_the_one_i
     assert module.prepared[2].tolist() == [0, 0]
 
 
-# -- addresses ------------------------------------------------------------------------------------------------------------------
+# -- addresses ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rows", [2, 20])
@@ -146,7 +146,7 @@ def test_law_3_a_kernel_name_is_not_swapped(name: str) -> None:
         torch.utils.swap_tensors(kernel, torch.full_like(kernel, 5))  # type: ignore[no-untyped-call]
 
 
-# -- exports ---------------------------------------------------------------------------------------------------------------------
+# -- exports -----------------------------------------------------------------------------------------------------------
 
 
 def test_law_5_an_exported_state_dict_stays_what_was_loaded() -> None:
@@ -160,7 +160,7 @@ def test_law_5_an_exported_state_dict_stays_what_was_loaded() -> None:
     assert torch.equal(iterated["weight"], counting(6, 8))
 
 
-# -- odd sources -------------------------------------------------------------------------------------------------------------------
+# -- odd sources -------------------------------------------------------------------------------------------------------
 
 
 def test_a_rank_without_experts_becomes_ready() -> None:

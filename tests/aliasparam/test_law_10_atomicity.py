@@ -46,7 +46,7 @@ def needs_a_load(layer: Layer) -> None:
     assert layer().unique().tolist() == [3]
 
 
-# -- conversions ---------------------------------------------------------------------------------------------------------
+# -- conversions -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()])
@@ -106,7 +106,7 @@ def test_law_10_a_retarget_that_fails_leaves_a_module_that_refuses_and_recovers(
     assert torch.equal(module()[1], SwapHalves().forward(counting(4, 2)))
 
 
-# -- writes that fail ------------------------------------------------------------------------------------------------------
+# -- writes that fail --------------------------------------------------------------------------------------------------
 
 
 def test_law_10_a_failed_write_of_several_tensors_leaves_a_refusal() -> None:
@@ -185,7 +185,7 @@ def test_law_10_a_collective_that_fails_midway_leaves_a_refusal() -> None:
     needs_a_load(layer)
 
 
-# -- refused operations --------------------------------------------------------------------------------------------------------
+# -- refused operations ------------------------------------------------------------------------------------------------
 
 
 def test_law_10_a_refused_bulk_load_loses_no_other_tensor() -> None:
@@ -235,7 +235,7 @@ def test_law_10_a_refused_foreach_loses_no_other_tensor() -> None:
     assert torch.equal(a(), SwapHalves().forward(counting(6, 8)))
 
 
-# -- exposures -------------------------------------------------------------------------------------------------------------------
+# -- exposures ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("failing", ["an exposure", "a bulk load"])
@@ -277,13 +277,24 @@ def test_law_10_areas_written_long_ago_do_not_count_when_a_region_is_begun_again
         process(layer)
 
 
+def test_law_10_a_format_is_not_changed_while_somebody_writes_the_bytes() -> None:
+    layer = Layer()
+
+    with expose_for_writing(layer, "weight"), pytest.raises(StateError, match="exposed"):
+        the_registry(layer).retarget({"weight": InterleaveHalves()})
+
+    process(layer)
+    assert torch.equal(layer(), SwapHalves().forward(counting(6, 8)))
+
+
 @pytest.mark.parametrize("by", ["deepcopy", "save"])
 @pytest.mark.parametrize("through", ["an exposure", "a bulk load"])
 def test_law_10_a_module_is_not_copied_while_somebody_writes_it(by: str, through: str) -> None:
     layer = Layer()
-    with bulk_load(layer) if through == "a bulk load" else expose_for_writing(layer, "weight"):
-        with pytest.raises(StateError, match="exposed"):
-            copy.deepcopy(layer) if by == "deepcopy" else torch.save(layer, io.BytesIO())
+    writing: Any = bulk_load(layer) if through == "a bulk load" else expose_for_writing(layer, "weight")
+
+    with writing, pytest.raises(StateError, match="exposed"):
+        copy.deepcopy(layer) if by == "deepcopy" else torch.save(layer, io.BytesIO())
 
     assert torch.equal(copy.deepcopy(layer).weight, counting(6, 8))
 
@@ -302,7 +313,7 @@ def test_law_10_rows_of_kernel_bytes_without_an_inverse_are_not_exposed() -> Non
     assert module.w.unique().tolist() == [1]
 
 
-# -- declarations -------------------------------------------------------------------------------------------------------------------
+# -- declarations ------------------------------------------------------------------------------------------------------
 
 
 def test_law_10_a_declaration_refused_for_a_tie_changes_nothing() -> None:

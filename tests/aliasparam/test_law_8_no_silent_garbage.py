@@ -45,7 +45,7 @@ def compiled_by_aot(layer: Layer) -> Any:
     return torch.compile(nn.Sequential(layer), fullgraph=True, backend="aot_eager")
 
 
-# -- compiled callers ----------------------------------------------------------------------------------------------------
+# -- compiled callers --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("compiled", [compiled_parent, compiled_function, compiled_with_breaks, compiled_by_aot])
@@ -99,7 +99,7 @@ def test_law_8_a_parent_that_reads_the_name_without_calling_the_child_is_refused
     assert f(x).unique().tolist() == [7]
 
 
-# -- what a stale name still is --------------------------------------------------------------------------------------------
+# -- what a stale name still is ----------------------------------------------------------------------------------------
 
 
 def test_law_3_a_stale_name_keeps_its_address_shape_and_place() -> None:
@@ -178,7 +178,7 @@ def test_a_stale_module_can_be_moved() -> None:
     assert torch.equal(layer.prepared, SwapHalves().forward(layer.weight.clone()))
 
 
-# -- writers of kernel names -----------------------------------------------------------------------------------------------
+# -- writers of kernel names -------------------------------------------------------------------------------------------
 
 
 def average(k: Tensor, other: Tensor) -> None:
@@ -298,7 +298,7 @@ def test_law_2_our_own_writers_do_not_count_as_others() -> None:
     assert storage_of(layer).state is not None
 
 
-# -- casts and replacements --------------------------------------------------------------------------------------------------
+# -- casts and replacements --------------------------------------------------------------------------------------------
 
 
 def test_law_8_a_cast_of_kernel_names_is_refused() -> None:
@@ -331,7 +331,7 @@ def test_law_8_a_kernel_name_that_was_replaced_is_refused_until_processed() -> N
     assert torch.equal(layer(), SwapHalves().forward(layer.weight.clone()))
 
 
-# -- raw exits ---------------------------------------------------------------------------------------------------------------
+# -- raw exits ---------------------------------------------------------------------------------------------------------
 
 
 def test_law_8_tvm_ffi_does_not_take_a_checkpoint_name_by_its_pointer() -> None:

@@ -16,7 +16,7 @@ from aliasparam import InterleaveHalves, PadLast2, State, SwapHalves, process
 from .peak import peak_bytes
 from .small import Layer, counting, is_ready, storage_of
 
-# -- another dtype over several regions ------------------------------------------------------------------------------------
+# -- another dtype over several regions --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mixed", [False, True])
@@ -45,7 +45,7 @@ def test_law_1_a_wider_view_writes_elements_that_cross_regions(element: int) -> 
     assert torch.equal(layer.prepared, SwapHalves().forward(expected))
 
 
-# -- what covers a region -----------------------------------------------------------------------------------------------------
+# -- what covers a region ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(6, 8), (3, 4, 4)])
@@ -90,7 +90,7 @@ def test_writing_padding_does_not_count_as_loading() -> None:
     assert storage_of(layer).state is not State.CHECKPOINT
 
 
-# -- sources over the same memory ------------------------------------------------------------------------------------------------
+# -- sources over the same memory --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -116,14 +116,16 @@ def test_law_1_a_name_written_from_its_own_kernel_name(write: Callable[[Any, Ten
     assert torch.equal(layer.weight, expected)
 
 
-# -- costs and copies ------------------------------------------------------------------------------------------------------------
+# -- costs and copies --------------------------------------------------------------------------------------------------
 
 
 def test_law_4_asking_whether_a_name_is_contiguous_converts_nothing(device: torch.device) -> None:
     layer = Layer((64, 1 << 18), device=device)
     process(layer)
 
-    assert peak_bytes(layer.weight.is_contiguous, device) < 1 << 20
+    weight, storage = layer.weight, storage_of(layer)
+    assert peak_bytes(weight.is_contiguous, device) < 1 << 20
+    assert peak_bytes(lambda: storage.holds(storage.checkpoint), device) < 1 << 20
     assert not layer.weight.is_contiguous()
 
 
@@ -133,7 +135,9 @@ def test_law_4_reading_a_few_elements_stays_within_the_scratch(transform: Any, d
     expected = layer.weight[5:7, 3:9].clone()
     process(layer)
 
-    assert peak_bytes(lambda: layer.weight[5:7, 3:9].clone(), device) <= convert.SCRATCH_BYTES
+    view = storage_of(layer).checkpoint[5:7, 3:9]
+
+    assert peak_bytes(lambda: storage_of(layer).read(view), device) <= convert.SCRATCH_BYTES
     assert torch.equal(layer.weight[5:7, 3:9], expected)
 
 
@@ -153,7 +157,7 @@ def test_law_1_a_write_into_a_converted_copy_is_refused_not_lost() -> None:
     assert layer.weight.unique().tolist() == [5]
 
 
-# -- any chain ---------------------------------------------------------------------------------------------------------------------
+# -- any chain ---------------------------------------------------------------------------------------------------------
 
 
 def chained(rng: random.Random, name: Any, oracle: Tensor) -> tuple[Any, Tensor, list[str]]:
