@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ._compiled import never_traced
 from ._dispatch import _COPY, _types, dispatch
-from ._kernel_name import Hidden
+from ._kernel_name import Hidden, StaleName
 from ._processes import reduce_for_process
 from ._read_only import read_only
 from ._regions import same_view
@@ -252,6 +252,6 @@ def is_same_view(first: _Aliased, second: _Aliased) -> bool:
 
 
 _types.aliased = (_Aliased,)
-_types.compound = (_Aliased, list, tuple)
+_types.compound = (_Aliased, StaleName, list, tuple)
 _types.view = make_view
 ForkingPickler.register(AliasedView, reduce_for_process)

@@ -189,7 +189,7 @@ class StorageBytes:
                 label=self.label,
                 expected=f"{self.plan.nbytes} bytes",
                 found=f"{self.buffer.untyped_storage().nbytes()} bytes",
-                remedy="Call aliasparam.invalidate(model) before lending memory; have it back at its address, and load again.",
+                remedy="Call aliasparam.invalidate(model) before memory is lent; have it back at its address, and load again.",
             )
 
     # -- reading -------------------------------------------------------------------------------------------------------

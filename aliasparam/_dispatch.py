@@ -297,6 +297,6 @@ class _types:
     """The tensor classes, filled in by _parameter.py (which imports this module)."""
 
     aliased: tuple[type, ...] = ()
-    #: What an argument is if it may hold an aliased tensor.
+    #: What an argument is if it is not as plain as it looks, or may hold such a tensor.
     compound: tuple[type, ...] = ()
     view: Callable[[Any, Tensor], Tensor]

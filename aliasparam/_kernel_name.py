@@ -145,10 +145,13 @@ class StaleName(Tensor):
             return KernelName(stale._alias_name.label, memory).stand_in
         if func is torch.ops.aten.empty_like.default:  # Module.to_empty()
             return func(stale._alias_name.memory, *args[1:], **(kwargs or {}))
-        raise stale._alias_name.refusal()
+        raise stale.refusal()
+
+    def refusal(self) -> StaleKernelError:
+        return self._alias_name.refusal()
 
     def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise self._alias_name.refusal()
+        raise self.refusal()
 
     # What goes past the dispatcher.
     numpy = tolist = __array__ = share_memory_ = __dlpack__ = __tvm_ffi_object__ = _refuse

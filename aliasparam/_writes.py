@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._kernel_name import StaleName
 from ._storage import AliasedStorage, Write
-from .errors import StaleKernelError
 
 
 def write_one(func: Any, target: Any, rest: tuple[Any, ...], overwrites: bool, checks_first: bool = True) -> None:
@@ -72,8 +72,7 @@ class Writes:
             except BaseException:
                 self._spoil()
                 raise
-        elif not self._all_begun or isinstance(error, StaleKernelError) or (self._checks_first and isinstance(error, Exception)):
-            # A stale kernel name among the sources refuses the operator as a whole, before it writes.
+        elif not self._all_begun or (self._checks_first and isinstance(error, Exception)):
             for storage, _, write in reversed(self._begun):
                 storage.undo(write)
         else:
@@ -85,8 +84,14 @@ class Writes:
 
 
 def apart(value: Any, storages: Sequence[AliasedStorage]) -> Any:
-    """``value``, or a copy of a plain tensor in it that lies in memory which is about to change format (a kernel name)."""
+    """``value``, or a copy of a plain tensor in it that lies in memory which is about to change format (a kernel name).
+
+    Raises:
+        StaleKernelError: a stale kernel name is in it; nothing has begun.
+    """
     if isinstance(value, Tensor):
+        if isinstance(value, StaleName):
+            raise value.refusal()
         return value.clone() if any(_lies_in(value, storage) for storage in storages) else value
     if isinstance(value, (list, tuple)):
         return type(value)(apart(v, storages) for v in value)
