@@ -102,6 +102,8 @@ def planned(
         sources[alias.source] = Source(alias.source, plan_here, None if fell_back else alias.derived or None)
     derivations = [d for d in declarations if isinstance(d, Derivation)]
     _need_free(label, taken, *(d.name for d in derivations))
+    for name in (*(alias.derived for alias in wanted if alias.derived), *(d.name for d in derivations)):
+        _need_unused(module, label, name)
     for derivation in derivations:
         derived.append(Derived(derivation))
         for name in derivation.sources:
@@ -141,6 +143,29 @@ def _need_free(label: str, taken: set[str], *names: str) -> None:
                 remedy="Chain transforms with .then(), or derive from the derived name.",
             )
         taken.add(name)
+
+
+def _need_unused(module: nn.Module, label: str, name: str) -> None:
+    """Refuse a kernel name which would take the place of something that the module has: it would be lost without a word."""
+    if "." in name:
+        found = "a dotted name"
+    elif name in module._parameters or name in module._buffers:
+        held = module._parameters.get(name, module._buffers.get(name))
+        found = "" if held is None else f"a tensor {TensorSpec.of(held)} under it"
+    elif name in module._modules:
+        found = f"a module under it, {type(module._modules[name]).__name__}"
+    else:
+        held = getattr(module, name, None)
+        found = "" if held is None else f"an attribute of the module, {type(held).__name__}"
+    if found:
+        raise DeclarationError(
+            "this kernel name is taken",
+            module=label,
+            name=name,
+            expected="a name that the module does not use",
+            found=found,
+            remedy="Choose another name, or delete what is there first if nobody holds its address.",
+        )
 
 
 def _parameter_spec(module: nn.Module, label: str, name: str) -> TensorSpec:

@@ -74,9 +74,11 @@ def alias_or_bind_derived_param(module: nn.Module, source_name: str, derived_nam
             remedy="Use the name it has, or put the other value under copy_or_rebind_param.",
         )
     spec, device = _source_spec(module, source, source_name)
-    if TensorSpec.of(derived_value) != spec or derived_value.device != device or not aliasing_is_on():
+    fits = TensorSpec.of(derived_value) == spec and derived_value.device == device and aliasing_is_on()
+    if not fits or (source is None and _has_memory(module, derived_name)):
         copy_or_rebind_param(module, derived_name, derived_value)
-        reason = _why_apart(spec, TensorSpec.of(derived_value), same_device=derived_value.device == device)
+        same_device = derived_value.device == device
+        reason = Reason.OWN_MEMORY if fits else _why_apart(spec, TensorSpec.of(derived_value), same_device=same_device)
         (registry or declare(module)).separate[derived_name] = Separate(source_name, reason, derived_value.nbytes)
         return
     value = _apart(module, source, source_name, derived_value)
@@ -127,6 +129,11 @@ def _apart(module: nn.Module, source: Source | None, name: str, value: Tensor) -
             return value.detach().clone()
         shared = value.untyped_storage().data_ptr() == target.untyped_storage().data_ptr()
         return value.detach().clone() if shared else value.detach()
+
+
+def _has_memory(module: nn.Module, name: str) -> bool:
+    """Whether a tensor lives under ``name``: then it stays where it is."""
+    return module._parameters.get(name) is not None or module._buffers.get(name) is not None
 
 
 def _source_spec(module: nn.Module, source: Source | None, name: str) -> tuple[TensorSpec, torch.device]:

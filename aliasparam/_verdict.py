@@ -30,6 +30,7 @@ class Reason(Enum):
     LOSSY = "the transform loses information: the source is kept"
     OTHER_DEVICE = "on another device than its source"
     UNDECLARED_SHAPE = "value of another shape or dtype from undeclared code"
+    OWN_MEMORY = "the derived name has memory of its own already, and no address moves"
     SWITCHED_OFF = "aliasing is switched off"
 
     @property

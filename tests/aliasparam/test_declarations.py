@@ -89,6 +89,41 @@ BAD = {
 }
 
 
+def taken() -> nn.Module:
+    module = layer()
+    module.b = nn.Parameter(torch.ones(4, 6, dtype=torch.uint8), requires_grad=False)
+    module.child = nn.Linear(2, 2)
+    module.register_buffer("held", torch.ones(2))
+    module.plain = torch.ones(3)
+    return module
+
+
+@pytest.mark.parametrize("name", ["b", "child", "held", "plain", "forward", "x.y"])
+def test_a_kernel_name_does_not_take_the_place_of_what_is_there(name: str) -> None:
+    for declaration in (Alias("a", name, PadLast2(8, 8)), Derivation(name, ("s",), maximum, (1,), torch.float32)):
+        module = taken()
+
+        with pytest.raises(DeclarationError, match="kernel name is taken"):
+            declare(module, declaration)
+
+        assert registry_of(module) is None
+        assert torch.equal(module.b, torch.ones(4, 6, dtype=torch.uint8))
+        assert isinstance(module.child, nn.Linear)
+        assert module.plain.tolist() == [1.0] * 3
+
+
+def test_a_kernel_name_may_take_the_place_of_a_placeholder() -> None:
+    module = layer()
+    module.register_parameter("b", None)
+    module.c = None
+
+    declare(module, Alias("a", "b", PadLast2(8, 8)), Derivation("c", ("s",), maximum, (1,), torch.float32))
+    process(module)
+
+    assert module.b.shape == (8, 8)
+    assert module.c.item() == 3.0
+
+
 @pytest.mark.parametrize("case", BAD)
 def test_a_bad_declaration_is_refused_and_changes_nothing(case: str) -> None:
     declarations, message = BAD[case]

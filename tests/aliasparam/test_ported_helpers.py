@@ -132,3 +132,26 @@ def test_a_pair_declared_with_a_transform_says_so() -> None:
 
     with pytest.raises(DeclarationError, match="declared with a transform"):
         alias_or_bind_derived_param(module, "w", "d", torch.ones(4, 4, dtype=torch.uint8))
+
+
+def test_law_3_a_name_with_memory_of_its_own_keeps_it_when_a_value_fits_the_source() -> None:
+    layer = Layer()
+    alias_or_bind_derived_param(layer, "weight_scale", "prepared", torch.zeros(8, 3, dtype=torch.uint8))
+    address = layer.prepared.data_ptr()
+
+    with pytest.raises(PointerError):
+        alias_or_bind_derived_param(layer, "weight_scale", "prepared", torch.ones(4, 3, dtype=torch.uint8))
+
+    assert layer.prepared.data_ptr() == address
+    assert torch.equal(layer.weight_scale, torch.arange(12, dtype=torch.uint8).view(4, 3))
+    assert memory_report(layer).allocated_bytes == 24
+
+    layer.other = nn.Parameter(torch.zeros(4, 3, dtype=torch.uint8), requires_grad=False)
+    address = layer.other.data_ptr()
+    alias_or_bind_derived_param(layer, "weight_scale", "other", torch.ones(4, 3, dtype=torch.uint8))
+    assert layer.other.data_ptr() == address
+    assert layer.other.unique().tolist() == [1]
+    assert {row.derived: row.reason.code for row in memory_report(layer).rows if row.reason} == {
+        "prepared": "undeclared-shape",
+        "other": "own-memory",
+    }
