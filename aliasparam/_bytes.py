@@ -72,6 +72,8 @@ class StorageBytes:
         self.handed_out = False
         #: Why somebody outside is writing the raw bytes now, or None.
         self.exposed: str | None = None
+        #: Checkpoint bytes of a region.
+        self.core_bytes = plan.source.nbytes // max(plan.regions, 1)
         self._states = RegionStates(plan.regions, state)
         self._written = WrittenBytes()
         self._why: str | None = None  # what made regions invalid, where that is not plain from the caller
@@ -129,11 +131,10 @@ class StorageBytes:
 
     def _move(self, regions: Sequence[int], to: State, doing: str) -> None:
         self.need_unexposed(doing)
-        # What arrived before a region is begun again, or becomes invalid, no longer counts.
-        begun = [r for r in regions if self.states[r] is not State.PARTIAL] if to is State.PARTIAL else ()
         self._states.move(regions, to, doing, self.label)
-        for region in regions if to is State.INVALID else begun:
-            self._written.forget(region * self.plan.region_capacity, (region + 1) * self.plan.region_capacity)
+        if self._written and (to is State.PARTIAL or to is State.INVALID):
+            for region in regions:  # what arrived before a region is begun anew no longer counts
+                self._written.forget(region * self.plan.region_capacity, (region + 1) * self.plan.region_capacity)
         self._look()
 
     def _look(self) -> None:
@@ -266,7 +267,6 @@ class StorageBytes:
         if not self._states.any_is(State.PARTIAL):
             return
         mask = self._written.mask(self.plan.nbytes)
-        core_bytes = self.plan.source.nbytes // self.plan.regions
         partial = [r for r, s in enumerate(self.states) if s is State.PARTIAL]
-        full = [r for r in partial if bool(mask[r * self.plan.region_capacity :][:core_bytes].all())]
+        full = [r for r in partial if bool(mask[r * self.plan.region_capacity :][: self.core_bytes].all())]
         self._move(full, State.CHECKPOINT, "settle")

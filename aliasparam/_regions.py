@@ -50,28 +50,27 @@ def regions_of(plan: StoragePlan, view: Tensor) -> range:
     return range(first // plan.region_capacity, (end - 1) // plan.region_capacity + 1)
 
 
-def covered(plan: StoragePlan, view: Tensor) -> tuple[range, bool]:
+def covered(plan: StoragePlan, core: int, view: Tensor) -> tuple[range, bool]:
     """The regions which a view touches, and whether it surely holds every checkpoint byte of them (False where that is not
-    plain to see)."""
+    plain to see). A region has ``core`` checkpoint bytes."""
     if view.numel() == 0:
         return range(0), False
     first, end = bytes_of(view)
-    core, capacity = plan.source.nbytes // plan.regions, plan.region_capacity
+    capacity = plan.region_capacity
     regions = range(first // capacity, (end - 1) // capacity + 1)
     count = len(regions)
     if view.nbytes != core * count:
         return regions, False
     begin = regions.start * capacity
     if count > 1 and core != capacity:
-        return regions, _is_stack(plan, view, begin)
+        return regions, _is_stack(plan, core, view, begin)
     # As many bytes as the range holds, none twice, none before or after it.
     in_range = begin <= first and end <= begin + capacity * (count - 1) + core
     return regions, in_range and (view.is_contiguous() or not overlaps_itself(view))
 
 
-def _is_stack(plan: StoragePlan, view: Tensor, begin: int) -> bool:
+def _is_stack(plan: StoragePlan, core: int, view: Tensor, begin: int) -> bool:
     """Whether ``view`` is whole padded regions one after the other, as the checkpoint name itself."""
-    core = plan.source.nbytes // plan.regions
     # From the inside out: dims that make up one region without gaps, then dims that count regions.
     filled, step = view.element_size(), plan.region_capacity
     for size, stride in sorted(zip(view.shape, view.stride(), strict=True), key=lambda pair: pair[1]):

@@ -208,7 +208,8 @@ def declare(module: nn.Module, *declarations: Declaration, loaded: bool = True, 
     """Declare checkpoint names, kernel names and derivations of a module.
 
     Parameters named as sources become :class:`AliasedParameter`; kernel names become non-persistent buffers. On the meta
-    device only the plan is made: memory is bound when :func:`process` finds a loaded tensor under the name.
+    device only the plan is made: memory is bound when :func:`process` finds a tensor under the name, and whatever it finds counts
+    as loaded (also the uninitialized memory that ``Module.to_empty()`` makes: load it before processing).
 
     Args:
         module: the module that owns the Parameters.

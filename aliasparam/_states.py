@@ -42,7 +42,7 @@ class State(Enum):
 #: The legal moves; `RegionStates.move` is their only executor.
 _MOVES: dict[State, frozenset[State]] = {
     State.EMPTY: frozenset({State.PARTIAL, State.CHECKPOINT, State.INVALID}),
-    State.PARTIAL: frozenset({State.PARTIAL, State.CHECKPOINT, State.KERNEL, State.INVALID}),
+    State.PARTIAL: frozenset({State.CHECKPOINT, State.KERNEL, State.INVALID}),
     State.CHECKPOINT: frozenset({State.CHECKPOINT, State.KERNEL, State.INVALID}),
     State.KERNEL: frozenset({State.KERNEL, State.CHECKPOINT, State.PARTIAL, State.INVALID}),
     State.INVALID: frozenset({State.PARTIAL, State.CHECKPOINT, State.INVALID}),

@@ -62,7 +62,7 @@ class AliasedStorage(ConvertibleStorage):
         if self.is_plain:
             return None
         self.need_unexposed("write")
-        regions, covers = covered(self.plan, view)
+        regions, covers = covered(self.plan, self.core_bytes, view)
         write = Write(regions, covers, overwrites, [])
         if not overwrites:
             self._need_weights(view, regions)
@@ -77,10 +77,10 @@ class AliasedStorage(ConvertibleStorage):
         if self.holds_kernel_bytes:
             self._leave_kernel(write)
         if not (write.covers and write.overwrites):  # else regions move when all their bytes are there
-            begun = [r for r in write.regions if self.states[r] is State.EMPTY or self.states[r] is State.INVALID]
+            begun = [(r, s) for r in write.regions if (s := self.states[r]) is State.EMPTY or s is State.INVALID]
             if begun:
-                write.moved.extend((r, self.states[r]) for r in begun)
-                self._move(begun, State.PARTIAL, "write")
+                write.moved.extend(begun)
+                self._move([r for r, _ in begun], State.PARTIAL, "write")
 
     def _leave_kernel(self, write: Write) -> None:
         kept = not (write.covers and write.overwrites)
@@ -120,10 +120,10 @@ class AliasedStorage(ConvertibleStorage):
     def after_write(self, view: Tensor, write: Write | None = None) -> None:
         """Record that checkpoint values were written through ``view``."""
         if not self.is_plain:
-            regions, covers = write[:2] if write is not None else covered(self.plan, view)
+            regions, covers = write[:2] if write is not None else covered(self.plan, self.core_bytes, view)
             if covers:
                 self._move(regions, State.CHECKPOINT, "write")
-            elif self._states.any_is(State.PARTIAL) and any(self.states[r] is State.PARTIAL for r in regions):
+            elif State.PARTIAL in self.states[regions.start : regions.stop]:
                 self._written.add(view)
         self._changed()
 
@@ -136,7 +136,7 @@ class AliasedStorage(ConvertibleStorage):
         """
         self.notice()
         self.need_unexposed("expose")
-        regions, covers = covered(self.plan, view)
+        regions, covers = covered(self.plan, self.core_bytes, view)
         if not covers and not self.plan.transform.invertible and any(self.states[r] is State.KERNEL for r in regions):
             self.read(view)  # raises: nobody could say what the bytes are that the writer leaves out
         write = Write(regions, False, True, [])  # as if it covered nothing: what the writer leaves out stays as it was

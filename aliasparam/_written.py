@@ -22,8 +22,11 @@ class WrittenBytes:
 
     def forget(self, first: int, end: int) -> None:
         """Bytes ``[first, end)`` no longer hold what arrived."""
-        if self._log:
-            self._log.append((first, end))
+        self._log.append((first, end))
+
+    def __bool__(self) -> bool:
+        """Whether anything arrived."""
+        return bool(self._log)
 
     def clear(self) -> None:
         self._log.clear()

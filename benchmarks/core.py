@@ -17,6 +17,7 @@ from aliasparam import Alias, Derivation, SwapHalves, bulk_load, declare, proces
 EXPERTS, ROWS, COLUMNS = 64, 32, 256
 MANY_EXPERTS = 384
 ROUNDS = 5
+FIRST_LOADS = 20  # rounds, each over fresh memory
 
 
 class Linear(nn.Module):
@@ -41,10 +42,10 @@ def _largest(scale: torch.Tensor) -> torch.Tensor:
     return scale.max().reshape(1)
 
 
-def seconds(do: Callable[[], Any], repeat: int) -> float:
+def seconds(do: Callable[[], Any], repeat: int, rounds: int = ROUNDS) -> float:
     """Best of several rounds, per call."""
     best = float("inf")
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         start = time.perf_counter()
         for _ in range(repeat):
             do()
@@ -66,7 +67,7 @@ def main() -> None:
         a, b = seconds(plain, repeat) * 1e6, seconds(aliased, repeat) * 1e6
         table.add_row(what, f"{a:.2f}", f"{b:.2f}", f"{b - a:+.2f}")
     for what, plain, aliased, shards in first_loads(device):
-        a, b = seconds(plain, 1) / shards * 1e6, seconds(aliased, 1) / shards * 1e6
+        a, b = (seconds(load, 1, FIRST_LOADS) / shards * 1e6 for load in (plain, aliased))
         table.add_row(what, f"{a:.2f}", f"{b:.2f}", f"{b - a:+.2f}")
     console.print(table)
     declaring(console, options.layers)
@@ -123,7 +124,7 @@ def first_loads(device: str) -> Iterator[tuple[str, Callable[[], Any], Callable[
 
     for what, load, shards in (("whole", whole, MANY_EXPERTS), ("in halves, each", halves, 2 * MANY_EXPERTS)):
         # One tensor for each of the rounds that `seconds` makes.
-        tensors = {d: iter([empty(declared=d) for _ in range(ROUNDS)]) for d in (False, True)}
+        tensors = {d: iter([empty(declared=d) for _ in range(FIRST_LOADS)]) for d in (False, True)}
         yield (
             f"first load of {MANY_EXPERTS} experts, {what}",
             lambda load=load, t=tensors[False]: load(next(t)),  # type: ignore[misc]

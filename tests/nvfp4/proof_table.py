@@ -14,9 +14,14 @@ DOCS = Path(__file__).parents[2] / "docs" / "nvfp4" / "backends.md"
 MOE_DOCS = DOCS.with_name("moe.md")
 _MARK = "<!-- {name}: {edge} -->"
 #: Linear backends whose kernel has run, and where (docs/gpu.md). The others have a command that will.
-LINEAR_RAN = {"reference": "runs here", "triton": "ran on Hopper", "triton_shuffled": "ran on Hopper"}
+LINEAR_RAN = {
+    "reference": "runs here",
+    "triton": "ran on Hopper",
+    "triton_shuffled": "ran on Hopper",
+    "triton_w4a4": "ran on Hopper",
+}
 #: MoE runners whose kernel has run on a GPU, and where. The others have a command that will.
-RAN: dict[str, str] = {}
+RAN = {"flashinfer_cutile": "ran on Hopper", "triton": "ran on Hopper"}
 #: What is compared with FlashInfer's own ``prepare_*`` as a whole, besides its index functions.
 WHOLE_PREPARATION = ("trtllm", "trtllm_routed", "cutedsl", "b12x", "cutile", "cutile_sm12x")
 
@@ -91,9 +96,9 @@ def _moe_cells(runner: MoERunner) -> list[str]:
     where = ", ".join(f"{major}.{minor}" for major, minor in sorted(runner.capabilities))
     return [
         f"`{runner.name}`",
-        where or "any device",
+        where or ("8.0 and later" if runner.name == "triton" else "any device"),
         rows,
-        f"{runner.layout.hidden}, {runner.layout.intermediate}" if flashinfer else "",
+        f"{runner.layout.hidden}, {runner.layout.intermediate}" if runner.layout.hidden > 1 else "",
         scales,
         _ACTIVATIONS[runner.activation],
         "may differ" if runner.untied else "equal, or refused",

@@ -27,6 +27,10 @@ PROMPT = "What is the capital of France?"
 pytestmark = [pytest.mark.real, pytest.mark.skipif(not FOLDERS, reason="ALIASPARAM_LLMCOMPRESSOR names no folder of them")]
 
 
+def is_dense(folder: Path) -> bool:
+    return folder.name.startswith("dense")
+
+
 def quantizes_activations(folder: Path) -> bool:
     group = json.loads((folder / "config.json").read_text())["quantization_config"]["config_groups"]["group_0"]
     return group["input_activations"] is not None
@@ -38,14 +42,23 @@ def test_it_is_served_and_exported_byte_for_byte_and_reloads_into_itself(folder:
     first = logits(model, tokenizer, PROMPT)
 
     # Its input scales for the experts are from fewer tokens than ModelOpt's, and this small model does not take the clipping.
-    if folder.name == "dense" or not quantizes_activations(folder):
+    if is_dense(folder) or not quantizes_activations(folder):
         assert "The capital of France is Paris" in answer(model, tokenizer, PROMPT)
     assert same_as_file(checkpoint_state_dict(model), folder)
     reload_folder(model, folder)
     assert torch.equal(logits(model, tokenizer, PROMPT), first)
 
 
-@pytest.mark.parametrize("folder", [f for f in FOLDERS if f.name != "dense"], ids=lambda p: p.name)
+@pytest.mark.parametrize("folder", [f for f in FOLDERS if is_dense(f)], ids=lambda p: p.name)
+def test_projections_fuse_because_their_global_scales_were_unified(folder: Path) -> None:
+    model, _ = load_model(folder, "reference")
+    for layer in model.model.layers:
+        assert layer.self_attn.qkv_proj.partitions == (576, 192, 192)
+        assert layer.mlp.gate_up_proj.partitions == (1536, 1536)
+        assert layer.self_attn.qkv_proj.quant_method.input_scale is quantizes_activations(folder)
+
+
+@pytest.mark.parametrize("folder", [f for f in FOLDERS if not is_dense(f)], ids=lambda p: p.name)
 def test_each_layers_experts_give_what_exact_arithmetic_on_its_bytes_gives(folder: Path) -> None:
     model, tokenizer = load_model(folder, "reference", moe_backend="reference")
     right = exact(folder)
