@@ -10,8 +10,13 @@ from .faces.layers import STATES
 from .faces.observe import DOCS, outcome, table
 
 CASES = [(group, title, state) for group, faces in FACES.items() for title in faces for state in STATES]
-#: numpy has no memory on a GPU, and CUDA handles cannot be opened by the process that made them.
-CPU_ONLY = {"`.numpy()` (a read-only copy)", "`numpy.asarray`", "the name sent to another process"}
+#: numpy has no memory on a GPU, CUDA handles cannot be opened by the process that made them, and integers have no matmul there.
+CPU_ONLY = {
+    "`F.linear` with the name as weight",
+    "`.numpy()` (a read-only copy)",
+    "`numpy.asarray`",
+    "the name sent to another process",
+}
 #: The table is of this version; torch's own refusals are of other classes in others, and on a GPU.
 EXACT = torch.__version__.startswith("2.13.")
 
