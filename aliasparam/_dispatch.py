@@ -228,10 +228,8 @@ def _collective(func: Any) -> _Handler:
         written = [t for n, v in given.items() if n not in _SENT and not sends for t in _aliased([v])]
         storages = [t._alias_storage for t in written]
         with Writes(written, name not in _REDUCES, checks_first=False) as writes:
-            plain = {
-                n: _map_one(_values, apart(v, storages)) if sends or n in _SENT else _map_one(_memory, v)
-                for n, v in given.items()
-            }
+            read = [n for n in given if sends or n in _SENT]
+            plain = {n: _map_one(_values, apart(v, storages)) if n in read else _map_one(_memory, v) for n, v in given.items()}
             writes.begin()
             return func(**plain)
 
