@@ -1,10 +1,11 @@
-# make demo    the main job on real weights        make test    all tests
+# make demo    the main job on real weights        make test    all tests, in JOBS processes (JOBS=2)
 # make lint    ruff and mypy                       make docs    the docs site, strictly
 # make CONSTRAINTS=   with the newest versions     make PYTHON=python3.12   with another Python
 
 PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
+JOBS ?= 2
 BIN := $(VENV)/bin
 PIN := $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 TORCH := $(if $(CONSTRAINTS),$(shell grep '^torch==' $(CONSTRAINTS)),torch)
@@ -17,7 +18,8 @@ demo: $(VENV)/.demo
 	$(BIN)/aliasparam-nvfp4 demo $(DEMO)
 
 test: $(VENV)/.test
-	HYPOTHESIS_PROFILE=$${HYPOTHESIS_PROFILE:-default} $(BIN)/python -m pytest $(TESTS)
+	HYPOTHESIS_PROFILE=$${HYPOTHESIS_PROFILE:-default} OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} \
+	  $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(TESTS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

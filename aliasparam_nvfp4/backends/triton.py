@@ -21,15 +21,7 @@ class Triton(LinearBackend):
     shuffled = False
 
     def unavailable(self, device: torch.device) -> str | None:
-        if (reason := super().unavailable(device)) is not None:
-            return reason
-        import triton
-
-        if triton.knobs.runtime.interpret:
-            return None
-        if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
-            return "needs a GPU of compute capability 8.0 or later (or TRITON_INTERPRET=1)"
-        return None
+        return super().unavailable(device) or no_triton(device)
 
     def apply(self, layer: KernelNames, x: Tensor, shape: LinearShape) -> Tensor:
         from ..kernels.triton_linear import linear
@@ -42,6 +34,17 @@ class Triton(LinearBackend):
             n=shape.n,
             shuffled=self.shuffled,
         )
+
+
+def no_triton(device: torch.device) -> str | None:
+    """Why the Triton kernels cannot run on ``device``, where Triton is installed."""
+    import triton
+
+    if triton.knobs.runtime.interpret:
+        return None
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+        return "needs a GPU of compute capability 8.0 or later (or TRITON_INTERPRET=1)"
+    return None
 
 
 def kernel_input(x: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...backends.triton import kernel_input
+from ...backends.triton import kernel_input, no_triton
 from ..layouts import GATE_UP
 from ._base import MoENames, MoERunner, MoEShape
 
@@ -22,15 +22,7 @@ class Triton(MoERunner):
     call = "aliasparam_nvfp4.kernels.triton_moe.experts"
 
     def unavailable(self, device: torch.device) -> str | None:
-        if (reason := super().unavailable(device)) is not None:
-            return reason
-        import triton
-
-        if triton.knobs.runtime.interpret:
-            return None
-        if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
-            return "needs a GPU of compute capability 8.0 or later (or TRITON_INTERPRET=1)"
-        return None
+        return super().unavailable(device) or no_triton(device)
 
     def apply(self, layer: MoENames, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, shape: MoEShape) -> Tensor:
         from ...kernels.triton_moe import ExpertWeights, Gating, experts
