@@ -73,8 +73,9 @@ def inspect(folder: Folder) -> None:
 
     config = QuantConfig.from_folder(folder)
     tensors = CheckpointFolder(folder).tensors
-    console.print(f"{folder}: {config.algo}, group size {config.group_size}, KV cache {config.kv_cache_algo or 'unquantized'}")
-    console.print(f"excluded modules: {', '.join(config.exclude) or 'none'}")
+    how = f"{config.algo}, group size {config.group_size}, KV cache {config.kv_cache_algo or 'unquantized'}"
+    console.print(f"{folder}: {how}", soft_wrap=True)
+    console.print(f"excluded modules: {', '.join(config.exclude) or 'none'}", soft_wrap=True)
     table = Table("name", "dtype", "tensors", "MiB")
     kinds: dict[tuple[str, str], list[int]] = {}
     for entry in tensors.values():
@@ -168,10 +169,10 @@ def doctor() -> None:
     for package in ("transformers", "flashinfer", "modelopt", "triton"):
         console.print(f"{package:<22}{'installed' if importlib.util.find_spec(package) else 'not installed'}", highlight=False)
     console.print("\nlinear backends:")
-    console.print(why(device), highlight=False)
+    console.print(why(device), highlight=False, soft_wrap=True)
     console.print("\nMoE runners:")
     for runner in sorted(moe_runners().values(), key=lambda r: -r.rank):
-        console.print(f"{runner.name:<32}{runner.unavailable(device) or 'runs here'}", highlight=False)
+        console.print(f"{runner.name:<36}{runner.unavailable(device) or 'runs here'}", highlight=False, soft_wrap=True)
 
 
 def _load(folder: Path, backend: str, moe_backend: str) -> tuple[Any, Any]:

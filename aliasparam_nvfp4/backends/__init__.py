@@ -95,5 +95,5 @@ def why(device: torch.device) -> str:
     for backend in sorted(linear_backends().values(), key=lambda b: -b.rank):
         reason = backend.unavailable(device)
         verdict = "auto takes it: the first that runs here" if backend is chosen else "runs here" if reason is None else reason
-        lines.append(f"{backend.name:<32}{verdict}")
+        lines.append(f"{backend.name:<36}{verdict}")
     return "\n".join(lines)

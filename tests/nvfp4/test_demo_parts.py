@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,6 @@ from rich.console import Console
 
 transformers = pytest.importorskip("transformers")
 from aliasparam_nvfp4.demo import checkpoints as recipe  # noqa: E402
-from aliasparam_nvfp4.demo._peak import PeakMemory  # noqa: E402
 from aliasparam_nvfp4.demo.large_models import MODELS, scale_report  # noqa: E402
 from aliasparam_nvfp4.demo.reparametrize import reparametrize  # noqa: E402
 from aliasparam_nvfp4.demo.split import MIXTRAL_4, MIXTRAL_8, QWEN2_8, Variant  # noqa: E402
@@ -75,10 +76,15 @@ def test_the_memory_table(name: str, saved: float) -> None:
 
 
 def test_peak_memory_sees_an_allocation() -> None:
-    with PeakMemory() as peak:
-        torch.ones(64 << 20, dtype=torch.uint8)
-    if peak.exact:
-        assert 60 << 20 < peak.extra_bytes < 100 << 20
+    """In a process of its own: the allocator of one that ran other tests may have so much at hand."""
+    code = (
+        "import torch\nfrom aliasparam_nvfp4.demo._peak import PeakMemory\n"
+        "with PeakMemory() as peak:\n    torch.ones(64 << 20, dtype=torch.uint8)\n"
+        "print(peak.exact, peak.extra_bytes)"
+    )
+    exact, extra = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    if exact == "True":
+        assert 60 << 20 < int(extra) < 100 << 20
 
 
 def test_a_finished_checkpoint_is_used_again_and_an_unfinished_one_is_made_anew(
