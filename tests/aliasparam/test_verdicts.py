@@ -1,0 +1,200 @@
+"""When a pair aliases, what keeps its source, and which memory cannot be declared or shared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from multiprocessing.reduction import ForkingPickler
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from aliasparam import (
+    Alias,
+    PadLast2,
+    Reason,
+    SwapHalves,
+    TensorSpec,
+    Transform,
+    declare,
+    explain,
+    memory_report,
+    process,
+    registry_of,
+)
+from aliasparam._verdict import judge
+from aliasparam.errors import AdoptionError, DeclarationError, StaleKernelError
+
+from .declared import bytes_of, layer_of
+
+# -- verdicts ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Spec(Transform):
+    """Only for verdicts."""
+
+    pads: bool = False  # type: ignore[misc]
+    lossless: bool = True  # type: ignore[misc]
+
+    def output_spec(self, spec: TensorSpec) -> TensorSpec:
+        raise NotImplementedError
+
+    forward = inverse = output_spec  # type: ignore[assignment]
+
+
+u8, i8, i16 = torch.uint8, torch.int8, torch.int16
+
+
+@pytest.mark.parametrize(
+    ("source", "derived", "transform", "reason"),
+    [
+        (((4, 6), u8), ((4, 6), u8), Spec(), Reason.SAME),
+        (((4, 6), u8), ((2, 12), u8), Spec(), Reason.SAME_BYTES),
+        (((4, 6), u8), ((4, 6), i8), Spec(), Reason.SAME_BYTES),
+        (((4, 6), u8), ((8, 8), u8), Spec(pads=True), Reason.PADDED),
+        (((1, 6), u8), ((8, 6), u8), Spec(pads=True), Reason.PADDED),
+        (((1, 6), u8), ((8, 6), u8), Spec(), Reason.BROADCAST),
+        (((1,), u8), ((3,), u8), Spec(), Reason.BROADCAST),
+        (((3,), u8), ((1,), u8), Spec(), Reason.BROADCAST),
+        (((4, 6), u8), ((4, 5), u8), Spec(), Reason.SMALLER),
+        (((4, 6), u8), ((4, 6), i16), Spec(), Reason.ELEMENT_WIDTH),
+        (((4, 6), u8), ((4, 6), u8), Spec(lossless=False), Reason.LOSSY),
+    ],
+)
+def test_verdicts(source: Any, derived: Any, transform: Transform, reason: Reason) -> None:
+    found = judge(TensorSpec(*source), TensorSpec(*derived), transform)
+
+    assert found is reason
+    assert found.aliases == (reason.code in ("same", "same-bytes", "padded"))
+
+
+@dataclass(frozen=True)
+class Halve(Transform):
+    """A lossy step: the lowest bit is gone."""
+
+    lossless = False
+
+    def output_spec(self, spec: TensorSpec) -> TensorSpec:
+        return spec
+
+    def forward(self, tensor: Tensor) -> Tensor:
+        return tensor // 2
+
+    def inverse(self, tensor: Tensor, spec: TensorSpec) -> Tensor:
+        raise NotImplementedError
+
+
+def test_a_lossy_step_keeps_its_source_and_never_drifts() -> None:
+    values = bytes_of(4, 6)
+    layer = layer_of(values, Halve())
+    for _ in range(3):
+        layer.weight[0, 0] = values[0, 0]
+        process(layer)
+        assert torch.equal(layer.prepared, values // 2)
+        assert torch.equal(layer.weight, values)
+    assert "[lossy]" in explain(layer)
+    with pytest.raises(DeclarationError, match="loses information"):
+        module = nn.Module()
+        module.weight = nn.Parameter(values, requires_grad=False)
+        declare(module, Alias("weight", "prepared", Halve(), on_mismatch="error"))
+
+
+# -- memory that cannot be declared --------------------------------------------------------------------------------------
+
+
+def test_overlapping_expanded_and_scattered_sources_are_refused() -> None:
+    base = torch.zeros(8, 4)
+    module = nn.Module()
+    module.a, module.b = nn.Parameter(base[:5], requires_grad=False), nn.Parameter(base[4:], requires_grad=False)
+    with pytest.raises(DeclarationError, match="overlap in memory"):
+        declare(module, Alias("a", "a_"), Alias("b", "b_"))
+    module.c = nn.Parameter(torch.zeros(1, 4).expand(3, 4), requires_grad=False)
+    with pytest.raises(DeclarationError, match="share memory"):
+        declare(module, Alias("c", "c_"))
+    assert type(module.a) is nn.Parameter
+    assert registry_of(module) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+def test_names_on_several_devices_are_refused() -> None:
+    module = nn.Module()
+    module.a = nn.Parameter(torch.zeros(4), requires_grad=False)
+    module.b = nn.Parameter(torch.zeros(4, device="cuda"), requires_grad=False)
+
+    with pytest.raises(DeclarationError, match="several devices"):
+        declare(module, Alias("a", "a_"), Alias("b", "b_"))
+
+    assert registry_of(module) is None
+
+
+def test_a_declared_module_is_not_sent_to_another_process_and_does_not_move() -> None:
+    """torch would move its memory into a shared segment, under every captured address."""
+    layer = layer_of(bytes_of(4, 6), SwapHalves())
+    process(layer)
+    address = layer.weight.data_ptr()
+
+    with pytest.raises(AdoptionError, match="another process"):
+        ForkingPickler.dumps(layer)
+
+    assert layer.weight.data_ptr() == address
+    assert torch.equal(layer.weight, bytes_of(4, 6))
+
+
+def test_a_transposed_source_gets_contiguous_memory_of_its_own() -> None:
+    base = bytes_of(4, 6)
+    layer = nn.Module()
+    layer.weight = nn.Parameter(base.t(), requires_grad=False)
+    declare(layer, Alias("weight", "prepared", SwapHalves()))
+    process(layer)
+
+    assert torch.equal(layer.prepared, SwapHalves().forward(base.t()))
+    assert torch.equal(base, bytes_of(4, 6)), "the memory of others was not touched"
+
+
+def test_memory_that_somebody_else_looks_at_is_not_taken_over() -> None:
+    values = bytes_of(4, 6)
+    parameter = nn.Parameter(values.clone(), requires_grad=False)
+    held = parameter.data
+    layer = nn.Module()
+    layer.weight = parameter
+    declare(layer, Alias("weight", "prepared", SwapHalves()))
+    process(layer)
+
+    assert torch.equal(held, values), "the other holder sees no kernel bytes"
+
+
+# -- ties ----------------------------------------------------------------------------------------------------------------
+
+
+def test_tied_weights_of_two_modules_share_one_storage() -> None:
+    a, b = nn.Module(), nn.Module()
+    a.weight = b.weight = nn.Parameter(bytes_of(4, 6), requires_grad=False)
+    model = nn.ModuleDict({"a": a, "b": b})
+    declare(a, Alias("weight", "prepared", SwapHalves()))
+    declare(b, Alias("weight", "prepared", SwapHalves()))
+    process(model)
+
+    assert a.weight is b.weight
+    assert a.prepared.data_ptr() == b.prepared.data_ptr() == a.weight.data_ptr()
+    assert memory_report(model).allocated_bytes == 24
+    assert list(dict(model.named_parameters())) == ["a.weight"]
+    b.weight.copy_(bytes_of(4, 6, seed=2))
+    for module in (a, b):
+        with pytest.raises(StaleKernelError):
+            module()
+    process(model)
+    assert torch.equal(a.prepared, SwapHalves().forward(bytes_of(4, 6, seed=2)))
+    with pytest.raises(NotImplementedError):  # nn.Module's own: it would run
+        a()
+
+
+def test_a_tie_to_two_formats_is_refused() -> None:
+    a, b = nn.Module(), nn.Module()
+    a.weight = b.weight = nn.Parameter(bytes_of(4, 6), requires_grad=False)
+    declare(a, Alias("weight", "prepared", SwapHalves()))
+
+    with pytest.raises(DeclarationError, match="two different kernel formats"):
+        declare(b, Alias("weight", "prepared", PadLast2(8, 8)))
