@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -192,13 +191,11 @@ def test_law_4_a_declaration_probes_a_bounded_part_of_a_large_weight() -> None:
     with torch.device("meta"):
         layer = nn.Module()
         layer.w = nn.Parameter(torch.empty(LARGE.shape, dtype=U), requires_grad=False)
-    began = time.process_time()
 
     declare(layer, Alias("w", "k", Counting()))
 
     assert Counting.largest <= PROBE_BYTES
     assert Counting.total <= 32 * PROBE_BYTES
-    assert time.process_time() - began < 1.0
 
 
 def rows_beyond(limit: int) -> Bytes:
