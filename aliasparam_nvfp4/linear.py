@@ -12,14 +12,13 @@ from aliasparam import Alias, AliasRegistry, Declaration, Derivation, Transform,
 from aliasparam._verdict import plan_storage
 from aliasparam.errors import PointerError, StateError
 
+from .availability import need_running as _need_running
 from .backends import KernelNames, LinearBackend, LinearLayout, LinearShape, chosen, linear_backend
 from .checkpoint_format import MODELOPT, CheckpointFormat
 from .errors import BackendError, ShapeError
 from .format import BLOCK_SIZE
 from .loaders import load_partition
 from .scales import GlobalScales, PartitionRatios
-
-_runs: dict[tuple[str, torch.device], str | None] = {}
 
 
 class NvFp4LinearMethod:
@@ -264,16 +263,6 @@ def _weights_changed(registry: AliasRegistry) -> None:
     for source in registry.sources.values():
         for binding in source.bindings:
             getattr(binding.parameter, "shards_seen", set()).clear()
-
-
-def _need_running(backend: LinearBackend, device: torch.device) -> None:
-    key = (backend.name, device)
-    if key not in _runs:
-        _runs[key] = backend.unavailable(device)
-    if (reason := _runs[key]) is not None:
-        raise BackendError(
-            "this backend cannot run here", name=backend.name, found=reason, remedy='Use backend="reference" or "auto".'
-        )
 
 
 def _register(layer: nn.Module, name: str, shape: tuple[int, ...], dtype: torch.dtype, attributes: dict[str, Any]) -> None:

@@ -138,14 +138,19 @@ class PartitionRatios:
         return bool(self.applies)
 
 
+def are_scales(values: Tensor) -> Tensor:
+    """bool: which values a global scale, or what derives from one, can have."""
+    return torch.isfinite(values) & (values > 0)
+
+
 def _need_scales(what: str, values: Tensor) -> None:
-    if not bool((torch.isfinite(values) & (values > 0)).all()):
+    if not bool(are_scales(values).all()):
         raise ScaleError(f"{what} is not a scale", expected="finite, > 0", found=values.tolist())
 
 
 def _usable(what: str, value: Tensor) -> Tensor:
     """Scales may each be one and have a product or a reciprocal that float32 does not hold."""
-    if not bool((torch.isfinite(value) & (value > 0)).all()):
+    if not bool(are_scales(value).all()):
         raise ScaleError(
             f"{what} has no value in float32",
             name=what,

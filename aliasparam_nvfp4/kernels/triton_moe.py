@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..moe.activation import ExpertActivation
 from .gemm import most_decode_tokens, partial_sums
 from .plan import plan
 from .tiled import tile_sizes
@@ -50,18 +51,8 @@ class ExpertWeights:
     first_expert: int
 
 
-@dataclass(frozen=True)
-class Gating:
-    """``gate * sigmoid(alpha * gate) * (up + beta)``, held within ``limit`` (infinite: not held); else ``relu(x)**2`` of w1."""
-
-    gated: bool = True
-    alpha: float = 1.0
-    beta: float = 0.0
-    limit: float = float("inf")
-
-
 def experts(
-    x: Tensor, weights: ExpertWeights, topk_weights: Tensor, topk_ids: Tensor, *, intermediate: int, gating: Gating
+    x: Tensor, weights: ExpertWeights, topk_weights: Tensor, topk_ids: Tensor, *, intermediate: int, activation: ExpertActivation
 ) -> Tensor:
     """``[T, H] -> [T, H]`` in ``x.dtype``.
 
@@ -71,11 +62,11 @@ def experts(
         topk_weights: ``[T, k]``.
         topk_ids: int32 ``[T, k]``, global numbers; those of other ranks give nothing.
         intermediate: I, unpadded.
-        gating: the activation between the two GEMMs.
+        activation: what lies between the two GEMMs.
     """
     out = torch.empty_like(x)
     for rows in _pieces(x.shape[0], topk_ids.shape[1]):
-        _some(x[rows], weights, topk_weights[rows].contiguous(), topk_ids[rows].contiguous(), intermediate, gating, out[rows])
+        _some(x[rows], weights, topk_weights[rows].contiguous(), topk_ids[rows].contiguous(), intermediate, activation, out[rows])
     return out
 
 
@@ -85,7 +76,9 @@ def _pieces(tokens: int, k: int) -> Iterator[slice]:
         yield slice(first, first + step)
 
 
-def _some(x: Tensor, w: ExpertWeights, topk_weights: Tensor, topk_ids: Tensor, i: int, gating: Gating, out: Tensor) -> None:
+def _some(
+    x: Tensor, w: ExpertWeights, topk_weights: Tensor, topk_ids: Tensor, i: int, activation: ExpertActivation, out: Tensor
+) -> None:
     (tokens, h), k, e = x.shape, topk_ids.shape[1], w.w13.shape[0]
     slots = tokens * k
     planned = plan(topk_ids, experts=e, first_expert=w.first_expert, tile=_tile(tokens, slots, e, most_decode_tokens(x)))
@@ -105,11 +98,11 @@ def _some(x: Tensor, w: ExpertWeights, topk_weights: Tensor, topk_ids: Tensor, i
         slots * rows13,
         w.first_expert,
         e,
-        gating.alpha,
-        gating.beta,
-        gating.limit,
+        activation.alpha,
+        activation.beta,
+        float("inf") if activation.limit is None else activation.limit,
         PARTS=sums13.shape[0],
-        GATED=gating.gated,
+        GATED=activation.gated,
         BLOCK=_BLOCK,
     )
     sums2 = partial_sums(hidden, w.w2, w.w2_scale, n=h, planned=planned, slots=slots)

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from aliasparam import AliasRegistry, Keep, declare, registry_of
 from aliasparam.errors import StateError
 
+from ..availability import need_running
 from ..checkpoint_format import MODELOPT, CheckpointFormat
-from ..errors import BackendError, ShapeError
+from ..errors import ShapeError
 from ..format import BLOCK_SIZE
 from .activation import SWIGLU, ExpertActivation
 from .checks import FiniteBlockScales
@@ -196,10 +197,7 @@ class NvFp4MoEMethod:
                 found=f"{list(x.shape)}, {list(topk_weights.shape)}, {list(topk_ids.shape)}",
             )
         _need_experts(layer, topk_weights, topk_ids, shape.all_experts)
-        if (reason := runner.unavailable(x.device)) is not None:
-            raise BackendError(
-                "this runner cannot run here", name=runner.name, found=reason, remedy='Use backend="reference" or "auto".'
-            )
+        need_running(runner, x.device, "runner")
         if rows.shape[0] == 0:
             return torch.empty_like(x)
         return runner.apply(cast(MoENames, layer), rows, topk_weights, topk_ids, shape).reshape(x.shape)
@@ -227,10 +225,7 @@ class NvFp4MoEMethod:
                 expected=f"x [T, {shape.hidden}], router_logits [T, {shape.all_experts}]",
                 found=f"{list(x.shape)}, {list(router_logits.shape)}",
             )
-        if (reason := runner.unavailable(x.device)) is not None:
-            raise BackendError(
-                "this runner cannot run here", name=runner.name, found=reason, remedy='Use backend="reference" or "auto".'
-            )
+        need_running(runner, x.device, "runner")
         if rows.shape[0] == 0:
             return torch.empty_like(x)
         return runner.apply_logits(cast(MoENames, layer), rows, router_logits, routing, shape).reshape(x.shape)

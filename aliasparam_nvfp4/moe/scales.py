@@ -50,6 +50,7 @@ from aliasparam import Derivation
 
 from ..checkpoint_format import MODELOPT, CheckpointFormat
 from ..errors import ScaleError
+from ..scales import are_scales
 from .activation import SWIGLU, ExpertActivation
 
 Activation = Literal["quantized", "per expert", "as they are", "divided"]
@@ -225,7 +226,7 @@ class MoEScales:
         return self._multiplier(scales)
 
     def _need(self, what: str, name: str, values: Tensor, first: int) -> None:
-        wrong = ~(torch.isfinite(values) & (values > 0))
+        wrong = ~are_scales(values)
         if bool(wrong.any()):
             expert = int(wrong.nonzero()[0, 0])
             raise ScaleError(

@@ -5,8 +5,6 @@ The Triton kernels run in their interpreter, in a process of its own.
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("modelopt")
 from aliasparam_nvfp4.integrations.transformers import reload_folder, use_backend  # noqa: E402
 
+from .interpreter import interpreted  # noqa: E402
 from .proofs import proves  # noqa: E402
 from .test_checkpoint_kinds import by_modelopt, logits  # noqa: E402
 
@@ -98,11 +97,8 @@ def test_the_model_is_as_accurate_as_its_bytes_allow_and_reloads_bit_for_bit(bac
         assert measure(backend.name, *folders) >= bound(backend.name)
         return
     pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-W", "ignore", "-m", "tests.nvfp4.test_accuracy", backend.name, *map(str, folders)]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert float(run.stdout.split()[-1]) >= bound(backend.name)
+    printed = interpreted("tests.nvfp4.test_accuracy", backend.name, *map(str, folders), options=("-W", "ignore"))
+    assert float(printed.split()[-1]) >= bound(backend.name)
 
 
 @pytest.mark.parametrize("backend", [b.name for b in RUNNABLE if not b.needs_input_scale and not b.name.startswith("triton")])

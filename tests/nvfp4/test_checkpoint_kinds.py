@@ -224,17 +224,22 @@ def test_compressed_tensors_checkpoints_load_right_and_export_byte_for_byte(acti
     assert torch.equal(logits(model), logits(load(other)))
 
 
-def test_transformers_own_decompression_gives_the_same_weights(tmp_path: Path) -> None:
-    """The peer's decoder is the oracle of ours."""
-    folder = by_compressed_tensors(tmp_path / "a", activations=False)
+def by_transformers_itself(folder: Path) -> Any:
+    """The model as transformers loads and decompresses a compressed-tensors folder."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with quiet():
             config = transformers.CompressedTensorsConfig(dequantize=True)
             try:
-                theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
+                return transformers.AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
             except (ImportError, TypeError) as error:
                 pytest.skip(f"transformers cannot: {error}")
+
+
+def test_transformers_own_decompression_gives_the_same_weights(tmp_path: Path) -> None:
+    """The peer's decoder is the oracle of ours."""
+    folder = by_compressed_tensors(tmp_path / "a", activations=False)
+    theirs = by_transformers_itself(folder)
     ours = decoded(folder)
     for name, module in theirs.named_modules():
         if name.endswith("_proj"):

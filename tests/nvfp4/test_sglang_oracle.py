@@ -12,17 +12,12 @@ from torch import Tensor, nn
 
 from aliasparam_nvfp4 import NvFp4LinearMethod
 
-from .backend_cases import flashinfer
+from .backend_cases import REAL_SHAPES, flashinfer
 from .test_linear import Layer, tensors
 
 #: SmolLM2's, Kimi-K2.5's and Qwen3's (narrowed), primes x 16, aligned and ragged: (partitions, K).
 SHAPES = [
-    ((576, 192, 192), 576),
-    ((1536, 1536), 576),
-    ((576,), 1536),
-    ((512,), 7168),
-    ((256, 128), 2048),
-    ((64,), 17 * 16),
+    *REAL_SHAPES,
     ((208,), 13 * 16),
     ((128, 128), 64),
     ((40,), 48),

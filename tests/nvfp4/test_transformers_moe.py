@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,10 +25,10 @@ from aliasparam_nvfp4.verify import signal_to_noise
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("modelopt")
 pytest.importorskip("compressed_tensors")
-from aliasparam_nvfp4.demo._quiet import quiet  # noqa: E402
 from aliasparam_nvfp4.integrations.transformers import compressed_tensors_here, load_model, reload_folder, use_backend  # noqa: E402
 
 from .moe_models import MODELS, by_compressed_tensors, by_modelopt, exact, logits  # noqa: E402
+from .test_checkpoint_kinds import by_transformers_itself  # noqa: E402
 
 #: As for dense models (test_checkpoint_kinds.py): an activation on the edge between two codes may fall to the other side.
 LEAST_DB = 10.0
@@ -208,14 +207,7 @@ def test_compressed_tensors_experts_load_right_export_byte_for_byte_and_reload(
 def test_transformers_own_loading_of_them_is_silently_wrong_and_ours_right(tmp_path: Path) -> None:
     """huggingface/transformers issue 48371: block scales are applied to experts, and their global scale is not."""
     folder = by_compressed_tensors(tmp_path / "a", "qwen3", activations=False)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with quiet():
-            config = transformers.CompressedTensorsConfig(dequantize=True)
-            try:
-                theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
-            except (ImportError, TypeError) as error:
-                pytest.skip(f"transformers cannot: {error}")
+    theirs = by_transformers_itself(folder)
     right = exact(folder)
     files = load_file(folder / "model.safetensors")
     name = "model.layers.0.mlp.experts.3"

@@ -25,7 +25,7 @@ class Triton(MoERunner):
         return super().unavailable(device) or no_triton(device)
 
     def apply(self, layer: MoENames, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, shape: MoEShape) -> Tensor:
-        from ...kernels.triton_moe import ExpertWeights, Gating, experts
+        from ...kernels.triton_moe import ExpertWeights, experts
 
         weights = ExpertWeights(
             w13=layer.w13_weight_prepared,
@@ -37,15 +37,13 @@ class Triton(MoERunner):
             down=layer.g2_alphas,
             first_expert=shape.first_expert,
         )
-        how = shape.expert_activation
-        limit = float("inf") if how.limit is None else how.limit
         return experts(
             kernel_input(x),
             weights,
             topk_weights,
             topk_ids.to(torch.int32),
             intermediate=shape.intermediate,
-            gating=Gating(how.gated, how.alpha, how.beta, limit),
+            activation=shape.expert_activation,
         )
 
 
