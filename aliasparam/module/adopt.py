@@ -1,0 +1,143 @@
+"""Taking in what engines put in the place of declared names.
+
+[Note: who is right] The registry's storages are the truth. Engines replace Parameters by ``setattr``, move and re-create them
+while loading; so before every verb a foreign tensor under a declared name is adopted (its values go into the storage, its
+loader attributes onto our parameter) or refused, and kernel names are bound again.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+from torch import Tensor
+
+from ..errors import AdoptionError
+from ..spec import TensorSpec
+from ..tensors.faces import _Aliased, loader_attributes, same_view
+from ..tensors.parameter import AliasedParameter, adopt_class, is_same_name, make_parameter, take_over
+from ..torch_private import shares_memory
+from .names import ModuleNames
+from .planning import Binding, Source
+from .take import take
+
+
+def adopt(registry: ModuleNames) -> None:
+    """Adopt or refuse whatever was put under the declared names since the last verb."""
+    foreign: list[tuple[Source, Binding, Tensor]] = [
+        (source, binding, tensor)
+        for source in registry.sources.values()
+        for binding in (source.bindings or [Binding(registry.module, source.name, None)])  # type: ignore[arg-type]
+        if (tensor := binding.module._parameters.get(binding.name)) is not binding.parameter and tensor is not None
+    ]
+    for source, binding, found in foreign:
+        _check_adoptable(registry, source, binding, found)
+    _follow_device(registry, foreign)
+    values = [_apart(registry, found) for _, _, found in foreign]  # all are read before the first is written
+    for (source, binding, found), value in zip(foreign, values, strict=True):
+        _take_in(registry, source, binding, found, value)
+    _drop_left_behind(registry)
+    for source in registry.sources.values():
+        registry.bind(source)
+    registry.bind_kernel_names()
+    _right_kernel_names(registry)
+
+
+def _right_kernel_names(registry: ModuleNames) -> None:
+    """Other code may have given a kernel name other memory, or written it. See [Note: foreign writes]."""
+    for _, kernel in registry.kernels():
+        if kernel.was_moved:
+            kernel.put_back()
+    for storage in registry.storages():
+        with storage.lock:
+            storage.notice()
+
+
+def _drop_left_behind(registry: ModuleNames) -> None:
+    """Derived tensors whose sources moved to another device are computed anew there."""
+    here = registry.device()
+    for derived in registry.derived.values():
+        if derived.kernel is not None and derived.kernel.memory.device != here:
+            derived.kernel, derived.seen = None, None
+
+
+def _check_adoptable(registry: ModuleNames, source: Source, binding: Binding, tensor: Tensor) -> None:
+    expected = source.plan.source if source.storage is None else TensorSpec.of(binding.parameter._alias_geometry)
+    if isinstance(tensor, AliasedParameter) and source.storage not in (None, tensor._alias_storage):
+        raise AdoptionError(
+            "a Parameter that another module declared was tied to a name that was declared by itself",
+            module=registry.label,
+            name=binding.name,
+            expected="a Parameter that is not declared",
+            found=f"{tensor._alias_storage.label}",
+            remedy="Tie the names before declaring them; or copy the values with copy_(). "
+            "registry.rebind() puts the library's parameter back.",
+        )
+    if TensorSpec.of(tensor) != expected:
+        raise AdoptionError(
+            "a tensor that does not fit was put in the place of a declared name",
+            module=registry.label,
+            name=binding.name,
+            expected=expected,
+            found=TensorSpec.of(tensor),
+            remedy="Declared weights keep shape and dtype (Module.half() and the like cannot apply to them). "
+            "registry.rebind() puts the library's parameter back.",
+        )
+
+
+def _follow_device(registry: ModuleNames, foreign: list[tuple[Source, Binding, Tensor]]) -> None:
+    """After Module.to(device) every name holds a tensor elsewhere: follow, as a whole."""
+    here = registry.device()
+    devices = {t.device for _, _, t in foreign if t.device.type != "meta"}
+    if here is None or devices <= {here}:
+        return
+    count = sum(len(s.bindings) for s in registry.sources.values())
+    if len(devices) != 1 or len(foreign) != count:
+        raise AdoptionError(
+            "only some of the declared names are on another device",
+            module=registry.label,
+            expected=f"all {count} names on {here}, or all elsewhere",
+            found=f"{len(foreign)} names on {sorted(map(str, devices))}",
+            remedy="Move the whole module: module.to(device).",
+        )
+    device = devices.pop()
+    for source in registry.sources.values():
+        if source.storage is None:
+            raise AssertionError(f"{registry.label}.{source.name}: bound without storage")
+        source.storage.relocate(device)
+        for binding in source.bindings:
+            old = binding.parameter
+            binding.parameter = make_parameter(source.storage, same_view(source.storage, old._alias_geometry), type(old))
+            binding.parameter.__dict__.update(loader_attributes(old))
+
+
+def _apart(registry: ModuleNames, tensor: Tensor) -> Tensor:
+    """The values of a tensor that was put under a name, in memory that no write of this adoption changes."""
+    if isinstance(tensor, _Aliased):
+        return tensor if tensor.device.type == "meta" else tensor.detach().clone()
+    mine = tensor.detach()
+    return mine.clone() if any(shares_memory(mine, s.buffer) for s in registry.storages()) else mine
+
+
+def _take_in(registry: ModuleNames, source: Source, binding: Binding, tensor: Tensor, value: Tensor) -> None:
+    if tensor.device.type == "meta":
+        return  # a placeholder: nothing to take, and our name comes back
+    if source.storage is None:
+        take(registry, source, tensor, loaded=True)
+        return
+    if is_same_name(tensor, binding.parameter):
+        _keep(cast(AliasedParameter, tensor), binding.parameter)
+        binding.parameter = cast(AliasedParameter, tensor)
+        return
+    binding.parameter.copy_(value)
+    _keep(binding.parameter, tensor)
+    if not isinstance(tensor, _Aliased):  # whoever else holds it (a module it is tied to) goes on seeing what is loaded
+        geometry = binding.parameter._alias_geometry
+        taken = take_over(tensor, source.storage, geometry, like=binding.parameter)
+        if taken is not None:
+            binding.parameter = taken
+
+
+def _keep(parameter: AliasedParameter, other: Tensor) -> None:
+    """Give ``parameter`` the class and the loader attributes of ``other`` too."""
+    adopt_class(parameter, type(other))
+    parameter.__dict__.update(loader_attributes(other))

@@ -1,0 +1,55 @@
+"""`declare`: what a quantization method calls where it creates weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .adopt import adopt
+from .declarations import Declaration
+from .guard import guard
+from .registry import AliasRegistry
+from .registry_of import ATTRIBUTE, registry_of
+
+
+def declare(module: nn.Module, *declarations: Declaration, loaded: bool = True, aliasing: bool = True) -> AliasRegistry:
+    """Declare checkpoint names, kernel names and derivations of a module.
+
+    Parameters named as sources become :class:`AliasedParameter`; kernel names become non-persistent buffers. On the meta
+    device only the plan is made: memory is bound when :func:`process` finds a tensor under the name, and whatever it finds counts
+    as loaded (also the uninitialized memory that ``Module.to_empty()`` makes: load it before processing).
+
+    Args:
+        module: the module that owns the Parameters.
+        declarations: :class:`Alias`, :class:`Derivation`, :class:`Keep`.
+        loaded: whether the Parameters already hold checkpoint values; False for freshly allocated ones.
+        aliasing: False gives every kernel name memory of its own (results must be the same; for tests and comparison).
+
+    Returns:
+        The module's registry.
+
+    Raises:
+        DeclarationError: an unknown source, a name declared twice, a cycle, or a repack function that is no layout. The module
+            is unchanged then.
+        LayoutError: the layout does not exist for this shape or dtype.
+    """
+    registry = registry_of(module)
+    if registry is not None:
+        registry.add(declarations, loaded=loaded, aliasing=aliasing)
+        return registry
+    registry = AliasRegistry(module)
+    registry.add(declarations, loaded=loaded, aliasing=aliasing)
+    module.__dict__[ATTRIBUTE] = registry
+    module.register_forward_pre_hook(guard, prepend=True)
+    module.register_load_state_dict_post_hook(_after_load_state_dict)  # type: ignore[no-untyped-call]
+    return registry
+
+
+def _after_load_state_dict(module: nn.Module, incompatible: Any) -> None:
+    # load_state_dict(assign=True) replaces parameters: take them in at once, so that no forward uses old kernel names.
+    registry = registry_of(module)
+    if registry is not None and registry.replaced_names():
+        with torch.no_grad():
+            adopt(registry)

@@ -1,0 +1,97 @@
+"""Computing derivations: small tensors in memory of their own, from checkpoint values (and from each other)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import AliasError, DerivationError, StateError
+from ..spec import TensorSpec
+from .names import ModuleNames
+from .planning import Derived
+
+
+def refresh(registry: ModuleNames, derived: Derived) -> int:
+    """Compute one derivation again if it is not current; returns how many were computed. Its sources come first."""
+    if registry.is_current(derived):
+        return 0
+    versions = registry.versions_of(derived)
+    spec = derived.declaration
+    value = compute(registry.label, derived, [_copy_of(registry, name) for name in spec.sources])
+    if derived.kernel is None or TensorSpec.of(value) != TensorSpec(spec.shape, spec.dtype):
+        raise StateError(
+            "a derivation returned another shape or dtype than it declared",
+            module=registry.label,
+            name=spec.name,
+            expected=TensorSpec(spec.shape, spec.dtype),
+            found=TensorSpec.of(value),
+            remedy="Return exactly that from the function, or declare what it returns.",
+        )
+    derived.seen = None  # an interrupted copy is of no version
+    derived.kernel.memory.copy_(value)
+    derived.kernel.accept()  # whatever other code wrote there is gone
+    derived.seen = versions
+    derived.version += 1
+    return 1
+
+
+def value_of(registry: ModuleNames, name: str) -> Tensor:
+    """What a source or a derived name holds, also of a source that is shown as shards by other names."""
+    if name in registry.derived:
+        kernel = registry.derived[name].kernel
+        if kernel is None:
+            raise AssertionError(f"{registry.label}.{name}: derived before it has memory")
+        return kernel.memory
+    storage = registry.source_of(name).storage
+    if storage is None:
+        raise AssertionError(f"{registry.label}.{name}: read before it has memory")
+    if name not in registry.sources and storage.kernel_name is not None:
+        return storage.kernel_name.memory
+    return storage.read(tuple((0, n) for n in storage.bound.shape))
+
+
+def _copy_of(registry: ModuleNames, name: str) -> Tensor:
+    """A value that the function may spoil."""
+    value = value_of(registry, name)
+    return value if name in registry.sources else value.clone()
+
+
+def compute(label: str, derived: Derived, values: list[Tensor]) -> Tensor:
+    """The derived value from ``values``, which the function may change: they are copies.
+
+    Raises:
+        DerivationError: the function raised something of its own, or returned no tensor.
+    """
+    spec = derived.declaration
+    found = ", ".join(f"{n} {TensorSpec.of(v)}" for n, v in zip(spec.sources, values, strict=True))
+    try:
+        value = spec.function(*values)
+    except AliasError as error:
+        raise error.located(
+            module=label,
+            name=spec.name,
+            expected="sources that can be derived from",
+            found=found,
+            remedy="Load other values, or mend the function of this derivation.",
+        ) from error
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise DerivationError(
+            "the function of this derivation failed",
+            module=label,
+            name=spec.name,
+            expected=f"a tensor from {found}",
+            found=f"{type(error).__name__}: {error}",
+            remedy="Mend the function; until then the module refuses to run.",
+        ) from error
+    if not isinstance(value, Tensor):
+        raise DerivationError(
+            "the function of this derivation returned no tensor",
+            module=label,
+            name=spec.name,
+            expected="a tensor",
+            found=repr(value),
+            remedy="Return a tensor of the declared shape and dtype.",
+        )
+    return value

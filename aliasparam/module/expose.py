@@ -1,0 +1,169 @@
+"""Filling a storage from outside: RDMA, CUDA IPC, or a collective straight into a buffer.
+
+Such writes go past every operator, so the library must be told which bytes are going to change, and when they have. In checkpoint
+order the writer gets a staging tensor, which lands by one scatter; in kernel order it gets the memory itself.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ReloadError
+from ..storage.states import State
+from ..tensors.faces import _Aliased
+from ..tensors.geometry import place_of
+
+Order = Literal["checkpoint", "kernel"]
+
+
+class Exposure:
+    """Memory that somebody outside may write. Made by :func:`expose_for_writing`.
+
+    Attributes:
+        memory: plain contiguous tensor. In checkpoint order: staging of the name's (or the rows') shape and dtype, uninitialized.
+            In kernel order: the kernel name's memory, or that of the experts asked for.
+        order: "checkpoint" or "kernel".
+        address: where ``memory`` begins.
+    """
+
+    def __init__(self, target: _Aliased, memory: Tensor, order: Order, writer: str) -> None:
+        self._target, self._storage = target, target._alias_storage
+        self.memory, self.order, self.writer = memory, order, writer
+        self.address: int = memory.data_ptr()
+        self._open = True
+        if order == "kernel":
+            storage = self._storage
+            with storage.lock:
+                storage.need_unexposed("expose")
+                storage.tell()
+                storage.exposed = writer
+
+    def written(self, rows: slice | None = None) -> None:
+        """The writer is done: ``rows`` of the memory (default: all) are new, the others as before.
+
+        Raises:
+            ReloadError: it is closed already, or was closed from elsewhere (the model was invalidated meanwhile).
+        """
+        self._close()
+        if self.order == "kernel":
+            with self._storage.lock:
+                self._end_raw()
+                self._mark(rows, State.LOADED)
+            return
+        target = self._target if rows is None else self._target[rows]
+        with torch.no_grad():
+            target.copy_(self.memory if rows is None else self.memory[rows])
+
+    def abandon(self) -> None:
+        """The writer failed. Staging is dropped; raw memory that it may have written refuses until it is loaded again."""
+        self._close()
+        if self.order == "kernel":
+            with self._storage.lock:
+                self._end_raw()
+                self._mark(None, State.INVALID)
+
+    def _end_raw(self) -> None:
+        if self._storage.exposed != self.writer:
+            raise ReloadError(
+                "the exposure was ended from elsewhere: what it wrote does not count",
+                label=self._storage.label,
+                expected="memory exposed until written()",
+                found="invalidate(), or a failed reload, meanwhile",
+                remedy="Expose the name again.",
+            )
+        self._storage.exposed = None
+
+    def _mark(self, rows: slice | None, state: State) -> None:
+        place = place_of(self._storage, self._target._alias_geometry)
+        if place is None:
+            raise AssertionError(f"{self._storage.label}: exposed without a place")
+        first, stop = place.box[0] if place.box else (0, 1)
+        low, high, _ = (rows or slice(None)).indices(stop - first)
+        box = ((first + low, first + high), *place.box[1:]) if place.box else place.box
+        storage = self._storage
+        if storage.kernel_name is not None:
+            storage.kernel_name.accept()
+        before = storage.states.begin(box)
+        if state is State.LOADED:
+            storage.states.arrived(box, [(region, State.EMPTY) for region, _ in before])
+        else:
+            storage.states.why = "whoever wrote the raw bytes failed"
+        storage.version += 1
+
+    def _close(self) -> None:
+        if not self._open:
+            raise ReloadError(
+                "this exposure is closed already",
+                label=self._storage.label,
+                expected="one written() or abandon()",
+                found="a second one",
+                remedy="Expose the name again.",
+            )
+        self._open = False
+
+    def __enter__(self) -> Exposure:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._open:
+            self.written() if error is None else self.abandon()
+
+
+def expose_for_writing(
+    module: nn.Module, name: str, rows: slice | None = None, *, order: Order = "checkpoint", writer: str = "an outside writer"
+) -> Exposure:
+    """Lend memory for a checkpoint name (or for some of its rows), to be filled from outside.
+
+    ``order="checkpoint"``: a staging tensor of the rows' size, which lands on ``written()``; the model serves on until then.
+    ``order="kernel"``: the memory itself, in the order of the name's layout (``explain`` prints its line). Until ``written()`` or
+    ``abandon()`` (leaving a ``with`` block calls one of them) it cannot be read, written or processed, and the module refuses.
+
+    Args:
+        module: the module that has the parameter.
+        name: checkpoint name, dotted below ``module``.
+        rows: what will be written; default all. In kernel order whole experts (indices of the first of several lead dims) alone.
+        order: "checkpoint" or "kernel".
+        writer: who writes, for messages.
+
+    Raises:
+        ReloadError: the name is not a declared checkpoint name, or rows that kernel order does not keep together.
+        StateError: the raw memory is exposed already.
+    """
+    owner, _, leaf = name.rpartition(".")
+    holder = dict(module.named_modules()).get(owner)
+    parameter = None if holder is None else holder._parameters.get(leaf)
+    if not isinstance(parameter, _Aliased) or order not in ("checkpoint", "kernel"):
+        raise ReloadError(
+            "only declared checkpoint names can be exposed, in checkpoint or kernel order",
+            module=type(module).__name__,
+            name=name,
+            expected="a declared Parameter, dotted below the module",
+            found="no such module" if holder is None else "no such Parameter" if parameter is None else type(parameter).__name__,
+            remedy="Declare it first, or write an undeclared Parameter directly.",
+        )
+    target = parameter if rows is None else parameter[rows]
+    if order == "checkpoint":
+        geometry = target._alias_geometry
+        memory = torch.empty(geometry.shape, dtype=geometry.dtype, device=geometry.device)
+    else:
+        memory = _kernel_memory(parameter, rows, name)
+    return Exposure(target, memory, order, writer)
+
+
+def _kernel_memory(parameter: _Aliased, rows: slice | None, name: str) -> Tensor:
+    storage = parameter._alias_storage
+    bound = storage.bound
+    whole = storage.elements[: bound.regions * bound.region_capacity] if storage.kernel_name is None else storage.kernel_name.memory
+    if parameter._alias_geometry.shape != storage.geometry.shape or (rows is not None and not bound.lead):
+        raise ReloadError(
+            "kernel order does not keep these rows together",
+            name=name,
+            expected="the whole name, or whole experts of a stack",
+            found=f"{rows if rows is not None else 'a shard'} of {list(bound.shape)}",
+            remedy='Expose the whole, or order="checkpoint".',
+        )
+    return whole if rows is None else whole[rows]

@@ -1,0 +1,203 @@
+"""The names of one module: what is bound under them, and whether the module is ready."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..storage.kernel_name import KernelName
+from ..storage.locks import all_locked
+from ..storage.storage import AliasedStorage
+from ..tensors.parameter import AliasedParameter, is_same_name
+from .planning import Binding, Derived, Separate, Source
+from .watch import put, put_buffer, watch
+
+
+class Readiness(Enum):
+    """Whether a module may run. OPENING: on the way from one to the other, so that an interrupt between is none of both."""
+
+    READY = "ready"
+    OPENING = "opening"
+    OPEN = "open"
+
+
+class ModuleNames:
+    """The declared names of one module.
+
+    [Note: open] From the first write after a commit until the next commit the module is *open*: its forward and its kernel names
+    refuse. Storages tell before bytes change, under their lock; a commit looks at versions under the locks of all of them.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.label = type(module).__name__
+        self.sources: dict[str, Source] = {}
+        self.derived: dict[str, Derived] = {}
+        #: Names that undeclared code derived and that could not share memory.
+        self.separate: dict[str, Separate] = {}
+        self.readiness = Readiness.READY
+        self._committed: dict[str, int] = {}  # versions of the sources which the kernel names are of
+
+    # -- names ---------------------------------------------------------------------------------------------------------
+
+    def own(self, source: Source, storage: AliasedStorage, parameter: AliasedParameter) -> None:
+        """Make ``parameter`` over ``storage`` the checkpoint name of ``source``."""
+        source.storage = storage
+        storage.add_listener(self)
+        if storage.kernel_name is not None and source.derived:
+            storage.kernel_name.label = f"{self.label}.{source.derived}"
+        source.bindings = [Binding(self.module, source.name, parameter)]
+        self.bind(source)
+
+    def bind(self, source: Source) -> None:
+        for binding in source.bindings:
+            watch(binding.module, binding.name, self)
+            put(binding.module, binding.name, binding.parameter)
+
+    def bind_kernel_names(self) -> None:
+        """Show every kernel name on the module: its tensor, or its refusing twin while the module is open."""
+        device = self.device()
+        for derived in self.derived.values():
+            if derived.kernel is None and device is not None:
+                spec = derived.declaration
+                with torch.inference_mode(False):
+                    memory = torch.zeros(spec.shape, dtype=spec.dtype, device=device)
+                derived.kernel = KernelName(f"{self.label}.{spec.name}", memory)
+        for name, kernel in self.kernels():
+            put_buffer(self.module, name, self._shown(kernel), self)
+
+    def rebind(self) -> None:
+        """Put the library's own names back and discard whatever replaced them."""
+        for source in self.sources.values():
+            self.bind(source)
+        self.bind_kernel_names()
+
+    def _shown(self, kernel: KernelName) -> Tensor:
+        return kernel.tensor if self.readiness is Readiness.READY else kernel.refusing
+
+    def _show(self) -> None:
+        """Switch the kernel names that are bound; what else is under a name stays for the next verb to see."""
+        for name, kernel in self.kernels():
+            if kernel.shows(self.module._buffers.get(name)):
+                put_buffer(self.module, name, self._shown(kernel), self)
+
+    def kernels(self) -> list[tuple[str, KernelName]]:
+        """Every kernel name that has memory."""
+        found = [(s.derived, s.storage.kernel_name) for s in self.sources.values() if s.derived and s.storage is not None]
+        found += [(d.declaration.name, d.kernel) for d in self.derived.values()]
+        return [(name, kernel) for name, kernel in found if kernel is not None]
+
+    def kernel_names(self) -> set[str]:
+        return {s.derived for s in self.sources.values() if s.derived} | set(self.derived)
+
+    def device(self) -> torch.device | None:
+        return next((s.buffer.device for s in self.storages()), None)
+
+    def storages(self) -> list[AliasedStorage]:
+        return [s.storage for s in self.sources.values() if s.storage is not None]
+
+    def source_of(self, name: str) -> Source:
+        """The source of a checkpoint name, or of the kernel name that lives in its storage."""
+        return self.sources.get(name) or next(s for s in self.sources.values() if s.derived == name)
+
+    def relabel(self, path: str) -> None:
+        """Call everything by the module's place in its model."""
+        if self.label == path:
+            return
+        self.label = path
+        for source in self.sources.values():
+            if source.storage is not None:
+                source.storage.label = f"{path}.{source.name}"
+        for name, kernel in self.kernels():
+            kernel.label = f"{path}.{name}"
+
+    # -- readiness -----------------------------------------------------------------------------------------------------
+
+    @property
+    def is_open(self) -> bool:
+        return self.readiness is Readiness.OPEN
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the module may run. Names which were replaced and put back do not count."""
+        self.settle()
+        return self.readiness is Readiness.READY
+
+    def open(self) -> None:
+        """Bytes are about to change, or something else stands under a declared name: refuse until the next commit (law 8)."""
+        self.readiness = Readiness.OPENING
+        for _, kernel in self.kernels():
+            kernel.changing()
+        self._show()
+        self.readiness = Readiness.OPEN
+
+    def settle(self) -> None:
+        """Close again where nothing changed after all: a name was replaced in passing."""
+        if self.readiness is not Readiness.READY and self._committed and not self.replaced_names() and not self.stale_names():
+            self._commit(self._versions())
+
+    def _versions(self) -> dict[str, int]:
+        return {n: -1 if s.storage is None else s.storage.version for n, s in self.sources.items()}
+
+    def _commit(self, versions: dict[str, int]) -> None:
+        """Let the module run with sources of these versions, if they still are."""
+        storages = self.storages()
+        with all_locked(s.lock_number for s in storages):
+            if versions != self._versions() or not all(s.is_loaded for s in storages):
+                return  # written meanwhile: open until the next verb
+            self._committed = versions
+            self.readiness = Readiness.OPENING
+            for name, kernel in self.kernels():
+                if kernel.shows(self.module._buffers.get(name)):
+                    put_buffer(self.module, name, kernel.tensor, self)
+            self.readiness = Readiness.READY
+
+    def shows(self, name: str, value: Any) -> bool:
+        """Whether ``value`` is what this registry has under ``name``, a checkpoint name or a kernel name."""
+        source = self.sources.get(name)
+        for binding in source.bindings if source is not None else self._shards():
+            if binding.name == name and is_same_name(value, binding.parameter):
+                return True
+        return any(k.shows(value) for n, k in self.kernels() if n == name)
+
+    def _shards(self) -> list[Binding]:
+        return [b for s in self.sources.values() if len(s.bindings) > 1 for b in s.bindings]
+
+    def replaced_names(self) -> list[str]:
+        """Declared names under which there is another tensor than ours."""
+        bindings = [b for source in self.sources.values() for b in source.bindings]
+        found = ((b, b.module._parameters.get(b.name)) for b in bindings)
+        replaced = [b.name for b, tensor in found if tensor is not None and not is_same_name(tensor, b.parameter)]
+        return replaced + [n for n, kernel in self.kernels() if not kernel.shows(self.module._buffers.get(n))]
+
+    def stale_names(self) -> list[str]:
+        """Kernel names that the last commit does not cover: sources written since, or written or moved by other code."""
+        stale = []
+        for name, source in self.sources.items():
+            storage = source.storage
+            if source.derived and (storage is None or not storage.is_loaded or storage.version != self._committed.get(name)):
+                stale.append(source.derived)
+        older: list[str] = []
+        for name, derived in self.derived.items():
+            if not self.is_current(derived) or not set(older).isdisjoint(derived.declaration.sources):
+                older.append(name)
+        return stale + older
+
+    def is_current(self, derived: Derived) -> bool:
+        kernel = derived.kernel
+        if kernel is None or kernel.was_written or kernel.was_moved:
+            return False
+        return derived.seen == self.versions_of(derived)
+
+    def versions_of(self, derived: Derived) -> tuple[int, ...]:
+        """What the sources of a derivation have come to."""
+        return tuple(self._version_of(name) for name in derived.declaration.sources)
+
+    def _version_of(self, name: str) -> int:
+        if name in self.derived:
+            return self.derived[name].version
+        storage = self.source_of(name).storage
+        return storage.version if storage is not None else -1

@@ -1,0 +1,156 @@
+"""AliasRegistry: everything one module declared, and processing it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from multiprocessing.reduction import ForkingPickler
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import DeclarationError, StateError
+from ..spec import TensorSpec
+from ..tensors.processes import refuse_for_process
+from .adopt import adopt
+from .declarations import AnyLayout, Declaration, Derivation
+from .derive import refresh, value_of
+from .names import ModuleNames, Readiness
+from .planning import planned
+from .retarget import retarget
+from .shards import show
+from .take import allocate, check_sources, check_tie
+from .watch import is_watched
+
+
+class AliasRegistry(ModuleNames):
+    """The storages, names, layouts and derivations of one module. Made by :func:`declare`."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        #: Called with the registry before anything is derived: whatever raises leaves all names as they were.
+        self.checks: list[Callable[[AliasRegistry], None]] = []
+        #: Called with the registry before the module runs with new weights, until they succeed: for caches that depend on them.
+        self.on_processed: list[Callable[[AliasRegistry], None]] = []
+        #: What ``explain`` says of the module beside its names.
+        self.about = ""
+
+    # -- declaring -----------------------------------------------------------------------------------------------------
+
+    def add(self, declarations: Sequence[Declaration], *, loaded: bool, aliasing: bool) -> None:
+        """Check all declarations, then carry them out. Nothing changes if any is wrong."""
+        check_sources(self, declarations)
+        taken = set(self.sources) | self.kernel_names()
+        sources, derived = planned(self.module, self.label, declarations, taken, aliasing=aliasing)
+        for source in sources:
+            check_tie(self.label, source, self.module._parameters[source.name])
+        for source in sources:
+            self.sources[source.name] = source
+            allocate(self, source, loaded=loaded)
+        self.derived.update({d.declaration.name: d for d in derived})
+        self.bind_kernel_names()
+        self.open()
+
+    def rederive(self, derivations: Iterable[Derivation]) -> None:
+        """Give derived names other formulas, in the memory they have; the next processing computes them anew.
+
+        Raises:
+            DeclarationError: not a derived name, another shape or dtype, or a source which was never declared. Nothing changes
+                then.
+        """
+        new = list(derivations)
+        for derivation in new:
+            old = self.derived.get(derivation.name)
+            found = None if old is None else (old.declaration.shape, old.declaration.dtype)
+            if old is None or old.fallback or found != (derivation.shape, derivation.dtype):
+                raise DeclarationError(
+                    "only a derivation of the same shape and dtype can be computed otherwise",
+                    module=self.label,
+                    name=derivation.name,
+                    expected=TensorSpec(derivation.shape, derivation.dtype),
+                    found=found,
+                )
+            if unknown := [n for n in derivation.sources if n not in self.sources]:
+                raise DeclarationError("derived from names that are no sources here", module=self.label, name=", ".join(unknown))
+        self.open()
+        for derivation in new:
+            self.derived[derivation.name].declaration = derivation
+            self.derived[derivation.name].seen = None
+
+    def retarget(self, layouts: Mapping[str, AnyLayout | str | None]) -> None:
+        """Bring sources into another order, in place, by blocks that both orders keep together.
+
+        Names, addresses and capacities stay; the shape of a kernel name may change. Nothing changes if any layout does not fit.
+
+        Raises:
+            DeclarationError: not a source with an aliased kernel name, or a layout that does not fit its shape.
+            PointerError: the new layout needs more memory than was planned (``Alias(room_for=...)``).
+        """
+        retarget(self, layouts)
+
+    def show_shards(self, name: str, shards: Iterable[tuple[nn.Module, str, Tensor]]) -> None:
+        """Show the storage of ``name`` as several names, each a view of it (the q, k and v of a fused projection).
+
+        The fused name itself is taken off its module, so every byte has one checkpoint name and no state dict lists it twice.
+
+        Args:
+            name: the declared source.
+            shards: (module, parameter name, view), where view is a slice or view of the source parameter.
+        """
+        show(self, name, shards)
+
+    def value(self, name: str) -> Tensor:
+        """What a source or a derivation holds, also of a source that is shown as shards by other names."""
+        return value_of(self, name)
+
+    # -- processing ----------------------------------------------------------------------------------------------------
+
+    def process(self) -> int:
+        """Compute what derives from new values and let the module run; returns how many names were new.
+
+        Raises:
+            StateError: a source was not loaded whole. Nothing has changed then.
+            AdoptionError: a foreign tensor under a declared name does not fit.
+        """
+        if self.readiness is Readiness.READY and self._is_untouched():
+            return 0
+        with torch.no_grad():
+            adopt(self)
+            self.need_loaded()
+            versions = self._versions()
+            for check in self.checks:
+                check(self)
+            work = sum(version != self._committed.get(name) for name, version in versions.items())
+            work += sum(refresh(self, derived) for derived in self.derived.values())
+            for hook in self.on_processed if work else ():
+                hook(self)  # while this fails the module is open, and the next processing calls it again
+            self._commit(versions)
+        return work
+
+    def _is_untouched(self) -> bool:
+        return is_watched(self.module) and not any(kernel.tensor._version != kernel.version for _, kernel in self.kernels())
+
+    def need_loaded(self) -> None:
+        """Raise StateError where a source lacks elements."""
+        for source in self.sources.values():
+            if source.storage is None:
+                raise StateError(
+                    "cannot process a name which is still on the meta device",
+                    module=self.label,
+                    name=source.name,
+                    expected="a loaded tensor",
+                    found="a placeholder on meta",
+                    remedy="Load the module's weights first.",
+                )
+            source.storage.need_unexposed("process")
+            source.storage.need_memory()
+            if not source.storage.is_loaded:
+                raise source.storage.not_loaded("cannot process")
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        for storage in self.storages():
+            storage.add_listener(self)
+
+
+ForkingPickler.register(AliasRegistry, refuse_for_process)

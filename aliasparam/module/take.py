@@ -1,0 +1,132 @@
+"""How a Parameter that was registered becomes the checkpoint name of a storage."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import DeclarationError
+from ..storage.reorder import reorder
+from ..storage.states import State
+from ..storage.storage import AliasedStorage
+from ..tensors.faces import _Aliased, loader_attributes
+from ..tensors.parameter import AliasedParameter, make_parameter, take_over
+from ..torch_private import is_alone
+from .declarations import Declaration, Derivation
+from .names import ModuleNames
+from .planning import Source
+from .verdict import bound_to
+
+
+def allocate(names: ModuleNames, source: Source, *, loaded: bool) -> None:
+    """Give a source its storage, with the values of the tensor now under its name if they count."""
+    tensor = names.module._parameters[source.name]
+    if tensor is None:
+        raise AssertionError(f"{names.label}.{source.name} vanished while it was being declared")
+    if isinstance(tensor, AliasedParameter):
+        names.own(source, tensor._alias_storage, tensor)  # a tied weight which another module declared: see check_tie
+    elif tensor.device.type == "meta":
+        source.attributes.update(loader_attributes(tensor))  # a loader will put a real tensor here: see adopt.py
+    else:
+        take(names, source, tensor, loaded=loaded)
+
+
+def take(names: ModuleNames, source: Source, tensor: Tensor, *, loaded: bool) -> None:
+    """Make ``tensor``, the Parameter now under the source's name, the storage's checkpoint name.
+
+    Its own memory is taken over where it is exactly the capacity and nobody else looks at it (no copy, no new address); what it
+    holds is brought into kernel order by blocks. Memory that somebody else owns is never written: the storage gets its own.
+    """
+    label = f"{names.label}.{source.name}"
+    with torch.no_grad():
+        memory = _memory_of(source, tensor)
+        values = tensor.detach() if loaded and memory is None else None
+        state = State.EMPTY if not loaded else State.INVALID  # until the values are in order
+        storage = _storage(label, source, tensor.device, memory, state)
+        parameter = take_over(tensor, storage, storage.geometry)
+        if parameter is None:  # the old object stays in somebody's hands, so its memory stays its own
+            values = tensor.detach() if loaded else None
+            storage = _storage(label, source, tensor.device, None, state)
+            parameter = make_parameter(storage, storage.geometry, type(tensor))
+            parameter.__dict__.update(loader_attributes(tensor))
+        parameter.__dict__.update({k: v for k, v in source.attributes.items() if k not in parameter.__dict__})
+        names.own(source, storage, parameter)
+        if values is not None:
+            storage.write(tuple((0, n) for n in storage.bound.shape), values.to(storage.bound.dtype))
+        elif loaded:
+            reorder(storage.elements, bound_to(None, source.plan.source), storage.bound)
+            storage.states.put_all(State.LOADED)
+
+
+def _memory_of(source: Source, tensor: Tensor) -> Tensor | None:
+    """The tensor's own allocation as flat bytes, if it can become the storage's."""
+    plan, memory = source.plan, tensor.untyped_storage()
+    fits = tensor.is_contiguous() and memory.nbytes() == plan.nbytes == plan.source.nbytes and tensor.storage_offset() == 0
+    if not fits or not is_alone(memory):
+        return None
+    with torch.inference_mode(False):  # a tensor made in inference mode could not be written outside it
+        return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(memory, 0, (plan.nbytes,), (1,))
+
+
+def _storage(label: str, source: Source, device: torch.device, memory: Tensor | None, state: State) -> AliasedStorage:
+    plan = source.plan
+    if memory is None:
+        with torch.inference_mode(False):
+            memory = torch.zeros(plan.nbytes, dtype=torch.uint8, device=device)
+    return AliasedStorage(label, plan.bound, memory, state, plan.kernel.dtype if source.derived else None)
+
+
+def check_sources(registry: ModuleNames, declarations: Sequence[Declaration]) -> None:
+    """Raise DeclarationError where a declared Parameter is of a kind that has no memory of its own to share."""
+    distributed: Any = sys.modules.get("torch.distributed.tensor")  # who has a DTensor has imported it
+    if distributed is None:
+        return
+    for name, parameter in registry.module._parameters.items():
+        if isinstance(parameter, distributed.DTensor) and any(name in _source_names(d) for d in declarations):
+            raise DeclarationError(
+                "a DTensor is a part of a tensor over several ranks; only local tensors can be declared",
+                module=registry.label,
+                name=name,
+                expected="an nn.Parameter with memory of its own",
+                found=f"{type(parameter).__name__} (a DTensor) of shape {list(parameter.shape)}",
+                remedy="Declare the module before it is sharded, on each rank with the part it serves.",
+            )
+
+
+def _source_names(declaration: Declaration) -> tuple[str, ...]:
+    return declaration.sources if isinstance(declaration, Derivation) else (declaration.source,)
+
+
+def check_tie(label: str, source: Source, parameter: Tensor | None) -> None:
+    """Raise DeclarationError for a Parameter that another module declared, unless to the same format."""
+    if not isinstance(parameter, _Aliased):
+        return
+    storage = parameter._alias_storage
+    if not isinstance(parameter, AliasedParameter) or not _is_whole(parameter):
+        raise DeclarationError(
+            "this Parameter is a view of a storage that another module declared",
+            module=label,
+            name=source.name,
+            expected="the whole Parameter, or one with memory of its own",
+            found=f"a view of {storage.label}",
+            remedy="Declare the whole, and show parts of it: registry.show_shards(...).",
+        )
+    dtype = source.plan.kernel.dtype if source.derived else None
+    if storage.bound is not source.plan.bound or storage.kernel_dtype is not dtype or storage.buffer.numel() < source.plan.nbytes:
+        raise DeclarationError(
+            "a tied weight is declared to two different kernel formats",
+            module=label,
+            name=source.name,
+            expected=f"the layout it has in {storage.label}",
+            found=source.layout,
+            remedy="Declare it once, or untie it with clone().",
+        )
+
+
+def _is_whole(parameter: AliasedParameter) -> bool:
+    geometry, whole = parameter._alias_geometry, parameter._alias_storage.geometry
+    return geometry.shape == whole.shape and geometry.dtype == whole.dtype and geometry.storage_offset() == 0

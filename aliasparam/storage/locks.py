@@ -1,0 +1,40 @@
+"""Locks of storages: few, shared, taken in one order, and new in a forked child.
+
+[Note: locks] Whatever looks at a state and then touches bytes holds the storage's lock; code that is not the library's
+(derivations, checks, hooks) never runs under one. Storages share a fixed set of locks by number, so a lock is never copied or
+pickled with its storage, and a child process, where the thread that held one does not exist, gets a new set. What that thread
+was writing says so by its state (INVALID while bytes move).
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+
+_COUNT = 64
+LOCKS = [threading.RLock() for _ in range(_COUNT)]
+_numbers = itertools.count()
+
+
+def _renew() -> None:
+    LOCKS[:] = [threading.RLock() for _ in range(_COUNT)]
+
+
+os.register_at_fork(after_in_child=_renew)
+
+
+def lock_number() -> int:
+    """The number of a lock for one more storage."""
+    return next(_numbers) % _COUNT
+
+
+@contextmanager
+def all_locked(numbers: Iterable[int]) -> Iterator[None]:
+    """Hold several locks, in the order in which everybody takes them."""
+    with ExitStack() as held:
+        for number in sorted(set(numbers)):
+            held.enter_context(LOCKS[number])
+        yield

@@ -1,0 +1,56 @@
+"""Bringing memory from one order into another, in place and in pieces."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..layout import BoundLayout
+from .coverage import Box
+
+#: Values that are out of place at a time, where the two orders can be cut that fine.
+SCRATCH_BYTES = 16 << 20
+
+
+def reorder(memory: Tensor, old: BoundLayout, new: BoundLayout) -> None:
+    """Move every element of ``memory`` (flat) from its place under ``old`` to that under ``new``; padding becomes zero.
+
+    Without padding the two orders keep blocks together, and a block is read before it is written: scratch is one block. With
+    padding a region at a time is out of place; regions that grow move from the last on, so that none is overwritten unread.
+    """
+    if old is new or (old.is_identity and new.is_identity):
+        return
+    if not _padded(old) and not _padded(new):
+        for block in old.in_place_blocks(new, SCRATCH_BYTES):
+            values = [(box, old.read(memory, box)) for box in block]
+            for box, value in values:
+                new.write(memory, box, value)
+        return
+    if old.lead != new.lead:
+        whole = tuple((0, n) for n in old.shape)
+        values_of_all = old.read(memory, whole)
+        memory.zero_()
+        new.write(memory, whole, values_of_all)
+        return
+    boxes = [_region(old, region) for region in range(old.regions)]
+    for region, box in reversed(list(enumerate(boxes))) if new.region_capacity > old.region_capacity else enumerate(boxes):
+        value = old.read(memory, box)
+        _bytes(memory[region * old.region_capacity : (region + 1) * old.region_capacity]).zero_()
+        _bytes(memory[region * new.region_capacity : (region + 1) * new.region_capacity]).zero_()
+        new.write(memory, box, value)
+
+
+def _padded(bound: BoundLayout) -> bool:
+    return bound.region_capacity != bound.region_elements
+
+
+def _region(bound: BoundLayout, region: int) -> Box:
+    box = [(0, n) for n in bound.shape]
+    for dim in reversed(range(bound.lead)):
+        index = region % bound.shape[dim]
+        box[dim], region = (index, index + 1), region // bound.shape[dim]
+    return tuple(box)
+
+
+def _bytes(memory: Tensor) -> Tensor:
+    return memory.view(torch.uint8)

@@ -1,0 +1,310 @@
+"""AliasedStorage: one allocation in kernel order, read and written in checkpoint coordinates.
+
+[Note: identity] From allocation on, bytes are rewritten and never moved: CUDA graphs and kernel objects hold the address.
+[Note: order] The bytes are in kernel order from allocation on. A write scatters through the layout, a read gathers, and there
+is no other order to convert from, to restore or to get stuck in. Padding is zero from allocation on and never written.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from contextlib import AbstractContextManager
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import MemoryFreedError, StateError
+from ..layout import BoundLayout
+from ..spec import TensorSpec
+from .coverage import Box
+from .kernel_name import KernelName
+from .locks import LOCKS, lock_number
+from .states import RegionStates, State
+
+
+class Listener(Protocol):
+    """Who must know before the bytes of a storage change: a registry that shows its kernel name or derives from it."""
+
+    is_open: bool
+
+    def open(self) -> None: ...
+
+
+class AliasedStorage:
+    """A fixed buffer in kernel order.
+
+    Args:
+        label: ``module.name`` for messages.
+        bound: the layout, for the checkpoint tensor's shape and dtype.
+        buffer: flat uint8, zero wherever the layout pads. The storage owns it from now on.
+        state: of every region at the start.
+        kernel_dtype: dtype of the kernel name, of the same width; None where there is no kernel name.
+    """
+
+    def __init__(
+        self, label: str, bound: BoundLayout, buffer: Tensor, state: State, kernel_dtype: torch.dtype | None = None
+    ) -> None:
+        self.label = label
+        self.bound = bound
+        self.states = RegionStates(bound.shape, bound.lead, state)
+        #: Counts changes of content; whoever derives from this storage compares it with what it saw last.
+        self.version = 0
+        #: Whether other code was given the raw storage, which it might free.
+        self.handed_out = False
+        #: Who outside is writing the raw bytes now, or None.
+        self.exposed: str | None = None
+        self._listeners: list[weakref.ref[Listener]] = []
+        self._lock = lock_number()
+        self.kernel_dtype = kernel_dtype
+        self.kernel_name: KernelName | None = None
+        self._name(buffer)
+
+    # -- names ---------------------------------------------------------------------------------------------------------
+
+    def _name(self, buffer: Tensor) -> None:
+        """Make the views of ``buffer``: its elements, the checkpoint name's geometry, the kernel name."""
+        bound = self.bound
+        with torch.inference_mode(False):
+            self.buffer = buffer
+            self.elements = buffer.view(bound.dtype)
+            #: What the checkpoint name looks like; its bytes are the checkpoint's where the layout is the identity.
+            self.geometry = self.elements[: self.spec.numel].view(bound.shape)
+            self.kernel_name = self._kernel_name()
+
+    def _kernel_name(self) -> KernelName | None:
+        if self.kernel_dtype is None:
+            return None
+        label = self.label if self.kernel_name is None else self.kernel_name.label
+        bound = self.bound
+        memory = self.elements.view(self.kernel_dtype)
+        step = memory.numel() // max(bound.regions, 1)
+        shape, strides = bound.kernel_shape, contiguous_strides(bound.kernel_shape)
+        for dim in reversed(range(bound.lead)):  # regions may have room for other layouts between them
+            strides[dim] = step
+            step *= shape[dim]
+        return KernelName(label, memory.as_strided(shape, strides), self)
+
+    @property
+    def spec(self) -> TensorSpec:
+        return TensorSpec(self.bound.shape, self.bound.dtype)
+
+    @property
+    def lock(self) -> AbstractContextManager[Any]:
+        """See [Note: locks]."""
+        return LOCKS[self._lock]
+
+    @property
+    def lock_number(self) -> int:
+        return self._lock
+
+    @property
+    def state(self) -> State | None:
+        """The common state of all regions, or None where they differ."""
+        return self.states.common
+
+    @property
+    def is_loaded(self) -> bool:
+        return not self.states.missing and self.exposed is None
+
+    @cached_property
+    def stand_in(self) -> torch.UntypedStorage:
+        """What checkpoint names show as their raw storage where kernel order is not theirs: same size, no memory."""
+        return torch.empty(self.buffer.numel(), dtype=torch.uint8, device="meta").untyped_storage()
+
+    # -- reading and writing -------------------------------------------------------------------------------------------
+
+    def read(self, box: Box) -> Tensor:
+        """Checkpoint values under ``box``: fresh, contiguous, of the box's shape.
+
+        Raises:
+            StateError: elements that never arrived, are invalid, or are being written from outside.
+        """
+        with LOCKS[self._lock]:
+            self.need_readable(box)
+            return self.bound.read(self.elements, box)
+
+    def need_readable(self, box: Box) -> None:
+        """Raise where the elements under ``box`` are no weights. The caller holds the lock."""
+        self._look_at_memory()
+        if self.exposed is not None:
+            self.need_unexposed("read")
+        if self.states.missing:
+            region = self.states.readable(box)
+            if region is not None:
+                raise self.not_loaded("reading elements that hold no weights", region)
+
+    def write(self, box: Box, value: Tensor) -> None:
+        """Scatter ``value``, of the box's shape and of this storage's dtype and device.
+
+        Raises:
+            StateError: the bytes are being written from outside. Nothing has changed then.
+        """
+        with LOCKS[self._lock]:
+            self.before_write()
+            before = self.states.begin(box)
+            self.bound.write(self.elements, box, value)
+            self.states.arrived(box, before)
+            self.version += 1
+
+    def before_write(self) -> None:
+        """Refuse, or tell whoever must know; no byte has changed yet. The caller holds the lock."""
+        self._look_at_memory()
+        if self.exposed is not None:
+            self.need_unexposed("write")
+        self.tell()
+
+    def tell(self) -> None:
+        """What shows a kernel name of this storage or derives from it refuses from now on, until it is processed."""
+        for reference in self._listeners:
+            listener = reference()
+            if listener is not None and not listener.is_open:
+                listener.open()
+
+    def invalidate(self, why: str | None = None) -> None:
+        """Nobody knows what the bytes are (failed load, sleep). Only a whole rewrite leads out."""
+        with LOCKS[self._lock]:
+            self.tell()
+            self.exposed = None
+            self.states.put_all(State.INVALID, why)
+            self.version += 1
+
+    def accept(self) -> None:
+        """The bytes, in kernel order, are whole and right: an engine saved and restored them, or wrote them from outside."""
+        with LOCKS[self._lock]:
+            self.tell()
+            self.exposed = None
+            if self.kernel_name is not None:
+                self.kernel_name.accept()
+            self.states.put_all(State.LOADED)
+            self.version += 1
+
+    # -- what other code does to the memory ----------------------------------------------------------------------------
+
+    def _look_at_memory(self) -> None:
+        name = self.kernel_name
+        if name is not None and name.tensor._version != name.version:
+            self.notice()
+        if self.handed_out or name is not None:
+            self.need_memory()
+
+    def notice(self) -> None:
+        """See whether other code wrote the kernel name. See [Note: foreign writes] in kernel_name.py."""
+        name = self.kernel_name
+        if name is not None and name.was_written and self.exposed is None:
+            name.accept()
+            self.invalidate(
+                f"the kernel name {name.label.rpartition('.')[2]!r} was written by other code: only aliasparam.process() writes "
+                "kernel names, and DistributedDataParallel, averaged models and the like must leave such buffers out"
+            )
+
+    def need_memory(self) -> None:
+        """Raise MemoryFreedError where other code gave the memory back (``untyped_storage().resize_(0)``)."""
+        memory = self.buffer.untyped_storage()
+        if memory.nbytes() < self.buffer.numel() and self.buffer.device.type != "meta":
+            raise MemoryFreedError(
+                "the memory of this name was freed",
+                label=self.label,
+                expected=f"{self.buffer.numel()} bytes",
+                found=f"{memory.nbytes()} bytes",
+                remedy="Call aliasparam.invalidate(model) before memory is lent; have it back at its address, and load again.",
+            )
+
+    def need_unexposed(self, doing: str) -> None:
+        """Raise StateError while somebody outside writes the raw bytes."""
+        if self.exposed is not None:
+            raise StateError(
+                f"cannot {doing}: the raw bytes are exposed to {self.exposed}",
+                label=self.label,
+                expected="written() or abandon() of the exposure first",
+                found="an open exposure",
+                remedy="Close it, or leave its `with` block.",
+            )
+
+    def not_loaded(self, doing: str, region: int | None = None) -> StateError:
+        states = self.states
+        if region is None:
+            region = next(r for r, s in enumerate(states.each) if s is not State.LOADED)
+        state, count = states.each[region], len(states.each)
+        missing = ", ".join(_shown(box) for box in states.missing_boxes(region)[:3]) if state is State.PARTIAL else ""
+        what = f"{state.value}: {states.why}" if states.why and state is State.INVALID else state.value
+        return StateError(
+            f"{doing}: region {region} of {count} is {state.value!r}" if count > 1 else f"{doing}: it is {state.value!r}",
+            label=self.label,
+            expected="every element of the tensor written",
+            found=f"{what}, without {missing}" if missing else what,
+            remedy="Load every shard of this tensor first.",
+        )
+
+    # -- listeners, moving, copying ------------------------------------------------------------------------------------
+
+    def add_listener(self, listener: Listener) -> None:
+        self._listeners = [r for r in self._listeners if r() not in (None, listener)] + [weakref.ref(listener)]
+
+    def listeners(self) -> list[Listener]:
+        return [found for reference in self._listeners if (found := reference()) is not None]
+
+    def relocate(self, device: torch.device) -> None:
+        """Follow the module to another device: the one legal change of address, made by the owner."""
+        with LOCKS[self._lock], torch.inference_mode(False):
+            self.notice()
+            self.tell()
+            self._name(self.buffer.to(device))
+            self.__dict__.pop("stand_in", None)
+
+    def rebind(self, bound: BoundLayout) -> None:
+        """Another layout, whose bytes the caller has put in place. Addresses stay. The caller holds the lock."""
+        self.bound = bound
+        self._name(self.buffer)
+        self.version += 1
+
+    def _copied(self, buffer: Tensor) -> dict[str, Any]:
+        """The state of a copy over ``buffer``, taken under the lock."""
+        kept = ("label", "bound", "version", "kernel_dtype")
+        label = self.kernel_name.label if self.kernel_name is not None else None
+        return {k: self.__dict__[k] for k in kept} | {"buffer": buffer, "states": copy.deepcopy(self.states), "kernel": label}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AliasedStorage:
+        with LOCKS[self._lock], torch.inference_mode(False):
+            self.notice()
+            self.need_unexposed("copy")
+            new = AliasedStorage.__new__(AliasedStorage)
+            memo[id(self)] = new
+            new.__setstate__(self._copied(self.buffer.clone()))
+        if self.kernel_name is not None and new.kernel_name is not None:
+            self.kernel_name.copied_as(new.kernel_name, memo)
+        return new
+
+    def __getstate__(self) -> dict[str, Any]:
+        with LOCKS[self._lock], torch.inference_mode(False):
+            self.notice()
+            self.need_unexposed("save")
+            return self._copied(self.buffer.clone())
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        buffer, label = state.pop("buffer"), state.pop("kernel")
+        self.__dict__.update(state)
+        self.handed_out, self.exposed, self._listeners, self._lock = False, None, [], lock_number()
+        self.kernel_name = None
+        self._name(buffer)
+        if self.kernel_name is not None:
+            self.kernel_name.label = label
+
+    def __repr__(self) -> str:
+        state = self.state.value if self.state else "mixed"
+        return f"AliasedStorage({self.label!r}, {self.spec}, {self.buffer.numel()} bytes, {state})"
+
+
+def contiguous_strides(shape: tuple[int, ...]) -> list[int]:
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return strides[::-1]
+
+
+def _shown(box: Box) -> str:
+    return "[" + ", ".join(f"{start}:{stop}" for start, stop in box) + "]"

@@ -1,0 +1,79 @@
+"""One write transaction over any number of storages: tell, mark, scatter, count.
+
+1. whoever shows a kernel name of these storages, or derives from them, is told and refuses;
+2. the regions under all parts are INVALID;
+3. values are scattered into kernel order, those from another device or dtype in pieces;
+4. what has arrived is counted, and the regions are what they were or better.
+
+An error before 2 has changed nothing. An interrupt after it leaves regions that refuse until they are written whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..layout.bound import tiles
+from .coverage import Box
+from .locks import all_locked
+from .storage import AliasedStorage
+
+#: Values that come from another device, or in another dtype, pass memory of at most this many bytes.
+STAGING_BYTES = 16 << 20
+
+
+class Part(NamedTuple):
+    """Values for one box.
+
+    Attributes:
+        storage: where they go.
+        box: in checkpoint coordinates.
+        value: of the box's shape, on any device and of any dtype that ``copy_`` takes.
+        arrived: the boxes that count as written where that is not ``box``: values beside them are what was there.
+    """
+
+    storage: AliasedStorage
+    box: Box
+    value: Tensor
+    arrived: Sequence[Box] | None = None
+
+
+def write_all(parts: Sequence[Part]) -> None:
+    """Write all parts, or none, or leave what was begun refusing.
+
+    Raises:
+        StateError: a storage is exposed to an outside writer. Nothing has changed then.
+    """
+    with all_locked(part.storage.lock_number for part in parts), torch.no_grad():
+        for part in parts:
+            part.storage.before_write()
+        begun = [(part.storage, part.storage.states.begin(part.box)) for part in parts]
+        for part in parts:
+            _scatter(part)
+        for storage, before in reversed(begun):  # the first of two parts of one storage knows what it was before both
+            storage.states.undo(before)
+        for part in parts:
+            states = part.storage.states
+            for box in [part.box] if part.arrived is None else part.arrived:
+                states.arrived(box, states.begin(box))
+            part.storage.version += 1
+
+
+def _scatter(part: Part) -> None:
+    storage, value = part.storage, part.value
+    memory = storage.elements
+    if value.dtype is memory.dtype and value.device == memory.device:
+        storage.bound.write(memory, part.box, value)
+        return
+    if not value.numel():
+        return
+    staging = torch.empty(min(value.numel(), STAGING_BYTES // memory.element_size()), dtype=memory.dtype, device=memory.device)
+    for box in tiles(part.box, staging.numel()):
+        inside = tuple(slice(a - r, b - r) for (a, b), (r, _) in zip(box, part.box, strict=True))
+        source = value[inside]
+        piece = staging[: source.numel()].view(source.shape)
+        piece.copy_(source)
+        storage.bound.write(memory, box, piece)

@@ -1,0 +1,322 @@
+"""What an operator does with a checkpoint name, decided once per operator from its schema.
+
+Every operator that touches an aliased tensor arrives here. There are five behaviours and a refusal:
+
+- *read*: aliased arguments become plain tensors with checkpoint values;
+- *view*: the result is again an aliased tensor over the same storage, so writes through slices are seen;
+- *write*: the operator computes on plain values, which land by one transaction at the end: if it raises, nothing was written;
+- *blank*: operators that want a tensor like this one, without its values;
+- *collective*: c10d schemas do not say what they write, their argument names do: what is sent is read, the rest is written;
+- *refuse*: operators that would move or re-shape the allocation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import PointerError, StateError
+from ..storage.kernel_name import RefusingName
+from ..storage.locks import all_locked
+from ..storage.transaction import Part, write_all
+from ..torch_private import is_traced_by_jit, shares_memory
+from .geometry import part_of, place_of, read_view
+
+_Handler = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
+
+#: Base names of operators that replace the storage or geometry of their argument.
+_MOVES_MEMORY = frozenset({"set_", "resize_", "resize_as_", "resize", "set_data", "_resize_output_", "swap_"})
+#: In-place operators whose result does not depend on what was there. All others read before they write.
+_OVERWRITES = frozenset({"copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_", "normal_", "uniform_", "random_"})
+_OVERWRITES |= {"exponential_"}
+#: Operators that look at shape, dtype and device alone.
+_BLANK = frozenset({"empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like"})
+#: Arguments of c10d operators that are only read, and operators whose ``tensors`` are read, or wholly overwritten.
+_SENT = frozenset({"input_tensors", "input_tensor", "input_list", "inputs", "input"})
+_SENDS = frozenset({"send"})
+_REDUCES = frozenset({"allreduce_", "reduce_", "allreduce_coalesced_"})
+
+_handlers: dict[Any, _Handler] = {}
+
+
+def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    handler = _handlers.get(func)
+    if handler is None:
+        handler = _handlers[func] = _handler_for(func)
+    return handler(func, args, kwargs)
+
+
+def write_one(target: Any, value: Tensor) -> None:
+    """``target.copy_(value)`` for a plain value: converted and broadcast as ``copy_`` does it.
+
+    Raises:
+        RuntimeError: torch's own, where the shapes do not fit. Nothing is written then.
+        StaleKernelError: the value is a kernel name of an open module. Nothing is written then.
+    """
+    storage, view = target._alias_storage, target._alias_geometry
+    if value.shape != view.shape:
+        value = value.expand(view.shape)
+    place = place_of(storage, view)
+    if place is not None and value.dtype is storage.bound.dtype and value.device == view.device and view.dtype is value.dtype:
+        if isinstance(value, RefusingName):
+            raise value.refusal()
+        if storage.kernel_name is not None and shares_memory(value, storage.buffer):
+            value = value.clone()  # a kernel name of this very memory
+        storage.write(place.box, place.to_box(value))
+        return
+    _land([(target, value)])
+
+
+def _handler_for(func: Any) -> _Handler:
+    schema = func._schema
+    namespace, _, name = schema.name.partition("::")
+    if name in _BLANK or name.startswith("new_"):
+        return _blank
+    if name in _MOVES_MEMORY or torch.Tag.inplace_view in func.tags:
+        return _refuse
+    if namespace == "c10d":
+        return _collective(func)
+    if schema.is_mutable:
+        return _writer(func)
+    if any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns):
+        return _view
+    return _to_copy if func is torch.ops.aten._to_copy.default else _read
+
+
+# -- handlers ----------------------------------------------------------------------------------------------------------
+
+
+def _read(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return func(*_map(values_of, args), **_map_kwargs(values_of, kwargs))
+
+
+def _to_copy(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "meta":
+        return func(args[0]._alias_geometry, **kwargs)  # engines record shapes before anything is loaded
+    return _read(func, args, kwargs)
+
+
+def _blank(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    result = func(*_map(_geometry, args), **_map_kwargs(_geometry, kwargs))
+    if "empty" in func._schema.name:
+        result._alias_uninitialized = True  # Module.to_empty() assigns it: then nothing is loaded any more
+    return result
+
+
+def _view(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    owner = args[0] if isinstance(args[0], _types.aliased) else next(iter(_aliased((*args, *kwargs.values()))))
+    return _rewrap(func(*_map(_geometry, args), **_map_kwargs(_geometry, kwargs)), owner)
+
+
+def _rewrap(result: Any, owner: Any) -> Any:
+    if isinstance(result, Tensor):
+        return _types.view(owner._alias_storage, result)
+    return type(result)(_rewrap(part, owner) for part in result)
+
+
+def _writer(func: Any) -> _Handler:
+    """A handler for one mutating operator, with the written arguments looked up in its schema once."""
+    schema = func._schema
+    positions = [i for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
+    names = [schema.arguments[i].name for i in positions]
+    overwrites = schema.name.partition("::")[2] in _OVERWRITES
+    if all(schema.arguments[i].is_out for i in positions):
+        return _into_out(func, names)
+
+    def write(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        originals = [args[i] if i < len(args) else kwargs.get(n) for i, n in zip(positions, names, strict=True)]
+        written = list(_aliased(originals))
+        if func is torch.ops.aten.copy_.default and written:
+            write_one(written[0], values_of(args[1]) if isinstance(args[1], _types.aliased) else args[1])
+            return args[0]
+        plain = _plain(written, overwrites)
+
+        def given(value: Any, is_written: bool) -> Any:
+            return _map_one(lambda t: plain[id(t)], value) if is_written else _map_one(values_of, value)
+
+        func(*(given(a, i in positions) for i, a in enumerate(args)), **{k: given(v, k in names) for k, v in kwargs.items()})
+        _land([(t, plain[id(t)]) for t in written])
+        return _returned(schema, originals)
+
+    return write
+
+
+def _plain(written: Sequence[Any], overwrites: bool) -> dict[int, Tensor]:
+    """Plain tensors for the written arguments, by their ids. Several views of one storage are views of one copy."""
+    storages = [t._alias_storage for t in written]
+    plain: dict[int, Tensor] = {}
+    for tensor in written:
+        storage, view = tensor._alias_storage, tensor._alias_geometry
+        if id(tensor) in plain:
+            continue
+        if overwrites and storages.count(storage) == 1:
+            plain[id(tensor)] = torch.empty_like(view)
+            continue
+        if storages.count(storage) == 1:
+            plain[id(tensor)] = _own(values_of(tensor), view)
+            continue
+        whole = _own(read_view(storage, storage.geometry), storage.geometry)
+        for other in written:
+            seen = other._alias_geometry
+            if other._alias_storage is storage:
+                plain[id(other)] = whole.view(seen.dtype).as_strided(seen.shape, seen.stride(), seen.storage_offset())
+    return plain
+
+
+def _own(values: Tensor, view: Tensor) -> Tensor:
+    return values.clone() if values is view else values
+
+
+def _land(pairs: Sequence[tuple[Any, Tensor]]) -> None:
+    """Write each value through its aliased tensor, in one transaction."""
+    with torch.no_grad(), all_locked(t._alias_storage.lock_number for t, _ in pairs):
+        parts: list[Part] = []
+        for target, value in pairs:
+            storage, view = target._alias_storage, target._alias_geometry
+            if isinstance(value, RefusingName):
+                raise value.refusal()
+            if value.shape != view.shape:
+                raise _reshaped(target, value)
+            if shares_memory(value, storage.buffer):
+                value = value.clone()
+            torch.empty(0, dtype=view.dtype).copy_(value[:0].flatten()[:0] if value.dim() else value.reshape(1)[:0])
+            parts.append(part_of(storage, view, value))
+        write_all(parts)
+
+
+def _reshaped(target: Any, value: Tensor) -> PointerError:
+    return PointerError(
+        "the operator would give a fixed storage another shape",
+        label=target._alias_storage.label,
+        expected=f"a result of shape {list(target._alias_geometry.shape)}",
+        found=list(value.shape),
+        remedy="Pass an out= of the result's shape: a slice of the name, or a tensor of its own.",
+    )
+
+
+def _returned(schema: Any, originals: list[Any]) -> Any:
+    """What a mutating operator returns: the arguments it wrote."""
+    returns = len(schema.returns)
+    if returns == 0:
+        return None
+    return originals[0] if returns == 1 else tuple(originals)
+
+
+def _into_out(func: Any, names: list[str]) -> _Handler:
+    """A handler for one operator with ``out=``: torch would resize what does not fit, so it gets memory of its own."""
+    schema = func._schema
+
+    def fresh(tensor: Any) -> Tensor:
+        view = tensor._alias_geometry  # aten operators give an empty tensor the shape of their result
+        shape = (0,) if schema.name.startswith("aten::") else view.shape
+        return torch.empty(shape, dtype=view.dtype, device=view.device)
+
+    def write_out(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        originals = [kwargs[n] for n in names]
+        plain = {k: _map_one(fresh if k in names else values_of, v) for k, v in kwargs.items()}
+        func(*_map(values_of, args), **plain)
+        _land([pair for n in names for pair in _pairs(kwargs[n], plain[n])])
+        return _returned(schema, originals)
+
+    return write_out
+
+
+def _pairs(given: Any, got: Any) -> list[tuple[Any, Tensor]]:
+    """(aliased tensor, the result for it) of one ``out`` argument, a tensor or a list of them."""
+    pairs = zip(given, got, strict=True) if isinstance(given, (list, tuple)) else [(given, got)]
+    return [(t, result) for t, result in pairs if isinstance(t, _types.aliased)]
+
+
+def _collective(func: Any) -> _Handler:
+    """A handler for one c10d operator: its schema does not say what it writes, its argument names do."""
+    schema = func._schema
+    name = schema.name.partition("::")[2]
+    names = [a.name for a in schema.arguments]
+
+    def collective(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = dict(zip(names, args, strict=False)) | kwargs
+        sends = name in _SENDS or (name == "broadcast_" and _is_root(given))
+        read = [n for n in given if sends or n in _SENT]
+        written = [t for n, v in given.items() if n not in read for t in _aliased([v])]
+        plain = _plain(written, name not in _REDUCES)
+        result = func(**{n: _map_one(values_of if n in read else lambda t: plain[id(t)], v) for n, v in given.items()})
+        for work in result if isinstance(result, (list, tuple)) else (result,):
+            if hasattr(work, "wait"):
+                work.wait()  # the values land when they are there
+        _land([(t, plain[id(t)]) for t in written])
+        return result
+
+    return collective
+
+
+def _is_root(given: dict[str, Any]) -> bool:
+    from torch.distributed import ProcessGroup
+
+    group = ProcessGroup.unbox(given["process_group"])
+    return bool(group.rank() == given["root_rank"])
+
+
+def _refuse(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    tensor = next(iter(_aliased((*args, *kwargs.values()))))
+    raise PointerError(
+        f"{func} would move or re-shape a fixed storage",
+        label=tensor._alias_storage.label,
+        expected="an operation that keeps the address, shape and dtype",
+        found=str(func),
+        remedy="Write the new values with copy_(), or work on a clone().",
+    )
+
+
+# -- arguments ---------------------------------------------------------------------------------------------------------
+
+
+def values_of(tensor: Any) -> Tensor:
+    """Checkpoint values of an aliased tensor, as a plain one."""
+    if is_traced_by_jit():
+        raise StateError(
+            "torch.jit saves raw memory, which is in kernel order",
+            label=tensor._alias_storage.label,
+            expected="torch.export or torch.compile",
+            found="torch.jit.trace",
+            remedy="Trace a module that holds checkpoint_state_dict(model), or export with torch.export.",
+        )
+    return read_view(tensor._alias_storage, tensor._alias_geometry)
+
+
+def _geometry(tensor: Any) -> Tensor:
+    plain: Tensor = tensor._alias_geometry
+    return plain
+
+
+def _map_one(change: Callable[[Any], Tensor], value: Any) -> Any:
+    if isinstance(value, _types.aliased):
+        return change(value)
+    if isinstance(value, (list, tuple)):
+        return type(value)(_map_one(change, v) for v in value)
+    return value
+
+
+def _map(change: Callable[[Any], Tensor], args: tuple[Any, ...]) -> list[Any]:
+    return [_map_one(change, a) for a in args]
+
+
+def _map_kwargs(change: Callable[[Any], Tensor], kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {k: _map_one(change, v) for k, v in kwargs.items()} if kwargs else kwargs
+
+
+def _aliased(values: Any) -> Any:
+    for value in values:
+        if isinstance(value, _types.aliased):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _aliased(value)
+
+
+class _types:
+    """The tensor classes, filled in by faces.py (which imports this module)."""
+
+    aliased: tuple[type, ...] = ()
+    view: Callable[[Any, Tensor], Tensor]

@@ -1,0 +1,203 @@
+"""From a view of a checkpoint name to boxes of its tensor.
+
+A checkpoint name looks like a plain contiguous tensor, its *geometry*. Views are made by torch itself on that geometry, so
+every chain of them is right; what a view covers is then found from its offset, shape and strides. Slices and permutations are
+one box each. Whatever else there is (steps, ``unfold``, ``as_strided``, another element width, conj and neg bits) goes through
+a plain copy of the rows it lies in.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..storage.coverage import Box
+from ..storage.storage import AliasedStorage, contiguous_strides
+from ..storage.transaction import Part
+
+
+class Place(NamedTuple):
+    """A view which is one box of the tensor.
+
+    Attributes:
+        box: (start, stop) for each dim of the tensor.
+        shape: the box's sizes.
+        order: for each dim of the box that the view has, the view's dim; None where they are in order.
+        squeezed: the box's shape without the dims which the view does not have.
+    """
+
+    box: Box
+    shape: tuple[int, ...]
+    order: tuple[int, ...] | None
+    squeezed: tuple[int, ...]
+
+    def to_box(self, value: Tensor) -> Tensor:
+        """A value of the view's shape in the box's."""
+        return (value if self.order is None else value.permute(self.order)).view(self.shape)
+
+    def to_view(self, value: Tensor) -> Tensor:
+        """A value of the box's shape in the view's."""
+        value = value.view(self.squeezed)
+        return value if self.order is None else value.permute(_inverse(self.order))
+
+
+def place_of(storage: AliasedStorage, view: Tensor) -> Place | None:
+    """The box that ``view``, a view of the storage's geometry, is; None where it is none."""
+    spec = storage.bound
+    if view.dtype.itemsize != spec.dtype.itemsize or view.is_conj() or view.is_neg():
+        return None
+    return _place(spec.shape, view.storage_offset(), view.shape, view.stride())
+
+
+@lru_cache(maxsize=1 << 16)
+def _place(base: tuple[int, ...], offset: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> Place | None:
+    if not all(shape):
+        return Place(tuple((0, 0) for _ in base), (0,) * len(base), None, shape) if base else None
+    steps = contiguous_strides(base)
+    starts, left = [], offset
+    for step, size in zip(steps, base, strict=True):
+        starts.append(left // step if size > 1 else 0)
+        left -= starts[-1] * step
+    found = _match(base, steps, shape, strides)
+    if left or found is None:
+        return None
+    sizes = [shape[v] if v is not None else 1 for v in found]
+    if any(start + size > limit for start, size, limit in zip(starts, sizes, base, strict=True)):
+        return None
+    order = tuple(v for v in found if v is not None)
+    ones = [v for v, n in enumerate(shape) if n == 1 and v not in order]  # dims of one element lie anywhere: first
+    order = (*ones, *order)
+    box = tuple((start, start + size) for start, size in zip(starts, sizes, strict=True))
+    in_order = order == tuple(range(len(shape)))
+    return Place(box, tuple(sizes), None if in_order else order, tuple(shape[v] for v in order))
+
+
+def _match(
+    base: tuple[int, ...], steps: list[int], shape: tuple[int, ...], strides: tuple[int, ...]
+) -> list[int | None] | None:
+    """For each dim of the tensor, the view's dim over it (None: an index was taken); None where a dim is over none."""
+    found: list[int | None] = [None] * len(base)
+    for dim, (size, stride) in enumerate(zip(shape, strides, strict=True)):
+        if size == 1:
+            continue
+        at = next((b for b, step in enumerate(steps) if step == stride and base[b] > 1 and found[b] is None), None)
+        if at is None:
+            return None
+        found[at] = dim
+    return found
+
+
+def _inverse(order: tuple[int, ...]) -> list[int]:
+    back = [0] * len(order)
+    for position, dim in enumerate(order):
+        back[dim] = position
+    return back
+
+
+def read_view(storage: AliasedStorage, view: Tensor) -> Tensor:
+    """Checkpoint values of ``view``: the view itself where the layout is the identity, else a gathered copy.
+
+    Raises:
+        StateError: elements that never arrived, are invalid, or are being written from outside.
+    """
+    place = place_of(storage, view)
+    if place is not None and not storage.bound.is_identity:
+        value = place.to_view(storage.read(place.box))
+        return value if view.dtype is storage.bound.dtype else value.view(view.dtype)
+    with storage.lock:
+        rows = place.box if place is not None else rows_under(storage, view)
+        exact = place is None and storage.states.missing and view.numel()
+        for box in boxes_under(storage, view, rows) if exact else [rows]:
+            storage.need_readable(box)
+        if storage.bound.is_identity:
+            return view
+        return as_view(storage, storage.bound.read(storage.elements, rows), rows, view)
+
+
+def part_of(storage: AliasedStorage, view: Tensor, value: Tensor) -> Part:
+    """What writing ``value``, of the view's shape, through ``view`` asks of the storage. The caller holds the lock."""
+    place = place_of(storage, view)
+    if place is not None:
+        if view.dtype is not storage.bound.dtype:  # of the same width
+            value = typed(value, view).view(storage.bound.dtype)
+        return Part(storage, place.box, place.to_box(value))
+    rows = rows_under(storage, view)
+    patched = storage.bound.read(storage.elements, rows)
+    as_view(storage, patched, rows, view).copy_(value)
+    return Part(storage, rows, patched, boxes_under(storage, view, rows) if storage.states.missing else None)
+
+
+def typed(value: Tensor, like: Tensor) -> Tensor:
+    """``value`` in the dtype and on the device of ``like``."""
+    if value.dtype is like.dtype and value.device == like.device:
+        return value
+    return torch.empty(value.shape, dtype=like.dtype, device=like.device).copy_(value)
+
+
+def rows_under(storage: AliasedStorage, view: Tensor) -> Box:
+    """The smallest range of leading indices, whole in all other dims, which holds every element of ``view``."""
+    shape = storage.bound.shape
+    if not view.numel() or not shape:
+        return tuple((0, n if view.numel() else 0) for n in shape)
+    width = view.element_size()
+    reach = sum((n - 1) * s for n, s in zip(view.shape, view.stride(), strict=True)) + 1
+    first = view.storage_offset() * width
+    last = first + reach * width - 1
+    step = math.prod(shape) * storage.bound.dtype.itemsize
+    outer: list[tuple[int, int]] = []
+    for size in shape[:-1]:
+        step //= size
+        if first // step != last // step or step % width:
+            break
+        outer.append((first // step, first // step + 1))  # all in one index of this dim: look inside it
+        first, last = first % step, last % step
+    else:
+        step //= shape[-1]
+    start = first // step
+    while start * step % width:
+        start -= 1  # wider elements begin where they are aligned
+    return (*outer, (start, last // step + 1), *((0, n) for n in shape[len(outer) + 1 :]))
+
+
+def as_view(storage: AliasedStorage, rows: Tensor, box: Box, view: Tensor) -> Tensor:
+    """The view of ``rows``, a contiguous copy of what lies under ``box``, that ``view`` is of the tensor."""
+    raw = rows.reshape(-1).view(torch.uint8)
+    offset = view.storage_offset() - _first_byte(storage, box) // view.element_size()
+    seen = raw.view(view.dtype).as_strided(view.shape, view.stride(), offset)
+    seen = torch._neg_view(seen) if view.is_neg() else seen
+    return seen.conj() if view.is_conj() else seen
+
+
+def boxes_under(storage: AliasedStorage, view: Tensor, rows: Box) -> list[Box]:
+    """Boxes that together are exactly the elements, each with all its bytes, under a view of any kind."""
+    width, size = storage.bound.dtype.itemsize, view.element_size()
+    shape = tuple(stop - start for start, stop in rows)
+    touched = torch.zeros(math.prod(shape) * width, dtype=torch.bool)
+    first = view.storage_offset() * size - _first_byte(storage, rows)
+    touched.as_strided((*view.shape, size), (*(s * size for s in view.stride()), 1), first).fill_(True)
+    whole = touched.view(-1, width).all(-1).view(-1, shape[-1])
+    edges = torch.diff(torch.nn.functional.pad(whole, (1, 1)).to(torch.int8), dim=1)
+    starts, stops = (edges == 1).nonzero().tolist(), (edges == -1).nonzero().tolist()
+    found: list[Box] = []
+    for (line, start), (_, stop) in zip(starts, stops, strict=True):
+        run = (rows[-1][0] + start, rows[-1][0] + stop)
+        outer = _unravelled(line, shape[:-1])
+        found.append((*((low + i, low + i + 1) for (low, _), i in zip(rows[:-1], outer, strict=True)), run))
+    return found
+
+
+def _first_byte(storage: AliasedStorage, box: Box) -> int:
+    steps = contiguous_strides(storage.bound.shape)
+    return sum(start * step for (start, _), step in zip(box, steps, strict=True)) * storage.bound.dtype.itemsize
+
+
+def _unravelled(index: int, shape: tuple[int, ...]) -> list[int]:
+    found = []
+    for size in reversed(shape):
+        found.append(index % size)
+        index //= size
+    return found[::-1]

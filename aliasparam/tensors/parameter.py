@@ -1,0 +1,146 @@
+"""AliasedParameter: a checkpoint-format name which is always right to read and to write, and how Parameters become one."""
+
+from __future__ import annotations
+
+import copy
+import types
+import weakref
+from multiprocessing.reduction import ForkingPickler
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..storage.storage import AliasedStorage
+from .faces import _Aliased, is_same_view, loader_attributes, make
+from .processes import reduce_for_process, refuse_for_process
+
+
+class AliasedParameter(_Aliased, nn.Parameter):
+    """One checkpoint-format name of a module, over an :class:`AliasedStorage`.
+
+    It has the shape, dtype and address of an ordinary ``nn.Parameter``. Reading it by any
+    operator, slice or ``.data`` gathers checkpoint values out of kernel order; writing computes on plain values and scatters them
+    at the end, after whoever shows or derives from them was told. Assigning ``.data`` copies the values in, and never moves the
+    address.
+
+    Made by :func:`aliasparam.declare`, not by hand: the Parameter object that was there becomes one, so whoever holds it (a
+    tied module, a loader's dict of parameters) sees it too. Attributes which engines put on parameters (``weight_loader``, …)
+    survive, and where an engine uses a Parameter class of its own, the result is of that class as well.
+
+    Raises:
+        StateError: on reading elements that were never loaded or are invalid.
+        PointerError: on operators that would move the memory (``resize_``, ``set_``).
+        AdoptionError: on ``.data = value`` with another shape, dtype or device.
+    """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> AliasedParameter:
+        raise TypeError("AliasedParameter is made by aliasparam.declare(module, ...)")
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return nn.Parameter(self._snapshot(), requires_grad=False).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+
+
+class SavedName:
+    """What stands for a name in the pickle of the module that has it: one for each parameter object, so that ties stay ties."""
+
+    def __init__(self, parameter: AliasedParameter) -> None:
+        self.parameter = parameter
+
+    @classmethod
+    def of(cls, parameter: AliasedParameter) -> SavedName:
+        saved: SavedName | None = parameter.__dict__.get("_alias_saved")
+        if saved is None:
+            saved = parameter.__dict__["_alias_saved"] = cls(parameter)
+        return saved
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self.parameter, memo)
+
+    def __reduce__(self) -> Any:
+        parameter = self.parameter
+        geometry = parameter._alias_geometry
+        place = (geometry.dtype, tuple(geometry.shape), geometry.stride(), geometry.storage_offset())
+        return _rebuild, (parameter._alias_storage, place, loader_attributes(parameter), plain_class(type(parameter)))
+
+
+def make_parameter(storage: AliasedStorage, geometry: Tensor, like: type[Any] = nn.Parameter) -> AliasedParameter:
+    """An AliasedParameter over ``geometry``, a plain view of ``storage.geometry``; also of the class ``like``."""
+    parameter: AliasedParameter = make(_aliased_class(plain_class(like)), storage, geometry)
+    _pin(parameter)
+    return parameter
+
+
+def take_over(old: Tensor, storage: AliasedStorage, geometry: Tensor, like: Tensor | None = None) -> AliasedParameter | None:
+    """Make the object ``old`` itself an AliasedParameter over ``geometry``, with the class and attributes of ``like`` (default:
+    its own); None if it cannot be.
+
+    It cannot where torch holds on to the old tensor (a compiled function's guard, an autograd graph).
+    """
+    like = old if like is None else like
+    new = make(_aliased_class(plain_class(type(like))), storage, geometry)
+    new.__dict__.update(loader_attributes(like))
+    try:
+        torch.utils.swap_tensors(old, new)  # type: ignore[no-untyped-call]
+    except RuntimeError:
+        return None
+    _pin(old)
+    return cast(AliasedParameter, old)
+
+
+def adopt_class(parameter: AliasedParameter, like: type[Any]) -> None:
+    """Give ``parameter`` the engine's class ``like`` too, if it has another."""
+    wanted = _aliased_class(plain_class(like))
+    if type(parameter) is not wanted and wanted is not AliasedParameter:
+        parameter.__class__ = wanted
+
+
+def plain_class(cls: type[Any]) -> type[Any]:
+    """The Parameter class an engine sees: its own, or nn.Parameter."""
+    if issubclass(cls, _Aliased):
+        return cast(type[Any], cls.__dict__.get("_alias_engine_class", nn.Parameter))
+    return cls if issubclass(cls, nn.Parameter) else nn.Parameter
+
+
+def _aliased_class(engine_class: type[Any]) -> type[Any]:
+    """AliasedParameter which is also an ``engine_class``: its loader methods, its isinstance checks, our storage."""
+    if engine_class is nn.Parameter:
+        return AliasedParameter
+    if engine_class in _classes:
+        return _classes[engine_class]
+    namespace = {"__module__": engine_class.__module__, "__doc__": engine_class.__doc__, "_alias_engine_class": engine_class}
+    made: type[Any] = types.new_class(
+        engine_class.__name__, (AliasedParameter, engine_class), exec_body=lambda body: body.update(namespace)
+    )
+    ForkingPickler.register(made, reduce_for_process)
+    return _classes.setdefault(engine_class, made)
+
+
+_classes: dict[type[Any], type[Any]] = {}
+
+
+def _pin(parameter: Any) -> None:
+    # torch.utils.swap_tensors() exchanges what two objects are, unseen by anybody; it refuses tensors with weak references.
+    parameter._alias_pin = weakref.ref(parameter)
+
+
+def _rebuild(storage: AliasedStorage, place: Any, attributes: dict[str, Any], like: type[Any]) -> AliasedParameter:
+    dtype, shape, stride, offset = place
+    whole = storage.geometry if dtype.itemsize == storage.bound.dtype.itemsize else storage.buffer
+    parameter = make_parameter(storage, whole.view(dtype).as_strided(shape, stride, offset), like)
+    parameter.__dict__.update(attributes)
+    return parameter
+
+
+def is_same_name(tensor: Any, parameter: AliasedParameter) -> bool:
+    """Whether ``tensor`` is ``parameter``, or another object that is the same name: engines keep and put back old ones."""
+    if tensor is parameter or not isinstance(tensor, AliasedParameter):
+        return tensor is parameter
+    return is_same_view(tensor, parameter)
+
+
+ForkingPickler.register(AliasedParameter, reduce_for_process)
+ForkingPickler.register(AliasedStorage, refuse_for_process)

@@ -1,0 +1,53 @@
+"""Every private API of torch that the library uses, each with what it is for.
+
+What ``torch.compile`` does where a traced caller meets this library: it leaves the graph, or says why it cannot. Only code that
+reads kernel names of ready modules is traced; those are plain tensors.
+"""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def refused_when_traced(function: Any, reason: str) -> None:
+    """With ``fullgraph=True`` torch.compile refuses a caller of ``function`` with ``reason``; else the call leaves the graph."""
+    # What torch.compiler.disable(function, reason=...) sets; the decorator would import the compiler with this library.
+    function = getattr(function, "__func__", function)
+    function._torchdynamo_disable = True
+    function._torchdynamo_disable_msg = reason
+
+
+def never_traced(cls: type) -> None:
+    """Methods of ``cls``, and what they call, run as they are once a caller has left its graph."""
+    eval_frame = torch._C._dynamo.eval_frame
+    skip = getattr(eval_frame, "_FrameAction", None)
+    if skip is None:
+        return
+    strategy = eval_frame._FrameExecStrategy(skip.SKIP, skip.SKIP)
+    for member in vars(cls).values():
+        function = getattr(member, "__func__", getattr(member, "fget", member))
+        if isinstance(function, types.FunctionType):
+            eval_frame.set_code_exec_strategy(function.__code__, strategy)
+
+
+def shares_memory(first: Tensor, second: Tensor) -> bool:
+    """Whether two plain tensors are views of one allocation."""
+    return bool(torch._C._is_alias_of(first, second))  # type: ignore[attr-defined]
+
+
+def is_alone(memory: torch.UntypedStorage) -> bool:
+    """Whether torch allocated this memory and one tensor alone looks at it.
+
+    Memory of numpy, of a mapped file, of a buffer or another process is not resizable, or is shared.
+    """
+    uses = torch._C._storage_Use_Count(memory._cdata)  # type: ignore[attr-defined]
+    return uses <= 2 and memory.resizable() and not (memory.device.type == "cpu" and memory.is_shared())  # the tensor, and ``memory``
+
+
+def is_traced_by_jit() -> bool:
+    """Whether ``torch.jit.trace`` is running: what it makes saves raw memory."""
+    return torch._C._get_tracing_state() is not None
