@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from ..errors import LayoutError as LayoutError
 from .bound import BoundLayout as BoundLayout
-from .bound import Box as Box
+from .boxes import Box as Box
 from .layout import IDENTITY as IDENTITY
 from .layout import Layout as Layout

@@ -12,6 +12,9 @@ from typing import NamedTuple
 from .digits import BoundLine, Place
 
 
+Box = tuple[tuple[int, int], ...]
+
+
 class Axis(NamedTuple):
     """``size`` steps: ``step`` coordinates of checkpoint dim ``dim`` each, ``image`` elements of memory each."""
 

@@ -9,11 +9,14 @@ from typing import Any
 import torch
 
 from ..errors import LayoutError
-from .bound import Box, StridedLayout
-from .boxes import Piece
+from .bound import BoundLayout
+from .boxes import Piece, pieces
 from .canonical import canonical
+from .compose import compose
 from .digits import BoundLine, bind_line
+from .nibbles import NibbleLayout
 from .pattern import Line, parse
+from .strided import StridedLayout
 
 
 class Layout:
@@ -104,14 +107,13 @@ class Layout:
             raise LayoutError("layouts of other element widths do not follow one another", expected=self.bits, found=other.bits)
         return Layout.of((*self.lines, *other.lines), self.bits)
 
-    def bind(self, shape: Sequence[int], dtype: torch.dtype) -> StridedLayout:
+    def bind(self, shape: Sequence[int], dtype: torch.dtype) -> BoundLayout:
         """This layout for tensors of the full ``shape``. Raises LayoutError where the digits do not fit."""
         return _bind(self, tuple(shape), dtype)
 
     def kernel_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """Shape in kernel format of a tensor of ``shape``, lead dims in front."""
-        lines = self._lines(shape)
-        return (*shape[: len(shape) - self.core_dims], *lines[-1].kernel_shape)
+        """Shape in kernel format of a tensor of ``shape``, lead dims in front; with ``bits=4`` the last dim counts nibbles in both."""
+        return (*shape[: len(shape) - self.core_dims], *self._lines(shape)[-1].kernel_shape)
 
     def capacity(self, shape: Sequence[int]) -> int:
         """Elements of one region, padding included."""
@@ -119,7 +121,7 @@ class Layout:
 
     def boxes(self, rows: tuple[int, int], columns: tuple[int, int], shape: Sequence[int]) -> list[Piece]:
         """The strided pieces of kernel memory that hold rows ``start, stop`` and columns ``start, stop`` of a matrix of ``shape``."""
-        return self.bind(shape, torch.uint8).boxes((rows, columns))
+        return pieces(compose(self._lines(shape)), shape, (rows, columns))
 
     def _lines(self, shape: Sequence[int]) -> list[BoundLine]:
         core = tuple(shape[len(shape) - self.core_dims :])
@@ -133,8 +135,12 @@ class Layout:
 
 
 @lru_cache(maxsize=4096)
-def _bind(layout: Layout, shape: tuple[int, ...], dtype: torch.dtype) -> StridedLayout:
-    return StridedLayout(layout._lines(shape), shape, len(shape) - layout.core_dims, dtype)
+def _bind(layout: Layout, shape: tuple[int, ...], dtype: torch.dtype) -> BoundLayout:
+    lead = len(shape) - layout.core_dims
+    if layout.bits is None:
+        return StridedLayout(layout._lines(shape), shape, lead, dtype)
+    core = (*shape[max(lead, 0) : -1], shape[-1] * 2 * dtype.itemsize) if shape else ()
+    return NibbleLayout(StridedLayout(layout._lines(core), core, 0, torch.uint8), shape, lead, dtype)
 
 
 IDENTITY = Layout.identity(1)
