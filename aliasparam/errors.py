@@ -76,6 +76,10 @@ class TransformError(AliasError):
     """A transform cannot take this shape or dtype, or its inverse does not invert."""
 
 
+class LayoutError(AliasError):
+    """A layout does not parse, or its digits do not fit the shape."""
+
+
 class DerivationError(AliasError):
     """The function of a derivation failed, or returned something else than it declared."""
 

@@ -1,0 +1,9 @@
+"""Layouts: where a kernel has the elements of a checkpoint tensor, as one line. Pure; nothing here knows a module or a Parameter."""
+
+from __future__ import annotations
+
+from ..errors import LayoutError as LayoutError
+from .bound import BoundLayout as BoundLayout
+from .boxes import Box as Box
+from .layout import IDENTITY as IDENTITY
+from .layout import Layout as Layout

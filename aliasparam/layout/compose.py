@@ -1,0 +1,62 @@
+"""Two bound lines as one, where the digits of the first can be refined until each lies within one digit of the second."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from .boxes import row_major
+from .digits import BoundLine, Place
+
+
+class _Apart(Exception):
+    """A digit of the one line straddles two of the other (halves of 192 rows in tiles of 128)."""
+
+
+def compose(lines: list[BoundLine]) -> list[BoundLine]:
+    """The same order in as few lines as possible."""
+    done: list[BoundLine] = []
+    for line in lines:
+        try:
+            done.append(_joined(done.pop(), line) if done else line)
+        except _Apart as apart:
+            done += [*apart.args, line]
+    return done
+
+
+def _joined(first: BoundLine, second: BoundLine) -> BoundLine:
+    spans = list(_spans(second))
+    tops = {stride * extent for stride, extent in zip(row_major(second.shape), second.shape, strict=True)}
+    try:
+        places = tuple(tuple(part for place in dim for part in _parts(place, spans, tops)) for dim in first.places)
+    except _Apart:
+        raise _Apart(first) from None
+    return BoundLine(first.shape, places, second.kernel_shape, second.capacity)
+
+
+_Span = tuple[int, int, Place]
+
+
+def _spans(line: BoundLine) -> Iterator[_Span]:
+    """(from, to, digit) of the row-major positions that each digit counts, the most significant first."""
+    for stride, extent, places in zip(row_major(line.shape), line.shape, line.places, strict=True):
+        end = stride * extent
+        for place in places:
+            yield stride * place.source, end, place
+            end = stride * place.source
+
+
+def _parts(place: Place, spans: list[_Span], tops: set[int]) -> Iterator[Place]:
+    """``place``, whose kernel place value is a row-major position, in the digits of the second line."""
+    stop = place.kernel * place.capacity
+    for start, end, digit in spans:
+        low, high = max(start, place.kernel), min(end, stop)
+        if low >= high:
+            continue
+        # Only the first digit of a dim may end early, and only if it is counted forwards.
+        ragged = high % low and not (high == stop and high in tops and not place.flipped)
+        if low % start or low % place.kernel or ragged or digit.flipped and end != start * digit.capacity:
+            raise _Apart
+        size = -(-high // low)
+        if size > 1:
+            source, kernel = place.source * (low // place.kernel), digit.kernel * (low // start)
+            yield Place(source, kernel, size, place.flipped ^ digit.flipped)

@@ -1,0 +1,146 @@
+"""`Layout`: a digit permutation, or several one after the other, as an immutable value."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from ..errors import LayoutError
+from .bound import BoundLayout
+from .boxes import Piece, pieces
+from .canonical import canonical
+from .compose import compose
+from .digits import BoundLine, bind_line
+from .nibbles import NibbleLayout
+from .pattern import Line, parse
+from .strided import StridedLayout
+
+
+class Layout:
+    """Where a kernel has the elements of a checkpoint tensor: ``Layout("(g b a) k -> g a b k", a=4, b=8)``.
+
+    Left: a digit, or digits in parentheses, for each of the last dims; dims before them number regions (experts). Right: the same
+    digits in the order of kernel memory, outermost first; parentheses there give the kernel dims, without any they are the
+    checkpoint's, padded. ``~h`` counts a digit backwards. The first digit of a group may be without a size and may be ragged: the
+    memory then has whole tiles, and what no checkpoint element reaches is padding. A group in a group is padded for itself.
+    Lines joined by `` | `` apply one after the other.
+
+    ``bits=4``: the last dim counts nibbles, low nibble first.
+
+    Equality is by canonical form: names do not matter, digits that stay together are one.
+
+    Raises:
+        LayoutError: the text does not parse.
+    """
+
+    __slots__ = ("_key", "bits", "lines")
+    lines: tuple[Line, ...]
+    bits: int | None
+
+    def __init__(self, text: str, **sizes: int) -> None:
+        lines, unused = [], set(sizes)
+        bits = sizes.get("bits")
+        for part in text.split("|"):
+            line, rest = parse(part, sizes)
+            bits = rest.pop("bits", bits)
+            lines.append(line)
+            unused &= set(rest)
+        unused -= {"bits"}
+        if unused or set(rest) - set(sizes):
+            raise LayoutError("sizes for digits that the line lacks", found=sorted(unused or rest), expected=text)
+        self._set(lines, bits)
+
+    def _set(self, lines: Iterable[Line], bits: int | None) -> None:
+        if bits not in (None, 4):
+            raise LayoutError("elements are whole, or of 4 bits", expected="bits=4, or none given", found=bits)
+        object.__setattr__(self, "lines", tuple(lines))
+        object.__setattr__(self, "bits", bits)
+        object.__setattr__(self, "_key", (canonical(self.lines), bits))
+
+    @classmethod
+    def of(cls, lines: Iterable[Line], bits: int | None = None) -> Layout:
+        """The layout of parsed lines."""
+        layout = cls.__new__(cls)
+        layout._set(lines, bits)
+        return layout
+
+    @classmethod
+    def identity(cls, dims: int) -> Layout:
+        """Kernel order is checkpoint order, over the last ``dims`` dims."""
+        names = " ".join(f"d{i}" for i in range(dims))
+        return cls(f"{names} -> {names}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"a Layout is immutable: {name}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Layout, (str(self),)
+
+    def __str__(self) -> str:
+        lines = " | ".join(map(str, self.lines))
+        return f"{lines}{' ' if '=' in str(self.lines[-1]) else ', '}bits={self.bits}" if self.bits else lines
+
+    def __repr__(self) -> str:
+        return f'Layout("{self}")'
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Layout) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    @property
+    def core_dims(self) -> int:
+        """How many of the last dims the layout orders."""
+        return len(self.lines[0].shape_side.dims)
+
+    def inverse(self) -> Layout:
+        """From kernel order, padding included, to padded checkpoint order. Raises LayoutError where a kernel dim has two free digits."""
+        return Layout.of((parse(str(line.exchanged()), {})[0] for line in reversed(self.lines)), self.bits)
+
+    def then(self, other: Layout) -> Layout:
+        """This order, then ``other`` of the result."""
+        if self.bits != other.bits:
+            raise LayoutError("layouts of other element widths do not follow one another", expected=self.bits, found=other.bits)
+        return Layout.of((*self.lines, *other.lines), self.bits)
+
+    def bind(self, shape: Sequence[int], dtype: torch.dtype) -> BoundLayout:
+        """This layout for tensors of the full ``shape``. Raises LayoutError where the digits do not fit."""
+        return _bind(self, tuple(shape), dtype)
+
+    def kernel_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Shape in kernel format of a tensor of ``shape``, lead dims in front; with ``bits=4`` the last dim counts nibbles in both."""
+        return (*shape[: len(shape) - self.core_dims], *self._lines(shape)[-1].kernel_shape)
+
+    def capacity(self, shape: Sequence[int]) -> int:
+        """Elements of one region, padding included."""
+        return self._lines(shape)[-1].capacity
+
+    def boxes(self, rows: tuple[int, int], columns: tuple[int, int], shape: Sequence[int]) -> list[Piece]:
+        """The strided pieces of kernel memory that hold rows ``start, stop`` and columns ``start, stop`` of a matrix of ``shape``."""
+        return pieces(compose(self._lines(shape)), shape, (rows, columns))
+
+    def _lines(self, shape: Sequence[int]) -> list[BoundLine]:
+        core = tuple(shape[len(shape) - self.core_dims :])
+        if len(shape) < self.core_dims:
+            raise LayoutError(f"{self} takes {self.core_dims} dims", expected=f"{self.core_dims} or more dims", found=f"{list(shape)}")
+        bound = []
+        for line in self.lines:
+            bound.append(bind_line(line, core))
+            core = bound[-1].kernel_shape
+        return bound
+
+
+@lru_cache(maxsize=4096)
+def _bind(layout: Layout, shape: tuple[int, ...], dtype: torch.dtype) -> BoundLayout:
+    lead = len(shape) - layout.core_dims
+    if layout.bits is None:
+        return StridedLayout(layout._lines(shape), shape, lead, dtype)
+    core = (*shape[max(lead, 0) : -1], shape[-1] * 2 * dtype.itemsize) if shape else ()
+    return NibbleLayout(StridedLayout(layout._lines(core), core, 0, torch.uint8), shape, lead, dtype)
+
+
+IDENTITY = Layout.identity(1)

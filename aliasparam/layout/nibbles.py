@@ -1,0 +1,75 @@
+"""Layouts of 4-bit elements: regions are unpacked to a byte a nibble, written or read, and packed again, one at a time."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..errors import LayoutError
+from .bound import BoundLayout
+from .boxes import Box
+from .strided import StridedLayout
+
+
+class NibbleLayout(BoundLayout):
+    """A digit permutation of nibbles, low nibble first in each byte, over a tensor of bytes or little-endian words.
+
+    ``inner`` is the permutation of one region with a byte for a nibble. Scratch: three times the bytes of a region.
+    """
+
+    def __init__(self, inner: StridedLayout, shape: tuple[int, ...], lead: int, dtype: torch.dtype) -> None:
+        self.many = many = 2 * dtype.itemsize
+        *kernel, last = inner.kernel_shape
+        if last % many:
+            raise LayoutError(f"the last kernel dim has no whole {dtype}", expected=f"a multiple of {many} nibbles", found=last)
+        super().__init__(shape, dtype, lead, (*kernel, last // many), inner.region_capacity // many)
+        self.inner, self.is_identity, self.unit = inner, inner.is_identity, max(inner.unit // 2, 1)
+
+    def write(self, memory: Tensor, box: Box, value: Tensor) -> None:
+        self.check(memory, box, value)
+        with torch.no_grad():
+            for index, region in self._touched(memory, box):
+                nibbles = unpack(region)
+                plain = value[index]
+                self.inner.write(nibbles, self._core(box), unpack(plain.contiguous().view(-1)).view(*plain.shape[:-1], -1))
+                region.copy_(pack(nibbles).view(self.dtype))
+
+    def read(self, memory: Tensor, box: Box, out: Tensor | None = None) -> Tensor:
+        out = self.empty(memory, box) if out is None else out
+        self.check(memory, box, out)
+        with torch.no_grad():
+            for index, region in self._touched(memory, box):
+                plain = out[index]
+                nibbles = self.inner.read(unpack(region), self._core(box))
+                plain.copy_(pack(nibbles.view(-1)).view(self.dtype).view(plain.shape))
+        return out
+
+    def offsets(self, box: Box | None = None) -> Tensor:
+        """Positions of nibbles; the last dim counts them."""
+        box = box or self.whole
+        return self.placed(box, self.inner.offsets(self._core(box)), self.region_capacity * self.many)
+
+    def _touched(self, memory: Tensor, box: Box) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+        """Every region that the box touches: its index in the box, and its memory."""
+        by_region = memory[: self.regions * self.region_capacity].view(*self.shape[: self.lead], self.region_capacity)
+        for index in itertools.product(*(range(stop - start) for start, stop in box[: self.lead])):
+            yield index, by_region[tuple(start + i for (start, _), i in zip(box, index, strict=False))]
+
+    def _core(self, box: Box) -> Box:
+        *rest, (start, stop) = box[self.lead :]
+        return (*rest, (start * self.many, stop * self.many))
+
+
+def unpack(words: Tensor) -> Tensor:
+    """A byte a nibble, of a contiguous 1-D tensor."""
+    packed = words.view(torch.uint8)
+    return torch.stack((packed & 15, packed >> 4), -1).view(-1)
+
+
+def pack(nibbles: Tensor) -> Tensor:
+    """The inverse: u8, two nibbles a byte."""
+    low, high = nibbles.view(-1, 2).unbind(-1)
+    return high << 4 | low

@@ -1,0 +1,112 @@
+"""Digit permutations bound to a shape, executed as strided copies."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from .blocks import common
+from .bound import BoundLayout
+from .boxes import Box, Piece, pieces, row_major
+from .compose import compose
+from .digits import BoundLine
+from .execute import Copy, plan, views
+
+_Key = TypeVar("_Key")
+_Value = TypeVar("_Value")
+
+#: Plans kept a bound layout. A model writes the same few shards of a shape over and over.
+_PLANS = 512
+
+
+class StridedLayout(BoundLayout):
+    """Lines, one after the other. Made by ``Layout.bind``."""
+
+    def __init__(self, lines: Sequence[BoundLine], shape: tuple[int, ...], lead: int, dtype: torch.dtype) -> None:
+        super().__init__(shape, dtype, lead, lines[-1].kernel_shape, lines[-1].capacity)
+        self.lines = compose(list(lines))
+        self._plans: OrderedDict[object, list[Copy]] = OrderedDict()
+        self._pieces: OrderedDict[Box, list[Piece]] = OrderedDict()
+        whole = plan(self.boxes(self.whole[lead:]), [], row_major(shape[lead:]), dtype.itemsize, dtype.itemsize)
+        self.unit = _unit(whole, dtype.itemsize)
+        padded = self.region_capacity != self.region_elements
+        self.is_identity = not padded and (not whole or self.unit == self.region_elements * dtype.itemsize)
+
+    def boxes(self, box: Box) -> list[Piece]:
+        """The strided pieces of a box of the core dims."""
+        found = self._pieces.get(box)
+        if found is None:
+            found = _keep(self._pieces, box, pieces(self.lines, self.shape[self.lead :], box))
+        return found
+
+    def write(self, memory: Tensor, box: Box, value: Tensor) -> None:
+        with torch.no_grad():
+            for kernel, plain in self._views(memory, box, value):
+                kernel.copy_(plain)
+
+    def read(self, memory: Tensor, box: Box, out: Tensor | None = None) -> Tensor:
+        out = self.empty(memory, box) if out is None else out
+        with torch.no_grad():
+            for kernel, plain in self._views(memory, box, out):
+                plain.copy_(kernel)
+        return out
+
+    def _views(self, memory: Tensor, box: Box, value: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        self.check(memory, box, value)
+        size, region = self.dtype.itemsize, 0
+        for (start, _), stride in zip(box, self.lead_strides, strict=False):
+            region += start * stride
+        first = (memory.storage_offset() + region) * size
+        align = (memory.data_ptr() + region * size | value.data_ptr() | first | value.storage_offset() * size | 16) & 31
+        key = (box[self.lead :], value.shape, value.stride(), align & -align)
+        copies = self._plans.get(key)
+        if copies is None:
+            lead = list(zip(value.shape, self.lead_strides, strict=False))
+            found = self.boxes(box[self.lead :]) if value.numel() else []
+            copies = _keep(self._plans, key, plan(found, lead, value.stride(), size, align & -align))
+        for copy in copies:
+            yield views(copy, memory, first, value)
+
+    def offsets(self, box: Box | None = None) -> Tensor:
+        box = box or self.whole
+        within = torch.zeros((), dtype=torch.int64)
+        for (start, stop), stride in zip(box[self.lead :], row_major(self.shape[self.lead :]), strict=True):
+            within = within[..., None] + torch.arange(start, stop) * stride
+        for line in self.lines:
+            within = _through(line, within)
+        return self.placed(box, within, self.region_capacity)
+
+    def cuts(self, other: BoundLayout) -> list[tuple[int, int, int]]:
+        if not isinstance(other, StridedLayout) or len(self.lines) != 1 or len(other.lines) != 1:
+            return []
+        found = common(self.lines[0], other.lines[0], self.lead)
+        return sorted(found, key=lambda c: -c.step * row_major(self.shape)[c.dim])  # long runs of the checkpoint first
+
+
+def _unit(copies: list[Copy], itemsize: int) -> int:
+    """Bytes of the smallest innermost run of the copies."""
+    runs = [c.sizes[-1] if c.sizes and c.kernel[-1] == c.value[-1] == 1 else 1 for c in copies]
+    return itemsize * math.gcd(*runs) if runs else itemsize
+
+
+def _keep(kept: OrderedDict[_Key, _Value], key: _Key, value: _Value) -> _Value:
+    kept[key] = value
+    if len(kept) > _PLANS:
+        kept.popitem(last=False)
+    return value
+
+
+def _through(line: BoundLine, position: Tensor) -> Tensor:
+    """Kernel positions of row-major positions, digit by digit. See [Note: place values]."""
+    offset = torch.zeros_like(position)
+    for stride, places in zip(row_major(line.shape), line.places, strict=True):
+        coordinate, position = position // stride, position % stride
+        for place in places:
+            digit, coordinate = coordinate // place.source, coordinate % place.source
+            offset += (place.capacity - 1 - digit if place.flipped else digit) * place.kernel
+    return offset
