@@ -1,0 +1,1 @@
+"""One allocation in kernel order, and what has arrived in it."""

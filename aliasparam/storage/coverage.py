@@ -1,0 +1,257 @@
+"""Which elements of a tensor have arrived: an exact union of boxes, kept as few disjoint ones.
+
+A set of elements is a sorted list of runs along dim 0; each run says which elements of the remaining dims it holds: all
+(None), or a list of runs again. Neighbours that hold the same are one run, so rows, columns and tiles in any order end as
+one run a dim, and "everything" has one form only.
+"""
+
+from __future__ import annotations
+
+import operator
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from typing import TypeAlias
+
+from ..errors import ReloadError
+
+#: (start, stop) for each dim.
+Box: TypeAlias = tuple[tuple[int, int], ...]
+
+
+class Coverage:
+    """The elements of one tensor that have arrived.
+
+    ``shape`` () and [1] are one thing: their boxes are ``()`` or ``((0, 1),)``. Nothing is missing from a tensor without
+    elements. Memory is proportional to the number of boxes after neighbours are joined, not to bytes; adding one row costs
+    the logarithm of the number of runs. Every change is a single assignment, so an interrupt loses at most the box being added.
+    """
+
+    __slots__ = ("_all_of_a_row", "_dims", "_runs", "shape")
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        self.shape = tuple(operator.index(size) for size in shape)
+        if any(size < 0 for size in self.shape):
+            raise ReloadError("a tensor has no negative size", expected="sizes of 0 or more", found=list(self.shape))
+        self._dims = self.shape or (1,)
+        self._all_of_a_row = tuple((0, size) for size in self._dims[1:]) if 0 not in self._dims else None
+        self._runs = _Runs()
+
+    def add(self, box: Box) -> bool:
+        """Note that the elements of ``box`` have arrived. True if none of them had before.
+
+        Raises:
+            ReloadError: the box is not within the tensor. Nothing is noted then.
+        """
+        try:  # rows, the usual case
+            (first, stop), rows = box[0], box[1:] == self._all_of_a_row
+        except (TypeError, ValueError, IndexError):
+            rows = False
+        if rows and type(first) is type(stop) is int and 0 <= first < stop <= self._dims[0] and self._runs.add_rows(first, stop):
+            return True
+        checked = self._checked(box)
+        if _is_empty(checked):
+            return True
+        return self._runs.add(self._significant(checked), self._dims)
+
+    def overlap(self, box: Box) -> Box | None:
+        """Some part of ``box`` that has arrived already, or None. (The part of a 0-d tensor is ``()``: compare with None.)"""
+        checked = self._checked(box)
+        found = None if _is_empty(checked) else self._runs.overlap(checked)
+        return None if found is None else self._as_asked(found)
+
+    def covers(self, box: Box) -> bool:
+        """Whether all of ``box`` has arrived."""
+        checked = self._checked(box)
+        return _is_empty(checked) or self._runs.covers(self._significant(checked))
+
+    @property
+    def whole(self) -> bool:
+        return self._runs.is_all(self._dims[0]) or 0 in self._dims
+
+    @property
+    def empty(self) -> bool:
+        """No element has arrived. A tensor without elements is both empty and whole."""
+        return not self._runs
+
+    def missing(self) -> list[Box]:
+        """Disjoint boxes of what has not arrived, in order."""
+        return [] if 0 in self._dims else [self._as_asked(box) for box in self._runs.gaps(self._dims)]
+
+    def clear(self) -> None:
+        self._runs = _Runs()
+
+    def __repr__(self) -> str:
+        state = "whole" if self.whole else "empty" if self.empty else f"{len(self._runs)} runs"
+        return f"Coverage({list(self.shape)}: {state})"
+
+    def _checked(self, box: Box) -> Box:
+        try:
+            plain = tuple((operator.index(start), operator.index(stop)) for start, stop in box)
+        except (TypeError, ValueError):
+            plain = None
+        if plain == () and self._dims == (1,):
+            return ((0, 1),)
+        fits = plain is not None and len(plain) == len(self._dims)
+        if plain is None or not fits or any(not 0 <= a <= b <= size for (a, b), size in zip(plain, self._dims, strict=True)):
+            raise ReloadError(
+                "these elements are not in the tensor",
+                expected=f"a (start, stop) within each dim of {list(self.shape)}",
+                found=repr(box)[:80],
+            )
+        return plain
+
+    def _significant(self, box: Box) -> Box:
+        """The box without the dims at its end of which it has everything (dim 0 stays)."""
+        count = len(box)
+        while count > 1 and box[count - 1] == (0, self._dims[count - 1]):
+            count -= 1
+        return box[:count]
+
+    def _as_asked(self, box: Box) -> Box:
+        return box if self.shape else ()
+
+
+_Run: TypeAlias = "tuple[int, int, _Runs | None]"
+
+
+class _Runs(list["_Run"]):
+    """Disjoint runs along one dim, sorted: (start, stop, elements of the further dims), None standing for all of these."""
+
+    __slots__ = ("shared",)
+
+    def __init__(self, runs: Sequence[_Run] = ()) -> None:
+        super().__init__(runs)
+        #: Two runs hold this list (one was cut in two): whoever changes it makes a copy first.
+        self.shared = False
+
+    def is_all(self, size: int) -> bool:
+        return len(self) == 1 and self[0] == (0, size, None)
+
+    def add(self, box: Box, dims: tuple[int, ...]) -> bool:
+        """Take in a non-empty box whose missing last dims mean everything. True if it was wholly new."""
+        low, high = box[0]
+        first = last = self._reached(low)
+        new, at = True, low
+        pieces: list[_Run] = []
+        while last < len(self) and self[last][0] < high:
+            start, stop, inner = self[last]
+            begin, end = max(start, low), min(stop, high)
+            if at < begin:
+                pieces.append((at, begin, _of(box[1:])))
+            if start < begin:
+                pieces.append((start, begin, inner))
+            fresh, grown = _grown(inner, box[1:], dims[1:], cut=(start < begin) + (end < stop))
+            pieces.append((begin, end, grown))
+            if end < stop:
+                pieces.append((end, stop, inner))
+            new, at, last = new and fresh, end, last + 1
+        if at < high:
+            pieces.append((at, high, _of(box[1:])))
+        self._put(first, last, pieces)
+        return new
+
+    def add_rows(self, low: int, high: int) -> bool:
+        """Take in all elements of runs ``low`` to ``high`` if none of them is there yet; otherwise False and no change."""
+        if not self or self[-1][1] < low:
+            self.append((low, high, None))
+            return True
+        if self[-1][1] == low:
+            index = len(self)
+        else:
+            index = bisect_left(self, (low,))
+            if index and self[index - 1][1] > low:
+                return False
+        first, last = index, index
+        if index < len(self):
+            start, stop, inner = self[index]
+            if start < high:
+                return False
+            if start == high and inner is None:
+                high, last = stop, index + 1
+        if index:
+            start, stop, inner = self[index - 1]
+            if stop == low and inner is None:
+                low, first = start, index - 1
+        self[first:last] = ((low, high, None),)
+        return True
+
+    def _reached(self, low: int) -> int:
+        """Index of the first run that ends behind ``low``."""
+        index = bisect_left(self, (low,))
+        return index - 1 if index and self[index - 1][1] > low else index
+
+    def _put(self, first: int, last: int, pieces: list[_Run]) -> None:
+        """``pieces`` in the place of runs ``first`` to ``last``, joined with each other and with their neighbours."""
+        if first:
+            first -= 1
+            pieces.insert(0, self[first])
+        if last < len(self):
+            pieces.append(self[last])
+            last += 1
+        joined = [pieces[0]]
+        for piece in pieces[1:]:
+            start, stop, inner = joined[-1]
+            if stop == piece[0] and inner == piece[2]:
+                joined[-1] = (start, piece[1], inner)
+            else:
+                joined.append(piece)
+        self[first:last] = joined
+
+    def copy(self) -> _Runs:
+        for _, _, inner in self:
+            if inner is not None:
+                inner.shared = True
+        return _Runs(self)
+
+    def overlap(self, box: Box) -> Box | None:
+        low, high = box[0]
+        for index in range(self._reached(low), len(self)):
+            start, stop, inner = self[index]
+            if start >= high:
+                return None
+            rest = box[1:] if inner is None else inner.overlap(box[1:])
+            if rest is not None:
+                return ((max(start, low), min(stop, high)), *rest)
+        return None
+
+    def covers(self, box: Box) -> bool:
+        at, high = box[0]
+        for index in range(self._reached(at), len(self)):
+            start, stop, inner = self[index]
+            if start > at or not (inner is None or (len(box) > 1 and inner.covers(box[1:]))):
+                return False
+            at = stop
+            if at >= high:
+                return True
+        return False
+
+    def gaps(self, dims: tuple[int, ...]) -> Iterator[Box]:
+        everything = tuple((0, size) for size in dims[1:])
+        at = 0
+        for start, stop, inner in self:
+            if at < start:
+                yield ((at, start), *everything)
+            if inner is not None:
+                yield from (((start, stop), *gap) for gap in inner.gaps(dims[1:]))
+            at = stop
+        if at < dims[0]:
+            yield ((at, dims[0]), *everything)
+
+
+def _of(box: Box) -> _Runs | None:
+    return _Runs([(*box[0], _of(box[1:]))]) if box else None
+
+
+def _grown(inner: _Runs | None, box: Box, dims: tuple[int, ...], cut: int) -> tuple[bool, _Runs | None]:
+    """(whether ``box`` was new, ``inner`` with it). ``cut``: how many other pieces of its run keep ``inner`` as it is."""
+    if inner is None or not box:
+        return False, None
+    if cut == 2:
+        inner.shared = True
+    own = inner.copy() if cut or inner.shared else inner
+    new = own.add(box, dims)
+    return new, None if own.is_all(dims[0]) else own
+
+
+def _is_empty(box: Box) -> bool:
+    return any(start == stop for start, stop in box)
