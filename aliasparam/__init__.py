@@ -1,47 +1,38 @@
-"""aliasparam: one allocation, two formats, every name right.
+"""aliasparam: one allocation in kernel order, every name right.
 
 See `docs/concepts.md` for the ideas and `aliasparam.declare` for where to start.
 """
 
 from __future__ import annotations
 
-from ._bulk import bulk_load as bulk_load
-from ._declare import Alias as Alias
-from ._declare import Declaration as Declaration
-from ._declare import Derivation as Derivation
-from ._declare import Keep as Keep
-from ._expose import Exposure as Exposure
-from ._expose import expose_for_writing as expose_for_writing
-from ._parameter import AliasedParameter as AliasedParameter
-from ._permute import DeinterleaveHalves as DeinterleaveHalves
-from ._permute import InterleaveHalves as InterleaveHalves
-from ._permute import PermuteRows as PermuteRows
-from ._permute import SwapHalves as SwapHalves
-from ._ported import alias_or_bind_derived_param as alias_or_bind_derived_param
-from ._ported import copy_or_rebind_param as copy_or_rebind_param
-from ._probe import check_inverse as check_inverse
-from ._registry import AliasRegistry as AliasRegistry
-from ._registry import declare as declare
-from ._registry import registry_of as registry_of
-from ._reload import reload as reload
-from ._report import MemoryReport as MemoryReport
-from ._report import explain as explain
-from ._report import memory_report as memory_report
-from ._storage import AliasedStorage as AliasedStorage
-from ._storage import State as State
-from ._transform import Band as Band
-from ._transform import Chain as Chain
-from ._transform import Identity as Identity
-from ._transform import PadLast2 as PadLast2
-from ._transform import TensorSpec as TensorSpec
-from ._transform import Transform as Transform
-from ._transform import ViewDtype as ViewDtype
-from ._verbs import checkpoint_names as checkpoint_names
-from ._verbs import checkpoint_state_dict as checkpoint_state_dict
-from ._verbs import invalidate as invalidate
-from ._verbs import iterate_checkpoint as iterate_checkpoint
-from ._verbs import process as process
-from ._verbs import restore as restore
-from ._verdict import Reason as Reason
+from .layout import BoundLayout as BoundLayout
+from .layout import Layout as Layout
+from .module.declarations import Alias as Alias
+from .module.declarations import Declaration as Declaration
+from .module.declarations import Derivation as Derivation
+from .module.declarations import Keep as Keep
+from .module.declarations import Reencoding as Reencoding
+from .module.declare import declare as declare
+from .module.expose import Exposure as Exposure
+from .module.expose import expose_for_writing as expose_for_writing
+from .module.registry import AliasRegistry as AliasRegistry
+from .module.registry_of import registry_of as registry_of
+from .module.verbs import accept_kernel_bytes as accept_kernel_bytes
+from .module.verbs import checkpoint_names as checkpoint_names
+from .module.verbs import checkpoint_state_dict as checkpoint_state_dict
+from .module.verbs import invalidate as invalidate
+from .module.verbs import iterate_checkpoint as iterate_checkpoint
+from .module.verbs import process as process
+from .module.verdict import Reason as Reason
+from .ported import alias_or_bind_derived_param as alias_or_bind_derived_param
+from .ported import copy_or_rebind_param as copy_or_rebind_param
+from .reload import reload as reload
+from .report.explain import explain as explain
+from .report.memory import MemoryReport as MemoryReport
+from .report.memory import memory_report as memory_report
+from .spec import TensorSpec as TensorSpec
+from .storage.states import State as State
+from .storage.storage import AliasedStorage as AliasedStorage
+from .tensors.parameter import AliasedParameter as AliasedParameter
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -7,63 +7,46 @@ no existing name's address moves, and the source name does not show kernel bytes
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from ._declare import Alias
-from ._parameter import _Aliased
-from ._planning import Separate, Source
-from ._reconcile import reconcile
-from ._registry import declare, registry_of
-from ._transform import Identity, TensorSpec, Transform
-from ._verdict import Reason, aliasing_is_on, judge
 from .errors import DeclarationError, PointerError, StateError
+from .module.adopt import adopt
+from .module.declarations import Alias
+from .module.declare import declare
+from .module.planning import Separate, Source
+from .module.registry_of import registry_of
+from .module.verdict import Reason, aliasing_is_on, judge
+from .spec import TensorSpec
+from .tensors.faces import _Aliased
+from .torch_private import shares_memory
 
 
-@dataclass(frozen=True)
-class Undeclared(Transform):
-    """Kernel bytes computed by code outside the library: same shape and dtype, no known inverse."""
-
-    core_dims: int = 1 << 16  # one region: nobody said that parts convert independently
-
-    def output_spec(self, spec: TensorSpec) -> TensorSpec:
-        return spec
-
-    def forward(self, tensor: Tensor) -> Tensor:
-        raise StateError(
-            "only the module's own processing code can convert this tensor",
-            expected="alias_or_bind_derived_param(...) with the converted value",
-            remedy="Call the module's process_weights_after_loading, or declare the transform.",
-        )
-
-    def inverse(self, tensor: Tensor, spec: TensorSpec) -> Tensor:
-        raise StateError(
-            "the memory holds kernel-format bytes of an undeclared transform; checkpoint values cannot be read",
-            expected="checkpoint format",
-            found="kernel format without an inverse",
-            remedy="Load the whole tensor again before processing, or declare the transform with aliasparam.declare.",
-        )
-
-    @property
-    def invertible(self) -> bool:
-        return False
-
-
-def alias_or_bind_derived_param(module: nn.Module, source_name: str, derived_name: str, derived_value: Tensor) -> None:
+def alias_or_bind_derived_param(
+    module: nn.Module, source_name: str, derived_name: str, derived_value: Tensor | Callable[[Tensor], Tensor]
+) -> None:
     """Put ``derived_value`` under ``derived_name``, in the source's memory where shape and dtype are the source's.
 
     After an alias the source name refuses to be read until it is written whole again, because the bytes are kernel format
-    and nobody declared how to invert them. Calling it again after a reload keeps every address.
+    and nobody declared their order. Calling it again after a reload keeps every address.
+
+    Given a repack *function* instead of its value, the layout is inferred, the pair is declared with it, and both names are right
+    at any time; calling it again processes the module.
 
     Raises:
-        DeclarationError: ``source_name`` is not a Parameter of ``module``, or the pair was declared with a transform.
+        DeclarationError: ``source_name`` is not a Parameter of ``module``, or the pair was declared with a layout.
         PointerError: a value of another shape or dtype for a name that already has memory.
     """
     registry = registry_of(module)
     source = registry.sources.get(source_name) if registry else None
+    if not isinstance(derived_value, Tensor):
+        if registry is None or (source is None and derived_name not in registry.derived):
+            registry = declare(module, Alias(source_name, derived_name, derived_value))
+        registry.process()
+        return
     if source is not None and source.derived not in (None, derived_name):
         raise DeclarationError(
             "this source already lives under another kernel name",
@@ -81,11 +64,13 @@ def alias_or_bind_derived_param(module: nn.Module, source_name: str, derived_nam
         reason = Reason.OWN_MEMORY if fits else _why_apart(spec, TensorSpec.of(derived_value), same_device=same_device)
         (registry or declare(module)).separate[derived_name] = Separate(source_name, reason, derived_value.nbytes)
         return
+    if source is not None and (source.layout is not None or source.derived is None):
+        _refuse_declared(module, source, derived_name)
     value = _apart(module, source, source_name, derived_value)
-    if source is None:
-        registry = declare(module, Alias(source_name, derived_name, Undeclared()))
+    if source is None or registry is None:
+        registry = declare(module, Alias(source_name, derived_name))
         source = registry.sources[source_name]
-    if registry is None or source.storage is None:
+    if source.storage is None:
         raise StateError(
             "the source has no memory yet",
             module=type(module).__name__,
@@ -94,21 +79,19 @@ def alias_or_bind_derived_param(module: nn.Module, source_name: str, derived_nam
             found="one on meta",
             remedy="Load the module before processing it.",
         )
-    if source.plan.transform.invertible:
-        _refuse_declared(module, source, derived_name)
     with torch.no_grad():
-        reconcile(registry)
-        source.storage.put_kernel(value)
-    registry.settle_guard()
+        adopt(registry)
+        source.storage.put_foreign(value)
+    registry.commit_source(source_name)
 
 
 def _refuse_declared(module: nn.Module, source: Source, derived_name: str) -> NoReturn:
     where = {"module": type(module).__name__, "name": source.name}
     if source.derived:
         raise DeclarationError(
-            "this pair was declared with a transform",
+            "this pair was declared with a layout",
             **where,
-            expected="aliasparam.process(module), which converts it",
+            expected="aliasparam.process(module)",
             found=f"a converted value for {derived_name!r}",
             remedy="Call process instead of this helper.",
         )
@@ -117,18 +100,16 @@ def _refuse_declared(module: nn.Module, source: Source, derived_name: str) -> No
         **where,
         expected=f"{derived_name!r} declared together with it",
         found="a source that is kept (Keep), or that a Derivation reads",
-        remedy=f"Declare Alias({source.name!r}, {derived_name!r}, transform), or put the value there by copy_or_rebind_param.",
+        remedy=f"Declare Alias({source.name!r}, {derived_name!r}, layout), or put the value there by copy_or_rebind_param.",
     )
 
 
 def _apart(module: nn.Module, source: Source | None, name: str, value: Tensor) -> Tensor:
     """``value``, copied if it is a view of the very memory it is put into (``weight.t()`` of a square weight, say)."""
     target = module._parameters.get(name) if source is None or source.storage is None else source.storage.buffer
-    with torch.no_grad():
-        if isinstance(value, _Aliased) or target is None or value.device.type == "meta":
-            return value.detach().clone()
-        shared = value.untyped_storage().data_ptr() == target.untyped_storage().data_ptr()
-        return value.detach().clone() if shared else value.detach()
+    if isinstance(value, _Aliased) or target is None or value.device.type == "meta":
+        return value.detach().clone()
+    return value.detach().clone() if shares_memory(value, target) else value.detach()
 
 
 def _has_memory(module: nn.Module, name: str) -> bool:
@@ -158,7 +139,7 @@ def _why_apart(source: TensorSpec, derived: TensorSpec, *, same_device: bool) ->
         return Reason.OTHER_DEVICE
     if source == derived:
         return Reason.SWITCHED_OFF
-    verdict = judge(source, derived, Identity())
+    verdict = judge(source, derived)
     return Reason.UNDECLARED_SHAPE if verdict.aliases else verdict
 
 

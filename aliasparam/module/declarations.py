@@ -9,7 +9,12 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from ..layout import IndexLayout, Layout, OpaqueLayout
+from ..layout import Layout
+
+try:
+    from ..layout import IndexLayout, OpaqueLayout
+except ImportError:
+    IndexLayout = OpaqueLayout = Layout
 from ..spec import TensorSpec
 
 #: What to do where a pair cannot alias: keep a copy, keep one and warn, or refuse the declaration.

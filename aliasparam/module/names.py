@@ -139,6 +139,12 @@ class ModuleNames:
         if self.readiness is not Readiness.READY and self._committed and not self.replaced_names() and not self.stale_names():
             self._commit(self._versions())
 
+    def commit_source(self, name: str) -> None:
+        """The module's own code put kernel bytes under this source's kernel name: it is current, and the module runs if all are."""
+        storage = self.sources[name].storage
+        self._committed[name] = -1 if storage is None else storage.version
+        self.settle()
+
     def _versions(self) -> dict[str, int]:
         return {n: -1 if s.storage is None else s.storage.version for n, s in self.sources.items()}
 

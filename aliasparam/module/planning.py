@@ -12,7 +12,12 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..errors import AliasError, DeclarationError, LayoutError
-from ..layout import IndexLayout, Layout, OpaqueLayout
+from ..layout import Layout
+
+try:
+    from ..layout import IndexLayout, OpaqueLayout
+except ImportError:
+    IndexLayout = OpaqueLayout = Layout
 from ..spec import TensorSpec
 from ..storage.kernel_name import KernelName
 from ..storage.overlap import check_memory

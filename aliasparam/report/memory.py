@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ._convert import SCRATCH_BYTES, scratch_bytes
-from ._planning import Source
-from ._registry import AliasRegistry, registries
-from ._transform import TensorSpec
-from ._verdict import Reason, StoragePlan
+from ..module.planning import Source
+from ..module.registry import AliasRegistry
+from ..module.registry_of import registries
+from ..module.verdict import Reason, StoragePlan
+from ..spec import TensorSpec
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,9 @@ class MemoryReport:
             groups.setdefault((row.derived or "(checkpoint only)", row.verdict), []).append(row)
         for (derived, verdict), rows in groups.items():
             one, two = sum(r.allocated_bytes for r in rows), sum(r.two_copies_bytes for r in rows)
-            lines.append(f"{derived:<28}{len(rows):>8}{_size(one):>13}{_size(two):>13}  {verdict}")
-        lines.append(f"{'derivations':<28}{'':>8}{_size(self.derivation_bytes):>13}{_size(self.derivation_bytes):>13}")
-        lines.append(f"{'total':<28}{'':>8}{_size(self.allocated_bytes):>13}{_size(self.two_copies_bytes):>13}")
+            lines.append(f"{derived:<28}{len(rows):>8}{size(one):>13}{size(two):>13}  {verdict}")
+        lines.append(f"{'derivations':<28}{'':>8}{size(self.derivation_bytes):>13}{size(self.derivation_bytes):>13}")
+        lines.append(f"{'total':<28}{'':>8}{size(self.allocated_bytes):>13}{size(self.two_copies_bytes):>13}")
         return "\n".join(lines)
 
 
@@ -76,81 +76,45 @@ def memory_report(model: nn.Module) -> MemoryReport:
     seen: set[int] = set()
     derivations = 0
     for path, registry in registries(model):
-        rows.extend(_rows(path or registry.label, registry, seen))
+        rows.extend(rows_of(path or registry.label, registry, seen))
         for derived in registry.derived.values():
             if derived.fallback is None:
                 derivations += TensorSpec(derived.declaration.shape, derived.declaration.dtype).nbytes
     return MemoryReport(tuple(rows), derivations)
 
 
-def _rows(path: str, registry: AliasRegistry, seen: set[int]) -> list[MemoryRow]:
+def rows_of(path: str, registry: AliasRegistry, seen: set[int]) -> list[MemoryRow]:
     copies = {d.declaration.sources[0]: (n, d.fallback) for n, d in registry.derived.items() if d.fallback is not None}
     rows = [_row(path, source, seen, *copies.get(source.name, (None, None))) for source in registry.sources.values()]
     for name, separate in registry.separate.items():
-        size, verdict = separate.nbytes, f"copy: {separate.reason.value}"
-        rows.append(MemoryRow(path, separate.source, name, verdict, separate.reason, False, 0, size, size))
+        count, verdict = separate.nbytes, f"copy: {separate.reason.value}"
+        rows.append(MemoryRow(path, separate.source, name, verdict, separate.reason, False, 0, count, count))
     return rows
 
 
 def _row(path: str, source: Source, seen: set[int], copy: str | None, fallback: StoragePlan | None) -> MemoryRow:
-    plan, size = source.plan, source.plan.source.nbytes
+    plan = source.plan
     tied = id(source.storage) in seen if source.storage is not None else False
     if source.storage is not None:
         seen.add(id(source.storage))
-    size, capacity = (0, 0) if tied else (size, plan.nbytes)
+    held, capacity = (0, 0) if tied else (plan.source.nbytes, plan.nbytes)
     if fallback is not None:
-        kernel = fallback.derived.nbytes
+        kernel = fallback.kernel.nbytes
         verdict = f"copy: {fallback.reason.value}" + ("; tied to an earlier row" if tied else "")
-        return MemoryRow(path, source.name, copy, verdict, fallback.reason, False, size, kernel, capacity + kernel)
+        return MemoryRow(path, source.name, copy, verdict, fallback.reason, False, held, kernel, capacity + kernel)
     if tied:
         return MemoryRow(path, source.name, source.derived, "tied: the storage of an earlier row", plan.reason, True, 0, 0, 0)
     if not source.derived:
-        return MemoryRow(path, source.name, None, "no kernel format", None, True, size, 0, plan.nbytes)
-    if plan.transform.is_identity_for(plan.source):
+        return MemoryRow(path, source.name, None, "no kernel format", None, True, held, 0, plan.nbytes)
+    if plan.bound.is_identity:
         verdict = "alias: kernel format is the checkpoint format"
-        return MemoryRow(path, source.name, source.derived, verdict, plan.reason, True, size, 0, plan.nbytes)
+        return MemoryRow(path, source.name, source.derived, verdict, plan.reason, True, held, 0, plan.nbytes)
     verdict = f"alias: {plan.reason.value}"
-    return MemoryRow(path, source.name, source.derived, verdict, plan.reason, True, size, plan.derived.nbytes, plan.nbytes)
+    return MemoryRow(path, source.name, source.derived, verdict, plan.reason, True, held, plan.kernel.nbytes, plan.nbytes)
 
 
-def explain(module: nn.Module) -> str:
-    """What each declared name of ``module`` (and of modules in it) shares memory with, why, and what it costs."""
-    lines: list[str] = []
-    paths = {id(m): path for path, m in module.named_modules()}
-    seen: set[int] = set()
-    for path, registry in registries(module):
-        lines.append(f"{path or registry.label} ({type(registry.module).__name__}): {'ready' if registry.is_ready else 'stale'}")
-        if registry.about:
-            lines.append(f"  {registry.about}")
-        for row in _rows(path, registry, seen):
-            code = f" [{row.reason.code}]" if row.reason else ""
-            target = f" -> {row.derived}" if row.derived else ""
-            known = registry.sources.get(row.source)
-            about = _about(known, paths) if known is not None else ""
-            lines.append(f"  {row.source}{target}: {row.verdict}{code}; {_size(row.allocated_bytes)}{about}")
-        for name, derived in registry.derived.items():
-            if derived.fallback is None:
-                fresh = "current" if name not in registry.stale_names() else "stale"
-                lines.append(f"  {name} = f({', '.join(derived.declaration.sources)}): own memory; {fresh}")
-    return "\n".join(lines) if lines else "no module here declares aliases"
-
-
-def _about(source: Source, paths: dict[int, str]) -> str:
-    """State, regions, scratch and shards of one source."""
-    storage = source.storage
-    held = "on meta" if storage is None else storage.state.value if storage.state else "mixed"
-    text = f"; holds {held}"
-    if source.plan.regions > 1:
-        text += f"; {source.plan.regions} regions"
-    if (scratch := scratch_bytes(source.plan)) > SCRATCH_BYTES:
-        text += f"; converts as a whole, scratch up to {_size(scratch)}"
-    if len(source.bindings) > 1:
-        text += f"; shown as {', '.join(f'{paths.get(id(b.module), chr(63))}.{b.name}' for b in source.bindings)}"
-    return text
-
-
-def _size(count: int) -> str:
-    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if count >= size:
-            return f"{count / size:.2f} {unit}"
+def size(count: int) -> str:
+    for unit, scale in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if count >= scale:
+            return f"{count / scale:.2f} {unit}"
     return f"{count} B"

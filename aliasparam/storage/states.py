@@ -8,6 +8,7 @@
     PARTIAL   some elements written            what was written can be read
     LOADED    every element written
     INVALID   nobody knows what the bytes are  reading refuses until the region is written whole again
+    FOREIGN   kernel bytes of undeclared code  the kernel name is right; reading refuses as in INVALID (see ported.py)
 
 A region is INVALID while its bytes are being written, so an interrupt between any two lines leaves a refusal.
 """
@@ -25,6 +26,7 @@ class State(Enum):
     PARTIAL = "partly written"
     LOADED = "loaded"
     INVALID = "invalid"
+    FOREIGN = "kernel bytes whose order was not declared"
 
     __hash__ = object.__hash__  # compared on every write: the hash of an Enum's name is slow
 

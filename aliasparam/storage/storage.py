@@ -107,7 +107,9 @@ class AliasedStorage:
 
     @property
     def is_loaded(self) -> bool:
-        return not self.states.missing and self.exposed is None
+        """Whether the kernel name may be used: everything arrived, or undeclared code put its bytes there."""
+        states = self.states
+        return (not states.missing or states.common is State.FOREIGN) and self.exposed is None
 
     @cached_property
     def stand_in(self) -> torch.UntypedStorage:
@@ -179,6 +181,18 @@ class AliasedStorage:
             if self.kernel_name is not None:
                 self.kernel_name.accept()
             self.states.put_all(State.LOADED)
+            self.version += 1
+
+    def put_foreign(self, value: Tensor) -> None:
+        """Kernel bytes whose order nobody declared: the kernel name holds them, the checkpoint name refuses to be read."""
+        if self.kernel_name is None:
+            raise AssertionError(f"{self.label}: foreign bytes without a kernel name")
+        with LOCKS[self._lock]:
+            self.before_write()
+            self.states.put_all(State.INVALID)
+            self.kernel_name.memory.copy_(value)
+            self.kernel_name.accept()
+            self.states.put_all(State.FOREIGN)
             self.version += 1
 
     # -- what other code does to the memory ----------------------------------------------------------------------------

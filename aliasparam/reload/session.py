@@ -14,13 +14,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ._compiled import refused_when_traced
-from ._parameter import _Aliased
-from ._reconcile import reconcile
-from ._registry import registries
-from ._transform import TensorSpec
-from ._verbs import checkpoint_names, process
-from .errors import ReloadError, StaleKernelError
+from ..errors import ReloadError, StaleKernelError
+from ..module.adopt import adopt
+from ..module.registry_of import registries
+from ..module.verbs import checkpoint_names, process
+from ..spec import TensorSpec
+from ..tensors.faces import _Aliased
+from ..torch_private import refused_when_traced
 
 Scope = Literal["all", "partial"]
 
@@ -51,7 +51,7 @@ class ReloadSession:
             )
         for _, registry in registries(self.model):
             with torch.no_grad():
-                reconcile(registry)
+                adopt(registry)
         self._targets = checkpoint_names(self.model)
         self.model.__dict__["_alias_reload_open"] = True
         self._open = True
