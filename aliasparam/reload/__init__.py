@@ -1,0 +1,1 @@
+"""Reload: where new weights come from, what was changed, and how many ranks agree on it."""
