@@ -58,6 +58,7 @@ class Derived:
 
     declaration: Derivation
     fallback: StoragePlan | None = None
+    layout: AnyLayout | None = None  # of the pair that fell back
     kernel: KernelName | None = None
     seen: tuple[int, ...] | None = None  # versions of its sources when it was computed
     version: int = 0
@@ -127,7 +128,7 @@ def _pair(module: nn.Module, label: str, alias: Alias, *, aliasing: bool) -> tup
         return Source(alias.source, plan, alias.derived or None, layout), None
     _report_fallback(label, alias, plan, aliasing)
     copied = Derivation(alias.derived, (alias.source,), copying(layout, spec), plan.kernel.shape, plan.kernel.dtype)
-    return Source(alias.source, plan_storage(spec, None), None), Derived(copied, fallback=plan)
+    return Source(alias.source, plan_storage(spec, None), None), Derived(copied, fallback=plan, layout=layout)
 
 
 def copying(layout: AnyLayout | None, spec: TensorSpec) -> Callable[[Tensor], Tensor]:
