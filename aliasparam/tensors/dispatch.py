@@ -148,7 +148,7 @@ def _plain(written: Sequence[Any], overwrites: bool) -> dict[int, Tensor]:
         storage, view = tensor._alias_storage, tensor._alias_geometry
         if id(tensor) in plain:
             continue
-        if overwrites and storages.count(storage) == 1:
+        if overwrites:  # also several views of one storage: what lands last stays, as in torch
             plain[id(tensor)] = torch.empty_like(view)
             continue
         if storages.count(storage) == 1:
