@@ -34,7 +34,7 @@ class Collective(NamedTuple):
         name = func._schema.name.partition("::")[2]
         given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
         sends = name in _SENDS or (name == "broadcast_" and _is_root(given))
-        read = {n: v for n, v in given.items() if sends or n in _SENT or not any(_tensors((v,)))}
+        read = {n: v for n, v in given.items() if sends or n in _SENT or next(_tensors((v,)), None) is None}
         return cls(read, {n: v for n, v in given.items() if n not in read}, name in _REDUCES)
 
 
