@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import MemoryFreedError, StateError
-from ..layout import BoundLayout
+from ..layout.bind import Bindable, bound_to
 from ..spec import TensorSpec
 from .coverage import Box
 from .kernel_name import KernelName
@@ -38,18 +38,27 @@ class AliasedStorage:
 
     Args:
         label: ``module.name`` for messages.
-        bound: the layout, for the checkpoint tensor's shape and dtype.
+        spec: the checkpoint tensor.
+        layout: the order of its elements in memory; None for checkpoint order.
         buffer: flat uint8, zero wherever the layout pads. The storage owns it from now on.
         state: of every region at the start.
         kernel_dtype: dtype of the kernel name, of the same width; None where there is no kernel name.
     """
 
     def __init__(
-        self, label: str, bound: BoundLayout, buffer: Tensor, state: State, kernel_dtype: torch.dtype | None = None
+        self,
+        label: str,
+        spec: TensorSpec,
+        layout: Bindable | None,
+        buffer: Tensor,
+        state: State,
+        kernel_dtype: torch.dtype | None = None,
     ) -> None:
         self.label = label
-        self.bound = bound
-        self.states = RegionStates(bound.shape, bound.lead, state)
+        self.spec = spec
+        self.layout = layout
+        self.bound = bound_to(layout, spec.shape, spec.dtype)
+        self.states = RegionStates(spec.shape, self.bound.lead, state)
         #: Counts changes of content; whoever derives from this storage compares it with what it saw last.
         self.version = 0
         #: Whether other code was given the raw storage, which it might free.
@@ -81,10 +90,6 @@ class AliasedStorage:
         bound = self.bound
         held = self.elements[: bound.regions * bound.region_capacity]  # room for other layouts lies behind it
         return KernelName(label, held.view(self.kernel_dtype).view(bound.kernel_shape), self)
-
-    @property
-    def spec(self) -> TensorSpec:
-        return TensorSpec(self.bound.shape, self.bound.dtype)
 
     @property
     def lock(self) -> AbstractContextManager[Any]:
@@ -263,15 +268,15 @@ class AliasedStorage:
             self._name(self.buffer.to(device))
             self.__dict__.pop("stand_in", None)
 
-    def rebind(self, bound: BoundLayout) -> None:
+    def rebind(self, layout: Bindable | None) -> None:
         """Another layout, whose bytes the caller has put in place. Addresses stay. The caller holds the lock."""
-        self.bound = bound
+        self.layout, self.bound = layout, bound_to(layout, self.spec.shape, self.spec.dtype)
         self._name(self.buffer)
         self.version += 1
 
     def _copied(self, buffer: Tensor) -> dict[str, Any]:
         """The state of a copy over ``buffer``, taken under the lock."""
-        kept = ("label", "bound", "version", "kernel_dtype")
+        kept = ("label", "spec", "layout", "version", "kernel_dtype")
         label = self.kernel_name.label if self.kernel_name is not None else None
         return {k: self.__dict__[k] for k in kept} | {"buffer": buffer, "states": copy.deepcopy(self.states), "kernel": label}
 
@@ -296,6 +301,7 @@ class AliasedStorage:
         state = dict(state)
         buffer, label = state.pop("buffer"), state.pop("kernel")
         self.__dict__.update(state)
+        self.bound = bound_to(self.layout, self.spec.shape, self.spec.dtype)
         self.handed_out, self.exposed, self._listeners, self._lock = False, None, [], lock_number()
         self.kernel_name = None
         self._name(buffer)
