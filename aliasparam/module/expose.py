@@ -36,11 +36,7 @@ class Exposure:
         self.address: int = memory.data_ptr()
         self._open = True
         if order == "kernel":
-            storage = self._storage
-            with storage.lock:
-                storage.need_unexposed("expose")
-                storage.tell()
-                storage.exposed = writer
+            self._storage.expose(self)
 
     def written(self, rows: slice | None = None) -> None:
         """The writer is done: ``rows`` of the memory (default: all) are new, the others as before.
@@ -67,7 +63,7 @@ class Exposure:
                 self._mark(None, State.INVALID)
 
     def _end_raw(self) -> None:
-        if self._storage.exposed != self.writer:
+        if not self._storage.is_exposed_to(self):
             raise ReloadError(
                 "the exposure was ended from elsewhere: what it wrote does not count",
                 label=self._storage.label,
@@ -75,7 +71,7 @@ class Exposure:
                 found="invalidate(), or a failed reload, meanwhile",
                 remedy="Expose the name again.",
             )
-        self._storage.exposed = None
+        self._storage.unexpose()
 
     def _mark(self, rows: slice | None, state: State) -> None:
         place = place_of(self._storage, self._target._alias_geometry)

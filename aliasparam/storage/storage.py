@@ -33,6 +33,12 @@ class Listener(Protocol):
     def open(self) -> None: ...
 
 
+class RawWriter(Protocol):
+    """Who outside writes the raw bytes: an exposure in kernel order."""
+
+    writer: str
+
+
 class AliasedStorage:
     """A fixed buffer in kernel order.
 
@@ -63,8 +69,7 @@ class AliasedStorage:
         self.version = 0
         #: Whether other code was given the raw storage, which it might free.
         self.handed_out = False
-        #: Who outside is writing the raw bytes now, or None.
-        self.exposed: str | None = None
+        self._writer: weakref.ref[RawWriter] | None = None
         self._listeners: list[weakref.ref[Listener]] = []
         self._lock = lock_number()
         self.kernel_dtype = kernel_dtype
@@ -116,6 +121,31 @@ class AliasedStorage:
         """What checkpoint names show as their raw storage where kernel order is not theirs: same size, no memory."""
         return torch.empty(self.buffer.numel(), dtype=torch.uint8, device="meta").untyped_storage()
 
+    @property
+    def exposed(self) -> str | None:
+        """Who outside is writing the raw bytes now, or None. One that was dropped without an end has left rubbish."""
+        if self._writer is None:
+            return None
+        writer = self._writer()
+        if writer is None:
+            self.unexpose()
+            self.states.put_all(State.INVALID, "whoever wrote the raw bytes was dropped without an end")
+            return None
+        return writer.writer
+
+    def expose(self, writer: RawWriter) -> None:
+        """Let ``writer`` write the raw bytes: until :meth:`unexpose` nothing else reads or writes them."""
+        with LOCKS[self._lock]:
+            self.need_unexposed("expose")
+            self.before_write()
+            self._writer = weakref.ref(writer)
+
+    def is_exposed_to(self, writer: RawWriter) -> bool:
+        return self._writer is not None and self._writer() is writer
+
+    def unexpose(self) -> None:
+        self._writer = None
+
     # -- reading and writing -------------------------------------------------------------------------------------------
 
     def read(self, box: Box) -> Tensor:
@@ -131,7 +161,7 @@ class AliasedStorage:
     def need_readable(self, box: Box) -> None:
         """Raise where the elements under ``box`` are no weights. The caller holds the lock."""
         self._look_at_memory()
-        if self.exposed is not None:
+        if self._writer is not None:
             self.need_unexposed("read")
         if self.states.missing:
             region = self.states.readable(box)
@@ -154,7 +184,7 @@ class AliasedStorage:
     def before_write(self) -> None:
         """Refuse, or tell whoever must know; no byte has changed yet. The caller holds the lock."""
         self._look_at_memory()
-        if self.exposed is not None:
+        if self._writer is not None:
             self.need_unexposed("write")
         self.tell()
 
@@ -169,7 +199,7 @@ class AliasedStorage:
         """Nobody knows what the bytes are (failed load, sleep). Only a whole rewrite leads out."""
         with LOCKS[self._lock]:
             self.tell()
-            self.exposed = None
+            self.unexpose()
             self.states.put_all(State.INVALID, why)
             self.version += 1
 
@@ -177,7 +207,7 @@ class AliasedStorage:
         """The bytes, in kernel order, are whole and right: an engine saved and restored them, or wrote them from outside."""
         with LOCKS[self._lock]:
             self.tell()
-            self.exposed = None
+            self.unexpose()
             if self.kernel_name is not None:
                 self.kernel_name.accept()
             self.states.put_all(State.LOADED)
@@ -240,8 +270,8 @@ class AliasedStorage:
     def not_loaded(self, doing: str, region: int | None = None) -> StateError:
         states = self.states
         if region is None:
-            region = next(r for r, s in enumerate(states.each) if s is not State.LOADED)
-        state, count = states.each[region], len(states.each)
+            region = min(states.missing)
+        state, count = states.of(region), max(self.bound.regions, 1)
         missing = ", ".join(_shown(box) for box in states.missing_boxes(region)[:3]) if state is State.PARTIAL else ""
         what = f"{state.value}: {states.why}" if states.why and state is State.INVALID else state.value
         return StateError(
@@ -302,7 +332,7 @@ class AliasedStorage:
         buffer, label = state.pop("buffer"), state.pop("kernel")
         self.__dict__.update(state)
         self.bound = bound_to(self.layout, self.spec.shape, self.spec.dtype)
-        self.handed_out, self.exposed, self._listeners, self._lock = False, None, [], lock_number()
+        self.handed_out, self._writer, self._listeners, self._lock = False, None, [], lock_number()
         self.kernel_name = None
         self._name(buffer)
         if self.kernel_name is not None:
