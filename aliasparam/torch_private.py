@@ -6,8 +6,10 @@ reads kernel names of ready modules is traced; those are plain tensors.
 
 from __future__ import annotations
 
+import importlib
 import types
 from contextlib import AbstractContextManager
+from functools import cache
 from typing import Any
 
 import torch
@@ -33,6 +35,14 @@ def never_traced(cls: type) -> None:
         function = getattr(member, "__func__", getattr(member, "fget", member))
         if isinstance(function, types.FunctionType):
             eval_frame.set_code_exec_strategy(function.__code__, strategy)
+
+
+@cache
+def import_what_dispatch_imports() -> None:
+    """The first operator that torch hands to a tensor subclass imports DTensor, and sympy with it. A process that forks meanwhile
+    (a loader's thread works, a DataLoader starts) would leave the child with a lock on the import that nobody gives back."""
+    if torch.distributed.is_available():
+        importlib.import_module("torch.distributed.tensor")
 
 
 def shares_memory(first: Tensor, second: Tensor) -> bool:
