@@ -79,13 +79,8 @@ class AliasedStorage:
             return None
         label = self.label if self.kernel_name is None else self.kernel_name.label
         bound = self.bound
-        memory = self.elements.view(self.kernel_dtype)
-        step = memory.numel() // max(bound.regions, 1)
-        shape, strides = bound.kernel_shape, contiguous_strides(bound.kernel_shape)
-        for dim in reversed(range(bound.lead)):  # regions may have room for other layouts between them
-            strides[dim] = step
-            step *= shape[dim]
-        return KernelName(label, memory.as_strided(shape, strides), self)
+        held = self.elements[: bound.regions * bound.region_capacity]  # room for other layouts lies behind it
+        return KernelName(label, held.view(self.kernel_dtype).view(bound.kernel_shape), self)
 
     @property
     def spec(self) -> TensorSpec:
