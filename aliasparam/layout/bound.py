@@ -51,6 +51,16 @@ class BoundLayout(ABC):
     def offsets(self, box: Box | None = None) -> Tensor:
         """int64, the box's shape: the position of every element in ``memory``. Slow: for oracles, deltas and digests."""
 
+    def encode(self, values: Tensor) -> Tensor:
+        """``values`` (of ``shape``) as a tensor of their own in kernel order, of ``kernel_shape``; padding is zero."""
+        memory = torch.zeros(self.regions * self.region_capacity, dtype=self.dtype, device=values.device)
+        self.write(memory, self.whole, values)
+        return memory.view(self.kernel_shape)
+
+    def decode(self, kernel: Tensor) -> Tensor:
+        """The inverse: fresh values of ``shape`` from a contiguous tensor in kernel order."""
+        return self.read(kernel.reshape(-1), self.whole)
+
     def cuts(self, other: BoundLayout) -> list[tuple[int, int, int]]:
         """Digits inside a region that this order and ``other`` keep in place: (dim, step, size) each."""
         return []

@@ -144,10 +144,7 @@ class InOrder:
     plan: StoragePlan
 
     def __call__(self, values: Tensor) -> Tensor:
-        bound = self.plan.bound
-        memory = torch.zeros(bound.regions * bound.region_capacity, dtype=bound.dtype, device=values.device)
-        bound.write(memory, tuple((0, n) for n in bound.shape), values)
-        return memory.view(self.plan.kernel.dtype).view(self.plan.kernel.shape)
+        return self.plan.bound.encode(values).view(self.plan.kernel.dtype)
 
 
 def layout_of(label: str, alias: Alias, spec: TensorSpec) -> AnyLayout | None:

@@ -47,6 +47,8 @@ class RegionStates:
         if math.prod(self._core) == 0:
             state = State.LOADED
         self.each = [state] * count
+        #: How often the bytes of each region were put in question: whoever keeps these knows which regions were written since.
+        self.writes = [0] * count
         #: Regions which are not LOADED; 0 is the fast path of every read.
         self.missing = 0 if state is State.LOADED else count
         self._arrived: dict[int, Coverage] = {}
@@ -79,6 +81,7 @@ class RegionStates:
         """Bytes under ``box`` are about to change. Returns what :meth:`arrived` or :meth:`undo` need."""
         before = [(r, self.each[r]) for r in self.regions(box)]
         for region, _ in before:
+            self.writes[region] += 1
             self._put(region, State.INVALID)
         return before
 
@@ -123,6 +126,7 @@ class RegionStates:
         if math.prod(self._core):
             for region in range(len(self.each)):
                 self._put(region, state)
+        self.writes = [count + 1 for count in self.writes]
         self._arrived.clear()
         self.why = why
 
