@@ -13,7 +13,7 @@ from aliasparam import AliasedStorage, AliasRegistry
 from .errors import ScaleError
 
 #: Bytes looked at in one step; temporaries stay within it.
-_STEP = 16 << 20
+STEP_BYTES = 16 << 20
 
 
 @dataclass
@@ -72,8 +72,8 @@ def _runs(flags: list[bool]) -> Iterator[tuple[int, int]]:
 
 
 def _pieces(buffer: Tensor, start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
-    for first in range(start, stop, _STEP):
-        yield first, buffer[first : min(first + _STEP, stop)]
+    for first in range(start, stop, STEP_BYTES):
+        yield first, buffer[first : min(first + STEP_BYTES, stop)]
 
 
 def _refusal(module: str, name: str, expert: int | None) -> ScaleError:
