@@ -23,6 +23,7 @@ from aliasparam_nvfp4.moe.runners import moe_runner
 from ..aliasparam.peak import peak_bytes
 from .moe_experts import ACTIVATIONS, OAI, RUNNERS, Dims, Experts, pointers, rows_of, serving, stored
 from .moe_layers import SHAPES, Checkpoint, load, names
+from .ordered import ordered
 
 ALIGNED, RAGGED = SHAPES[0], SHAPES[2]
 every_runner = pytest.mark.parametrize("runner", RUNNERS)
@@ -75,8 +76,8 @@ def test_3_padding_is_no_state_and_is_zero_again_after_raw_bytes_went_through_it
     for seed in (0, 1, 0):
         load(layer, stored(dims, seed, activation=activation))
         assert {n: p.shape for n, p in layer.named_parameters()} == shapes
-        for (kernel, transform), source in ((v, k) for k, v in formats(layer.method.checkpoint, layout_of(layer)).items()):
-            expected = transform.forward(layer.get_parameter(source).detach().clone())
+        for (kernel, order), source in ((v, k) for k, v in formats(layer.method.checkpoint, layout_of(layer)).items()):
+            expected = ordered(order, layer.get_parameter(source).detach().clone())
             assert torch.equal(layer.get_buffer(kernel).view(torch.uint8), expected.view(torch.uint8))
     shape = layer.nvfp4_moe_shape
     assert (shape.hidden, shape.intermediate) == dims[1:]  # type: ignore[union-attr]
@@ -221,7 +222,6 @@ def test_9_and_10_large_experts_land_in_kernel_order_within_the_stated_scratch(r
     for seed in (1, 2):
         tensors = large(seed)
 
-
         def load_and_process(tensors: dict[str, Tensor] = tensors) -> None:
             for name, tensor in tensors.items():
                 layer.get_parameter(name).data.copy_(tensor)
@@ -229,7 +229,7 @@ def test_9_and_10_large_experts_land_in_kernel_order_within_the_stated_scratch(r
 
         assert peak_bytes(load_and_process, torch.device("cpu")) <= STEP_BYTES
         for source, (kernel, order) in formats(layer.method.checkpoint, layout_of(layer)).items():
-            expected = order.bind(tensors[source].shape, tensors[source].dtype).encode(tensors[source])
+            expected = ordered(order, tensors[source])
             assert torch.equal(layer.get_buffer(kernel).view(torch.uint8), expected.view(torch.uint8))
     state = checkpoint_state_dict(layer)
     assert all(torch.equal(state[n].contiguous().view(torch.uint8), t.view(torch.uint8)) for n, t in tensors.items())
