@@ -1,4 +1,4 @@
-"""Layouts: where a kernel has the elements of a checkpoint tensor, as one line. Pure; nothing here knows a module or a Parameter."""
+"""Layouts: where a kernel has the elements of a checkpoint tensor, as one line. Pure; knows no module and no Parameter."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Blocks that two orders keep together: what a storage moves at a time when it goes from one order to the other in place.
 
-A digit that has the same place value in both kernel orders cuts both into the same cells. Fixing such digits, one value (or a run of
-values) at a time, gives blocks of checkpoint elements whose memory the other blocks never touch.
+A digit that has the same place value in both kernel orders cuts both into the same cells. Fixing such digits, one value (or a run
+of values) at a time, gives blocks of checkpoint elements whose memory the other blocks never touch.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from .boxes import Box, row_major
 class BoundLayout(ABC):
     """Immutable; shared by all tensors of one layout, shape and dtype.
 
-    A box is (start, stop) per dim of ``shape``. ``memory`` is a flat tensor of ``dtype`` with ``regions * region_capacity`` elements.
+    A box is (start, stop) per dim of ``shape``. ``memory`` is a flat tensor of ``dtype``, ``regions * region_capacity`` elements.
 
     Attributes:
         shape, dtype: of the checkpoint tensor. Its first ``lead`` dims number the regions.
@@ -72,9 +72,10 @@ class BoundLayout(ABC):
     def in_place_blocks(self, other: BoundLayout, max_bytes: int) -> Iterator[list[Box]]:
         """Blocks of boxes whose memory no other block touches, under this order and under ``other``.
 
-        Reading all boxes of a block in this order and writing them in the other, block by block, brings memory from the one to the
-        other in place. A block has at most ``max_bytes`` where digits that both keep in place allow it; one block is everything
-        where the capacities of a region differ. Padding that only the new order has holds old bytes after it: ``clear_padding``.
+        Reading all boxes of a block in this order and writing them in the other, block by block, brings memory from the one to
+        the other in place. A block has at most ``max_bytes`` where digits that both keep in place allow it; one block is
+        everything where the capacities of a region differ. Padding that only the new order has holds old bytes afterwards:
+        ``clear_padding``.
         """
         keep = self.region_capacity == other.region_capacity and (self.shape, self.lead) == (other.shape, other.lead)
         found = [*lead_cuts(self.shape, self.lead), *self.cuts(other)] if keep else []

@@ -1,7 +1,7 @@
 """Rectangles of a checkpoint tensor as strided pieces of kernel memory.
 
-A :class:`Piece` is an N-D block that has constant strides in both orders. A rectangle that cuts no digit is one piece; every digit
-that it cuts, and every ragged end, adds at most two.
+A :class:`Piece` is an N-D block that has constant strides in both orders. A rectangle that cuts no digit is one piece; every
+digit that it cuts, and every ragged end, adds at most two.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from .digits import BoundLine, Place
-
 
 Box = tuple[tuple[int, int], ...]
 
@@ -44,8 +43,9 @@ def pieces(lines: Sequence[BoundLine], shape: Sequence[int], box: Sequence[tuple
     axes = tuple(Axis(stop - start, dim, 1, strides[dim]) for dim, (start, stop) in enumerate(box) if stop - start > 1)
     found = [Piece((0,) * len(shape), offset, axes)]
     for line in lines:
-        chain = [(stride, [(p.source, p) for p in places]) for stride, places in zip(row_major(line.shape), line.places, strict=True)]
-        found = [Piece(*routed) for piece in found for routed in _route(*piece, chain)]
+        dims = [[(place.source, place) for place in places] for places in line.places]
+        chain = list(zip(row_major(line.shape), dims, strict=True))
+        found = [routed for piece in found for routed in _route(*piece, chain)]
     return found
 
 

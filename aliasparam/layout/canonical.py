@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from .pattern import Digit, Group, Line
@@ -18,7 +19,8 @@ def _line(line: Line) -> tuple[Any, ...]:
     left = [_tree(group, sizes) for group in line.left.dims]
     right = [_tree(group, sizes) for group in line.right.dims]
     for first, second in _neighbours(left):
-        if first in sizes and second in sizes and (first in flipped) == (second in flipped) and (first, second) in _neighbours(right):
+        alike = first in sizes and second in sizes and (first in flipped) == (second in flipped)
+        if alike and (first, second) in _neighbours(right):
             sizes[second] *= sizes.pop(first)
             left, right = [_without(t, first) for t in left], [_without(t, first) for t in right]
     order: dict[str, int] = {}
@@ -43,7 +45,7 @@ def _neighbours(trees: list[Tree]) -> list[tuple[str, str]]:
     """Digits that follow one another within a group."""
     found = []
     for tree in trees:
-        found += [(a, b) for a, b in zip(tree, tree[1:], strict=False) if isinstance(a, str) and isinstance(b, str)]
+        found += [(a, b) for a, b in itertools.pairwise(tree) if isinstance(a, str) and isinstance(b, str)]
         found += _neighbours([item for item in tree if isinstance(item, list)])
     return found
 

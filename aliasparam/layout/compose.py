@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator
 
 from .boxes import row_major
@@ -26,10 +28,19 @@ def compose(lines: list[BoundLine]) -> list[BoundLine]:
 def _joined(first: BoundLine, second: BoundLine) -> BoundLine:
     spans = list(_spans(second))
     tops = {stride * extent for stride, extent in zip(row_major(second.shape), second.shape, strict=True)}
+    filled = {digit: 1 for _, _, digit in spans}
     try:
-        places = tuple(tuple(part for place in dim for part in _parts(place, spans, tops)) for dim in first.places)
+        dims = [[list(_parts(place, spans, tops)) for place in dim] for dim in first.places]
     except _Apart:
         raise _Apart(first) from None
+    for place, parts in zip(itertools.chain(*first.places), itertools.chain(*dims), strict=True):
+        for digit, part in parts:
+            filled[digit] *= part.capacity
+        if place.flipped and place.capacity != math.prod(part.capacity for _, part in parts):
+            raise _Apart(first)
+    if any(digit.flipped and size != digit.capacity for digit, size in filled.items()):
+        raise _Apart(first)  # counted backwards from an end that no element reaches
+    places = tuple(tuple(part for parts in dim for _, part in parts) for dim in dims)
     return BoundLine(first.shape, places, second.kernel_shape, second.capacity)
 
 
@@ -45,18 +56,18 @@ def _spans(line: BoundLine) -> Iterator[_Span]:
             end = stride * place.source
 
 
-def _parts(place: Place, spans: list[_Span], tops: set[int]) -> Iterator[Place]:
-    """``place``, whose kernel place value is a row-major position, in the digits of the second line."""
+def _parts(place: Place, spans: list[_Span], tops: set[int]) -> Iterator[tuple[Place, Place]]:
+    """``place``, whose kernel place value is a row-major position, in the digits of the second line: each with its digit."""
     stop = place.kernel * place.capacity
     for start, end, digit in spans:
         low, high = max(start, place.kernel), min(end, stop)
         if low >= high:
             continue
-        # Only the first digit of a dim may end early, and only if it is counted forwards.
-        ragged = high % low and not (high == stop and high in tops and not place.flipped)
-        if low % start or low % place.kernel or ragged or digit.flipped and end != start * digit.capacity:
+        # Only the first digit of a dim may end early.
+        ragged = high % low and not (high == stop and high in tops)
+        if low % start or low % place.kernel or ragged:
             raise _Apart
         size = -(-high // low)
         if size > 1:
             source, kernel = place.source * (low // place.kernel), digit.kernel * (low // start)
-            yield Place(source, kernel, size, place.flipped ^ digit.flipped)
+            yield digit, Place(source, kernel, size, place.flipped ^ digit.flipped)

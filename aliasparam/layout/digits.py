@@ -1,8 +1,8 @@
 """A line bound to one shape: every digit with its size and its place value in both orders.
 
-[Note: place values] A coordinate x of one dim is written in the digits of that dim: from the most significant on, digit = x // s and
-x = x % s, with s the digit's place value in the checkpoint. The kernel offset is the sum of digit * k, with k its place value in kernel
-memory. Padding needs no more than that: it is the part of a digit's capacity that no x reaches.
+[Note: place values] A coordinate x of one dim is written in the digits of that dim: from the most significant on,
+digit = x // s and x = x % s, with s the digit's place value in the checkpoint. The kernel offset is the sum of digit * k, with k
+its place value in kernel memory. Padding needs no more than that: it is the part of a digit's capacity that no x reaches.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class _Sizes:
         sizes = [fixed_size(item, self.fixed) for item in group.items]
         rest = math.prod(size for size in sizes if size is not None)
         free = sizes.index(None) if None in sizes else None
-        if free is None and extent != rest or free and extent % rest:
+        if extent != rest if free is None else free and extent % rest:
             self.refuse(group, rest, extent, dim, exact=free is None)
         extents = [-(-extent // rest) if size is None else size for size in sizes]
         for item, size in zip(reversed(group.items), reversed(extents), strict=True):

@@ -1,7 +1,7 @@
-"""Strided copies between values of any strides and kernel memory: a plan is worked out once, a copy is two views and one ``copy_``.
+"""Strided copies between values of any strides and kernel memory: planned once, then two views and one ``copy_`` each.
 
-[Note: wide elements] Elements that stay together in both orders are moved as one integer of up to 16 bytes, as far as sizes, strides
-and addresses allow. Float8 moves as integers of its own width.
+[Note: wide elements] Elements that stay together in both orders are moved as one integer of up to 16 bytes, as far as sizes,
+strides and addresses allow. Float8 moves as integers of its own width.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ class _Axis(NamedTuple):
     value: int
 
 
-def plan(pieces: Sequence[Piece], lead: Sequence[tuple[int, int]], strides: Sequence[int], itemsize: int, align: int) -> list[Copy]:
+def plan(
+    pieces: Sequence[Piece], lead: Sequence[tuple[int, int]], strides: Sequence[int], itemsize: int, align: int
+) -> list[Copy]:
     """The copies of ``pieces`` of every region.
 
     ``lead``: (size, kernel stride) of each lead dim. ``strides``: the value's, lead dims first. ``align``: the bytes that both

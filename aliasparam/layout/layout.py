@@ -98,7 +98,10 @@ class Layout:
         return len(self.lines[0].shape_side.dims)
 
     def inverse(self) -> Layout:
-        """From kernel order, padding included, to padded checkpoint order. Raises LayoutError where a kernel dim has two free digits."""
+        """From kernel order, padding included, to padded checkpoint order.
+
+        Raises LayoutError where a kernel dim has two free digits.
+        """
         return Layout.of((parse(str(line.exchanged()), {})[0] for line in reversed(self.lines)), self.bits)
 
     def then(self, other: Layout) -> Layout:
@@ -112,7 +115,7 @@ class Layout:
         return _bind(self, tuple(shape), dtype)
 
     def kernel_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """Shape in kernel format of a tensor of ``shape``, lead dims in front; with ``bits=4`` the last dim counts nibbles in both."""
+        """Shape in kernel format of a tensor of ``shape``, lead dims in front. ``bits=4``: both count nibbles."""
         return (*shape[: len(shape) - self.core_dims], *self._lines(shape)[-1].kernel_shape)
 
     def capacity(self, shape: Sequence[int]) -> int:
@@ -120,13 +123,14 @@ class Layout:
         return self._lines(shape)[-1].capacity
 
     def boxes(self, rows: tuple[int, int], columns: tuple[int, int], shape: Sequence[int]) -> list[Piece]:
-        """The strided pieces of kernel memory that hold rows ``start, stop`` and columns ``start, stop`` of a matrix of ``shape``."""
+        """The strided pieces of kernel memory that hold a rectangle (start, stop each) of a matrix of ``shape``."""
         return pieces(compose(self._lines(shape)), shape, (rows, columns))
 
     def _lines(self, shape: Sequence[int]) -> list[BoundLine]:
         core = tuple(shape[len(shape) - self.core_dims :])
         if len(shape) < self.core_dims:
-            raise LayoutError(f"{self} takes {self.core_dims} dims", expected=f"{self.core_dims} or more dims", found=f"{list(shape)}")
+            expected = f"{self.core_dims} or more dims"
+            raise LayoutError(f"{self} takes {self.core_dims} dims", expected=expected, found=f"{list(shape)}")
         bound = []
         for line in self.lines:
             bound.append(bind_line(line, core))

@@ -33,8 +33,9 @@ class NibbleLayout(BoundLayout):
         with torch.no_grad():
             for index, region in self._touched(memory, box):
                 nibbles = unpack(region)
-                plain = value[index]
-                self.inner.write(nibbles, self._core(box), unpack(plain.contiguous().view(-1)).view(*plain.shape[:-1], -1))
+                core = self._core(box)
+                plain = unpack(value[index]).view([stop - start for start, stop in core])
+                self.inner.write(nibbles, core, plain)
                 region.copy_(pack(nibbles).view(self.dtype))
 
     def read(self, memory: Tensor, box: Box, out: Tensor | None = None) -> Tensor:
@@ -64,8 +65,9 @@ class NibbleLayout(BoundLayout):
 
 
 def unpack(words: Tensor) -> Tensor:
-    """A byte a nibble, of a contiguous 1-D tensor."""
-    packed = words.view(torch.uint8)
+    """A byte a nibble, flat."""
+    words = words.contiguous()
+    packed = words.as_strided((words.numel(),), (1,)).view(torch.uint8)
     return torch.stack((packed & 15, packed >> 4), -1).view(-1)
 
 

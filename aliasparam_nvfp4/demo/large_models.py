@@ -14,7 +14,7 @@ from torch import nn
 from aliasparam import Alias, MemoryReport, declare, memory_report
 
 from ..format import BLOCK_SIZE
-from ..layouts import SWIZZLE_128X4
+from ..layouts import swizzle
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def scale_report(model: MoEModel) -> MemoryReport:
         layer.register_parameter(f"{name}_weight_scale", nn.Parameter(scale, requires_grad=False))
     declare(
         layer,
-        Alias("w13_weight_scale", "w13_blockscale_swizzled", SWIZZLE_128X4),
-        Alias("w2_weight_scale", "w2_blockscale_swizzled", SWIZZLE_128X4),
+        Alias("w13_weight_scale", "w13_blockscale_swizzled", swizzle()),
+        Alias("w2_weight_scale", "w2_blockscale_swizzled", swizzle()),
     )
     return memory_report(layer)

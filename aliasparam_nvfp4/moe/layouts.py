@@ -1,22 +1,19 @@
-"""Kernel formats of an MoE layer's four large tensors. Checkpoint rows of w13 are ``[w1 gate; w3 up]`` for all of them."""
+"""Kernel layouts of an MoE layer's four large tensors. Checkpoint rows of w13 are ``[w1 gate; w3 up]`` for all of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 from aliasparam import Layout
 
 from ..errors import ShapeError
-from ..layouts import SWIZZLE_128X4
-from ..layouts.lines import SAME, gate_up, padded, shuffled, up_gate, up_gate_blocks, up_gate_shuffled
+from ..layouts import lines
 from .activation import ExpertActivation
 
 
 @dataclass(frozen=True)
 class MoELayout:
-    """Four layouts, all of one expert's matrix.
+    """Four layouts of one expert.
 
     ``w13``: u8 ``[E, 2I, H/2]``; ``w13_scale``: e4m3 ``[E, 2I, H/16]``; ``w2``: u8 ``[E, H, I/2]``; ``w2_scale``: e4m3
     ``[E, H, I/16]``. ``hidden`` and ``intermediate`` say to which multiples H and I are padded with zeros: a padded gate and
@@ -44,68 +41,85 @@ class MoELayout:
         return self.ungated
 
 
-#: Columns to whole multiples of the argument.
-_Order = Callable[[int], Layout]
+_SAME = Layout.identity(2)
+_pad, _swizzle = lines.pad, lines.swizzle
 
-
-def _made(
-    name: str, w13: _Order, w2: _Order, *, swizzle: bool, hidden: int, intermediate: int, ungated: MoELayout | None = None
-) -> MoELayout:
-    """Rows in order, columns padded, scales swizzled or not."""
-    last = SWIZZLE_128X4 if swizzle else None
-
-    def scale(order: Layout) -> Layout:
-        return order if last is None else order.then(last)
-
-    return MoELayout(
-        name,
-        w13=w13(hidden // 2),
-        w13_scale=scale(w13(hidden // 16)),
-        w2=w2(intermediate // 2),
-        w2_scale=scale(w2(intermediate // 16)),
-        hidden=hidden,
-        intermediate=intermediate,
-        ungated=ungated,
-    )
-
-
-def _ungated(name: str, hidden: int, intermediate: int, *, swizzle: bool = True) -> MoELayout:
-    """For w1 alone: both weights are matrices like any other, padded."""
-    rows = partial(padded, intermediate), partial(padded, hidden)
-    return _made(name, *rows, swizzle=swizzle, hidden=hidden, intermediate=intermediate)
-
-
-def _gated(
-    name: str, w13: Callable[[int, int], Layout], hidden: int, intermediate: int, ungated: MoELayout, *, swizzle: bool = True
-) -> MoELayout:
-    """Halves of w13 padded each for itself, rows of w2 in order."""
-    rows = partial(w13, intermediate), partial(padded, hidden)
-    return _made(name, *rows, swizzle=swizzle, hidden=hidden, intermediate=intermediate, ungated=ungated)
-
-
-_ROWS_64 = _ungated("rows", 64, 64, swizzle=False)
-_SWIZZLED_64 = _ungated("rows-swizzled", 64, 64)
+_ROWS_64 = MoELayout("rows", _pad(64, 32), _pad(64, 4), _pad(64, 32), _pad(64, 4), 64, 64)
+_SWIZZLED_64 = MoELayout("rows-swizzled", _pad(64, 32), _swizzle(), _pad(64, 32), _swizzle(), 64, 64)
 #: I in whole 128s: CUTLASS checks scales for exactly ``ceil(I/64)*64`` rows and reads tiles of 128 (``binding.cu``,
 #: ``getQuantParams``; SGLang 0.5.23 pads alike in ``ModelOptNvFp4FusedMoEMethod.process_weights_after_loading``).
-_SWIZZLED_128 = _ungated("rows-swizzled", 64, 128)
-_SWIZZLED_256 = _ungated("rows-swizzled", 128, 256)
+_SWIZZLED_128 = MoELayout("rows-swizzled", _pad(128, 32), _swizzle(), _pad(64, 64), _swizzle(8), 64, 128)
+_SWIZZLED_256 = MoELayout("rows-swizzled", _pad(256, 64), _swizzle(8, 256), _pad(128, 128), _swizzle(16), 128, 256)
 #: ``_maybe_get_cached_w3_w1_permute_indices`` with ``is_gated_act_gemm=False`` is the plain row shuffle.
-_SHUFFLED_ROWS = _made("rows-shuffled", shuffled, shuffled, swizzle=True, hidden=128, intermediate=128)
+_SHUFFLED_ROWS = MoELayout(
+    "rows-shuffled",
+    w13=lines.shuffle(64, rows=128),
+    w13_scale=lines.shuffle_swizzled(8),
+    w2=lines.shuffle(64, rows=128),
+    w2_scale=lines.shuffle_swizzled(8),
+    hidden=128,
+    intermediate=128,
+)
 
-#: The checkpoint's own bytes, expert by expert: the reference.
-CHECKPOINT = MoELayout("checkpoint", SAME, SAME, SAME, SAME, ungated=MoELayout("rows", SAME, SAME, SAME, SAME))
+#: The checkpoint's own bytes: the reference.
+CHECKPOINT = MoELayout("checkpoint", _SAME, _SAME, _SAME, _SAME, ungated=MoELayout("rows", _SAME, _SAME, _SAME, _SAME))
 #: The same rows with H and I in whole 64s, and row-major scales (FlashInfer ``prepare_cutile_nvfp4_weights``, below 10.0).
-ROW_MAJOR_64 = _gated("row-major", gate_up, 64, 64, _ROWS_64, swizzle=False)
-#: ``[gate; up]``, scales swizzled: CuteDSL v1, cuTile on 12.x.
-GATE_UP = _gated("gate-up", gate_up, 64, 64, _SWIZZLED_64)
+ROW_MAJOR_64 = MoELayout("row-major", lines.gate_up(64, 32), lines.gate_up(64, 4), _pad(64, 32), _pad(64, 4), 64, 64, _ROWS_64)
+#: ``[gate; up]``, scales swizzled: CuteDSL v1, cuTile on 12.x. A tile of 128 rows may hold the end of gate and the start of up.
+GATE_UP = MoELayout(
+    "gate-up",
+    w13=lines.gate_up(64, 32),
+    w13_scale=lines.gate_up(64, 4).then(_swizzle()),
+    w2=_pad(64, 32),
+    w2_scale=_swizzle(),
+    hidden=64,
+    intermediate=64,
+    ungated=_SWIZZLED_64,
+)
 #: ``[up; gate]``, scales swizzled: CUTLASS (fused_moe ``binding.cu``: scales ``[E, 2*ceil(I/64)*64, ...]``).
-UP_GATE_SWIZZLED = _gated("up-gate", up_gate, 64, 64, _SWIZZLED_128)
+UP_GATE_SWIZZLED = MoELayout(
+    "up-gate",
+    w13=lines.up_gate(64, 32),
+    w13_scale=lines.up_gate(64, 4).then(_swizzle()),
+    w2=_pad(64, 32),
+    w2_scale=_swizzle(),
+    hidden=64,
+    intermediate=64,
+    ungated=_SWIZZLED_128,
+)
 #: The same with H in whole 128s and I in whole 256s: b12x takes I in pairs of 128, and where they are not whole it makes padded
 #: copies, which it keeps by address and no reload would reach (``moe_dispatch.py``, ``_STATIC_RETAINED_GROUP_N``).
-UP_GATE_256 = _gated("up-gate-256", up_gate, 128, 256, _SWIZZLED_256)
+UP_GATE_256 = MoELayout(
+    "up-gate-256",
+    w13=lines.up_gate(256, 64),
+    w13_scale=lines.up_gate(256, 8).then(_swizzle()),
+    w2=_pad(128, 128),
+    w2_scale=_swizzle(16),
+    hidden=128,
+    intermediate=256,
+    ungated=_SWIZZLED_256,
+)
 #: Blocks of 64 rows from up and gate in turn: CuteDSL v2.
-INTERLEAVED = _made(
-    "interleaved", up_gate_blocks, partial(padded, 64), swizzle=True, hidden=64, intermediate=64, ungated=_SWIZZLED_128
+INTERLEAVED = MoELayout(
+    "interleaved",
+    w13=lines.up_gate_blocks(32),
+    w13_scale=lines.up_gate_blocks_swizzled(4),
+    w2=_pad(64, 32),
+    w2_scale=_swizzle(),
+    hidden=64,
+    intermediate=64,
+    ungated=_SWIZZLED_128,
 )
 #: Pairs (up, gate), shuffled for an epilogue tile of 128: TRT-LLM. The scale shuffle wants whole 128s of rows.
-SHUFFLED = _made("shuffled", up_gate_shuffled, shuffled, swizzle=True, hidden=128, intermediate=64, ungated=_SHUFFLED_ROWS)
+SHUFFLED = MoELayout(
+    "shuffled",
+    w13=lines.up_gate_shuffled(64),
+    w13_scale=lines.up_gate_shuffled_swizzled(8),
+    w2=lines.shuffle(32, rows=128),
+    w2_scale=lines.shuffle_swizzled(4),
+    hidden=128,
+    intermediate=64,
+    ungated=_SHUFFLED_ROWS,
+)
+
+MOE_LAYOUTS = (CHECKPOINT, ROW_MAJOR_64, GATE_UP, UP_GATE_SWIZZLED, UP_GATE_256, INTERLEAVED, SHUFFLED)

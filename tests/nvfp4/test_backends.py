@@ -14,7 +14,7 @@ from aliasparam_nvfp4 import NvFp4LinearMethod, emulate
 from aliasparam_nvfp4.backends import LinearBackend, linear_backends
 from aliasparam_nvfp4.codec import dequantize
 from aliasparam_nvfp4.errors import ScaleError
-from aliasparam_nvfp4.layouts import SWIZZLE_128X4, mma_view
+from aliasparam_nvfp4.layouts import mma_view, swizzle
 
 from .backend_cases import BACKENDS, CASES, RAGGED, SHAPES, flashinfer, made, takes
 from .ordered import ordered
@@ -122,7 +122,7 @@ def prepared(function: str, *more: Any) -> Oracle:
 
     def oracle(source: dict[str, Tensor], layer: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         module, _, name = function.rpartition(".")
-        swizzled = ordered(SWIZZLE_128X4, source["weight_scale"])
+        swizzled = ordered(swizzle(), source["weight_scale"])
         prepare = getattr(flashinfer(f"flashinfer.gemm.{module}"), name)
         weight, scales, _ = prepare(source["weight"], swizzled, torch.ones(1), 16, *more)
         return weight, scales, *layer.nvfp4_backend.operands(layer, layer.nvfp4_shape)

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from aliasparam.errors import LayoutError
-from aliasparam_nvfp4.layouts import SWIZZLE_128X4, mma_view
+from aliasparam_nvfp4.layouts import mma_view, swizzle
 from aliasparam_nvfp4.layouts.mma_view import unswizzled
 
 
 @pytest.mark.parametrize("shape", [(300, 10), (128, 4), (1, 1), (129, 5)])
 def test_the_views_move_nothing_and_read_by_their_formula(shape: tuple[int, int]) -> None:
     scales = torch.randint(0, 256, shape, dtype=torch.uint8)
-    swizzled = SWIZZLE_128X4.bind(shape, torch.uint8).encode(scales)
+    swizzled = swizzle().bind(shape, torch.uint8).encode(scales)
 
     view = mma_view(swizzled, *shape)
 

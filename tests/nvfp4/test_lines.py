@@ -1,0 +1,340 @@
+"""The lines against version 0.1's bytes (frozen as checksums), FlashInfer's own functions and index formulas."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from aliasparam.layout import Layout
+from aliasparam_nvfp4.layouts import lines
+from aliasparam_nvfp4.moe.layouts import MOE_LAYOUTS, MoELayout
+
+from .backend_cases import flashinfer
+
+#: crc32 of version 0.1's kernel bytes of `numbered(shape)`.
+GOLDEN: dict[str, int] = {
+    "checkpoint 300x96 w13": 0xF9AF5AF4,
+    "checkpoint 300x96 w13_scale": 0x78CDDC58,
+    "checkpoint 300x96 w2": 0xC5C27FFA,
+    "checkpoint 300x96 w2_scale": 0xF088023E,
+    "checkpoint 384x128 w13": 0x0417233C,
+    "checkpoint 384x128 w13_scale": 0x2122AF95,
+    "checkpoint 384x128 w2": 0x8E642D84,
+    "checkpoint 384x128 w2_scale": 0xD98905C3,
+    "checkpoint 1024x256 w13": 0xB0661F9C,
+    "checkpoint 1024x256 w13_scale": 0x3C7078F1,
+    "checkpoint 1024x256 w2": 0x6644786E,
+    "checkpoint 1024x256 w2_scale": 0xE88A45F1,
+    "checkpoint 150x96 w13": 0xC5C27FFA,
+    "checkpoint 150x96 w13_scale": 0xA4EEB333,
+    "checkpoint 150x96 w2": 0xC5C27FFA,
+    "checkpoint 150x96 w2_scale": 0xF088023E,
+    "checkpoint 192x128 w13": 0x8E642D84,
+    "checkpoint 192x128 w13_scale": 0xD98905C3,
+    "checkpoint 192x128 w2": 0x8E642D84,
+    "checkpoint 192x128 w2_scale": 0xD98905C3,
+    "checkpoint 512x256 w13": 0x6644786E,
+    "checkpoint 512x256 w13_scale": 0xE88A45F1,
+    "checkpoint 512x256 w2": 0x6644786E,
+    "checkpoint 512x256 w2_scale": 0xE88A45F1,
+    "row-major 300x96 w13": 0x2CF72B61,
+    "row-major 300x96 w13_scale": 0xC3B377BF,
+    "row-major 300x96 w2": 0xB8745E6A,
+    "row-major 300x96 w2_scale": 0xDDA3C1A2,
+    "row-major 384x128 w13": 0x0417233C,
+    "row-major 384x128 w13_scale": 0x2122AF95,
+    "row-major 384x128 w2": 0x8E642D84,
+    "row-major 384x128 w2_scale": 0xD98905C3,
+    "row-major 1024x256 w13": 0xB0661F9C,
+    "row-major 1024x256 w13_scale": 0x3C7078F1,
+    "row-major 1024x256 w2": 0x6644786E,
+    "row-major 1024x256 w2_scale": 0xE88A45F1,
+    "row-major 150x96 w13": 0x72D6F5B4,
+    "row-major 150x96 w13_scale": 0x843912D2,
+    "row-major 150x96 w2": 0xB8745E6A,
+    "row-major 150x96 w2_scale": 0xDDA3C1A2,
+    "row-major 192x128 w13": 0x8E642D84,
+    "row-major 192x128 w13_scale": 0xD98905C3,
+    "row-major 192x128 w2": 0x8E642D84,
+    "row-major 192x128 w2_scale": 0xD98905C3,
+    "row-major 512x256 w13": 0x6644786E,
+    "row-major 512x256 w13_scale": 0xE88A45F1,
+    "row-major 512x256 w2": 0x6644786E,
+    "row-major 512x256 w2_scale": 0xE88A45F1,
+    "gate-up 300x96 w13": 0x2CF72B61,
+    "gate-up 300x96 w13_scale": 0x7F3EE38B,
+    "gate-up 300x96 w2": 0xB8745E6A,
+    "gate-up 300x96 w2_scale": 0xBDD7BEA0,
+    "gate-up 384x128 w13": 0x0417233C,
+    "gate-up 384x128 w13_scale": 0x52A37B45,
+    "gate-up 384x128 w2": 0x8E642D84,
+    "gate-up 384x128 w2_scale": 0xA9B470A5,
+    "gate-up 1024x256 w13": 0xB0661F9C,
+    "gate-up 1024x256 w13_scale": 0x9EEEA227,
+    "gate-up 1024x256 w2": 0x6644786E,
+    "gate-up 1024x256 w2_scale": 0x7166F7A5,
+    "gate-up 150x96 w13": 0x72D6F5B4,
+    "gate-up 150x96 w13_scale": 0xE7CFF15C,
+    "gate-up 150x96 w2": 0xB8745E6A,
+    "gate-up 150x96 w2_scale": 0xBDD7BEA0,
+    "gate-up 192x128 w13": 0x8E642D84,
+    "gate-up 192x128 w13_scale": 0x8BE83C46,
+    "gate-up 192x128 w2": 0x8E642D84,
+    "gate-up 192x128 w2_scale": 0xA9B470A5,
+    "gate-up 512x256 w13": 0x6644786E,
+    "gate-up 512x256 w13_scale": 0x8E01982D,
+    "gate-up 512x256 w2": 0x6644786E,
+    "gate-up 512x256 w2_scale": 0x7166F7A5,
+    "up-gate 300x96 w13": 0xC58430BB,
+    "up-gate 300x96 w13_scale": 0x4D8F30C2,
+    "up-gate 300x96 w2": 0xB8745E6A,
+    "up-gate 300x96 w2_scale": 0xBDD7BEA0,
+    "up-gate 384x128 w13": 0x2A93BF78,
+    "up-gate 384x128 w13_scale": 0xAF1FA98D,
+    "up-gate 384x128 w2": 0x8E642D84,
+    "up-gate 384x128 w2_scale": 0xA9B470A5,
+    "up-gate 1024x256 w13": 0xD9C7D12A,
+    "up-gate 1024x256 w13_scale": 0x02331F9C,
+    "up-gate 1024x256 w2": 0x6644786E,
+    "up-gate 1024x256 w2_scale": 0x7166F7A5,
+    "up-gate 150x96 w13": 0x4EDEFBBF,
+    "up-gate 150x96 w13_scale": 0xE7CFF15C,
+    "up-gate 150x96 w2": 0x3287D46E,
+    "up-gate 150x96 w2_scale": 0xC860BC67,
+    "up-gate 192x128 w13": 0xC2E89D17,
+    "up-gate 192x128 w13_scale": 0x8BE83C46,
+    "up-gate 192x128 w2": 0x45A410AC,
+    "up-gate 192x128 w2_scale": 0x0D9C5C2A,
+    "up-gate 512x256 w13": 0x6644786E,
+    "up-gate 512x256 w13_scale": 0x8E01982D,
+    "up-gate 512x256 w2": 0x6644786E,
+    "up-gate 512x256 w2_scale": 0x7166F7A5,
+    "up-gate-256 300x96 w13": 0x4CE7C140,
+    "up-gate-256 300x96 w13_scale": 0xC499D68B,
+    "up-gate-256 300x96 w2": 0x3287D46E,
+    "up-gate-256 300x96 w2_scale": 0xC860BC67,
+    "up-gate-256 384x128 w13": 0x622A3BCA,
+    "up-gate-256 384x128 w13_scale": 0x6696E350,
+    "up-gate-256 384x128 w2": 0x45A410AC,
+    "up-gate-256 384x128 w2_scale": 0x0D9C5C2A,
+    "up-gate-256 1024x256 w13": 0xD9C7D12A,
+    "up-gate-256 1024x256 w13_scale": 0x02331F9C,
+    "up-gate-256 1024x256 w2": 0x6644786E,
+    "up-gate-256 1024x256 w2_scale": 0x7166F7A5,
+    "up-gate-256 150x96 w13": 0x4EDEFBBF,
+    "up-gate-256 150x96 w13_scale": 0xE7CFF15C,
+    "up-gate-256 150x96 w2": 0x3287D46E,
+    "up-gate-256 150x96 w2_scale": 0xC860BC67,
+    "up-gate-256 192x128 w13": 0xC2E89D17,
+    "up-gate-256 192x128 w13_scale": 0x8BE83C46,
+    "up-gate-256 192x128 w2": 0x45A410AC,
+    "up-gate-256 192x128 w2_scale": 0x0D9C5C2A,
+    "up-gate-256 512x256 w13": 0x6644786E,
+    "up-gate-256 512x256 w13_scale": 0x8E01982D,
+    "up-gate-256 512x256 w2": 0x6644786E,
+    "up-gate-256 512x256 w2_scale": 0x7166F7A5,
+    "interleaved 300x96 w13": 0x88F1E795,
+    "interleaved 300x96 w13_scale": 0x7BD5FE67,
+    "interleaved 300x96 w2": 0xB8745E6A,
+    "interleaved 300x96 w2_scale": 0xBDD7BEA0,
+    "interleaved 384x128 w13": 0x6527ADE2,
+    "interleaved 384x128 w13_scale": 0x1CDF0D13,
+    "interleaved 384x128 w2": 0x8E642D84,
+    "interleaved 384x128 w2_scale": 0xA9B470A5,
+    "interleaved 1024x256 w13": 0x33B33918,
+    "interleaved 1024x256 w13_scale": 0xE14C1F17,
+    "interleaved 1024x256 w2": 0x6644786E,
+    "interleaved 1024x256 w2_scale": 0x7166F7A5,
+    "interleaved 150x96 w13": 0x4EDEFBBF,
+    "interleaved 150x96 w13_scale": 0xE7CFF15C,
+    "interleaved 150x96 w2": 0x3287D46E,
+    "interleaved 150x96 w2_scale": 0xC860BC67,
+    "interleaved 192x128 w13": 0xC2E89D17,
+    "interleaved 192x128 w13_scale": 0x8BE83C46,
+    "interleaved 192x128 w2": 0x45A410AC,
+    "interleaved 192x128 w2_scale": 0x0D9C5C2A,
+    "interleaved 512x256 w13": 0x6644786E,
+    "interleaved 512x256 w13_scale": 0x8E01982D,
+    "interleaved 512x256 w2": 0x6644786E,
+    "interleaved 512x256 w2_scale": 0x7166F7A5,
+    "shuffled 300x96 w13": 0x077241E7,
+    "shuffled 300x96 w13_scale": 0x68333096,
+    "shuffled 300x96 w2": 0xB1216F1A,
+    "shuffled 300x96 w2_scale": 0x9BCB2D53,
+    "shuffled 384x128 w13": 0x1D8AE873,
+    "shuffled 384x128 w13_scale": 0x1FCC57CF,
+    "shuffled 384x128 w2": 0x2881DF29,
+    "shuffled 384x128 w2_scale": 0x35F47812,
+    "shuffled 1024x256 w13": 0x4E153936,
+    "shuffled 1024x256 w13_scale": 0x74A7F134,
+    "shuffled 1024x256 w2": 0xB3ECFBE3,
+    "shuffled 1024x256 w2_scale": 0xE4EE44BC,
+    "shuffled 150x96 w13": 0xCBC66D16,
+    "shuffled 150x96 w13_scale": 0x306AE7C5,
+    "shuffled 150x96 w2": 0x95A2C126,
+    "shuffled 150x96 w2_scale": 0x33200E59,
+    "shuffled 192x128 w13": 0xD8F420CF,
+    "shuffled 192x128 w13_scale": 0xD1737D52,
+    "shuffled 192x128 w2": 0x6FDAB5C1,
+    "shuffled 192x128 w2_scale": 0xFF67E081,
+    "shuffled 512x256 w13": 0x8BD6BEB9,
+    "shuffled 512x256 w13_scale": 0x197C4D55,
+    "shuffled 512x256 w2": 0xB3ECFBE3,
+    "shuffled 512x256 w2_scale": 0xE4EE44BC,
+    "plain 130x6": 0x5033FA98,
+    "plain 256x64": 0xE88A45F1,
+    "plain 1x1": 0xA2D8AE50,
+    "swizzle 130x6": 0x2A4A0F9C,
+    "swizzle 256x64": 0x3D6B0F30,
+    "swizzle 1x1": 0xA2D8AE50,
+    "swizzle 8x4 130x6": 0x6DEBD6C2,
+    "swizzle 8x4 256x64": 0x008D1407,
+    "swizzle 8x4 1x1": 0xE8D05007,
+    "shuffled 130x6": 0x3043E98B,
+    "shuffled 256x64": 0x1EB39B62,
+    "shuffled 1x1": 0x9DC4A93D,
+    "shuffled scales 130x6": 0xB31A2780,
+    "shuffled scales 256x64": 0x1AA884E0,
+    "shuffled scales 1x1": 0xA2D8AE50,
+    "shuffle 64": 0xB0588399,
+    "fragments": 0x03BCAEA8,
+}
+
+
+def numbered(shape: tuple[int, ...], dtype: torch.dtype = torch.uint8) -> Tensor:
+    """Bytes that look random and are never zero, which is padding."""
+    count = torch.arange(math.prod(shape), dtype=torch.int64)
+    return ((count * 2654435761 >> 11) % 255 + 1).to(torch.uint8).view(dtype).view(shape)
+
+
+def written(layout: Layout, value: Tensor) -> Tensor:
+    """Kernel bytes, shaped; read back they are the value."""
+    bound = layout.bind(tuple(value.shape), value.dtype)
+    memory = torch.zeros(bound.regions * bound.region_capacity, dtype=value.dtype)
+    bound.write(memory, bound.whole, value)
+    assert torch.equal(bound.read(memory, bound.whole), value)
+    return memory.view(bound.kernel_shape)
+
+
+def fields(lines: MoELayout) -> list[tuple[str, Layout, tuple[int, ...]]]:
+    """Every layout of a runner, with a shape that is ragged in all ways and one that is whole."""
+    found = []
+    for kind, half in ((lines, 2), (lines.ungated, 1)):
+        for i, h in ((150, 96), (192, 128), (512, 256)) if kind else ():
+            prefix = f"{lines.name} {half * i}x{h}"
+            found += [
+                (f"{prefix} w13", kind.w13, (2, half * i, h // 2)),
+                (f"{prefix} w13_scale", kind.w13_scale, (2, half * i, h // 16)),
+                (f"{prefix} w2", kind.w2, (2, h, i // 2)),
+                (f"{prefix} w2_scale", kind.w2_scale, (2, h, -(-i // 16))),
+            ]
+    return found
+
+
+LINEAR: list[tuple[str, Layout, tuple[int, ...]]] = [
+    (f"{name} {shape[0]}x{shape[1]}", layout, shape)
+    for name, layout in {
+        "plain": lines.pad(32, 16),
+        "swizzle": lines.swizzle(),
+        "swizzle 8x4": lines.swizzle_8x4(),
+        "shuffled": lines.shuffle(32, rows=128),
+        "shuffled scales": lines.shuffle_swizzled(4),
+    }.items()
+    for shape in ((130, 6), (256, 64), (1, 1))
+] + [
+    ("shuffle 64", lines.shuffle(epilogue_tile=64), (96, 5)),
+    ("fragments", lines.fragments(), (128, 24)),
+]
+CASES = [case for kind in MOE_LAYOUTS for case in fields(kind)] + LINEAR
+
+
+@pytest.mark.parametrize(("name", "layout", "shape"), CASES, ids=[case[0] for case in CASES])
+def test_bytes_are_those_of_version_01(name: str, layout: Layout, shape: tuple[int, ...]) -> None:
+    assert zlib.crc32(written(layout, numbered(shape)).numpy().tobytes()) == GOLDEN[name]
+
+
+@given(st.integers(1, 300), st.integers(1, 20))
+def test_scales_are_where_the_index_formulas_say(rows: int, columns: int) -> None:
+    scales, padded = numbered((rows, columns)), -(-columns // 4) * 4
+    r, c = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+
+    tiles = (r // 128) * 128 * padded + (c // 4) * 512 + (r % 32) * 16 + ((r % 128) // 32) * 4 + c % 4
+    assert torch.equal(written(lines.swizzle(), scales).view(-1)[tiles], scales)
+    low = (r // 8) * 8 * padded + (c // 4) * 32 + (r % 8) * 4 + c % 4
+    assert torch.equal(written(lines.swizzle_8x4(), scales).view(-1)[low], scales)
+
+
+@given(st.integers(1, 4), st.integers(1, 5))
+def test_fragments_are_where_the_index_formula_says(n: int, k: int) -> None:
+    weight = numbered((64 * n, 8 * k))
+    kernel = written(lines.fragments(), weight).view(k, n, 128, 4)
+    kt, nt, word, byte = torch.meshgrid(*map(torch.arange, (k, n, 128, 4)), indexing="ij")
+    lane = (word // 2) % 32
+    row = nt * 64 + 8 * (word // 64) + lane // 4 + 32 * (word % 2) + 16 * (byte // 2)
+
+    assert torch.equal(kernel, weight[row, kt * 8 + lane % 4 + 4 * (byte % 2)])
+
+
+@pytest.mark.parametrize("half", [16, 64, 128, 256])
+def test_row_orders_are_flashinfers(half: int) -> None:
+    core, prepare = flashinfer("flashinfer.fused_moe.core"), flashinfer("flashinfer.fused_moe.prepare")
+    shuffle_matrix_a = flashinfer("flashinfer").shuffle_matrix_a
+    gate_up = numbered((2 * half, 8))
+    up = gate_up.roll(half, 0)
+
+    if half % 64 == 0:
+        assert torch.equal(written(lines.up_gate_blocks(8), gate_up), prepare._interleave_linear_and_gate(up[None], 64, 1)[0])
+    pairs = core._maybe_get_cached_w3_w1_permute_indices({}, up, 128)
+    assert torch.equal(written(lines.up_gate_shuffled(8, rows=16), gate_up), up[pairs])
+    shuffled = gate_up[core.get_w2_permute_indices_with_cache({}, gate_up, 128)]
+    assert torch.equal(written(lines.shuffle(), gate_up), shuffled)
+    assert torch.equal(written(lines.shuffle(epilogue_tile=64), gate_up), shuffle_matrix_a(gate_up, 64))
+
+
+@pytest.mark.parametrize("shape", [(256, 8), (512, 24), (128, 4)])
+def test_scales_are_flashinfers(shape: tuple[int, int]) -> None:
+    core = flashinfer("flashinfer.fused_moe.core")
+    unswizzle = flashinfer("flashinfer.gemm.gemm_bf16_fp4")._unswizzle_sf_128x4
+    scale = numbered(shape)
+    up = scale.roll(shape[0] // 2, 0)
+
+    def rows(kernel: Tensor) -> Tensor:
+        return unswizzle(kernel.reshape(-1), *shape).view(torch.uint8).view(shape)
+
+    shuffled = core.get_w2_permute_indices_with_cache({}, scale, 128, num_elts_per_sf=16)
+    assert torch.equal(rows(written(lines.shuffle_swizzled(), scale)), scale[shuffled])
+    if shape[0] % 256 == 0:
+        pairs = core._maybe_get_cached_w3_w1_permute_indices({}, up, 128, num_elts_per_sf=16)
+        assert torch.equal(rows(written(lines.up_gate_shuffled_swizzled(4), scale)), up[pairs])
+    assert torch.equal(rows(written(lines.swizzle(), scale)), scale)
+
+
+def test_padded_lines_are_the_steps_one_after_the_other() -> None:
+    """One line with padding, order and tiles in it equals padding, then order, then tiles."""
+    steps: list[tuple[Layout, list[Layout]]] = [
+        (lines.shuffle_swizzled(8), [lines.pad(128, 8), lines.shuffle(), lines.swizzle()]),
+        (lines.up_gate_shuffled(32), [lines.gate_up(64, 32), lines.up_gate_shuffled(1, rows=16)]),
+        (lines.up_gate_shuffled_swizzled(8), [lines.gate_up(64, 8), lines.up_gate_shuffled(1, rows=16), lines.swizzle()]),
+        (lines.up_gate_blocks_swizzled(4), [lines.gate_up(64, 4), lines.up_gate_blocks(1), lines.swizzle()]),
+    ]
+    for line, (first, *rest) in steps:
+        chain = first
+        for step in rest:
+            chain = chain.then(step)
+        for shape in ((300, 6), (256, 16), (2, 1)):
+            assert torch.equal(line.bind(shape, torch.uint8).offsets(), chain.bind(shape, torch.uint8).offsets())
+
+
+def test_any_shard_of_a_padded_scale_is_a_handful_of_boxes() -> None:
+    """Kimi-K2.5 of a rank, ragged on purpose: whole, one half, a slice of columns."""
+    shape: Any = (2 * 500, 450)
+    for layout in (lines.up_gate_shuffled_swizzled(8), lines.up_gate_blocks_swizzled(4), lines.swizzle()):
+        for rows, columns in (((0, 1000), (0, 450)), ((0, 500), (0, 450)), ((500, 1000), (0, 450)), ((0, 1000), (64, 128))):
+            assert len(layout.boxes(rows, columns, shape)) <= 10, (layout, rows, columns)
