@@ -7,6 +7,7 @@ reads kernel names of ready modules is traced; those are plain tensors.
 from __future__ import annotations
 
 import types
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -51,3 +52,8 @@ def is_alone(memory: torch.UntypedStorage) -> bool:
 def is_traced_by_jit() -> bool:
     """Whether ``torch.jit.trace`` is running: what it makes saves raw memory."""
     return torch._C._get_tracing_state() is not None
+
+
+def below_autograd() -> AbstractContextManager[None]:
+    """Operators called inside go on below the autograd keys: for a kernel that wraps one there."""
+    return torch._C._AutoDispatchBelowAutograd()  # type: ignore[no-any-return]

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..tensors.collectives import count_collective_writes
 from .adopt import adopt
 from .declarations import Declaration
 from .guard import guard
@@ -39,6 +40,7 @@ def declare(module: nn.Module, *declarations: Declaration, loaded: bool = True, 
     if registry is not None:
         registry.add(declarations, loaded=loaded, aliasing=aliasing)
         return registry
+    count_collective_writes()
     registry = AliasRegistry(module)
     registry.add(declarations, loaded=loaded, aliasing=aliasing)
     module.__dict__[ATTRIBUTE] = registry

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from enum import Enum
 from typing import Any
 
@@ -39,6 +40,8 @@ class ModuleNames:
         #: Names that undeclared code derived and that could not share memory.
         self.separate: dict[str, Separate] = {}
         self.readiness = Readiness.READY
+        #: The reload that has this module, alive while it is open: nothing else may let the module run.
+        self.holder: weakref.ref[Any] | None = None
         self._committed: dict[str, int] = {}  # versions of the sources which the kernel names are of
 
     # -- names ---------------------------------------------------------------------------------------------------------
@@ -207,3 +210,6 @@ class ModuleNames:
             return self.derived[name].version
         storage = self.source_of(name).storage
         return storage.version if storage is not None else -1
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "holder": None}  # a copy of the module is under no reload

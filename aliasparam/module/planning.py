@@ -58,6 +58,7 @@ class Derived:
 
     declaration: Derivation
     fallback: StoragePlan | None = None
+    layout: AnyLayout | None = None  # of the pair that fell back
     kernel: KernelName | None = None
     seen: tuple[int, ...] | None = None  # versions of its sources when it was computed
     version: int = 0
@@ -126,15 +127,15 @@ def _pair(module: nn.Module, label: str, alias: Alias, *, aliasing: bool) -> tup
     if not alias.derived or plan.reason.aliases:
         return Source(alias.source, plan, alias.derived or None, layout), None
     _report_fallback(label, alias, plan, aliasing)
-    copied = Derivation(alias.derived, (alias.source,), copying(layout, spec), plan.kernel.shape, plan.kernel.dtype)
-    return Source(alias.source, plan_storage(spec, None), None), Derived(copied, fallback=plan)
+    copied = Derivation(alias.derived, (alias.source,), copying(layout, spec, plan.kernel.dtype), plan.kernel.shape, plan.kernel.dtype)
+    return Source(alias.source, plan_storage(spec, None), None), Derived(copied, fallback=plan, layout=layout)
 
 
-def copying(layout: AnyLayout | None, spec: TensorSpec) -> Callable[[Tensor], Tensor]:
+def copying(layout: AnyLayout | None, spec: TensorSpec, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     """The function from checkpoint values to a kernel name with memory of its own."""
     if isinstance(layout, Reencoding):
         return layout.function
-    return InOrder(plan_storage(spec, layout))
+    return InOrder(plan_storage(spec, layout, kernel_dtype=dtype))
 
 
 @dataclass(frozen=True)

@@ -114,6 +114,7 @@ class AliasRegistry(ModuleNames):
         """
         if self.readiness is Readiness.READY and self._is_untouched():
             return 0
+        self._need_no_reload()
         with torch.no_grad():
             adopt(self)
             self.need_loaded()
@@ -126,6 +127,16 @@ class AliasRegistry(ModuleNames):
                 hook(self)  # while this fails the module is open, and the next processing calls it again
             self._commit(versions)
         return work
+
+    def _need_no_reload(self) -> None:
+        if self.holder is not None and self.holder() is not None:
+            raise StateError(
+                "cannot process: a reload of this module is open",
+                module=self.label,
+                expected="the reload committed or aborted first",
+                found="a reload in progress",
+                remedy="Leave its `with` block, which processes; or abort it.",
+            )
 
     def _is_untouched(self) -> bool:
         return is_watched(self.module) and not any(kernel.tensor._version != kernel.version for _, kernel in self.kernels())

@@ -1,4 +1,4 @@
-"""Reloading a serving model as one transaction."""
+"""Reloading a serving model as one transaction: sources, the session, deltas, digests, many ranks."""
 
 from __future__ import annotations
 

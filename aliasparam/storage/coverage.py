@@ -244,10 +244,12 @@ def _of(box: Box) -> _Runs | None:
 
 def _grown(inner: _Runs | None, box: Box, dims: tuple[int, ...], cut: int) -> tuple[bool, _Runs | None]:
     """(whether ``box`` was new, ``inner`` with it). ``cut``: how many other pieces of its run keep ``inner`` as it is."""
-    if inner is None or not box:
+    if inner is None:
         return False, None
     if cut == 2:
         inner.shared = True
+    if not box:
+        return False, None
     own = inner.copy() if cut or inner.shared else inner
     new = own.add(box, dims)
     return new, None if own.is_all(dims[0]) else own

@@ -23,6 +23,7 @@ from ..storage.kernel_name import RefusingName
 from ..storage.locks import all_locked
 from ..storage.transaction import Part, write_all
 from ..torch_private import is_traced_by_jit, shares_memory
+from .collectives import Collective
 from .geometry import part_of, place_of, read_view
 
 _Handler = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
@@ -34,11 +35,6 @@ _OVERWRITES = frozenset({"copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_
 _OVERWRITES |= {"exponential_"}
 #: Operators that look at shape, dtype and device alone.
 _BLANK = frozenset({"empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like"})
-#: Arguments of c10d operators that are only read, and operators whose ``tensors`` are read, or wholly overwritten.
-_SENT = frozenset({"input_tensors", "input_tensor", "input_list", "inputs", "input"})
-_SENDS = frozenset({"send"})
-_REDUCES = frozenset({"allreduce_", "reduce_", "allreduce_coalesced_"})
-
 _handlers: dict[Any, _Handler] = {}
 
 
@@ -78,7 +74,7 @@ def _handler_for(func: Any) -> _Handler:
     if name in _MOVES_MEMORY or torch.Tag.inplace_view in func.tags:
         return _refuse
     if namespace == "c10d":
-        return _collective(func)
+        return _collective
     if schema.is_mutable:
         return _writer(func)
     if any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns):
@@ -152,7 +148,7 @@ def _plain(written: Sequence[Any], overwrites: bool) -> dict[int, Tensor]:
         storage, view = tensor._alias_storage, tensor._alias_geometry
         if id(tensor) in plain:
             continue
-        if overwrites and storages.count(storage) == 1:
+        if overwrites:  # also several views of one storage: what lands last stays, as in torch
             plain[id(tensor)] = torch.empty_like(view)
             continue
         if storages.count(storage) == 1:
@@ -230,33 +226,17 @@ def _pairs(given: Any, got: Any) -> list[tuple[Any, Tensor]]:
     return [(t, result) for t, result in pairs if isinstance(t, _types.aliased)]
 
 
-def _collective(func: Any) -> _Handler:
-    """A handler for one c10d operator: its schema does not say what it writes, its argument names do."""
-    schema = func._schema
-    name = schema.name.partition("::")[2]
-    names = [a.name for a in schema.arguments]
-
-    def collective(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        given = dict(zip(names, args, strict=False)) | kwargs
-        sends = name in _SENDS or (name == "broadcast_" and _is_root(given))
-        read = [n for n in given if sends or n in _SENT]
-        written = [t for n, v in given.items() if n not in read for t in _aliased([v])]
-        plain = _plain(written, name not in _REDUCES)
-        result = func(**{n: _map_one(values_of if n in read else lambda t: plain[id(t)], v) for n, v in given.items()})
-        for work in result if isinstance(result, (list, tuple)) else (result,):
-            if hasattr(work, "wait"):
-                work.wait()  # the values land when they are there
-        _land([(t, plain[id(t)]) for t in written])
-        return result
-
-    return collective
-
-
-def _is_root(given: dict[str, Any]) -> bool:
-    from torch.distributed import ProcessGroup
-
-    group = ProcessGroup.unbox(given["process_group"])
-    return bool(group.rank() == given["root_rank"])
+def _collective(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    call = Collective.of(func, args, kwargs)
+    written = list(_aliased(call.written.values()))
+    plain = _plain(written, not call.reduces)
+    given = {n: _map_one(lambda t: plain[id(t)], v) for n, v in call.written.items()}
+    result = func(**given, **{n: _map_one(values_of, v) for n, v in call.read.items()})
+    for work in result if isinstance(result, (list, tuple)) else (result,):
+        if hasattr(work, "wait"):
+            work.wait()  # the values land when they are there
+    _land([(t, plain[id(t)]) for t in written])
+    return result
 
 
 def _refuse(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from .._verdict import without_aliasing as without_aliasing
+from ..module.verdict import without_aliasing as without_aliasing
 from ._check import check_method as check_method
 from ._engine import kernel_names as kernel_names
+from ._formula import kernel_tensor as kernel_tensor
 from ._laws import LAWS as LAWS
 from ._laws import LawBroken as LawBroken
 from ._laws import Report as Report
@@ -14,7 +15,7 @@ from ._oracle import expected_kernel_names as expected_kernel_names
 from ._strategies import LayerPlan as LayerPlan
 from ._strategies import dtypes as dtypes
 from ._strategies import layers as layers
+from ._strategies import lines as lines
 from ._strategies import shapes as shapes
-from ._strategies import transforms as transforms
 from ._values import random_values as random_values
 from ._values import same_bytes as same_bytes

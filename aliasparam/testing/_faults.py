@@ -1,4 +1,4 @@
-"""Failures at any operator: of a transform, a loader, a derivation, the middle of a conversion."""
+"""Failures at any operator: of a layout, a loader, a derivation, the middle of a write."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import Any
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .._dispatch import dispatch
-from .._parameter import _Aliased
+from ..tensors.dispatch import dispatch
+from ..tensors.faces import _Aliased
 
 
 class Fault(RuntimeError):

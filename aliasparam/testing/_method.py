@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .._verdict import without_aliasing
+from ..module.verdict import without_aliasing
 from ._engine import Forward, Outputs
 from ._values import Values
 

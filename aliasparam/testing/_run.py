@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._registry import registries
-from .._transform import TensorSpec
+from ..module.registry_of import registries
+from ..spec import TensorSpec
 from ._engine import allocated_bytes, forward_of, load, load_rows, loader_attributes, same_answer
 from ._faults import FailingAt
 from ._laws import LawBroken
@@ -184,7 +184,7 @@ class Run:
         for name, value in weights.items():
             with FailingAt() as count:
                 load(module, name, value.clone(), reuse=False)
-            loading[name] = count.count + 4  # a first load converts nothing, a later one may
+            loading[name] = count.count + 4  # a later load tells more listeners than a first
         with FailingAt() as count:
             self.method.process(module)
         outputs = {n: t.detach().clone() for n, t in self.method.outputs(module).items()}

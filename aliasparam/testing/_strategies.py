@@ -1,82 +1,102 @@
-"""Hypothesis strategies: transforms, and modules that declare them."""
+"""Hypothesis strategies: layout lines, and modules that declare them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from .. import Alias, Derivation, Identity, InterleaveHalves, PadLast2, PermuteRows, SwapHalves, Transform, ViewDtype, declare
+from .. import Alias, Derivation, Keep, Reencoding, TensorSpec, declare
 
-
-@dataclass(frozen=True)
-class RollRows(PermuteRows):
-    """Rows moved round by ``by``: a permutation that is not an involution."""
-
-    by: int = 1
-
-    def source_rows(self, rows: int) -> Tensor:
-        return torch.arange(rows).roll(self.by)
-
-
-#: Element types that checkpoints of quantized models have.
-DTYPES = (torch.uint8, torch.int8, torch.float8_e4m3fn, torch.bfloat16, torch.int32)
+#: Element types that checkpoints have, of one to eight bytes.
+DTYPES = (torch.uint8, torch.int8, torch.float8_e4m3fn, torch.bfloat16, torch.int32, torch.float32, torch.complex64)
+_SAME_WIDTH = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def dtypes() -> st.SearchStrategy[torch.dtype]:
-    """Element types of checkpoint tensors, of one, two and four bytes."""
+    """Element types of checkpoint tensors."""
     return st.sampled_from(DTYPES)
 
 
+@dataclass(frozen=True)
+class DimDigits:
+    """Digits of one dim: a free one before the fixed ``tail``, ragged; within ``parts`` parts, each padded for itself, if not 1."""
+
+    parts: int
+    tail: tuple[int, ...]
+
+    def names(self, dim: int) -> list[str]:
+        inner = [f"f{dim}", *(f"t{dim}{i}" for i in range(len(self.tail)))]
+        return [f"p{dim}", *inner] if self.parts > 1 else inner
+
+    def text(self, dim: int) -> str:
+        names = self.names(dim)
+        return f"({names[0]} ({' '.join(names[1:])}))" if self.parts > 1 else f"({' '.join(names)})"
+
+    def sizes(self, dim: int) -> dict[str, int]:
+        tail = {f"t{dim}{i}": size for i, size in enumerate(self.tail)}
+        return {f"p{dim}": self.parts, **tail} if self.parts > 1 else tail
+
+
+@st.composite
+def lines(draw: st.DrawFn, dims: int, *, parts: bool = True) -> str:
+    """Lines over the last ``dims`` dims: digits in any order, some backwards, with ragged ends, halves padded for themselves, and
+    sometimes kernel dims of their own. Extents must be even where ``parts``."""
+    halves = st.sampled_from([1, 1, 2]) if parts else st.just(1)
+    digits = [DimDigits(draw(halves), tuple(draw(st.lists(st.integers(1, 4), max_size=2)))) for _ in range(dims)]
+    names = draw(st.permutations([name for dim, each in enumerate(digits) for name in each.names(dim)]))
+    backwards = draw(st.sets(st.sampled_from(names), max_size=2))
+    right = [f"~{name}" if name in backwards else name for name in names]
+    cut = draw(st.none() | st.integers(1, len(right)))
+    text = " ".join(right) if cut is None else f"({' '.join(right[:cut])}) " + " ".join(f"({name})" for name in right[cut:])
+    sizes = {name: size for dim, each in enumerate(digits) for name, size in each.sizes(dim).items()}
+    given = " ".join(f"{name}={size}" for name, size in sizes.items())
+    return f"{' '.join(each.text(dim) for dim, each in enumerate(digits))} -> {text.strip()}{', ' if given else ''}{given}"
+
+
 def shapes() -> st.SearchStrategy[tuple[int, ...]]:
-    """Matrices with an even number of rows, and stacks of up to four of them (experts)."""
-    rows = st.integers(1, 6).map(lambda n: 2 * n)
-    return st.one_of(st.tuples(rows, st.integers(1, 9)), st.tuples(st.integers(1, 4), rows, st.integers(1, 9)))
-
-
-def transforms(width: int = 1) -> st.SearchStrategy[Transform]:
-    """Layouts over the last two dims of tensors with an even number of rows and ``width``-byte elements, and chains of them."""
-    even = st.integers(1, 8).map(lambda n: 2 * n)
-    same_width = {1: [torch.int8, torch.uint8], 2: [torch.int16, torch.float16], 4: [torch.int32, torch.float32]}[width]
-    single: st.SearchStrategy[Transform] = st.one_of(
-        st.builds(Identity),
-        st.builds(PadLast2, rows=even, cols=st.integers(1, 8)),
-        st.builds(SwapHalves),
-        st.builds(InterleaveHalves),
-        st.builds(RollRows, by=st.integers(1, 5)),
-        st.sampled_from([ViewDtype(dtype) for dtype in same_width]),
-    )
-    return st.lists(single, min_size=1, max_size=3).map(_chain)
-
-
-def _chain(steps: list[Transform]) -> Transform:
-    chain = steps[0]
-    for step in steps[1:]:
-        chain = chain.then(step)
-    return chain
+    """Vectors and matrices with even extents, and stacks of up to four of them (experts)."""
+    even = st.integers(1, 5).map(lambda n: 2 * n)
+    one = st.integers(1, 4)
+    return st.one_of(st.tuples(even), st.tuples(even, even), st.tuples(one, even, even), st.tuples(st.integers(1, 2), one, even, even))
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """A small declared layer, described so that it can be made many times."""
+    """A small declared layer, described so that it can be made many times.
+
+    ``weight`` -> ``weight_prepared`` by ``line``; ``scale`` f32 -> ``scale_e8`` u8 by a re-encoding; ``scale`` -> ``alpha`` ->
+    ``alpha_inv``; ``zero`` is kept.
+    """
 
     shape: tuple[int, ...]
-    transform: Transform
-    partitions: int
+    line: str | None
     dtype: torch.dtype = torch.uint8
+    kernel_dtype: torch.dtype | None = None
+    room_for: tuple[str | None, ...] = ()
+    partitions: int = 2
 
     def make(self, device: str | torch.device = "cpu", *, loaded: bool = False, aliasing: bool = True) -> nn.Module:
-        """The module: ``weight`` -> ``weight_prepared`` by the transform; ``scale`` -> ``alpha`` -> ``alpha_inv``."""
+        """The module, with zeros under its checkpoint names."""
         layer = _Layer()
-        layer.weight = nn.Parameter(torch.empty(self.shape, dtype=self.dtype, device=device), requires_grad=False)
-        layer.scale = nn.Parameter(torch.empty(self.partitions, device=device), requires_grad=False)
+        specs = {
+            "weight": TensorSpec(self.shape, self.dtype),
+            "scale": TensorSpec((self.partitions, 3), torch.float32),
+            "zero": TensorSpec((), torch.float32),
+        }
+        for name, spec in specs.items():
+            value = torch.zeros(spec.shape, dtype=spec.dtype, device=device)
+            layer.register_parameter(name, nn.Parameter(value, requires_grad=False))
         declare(
             layer,
-            Alias("weight", "weight_prepared", self.transform),
-            Derivation("alpha_inv", ("alpha",), _inverse, (1,), torch.float32),
-            Derivation("alpha", ("scale",), _largest, (1,), torch.float32),
+            Alias("weight", "weight_prepared", self.line, room_for=self.room_for, dtype=self.kernel_dtype),
+            Alias("scale", "scale_e8", Reencoding(exponents, one_byte_each)),
+            Keep("zero"),
+            Derivation("alpha_inv", ("alpha",), torch.reciprocal, (1,), torch.float32),
+            Derivation("alpha", ("scale", "zero"), _largest, (1,), torch.float32),
             loaded=loaded,
             aliasing=aliasing,
         )
@@ -88,27 +108,34 @@ class LayerPlan:
 
 
 class _Layer(nn.Module):
-    def forward(self) -> tuple[Tensor, Tensor]:
+    def forward(self) -> tuple[Tensor, ...]:
         """The kernel names, as a kernel would read them."""
-        return self.get_buffer("weight_prepared").clone(), self.get_buffer("alpha").clone()
+        return tuple(self.get_buffer(name).clone() for name in ("weight_prepared", "scale_e8", "alpha", "alpha_inv"))
 
 
-def _largest(scale: Tensor) -> Tensor:
-    return scale.max().reshape(1)
+def exponents(scale: Tensor) -> Tensor:
+    """The exponent byte of each f32 (UE8M0, rounded down)."""
+    return (scale.view(torch.int32) >> 23 & 0xFF).to(torch.uint8)
 
 
-def _inverse(alpha: Tensor) -> Tensor:
-    return 1.0 / alpha
+def one_byte_each(spec: TensorSpec) -> TensorSpec:
+    return TensorSpec(spec.shape, torch.uint8)
 
 
-def layers() -> st.SearchStrategy[LayerPlan]:
-    """Layers with one aliased weight, 2-D or a 3-D stack of experts, and a chain of two derivations."""
-    return dtypes().flatmap(
-        lambda dtype: st.builds(
-            LayerPlan,
-            shape=shapes(),
-            transform=transforms(dtype.itemsize),
-            partitions=st.integers(1, 3),
-            dtype=st.just(dtype),
-        )
-    )
+def _largest(scale: Tensor, zero: Tensor) -> Tensor:
+    return scale.max().reshape(1) + zero
+
+
+@st.composite
+def layers(draw: st.DrawFn) -> LayerPlan:
+    """Layers with one aliased weight in a random order, a re-encoded scale, and a chain of two derivations."""
+    shape, dtype = draw(shapes()), draw(dtypes())
+    dims = draw(st.integers(1, min(2, len(shape))))
+    line = draw(st.none() | lines(dims) if len(shape) <= 2 else lines(dims))
+    kernel = draw(st.sampled_from([None, _SAME_WIDTH[dtype.itemsize]]))
+    room = draw(st.lists(lines(dims), max_size=1)) if line is not None else []
+    return LayerPlan(shape, line, dtype, kernel, tuple(room), draw(st.integers(1, 3)))
+
+
+#: Makes a declared, empty module: ``make(device, aliasing)``.
+Make = Callable[[str, bool], nn.Module]

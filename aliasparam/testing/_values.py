@@ -7,11 +7,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .._transform import TensorSpec, as_bytes
+from ..spec import TensorSpec
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """The bytes of a plain tensor, row-major, as flat uint8."""
+    return tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
 
 
 def random_values(spec: TensorSpec, random: torch.Generator) -> Tensor:
     """Values fit for weights and scales: positive finite floats, any byte of integers, any e4m3 value but NaN."""
+    if spec.dtype.is_complex:
+        return torch.view_as_complex(torch.rand((*spec.shape, 2), generator=random) + 0.5).to(spec.dtype)
     if spec.dtype.is_floating_point and spec.dtype.itemsize > 1:
         return (torch.rand(spec.shape, generator=random) + 0.5).to(spec.dtype)
     if spec.dtype is torch.bool:
@@ -25,7 +32,7 @@ def random_values(spec: TensorSpec, random: torch.Generator) -> Tensor:
 def same_bytes(a: Tensor, b: Tensor) -> bool:
     """Equal in shape, dtype and every byte; -0 and NaN payloads count."""
     same_kind = a.shape == b.shape and a.dtype == b.dtype
-    return same_kind and torch.equal(as_bytes(a.detach()).cpu(), as_bytes(b.detach()).cpu())
+    return same_kind and torch.equal(as_bytes(a).cpu(), as_bytes(b).cpu())
 
 
 #: Checkpoint values of one name: ``values(name, spec, random)``.

@@ -1,0 +1,138 @@
+"""One file, opened once: read at offsets into given memory, and known to be the same file with the same bytes at the end."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import stat
+import time
+import weakref
+from pathlib import Path
+
+from torch import Tensor
+
+from .errors import SourceError
+
+#: Two writes within one tick of a file system's clock leave the same mtime, so a file younger than this is looked at again.
+_TICK = 0.02
+_PIECE = 1 << 30  # one call reads less than 2 GiB on Linux
+
+
+class HeldFile:
+    """A regular file of ``folder``, held open until :meth:`close`.
+
+    Reading never maps the file: a truncation meanwhile is an error, not a SIGBUS. Links are followed within the folder and,
+    for a snapshot of a hub cache (``snapshots/<revision>/x -> ../../blobs/<hash>``), into the blobs beside it.
+
+    Raises:
+        SourceError: missing, no regular file, or a link that leaves the folder.
+    """
+
+    def __init__(self, path: Path, folder: Path) -> None:
+        self.path = path
+        try:
+            real = os.path.realpath(path, strict=True)
+            _check_place(path, Path(real), folder)
+            fd = os.open(real, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except FileNotFoundError:
+            raise SourceError("the file is missing", name=str(path), remedy="Copy or export the checkpoint again.") from None
+        except (OSError, ValueError) as error:
+            raise SourceError(f"the file cannot be opened: {_reason(error)}", name=_short(path)) from None
+        self._fd, self._close = fd, weakref.finalize(self, os.close, fd)
+        self._seen = os.fstat(fd)
+        if not stat.S_ISREG(self._seen.st_mode):
+            self.close()
+            raise SourceError("this is not a file", name=str(path), expected="a regular file")
+        if 0 <= time.time() - self._seen.st_mtime < _TICK:
+            time.sleep(_TICK)
+            self._seen = os.fstat(fd)
+
+    @property
+    def size(self) -> int:
+        """Bytes in the file when it was opened."""
+        return self._seen.st_size
+
+    def read_into(self, out: Tensor, offset: int) -> None:
+        """Fill ``out`` (uint8 [n], contiguous, in host memory) with the bytes from ``offset`` on.
+
+        Raises:
+            SourceError: the file ends before (it was truncated), cannot be read, or is closed.
+        """
+        memory = memoryview((ctypes.c_char * out.numel()).from_address(out.data_ptr())).cast("B")
+        done = 0
+        while done < len(memory):
+            done += self._read_some(memory[done : done + _PIECE], offset + done)
+
+    def read(self, offset: int, count: int) -> bytes:
+        """``count`` bytes from ``offset`` on. The caller has bounded ``count``."""
+        buffer = bytearray(count)
+        done = 0
+        while done < count:
+            done += self._read_some(memoryview(buffer)[done : done + _PIECE], offset + done)
+        return bytes(buffer)
+
+    def _read_some(self, memory: memoryview, offset: int) -> int:
+        if not self._close.alive:
+            raise SourceError("the file was closed", name=str(self.path))
+        try:
+            count = os.preadv(self._fd, [memory], offset)
+        except OSError as error:
+            raise SourceError(f"the file cannot be read: {_reason(error)}", name=str(self.path)) from None
+        if count == 0:
+            raise SourceError(
+                "the file was truncated while it was read",
+                name=str(self.path),
+                expected=f"{self.size} bytes, as when it was opened",
+                found=f"it ends at or before byte {offset}",
+                remedy="Load again when it is complete.",
+            )
+        return count
+
+    def check_unchanged(self) -> None:
+        """
+        Raises:
+            SourceError: another file is at this path now, or this one was written to.
+        """
+        if not self._close.alive:
+            raise SourceError("the file was closed", name=str(self.path))
+        now = os.fstat(self._fd)
+        if (now.st_size, now.st_mtime_ns) != (self._seen.st_size, self._seen.st_mtime_ns):
+            found = f"{self.size} bytes before, {now.st_size} now" if now.st_size != self.size else "it was written to"
+            raise SourceError("the file changed while it was read", name=str(self.path), found=found, remedy=_AGAIN)
+        try:
+            there = os.stat(self.path)
+        except OSError:
+            raise SourceError("the file was removed while it was read", name=str(self.path), remedy=_AGAIN) from None
+        if (there.st_dev, there.st_ino) != (now.st_dev, now.st_ino):
+            raise SourceError("the file was replaced while it was read", name=str(self.path), remedy=_AGAIN)
+
+    def close(self) -> None:
+        self._close()
+
+
+_AGAIN = "Load again from a folder that nobody writes to; publish each version in a folder of its own."
+
+
+def _check_place(path: Path, real: Path, folder: Path) -> None:
+    home = Path(os.path.realpath(folder))
+    if real.is_relative_to(home):
+        return
+    snapshots = next((parent for parent in home.parents if parent.name == "snapshots"), None)
+    if snapshots is not None and real.parent == snapshots.parent / "blobs":
+        return
+    raise SourceError(
+        "a link leaves the checkpoint folder",
+        name=str(path),
+        expected=f"a file in {home}" + (f" or {snapshots.parent / 'blobs'}" if snapshots is not None else ""),
+        found=str(real),
+        remedy="Copy the file into the folder, or give the folder in which it is.",
+    )
+
+
+def _reason(error: Exception) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
+def _short(path: Path) -> str:
+    text = str(path)
+    return text if len(text) <= 200 else f"{text[:90]}...{text[-90:]}"

@@ -1,0 +1,100 @@
+"""Boxes of a tensor as byte ranges of its file, and as pieces that fit a buffer."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import TypeAlias
+
+from torch import Tensor
+
+from .errors import SourceError
+from .header import Entry
+
+#: (start, stop) for each dim.
+Box: TypeAlias = tuple[tuple[int, int], ...]
+
+#: Storage is read by pages: what lies between two segments closer than this costs no more than a call for each.
+_PAGE = 4096
+_SCRATCH = 1 << 20
+
+
+def whole(shape: Sequence[int]) -> Box:
+    return tuple((0, size) for size in shape)
+
+
+def sizes(box: Box) -> tuple[int, ...]:
+    return tuple(stop - start for start, stop in box)
+
+
+def checked_box(entry: Entry, box: Box | None) -> Box:
+    """``box`` (None: everything), which must be within the tensor.
+
+    Raises:
+        SourceError: it is not.
+    """
+    if box is None:
+        return whole(entry.shape)
+    if len(box) != len(entry.shape) or any(not 0 <= a <= b <= size for (a, b), size in zip(box, entry.shape, strict=True)):
+        raise SourceError(
+            "the tensor does not have this part",
+            name=f"{entry.file.path}: {entry.name}",
+            expected=f"a (start, stop) within each dim of {list(entry.shape)}",
+            found=repr(box)[:80],
+        )
+    return box
+
+
+def split(box: Box, max_elements: int) -> Iterator[Box]:
+    """``box`` as boxes of at most ``max_elements`` (>= 1) elements, in order, cut along the first dims only."""
+    for dim, (start, stop) in enumerate(box):
+        slab = math.prod(sizes(box[dim + 1 :]))
+        if (stop - start) * slab <= max_elements:
+            break
+        if slab <= max_elements:
+            for first in range(start, stop, max_elements // slab):
+                yield (*box[:dim], (first, min(first + max_elements // slab, stop)), *box[dim + 1 :])
+            return
+        if stop - start > 1:
+            for index in range(start, stop):
+                yield from split((*box[:dim], (index, index + 1), *box[dim + 1 :]), max_elements)
+            return
+    yield box
+
+
+def read_box(entry: Entry, box: Box, out: Tensor) -> None:
+    """Fill ``out`` (uint8 [bytes of the box], contiguous, on the host) with the box, in row-major order.
+
+    Only its ranges are read; columns that lie less than a page apart are read with what is between them.
+    """
+    if out.numel() == 0:
+        return
+    cut = next((dim for dim in reversed(range(len(box))) if box[dim] != (0, entry.shape[dim])), 0)
+    strides = [math.prod(entry.shape[dim + 1 :]) * entry.dtype.itemsize for dim in range(len(box))]
+    offset = entry.begin + sum(start * stride for (start, _), stride in zip(box, strides, strict=True))
+    counts = sizes(box)
+    segment = out.numel() // math.prod(counts[:cut])  # bytes that lie together
+    if cut == 0:
+        entry.file.read_into(out, offset)
+        return
+    rows, outer = counts[cut - 1], counts[: cut - 1]
+    for index, part in zip(itertools.product(*map(range, outer)), out.view(-1, rows, segment), strict=True):
+        begin = offset + sum(i * stride for i, stride in zip(index, strides, strict=False))
+        _read_rows(entry, begin, strides[cut - 1], part)
+
+
+def _read_rows(entry: Entry, begin: int, stride: int, out: Tensor) -> None:
+    """``out`` [rows, segment]: row i is at ``begin + i * stride``."""
+    rows, segment = out.shape
+    if stride - segment > _PAGE:
+        for index in range(rows):
+            entry.file.read_into(out[index], begin + index * stride)
+        return
+    step = max(1, _SCRATCH // stride)
+    scratch = out.new_empty(min(step, rows) * stride)
+    for first in range(0, rows, step):
+        count = min(step, rows - first)
+        got = (count - 1) * stride + segment
+        entry.file.read_into(scratch[:got], begin + first * stride)
+        out[first : first + count] = scratch.as_strided((count, segment), (stride, 1))

@@ -1,0 +1,194 @@
+"""A folder of safetensors files as a source of new weights: opened once, read by byte ranges, and unchanged at the end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from .errors import SourceError
+from .header import MAX_JSON_BYTES, Entry, parse_json, read_header
+from .held_file import HeldFile
+from .ranges import Box, checked_box, read_box, sizes, split
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+
+
+class SafetensorsFolder:
+    """The tensors of a checkpoint folder (``model.safetensors``, or shards with an index).
+
+    Opening reads and checks headers alone, and keeps one file object a shard until :meth:`close`; what is read later comes
+    from these files, whatever happens to their names. :meth:`check_unchanged` says at the end whether they are still the
+    folder's files, unwritten. A context manager; an object that is dropped closes its files too.
+
+    Attributes:
+        tensors: what there is, by name.
+        metadata: ``__metadata__`` of every file, by file name.
+        index_metadata: ``metadata`` of the index ({} without one).
+        bytes_read: bytes of tensors handed out so far.
+
+    Raises:
+        SourceError: names the file, and what is wrong with it.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.tensors: Mapping[str, Entry] = {}
+        self.metadata: dict[str, dict[str, str]] = {}
+        self.index_metadata: dict[str, Any] = {}
+        self.bytes_read = 0
+        self._files: list[HeldFile] = []
+        with ExitStack() as undo:
+            undo.callback(self.close)
+            self.tensors = self._open()
+            undo.pop_all()
+
+    def read(self, name: str, box: Box | None = None) -> Tensor:
+        """One tensor, or a box of it, in memory of its own (on the host). Of the rest of it no bytes are read.
+
+        Raises:
+            SourceError: no such tensor or part; the file was truncated or cannot be read.
+        """
+        entry = self.entry(name)
+        box = checked_box(entry, box)
+        out = torch.empty(math.prod(sizes(box)) * entry.dtype.itemsize, dtype=torch.uint8)
+        self._read(entry, box, out)
+        return out.view(entry.dtype).view(sizes(box))
+
+    def pieces(self, name: str, buffer: Tensor, box: Box | None = None) -> Iterator[tuple[Box, Tensor]]:
+        """(box, its values) in order, each read into the begin of ``buffer``: use a piece before asking for the next.
+
+        Args:
+            buffer: uint8 [n], contiguous, on the host (pinned, for copies to a device); n at least one element.
+
+        Raises:
+            SourceError: as :meth:`read`; the buffer is something else.
+        """
+        entry = self.entry(name)
+        itemsize = entry.dtype.itemsize
+        if buffer.dtype != torch.uint8 or buffer.dim() != 1 or not buffer.is_contiguous() or buffer.device.type != "cpu":
+            found = f"{buffer.dtype} {list(buffer.shape)} on {buffer.device}"
+            raise SourceError("a buffer for pieces is contiguous bytes", expected="uint8 [n] on the host", found=found)
+        if buffer.numel() < itemsize or buffer.data_ptr() % itemsize:
+            raise SourceError("the buffer is too small for one element, or not aligned", expected=f"{itemsize} bytes", name=name)
+        for part in split(checked_box(entry, box), buffer.numel() // itemsize):
+            out = buffer[: math.prod(sizes(part)) * itemsize]
+            self._read(entry, part, out)
+            yield part, out.view(entry.dtype).view(sizes(part))
+
+    def raw(self, name: str, start: int, out: Tensor) -> None:
+        """Fill ``out`` (uint8 [n], on the host) with bytes ``start`` to ``start + n`` of the tensor."""
+        entry = self.entry(name)
+        if not 0 <= start <= start + out.numel() <= entry.nbytes:
+            found = f"{start} to {start + out.numel()}"
+            raise SourceError("the tensor does not have these bytes", name=name, expected=f"within {entry.nbytes}", found=found)
+        entry.file.read_into(out, entry.begin + start)
+        self.bytes_read += out.numel()
+
+    def entry(self, name: str) -> Entry:
+        """
+        Raises:
+            SourceError: no tensor of this name.
+        """
+        found = self.tensors.get(name)
+        if found is None:
+            raise SourceError("the checkpoint has no tensor of this name", name=f"{self.path}: {name}")
+        return found
+
+    def check_unchanged(self) -> None:
+        """To be called after the last read and before anything that was read is served.
+
+        Raises:
+            SourceError: a file was replaced, removed, truncated or written to since it was opened.
+        """
+        for file in self._files:
+            file.check_unchanged()
+
+    def close(self) -> None:
+        for file in self._files:
+            file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _read(self, entry: Entry, box: Box, out: Tensor) -> None:
+        read_box(entry, box, out)
+        self.bytes_read += out.numel()
+
+    # -- opening -------------------------------------------------------------------------------------------------------
+
+    def _hold(self, name: str) -> HeldFile:
+        file = HeldFile(self.path / name, self.path)
+        self._files.append(file)
+        return file
+
+    def _open(self) -> dict[str, Entry]:
+        if "\0" in str(self.path) or not self.path.is_dir():
+            raise SourceError("this is not a folder", name=str(self.path)[:200], expected="a checkpoint folder")
+        if not (self.path / _INDEX).is_symlink() and not (self.path / _INDEX).exists():
+            return self._tensors_of([_SINGLE])
+        weight_map = self._weight_map(self._hold(_INDEX))
+        entries = self._tensors_of(sorted(set(weight_map.values())))
+        for name, shard in weight_map.items():
+            if name not in entries or entries[name].file.path.name != shard:
+                found = f"in {entries[name].file.path.name}" if name in entries else "in no shard"
+                where = f"{self.path / _INDEX}: {name}"
+                raise SourceError("the index and its shards disagree", name=where, expected=f"in {shard}", found=found)
+        return entries
+
+    def _tensors_of(self, shards: list[str]) -> dict[str, Entry]:
+        entries: dict[str, Entry] = {}
+        for shard in shards:
+            found, self.metadata[shard] = read_header(self._hold(shard))
+            for entry in found:
+                if entry.name in entries:
+                    both = f"{entries[entry.name].file.path.name} and {shard}"
+                    raise SourceError("a tensor is in two shards", name=f"{self.path}: {entry.name}", found=both)
+                entries[entry.name] = entry
+        return entries
+
+    def _weight_map(self, index: HeldFile) -> dict[str, str]:
+        """Tensor name to shard; every shard a plain file name, and nothing opened yet."""
+        if index.size > MAX_JSON_BYTES:
+            expected = f"at most {MAX_JSON_BYTES} bytes"
+            raise SourceError("the index is too long", name=str(index.path), expected=expected, found=f"{index.size} bytes")
+        fields = parse_json(index.read(0, index.size), index)
+        weight_map, self.index_metadata = fields.get("weight_map"), fields.get("metadata", {})
+        if not isinstance(self.index_metadata, dict):
+            found = repr(self.index_metadata)[:80]
+            raise SourceError("metadata of the index is no object", name=str(index.path), expected="an object", found=found)
+        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+            raise _no_places(index, weight_map)
+        if not weight_map and "delta_encoding" not in self.index_metadata:  # a delta may say that nothing changed
+            raise _no_places(index, weight_map)
+        for name, shard in weight_map.items():
+            if not _is_plain(shard):
+                where = f"{index.path}: {name[:120]}"
+                found = repr(shard[:80])
+                raise SourceError(
+                    "a shard's name is not a plain file name", name=where, expected="a file in the folder", found=found
+                )
+        return weight_map
+
+
+def _is_plain(name: str) -> bool:
+    return name not in ("", ".", "..") and not set(name) & set("/\\\0") and len(name.encode()) <= 255
+
+
+def _no_places(index: HeldFile, weight_map: object) -> SourceError:
+    return SourceError(
+        "the index says of no tensor where it is",
+        name=str(index.path),
+        expected="a weight_map from tensor names to file names",
+        found=repr(weight_map)[:80],
+        remedy="Copy or export the checkpoint again.",
+    )
