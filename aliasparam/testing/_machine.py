@@ -115,6 +115,8 @@ class AliasMachine(Invariants, RuleBasedStateMachine):
         plain = {name: self.oracle[name].clone() for name in names}
         both = [data.draw(chains(plain[name])) for name in names]
         targets = [followed(plain[name], steps) for name, steps in zip(names, both, strict=True)]
+        if any(t.is_conj() or t.is_neg() for t in targets):
+            return  # torch has none of these
         new = [values_like(t, self.random) for t in targets]
         torch._foreach_copy_(targets, new)
         torch._foreach_copy_([followed(self._parameter(n), steps) for n, steps in zip(names, both, strict=True)], new)

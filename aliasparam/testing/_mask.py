@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._values import as_bytes
 from ._views import Step
 
 
@@ -12,7 +13,7 @@ def covers(arrived: Tensor, dtype: torch.dtype, steps: list[Step]) -> bool:
     """Whether every byte under a view has arrived."""
     bits = arrived.to(torch.uint8).mul(0xFF)[..., None].expand(*arrived.shape, dtype.itemsize).contiguous()
     seen = _followed(bits.view(-1).view(dtype).view(arrived.shape), steps)
-    return bool((seen.contiguous().reshape(-1).view(torch.uint8) == 0xFF).all())
+    return bool((as_bytes(seen) == 0xFF).all())
 
 
 def mark(arrived: Tensor, dtype: torch.dtype, steps: list[Step]) -> None:

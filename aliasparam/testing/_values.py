@@ -12,7 +12,8 @@ from ..spec import TensorSpec
 
 def as_bytes(tensor: Tensor) -> Tensor:
     """The bytes of a plain tensor, row-major, as flat uint8."""
-    return tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
+    plain = tensor.detach().resolve_conj().resolve_neg()
+    return plain.clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8)
 
 
 def random_values(spec: TensorSpec, random: torch.Generator) -> Tensor:
