@@ -13,10 +13,10 @@ from aliasparam.errors import StateError
 
 from ..availability import need_running
 from ..checkpoint_format import MODELOPT, CheckpointFormat
+from ..checks import FiniteBlockScales
 from ..errors import ShapeError
 from ..format import BLOCK_SIZE
 from .activation import SWIGLU, ExpertActivation
-from .checks import FiniteBlockScales
 from .declarations import aliases, scalars
 from .loader import ExpertLoader
 from .routing import Routing

@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from aliasparam._transform import round_up
-
 from ...checkpoint_format import MODELOPT, CheckpointFormat
 from ...errors import BackendError
 from ...format import BLOCK_SIZE
@@ -55,7 +53,11 @@ class MoEShape:
     def padded(self, layout: MoELayout) -> tuple[int, int]:
         """(H, I) of the kernel format for experts with this activation."""
         layout = layout.of(self.expert_activation)
-        return round_up(self.hidden, layout.hidden), round_up(self.intermediate, layout.intermediate)
+        return _round_up(self.hidden, layout.hidden), _round_up(self.intermediate, layout.intermediate)
+
+
+def _round_up(count: int, to: int) -> int:
+    return -(-count // to) * to
 
 
 class MoENames(Protocol):
