@@ -43,7 +43,7 @@ def _end(error: BaseException) -> NoReturn:
     if os.environ.get(TRACEBACK):
         traceback.print_exception(error)
     try:
-        sys.stderr.write(f"error: {plain(_message(error))}\n")
+        sys.stderr.write(f"error: {plain(message_of(error))}\n")
         sys.stderr.flush()
     except OSError:
         pass  # there is nowhere left to say it
@@ -61,7 +61,7 @@ def _interrupted(error: BaseException | None) -> bool:
     return False
 
 
-def _message(error: BaseException) -> str:
+def message_of(error: BaseException) -> str:
     """One message: what happened, and to what."""
     if hasattr(error, "format_message"):  # click's usage errors
         return _usage(error)
@@ -73,6 +73,8 @@ def _message(error: BaseException) -> str:
     if isinstance(error, RecursionError):
         return "the input is nested too deep"
     kind = type(error).__name__
+    if "(os error " in str(error):  # how libraries in Rust pass one on
+        return _first_line(error)
     if isinstance(error, MemoryError) or kind == "OutOfMemoryError":
         return "out of memory" + (f": {_first_line(error)}" if str(error) else "")
     if isinstance(error, ImportError):

@@ -29,8 +29,9 @@ def quantize(
     with progress() as bar:
         bar.add_task(f"quantizing {model}", total=None)
         with quiet():
-            from ..demo.export import load_unquantized, quantize_by_modelopt
+            from .modelopt import load_unquantized
+            from .modelopt import quantize as by_modelopt
 
             loaded, tokenizer = load_unquantized(model)
-            quantize_by_modelopt(loaded, tokenizer, out)
+            by_modelopt(loaded, tokenizer, out)
     say(f"written: {out}")

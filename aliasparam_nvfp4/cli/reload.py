@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .guard import message_of
 from .models import ask, ask_aloud, load
 from .options import AsJson, Backend, Folder, Runner, Tokens, existing
 from .output import progress, say, say_json
@@ -40,7 +41,9 @@ def reload(
 
 
 def reload_once(model: Any, folder: Path) -> dict[str, Any]:
-    """What a reload came to: ``folder``, ``error`` (why it was refused, or None), ``bytes`` read and ``seconds``."""
+    """What a reload came to: ``folder``, ``error`` (why it was refused or failed, or None), ``bytes`` read and ``seconds``."""
+    from safetensors import SafetensorError
+
     from aliasparam.errors import AliasError
 
     from ..checkpoint import CheckpointFolder
@@ -52,6 +55,6 @@ def reload_once(model: Any, folder: Path) -> dict[str, Any]:
         with progress() as bar:
             task = bar.add_task(f"reloading {folder}", total=total)
             count = reload_folder(model, folder, on_bytes=lambda n: bar.advance(task, n))
-    except AliasError as refusal:
-        error = str(refusal)
+    except (AliasError, OSError, SafetensorError) as refusal:
+        error = message_of(refusal)
     return {"folder": str(folder), "error": error, "bytes": count, "seconds": time.perf_counter() - started}

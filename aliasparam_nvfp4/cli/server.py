@@ -12,6 +12,7 @@ from typing import Any
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse
 from jinja2 import TemplateError
+from starlette.exceptions import HTTPException as HttpError
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
@@ -21,6 +22,7 @@ from aliasparam import memory_report
 from aliasparam.errors import AliasError
 
 from .digest import model_digest
+from .guard import message_of
 from .reload import reload_once
 from .turns import Turns
 
@@ -71,10 +73,13 @@ def _guard(app: FastAPI, token: str) -> None:
         given = request.headers.get("authorization", "").encode()
         if request.url.path != "/health" and not secrets.compare_digest(given, expected):
             return _error(401, "the token is missing or wrong: Authorization: Bearer TOKEN", {"WWW-Authenticate": "Bearer"})
-        return await call_next(request)
+        try:
+            return await call_next(request)
+        except Exception as error:
+            return _error(500, message_of(error))
 
-    @app.exception_handler(HTTPException)
-    async def refused(_: Request, error: HTTPException) -> Response:
+    @app.exception_handler(HttpError)
+    async def refused(_: Request, error: HttpError) -> Response:
         return _error(error.status_code, str(error.detail))
 
     @app.get("/health")
@@ -106,7 +111,7 @@ def _ours(app: FastAPI, model: Any, turns: Turns, served: dict[str, Any]) -> Non
         turn = turns.when_idle if when == "idle" else turns.between_tokens
         step = await turn(lambda: reload_once(model, Path(folder)))
         if step["error"]:
-            return _error(409, f"refused, the model answers as before: {step['error']}")
+            return _error(409, step["error"])
         served.update(folder=folder, reloads=served["reloads"] + 1)
         return JSONResponse(step)
 
@@ -129,7 +134,7 @@ async def _handled(handler: Any, request: Request) -> Response:
     except AliasError as error:
         return _error(409, str(error))
     except _BAD_BODY as error:
-        return _error(400, f"the request cannot be answered: {type(error).__name__}: {error}")
+        return _error(400, f"this cannot be answered: {type(error).__name__}: {error}")
     return answer
 
 

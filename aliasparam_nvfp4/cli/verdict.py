@@ -45,16 +45,16 @@ def will_load(
         wrong += _block_scales(config, tensors)
     try:
         asked = fits_the_model(folder)
+        notes = _tokenizer_note(folder) if asked else ()
     except AliasError as error:
         wrong.insert(0, str(error).replace("\n", "\n  "))
-        asked = True
     if wrong:
         more = [f"… and {len(wrong) - _SHOWN} more"] if len(wrong) > _SHOWN else []
         return Verdict(False, (*wrong[:_SHOWN], *more))
     if not asked:
         return Verdict(None, ("the model itself was not asked, because transformers is not installed",))
     what = "headers fit the model, global scales are scales" + (", block scales too" if deep else "")
-    return Verdict(True, (what,))
+    return Verdict(True, (what, *notes))
 
 
 def fits_the_model(folder: Path) -> bool:
@@ -74,10 +74,9 @@ def fits_the_model(folder: Path) -> bool:
         from transformers import AutoModelForCausalLM
         from transformers.quantizers import AutoHfQuantizer
 
-        from ..integrations.transformers.config import model_config, readable, tokenizer_of
+        from ..integrations.transformers.config import model_config, readable
         from ..integrations.transformers.quantizer import compressed_tensors_here
 
-        tokenizer_of(folder)
         with compressed_tensors_here(), readable(folder, "build the model"):
             config = model_config(folder)
             with torch.device("meta"):
@@ -86,6 +85,18 @@ def fits_the_model(folder: Path) -> bool:
             # The headers are checked here, see ModelOptQuantizer; any file names the folder.
             quantizer.preprocess_model(model=model, config=config, checkpoint_files=[str(folder / "model.safetensors")])
     return True
+
+
+def _tokenizer_note(folder: Path) -> tuple[str, ...]:
+    from ..demo._quiet import quiet
+    from ..integrations.transformers.config import tokenizer_of
+
+    try:
+        with quiet():
+            tokenizer_of(folder)
+    except AliasError as error:
+        return (f"without a tokenizer, which generate, reload and serve need: {error.found}",)
+    return ()
 
 
 def _scalars(config: QuantConfig, folder: CheckpointFolder, on_tensor: Callable[[], None]) -> Iterator[str]:
