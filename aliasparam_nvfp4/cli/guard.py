@@ -7,9 +7,11 @@ where the reader of a pipe has gone, as shells expect of a command.
 from __future__ import annotations
 
 import _thread
+import contextlib
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -42,11 +44,9 @@ def _end(error: BaseException) -> NoReturn:
         _die_of(signal.SIGPIPE)
     if os.environ.get(TRACEBACK):
         traceback.print_exception(error)
-    try:
+    with contextlib.suppress(OSError):  # there may be nowhere left to say it
         sys.stderr.write(f"error: {plain(message_of(error))}\n")
         sys.stderr.flush()
-    except OSError:
-        pass  # there is nowhere left to say it
     _leave(2)
 
 
@@ -103,7 +103,9 @@ def _interrupts_come_back(before: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
     def hook(unraisable: Any) -> None:
         if unraisable.exc_type is KeyboardInterrupt:
-            _thread.interrupt_main()
+            later = threading.Timer(0.02, _thread.interrupt_main)  # at once it would be raised in here, and dropped again
+            later.daemon = True
+            later.start()
         else:
             before(unraisable)
 
@@ -112,10 +114,8 @@ def _interrupts_come_back(before: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 def _die_of(number: signal.Signals) -> NoReturn:
     """End as the signal ends a process that does not know it: shells then stop their loops, and nothing more is printed."""
-    try:
+    with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
-    except (OSError, ValueError):
-        pass
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
     _leave(128 + number)  # where the signal is blocked

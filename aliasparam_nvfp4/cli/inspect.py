@@ -45,9 +45,7 @@ def inspect(
         raise typer.Exit(1)
 
 
-def findings(
-    folder: Path, *, backend: str, moe_backend: str, tp: int, ep: int, deep: bool
-) -> tuple[dict[str, Any], list[Part]]:
+def findings(folder: Path, *, backend: str, moe_backend: str, tp: int, ep: int, deep: bool) -> tuple[dict[str, Any], list[Part]]:
     """All that is known of a folder, and its layers' memory on a rank.
 
     Raises:
@@ -57,12 +55,13 @@ def findings(
 
     from ..checkpoint import CheckpointFolder, QuantConfig
     from .digest import folder_digest
-    from .rank_memory import Part, rank_memory, totals
+    from .rank_memory import rank_memory, totals
     from .verdict import will_load
 
     config, tensors = QuantConfig.from_folder(folder), CheckpointFolder(folder)
     with progress() as bar:
-        scalars = bar.add_task("global scales", total=len(tensors.tensors))
+        modules = {name.rpartition(".")[0] for name in tensors.tensors}
+        scalars = bar.add_task("global scales", total=len(modules))
         verdict = will_load(folder, config, tensors, lambda: bar.advance(scalars), deep=deep)
         if deep:
             bar.add_task("digest", total=None)

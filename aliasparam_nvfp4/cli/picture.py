@@ -10,6 +10,7 @@ from pathlib import Path
 
 from aliasparam.errors import AliasError
 
+from .output import mib
 from .rank_memory import Part
 
 FORMATS = ("svg", "png", "pdf")
@@ -38,15 +39,16 @@ def draw(parts: Sequence[Part], title: str, out: Path) -> None:
     from matplotlib.figure import Figure
 
     layers = sorted({part.layer for part in parts if part.layer is not None})
-    one = [sum(p.one_copy for p in parts if p.layer == layer) / _MIB for layer in layers]
-    extra = [sum(p.two_copies - p.one_copy for p in parts if p.layer == layer) / _MIB for layer in layers]
+    one = [sum(p.one_copy for p in parts if p.layer == layer) for layer in layers]
+    extra = [sum(p.two_copies - p.one_copy for p in parts if p.layer == layer) for layer in layers]
     figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots()
-    axes.bar(layers, one, color="#2c6fbb", label=f"one copy: {sum(one):.0f} MiB")
-    axes.bar(layers, extra, bottom=one, color="#d9d9d9", label=f"what a second copy adds: {sum(extra):.0f} MiB")
+    low, high = ([size / _MIB for size in sizes] for sizes in (one, extra))
+    axes.bar(layers, low, color="#2c6fbb", label=f"one copy: {mib(sum(one))}")
+    axes.bar(layers, high, bottom=low, color="#d9d9d9", label=f"what a second copy adds: {mib(sum(extra))}")
     axes.set(xlabel="layer", ylabel="MiB on a rank")
     axes.set_title(title.replace("$", r"\$"), fontsize=10)
-    axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    figure.legend(frameon=False, fontsize=9, loc="outside lower center", ncols=2)
     axes.spines[["top", "right"]].set_visible(False)
     kind = out.suffix.removeprefix(".").lower()
     buffer = io.BytesIO()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
@@ -59,7 +60,8 @@ def _experts(
         count = len({expert for expert, _, _ in layer.entries})
         hidden, inner = rows["w2"].shape[0], rows["w2"].shape[1] * 2
         gated = "w1" in rows and "w3" in rows
-        size = _moe_bytes(runner, _divided(path, count, ep), hidden, _divided(path, inner, tp), gated)
+        with _of(path):
+            size = _moe_bytes(runner, _divided(path, count, ep), hidden, _divided(path, inner, tp), gated)
         parts.append(Part("experts", _layer(path), *size))
         used |= {entry.name for entry in layer.entries.values()}
     return parts, {name: entry for name, entry in tensors.items() if name not in used}
@@ -80,7 +82,8 @@ def _linear(
         shapes = [quantized[member].shape for member in members]
         k = shapes[0][1] * 2
         rows = tuple(n if row_parallel else _divided(m, n, tp) for m, (n, _) in zip(members, shapes, strict=True))
-        size = _linear_bytes(backend, rows, _divided(members[0], k, tp) if row_parallel else k)
+        with _of(members[0]):
+            size = _linear_bytes(backend, rows, _divided(members[0], k, tp) if row_parallel else k)
         parts.append(Part("linear layers", _layer(members[0]), *size))
         for member in members:
             for name in own:
@@ -102,6 +105,15 @@ def _groups(quantized: Mapping[str, TensorEntry]) -> Iterator[list[str]]:
         for member in members:
             del left[member]
         yield members
+
+
+@contextmanager
+def _of(name: str) -> Iterator[None]:
+    """An error about a layer that was made for its size alone names the layer of the checkpoint."""
+    try:
+        yield
+    except ShapeError as error:
+        raise ShapeError(error.message, name=name, expected=error.expected, found=error.found, remedy=error.remedy) from error
 
 
 def _divided(name: str, size: int, ranks: int) -> int:
@@ -146,5 +158,3 @@ def totals(parts: list[Part]) -> dict[str, tuple[int, int]]:
             one, two = found.get(key, (0, 0))
             found[key] = one + part.one_copy, two + part.two_copies
     return {**{key: value for key, value in found.items() if key != "total"}, "total": found.get("total", (0, 0))}
-
-

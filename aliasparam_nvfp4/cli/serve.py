@@ -40,9 +40,9 @@ def serve(
         from .server import build
 
         called = name or folder.resolve().name
-        server = uvicorn.Server(
-            uvicorn.Config(build(model, tokenizer, called, secret, folder), log_level="warning", timeout_graceful_shutdown=2)
-        )
+        app = build(model, tokenizer, called, secret, folder)
+        # Errors are answers (server.py); what uvicorn logs besides is about requests that are cut off when it ends.
+        server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=2))
         where, number = listener.getsockname()[:2]
         url = f"http://{f'[{where}]' if ':' in where else where}:{number}"
         say(f"serving {called} at {url}/v1" + ("" if token else f"\ntoken: {secret}"))
@@ -73,5 +73,6 @@ def _listening(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
     except (OSError, UnicodeError) as error:
-        raise OSError(getattr(error, "errno", None) or 0, getattr(error, "strerror", None) or str(error), f"{host}:{port}") from None
+        reason = getattr(error, "strerror", None) or str(error)
+        raise OSError(getattr(error, "errno", None) or 0, reason, f"{host}:{port}") from None
     return listener

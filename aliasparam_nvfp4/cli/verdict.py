@@ -10,7 +10,7 @@ from typing import Any
 from aliasparam.errors import AliasError
 
 from ..checkpoint import CheckpointFolder, QuantConfig, TensorEntry
-from ..scales import GlobalScales, need_block_scales
+from ..scales import GlobalScales, are_scales, need_block_scales
 
 #: How many reasons are listed.
 _SHOWN = 8
@@ -29,7 +29,7 @@ class Verdict:
 
 
 def will_load(
-    folder: Path, config: QuantConfig, tensors: CheckpointFolder, on_tensor: Callable[[], None], *, deep: bool = False
+    folder: Path, config: QuantConfig, tensors: CheckpointFolder, on_module: Callable[[], None], *, deep: bool = False
 ) -> Verdict:
     """Hold headers against the model that config.json describes, and look at every global scale.
 
@@ -37,10 +37,10 @@ def will_load(
         folder: the checkpoint.
         config: how it is quantized.
         tensors: the folder, opened.
-        on_tensor: called after every tensor that was looked at, for a progress bar.
+        on_module: called for every module, for a progress bar.
         deep: also read all block scales.
     """
-    wrong = list(_scalars(config, tensors, on_tensor))
+    wrong = list(_scalars(config, tensors, on_module))
     if deep:
         wrong += _block_scales(config, tensors)
     try:
@@ -99,22 +99,23 @@ def _tokenizer_note(folder: Path) -> tuple[str, ...]:
     return ()
 
 
-def _scalars(config: QuantConfig, folder: CheckpointFolder, on_tensor: Callable[[], None]) -> Iterator[str]:
+def _scalars(config: QuantConfig, folder: CheckpointFolder, on_module: Callable[[], None]) -> Iterator[str]:
     """What is wrong with global scales, module by module."""
     names, scales = config.tensors, GlobalScales(config.tensors.reciprocal)
     for module, entries in _modules(folder.tensors).items():
-        if names.block_scale not in entries or names.weight_global not in entries:
+        on_module()
+        if names.block_scale not in entries:
             continue
-        try:
-            weight = folder.read(entries[names.weight_global].name).float().reshape(-1)
-            scales.alpha(weight.new_ones(1), weight)
-            if names.input_global in entries:
-                given = folder.read(entries[names.input_global].name).float().reshape(-1)
-                scales.alpha(given, weight)
-                scales.input_scale_inv(given)
-        except AliasError as error:
-            yield f"{module}: {error.message}: found {error.found}, expected {error.expected}"
-        on_tensor()
+        known = (name for name in (names.weight_global, names.input_global) if name in entries)
+        values = {name: folder.read(entries[name].name).float().reshape(-1) for name in known}
+        bad = [name for name, value in values.items() if not bool(are_scales(value).all())]
+        yield from (f"{module}.{name}: not a scale: found {values[name].tolist()}, expected finite, > 0" for name in bad)
+        if len(values) == 2 and not bad:
+            try:
+                scales.alpha(values[names.input_global], values[names.weight_global])
+                scales.input_scale_inv(values[names.input_global])
+            except AliasError as error:
+                yield f"{module}: {error.message}: found {error.found}, expected {error.expected}"
 
 
 def _block_scales(config: QuantConfig, folder: CheckpointFolder) -> Iterator[str]:

@@ -153,7 +153,8 @@ class Demo:
             task = bar.add_task(f"hot reload of {tag}", total=total)
             reload_folder(model, folder, on_bytes=lambda n: bar.advance(task, n))
         seconds = time.perf_counter() - started
-        self.console.print(f"  hot reload of {tag}: {total / 1e6:.0f} MB in {seconds:.2f} s, peak {peak.extra_bytes / _MIB:.1f} MiB above the model")
+        above = f"peak {peak.extra_bytes / _MIB:.1f} MiB above the model"
+        self.console.print(f"  hot reload of {tag}: {total / 1e6:.0f} MB in {seconds:.2f} s, {above}")
         return peak.extra_bytes
 
     def _prove_export(self, model: Any, folder: Path) -> None:

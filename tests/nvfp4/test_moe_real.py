@@ -1,4 +1,4 @@
-"""SmolLM2 as a mixture of experts, exported in ModelOpt's format: served, reloaded, exported. The sparse variant is `demo --moe`."""
+"""SmolLM2 as a mixture of experts, in ModelOpt's format: served, reloaded, exported. The sparse variant is `demo --moe`."""
 
 from __future__ import annotations
 
