@@ -47,7 +47,7 @@ def import_what_dispatch_imports() -> None:
 
 def shares_memory(first: Tensor, second: Tensor) -> bool:
     """Whether two plain tensors are views of one allocation."""
-    return bool(torch._C._is_alias_of(first, second))  # type: ignore[attr-defined]
+    return bool(torch._C._is_alias_of(first, second))
 
 
 def is_alone(memory: torch.UntypedStorage) -> bool:
@@ -55,8 +55,8 @@ def is_alone(memory: torch.UntypedStorage) -> bool:
 
     Memory of numpy, of a mapped file, of a buffer or another process is not resizable, or is shared.
     """
-    uses = torch._C._storage_Use_Count(memory._cdata)  # type: ignore[attr-defined]
-    return uses <= 2 and memory.resizable() and not (memory.device.type == "cpu" and memory.is_shared())  # the tensor, and ``memory``
+    uses = torch._C._storage_Use_Count(memory._cdata)  # the tensor, and ``memory``
+    return uses <= 2 and memory.resizable() and not (memory.device.type == "cpu" and memory.is_shared())
 
 
 def is_traced_by_jit() -> bool:

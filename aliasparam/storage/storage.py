@@ -28,8 +28,8 @@ from .states import RegionStates, State
 class Listener(Protocol):
     """Who must know before the bytes of a storage change: a registry that shows its kernel name or derives from it."""
 
-    is_open: bool
-
+    @property
+    def is_open(self) -> bool: ...
     def open(self) -> None: ...
 
 
