@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LayoutError
-from .blocks import blocks, lead_cuts, tiles
+from .blocks import Cut, blocks, lead_cuts, tiles
 from .boxes import Box, row_major
 
 
@@ -51,8 +51,8 @@ class BoundLayout(ABC):
     def offsets(self, box: Box | None = None) -> Tensor:
         """int64, the box's shape: the position of every element in ``memory``. Slow: for oracles, deltas and digests."""
 
-    def cuts(self, other: BoundLayout) -> list[tuple[int, int, int]]:
-        """Digits inside a region that this order and ``other`` keep in place: (dim, step, size) each."""
+    def cuts(self, other: BoundLayout) -> list[Cut]:
+        """Digits inside a region that this order and ``other`` keep in place."""
         return []
 
     def pieces(self, max_bytes: int) -> Iterator[Box]:
