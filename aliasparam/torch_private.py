@@ -47,7 +47,7 @@ def import_what_dispatch_imports() -> None:
 
 def shares_memory(first: Tensor, second: Tensor) -> bool:
     """Whether two plain tensors are views of one allocation."""
-    return bool(torch._C._is_alias_of(first, second))
+    return bool(torch._C._is_alias_of(first, second))  # type: ignore[attr-defined]
 
 
 def is_alone(memory: torch.UntypedStorage) -> bool:
