@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from . import triton_copy
 from .blocks import Cut, common
 from .bound import BoundLayout
 from .boxes import Box, Piece, pieces, row_major
@@ -46,17 +47,24 @@ class StridedLayout(BoundLayout):
 
     def write(self, memory: Tensor, box: Box, value: Tensor) -> None:
         with torch.no_grad():
-            for kernel, plain in self._views(memory, box, value):
-                kernel.copy_(plain)
+            for copy, kernel, plain in self._moves(memory, box, value):
+                if memory.is_cuda and triton_copy.wanted(copy, memory, value):
+                    triton_copy.run(copy, kernel, plain, write=True)
+                else:
+                    kernel.copy_(plain)
 
     def read(self, memory: Tensor, box: Box, out: Tensor | None = None) -> Tensor:
         out = self.empty(memory, box) if out is None else out
         with torch.no_grad():
-            for kernel, plain in self._views(memory, box, out):
-                plain.copy_(kernel)
+            for copy, kernel, plain in self._moves(memory, box, out):
+                if memory.is_cuda and triton_copy.wanted(copy, memory, out):
+                    triton_copy.run(copy, kernel, plain, write=False)
+                else:
+                    plain.copy_(kernel)
         return out
 
-    def _views(self, memory: Tensor, box: Box, value: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def _moves(self, memory: Tensor, box: Box, value: Tensor) -> Iterator[tuple[Copy, Tensor, Tensor]]:
+        """The copies of a box, each with its elements in kernel memory and in the value."""
         self.check(memory, box, value)
         size, region = self.dtype.itemsize, 0
         for (start, _), stride in zip(box, self.lead_strides, strict=False):
@@ -70,7 +78,7 @@ class StridedLayout(BoundLayout):
             found = self.boxes(box[self.lead :]) if value.numel() else []
             copies = _keep(self._plans, key, plan(found, lead, value.stride(), size, align & -align))
         for copy in copies:
-            yield views(copy, memory, first, value)
+            yield copy, *views(copy, memory, first, value)
 
     def offsets(self, box: Box | None = None) -> Tensor:
         box = box or self.whole
