@@ -49,8 +49,8 @@ class RegionStates:
         self.each = [state] * count
         #: How often the bytes of each region were put in question: whoever keeps these knows which regions were written since.
         self.writes = [0] * count
-        #: Regions which are not LOADED; 0 is the fast path of every read.
-        self.missing = 0 if state is State.LOADED else count
+        #: Regions which are not LOADED, or might not be: one that an interrupt left here is loaded when it is written again.
+        self.missing: set[int] = set() if state is State.LOADED else set(range(count))
         self._arrived: dict[int, Coverage] = {}
         #: What made regions INVALID, where that is not plain.
         self.why: str | None = None
@@ -131,5 +131,9 @@ class RegionStates:
         self.why = why
 
     def _put(self, region: int, to: State) -> None:
-        self.missing += (to is not State.LOADED) - (self.each[region] is not State.LOADED)
-        self.each[region] = to
+        if to is State.LOADED:
+            self.each[region] = to
+            self.missing.discard(region)
+        else:
+            self.missing.add(region)
+            self.each[region] = to

@@ -144,14 +144,22 @@ class AliasedStorage:
             before = self.states.begin(box)
             self.bound.write(self.elements, box, value)
             self.states.arrived(box, before)
-            self.version += 1
 
     def before_write(self) -> None:
         """Refuse, or tell whoever must know; no byte has changed yet. The caller holds the lock."""
+        self.need_writable()
+        self.changing()
+
+    def need_writable(self) -> None:
+        """Raise StateError or MemoryFreedError where the bytes are not the library's to write. The caller holds the lock."""
         self._look_at_memory()
         if self.exposed is not None:
             self.need_unexposed("write")
+
+    def changing(self) -> None:
+        """Bytes are about to change. An interrupt after this leaves a version that nobody has derived from."""
         self.tell()
+        self.version += 1
 
     def tell(self) -> None:
         """What shows a kernel name of this storage or derives from it refuses from now on, until it is processed."""
@@ -163,20 +171,18 @@ class AliasedStorage:
     def invalidate(self, why: str | None = None) -> None:
         """Nobody knows what the bytes are (failed load, sleep). Only a whole rewrite leads out."""
         with LOCKS[self._lock]:
-            self.tell()
-            self.exposed = None
+            self.changing()
             self.states.put_all(State.INVALID, why)
-            self.version += 1
+            self.exposed = None
 
     def accept(self) -> None:
         """The bytes, in kernel order, are whole and right: an engine saved and restored them, or wrote them from outside."""
         with LOCKS[self._lock]:
-            self.tell()
+            self.changing()
             self.exposed = None
             if self.kernel_name is not None:
                 self.kernel_name.accept()
             self.states.put_all(State.LOADED)
-            self.version += 1
 
     def put_foreign(self, value: Tensor) -> None:
         """Kernel bytes whose order nobody declared: the kernel name holds them, the checkpoint name refuses to be read."""
@@ -188,7 +194,6 @@ class AliasedStorage:
             self.kernel_name.memory.copy_(value)
             self.kernel_name.accept()
             self.states.put_all(State.FOREIGN)
-            self.version += 1
 
     # -- what other code does to the memory ----------------------------------------------------------------------------
 
@@ -235,7 +240,7 @@ class AliasedStorage:
     def not_loaded(self, doing: str, region: int | None = None) -> StateError:
         states = self.states
         if region is None:
-            region = next(r for r, s in enumerate(states.each) if s is not State.LOADED)
+            region = min(states.missing)
         state, count = states.each[region], len(states.each)
         missing = ", ".join(_shown(box) for box in states.missing_boxes(region)[:3]) if state is State.PARTIAL else ""
         what = f"{state.value}: {states.why}" if states.why and state is State.INVALID else state.value
@@ -267,7 +272,6 @@ class AliasedStorage:
         """Another layout, whose bytes the caller has put in place. Addresses stay. The caller holds the lock."""
         self.bound = bound
         self._name(self.buffer)
-        self.version += 1
 
     def _copied(self, buffer: Tensor) -> dict[str, Any]:
         """The state of a copy over ``buffer``, taken under the lock."""
