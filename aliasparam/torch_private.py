@@ -66,4 +66,4 @@ def is_traced_by_jit() -> bool:
 
 def below_autograd() -> AbstractContextManager[None]:
     """Operators called inside go on below the autograd keys: for a kernel that wraps one there."""
-    return torch._C._AutoDispatchBelowAutograd()  # type: ignore[no-any-return]
+    return torch._C._AutoDispatchBelowAutograd()

@@ -83,12 +83,12 @@ class Exposure:
         storage = self._storage
         if storage.kernel_name is not None:
             storage.kernel_name.accept()
+        storage.changing()
         before = storage.states.begin(box)
         if state is State.LOADED:
             storage.states.arrived(box, [(region, State.EMPTY) for region, _ in before])
         else:
             storage.states.why = "whoever wrote the raw bytes failed"
-        storage.version += 1
 
     def _close(self) -> None:
         if not self._open:
