@@ -62,7 +62,7 @@ class DyingStore:
 
 
 def ranks_of(port: int, group: str, rank: int, ranks: int, die_at: str | None) -> Ranks:
-    store = TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=5))
+    store = TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=60))
     return Ranks(DyingStore(store, die_at), rank, ranks, group=group, ready_seconds=5, done_seconds=5, patience=5)
 
 
