@@ -110,4 +110,4 @@ def _strided(tensor: Tensor, dtype: torch.dtype, sizes: tuple[int, ...], strides
     if tensor.dtype is dtype:
         return tensor.as_strided(sizes, strides, offset)
     empty = torch.empty(0, dtype=dtype, device=tensor.device)
-    return empty.set_(tensor.untyped_storage(), offset, sizes, strides)  # type: ignore[arg-type]
+    return empty.set_(tensor.untyped_storage(), offset, sizes, strides)

@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from .blocks import common
+from .blocks import Cut, common
 from .bound import BoundLayout
 from .boxes import Box, Piece, pieces, row_major
 from .compose import compose
@@ -61,8 +61,8 @@ class StridedLayout(BoundLayout):
         size, region = self.dtype.itemsize, 0
         for (start, _), stride in zip(box, self.lead_strides, strict=False):
             region += start * stride
-        first = (memory.storage_offset() + region) * size
-        align = (memory.data_ptr() + region * size | value.data_ptr() | first | value.storage_offset() * size | 16) & 31
+        first, other = (int(memory.storage_offset()) + region) * size, int(value.storage_offset()) * size
+        align = (memory.data_ptr() + region * size | value.data_ptr() | first | other | 16) & 31
         key = (box[self.lead :], value.shape, value.stride(), align & -align)
         copies = self._plans.get(key)
         if copies is None:
@@ -81,7 +81,7 @@ class StridedLayout(BoundLayout):
             within = _through(line, within)
         return self.placed(box, within, self.region_capacity)
 
-    def cuts(self, other: BoundLayout) -> list[tuple[int, int, int]]:
+    def cuts(self, other: BoundLayout) -> list[Cut]:
         if not isinstance(other, StridedLayout) or len(self.lines) != 1 or len(other.lines) != 1:
             return []
         found = common(self.lines[0], other.lines[0], self.lead)

@@ -36,7 +36,7 @@ def _move(source: Source, layout: AnyLayout | None, plan: StoragePlan) -> None:
     if storage is not None:
         before = storage.states.begin(tuple((0, n) for n in storage.bound.shape))
         reorder(storage.elements, storage.bound, plan.bound)
-        storage.rebind(plan.bound)
+        storage.rebind(plan.layout)
         storage.states.undo(before)
     source.plan, source.layout = plan, layout
 
@@ -74,4 +74,4 @@ def _plan(names: ModuleNames, name: str, layout: AnyLayout | str | None) -> tupl
             found=f"{plan.bound.regions} regions, {plan.nbytes} bytes ({plan.kernel})",
             remedy="Plan room for it at creation: Alias(room_for=(layout,)).",
         )
-    return found, StoragePlan(plan.source, plan.kernel, plan.bound, old.capacity, plan.reason)
+    return found, StoragePlan(plan.source, plan.kernel, plan.layout, plan.bound, old.capacity, plan.reason)

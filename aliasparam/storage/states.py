@@ -46,11 +46,11 @@ class RegionStates:
         count = math.prod(self._outer)
         if math.prod(self._core) == 0:
             state = State.LOADED
-        self.each = [state] * count
+        #: Regions which are not LOADED, with what they are: one entry changes by one assignment, so an interrupt leaves no doubt.
+        self.missing: dict[int, State] = {} if state is State.LOADED else dict.fromkeys(range(count), state)
+        self._count = count
         #: How often the bytes of each region were put in question: whoever keeps these knows which regions were written since.
         self.writes = [0] * count
-        #: Regions which are not LOADED; 0 is the fast path of every read.
-        self.missing = 0 if state is State.LOADED else count
         self._arrived: dict[int, Coverage] = {}
         #: What made regions INVALID, where that is not plain.
         self.why: str | None = None
@@ -60,8 +60,16 @@ class RegionStates:
         """The state of all regions, or None where they differ. No regions are LOADED."""
         if not self.missing:
             return State.LOADED
-        first = self.each[0]
-        return first if all(s is first for s in self.each) else None
+        found = set(self.missing.values())
+        return found.pop() if len(self.missing) == self._count and len(found) == 1 else None
+
+    @property
+    def each(self) -> list[State]:
+        """The state of every region, in order."""
+        return [self.of(region) for region in range(self._count)]
+
+    def of(self, region: int) -> State:
+        return self.missing.get(region, State.LOADED)
 
     def regions(self, box: Box) -> range | list[int]:
         """The numbers of the regions which a box of the whole tensor touches."""
@@ -79,7 +87,7 @@ class RegionStates:
 
     def begin(self, box: Box) -> list[tuple[int, State]]:
         """Bytes under ``box`` are about to change. Returns what :meth:`arrived` or :meth:`undo` need."""
-        before = [(r, self.each[r]) for r in self.regions(box)]
+        before = [(r, self.of(r)) for r in self.regions(box)]
         for region, _ in before:
             self.writes[region] += 1
             self._put(region, State.INVALID)
@@ -110,7 +118,7 @@ class RegionStates:
     def readable(self, box: Box) -> int | None:
         """None where every element under ``box`` has arrived; else the first region which lacks some."""
         for region in self.regions(box):
-            state = self.each[region]
+            state = self.of(region)
             if state is State.LOADED or (state is State.PARTIAL and self._arrived[region].covers(box[self._lead :])):
                 continue
             return region
@@ -118,18 +126,20 @@ class RegionStates:
 
     def missing_boxes(self, region: int) -> list[Box]:
         """What has not arrived of one region, in its own coordinates."""
-        coverage = self._arrived.get(region) if self.each[region] is State.PARTIAL else None
+        coverage = self._arrived.get(region) if self.of(region) is State.PARTIAL else None
         return [tuple((0, n) for n in self._core)] if coverage is None else coverage.missing()
 
     def put_all(self, state: State, why: str | None = None) -> None:
         """One state for every region that has elements."""
         if math.prod(self._core):
-            for region in range(len(self.each)):
+            for region in range(self._count):
                 self._put(region, state)
         self.writes = [count + 1 for count in self.writes]
         self._arrived.clear()
         self.why = why
 
     def _put(self, region: int, to: State) -> None:
-        self.missing += (to is not State.LOADED) - (self.each[region] is not State.LOADED)
-        self.each[region] = to
+        if to is State.LOADED:
+            self.missing.pop(region, None)
+        else:
+            self.missing[region] = to

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import MemoryFreedError, StateError
-from ..layout import BoundLayout
+from ..layout.bind import Bindable, bound_to
 from ..spec import TensorSpec
 from .coverage import Box
 from .kernel_name import KernelName
@@ -28,9 +28,15 @@ from .states import RegionStates, State
 class Listener(Protocol):
     """Who must know before the bytes of a storage change: a registry that shows its kernel name or derives from it."""
 
-    is_open: bool
-
+    @property
+    def is_open(self) -> bool: ...
     def open(self) -> None: ...
+
+
+class RawWriter(Protocol):
+    """Who outside writes the raw bytes: an exposure in kernel order."""
+
+    writer: str
 
 
 class AliasedStorage:
@@ -38,24 +44,32 @@ class AliasedStorage:
 
     Args:
         label: ``module.name`` for messages.
-        bound: the layout, for the checkpoint tensor's shape and dtype.
+        spec: the checkpoint tensor.
+        layout: the order of its elements in memory; None for checkpoint order.
         buffer: flat uint8, zero wherever the layout pads. The storage owns it from now on.
         state: of every region at the start.
         kernel_dtype: dtype of the kernel name, of the same width; None where there is no kernel name.
     """
 
     def __init__(
-        self, label: str, bound: BoundLayout, buffer: Tensor, state: State, kernel_dtype: torch.dtype | None = None
+        self,
+        label: str,
+        spec: TensorSpec,
+        layout: Bindable | None,
+        buffer: Tensor,
+        state: State,
+        kernel_dtype: torch.dtype | None = None,
     ) -> None:
         self.label = label
-        self.bound = bound
-        self.states = RegionStates(bound.shape, bound.lead, state)
+        self.spec = spec
+        self.layout = layout
+        self.bound = bound_to(layout, spec.shape, spec.dtype)
+        self.states = RegionStates(spec.shape, self.bound.lead, state)
         #: Counts changes of content; whoever derives from this storage compares it with what it saw last.
         self.version = 0
         #: Whether other code was given the raw storage, which it might free.
         self.handed_out = False
-        #: Who outside is writing the raw bytes now, or None.
-        self.exposed: str | None = None
+        self._writer: weakref.ref[RawWriter] | None = None
         self._listeners: list[weakref.ref[Listener]] = []
         self._lock = lock_number()
         self.kernel_dtype = kernel_dtype
@@ -83,10 +97,6 @@ class AliasedStorage:
         return KernelName(label, held.view(self.kernel_dtype).view(bound.kernel_shape), self)
 
     @property
-    def spec(self) -> TensorSpec:
-        return TensorSpec(self.bound.shape, self.bound.dtype)
-
-    @property
     def lock(self) -> AbstractContextManager[Any]:
         """See [Note: locks]."""
         return LOCKS[self._lock]
@@ -111,6 +121,31 @@ class AliasedStorage:
         """What checkpoint names show as their raw storage where kernel order is not theirs: same size, no memory."""
         return torch.empty(self.buffer.numel(), dtype=torch.uint8, device="meta").untyped_storage()
 
+    @property
+    def exposed(self) -> str | None:
+        """Who outside is writing the raw bytes now, or None. One that was dropped without an end has left rubbish."""
+        if self._writer is None:
+            return None
+        writer = self._writer()
+        if writer is None:
+            self.unexpose()
+            self.states.put_all(State.INVALID, "whoever wrote the raw bytes was dropped without an end")
+            return None
+        return writer.writer
+
+    def expose(self, writer: RawWriter) -> None:
+        """Let ``writer`` write the raw bytes: until :meth:`unexpose` nothing else reads or writes them."""
+        with LOCKS[self._lock]:
+            self.need_unexposed("expose")
+            self.before_write()
+            self._writer = weakref.ref(writer)
+
+    def is_exposed_to(self, writer: RawWriter) -> bool:
+        return self._writer is not None and self._writer() is writer
+
+    def unexpose(self) -> None:
+        self._writer = None
+
     # -- reading and writing -------------------------------------------------------------------------------------------
 
     def read(self, box: Box) -> Tensor:
@@ -126,7 +161,7 @@ class AliasedStorage:
     def need_readable(self, box: Box) -> None:
         """Raise where the elements under ``box`` are no weights. The caller holds the lock."""
         self._look_at_memory()
-        if self.exposed is not None:
+        if self._writer is not None:
             self.need_unexposed("read")
         if self.states.missing:
             region = self.states.readable(box)
@@ -149,7 +184,7 @@ class AliasedStorage:
     def before_write(self) -> None:
         """Refuse, or tell whoever must know; no byte has changed yet. The caller holds the lock."""
         self._look_at_memory()
-        if self.exposed is not None:
+        if self._writer is not None:
             self.need_unexposed("write")
         self.tell()
 
@@ -164,7 +199,7 @@ class AliasedStorage:
         """Nobody knows what the bytes are (failed load, sleep). Only a whole rewrite leads out."""
         with LOCKS[self._lock]:
             self.tell()
-            self.exposed = None
+            self.unexpose()
             self.states.put_all(State.INVALID, why)
             self.version += 1
 
@@ -172,7 +207,7 @@ class AliasedStorage:
         """The bytes, in kernel order, are whole and right: an engine saved and restored them, or wrote them from outside."""
         with LOCKS[self._lock]:
             self.tell()
-            self.exposed = None
+            self.unexpose()
             if self.kernel_name is not None:
                 self.kernel_name.accept()
             self.states.put_all(State.LOADED)
@@ -235,8 +270,8 @@ class AliasedStorage:
     def not_loaded(self, doing: str, region: int | None = None) -> StateError:
         states = self.states
         if region is None:
-            region = next(r for r, s in enumerate(states.each) if s is not State.LOADED)
-        state, count = states.each[region], len(states.each)
+            region = min(states.missing)
+        state, count = states.of(region), max(self.bound.regions, 1)
         missing = ", ".join(_shown(box) for box in states.missing_boxes(region)[:3]) if state is State.PARTIAL else ""
         what = f"{state.value}: {states.why}" if states.why and state is State.INVALID else state.value
         return StateError(
@@ -263,15 +298,15 @@ class AliasedStorage:
             self._name(self.buffer.to(device))
             self.__dict__.pop("stand_in", None)
 
-    def rebind(self, bound: BoundLayout) -> None:
+    def rebind(self, layout: Bindable | None) -> None:
         """Another layout, whose bytes the caller has put in place. Addresses stay. The caller holds the lock."""
-        self.bound = bound
+        self.layout, self.bound = layout, bound_to(layout, self.spec.shape, self.spec.dtype)
         self._name(self.buffer)
         self.version += 1
 
     def _copied(self, buffer: Tensor) -> dict[str, Any]:
         """The state of a copy over ``buffer``, taken under the lock."""
-        kept = ("label", "bound", "version", "kernel_dtype")
+        kept = ("label", "spec", "layout", "version", "kernel_dtype")
         label = self.kernel_name.label if self.kernel_name is not None else None
         return {k: self.__dict__[k] for k in kept} | {"buffer": buffer, "states": copy.deepcopy(self.states), "kernel": label}
 
@@ -296,7 +331,8 @@ class AliasedStorage:
         state = dict(state)
         buffer, label = state.pop("buffer"), state.pop("kernel")
         self.__dict__.update(state)
-        self.handed_out, self.exposed, self._listeners, self._lock = False, None, [], lock_number()
+        self.bound = bound_to(self.layout, self.spec.shape, self.spec.dtype)
+        self.handed_out, self._writer, self._listeners, self._lock = False, None, [], lock_number()
         self.kernel_name = None
         self._name(buffer)
         if self.kernel_name is not None:

@@ -21,10 +21,11 @@ from torch import Tensor
 from ..errors import PointerError, StateError
 from ..storage.kernel_name import RefusingName
 from ..storage.locks import all_locked
-from ..storage.transaction import Part, write_all
+from ..storage.storage import AliasedStorage
+from ..storage.transaction import write_all
 from ..torch_private import is_traced_by_jit, shares_memory
 from .collectives import Collective
-from .geometry import part_of, place_of, read_view
+from .geometry import parts_of, place_of, read_view
 
 _Handler = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 
@@ -169,7 +170,7 @@ def _own(values: Tensor, view: Tensor) -> Tensor:
 def _land(pairs: Sequence[tuple[Any, Tensor]]) -> None:
     """Write each value through its aliased tensor, in one transaction."""
     with torch.no_grad(), all_locked(t._alias_storage.lock_number for t, _ in pairs):
-        parts: list[Part] = []
+        found: dict[int, tuple[AliasedStorage, list[tuple[Tensor, Tensor]]]] = {}
         for target, value in pairs:
             storage, view = target._alias_storage, target._alias_geometry
             if isinstance(value, RefusingName):
@@ -179,8 +180,8 @@ def _land(pairs: Sequence[tuple[Any, Tensor]]) -> None:
             if shares_memory(value, storage.buffer):
                 value = value.clone()
             torch.empty(0, dtype=view.dtype).copy_(value[:0].flatten()[:0] if value.dim() else value.reshape(1)[:0])
-            parts.append(part_of(storage, view, value))
-        write_all(parts)
+            found.setdefault(id(storage), (storage, []))[1].append((view, value))
+        write_all([part for storage, written in found.values() for part in parts_of(storage, written)])
 
 
 def _reshaped(target: Any, value: Tensor) -> PointerError:

@@ -9,6 +9,7 @@ a plain copy of the rows it lies in.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -129,6 +130,19 @@ def part_of(storage: AliasedStorage, view: Tensor, value: Tensor) -> Part:
     patched = storage.bound.read(storage.elements, rows)
     as_view(storage, patched, rows, view).copy_(value)
     return Part(storage, rows, patched, boxes_under(storage, view, rows) if storage.states.missing else None)
+
+
+def parts_of(storage: AliasedStorage, pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Part]:
+    """The parts of (view, value) pairs of one storage, of which the last is right where views overlap."""
+    if len(pairs) == 1 or all(place_of(storage, view) is not None for view, _ in pairs):
+        return [part_of(storage, view, value) for view, value in pairs]
+    whole = rows_under(storage, storage.geometry)
+    patched = storage.bound.read(storage.elements, whole)
+    arrived = []
+    for view, value in pairs:
+        as_view(storage, patched, whole, view).copy_(value)
+        arrived += boxes_under(storage, view, rows_under(storage, view))
+    return [Part(storage, whole, patched, arrived)]
 
 
 def typed(value: Tensor, like: Tensor) -> Tensor:
