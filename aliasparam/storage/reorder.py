@@ -7,9 +7,18 @@ from torch import Tensor
 
 from ..layout import BoundLayout
 from .coverage import Box
+from .storage import AliasedStorage
 
 #: Values that are out of place at a time, where the two orders can be cut that fine.
 SCRATCH_BYTES = 16 << 20
+
+
+def move(storage: AliasedStorage, new: BoundLayout) -> None:
+    """Bring ``storage`` into another order. It is INVALID until its bytes are in place. The caller holds the lock."""
+    before = storage.states.begin(storage.bound.whole)
+    reorder(storage.elements, storage.bound, new)
+    storage.rebind(new)
+    storage.states.undo(before)
 
 
 def reorder(memory: Tensor, old: BoundLayout, new: BoundLayout) -> None:

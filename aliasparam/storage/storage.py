@@ -8,6 +8,7 @@ is no other order to convert from, to restore or to get stuck in. Padding is zer
 from __future__ import annotations
 
 import copy
+import math
 import weakref
 from contextlib import AbstractContextManager
 from functools import cached_property
@@ -48,7 +49,6 @@ class AliasedStorage:
         self, label: str, bound: BoundLayout, buffer: Tensor, state: State, kernel_dtype: torch.dtype | None = None
     ) -> None:
         self.label = label
-        self.bound = bound
         self.states = RegionStates(bound.shape, bound.lead, state)
         #: Counts changes of content; whoever derives from this storage compares it with what it saw last.
         self.version = 0
@@ -60,27 +60,27 @@ class AliasedStorage:
         self._lock = lock_number()
         self.kernel_dtype = kernel_dtype
         self.kernel_name: KernelName | None = None
-        self._name(buffer)
+        self._name(buffer, bound)
+
+    bound: BoundLayout
+    buffer: Tensor
+    elements: Tensor
+    geometry: Tensor
 
     # -- names ---------------------------------------------------------------------------------------------------------
 
-    def _name(self, buffer: Tensor) -> None:
-        """Make the views of ``buffer``: its elements, the checkpoint name's geometry, the kernel name."""
-        bound = self.bound
+    def _name(self, buffer: Tensor, bound: BoundLayout) -> None:
+        """Make the views of ``buffer``: its elements, the checkpoint name's geometry, the kernel name; then show all at once."""
         with torch.inference_mode(False):
-            self.buffer = buffer
-            self.elements = buffer.view(bound.dtype)
+            elements = buffer.view(bound.dtype)
             #: What the checkpoint name looks like; its bytes are the checkpoint's where the layout is the identity.
-            self.geometry = self.elements[: self.spec.numel].view(bound.shape)
-            self.kernel_name = self._kernel_name()
-
-    def _kernel_name(self) -> KernelName | None:
-        if self.kernel_dtype is None:
-            return None
-        label = self.label if self.kernel_name is None else self.kernel_name.label
-        bound = self.bound
-        held = self.elements[: bound.regions * bound.region_capacity]  # room for other layouts lies behind it
-        return KernelName(label, held.view(self.kernel_dtype).view(bound.kernel_shape), self)
+            geometry = elements[: math.prod(bound.shape)].view(bound.shape)
+            kernel = None
+            if self.kernel_dtype is not None:
+                label = self.label if self.kernel_name is None else self.kernel_name.label
+                held = elements[: bound.regions * bound.region_capacity]  # room for other layouts lies behind it
+                kernel = KernelName(label, held.view(self.kernel_dtype).view(bound.kernel_shape), self)
+        self.__dict__.update(buffer=buffer, bound=bound, elements=elements, geometry=geometry, kernel_name=kernel)
 
     @property
     def spec(self) -> TensorSpec:
@@ -265,13 +265,12 @@ class AliasedStorage:
         with LOCKS[self._lock], torch.inference_mode(False):
             self.notice()
             self.tell()
-            self._name(self.buffer.to(device))
+            self._name(self.buffer.to(device), self.bound)
             self.__dict__.pop("stand_in", None)
 
     def rebind(self, bound: BoundLayout) -> None:
         """Another layout, whose bytes the caller has put in place. Addresses stay. The caller holds the lock."""
-        self.bound = bound
-        self._name(self.buffer)
+        self._name(self.buffer, bound)
 
     def _copied(self, buffer: Tensor) -> dict[str, Any]:
         """The state of a copy over ``buffer``, taken under the lock."""
@@ -302,7 +301,7 @@ class AliasedStorage:
         self.__dict__.update(state)
         self.handed_out, self.exposed, self._listeners, self._lock = False, None, [], lock_number()
         self.kernel_name = None
-        self._name(buffer)
+        self._name(buffer, state["bound"])
         if self.kernel_name is not None:
             self.kernel_name.label = label
 

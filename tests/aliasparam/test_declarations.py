@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from aliasparam import Alias, Derivation, PadLast2, TensorSpec, Transform, declare, explain, memory_report, process, registry_of
+from aliasparam import Alias, Derivation, TensorSpec, declare, explain, memory_report, process, registry_of
 from aliasparam.errors import DeclarationError
+
+from .small import PAD8
 
 
 def layer() -> nn.Module:
@@ -20,7 +22,7 @@ def layer() -> nn.Module:
 
 
 @dataclass(frozen=True)
-class Widen(Transform):
+class Widen():
     """u8 to int16: another element width, so the pair cannot share memory."""
 
     def output_spec(self, spec: TensorSpec) -> TensorSpec:
@@ -61,7 +63,7 @@ def test_policies_warn_and_error() -> None:
 
 
 @dataclass(frozen=True)
-class WrongInverse(Transform):
+class WrongInverse():
     def output_spec(self, spec: TensorSpec) -> TensorSpec:
         return spec
 
@@ -100,7 +102,7 @@ def taken() -> nn.Module:
 
 @pytest.mark.parametrize("name", ["b", "child", "held", "plain", "forward", "x.y"])
 def test_a_kernel_name_does_not_take_the_place_of_what_is_there(name: str) -> None:
-    for declaration in (Alias("a", name, PadLast2(8, 8)), Derivation(name, ("s",), maximum, (1,), torch.float32)):
+    for declaration in (Alias("a", name, PAD8), Derivation(name, ("s",), maximum, (1,), torch.float32)):
         module = taken()
 
         with pytest.raises(DeclarationError, match="kernel name is taken"):
@@ -117,7 +119,7 @@ def test_a_kernel_name_may_take_the_place_of_a_placeholder() -> None:
     module.register_parameter("b", None)
     module.c = None
 
-    declare(module, Alias("a", "b", PadLast2(8, 8)), Derivation("c", ("s",), maximum, (1,), torch.float32))
+    declare(module, Alias("a", "b", PAD8), Derivation("c", ("s",), maximum, (1,), torch.float32))
     process(module)
 
     assert module.b.shape == (8, 8)
@@ -142,7 +144,7 @@ def test_a_bad_declaration_is_refused_and_changes_nothing(case: str) -> None:
 def test_law_4_memory_is_the_sum_of_capacities() -> None:
     module = layer()
     own = module.s.data_ptr()
-    registry = declare(module, Alias("a", "padded", PadLast2(8, 8)), Alias("s", "same"))
+    registry = declare(module, Alias("a", "padded", PAD8), Alias("s", "same"))
 
     allocated = sum(s.storage.buffer.untyped_storage().nbytes() for s in registry.sources.values() if s.storage)
 

@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from aliasparam import Alias, Derivation, PadLast2, SwapHalves, TensorSpec, Transform, declare, memory_report, process
+from aliasparam import Alias, Derivation, TensorSpec, declare, memory_report, process
 from aliasparam.errors import DerivationError, StaleKernelError
 from aliasparam.testing import machine_for
+
+from .small import SWAP, SWAP_PAD8
 
 
 def first_row(k: Tensor) -> Tensor:
@@ -29,7 +31,7 @@ def layer(aliasing: bool = True, *, at_once: bool = True, loaded: bool = True) -
         Derivation("twice", ("top",), double, (8,), torch.float32),
         Derivation("top", ("prepared",), first_row, (8,), torch.float32),
     )
-    alias = Alias("weight", "prepared", SwapHalves().then(PadLast2(8, 8)))
+    alias = Alias("weight", "prepared", SWAP_PAD8)
     declare(module, alias, *(derivations if at_once else ()), loaded=loaded, aliasing=aliasing)
     if not at_once:
         declare(module, *derivations, loaded=loaded, aliasing=aliasing)
@@ -88,7 +90,7 @@ def test_a_function_that_writes_its_argument_leaves_the_source_alone() -> None:
     assert module.alpha.tolist() == [4.0]
 
 
-class Lossy(Transform):
+class Lossy():
     """Rounds, and writes its argument while it does."""
 
     lossless = False
@@ -151,7 +153,7 @@ def test_processing_one_of_two_tied_modules_lets_the_other_run() -> None:
     first.weight = nn.Parameter(torch.arange(24, dtype=torch.uint8).view(4, 6), requires_grad=False)
     second.weight = first.weight
     for module in (first, second):
-        declare(module, Alias("weight", "prepared", SwapHalves()))
+        declare(module, Alias("weight", "prepared", SWAP))
 
     process(first)
 

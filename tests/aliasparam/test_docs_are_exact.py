@@ -7,11 +7,11 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from aliasparam._states import _MOVES
 
 import aliasparam
 import aliasparam.testing
 from aliasparam import State
-from aliasparam._states import _MOVES
 from aliasparam.testing import LAWS
 
 DOCS = Path(__file__).parents[2] / "docs"

@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from aliasparam import Alias, Derivation, PadLast2, SwapHalves, declare, process, restore
+from aliasparam import Alias, Derivation, declare, process
 
-TRANSFORM = SwapHalves().then(PadLast2(16, 8))
+from .small import SWAP_PAD16, kernel
+
+TRANSFORM = SWAP_PAD16
 
 
 def make(device: str = "cpu") -> Any:
@@ -33,7 +35,7 @@ def checkpoint(add: int) -> dict[str, Tensor]:
 
 def assert_serves(layer: Any, add: int) -> None:
     values = checkpoint(add)
-    assert torch.equal(layer.prepared, TRANSFORM.forward(values["weight"]))
+    assert torch.equal(layer.prepared, kernel(TRANSFORM, values["weight"]))
     assert torch.equal(layer.alpha, values["scale"].max().reshape(1))
     with pytest.raises(NotImplementedError):  # nn.Module's own forward: the guard let it through
         layer()

@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from aliasparam import (
     Alias,
     Derivation,
-    Identity,
+   ,
     Keep,
-    PadLast2,
-    SwapHalves,
+   ,
+   ,
     TensorSpec,
-    Transform,
-    ViewDtype,
+   ,
+   ,
     alias_or_bind_derived_param,
-    bulk_load,
+   ,
     copy_or_rebind_param,
     declare,
     expose_for_writing,
@@ -44,6 +44,8 @@ from aliasparam.errors import (
     TransformError,
 )
 
+from .small import PAD8, SWAP
+
 U, F32 = torch.uint8, torch.float32
 Do = Callable[[], Any]
 
@@ -59,7 +61,7 @@ class Layer(nn.Module):
     def __init__(self, *, loaded: bool = True) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.arange(48, dtype=U).view(6, 8), requires_grad=False)
-        declare(self, Alias("weight", "prepared", SwapHalves()), loaded=loaded)
+        declare(self, Alias("weight", "prepared", SWAP), loaded=loaded)
         if loaded:
             process(self)
 
@@ -83,19 +85,19 @@ def largest(s: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class WrongInverse(SwapHalves):
+class WrongInverse():
     def inverse(self, tensor: Tensor, spec: TensorSpec) -> Tensor:
         return tensor.clone()
 
 
 @dataclass(frozen=True)
-class Raises(SwapHalves):
+class Raises():
     def forward(self, tensor: Tensor) -> Tensor:
         raise ValueError("boom")
 
 
 @dataclass(frozen=True)
-class Lossy(Identity):
+class Lossy():
     lossless = False
 
     def forward(self, tensor: Tensor) -> Tensor:
@@ -106,7 +108,7 @@ class Lossy(Identity):
 
 
 @dataclass(frozen=True)
-class AnotherSpec(Identity):
+class AnotherSpec():
     def output_spec(self, spec: TensorSpec) -> TensorSpec:
         return TensorSpec((1, *spec.shape), spec.dtype)
 
@@ -146,7 +148,7 @@ def uninitialized() -> None:
     declare(lazy, Alias("weight", "k"))
 
 
-def unequal(transform: Transform, **options: Any) -> Alias:
+def unequal(transform:, **options: Any) -> Alias:
     return Alias("a", "x", transform, **options)
 
 
@@ -177,7 +179,7 @@ DECLARING: dict[str, tuple[type[AliasError], Do]] = {
         DeclarationError,
         declaring(Alias("a", "c"), Alias("b", "c"), a=torch.zeros(4, 2), b=torch.zeros(4, 2)),
     ),
-    "a conflict in a second declare": (DeclarationError, declaring_later(Alias("a", "c"), Alias("a", "d", SwapHalves()))),
+    "a conflict in a second declare": (DeclarationError, declaring_later(Alias("a", "c"), Alias("a", "d", SWAP))),
     "a cycle of derivations": (DeclarationError, declaring(*cycle)),
     "a cycle of aliases": (DeclarationError, declaring(Alias("a", "b"), Alias("b", "a"))),
     "sources that overlap": (DeclarationError, overlapping("a", "c")),
@@ -192,8 +194,8 @@ DECLARING: dict[str, tuple[type[AliasError], Do]] = {
     "a transform that raises": (DeclarationError, declaring(unequal(Raises()))),
     "a transform of another spec": (DeclarationError, declaring(unequal(AnotherSpec(), on_mismatch="error"))),
     "a pair that may not be copied": (DeclarationError, declaring(unequal(Lossy(), on_mismatch="error"))),
-    "an odd number of rows": (TransformError, declaring(unequal(SwapHalves()), a=torch.zeros(3, 2))),
-    "too few dims": (TransformError, declaring(unequal(PadLast2(8, 8)), a=torch.zeros(3))),
+    "an odd number of rows": (TransformError, declaring(unequal(SWAP), a=torch.zeros(3, 2))),
+    "too few dims": (TransformError, declaring(unequal(PAD8), a=torch.zeros(3))),
     "another element width": (TransformError, declaring(unequal(ViewDtype(torch.int8)))),
     "kernel bytes for a kept source": (
         DeclarationError,
@@ -209,7 +211,7 @@ DECLARING: dict[str, tuple[type[AliasError], Do]] = {
         lambda: copy_or_rebind_param(module(a=torch.zeros(4)), "a", torch.zeros(5)),
     ),
     "a format without room": (PointerError, after(lambda m: registry_of(m).retarget({"weight": PadLast2(64, 64)}))),  # type: ignore[union-attr]
-    "a format for no source": (DeclarationError, after(lambda m: registry_of(m).retarget({"w": SwapHalves()}))),  # type: ignore[union-attr]
+    "a format for no source": (DeclarationError, after(lambda m: registry_of(m).retarget({"w": SWAP}))),  # type: ignore[union-attr]
 }
 USING: dict[str, tuple[type[AliasError], Do]] = {
     "processed before it is loaded": (StateError, after(process, loaded=False)),

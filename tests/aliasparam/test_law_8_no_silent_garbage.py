@@ -12,10 +12,10 @@ import torch
 import torch._dynamo
 from torch import Tensor
 
-from aliasparam import Derivation, SwapHalves, bulk_load, declare, process, restore
+from aliasparam import Derivation, declare, process
 from aliasparam.errors import AdoptionError, StaleKernelError, StateError
 
-from .small import Layer, is_ready, storage_of, the_registry
+from .small import SWAP, Layer, is_ready, kernel, storage_of, the_registry
 
 # -- what a stale name still is ----------------------------------------------------------------------------------------
 
@@ -68,7 +68,7 @@ def test_law_1_a_copied_module_is_stale_where_the_original_was(by: str, stale: b
     process(layer)
     if stale:
         layer.weight[0] = 9
-    expected = SwapHalves().forward(layer.weight.clone())
+    expected = kernel(SWAP, layer.weight.clone())
 
     if by == "deepcopy":
         copied = copy.deepcopy(layer)
@@ -93,7 +93,7 @@ def test_a_stale_module_can_be_moved() -> None:
     layer.to("cpu").cpu().to(dtype=None)
     process(layer)
 
-    assert torch.equal(layer.prepared, SwapHalves().forward(layer.weight.clone()))
+    assert torch.equal(layer.prepared, kernel(SWAP, layer.weight.clone()))
 
 
 # -- writers of kernel names -------------------------------------------------------------------------------------------
@@ -206,7 +206,7 @@ def test_law_2_our_own_writers_do_not_count_as_others() -> None:
     with bulk_load(layer):
         layer.weight.data[1] = 4
     process(layer)
-    the_registry(layer).retarget({"weight": SwapHalves().then(SwapHalves())})
+    the_registry(layer).retarget({"weight": f"{SWAP} | {SWAP}"})
     process(layer)
     process(copy.deepcopy(layer))
     restore(layer)
@@ -244,7 +244,7 @@ def test_law_8_a_kernel_name_that_was_replaced_is_refused_until_processed() -> N
     process(layer)
 
     assert layer.prepared is ours
-    assert torch.equal(layer(), SwapHalves().forward(layer.weight.clone()))
+    assert torch.equal(layer(), kernel(SWAP, layer.weight.clone()))
 
 
 # -- raw exits ---------------------------------------------------------------------------------------------------------

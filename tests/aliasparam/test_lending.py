@@ -11,10 +11,10 @@ from torch import nn
 from aliasparam import (
     Alias,
     Derivation,
-    InterleaveHalves,
-    PadLast2,
-    SwapHalves,
-    bulk_load,
+   ,
+   ,
+   ,
+   ,
     declare,
     expose_for_writing,
     invalidate,
@@ -23,14 +23,15 @@ from aliasparam import (
 )
 from aliasparam.errors import DeclarationError, PointerError, ReloadError, StaleKernelError, StateError
 
-from .declared import bytes_of, layer_of
+from .small import INTERLEAVE, PAD16, SWAP, SWAP_PAD16, bytes_of, kernel, layer_of
+
 
 # -- exposures -----------------------------------------------------------------------------------------------------------
 
 
 def test_an_exposure_names_the_bytes_and_nothing_reads_meanwhile(device: torch.device) -> None:
     values = bytes_of(4, 8, 6).to(device)
-    layer = layer_of(values, SwapHalves().then(PadLast2(16, 8)))
+    layer = layer_of(values, SWAP_PAD16)
     process(layer)
 
     exposure = expose_for_writing(layer, "weight", slice(1, 3), writer="RDMA")
@@ -48,12 +49,12 @@ def test_an_exposure_names_the_bytes_and_nothing_reads_meanwhile(device: torch.d
     values[2] = 9
     assert torch.equal(layer.weight, values)
     process(layer)
-    assert torch.equal(layer.prepared, SwapHalves().then(PadLast2(16, 8)).forward(values))
+    assert torch.equal(layer.prepared, kernel(SWAP_PAD16, values))
 
 
 def test_what_was_never_loaded_is_loaded_by_what_was_written_and_no_more() -> None:
     values = bytes_of(4, 8, 6)
-    layer = layer_of(torch.zeros_like(values), SwapHalves(), loaded=False)
+    layer = layer_of(torch.zeros_like(values), SWAP, loaded=False)
     exposure = expose_for_writing(layer, "weight")
     exposure.memory.copy_(values)
     exposure.written(slice(0, 3))
@@ -63,11 +64,11 @@ def test_what_was_never_loaded_is_loaded_by_what_was_written_and_no_more() -> No
     with expose_for_writing(layer, "weight", slice(3, 4)) as last:
         last.memory.copy_(values[3:])
     process(layer)
-    assert torch.equal(layer.prepared, SwapHalves().forward(values))
+    assert torch.equal(layer.prepared, kernel(SWAP, values))
 
 
 def test_an_abandoned_exposure_leaves_a_refusal() -> None:
-    layer = layer_of(bytes_of(4, 8, 6), SwapHalves())
+    layer = layer_of(bytes_of(4, 8, 6), SWAP)
     process(layer)
     with pytest.raises(RuntimeError, match="link down"), expose_for_writing(layer, "weight", slice(2, 3)):
         raise RuntimeError("link down")
@@ -84,7 +85,7 @@ def test_an_abandoned_exposure_leaves_a_refusal() -> None:
 
 
 def test_law_8_a_bulk_load_that_fails_leaves_a_refusal() -> None:
-    layer = layer_of(bytes_of(4, 6), SwapHalves())
+    layer = layer_of(bytes_of(4, 6), SWAP)
     process(layer)
     with pytest.raises(RuntimeError, match="disk"), bulk_load(layer):
         layer.weight.data[0] = 1
@@ -97,7 +98,7 @@ def test_law_8_a_bulk_load_that_fails_leaves_a_refusal() -> None:
 
 
 def test_a_name_from_before_a_bulk_load_refuses_inside_it() -> None:
-    layer = layer_of(bytes_of(4, 6), SwapHalves())
+    layer = layer_of(bytes_of(4, 6), SWAP)
     before = layer.weight
     with bulk_load(layer):
         assert type(layer.weight) is nn.Parameter
@@ -110,14 +111,14 @@ def test_a_name_from_before_a_bulk_load_refuses_inside_it() -> None:
 
     assert layer.weight is replacement and layer.weight.data_ptr() == before.data_ptr()
     assert torch.equal(before, layer.weight)
-    assert torch.equal(layer.prepared, SwapHalves().forward(bytes_of(4, 6, seed=3)))
+    assert torch.equal(layer.prepared, kernel(SWAP, bytes_of(4, 6, seed=3)))
 
 
 # -- sleep ---------------------------------------------------------------------------------------------------------------
 
 
 def test_law_8_after_sleep_nothing_reads_until_it_is_loaded_whole() -> None:
-    layer = layer_of(bytes_of(4, 6), SwapHalves())
+    layer = layer_of(bytes_of(4, 6), SWAP)
     process(layer)
     address = layer.prepared.data_ptr()
     invalidate(layer)
@@ -136,7 +137,7 @@ def test_law_8_after_sleep_nothing_reads_until_it_is_loaded_whole() -> None:
 
 
 def test_law_1_eight_threads_load_and_process_at_once() -> None:
-    layer = layer_of(bytes_of(8, 64, 32), SwapHalves().then(PadLast2(128, 64)))
+    layer = layer_of(bytes_of(8, 64, 32), SWAP.then(PadLast2(128, 64)))
     process(layer)
     failures: list[BaseException] = []
 
@@ -161,7 +162,7 @@ def test_law_1_eight_threads_load_and_process_at_once() -> None:
     process(layer)
     assert bool((layer.weight == 29).all())
     assert torch.equal(
-        layer.prepared, SwapHalves().then(PadLast2(128, 64)).forward(torch.full((8, 64, 32), 29, dtype=torch.uint8))
+        layer.prepared, SWAP.then(PadLast2(128, 64)).forward(torch.full((8, 64, 32), 29, dtype=torch.uint8))
     )
 
 
@@ -192,41 +193,41 @@ def test_a_chain_of_derivations_refreshes_in_order_and_keeps_addresses() -> None
 
 def test_retarget_changes_the_kernel_format_in_place_and_back() -> None:
     values = bytes_of(3, 8, 6)
-    padded = SwapHalves().then(PadLast2(16, 8))
+    padded = SWAP_PAD16
     layer = nn.Module()
     layer.weight = nn.Parameter(values.clone(), requires_grad=False)
-    registry = declare(layer, Alias("weight", "prepared", SwapHalves(), room_for=(padded,)))
+    registry = declare(layer, Alias("weight", "prepared", SWAP, room_for=(padded,)))
     process(layer)
     address = layer.prepared.data_ptr()
 
-    for transform in (padded, SwapHalves(), InterleaveHalves(2), padded):
+    for transform in (padded, SWAP, INTERLEAVE, padded):
         registry.retarget({"weight": transform})
         with pytest.raises(StaleKernelError):
             layer()
         process(layer)
-        assert torch.equal(layer.prepared, transform.forward(values))
+        assert torch.equal(layer.prepared, kernel(transform, values))
         assert torch.equal(layer.weight, values)
         assert layer.prepared.data_ptr() == address
 
 
 def test_retarget_refuses_what_does_not_fit() -> None:
-    layer = layer_of(bytes_of(3, 8, 6), SwapHalves())
+    layer = layer_of(bytes_of(3, 8, 6), SWAP)
     registry = registry_of(layer)
     assert registry is not None
     with pytest.raises(PointerError, match="Plan room"):
-        registry.retarget({"weight": PadLast2(16, 8)})
+        registry.retarget({"weight": PAD16})
     with pytest.raises(DeclarationError, match="only a source with an aliased kernel name"):
-        registry.retarget({"prepared": SwapHalves()})
+        registry.retarget({"prepared": SWAP})
     other = nn.Module()
     other.weight = layer.weight
-    declare(other, Alias("weight", "prepared", SwapHalves()))
+    declare(other, Alias("weight", "prepared", SWAP))
     with pytest.raises(DeclarationError, match="tied"):
-        registry.retarget({"weight": InterleaveHalves(2)})
+        registry.retarget({"weight": INTERLEAVE})
     assert process(layer) == 3
 
 
 def test_a_hook_runs_after_something_was_converted_and_only_then() -> None:
-    layer = layer_of(bytes_of(8, 6), SwapHalves())
+    layer = layer_of(bytes_of(8, 6), SWAP)
     registry = registry_of(layer)
     assert registry is not None
     seen: list[object] = []

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from aliasparam import (
     Alias,
-    PadLast2,
+   ,
     Reason,
-    SwapHalves,
+   ,
     TensorSpec,
-    Transform,
+   ,
     declare,
     explain,
     memory_report,
@@ -26,13 +26,14 @@ from aliasparam import (
 from aliasparam._verdict import judge
 from aliasparam.errors import AdoptionError, DeclarationError, StaleKernelError
 
-from .declared import bytes_of, layer_of
+from .small import PAD8, SWAP, bytes_of, kernel, layer_of
+
 
 # -- verdicts ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Spec(Transform):
+class Spec():
     """Only for verdicts."""
 
     pads: bool = False  # type: ignore[misc]
@@ -63,7 +64,7 @@ u8, i8, i16 = torch.uint8, torch.int8, torch.int16
         (((4, 6), u8), ((4, 6), u8), Spec(lossless=False), Reason.LOSSY),
     ],
 )
-def test_verdicts(source: Any, derived: Any, transform: Transform, reason: Reason) -> None:
+def test_verdicts(source: Any, derived: Any, transform:, reason: Reason) -> None:
     found = judge(TensorSpec(*source), TensorSpec(*derived), transform)
 
     assert found is reason
@@ -71,7 +72,7 @@ def test_verdicts(source: Any, derived: Any, transform: Transform, reason: Reaso
 
 
 @dataclass(frozen=True)
-class Halve(Transform):
+class Halve():
     """A lossy step: the lowest bit is gone."""
 
     lossless = False
@@ -132,7 +133,7 @@ def test_names_on_several_devices_are_refused() -> None:
 
 def test_a_declared_module_is_not_sent_to_another_process_and_does_not_move() -> None:
     """torch would move its memory into a shared segment, under every captured address."""
-    layer = layer_of(bytes_of(4, 6), SwapHalves())
+    layer = layer_of(bytes_of(4, 6), SWAP)
     process(layer)
     address = layer.weight.data_ptr()
 
@@ -147,10 +148,10 @@ def test_a_transposed_source_gets_contiguous_memory_of_its_own() -> None:
     base = bytes_of(4, 6)
     layer = nn.Module()
     layer.weight = nn.Parameter(base.t(), requires_grad=False)
-    declare(layer, Alias("weight", "prepared", SwapHalves()))
+    declare(layer, Alias("weight", "prepared", SWAP))
     process(layer)
 
-    assert torch.equal(layer.prepared, SwapHalves().forward(base.t()))
+    assert torch.equal(layer.prepared, kernel(SWAP, base.t()))
     assert torch.equal(base, bytes_of(4, 6)), "the memory of others was not touched"
 
 
@@ -160,7 +161,7 @@ def test_memory_that_somebody_else_looks_at_is_not_taken_over() -> None:
     held = parameter.data
     layer = nn.Module()
     layer.weight = parameter
-    declare(layer, Alias("weight", "prepared", SwapHalves()))
+    declare(layer, Alias("weight", "prepared", SWAP))
     process(layer)
 
     assert torch.equal(held, values), "the other holder sees no kernel bytes"
@@ -173,8 +174,8 @@ def test_tied_weights_of_two_modules_share_one_storage() -> None:
     a, b = nn.Module(), nn.Module()
     a.weight = b.weight = nn.Parameter(bytes_of(4, 6), requires_grad=False)
     model = nn.ModuleDict({"a": a, "b": b})
-    declare(a, Alias("weight", "prepared", SwapHalves()))
-    declare(b, Alias("weight", "prepared", SwapHalves()))
+    declare(a, Alias("weight", "prepared", SWAP))
+    declare(b, Alias("weight", "prepared", SWAP))
     process(model)
 
     assert a.weight is b.weight
@@ -186,7 +187,7 @@ def test_tied_weights_of_two_modules_share_one_storage() -> None:
         with pytest.raises(StaleKernelError):
             module()
     process(model)
-    assert torch.equal(a.prepared, SwapHalves().forward(bytes_of(4, 6, seed=2)))
+    assert torch.equal(a.prepared, kernel(SWAP, bytes_of(4, 6, seed=2)))
     with pytest.raises(NotImplementedError):  # nn.Module's own: it would run
         a()
 
@@ -194,7 +195,7 @@ def test_tied_weights_of_two_modules_share_one_storage() -> None:
 def test_a_tie_to_two_formats_is_refused() -> None:
     a, b = nn.Module(), nn.Module()
     a.weight = b.weight = nn.Parameter(bytes_of(4, 6), requires_grad=False)
-    declare(a, Alias("weight", "prepared", SwapHalves()))
+    declare(a, Alias("weight", "prepared", SWAP))
 
     with pytest.raises(DeclarationError, match="two different kernel formats"):
-        declare(b, Alias("weight", "prepared", PadLast2(8, 8)))
+        declare(b, Alias("weight", "prepared", PAD8))

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import aliasparam._convert as convert
-from aliasparam import InterleaveHalves, PadLast2, State, SwapHalves, process
+from aliasparam import, State, process
 
 from .peak import peak_bytes
-from .small import Layer, counting, is_ready, storage_of
 
 # -- another dtype over several regions --------------------------------------------------------------------------------
 
@@ -42,7 +41,7 @@ def test_law_1_a_wider_view_writes_elements_that_cross_regions(element: int) -> 
 
     assert torch.equal(layer.weight, expected)
     process(layer)
-    assert torch.equal(layer.prepared, SwapHalves().forward(expected))
+    assert torch.equal(layer.prepared, kernel(SWAP, expected))
 
 
 # -- what covers a region ----------------------------------------------------------------------------------------------
@@ -69,7 +68,7 @@ def test_law_1_an_overlapping_view_does_not_cover_what_it_lists_twice(shape: tup
         lambda w: w.unsqueeze(0),
     ],
 )
-@pytest.mark.parametrize("transform", [SwapHalves(), SwapHalves().then(PadLast2(8, 8))])
+@pytest.mark.parametrize("transform", [SWAP, SWAP_PAD8])
 def test_a_view_of_everything_loads_an_empty_tensor(view: Callable[[Any], Any], transform: Any) -> None:
     layer = Layer((3, 4, 6), transform, loaded=False)
     written = view(layer.weight)
@@ -79,11 +78,11 @@ def test_a_view_of_everything_loads_an_empty_tensor(view: Callable[[Any], Any], 
     process(layer)
 
     assert torch.equal(view(layer.weight), values)
-    assert torch.equal(layer.prepared, transform.forward(layer.weight.clone()))
+    assert torch.equal(layer.prepared, kernel(transform, layer.weight.clone()))
 
 
 def test_writing_padding_does_not_count_as_loading() -> None:
-    layer = Layer((2, 4, 6), PadLast2(8, 8), loaded=False)
+    layer = Layer((2, 4, 6), PAD8, loaded=False)
 
     layer.weight.data.as_strided((2, 24), (64, 1), 24).fill_(1)
 
@@ -129,7 +128,7 @@ def test_law_4_asking_whether_a_name_is_contiguous_converts_nothing(device: torc
     assert not layer.weight.is_contiguous()
 
 
-@pytest.mark.parametrize("transform", [SwapHalves(), PadLast2(64, 64), InterleaveHalves(64)])
+@pytest.mark.parametrize("transform", [SWAP, PadLast2(64, 64), INTERLEAVE])
 def test_law_4_reading_a_few_elements_stays_within_the_scratch(transform: Any, device: torch.device) -> None:
     layer = Layer((1024, 64 << 10), transform, device=device)
     expected = layer.weight[5:7, 3:9].clone()
@@ -195,7 +194,7 @@ def chained(rng: random.Random, name: Any, oracle: Tensor) -> tuple[Any, Tensor,
 def test_law_1_any_chain_of_views_reads_and_writes_as_a_plain_tensor(seed: int) -> None:
     rng = random.Random(seed)
     shape = rng.choice([(6, 8), (4, 2, 3), (3, 4, 4), (2, 2, 2, 8), (5, 4, 2)])
-    transform: Any = rng.choice([SwapHalves(), InterleaveHalves(), SwapHalves().then(PadLast2(8, 4)), PadLast2(4, 16)])
+    transform: Any = rng.choice([SWAP, INTERLEAVE, SWAP_PAD8, PadLast2(4, 16)])
     layer = Layer(shape, transform)
     oracle = layer.weight.clone().contiguous()
     if rng.random() < 0.8:
@@ -215,7 +214,7 @@ def test_law_1_any_chain_of_views_reads_and_writes_as_a_plain_tensor(seed: int) 
         view.fill_(7), plain.fill_(7)
     assert torch.equal(layer.weight.contiguous(), oracle), steps
     process(layer)
-    assert torch.equal(layer.prepared.contiguous(), transform.forward(oracle)), steps
+    assert torch.equal(layer.prepared.contiguous(), kernel(transform, oracle)), steps
 
 
 def test_law_1_a_name_replaced_by_another_view_of_itself_takes_its_values() -> None:
@@ -226,4 +225,4 @@ def test_law_1_a_name_replaced_by_another_view_of_itself_takes_its_values() -> N
     process(layer)
 
     assert torch.equal(layer.weight, expected)
-    assert torch.equal(layer.prepared, SwapHalves().forward(expected))
+    assert torch.equal(layer.prepared, kernel(SWAP, expected))
