@@ -122,19 +122,6 @@ def test_a_fresh_parameter_of_the_engines_class_is_adopted(layer: Any) -> None:
     assert torch.equal(layer.prepared, kernel(SWAP, VALUES + 5))
 
 
-def test_in_a_bulk_load_it_is_the_engines_plain_class(layer: Any) -> None:
-    for add in (0, 50):
-        with bulk_load(layer):
-            assert type(layer.weight) is ShardedParameter
-            load_shards(layer.weight, VALUES + add)
-        process(layer)
-        assert isinstance(layer.weight, AliasedParameter)
-        assert torch.equal(layer.prepared, kernel(SWAP, VALUES + add))
-
-
-# -- SGLang's own classes --------------------------------------------------------------------------------------------------
-
-
 def sglang(name: str) -> Any:
     pytest.importorskip("sglang")
     return getattr(importlib.import_module("sglang.srt.layers.parameter"), name)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import io
+import os
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import aliasparam
-from aliasparam import Alias, State, declare, expose_for_writing, invalidate, process, registry_of, reload
+from aliasparam import Alias, Layout, State, declare, expose_for_writing, invalidate, process, registry_of, reload
 from aliasparam.errors import AliasError, DeclarationError, StaleKernelError, StateError
 from aliasparam.tensors import dispatch
 from aliasparam.testing import expected_kernel_names, same_bytes
@@ -26,13 +28,16 @@ LIBRARY = str(Path(aliasparam.__file__).parent) + "/"
 SHAPE = (2, 6, 8)
 
 
+PADDED, SWAPPED, ALTERNATING = Layout(SWAP_PAD16), Layout(SWAP), Layout(INTERLEAVE)
+
+
 class Model(nn.Module):
     """Two declared layers, one with padding and a derivation, loaded and ready."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.a = Layer(SHAPE, SWAP_PAD16, scale=True, room_for=(INTERLEAVE,))
-        self.b = Layer(SHAPE)
+        self.a = Layer(SHAPE, PADDED, scale=True, room_for=(ALTERNATING,))
+        self.b = Layer(SHAPE, SWAPPED)
         process(self)
 
 
@@ -73,8 +78,8 @@ ACTIONS: dict[str, Callable[[Model], Any]] = {
     "a derivation": lambda m: (m.a.scale.copy_(NEW["a.scale"]), process(m)),
     "lent in checkpoint order": lambda m: lent(m, "checkpoint"),
     "lent in kernel order": lambda m: lent(m, "kernel"),
-    "another layout": lambda m: the_registry(m.a).retarget({"weight": INTERLEAVE}),
-    "another layout, without padding": lambda m: the_registry(m.b).retarget({"weight": INTERLEAVE}),
+    "another layout": lambda m: the_registry(m.a).retarget({"weight": ALTERNATING}),
+    "another layout, without padding": lambda m: the_registry(m.b).retarget({"weight": ALTERNATING}),
     "invalidate": invalidate,
     "reload": reloaded,
 }
@@ -93,11 +98,15 @@ def need_old_new_or_refusal(model: Model, what: str) -> None:
         assert found is None or same_bytes(found, OLD[name]) or same_bytes(found, NEW[name]), f"{what}: {name} is a mixture"
     for label, layer in model.named_children():
         served = quietly(layer)
-        if served is None:
-            continue
-        checkpoints = [{n.partition(".")[2]: v for n, v in values.items() if n.startswith(label)} for values in (OLD, NEW)]
-        legal = [expected_kernel_names(the_registry(layer), values)["prepared"] for values in checkpoints]
-        assert any(same_bytes(served, value) for value in legal), f"{what}: {label} serves a mixture"
+        if served is not None:
+            line = str(the_registry(layer).sources["weight"].layout)
+            legal = [prepared(line, label, new) for new in (False, True)]
+            assert any(same_bytes(served, value) for value in legal), f"{what}: {label} serves a mixture"
+
+
+@cache
+def prepared(line: str, label: str, new: bool) -> Tensor:
+    return kernel(line, (NEW if new else OLD)[f"{label}.weight"])
 
 
 def need_recovery(model: Model, what: str) -> None:
@@ -158,15 +167,24 @@ def lines_of(do: Callable[[], Any], at: int | None = None) -> list[str]:
     return lines
 
 
-@pytest.mark.parametrize("action", ACTIONS)
+#: By default those which pass most of the library.
+INTERRUPTED = (
+    *("a view that is no box", "two tensors at once", "setattr and process", "a derivation"),
+    *("lent in kernel order", "another layout, without padding", "invalidate"),
+)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # finalizers are interrupted too
+@pytest.mark.parametrize("action", ACTIONS if os.environ.get("HYPOTHESIS_PROFILE") == "nightly" else INTERRUPTED)
 def test_law_10_an_interrupt_at_any_line(action: str) -> None:
-    """The first and the last time that each line runs."""
+    """The first and the last time that each line runs; by default sixty of them."""
     ACTIONS[action](Model())  # what is kept between calls is there
     model = Model()
     lines = lines_of(lambda: ACTIONS[action](model))
     first, last = {w: lines.index(w) for w in lines}, {w: at for at, w in enumerate(lines)}
+    chosen = sorted({*first.values(), *last.values()})
     failed: dict[str, str] = {}
-    for at in sorted({*first.values(), *last.values()}):
+    for at in chosen if os.environ.get("HYPOTHESIS_PROFILE") == "nightly" else chosen[:: 1 + len(chosen) // 60]:
         model = Model()
         lines_of(lambda m=model: ACTIONS[action](m), at)  # type: ignore[misc]
         what = f"{action}, interrupted at {lines[at]}"

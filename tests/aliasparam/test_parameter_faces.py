@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from aliasparam import Alias, AliasedParameter, State, checkpoint_state_dict, declare, process, registry_of
 from aliasparam.errors import AdoptionError, PointerError, StateError
 
-from .small import SWAP, SWAP_PAD8, kernel
+from .small import SWAP, SWAP_PAD8, is_ready, kernel
+
 
 VALUES = torch.arange(48, dtype=torch.uint8).view(6, 8)
 
@@ -75,7 +76,7 @@ def test_law_1_every_read_gives_checkpoint_values(layer: nn.Module, read: str) -
     found = READS[read](layer.weight)
 
     assert torch.equal(found.cpu(), expected.cpu())
-    assert state_of(layer) is State.KERNEL  # reading leaves the layer ready
+    assert is_ready(layer)  # reading leaves it so
 
 
 WRITES: dict[str, Any] = {
@@ -108,7 +109,7 @@ def test_law_1_every_write_lands_and_the_kernel_name_follows(layer: nn.Module, w
         WRITES[write](layer.weight)
 
     assert torch.equal(layer.weight, expected)
-    assert state_of(layer) is State.CHECKPOINT
+    assert not is_ready(layer)
     process(layer)
     assert torch.equal(layer.prepared, kernel(SWAP_PAD8, expected))
     assert layer.weight.data_ptr() == layer.prepared.data_ptr() == address

@@ -11,10 +11,6 @@ from torch import nn
 from aliasparam import (
     Alias,
     Derivation,
-   ,
-   ,
-   ,
-   ,
     declare,
     expose_for_writing,
     invalidate,
@@ -27,94 +23,6 @@ from .small import INTERLEAVE, PAD16, SWAP, SWAP_PAD16, bytes_of, kernel, layer_
 
 
 # -- exposures -----------------------------------------------------------------------------------------------------------
-
-
-def test_an_exposure_names_the_bytes_and_nothing_reads_meanwhile(device: torch.device) -> None:
-    values = bytes_of(4, 8, 6).to(device)
-    layer = layer_of(values, SWAP_PAD16)
-    process(layer)
-
-    exposure = expose_for_writing(layer, "weight", slice(1, 3), writer="RDMA")
-    assert exposure.address == exposure.memory.data_ptr()
-    for action in (lambda: layer.weight.clone(), lambda: layer.weight[0].zero_(), lambda: process(layer)):
-        with pytest.raises(StateError, match="exposed to RDMA"):
-            action()
-    with pytest.raises(StaleKernelError):
-        layer()
-    exposure.memory[1].fill_(9)  # as a remote writer would, past every operator
-    exposure.written(slice(1, 2))
-    with pytest.raises(ReloadError, match="closed already"):
-        exposure.written()
-
-    values[2] = 9
-    assert torch.equal(layer.weight, values)
-    process(layer)
-    assert torch.equal(layer.prepared, kernel(SWAP_PAD16, values))
-
-
-def test_what_was_never_loaded_is_loaded_by_what_was_written_and_no_more() -> None:
-    values = bytes_of(4, 8, 6)
-    layer = layer_of(torch.zeros_like(values), SWAP, loaded=False)
-    exposure = expose_for_writing(layer, "weight")
-    exposure.memory.copy_(values)
-    exposure.written(slice(0, 3))
-
-    with pytest.raises(StateError, match=r"partly written|empty"):
-        process(layer)
-    with expose_for_writing(layer, "weight", slice(3, 4)) as last:
-        last.memory.copy_(values[3:])
-    process(layer)
-    assert torch.equal(layer.prepared, kernel(SWAP, values))
-
-
-def test_an_abandoned_exposure_leaves_a_refusal() -> None:
-    layer = layer_of(bytes_of(4, 8, 6), SWAP)
-    process(layer)
-    with pytest.raises(RuntimeError, match="link down"), expose_for_writing(layer, "weight", slice(2, 3)):
-        raise RuntimeError("link down")
-
-    with pytest.raises(StateError, match="invalid"):
-        process(layer)
-    layer.weight[2].copy_(torch.zeros(8, 6))
-    assert process(layer) >= 1
-    with pytest.raises(ReloadError, match="only declared checkpoint names"):
-        expose_for_writing(layer, "prepared")
-
-
-# -- bulk loads ----------------------------------------------------------------------------------------------------------
-
-
-def test_law_8_a_bulk_load_that_fails_leaves_a_refusal() -> None:
-    layer = layer_of(bytes_of(4, 6), SWAP)
-    process(layer)
-    with pytest.raises(RuntimeError, match="disk"), bulk_load(layer):
-        layer.weight.data[0] = 1
-        raise RuntimeError("disk")
-
-    with pytest.raises(StaleKernelError):
-        layer()
-    with pytest.raises(StateError, match="invalid"):
-        layer.weight.clone()
-
-
-def test_a_name_from_before_a_bulk_load_refuses_inside_it() -> None:
-    layer = layer_of(bytes_of(4, 6), SWAP)
-    before = layer.weight
-    with bulk_load(layer):
-        assert type(layer.weight) is nn.Parameter
-        with pytest.raises(StateError, match="a bulk load"):
-            before.copy_(torch.zeros(4, 6))
-        with pytest.raises(StateError, match="exposed"), bulk_load(layer):
-            pass
-        layer.weight = replacement = nn.Parameter(bytes_of(4, 6, seed=3), requires_grad=False)  # loaders replace, too
-    process(layer)
-
-    assert layer.weight is replacement and layer.weight.data_ptr() == before.data_ptr()
-    assert torch.equal(before, layer.weight)
-    assert torch.equal(layer.prepared, kernel(SWAP, bytes_of(4, 6, seed=3)))
-
-
-# -- sleep ---------------------------------------------------------------------------------------------------------------
 
 
 def test_law_8_after_sleep_nothing_reads_until_it_is_loaded_whole() -> None:
