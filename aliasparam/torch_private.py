@@ -6,8 +6,10 @@ reads kernel names of ready modules is traced; those are plain tensors.
 
 from __future__ import annotations
 
+import importlib
 import types
 from contextlib import AbstractContextManager
+from functools import cache
 from typing import Any
 
 import torch
@@ -35,6 +37,14 @@ def never_traced(cls: type) -> None:
             eval_frame.set_code_exec_strategy(function.__code__, strategy)
 
 
+@cache
+def import_what_dispatch_imports() -> None:
+    """The first operator that torch hands to a tensor subclass imports DTensor, and sympy with it. A process that forks meanwhile
+    (a loader's thread works, a DataLoader starts) would leave the child with a lock on the import that nobody gives back."""
+    if torch.distributed.is_available():
+        importlib.import_module("torch.distributed.tensor")
+
+
 def shares_memory(first: Tensor, second: Tensor) -> bool:
     """Whether two plain tensors are views of one allocation."""
     return bool(torch._C._is_alias_of(first, second))  # type: ignore[attr-defined]
@@ -45,8 +55,8 @@ def is_alone(memory: torch.UntypedStorage) -> bool:
 
     Memory of numpy, of a mapped file, of a buffer or another process is not resizable, or is shared.
     """
-    uses = torch._C._storage_Use_Count(memory._cdata)  # type: ignore[attr-defined]
-    return uses <= 2 and memory.resizable() and not (memory.device.type == "cpu" and memory.is_shared())  # the tensor, and ``memory``
+    uses = torch._C._storage_Use_Count(memory._cdata)  # the tensor, and ``memory``
+    return uses <= 2 and memory.resizable() and not (memory.device.type == "cpu" and memory.is_shared())
 
 
 def is_traced_by_jit() -> bool:
@@ -56,4 +66,4 @@ def is_traced_by_jit() -> bool:
 
 def below_autograd() -> AbstractContextManager[None]:
     """Operators called inside go on below the autograd keys: for a kernel that wraps one there."""
-    return torch._C._AutoDispatchBelowAutograd()  # type: ignore[no-any-return]
+    return torch._C._AutoDispatchBelowAutograd()

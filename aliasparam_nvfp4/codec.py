@@ -83,7 +83,8 @@ def quantize(weight: Tensor, global_scale: Tensor | None = None) -> tuple[Tensor
     """(packed u8, block scale e4m3, global scale f32) of a weight ``[..., K]``, K a multiple of 16.
 
     The order of operations is ModelOpt's (``NVFP4QTensor.quantize``), so the bytes are its bytes: block scale
-    ``amax / (6 * global)``, at least 2^-9, 1.0 for a block of zeros; code of ``value / (scale * global)``.
+    ``amax / (6 * global)``, at least 2^-9, 1.0 for a block of zeros; code of ``value / (scale * global)``. A quotient of -0.0
+    has code 0, as in ModelOpt, which takes the sign from ``value < 0``; a negative one that rounds to zero has code 8.
     """
     if weight.shape[-1] % BLOCK_SIZE:
         raise ShapeError("NVFP4 needs whole blocks", expected=f"K a multiple of {BLOCK_SIZE}", found=list(weight.shape))
@@ -93,7 +94,7 @@ def quantize(weight: Tensor, global_scale: Tensor | None = None) -> tuple[Tensor
     amax = blocks.abs().amax(-1)
     scale = amax / (E2M1_MAX * global_scale)
     scale = torch.where(scale == 0, 1.0, scale).clamp(min=E4M3_TINY, max=E4M3_MAX).to(torch.float8_e4m3fn)
-    codes = round_to_codes(blocks / (scale.float() * global_scale).unsqueeze(-1))
+    codes = round_to_codes(blocks / (scale.float() * global_scale).unsqueeze(-1) + 0.0)  # -0.0 + 0.0 is 0.0
     return pack_codes(codes.flatten(-2)), scale, global_scale
 
 

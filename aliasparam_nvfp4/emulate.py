@@ -1,6 +1,6 @@
 """Emulators: what a kernel computes, reading its bytes one by one by the kernel's index formula.
 
-Independent of the transforms which wrote the bytes: here an element (row, k) asks where its nibble and its block scale lie.
+Independent of the layouts which wrote the bytes: here an element (row, k) asks where its nibble and its block scale lie.
 Slow, exact (float64), for any device; used by the tests and by ``aliasparam-nvfp4 verify``.
 """
 

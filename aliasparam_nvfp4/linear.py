@@ -8,13 +8,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from aliasparam import Alias, AliasRegistry, Declaration, Derivation, Transform, declare, registry_of
-from aliasparam._verdict import plan_storage
+from aliasparam import Alias, AliasRegistry, Declaration, Derivation, Layout, Reencoding, declare, registry_of
 from aliasparam.errors import PointerError, StateError
+from aliasparam.module.verdict import plan_storage
 
 from .availability import need_running as _need_running
 from .backends import KernelNames, LinearBackend, LinearLayout, LinearShape, chosen, linear_backend
 from .checkpoint_format import MODELOPT, CheckpointFormat
+from .checks import FiniteBlockScales
 from .errors import BackendError, ShapeError
 from .format import BLOCK_SIZE
 from .loaders import load_partition
@@ -122,6 +123,7 @@ class NvFp4LinearMethod:
         state["nvfp4_shape"], state["nvfp4_backend"], state["params_dtype"] = shape, backend, params_dtype
         registry = declare(layer, *self._declarations(layer, shape, params_dtype, backend.layout), loaded=False)
         registry.about = f"{backend.name}: {reason}"
+        registry.checks.append(FiniteBlockScales((names.block_scale,)))
         registry.on_processed.append(_weights_changed)
 
     def _declarations(self, layer: nn.Module, shape: LinearShape, dtype: torch.dtype, layout: LinearLayout) -> list[Declaration]:
@@ -136,7 +138,7 @@ class NvFp4LinearMethod:
                 layout.weight_scale,
                 room_for=tuple(r.weight_scale for r in room),
             ),
-            Derivation("weight_alpha", (names.weight_global, names.block_scale), scales.weight_alpha, *one),
+            Derivation("weight_alpha", (names.weight_global,), scales.weight_alpha, *one),
         ]
         if self.input_scale:
             declared += [
@@ -198,7 +200,7 @@ class NvFp4LinearMethod:
 def retarget(module: nn.Module, backend: str) -> int:
     """Move every NVFP4 linear layer under ``module`` to the kernel format of another backend, in place; returns how many.
 
-    Back by the old inverse, forward by the new transform: no reload, no second copy, the same addresses. Between backends of
+    By blocks that both orders keep together: no reload, no second copy, the same addresses. Between backends of
     one format (cutlass, cudnn, cute-dsl, b12x, triton) nothing moves.
 
     Raises:
@@ -222,7 +224,7 @@ def retarget(module: nn.Module, backend: str) -> int:
     return len(moves)
 
 
-def _new_formats(path: str, registry: AliasRegistry, target: LinearBackend) -> dict[str, Transform]:
+def _new_formats(path: str, registry: AliasRegistry, target: LinearBackend) -> dict[str, Layout]:
     """Checkpoint name to the kernel format that it must be brought to; raises where that cannot be."""
     state, layout, where = registry.module.__dict__, target.layout, path or registry.label
     if "input_scale_inv" not in registry.derived and target.needs_input_scale:
@@ -231,27 +233,27 @@ def _new_formats(path: str, registry: AliasRegistry, target: LinearBackend) -> d
     if state["nvfp4_backend"].layout is layout:
         return {}
     formats = {"weight_prepared": layout.weight, "weight_scale_interleaved": layout.weight_scale}
-    wanted = {s.name: formats[s.derived] for s in registry.sources.values() if s.derived in formats}
-    copies = sorted(formats.keys() - {s.derived for s in registry.sources.values()})
-    copies += [name for name, transform in formats.items() if not transform.lossless]
+    orders = {name: order for name, order in formats.items() if not isinstance(order, Reencoding)}
+    wanted = {s.name: orders[s.derived] for s in registry.sources.values() if s.derived in orders}
+    copies = sorted(formats.keys() - {s.derived for s in registry.sources.values() if s.derived in orders})
     if copies:
         raise BackendError(
             "one of the two formats re-encodes values and has memory of its own, so the layer cannot change in place",
             module=where,
             name=target.name,
-            expected="formats that are bijections of the checkpoint's bytes",
+            expected="formats that are orders of the checkpoint's bytes",
             found=f"{', '.join(copies)} from {state['nvfp4_backend'].layout.name} to {layout.name}",
             remedy="Create the layer with the backend it shall have.",
         )
-    for name, transform in wanted.items():
-        plan, old = plan_storage(registry.sources[name].plan.source, transform), registry.sources[name].plan
-        if plan.region_capacity > old.region_capacity:
+    for name, order in wanted.items():
+        plan, old = plan_storage(registry.sources[name].plan.source, order), registry.sources[name].plan
+        if plan.capacity > old.capacity:
             raise PointerError(
                 "this backend's format needs more padding than the layer has room for",
                 module=where,
                 name=name,
-                expected=f"at most {old.region_capacity} bytes",
-                found=f"{plan.region_capacity} bytes ({plan.derived}) for {target.name}",
+                expected=f"at most {old.nbytes} bytes",
+                found=f"{plan.nbytes} bytes ({plan.kernel}) for {target.name}",
                 remedy=f'Plan room when the layer is made: retarget_to=("{target.name}",) of NvFp4LinearMethod, use_backend or '
                 "load_model.",
             )

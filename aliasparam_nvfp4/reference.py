@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
-
-from aliasparam import TensorSpec
 
 from .codec import quantize_activation, scaled_codes
 from .format import BLOCK_SIZE
-from .layouts import Swizzle128x4
-
-_SWIZZLE = Swizzle128x4()
+from .layouts.mma_view import unswizzled
 
 
 def linear_from_kernel_format(
@@ -42,5 +37,5 @@ def linear_from_kernel_format(
 
 def kernel_weight(weight_prepared: Tensor, weight_scale_interleaved: Tensor, *, n: int, k: int) -> Tensor:
     """f32 ``[n, k]`` of ``code * block scale`` from kernel-format bytes, without the global scale."""
-    scale = _SWIZZLE.inverse(weight_scale_interleaved, TensorSpec((n, k // BLOCK_SIZE), torch.float8_e4m3fn))
+    scale = unswizzled(weight_scale_interleaved, n, k // BLOCK_SIZE)
     return scaled_codes(weight_prepared[:n, : k // 2], scale)

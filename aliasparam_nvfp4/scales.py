@@ -46,14 +46,12 @@ class GlobalScales:
 
     reciprocal: bool = False
 
-    def weight_alpha(self, weight_global: Tensor, block_scale: Tensor) -> Tensor:
+    def weight_alpha(self, weight_global: Tensor) -> Tensor:
         """The weights' global scale, f32 ``[1]``: the largest of the partitions, as a multiplier.
 
         Raises:
-            ScaleError: a scale is not finite or not positive, or a block scale is NaN (ModelOpt writes those for a tensor of
-                zeros).
+            ScaleError: a scale is not finite or not positive.
         """
-        need_block_scales(block_scale)
         _need_scales("a weight global scale", weight_global)
         return _usable("weight_alpha", self._largest(weight_global))
 

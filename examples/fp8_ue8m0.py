@@ -4,7 +4,7 @@ Layout: DeepGEMM ``get_mn_major_tma_aligned_packed_ue8m0_tensor``; int32 word (k
 along K. Kept here as bytes ``[ceil(K/4), align(MN, 4), 4]``; ``kernel_view`` is what the GEMM gets.
 
 Two checkpoints: UE8M0 bytes (MXFP8) share their memory with the kernel; f32 block scales (DeepSeek) are broadcast to rows and
-lose all but their exponent, so they are declared lossy and kept.
+lose all but their exponent, which is no order of their bytes: they are re-encoded, and kept.
 """
 
 from __future__ import annotations
@@ -14,49 +14,28 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from aliasparam import Alias, AliasRegistry, TensorSpec, Transform, declare
-from aliasparam.errors import TransformError
+from aliasparam import Alias, AliasRegistry, Layout, Reencoding, TensorSpec, declare
+from aliasparam.errors import LayoutError
+
+from .lines import PACKED_UE8M0
 
 
 @dataclass(frozen=True)
-class PackExponents(Transform):
-    """UE8M0 bytes ``[MN, K]`` to ``[ceil(K/4), align(MN, 4), 4]``, padded with zeros."""
-
-    pads = True
-
-    def output_spec(self, spec: TensorSpec) -> TensorSpec:
-        *lead, mn, k = spec.shape
-        return TensorSpec((*lead, -(-k // 4), -(-mn // 4) * 4, 4), spec.dtype)
-
-    def forward(self, tensor: Tensor) -> Tensor:
-        k, mn, four = self.output_spec(TensorSpec.of(tensor)).shape[-3:]
-        padded = tensor.new_zeros((*tensor.shape[:-2], mn, k * four))
-        padded[..., : tensor.shape[-2], : tensor.shape[-1]] = tensor
-        return padded.unflatten(-1, (k, four)).transpose(-3, -2).contiguous()
-
-    def inverse(self, tensor: Tensor, spec: TensorSpec) -> Tensor:
-        return tensor.transpose(-3, -2).flatten(-2)[..., : spec.shape[-2], : spec.shape[-1]].contiguous()
-
-
-@dataclass(frozen=True)
-class PackBlockScales(Transform):
+class PackBlockScales:
     """f32 powers of two, one per 128x128 block, to packed exponents of ``rows`` rows."""
 
     rows: int
-    lossless = False
 
-    def output_spec(self, spec: TensorSpec) -> TensorSpec:
-        return PackExponents().output_spec(TensorSpec((*spec.shape[:-2], self.rows, spec.shape[-1]), torch.uint8))
+    def output(self, spec: TensorSpec) -> TensorSpec:
+        return TensorSpec(PACKED_UE8M0.kernel_shape((*spec.shape[:-2], self.rows, spec.shape[-1])), torch.uint8)
 
-    def forward(self, tensor: Tensor) -> Tensor:
-        bits = tensor.view(torch.int32)
+    def __call__(self, scales: Tensor) -> Tensor:
+        bits = scales.view(torch.int32)
         if bool(((bits & 0x807FFFFF) != 0).any()):
-            raise TransformError("a block scale is no power of two", remedy="Re-quantize the weight to UE8M0 scales at export.")
-        block = torch.arange(self.rows, device=tensor.device) // 128
-        return PackExponents().forward((bits >> 23).to(torch.uint8).index_select(-2, block))
-
-    def inverse(self, tensor: Tensor, spec: TensorSpec) -> Tensor:
-        raise TransformError("lossy: the source is kept instead")
+            raise LayoutError("a block scale is no power of two", remedy="Re-quantize the weight to UE8M0 scales at export.")
+        block = torch.arange(self.rows, device=scales.device) // 128
+        by_rows = (bits >> 23).to(torch.uint8).index_select(-2, block)
+        return PACKED_UE8M0.bind(by_rows.shape, torch.uint8).encode(by_rows)
 
 
 def kernel_view(packed: Tensor, rows: int) -> Tensor:
@@ -66,8 +45,10 @@ def kernel_view(packed: Tensor, rows: int) -> Tensor:
 
 def declare_fp8(layer: nn.Module) -> AliasRegistry:
     """``weight`` e4m3 ``[N, K]`` and ``weight_scale_inv``: u8 ``[N, K/32]``, or f32 ``[ceil(N/128), ceil(K/128)]``."""
-    by_bytes = layer.weight_scale_inv.dtype is torch.uint8
-    pack: Transform = PackExponents() if by_bytes else PackBlockScales(layer.weight.shape[0])
+    pack: Layout | Reencoding = PACKED_UE8M0
+    if layer.weight_scale_inv.dtype is torch.float32:
+        by_blocks = PackBlockScales(layer.weight.shape[0])
+        pack = Reencoding(by_blocks, by_blocks.output)
     return declare(layer, Alias("weight", "weight_prepared"), Alias("weight_scale_inv", "scale_packed", pack), loaded=False)
 
 

@@ -6,36 +6,22 @@ gpt-oss stores gate and up rows interleaved (gate first); the kernel wants pairs
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from aliasparam import Alias, AliasRegistry, PermuteRows, declare
-from aliasparam_nvfp4.layouts import ShuffleRows, Swizzle128x4
+from aliasparam import Alias, AliasRegistry, declare
 
-
-@dataclass(frozen=True)
-class SwapPairs(PermuteRows):
-    """Rows 2i and 2i+1 exchanged."""
-
-    @property
-    def block_rows(self) -> int | None:
-        return 2
-
-    def source_rows(self, rows: int) -> Tensor:
-        return torch.arange(rows) ^ 1
+from .lines import MXFP4_W2, MXFP4_W2_SCALE, MXFP4_W13, MXFP4_W13_SCALE
 
 
 def declare_mxfp4(layer: nn.Module) -> AliasRegistry:
     """``w13_weight`` u8 ``[E, 2I, H/2]``, ``w2_weight`` u8 ``[E, H, I/2]`` and their UE8M0 scales, one per 32 values."""
-    shuffle, swizzle = ShuffleRows(128), Swizzle128x4()
     return declare(
         layer,
-        Alias("w13_weight", "w13_prepared", SwapPairs().then(shuffle)),
-        Alias("w13_weight_scale", "w13_scale_prepared", SwapPairs().then(shuffle).then(swizzle)),
-        Alias("w2_weight", "w2_prepared", shuffle),
-        Alias("w2_weight_scale", "w2_scale_prepared", shuffle.then(swizzle)),
+        Alias("w13_weight", "w13_prepared", MXFP4_W13),
+        Alias("w13_weight_scale", "w13_scale_prepared", MXFP4_W13_SCALE),
+        Alias("w2_weight", "w2_prepared", MXFP4_W2),
+        Alias("w2_weight_scale", "w2_scale_prepared", MXFP4_W2_SCALE),
         loaded=False,
     )
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..tensors.collectives import count_collective_writes
+from ..torch_private import import_what_dispatch_imports
 from .adopt import adopt
 from .declarations import Declaration
 from .guard import guard
@@ -40,6 +41,7 @@ def declare(module: nn.Module, *declarations: Declaration, loaded: bool = True, 
     if registry is not None:
         registry.add(declarations, loaded=loaded, aliasing=aliasing)
         return registry
+    import_what_dispatch_imports()
     count_collective_writes()
     registry = AliasRegistry(module)
     registry.add(declarations, loaded=loaded, aliasing=aliasing)

@@ -36,11 +36,7 @@ class Exposure:
         self.address: int = memory.data_ptr()
         self._open = True
         if order == "kernel":
-            storage = self._storage
-            with storage.lock:
-                storage.need_unexposed("expose")
-                storage.tell()
-                storage.exposed = writer
+            self._storage.expose(self)
 
     def written(self, rows: slice | None = None) -> None:
         """The writer is done: ``rows`` of the memory (default: all) are new, the others as before.
@@ -67,7 +63,7 @@ class Exposure:
                 self._mark(None, State.INVALID)
 
     def _end_raw(self) -> None:
-        if self._storage.exposed != self.writer:
+        if not self._storage.is_exposed_to(self):
             raise ReloadError(
                 "the exposure was ended from elsewhere: what it wrote does not count",
                 label=self._storage.label,
@@ -75,7 +71,7 @@ class Exposure:
                 found="invalidate(), or a failed reload, meanwhile",
                 remedy="Expose the name again.",
             )
-        self._storage.exposed = None
+        self._storage.unexpose()
 
     def _mark(self, rows: slice | None, state: State) -> None:
         place = place_of(self._storage, self._target._alias_geometry)
@@ -90,7 +86,7 @@ class Exposure:
         storage.changing()
         before = storage.states.begin(box)
         if state is State.LOADED:
-            storage.states.arrived(box, [(region, State.EMPTY) for region, _ in before])
+            storage.states.arrived(box, (before[0], dict.fromkeys(before[0], State.EMPTY)))
         else:
             storage.states.why = "whoever wrote the raw bytes failed"
 
@@ -157,7 +153,8 @@ def expose_for_writing(
 def _kernel_memory(parameter: _Aliased, rows: slice | None) -> Tensor:
     storage = parameter._alias_storage
     bound = storage.bound
-    whole = storage.elements[: bound.regions * bound.region_capacity] if storage.kernel_name is None else storage.kernel_name.memory
+    name_of = storage.kernel_name
+    whole = storage.elements[: bound.regions * bound.region_capacity] if name_of is None else name_of.memory
     if parameter._alias_geometry.shape != storage.geometry.shape or (rows is not None and not bound.lead):
         raise ReloadError(
             "kernel order does not keep these rows together",

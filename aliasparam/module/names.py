@@ -36,6 +36,7 @@ class ModuleNames:
         self.module = module
         self.label = type(module).__name__
         self.sources: dict[str, Source] = {}
+        self.sources_by_kernel: dict[str, str] = {}
         self.derived: dict[str, Derived] = {}
         #: Names that undeclared code derived and that could not share memory.
         self.separate: dict[str, Separate] = {}
@@ -93,6 +94,14 @@ class ModuleNames:
         found += [(d.declaration.name, d.kernel) for d in self.derived.values()]
         return [(name, kernel) for name, kernel in found if kernel is not None]
 
+    def kernel(self, name: str) -> KernelName | None:
+        """The kernel name that is called so, if there is one and it has memory."""
+        derived = self.derived.get(name)
+        if derived is not None:
+            return derived.kernel
+        storage = self.sources[self.sources_by_kernel[name]].storage if name in self.sources_by_kernel else None
+        return None if storage is None else storage.kernel_name
+
     def kernel_names(self) -> set[str]:
         return {s.derived for s in self.sources.values() if s.derived} | set(self.derived)
 
@@ -104,7 +113,7 @@ class ModuleNames:
 
     def source_of(self, name: str) -> Source:
         """The source of a checkpoint name, or of the kernel name that lives in its storage."""
-        return self.sources.get(name) or next(s for s in self.sources.values() if s.derived == name)
+        return self.sources[self.sources_by_kernel.get(name, name)]
 
     def relabel(self, path: str) -> None:
         """Call everything by the module's place in its model."""
@@ -143,7 +152,7 @@ class ModuleNames:
             self._commit(self._versions())
 
     def commit_source(self, name: str) -> None:
-        """The module's own code put kernel bytes under this source's kernel name: it is current, and the module runs if all are."""
+        """The module's own code put kernel bytes under this source's kernel name; the module runs if that was the last."""
         storage = self.sources[name].storage
         self._committed[name] = -1 if storage is None else storage.version
         self.settle()
@@ -170,7 +179,8 @@ class ModuleNames:
         for binding in source.bindings if source is not None else self._shards():
             if binding.name == name and is_same_name(value, binding.parameter):
                 return True
-        return any(k.shows(value) for n, k in self.kernels() if n == name)
+        kernel = self.kernel(name)
+        return kernel is not None and kernel.shows(value)
 
     def _shards(self) -> list[Binding]:
         return [b for s in self.sources.values() if len(s.bindings) > 1 for b in s.bindings]

@@ -46,6 +46,8 @@ class AliasRegistry(ModuleNames):
             check_tie(self.label, source, self.module._parameters[source.name])
         for source in sources:
             self.sources[source.name] = source
+            if source.derived:
+                self.sources_by_kernel[source.derived] = source.name
             allocate(self, source, loaded=loaded)
         self.derived.update({d.declaration.name: d for d in derived})
         self.bind_kernel_names()

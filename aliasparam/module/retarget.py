@@ -31,7 +31,7 @@ def retarget(names: ModuleNames, layouts: Mapping[str, AnyLayout | str | None]) 
                     source.storage.changing()
                 source.layout, source.plan = plans[source.name]
                 if source.storage is not None:
-                    move(source.storage, source.plan.bound)  # finished by adopt() where it is interrupted
+                    move(source.storage, source.plan.layout)  # finished by adopt() where it is interrupted
         names.bind_kernel_names()
 
 
@@ -68,4 +68,4 @@ def _plan(names: ModuleNames, name: str, layout: AnyLayout | str | None) -> tupl
             found=f"{plan.bound.regions} regions, {plan.nbytes} bytes ({plan.kernel})",
             remedy="Plan room for it at creation: Alias(room_for=(layout,)).",
         )
-    return found, StoragePlan(plan.source, plan.kernel, plan.bound, old.capacity, plan.reason)
+    return found, StoragePlan(plan.source, plan.kernel, plan.layout, plan.bound, old.capacity, plan.reason)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DeclarationError
+from ..layout.bind import bound_to
 from ..storage.reorder import reorder
 from ..storage.states import State
 from ..storage.storage import AliasedStorage
@@ -19,7 +20,6 @@ from ..torch_private import is_alone
 from .declarations import Declaration, Derivation
 from .names import ModuleNames
 from .planning import Source
-from .verdict import bound_to
 
 
 def allocate(names: ModuleNames, source: Source, *, loaded: bool) -> None:
@@ -58,7 +58,7 @@ def take(names: ModuleNames, source: Source, tensor: Tensor, *, loaded: bool) ->
         if values is not None:
             storage.write(tuple((0, n) for n in storage.bound.shape), values.to(storage.bound.dtype))
         elif loaded:
-            reorder(storage.elements, bound_to(None, source.plan.source), storage.bound)
+            reorder(storage.elements, bound_to(None, storage.bound.shape, storage.bound.dtype), storage.bound)
             storage.states.put_all(State.LOADED)
 
 
@@ -77,7 +77,7 @@ def _storage(label: str, source: Source, device: torch.device, memory: Tensor | 
     if memory is None:
         with torch.inference_mode(False):
             memory = torch.zeros(plan.nbytes, dtype=torch.uint8, device=device)
-    return AliasedStorage(label, plan.bound, memory, state, plan.kernel.dtype if source.derived else None)
+    return AliasedStorage(label, plan.source, plan.layout, memory, state, plan.kernel.dtype if source.derived else None)
 
 
 def check_sources(registry: ModuleNames, declarations: Sequence[Declaration]) -> None:

@@ -13,7 +13,8 @@ from enum import Enum
 
 import torch
 
-from ..layout import BoundLayout, Layout
+from ..layout import BoundLayout
+from ..layout.bind import Bindable, bound_to
 from ..spec import TensorSpec
 from .declarations import AnyLayout, Reencoding
 
@@ -74,13 +75,15 @@ class StoragePlan:
     Attributes:
         source: the checkpoint tensor.
         kernel: the kernel name.
-        bound: order of the memory: the layout of the pair, or checkpoint order where the kernel name is a copy.
+        layout: order of the memory: that of the pair, or None (checkpoint order) where the kernel name is a copy.
+        bound: the same for this tensor.
         capacity: elements of the source's dtype that are allocated, room for other layouts included.
         reason: why they share memory, or why not.
     """
 
     source: TensorSpec
     kernel: TensorSpec
+    layout: Bindable | None
     bound: BoundLayout
     capacity: int
     reason: Reason
@@ -92,10 +95,10 @@ class StoragePlan:
 
 def judge(source: TensorSpec, kernel: TensorSpec, *, lossless: bool = True) -> Reason:
     """The compatibility verdict for one pair, from what both formats look like."""
-    if source.dtype.itemsize != kernel.dtype.itemsize:
-        return Reason.ELEMENT_WIDTH
     if not lossless:
         return Reason.LOSSY
+    if source.dtype.itemsize != kernel.dtype.itemsize:
+        return Reason.ELEMENT_WIDTH
     if kernel.nbytes < source.nbytes:
         return Reason.BROADCAST if _broadcasts(kernel.shape, source.shape) else Reason.SMALLER
     if kernel.nbytes > source.nbytes:
@@ -123,23 +126,16 @@ def plan_storage(
     Raises:
         LayoutError: the digits of a layout do not fit the shape.
     """
-    plain = bound_to(None, source)
+    plain = bound_to(None, source.shape, source.dtype)
     if isinstance(layout, Reencoding):
         kernel = layout.output(source)
         reason = judge(source, kernel, lossless=False)
-        return StoragePlan(source, kernel, plain, source.numel, reason if aliasing else Reason.SWITCHED_OFF)
-    bound = bound_to(layout, source)
+        return StoragePlan(source, kernel, None, plain, source.numel, reason if aliasing else Reason.SWITCHED_OFF)
+    bound = bound_to(layout, source.shape, source.dtype)
     kernel = TensorSpec(bound.kernel_shape, kernel_dtype or source.dtype)
     reason = judge(source, kernel) if aliasing or bound.is_identity else Reason.SWITCHED_OFF
     if not reason.aliases:
-        return StoragePlan(source, kernel, plain, source.numel, reason)
-    rooms = [bound_to(other, source) for other in room_for if not isinstance(other, Reencoding)]
+        return StoragePlan(source, kernel, None, plain, source.numel, reason)
+    rooms = [bound_to(other, source.shape, source.dtype) for other in room_for if not isinstance(other, Reencoding)]
     capacity = max(b.regions * b.region_capacity for b in (bound, *rooms))
-    return StoragePlan(source, kernel, bound, capacity, reason)
-
-
-def bound_to(layout: AnyLayout | None, source: TensorSpec) -> BoundLayout:
-    """``layout`` for one checkpoint tensor; None is checkpoint order, the whole tensor as one region."""
-    if layout is None:
-        layout = Layout.identity(len(source.shape))
-    return layout.bind(source.shape, source.dtype)
+    return StoragePlan(source, kernel, layout, bound, capacity, reason)

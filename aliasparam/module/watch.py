@@ -27,8 +27,10 @@ class Watcher(Protocol):
 
     label: str
 
+    @property
+    def is_open(self) -> bool: ...
     def shows(self, name: str, value: Any) -> bool: ...
-    def kernels(self) -> list[tuple[str, KernelName]]: ...
+    def kernel(self, name: str) -> KernelName | None: ...
     def open(self) -> None: ...
     def settle(self) -> None: ...
 
@@ -48,7 +50,7 @@ class _Watched(dict[str, Any]):
         ours = registry.shows(name, value)
         if not ours:
             self._check(registry, name, value)
-            registry.open()
+            self._tell(name)
         super().__setitem__(name, value)
         if ours:
             registry.settle()
@@ -60,7 +62,7 @@ class _Watched(dict[str, Any]):
         for name, value in dict(*args, **kwargs).items():
             self[name] = value
 
-    def __ior__(self, other: Any) -> Any:
+    def __ior__(self, other: Any) -> Any:  # type: ignore[misc]
         self.update(other)
         return self
 
@@ -87,7 +89,8 @@ class _Watched(dict[str, Any]):
         super().clear()
 
     def _tell(self, name: str) -> None:
-        if (registry := self.watchers.get(name)) is not None:
+        registry = self.watchers.get(name)
+        if registry is not None and not registry.is_open:
             registry.open()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -112,13 +115,13 @@ class WatchedBuffers(_Watched):
     __slots__ = ()
 
     def _saved(self, name: str, value: Any) -> Any:
-        kernel = dict(self.watchers[name].kernels()).get(name) if name in self.watchers else None
+        kernel = self.watchers[name].kernel(name) if name in self.watchers else None
         if kernel is None or not kernel.shows(value):
             return value
         return _SavedKernel(kernel, ready=value is kernel.tensor)
 
     def _check(self, registry: Watcher, name: str, value: Any) -> None:
-        kernel = dict(registry.kernels()).get(name)
+        kernel = registry.kernel(name)
         if kernel is None or not isinstance(value, Tensor):
             return
         found, expected = (value.dtype, value.shape), (kernel.memory.dtype, kernel.memory.shape)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from enum import Enum
+from typing import TypeAlias
 
 from .coverage import Box, Coverage
 
@@ -29,6 +30,10 @@ class State(Enum):
     FOREIGN = "kernel bytes whose order was not declared"
 
     __hash__ = object.__hash__  # compared on every write: the hash of an Enum's name is slow
+
+
+#: The regions of one write, and those of them that were not LOADED before.
+Begun: TypeAlias = tuple[range | list[int], dict[int, State]]
 
 
 class RegionStates:
@@ -46,11 +51,13 @@ class RegionStates:
         count = math.prod(self._outer)
         if math.prod(self._core) == 0:
             state = State.LOADED
-        self.each = [state] * count
-        #: How often the bytes of each region were put in question: whoever keeps these knows which regions were written since.
+        #: Regions which are not LOADED, with what they are: one entry changes by one assignment, so an interrupt leaves no doubt.
+        self.missing: dict[int, State] = {} if state is State.LOADED else dict.fromkeys(range(count), state)
+        self._count = count
+        self._whole = tuple((0, n) for n in self._core)
+        #: When the bytes of each region were last put in question: whoever keeps these knows which regions were written since.
         self.writes = [0] * count
-        #: Regions which are not LOADED, or might not be: one that an interrupt left here is loaded when it is written again.
-        self.missing: set[int] = set() if state is State.LOADED else set(range(count))
+        self.clock = 0
         self._arrived: dict[int, Coverage] = {}
         #: What made regions INVALID, where that is not plain.
         self.why: str | None = None
@@ -60,8 +67,16 @@ class RegionStates:
         """The state of all regions, or None where they differ. No regions are LOADED."""
         if not self.missing:
             return State.LOADED
-        first = self.each[0]
-        return first if all(s is first for s in self.each) else None
+        found = set(self.missing.values())
+        return found.pop() if len(self.missing) == self._count and len(found) == 1 else None
+
+    @property
+    def each(self) -> list[State]:
+        """The state of every region, in order."""
+        return [self.of(region) for region in range(self._count)]
+
+    def of(self, region: int) -> State:
+        return self.missing.get(region, State.LOADED)
 
     def regions(self, box: Box) -> range | list[int]:
         """The numbers of the regions which a box of the whole tensor touches."""
@@ -77,30 +92,42 @@ class RegionStates:
             found = [r * size + i for r in found for i in range(start, stop)]
         return found
 
-    def begin(self, box: Box) -> list[tuple[int, State]]:
+    def begin(self, box: Box) -> Begun:
         """Bytes under ``box`` are about to change. Returns what :meth:`arrived` or :meth:`undo` need."""
-        before = [(r, self.each[r]) for r in self.regions(box)]
-        for region, _ in before:
-            self.writes[region] += 1
-            self._put(region, State.INVALID)
-        return before
+        regions, missing = self.regions(box), self.missing
+        before = {r: missing[r] for r in regions if r in missing} if missing else {}
+        self.clock += 1
+        if len(regions) == 1:
+            missing[regions[0]] = State.INVALID
+            self.writes[regions[0]] = self.clock
+        else:
+            missing.update(dict.fromkeys(regions, State.INVALID))
+            for region in regions:
+                self.writes[region] = self.clock
+        return regions, before
 
-    def arrived(self, box: Box, before: list[tuple[int, State]]) -> None:
+    def arrived(self, box: Box, begun: Begun) -> None:
         """Every element under ``box`` was written."""
-        core = box[self._lead :]
-        for region, state in before:
-            if state is State.LOADED or self._add(region, state, core):
-                self._put(region, State.LOADED)
+        regions, before = begun
+        if before:
+            core = box[self._lead :]
+            partial = {r for r, state in before.items() if not self._add(r, state, core)}
+            self.missing.update(dict.fromkeys(partial, State.PARTIAL))
+            regions = [r for r in regions if r not in partial]
+        for region in regions:
+            del self.missing[region]
+            if before:
                 self._arrived.pop(region, None)
-            else:
-                self._put(region, State.PARTIAL)
 
-    def undo(self, before: list[tuple[int, State]]) -> None:
+    def undo(self, begun: Begun) -> None:
         """No byte was changed after all."""
-        for region, state in before:
-            self._put(region, state)
+        regions, before = begun
+        for region in regions:
+            self._put(region, before.get(region, State.LOADED))
 
     def _add(self, region: int, state: State, core: Box) -> bool:
+        if core == self._whole:
+            return True
         coverage = self._arrived.get(region)
         if coverage is None or state is not State.PARTIAL:
             coverage = self._arrived[region] = Coverage(self._core)
@@ -110,7 +137,7 @@ class RegionStates:
     def readable(self, box: Box) -> int | None:
         """None where every element under ``box`` has arrived; else the first region which lacks some."""
         for region in self.regions(box):
-            state = self.each[region]
+            state = self.of(region)
             if state is State.LOADED or (state is State.PARTIAL and self._arrived[region].covers(box[self._lead :])):
                 continue
             return region
@@ -118,22 +145,21 @@ class RegionStates:
 
     def missing_boxes(self, region: int) -> list[Box]:
         """What has not arrived of one region, in its own coordinates."""
-        coverage = self._arrived.get(region) if self.each[region] is State.PARTIAL else None
+        coverage = self._arrived.get(region) if self.of(region) is State.PARTIAL else None
         return [tuple((0, n) for n in self._core)] if coverage is None else coverage.missing()
 
     def put_all(self, state: State, why: str | None = None) -> None:
         """One state for every region that has elements."""
         if math.prod(self._core):
-            for region in range(len(self.each)):
+            for region in range(self._count):
                 self._put(region, state)
-        self.writes = [count + 1 for count in self.writes]
+        self.clock += 1
+        self.writes = [self.clock] * self._count
         self._arrived.clear()
         self.why = why
 
     def _put(self, region: int, to: State) -> None:
         if to is State.LOADED:
-            self.each[region] = to
-            self.missing.discard(region)
+            self.missing.pop(region, None)
         else:
-            self.missing.add(region)
-            self.each[region] = to
+            self.missing[region] = to

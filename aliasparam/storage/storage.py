@@ -8,7 +8,6 @@ is no other order to convert from, to restore or to get stuck in. Padding is zer
 from __future__ import annotations
 
 import copy
-import math
 import weakref
 from contextlib import AbstractContextManager
 from functools import cached_property
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import MemoryFreedError, StateError
-from ..layout import BoundLayout
+from ..layout.bind import Bindable, bound_to
 from ..spec import TensorSpec
 from .coverage import Box
 from .kernel_name import KernelName
@@ -29,9 +28,15 @@ from .states import RegionStates, State
 class Listener(Protocol):
     """Who must know before the bytes of a storage change: a registry that shows its kernel name or derives from it."""
 
-    is_open: bool
-
+    @property
+    def is_open(self) -> bool: ...
     def open(self) -> None: ...
+
+
+class RawWriter(Protocol):
+    """Who outside writes the raw bytes: an exposure in kernel order."""
+
+    writer: str
 
 
 class AliasedStorage:
@@ -39,52 +44,55 @@ class AliasedStorage:
 
     Args:
         label: ``module.name`` for messages.
-        bound: the layout, for the checkpoint tensor's shape and dtype.
+        spec: the checkpoint tensor.
+        layout: the order of its elements in memory; None for checkpoint order.
         buffer: flat uint8, zero wherever the layout pads. The storage owns it from now on.
         state: of every region at the start.
         kernel_dtype: dtype of the kernel name, of the same width; None where there is no kernel name.
     """
 
     def __init__(
-        self, label: str, bound: BoundLayout, buffer: Tensor, state: State, kernel_dtype: torch.dtype | None = None
+        self,
+        label: str,
+        spec: TensorSpec,
+        layout: Bindable | None,
+        buffer: Tensor,
+        state: State,
+        kernel_dtype: torch.dtype | None = None,
     ) -> None:
         self.label = label
-        self.states = RegionStates(bound.shape, bound.lead, state)
+        self.spec = spec
         #: Counts changes of content; whoever derives from this storage compares it with what it saw last.
         self.version = 0
-        #: Whether other code was given the raw storage, which it might free.
-        self.handed_out = False
-        #: Who outside is writing the raw bytes now, or None.
-        self.exposed: str | None = None
+        self._writer: weakref.ref[RawWriter] | None = None
         self._listeners: list[weakref.ref[Listener]] = []
         self._lock = lock_number()
         self.kernel_dtype = kernel_dtype
         self.kernel_name: KernelName | None = None
-        self._name(buffer, bound)
+        self._name(buffer, layout)
+        self.states = RegionStates(spec.shape, self.bound.lead, state)
 
+    layout: Bindable | None
     bound: BoundLayout
     buffer: Tensor
     elements: Tensor
+    #: What the checkpoint name looks like; its bytes are the checkpoint's where the layout is the identity.
     geometry: Tensor
 
     # -- names ---------------------------------------------------------------------------------------------------------
 
-    def _name(self, buffer: Tensor, bound: BoundLayout) -> None:
+    def _name(self, buffer: Tensor, layout: Bindable | None) -> None:
         """Make the views of ``buffer``: its elements, the checkpoint name's geometry, the kernel name; then show all at once."""
+        spec, bound, kernel = self.spec, bound_to(layout, self.spec.shape, self.spec.dtype), None
         with torch.inference_mode(False):
-            elements = buffer.view(bound.dtype)
-            #: What the checkpoint name looks like; its bytes are the checkpoint's where the layout is the identity.
-            geometry = elements[: math.prod(bound.shape)].view(bound.shape)
-            kernel = None
+            elements = buffer.view(spec.dtype)
+            geometry = elements[: spec.numel].view(spec.shape)
             if self.kernel_dtype is not None:
                 label = self.label if self.kernel_name is None else self.kernel_name.label
                 held = elements[: bound.regions * bound.region_capacity]  # room for other layouts lies behind it
                 kernel = KernelName(label, held.view(self.kernel_dtype).view(bound.kernel_shape), self)
-        self.__dict__.update(buffer=buffer, bound=bound, elements=elements, geometry=geometry, kernel_name=kernel)
-
-    @property
-    def spec(self) -> TensorSpec:
-        return TensorSpec(self.bound.shape, self.bound.dtype)
+        shown = {"layout": layout, "bound": bound, "elements": elements, "geometry": geometry, "kernel_name": kernel}
+        self.__dict__.update(shown, buffer=buffer, _address=buffer.data_ptr())
 
     @property
     def lock(self) -> AbstractContextManager[Any]:
@@ -111,6 +119,31 @@ class AliasedStorage:
         """What checkpoint names show as their raw storage where kernel order is not theirs: same size, no memory."""
         return torch.empty(self.buffer.numel(), dtype=torch.uint8, device="meta").untyped_storage()
 
+    @property
+    def exposed(self) -> str | None:
+        """Who outside is writing the raw bytes now, or None. One that was dropped without an end has left rubbish."""
+        if self._writer is None:
+            return None
+        writer = self._writer()
+        if writer is None:
+            self.unexpose()
+            self.states.put_all(State.INVALID, "whoever wrote the raw bytes was dropped without an end")
+            return None
+        return writer.writer
+
+    def expose(self, writer: RawWriter) -> None:
+        """Let ``writer`` write the raw bytes: until :meth:`unexpose` nothing else reads or writes them."""
+        with LOCKS[self._lock]:
+            self.need_unexposed("expose")
+            self.before_write()
+            self._writer = weakref.ref(writer)
+
+    def is_exposed_to(self, writer: RawWriter) -> bool:
+        return self._writer is not None and self._writer() is writer
+
+    def unexpose(self) -> None:
+        self._writer = None
+
     # -- reading and writing -------------------------------------------------------------------------------------------
 
     def read(self, box: Box) -> Tensor:
@@ -126,7 +159,7 @@ class AliasedStorage:
     def need_readable(self, box: Box) -> None:
         """Raise where the elements under ``box`` are no weights. The caller holds the lock."""
         self._look_at_memory()
-        if self.exposed is not None:
+        if self._writer is not None:
             self.need_unexposed("read")
         if self.states.missing:
             region = self.states.readable(box)
@@ -153,7 +186,7 @@ class AliasedStorage:
     def need_writable(self) -> None:
         """Raise StateError or MemoryFreedError where the bytes are not the library's to write. The caller holds the lock."""
         self._look_at_memory()
-        if self.exposed is not None:
+        if self._writer is not None:
             self.need_unexposed("write")
 
     def changing(self) -> None:
@@ -173,13 +206,13 @@ class AliasedStorage:
         with LOCKS[self._lock]:
             self.changing()
             self.states.put_all(State.INVALID, why)
-            self.exposed = None
+            self.unexpose()
 
     def accept(self) -> None:
         """The bytes, in kernel order, are whole and right: an engine saved and restored them, or wrote them from outside."""
         with LOCKS[self._lock]:
             self.changing()
-            self.exposed = None
+            self.unexpose()
             if self.kernel_name is not None:
                 self.kernel_name.accept()
             self.states.put_all(State.LOADED)
@@ -201,7 +234,7 @@ class AliasedStorage:
         name = self.kernel_name
         if name is not None and name.tensor._version != name.version:
             self.notice()
-        if self.handed_out or name is not None:
+        if self.buffer.data_ptr() != self._address:  # freed, or given other memory
             self.need_memory()
 
     def notice(self) -> None:
@@ -241,7 +274,7 @@ class AliasedStorage:
         states = self.states
         if region is None:
             region = min(states.missing)
-        state, count = states.each[region], len(states.each)
+        state, count = states.of(region), max(self.bound.regions, 1)
         missing = ", ".join(_shown(box) for box in states.missing_boxes(region)[:3]) if state is State.PARTIAL else ""
         what = f"{state.value}: {states.why}" if states.why and state is State.INVALID else state.value
         return StateError(
@@ -265,16 +298,16 @@ class AliasedStorage:
         with LOCKS[self._lock], torch.inference_mode(False):
             self.notice()
             self.tell()
-            self._name(self.buffer.to(device), self.bound)
+            self._name(self.buffer.to(device), self.layout)
             self.__dict__.pop("stand_in", None)
 
-    def rebind(self, bound: BoundLayout) -> None:
+    def rebind(self, layout: Bindable | None) -> None:
         """Another layout, whose bytes the caller has put in place. Addresses stay. The caller holds the lock."""
-        self._name(self.buffer, bound)
+        self._name(self.buffer, layout)
 
     def _copied(self, buffer: Tensor) -> dict[str, Any]:
         """The state of a copy over ``buffer``, taken under the lock."""
-        kept = ("label", "bound", "version", "kernel_dtype")
+        kept = ("label", "spec", "layout", "version", "kernel_dtype")
         label = self.kernel_name.label if self.kernel_name is not None else None
         return {k: self.__dict__[k] for k in kept} | {"buffer": buffer, "states": copy.deepcopy(self.states), "kernel": label}
 
@@ -284,7 +317,7 @@ class AliasedStorage:
             self.need_unexposed("copy")
             new = AliasedStorage.__new__(AliasedStorage)
             memo[id(self)] = new
-            new.__setstate__(self._copied(self.buffer.clone()))
+            new.__setstate__(self._copied(self.buffer.clone()) | {"layout": copy.deepcopy(self.layout, memo)})
         if self.kernel_name is not None and new.kernel_name is not None:
             self.kernel_name.copied_as(new.kernel_name, memo)
         return new
@@ -299,9 +332,9 @@ class AliasedStorage:
         state = dict(state)
         buffer, label = state.pop("buffer"), state.pop("kernel")
         self.__dict__.update(state)
-        self.handed_out, self.exposed, self._listeners, self._lock = False, None, [], lock_number()
+        self._writer, self._listeners, self._lock = None, [], lock_number()
         self.kernel_name = None
-        self._name(buffer, state["bound"])
+        self._name(buffer, state["layout"])
         if self.kernel_name is not None:
             self.kernel_name.label = label
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..layout.bound import tiles
+from ..layout.blocks import tiles
 from .coverage import Box
 from .locks import all_locked
 from .storage import AliasedStorage

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..module.verdict import without_aliasing as without_aliasing
+from . import _needs as _needs
 from ._check import check_method as check_method
 from ._engine import kernel_names as kernel_names
 from ._formula import kernel_tensor as kernel_tensor

@@ -10,24 +10,24 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from aliasparam import TensorSpec, Transform
-from aliasparam.errors import TransformError
+from aliasparam import Layout, Reencoding
 
 from ..errors import ShapeError
-from ..format import BLOCK_SIZE
 
 
 @dataclass(frozen=True)
 class LinearLayout:
     """Kernel formats of the two big tensors of a linear layer.
 
-    ``weight``: u8 ``[N, K/2]`` to the format of ``weight_prepared``.
-    ``weight_scale``: e4m3 ``[N, K/16]`` to the format of ``weight_scale_interleaved``.
+    ``weight``: of u8 ``[N, K/2]``, the order of ``weight_prepared``.
+    ``weight_scale``: of e4m3 ``[N, K/16]``, the format of ``weight_scale_interleaved``.
     """
 
     name: str
-    weight: Transform
-    weight_scale: Transform
+    weight: Layout
+    weight_scale: Layout | Reencoding
+    #: N is a multiple of this: the kernel knows no padded rows.
+    whole_rows: int = 1
     #: Whether block scales keep their sign.
     signed_scales: bool = True
 
@@ -90,17 +90,14 @@ class LinearBackend(ABC):
 
     def check_shape(self, shape: LinearShape) -> None:
         """Raise ShapeError for dims the kernel cannot take. Default: those its layout does not have."""
-        try:
-            self.layout.weight.output_spec(TensorSpec((shape.n, shape.k // 2), torch.uint8))
-            self.layout.weight_scale.output_spec(TensorSpec((shape.n, shape.k // BLOCK_SIZE), torch.float8_e4m3fn))
-        except TransformError as error:
+        if shape.n % self.layout.whole_rows:
             raise ShapeError(
-                f"this backend does not take these dims: {error.message}",
+                "this backend does not take these dims",
                 name=self.name,
-                expected=error.expected,
+                expected=f"N % {self.layout.whole_rows} == 0",
                 found=f"N={shape.n}, K={shape.k}",
                 remedy='Use another backend, or "auto".',
-            ) from error
+            )
 
     def check_dtype(self, dtype: torch.dtype) -> None:
         """Raise ShapeError for activations the kernel cannot take."""

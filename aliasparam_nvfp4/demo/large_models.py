@@ -1,6 +1,6 @@
 """What one copy saves on the models people serve, from their dimensions.
 
-The block-scale pairs of one layer are declared on the meta device, with the transforms a real layer declares; nothing is
+The block-scale pairs of one layer are declared on the meta device, with the layouts a real layer declares; nothing is
 allocated. Weights are converted in place by every engine, so the second copy they keep is that of the block scales.
 """
 
@@ -14,7 +14,7 @@ from torch import nn
 from aliasparam import Alias, MemoryReport, declare, memory_report
 
 from ..format import BLOCK_SIZE
-from ..layouts import Swizzle128x4
+from ..layouts import swizzle
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def scale_report(model: MoEModel) -> MemoryReport:
         layer.register_parameter(f"{name}_weight_scale", nn.Parameter(scale, requires_grad=False))
     declare(
         layer,
-        Alias("w13_weight_scale", "w13_blockscale_swizzled", Swizzle128x4()),
-        Alias("w2_weight_scale", "w2_blockscale_swizzled", Swizzle128x4()),
+        Alias("w13_weight_scale", "w13_blockscale_swizzled", swizzle()),
+        Alias("w2_weight_scale", "w2_blockscale_swizzled", swizzle()),
     )
     return memory_report(layer)

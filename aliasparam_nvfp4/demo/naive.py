@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from ..backends import LinearShape
 from ..checkpoint import CheckpointFolder
 from ..integrations.transformers.modules import FusedLinear
-from ..layouts import Swizzle128x4
+from ..layouts import swizzle
 from ..scales import GlobalScales
 
-_SWIZZLE = Swizzle128x4()
 _NAMES = ("weight", "weight_scale", "weight_scale_2", "input_scale")
 
 
@@ -57,7 +56,7 @@ class NaiveLinear(nn.Module):
         self.weight_alpha = self.weight_scale_2.max().reshape(1)
         self.input_scale_inv = scales.input_scale_inv(self.input_scale)
         self.weight_prepared = self.weight
-        swizzled = _SWIZZLE.forward(self.weight_scale)
+        swizzled = swizzle().bind(self.weight_scale.shape, self.weight_scale.dtype).encode(self.weight_scale)
         if self.way == "twice" and swizzled.shape == self.weight_scale.shape:
             self.weight_scale.copy_(swizzled)
             swizzled = self.weight_scale

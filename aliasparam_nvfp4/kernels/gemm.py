@@ -40,7 +40,7 @@ def partial_sums(
         planned: which rows meet which expert: row ``slot // share`` of x gives row ``slot`` of the result, unscaled.
         slots: rows of the result, with ``planned``.
         share: see there.
-        shuffled: whether rows are in TRT-LLM's order (``ShuffleRows(128)``).
+        shuffled: whether rows are in TRT-LLM's order (``layouts.lines.shuffled``).
     """
     rows = slots if planned else x.shape[0]
     tile = planned.tile if planned else rows

@@ -15,7 +15,7 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor, alpha: Tensor, *, n: int, s
 
     Args:
         x: bf16 or fp16 ``[M, K]``, contiguous; K a multiple of 16.
-        weight: u8 ``[>= n, >= K/2]`` packed codes, in row order or shuffled (``ShuffleRows(128)``).
+        weight: u8 ``[>= n, >= K/2]`` packed codes, in row order or shuffled (``layouts.lines.shuffled``).
         scale: e4m3 ``[ceil(n/128)*128, P]``, 128x4-swizzled, rows in the order of ``weight``.
         alpha: f32 ``[1]``.
         n: logical output features.

@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aliasparam import Alias, Derivation, Transform
+from aliasparam import Alias, Derivation, Layout
 
 from ..checkpoint_format import CheckpointFormat
 from ..errors import BackendError
 from .layouts import MoELayout
 
 
-def formats(checkpoint: CheckpointFormat, layout: MoELayout) -> dict[str, tuple[str, Transform]]:
-    """Checkpoint name to (kernel name, its format) of the four large tensors."""
+def formats(checkpoint: CheckpointFormat, layout: MoELayout) -> dict[str, tuple[str, Layout]]:
+    """Checkpoint name to (kernel name, its order) of the four large tensors."""
     return {
         f"w13_{checkpoint.weight}": ("w13_weight_prepared", layout.w13),
         f"w2_{checkpoint.weight}": ("w2_weight_prepared", layout.w2),
@@ -30,8 +30,8 @@ def aliases(checkpoint: CheckpointFormat, layout: MoELayout, others: Iterable[Mo
     """The four pairs of ``layout``, with room for those of ``others``."""
     rooms = [formats(checkpoint, other) for other in others]
     return [
-        Alias(source, kernel, transform, room_for=tuple(room[source][1] for room in rooms))
-        for source, (kernel, transform) in formats(checkpoint, layout).items()
+        Alias(source, kernel, order, room_for=tuple(room[source][1] for room in rooms))
+        for source, (kernel, order) in formats(checkpoint, layout).items()
     ]
 
 

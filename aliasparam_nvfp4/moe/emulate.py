@@ -1,4 +1,4 @@
-"""Emulators of MoE kernels: bytes read one by one by each kernel's index formula, independent of the transforms, and the
+"""Emulators of MoE kernels: bytes read one by one by each kernel's index formula, independent of the layouts, and the
 scalars used where its documentation says. Slow, float64, for any device; for the tests and ``aliasparam-nvfp4 verify --moe``.
 """
 

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from torch import nn
 
-from aliasparam import Derivation, Transform, registry_of
+from aliasparam import Derivation, Layout, registry_of
 
 from ..checkpoint_format import CheckpointFormat
 from ..errors import BackendError
 from .declarations import formats, unread
+from .scales import Missing
 from .runners import MoERunner, MoEShape, moe_runner
 
 
 def retarget_experts(module: nn.Module, runner: str) -> int:
     """Move every NVFP4 MoE layer under ``module`` to another runner, in place; returns how many were moved.
 
-    Expert by expert back by the old inverse, forward by the new transform: no reload, no second copy, the same addresses. Scalars
+    By blocks that both orders keep together: no reload, no second copy, the same addresses. Scalars
     whose formula is another on the new runner are computed anew in the memory they have. Linear layers stay as they are, see
     :func:`aliasparam_nvfp4.retarget`.
 
@@ -49,13 +50,14 @@ class _Experts:
         checkpoint, input_scale = layer.__dict__["nvfp4_moe_checkpoint"]
         self.checkpoint: CheckpointFormat = checkpoint
         self.input_scale: bool = input_scale
+        self.missing: Missing = layer.__dict__["nvfp4_moe_missing"]
 
     def scalars(self, runner: MoERunner) -> list[Derivation]:
-        return runner.scales(self.shape, self.checkpoint, input_scale=self.input_scale).derivations()
+        return runner.scales(self.shape, self.checkpoint, input_scale=self.input_scale, missing=self.missing).derivations()
 
-    def formats(self, runner: MoERunner) -> dict[str, Transform]:
+    def formats(self, runner: MoERunner) -> dict[str, Layout]:
         layout = runner.layout.of(self.shape.expert_activation)
-        return {source: transform for source, (_, transform) in formats(self.checkpoint, layout).items()}
+        return {source: order for source, (_, order) in formats(self.checkpoint, layout).items()}
 
     def need_movable_to(self, target: MoERunner) -> None:
         """Raise what would go wrong. Nothing is changed."""
@@ -87,7 +89,7 @@ class _Experts:
     def move_to(self, target: MoERunner) -> None:
         loaded = not self.registry.stale_names()
         old, new = self.formats(self.runner), self.formats(target)
-        self.registry.retarget({source: transform for source, transform in new.items() if transform != old[source]})
+        self.registry.retarget({source: order for source, order in new.items() if order != old[source]})
         scalars = self.scalars(target)
         read = {d.name for d in scalars}
         self.registry.rederive([*scalars, *(unread(d) for d in self.scalars(self.runner) if d.name not in read)])

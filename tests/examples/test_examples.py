@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from aliasparam import TensorSpec, memory_report, process
-from aliasparam.errors import TransformError
+from aliasparam.errors import LayoutError
 from aliasparam.testing import check_method, machine_for, random_values
 from examples import bf16_w13, fp8_ue8m0, marlin_int4, mxfp4_gpt_oss
 
@@ -66,12 +66,12 @@ def test_a_scale_that_is_no_power_of_two_is_refused() -> None:
     layer.weight.copy_(torch.zeros(200, 256))
     layer.weight_scale_inv.fill_(0.3)
 
-    with pytest.raises(TransformError, match="no power of two"):
+    with pytest.raises(LayoutError, match="no power of two"):
         process(layer)
 
 
 def test_dims_that_marlin_cannot_tile_are_refused_at_declaration() -> None:
-    with pytest.raises(TransformError, match="N % 64"):
+    with pytest.raises(LayoutError, match="N % 64"):
         marlin_int4.make_layer(64, 96)
 
 

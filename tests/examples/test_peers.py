@@ -86,6 +86,12 @@ def test_marlin_bytes_are_quantos(shape: tuple[int, int, int]) -> None:
     assert torch.equal(by_rows.scales_marlin, permute(raw["scales"]))
 
 
+def unpacked(words: torch.Tensor, along: int) -> torch.Tensor:
+    """int32 words to nibbles u8, eight for each word along dim ``along``."""
+    nibbles = (words.unsqueeze(-1) >> torch.arange(0, 32, 4)) & 15
+    return (nibbles.transpose(-1, -2).flatten(-3, -2) if along == -2 else nibbles.flatten(-2)).to(torch.uint8)
+
+
 # -- peers: SGLang -------------------------------------------------------------------------------------------------------
 
 
@@ -98,13 +104,13 @@ def test_marlin_bytes_are_sglangs(shape: tuple[int, int, int]) -> None:
     gptq, raw = loaded(lambda: marlin_int4.make_layer(k, n, group, awq=False))
 
     awq_order = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])
-    plain = marlin_int4.unpack(checkpoint["qweight"], -1).view(k, -1, 8)[..., awq_order.argsort()].reshape(k, n)
+    plain = unpacked(checkpoint["qweight"], -1).view(k, -1, 8)[..., awq_order.argsort()].reshape(k, n)
     assert torch.equal(peer.awq_pack(plain.int(), 4, k, n), checkpoint["qweight"])
     assert torch.equal(awq.qweight_marlin, peer.marlin_weights(plain.int(), k, n, 4, peer.get_weight_perm(4)))
     assert torch.equal(awq.scales_marlin, utils.marlin_permute_scales(checkpoint["scales"], k, n, group))
     assert torch.equal(awq.qzeros_marlin, utils.awq_to_marlin_zero_points(checkpoint["qzeros"], k // group, n, 4))
 
-    rows = marlin_int4.unpack(raw["qweight"], -2).int()
+    rows = unpacked(raw["qweight"], -2).int()
     assert torch.equal(gptq.qweight_marlin, peer.marlin_weights(rows, k, n, 4, peer.get_weight_perm(4)))
 
 

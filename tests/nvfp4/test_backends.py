@@ -14,9 +14,10 @@ from aliasparam_nvfp4 import NvFp4LinearMethod, emulate
 from aliasparam_nvfp4.backends import LinearBackend, linear_backends
 from aliasparam_nvfp4.codec import dequantize
 from aliasparam_nvfp4.errors import ScaleError
-from aliasparam_nvfp4.layouts import Swizzle128x4, mma_view
+from aliasparam_nvfp4.layouts import mma_view, swizzle
 
 from .backend_cases import BACKENDS, CASES, RAGGED, SHAPES, flashinfer, made, takes
+from .ordered import ordered
 from .proofs import proves
 from .test_linear import Layer, tensors
 
@@ -121,7 +122,7 @@ def prepared(function: str, *more: Any) -> Oracle:
 
     def oracle(source: dict[str, Tensor], layer: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         module, _, name = function.rpartition(".")
-        swizzled = Swizzle128x4().forward(source["weight_scale"])
+        swizzled = ordered(swizzle(), source["weight_scale"])
         prepare = getattr(flashinfer(f"flashinfer.gemm.{module}"), name)
         weight, scales, _ = prepare(source["weight"], swizzled, torch.ones(1), 16, *more)
         return weight, scales, *layer.nvfp4_backend.operands(layer, layer.nvfp4_shape)

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from aliasparam.errors import AliasError
 from aliasparam_nvfp4.checkpoint import CheckpointError, QuantConfig
-from aliasparam_nvfp4.cli import app
+from aliasparam_nvfp4.cli.app import app
 
 transformers = pytest.importorskip("transformers")
 from .test_cli import write_tokenizer  # noqa: E402

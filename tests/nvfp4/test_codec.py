@@ -65,6 +65,15 @@ def test_quantize_gives_modelopts_bytes(seed: int, dtype: torch.dtype) -> None:
     assert torch.equal(packed, theirs._quantized_data)
 
 
+def test_zeros_and_small_values_of_either_sign_have_modelopts_codes() -> None:
+    weight = torch.tensor([[0.0, -0.0, 1e-6, -1e-6, 6.0, -6.0, 1e-30, -1e-30] * 2, [-0.0] * 16])
+
+    packed, _, _ = quantize(weight)
+
+    assert unpack_codes(packed)[0, :6].tolist() == [0, 0, 0, 8, 7, 15]
+    assert torch.equal(packed, modelopt().quantize(weight.clone(), 16)[0]._quantized_data)
+
+
 @given(SEEDS)
 def test_dequantize_is_modelopts_bit_for_bit(seed: int) -> None:
     qtensor = modelopt()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from aliasparam import bulk_load, process, reload
+from aliasparam import process, reload
 from aliasparam_nvfp4 import COMPRESSED_TENSORS, NvFp4LinearMethod
 from aliasparam_nvfp4.backends import KernelNames, LinearBackend, LinearShape, linear_backends
 from aliasparam_nvfp4.errors import ScaleError, ShapeError
@@ -118,9 +118,8 @@ def test_law_9_weights_that_never_ran_do_not_bind_the_next_ones() -> None:
 
 def test_dummy_weights_of_an_engine_do_not_bind_the_real_ones() -> None:
     layer = Layer(NvFp4LinearMethod("reference"), (32, 32), 48)
-    with bulk_load(layer):
-        for parameter in layer.parameters():
-            parameter.data.copy_(torch.full(parameter.shape, 1.0))
+    for parameter in layer.parameters():
+        parameter.data.copy_(torch.full(parameter.shape, 1.0))
     process(layer)
 
     with reload(layer) as session:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from aliasparam.layout import Layout
 from aliasparam_nvfp4.layouts import lines
-from aliasparam_nvfp4.layouts.moe_lines import MOE_LINES, MoELines
+from aliasparam_nvfp4.moe.layouts import MOE_LAYOUTS, MoELayout
 
 from .backend_cases import flashinfer
 
@@ -223,7 +223,7 @@ def written(layout: Layout, value: Tensor) -> Tensor:
     return memory.view(bound.kernel_shape)
 
 
-def fields(lines: MoELines) -> list[tuple[str, Layout, tuple[int, ...]]]:
+def fields(lines: MoELayout) -> list[tuple[str, Layout, tuple[int, ...]]]:
     """Every layout of a runner, with a shape that is ragged in all ways and one that is whole."""
     found = []
     for kind, half in ((lines, 2), (lines.ungated, 1)):
@@ -252,7 +252,7 @@ LINEAR: list[tuple[str, Layout, tuple[int, ...]]] = [
     ("shuffle 64", lines.shuffle(epilogue_tile=64), (96, 5)),
     ("fragments", lines.fragments(), (128, 24)),
 ]
-CASES = [case for kind in MOE_LINES for case in fields(kind)] + LINEAR
+CASES = [case for kind in MOE_LAYOUTS for case in fields(kind)] + LINEAR
 
 
 @pytest.mark.parametrize(("name", "layout", "shape"), CASES, ids=[case[0] for case in CASES])

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from aliasparam_nvfp4.codec import quantize_activation, scaled_codes
-from aliasparam_nvfp4.layouts import Swizzle128x4, mma_view
+from aliasparam_nvfp4.layouts import mma_view, swizzle
 from aliasparam_nvfp4.moe.runners import moe_runner
 from aliasparam_nvfp4.moe.runners.flashinfer_cutedsl_masked import Groups
 from aliasparam_nvfp4.verify import signal_to_noise
@@ -58,7 +58,7 @@ def functions(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     def quantize(a: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         assert scale.shape == (a.shape[0],) and scale.dtype is torch.float32
         codes, blocks = quantize_activation(a, scale.view(-1, 1, 1))
-        swizzled = Swizzle128x4().forward(blocks)
+        swizzled = swizzle().bind(blocks.shape, blocks.dtype).encode(blocks)
         return codes.permute(1, 2, 0), mma_view(swizzled, a.shape[1], blocks.shape[2], a.shape[0])
 
     def plain(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

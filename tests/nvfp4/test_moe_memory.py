@@ -7,6 +7,7 @@ import torch
 
 from aliasparam import MemoryReport, memory_report
 from aliasparam_nvfp4.demo.large_models import MODELS, MoEModel
+from aliasparam_nvfp4.layouts import swizzle
 from aliasparam_nvfp4.moe.runners import moe_runner
 
 from .moe_experts import ACTIVATIONS, RUNNERS, Dims, Experts, serving
@@ -23,7 +24,7 @@ def fits(runner: str, model: MoEModel) -> bool:
     """Whether the runner wants this model's dims as they are, and its block scales in another order."""
     layout = moe_runner(runner).layout
     aligned = model.hidden % layout.hidden == 0 and model.intermediate_per_rank % layout.intermediate == 0
-    return aligned and "Swizzle" in repr(layout.w2_scale)
+    return aligned and layout.w2_scale.lines[-1] == swizzle().lines[0]
 
 
 @pytest.mark.parametrize("runner, model", [(n, m) for n in RUNNERS for m in MODELS if fits(n, m)], ids=str)

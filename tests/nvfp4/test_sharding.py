@@ -11,6 +11,7 @@ from torch import Tensor
 from aliasparam_nvfp4 import COMPRESSED_TENSORS, NvFp4LinearMethod, ShardedLoader
 from aliasparam_nvfp4.errors import ShapeError
 
+from .ordered import ordered
 from .test_linear import Layer, tensors
 
 
@@ -46,8 +47,8 @@ def test_column_shards_are_the_bytes_of_slicing_first(size: int, backend: str) -
     for rank, layer in enumerate(sharded(partitions, k, size, "column", backend)):
         rows = torch.cat([p.chunk(size)[rank] for p in torch.arange(sum(partitions)).split(list(partitions))])
         layout = layer.nvfp4_backend.layout
-        assert torch.equal(layer.weight_prepared, layout.weight.forward(whole["weight"][rows]))
-        scale = layout.weight_scale.forward(whole["weight_scale"].view(torch.uint8)[rows].view(torch.float8_e4m3fn))
+        assert torch.equal(layer.weight_prepared, ordered(layout.weight, whole["weight"][rows]))
+        scale = ordered(layout.weight_scale, whole["weight_scale"].view(torch.uint8)[rows].view(torch.float8_e4m3fn))
         assert torch.equal(layer.weight_scale_interleaved.view(torch.uint8), scale.view(torch.uint8))
 
 

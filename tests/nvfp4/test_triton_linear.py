@@ -13,6 +13,7 @@ from aliasparam_nvfp4.backends import linear_backends
 from aliasparam_nvfp4.codec import pack_codes
 
 from .interpreter import interpreted
+from .ordered import ordered
 
 pytest.importorskip("triton")
 SHAPES = [(1, 64, 64), (3, 200, 144), (17, 96, 256), (5, 576, 576), (1, 40, 48), (2, 300, 176)]
@@ -35,7 +36,7 @@ def check(m: int, n: int, k: int, dtype: torch.dtype, device: str, name: str) ->
     x = torch.randn(m, k, generator=torch.Generator().manual_seed(k)).to(dtype)
     alpha = torch.tensor([0.0009])
     expected = emulate.linear("checkpoint", x, weight, scale, alpha, None, n=n)
-    prepared = backend.layout.weight.forward(weight).to(device), backend.layout.weight_scale.forward(scale).to(device)
+    prepared = ordered(backend.layout.weight, weight).to(device), ordered(backend.layout.weight_scale, scale).to(device)
 
     found = linear(x.to(device), *prepared, alpha.to(device), n=n, shuffled=backend.shuffled).cpu()
 
@@ -66,7 +67,7 @@ def test_a_decoded_weight_is_exact_to_the_bit(dtype: torch.dtype) -> None:
     backend = linear_backends()["triton"]
     codes = torch.arange(16, dtype=torch.uint8).repeat(127, 1)
     scale = torch.arange(127, dtype=torch.uint8).view(127, 1).view(torch.float8_e4m3fn)
-    prepared = backend.layout.weight.forward(pack_codes(codes)), backend.layout.weight_scale.forward(scale)
+    prepared = ordered(backend.layout.weight, pack_codes(codes)), ordered(backend.layout.weight_scale, scale)
     x = torch.eye(16, dtype=dtype)
 
     found = linear(x.cuda(), *(t.cuda() for t in prepared), torch.ones(1).cuda(), n=127).cpu()
@@ -82,7 +83,7 @@ def test_it_is_deterministic_and_runs_in_a_captured_graph() -> None:
 
     backend = linear_backends()["triton"]
     weight, scale = every_code_and_scale(2048, 4096, 0)
-    prepared = backend.layout.weight.forward(weight).cuda(), backend.layout.weight_scale.forward(scale).cuda()
+    prepared = ordered(backend.layout.weight, weight).cuda(), ordered(backend.layout.weight_scale, scale).cuda()
     x, alpha = torch.randn(1, 4096, dtype=torch.bfloat16, device="cuda"), torch.ones(1, device="cuda")
     first = linear(x, *prepared, alpha, n=2048)
     torch.cuda.synchronize()

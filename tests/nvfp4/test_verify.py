@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from aliasparam_nvfp4 import verify
 from aliasparam_nvfp4.backends import linear_backends
-from aliasparam_nvfp4.cli import app
+from aliasparam_nvfp4.cli.app import app
 from aliasparam_nvfp4.errors import BackendError
 
 

@@ -47,6 +47,6 @@ def question(layer: nn.Module, x: Tensor) -> Question | None:
     registry = registry_of(layer)
     if registry is None or not registry.is_ready or type(x) is not Tensor or x.is_inference() or torch.compiler.is_compiling():
         return None
-    weights = tuple(s.storage.generation if s.storage is not None else -1 for s in registry.sources.values())
-    derived = tuple(d.generation for d in registry.derived.values())
+    weights = tuple(s.storage.version if s.storage is not None else -1 for s in registry.sources.values())
+    derived = tuple(d.version for d in registry.derived.values())
     return x.data_ptr(), x._version, weights, derived, layer.__dict__["nvfp4_backend"].name, torch.is_grad_enabled()

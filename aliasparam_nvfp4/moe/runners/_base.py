@@ -12,15 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from aliasparam._transform import round_up
-
 from ...checkpoint_format import MODELOPT, CheckpointFormat
 from ...errors import BackendError
 from ...format import BLOCK_SIZE
 from ..activation import SWIGLU, ExpertActivation
 from ..layouts import MoELayout
 from ..routing import Routing
-from ..scales import Activation, MoEScales, Numbers
+from ..scales import Activation, Missing, MoEScales, Numbers
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,11 @@ class MoEShape:
     def padded(self, layout: MoELayout) -> tuple[int, int]:
         """(H, I) of the kernel format for experts with this activation."""
         layout = layout.of(self.expert_activation)
-        return round_up(self.hidden, layout.hidden), round_up(self.intermediate, layout.intermediate)
+        return _round_up(self.hidden, layout.hidden), _round_up(self.intermediate, layout.intermediate)
+
+
+def _round_up(count: int, to: int) -> int:
+    return -(-count // to) * to
 
 
 class MoENames(Protocol):
@@ -112,7 +114,9 @@ class MoERunner(ABC):
         """Whether it quantizes activations with the checkpoint's own scales."""
         return self.activation != "as they are"
 
-    def scales(self, shape: MoEShape, checkpoint: CheckpointFormat = MODELOPT, *, input_scale: bool = True) -> MoEScales:
+    def scales(
+        self, shape: MoEShape, checkpoint: CheckpointFormat = MODELOPT, *, input_scale: bool = True, missing: Missing = "refuse"
+    ) -> MoEScales:
         """The scalars it reads. Without activation scales in the checkpoint, those of activations as they are."""
         return MoEScales(
             self.activation if input_scale else "as they are",
@@ -123,6 +127,7 @@ class MoERunner(ABC):
             checkpoint,
             shape.expert_activation,
             self.numbers_as,
+            missing,
         )
 
     def refusal(self, activation: ExpertActivation, *, input_scale: bool = True) -> str | None:

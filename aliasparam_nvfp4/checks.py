@@ -1,0 +1,90 @@
+"""What is looked at before a layer is processed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from aliasparam import AliasedStorage, AliasRegistry
+
+from .errors import ScaleError
+
+#: Bytes looked at in one step; temporaries stay within it.
+STEP_BYTES = 16 << 20
+
+
+@dataclass
+class FiniteBlockScales:
+    """Refuses NaN among the block scales that were written since it looked last. Their order does not matter for that, so kernel
+    memory is read as it lies; padding is zero.
+
+    Attributes:
+        names: checkpoint names of e4m3 ``[N, C]``, or ``[E, R, C]`` with an expert a region.
+        first_expert: global number of this rank's first expert; None where the tensors are matrices.
+    """
+
+    names: tuple[str, ...]
+    first_expert: int | None = None
+    _passed: dict[str, list[int]] = field(default_factory=dict)  # writes of each region that were looked at
+
+    def __call__(self, registry: AliasRegistry) -> None:
+        """Raises ScaleError with tensor and expert; nothing is derived then."""
+        for name in self.names:
+            storage = registry.sources[name].storage
+            if storage is None:
+                raise AssertionError(f"{name}: checked before it has memory")
+            writes = list(storage.states.writes)
+            passed = self._passed.get(name, [-1] * len(writes))
+            place = _first_nan(storage, [now != then for now, then in zip(writes, passed, strict=True)])
+            if place is not None:
+                bound = storage.bound
+                expert = place // (bound.regions * bound.region_capacity // bound.shape[0])
+                raise _refusal(registry.label, name, None if self.first_expert is None else self.first_expert + expert)
+            self._passed[name] = writes
+
+
+def _first_nan(storage: AliasedStorage, written: list[bool]) -> int | None:
+    """The byte of kernel memory where the first NaN of the regions that were written is. One transfer from the device."""
+    size = storage.bound.region_capacity
+    pieces = [piece for first, last in _runs(written) for piece in _pieces(storage.buffer, first * size, last * size)]
+    if not pieces:
+        return None
+    worst = torch.stack([(piece & 0x7F).amax() for _, piece in pieces])
+    found = (worst == 0x7F).nonzero().flatten().tolist()
+    if not found:
+        return None
+    start, piece = pieces[found[0]]
+    return start + int((piece & 0x7F).argmax())
+
+
+def _runs(flags: list[bool]) -> Iterator[tuple[int, int]]:
+    """(first, last + 1) of every run of True."""
+    first = None
+    for index, flag in enumerate([*flags, False]):
+        if flag and first is None:
+            first = index
+        elif not flag and first is not None:
+            yield first, index
+            first = None
+
+
+def _pieces(buffer: Tensor, start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
+    for first in range(start, stop, STEP_BYTES):
+        yield first, buffer[first : min(first + STEP_BYTES, stop)]
+
+
+def _refusal(module: str, name: str, expert: int | None) -> ScaleError:
+    whose = "a tensor" if expert is None else "an expert"
+    return ScaleError(
+        "block scales are NaN",
+        module=module,
+        name=name if expert is None else f"{name}, expert {expert}",
+        expected="finite e4m3 values",
+        found=f"NaN, as ModelOpt writes for {whose} of zeros",
+        remedy="Exclude this module from quantization and export again."
+        if expert is None
+        else "Store zeros instead, and 1.0 as its weight global scale: it then gives zeros.",
+    )

@@ -1,0 +1,154 @@
+"""The HTTP server: transformers' own OpenAI handlers on a model of ours, and what reloads it."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import uuid
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi.responses import JSONResponse
+from jinja2 import TemplateError
+from starlette.exceptions import HTTPException as HttpError
+from transformers.cli.serving.chat_completion import ChatCompletionHandler
+from transformers.cli.serving.completion import CompletionHandler
+from transformers.cli.serving.model_manager import ModelManager
+from transformers.cli.serving.utils import GenerationState
+
+from aliasparam import memory_report
+from aliasparam.errors import AliasError
+
+from .digest import model_digest
+from .guard import message_of
+from .reload import reload_once
+from .turns import Turns
+
+_WHEN = ("idle", "between_tokens")
+#: What handlers raise for a body that is not what OpenAI's API says.
+_BAD_BODY = (KeyError, TypeError, ValueError, AttributeError, IndexError, TemplateError)
+
+
+class _OneModel(ModelManager):  # type: ignore[misc]
+    """transformers' model manager with the one model that is loaded already."""
+
+    def __init__(self, model: Any, tokenizer: Any, name: str) -> None:
+        self._ours = model, tokenizer
+        super().__init__(force_model=name)
+
+    def load_model_and_processor(self, *_: Any, **__: Any) -> tuple[Any, Any]:
+        return self._ours
+
+    @staticmethod
+    def process_model_name(model_id: str) -> str:
+        return model_id
+
+
+def build(model: Any, tokenizer: Any, name: str, token: str, folder: Path) -> FastAPI:
+    """The application.
+
+    Args:
+        model: loaded through this package, and ``folder`` where from.
+        tokenizer: its tokenizer.
+        name: what clients call the model.
+        token: asked of every request but ``/health``, as ``Authorization: Bearer TOKEN`` (OpenAI clients: ``api_key``).
+        folder: shown by ``/v1/models``.
+    """
+    app = FastAPI(title="aliasparam-nvfp4", docs_url=None, redoc_url=None, openapi_url=None)
+    manager, state = _OneModel(model, tokenizer, name), GenerationState()
+    served = {"folder": str(folder), "reloads": 0}
+    _guard(app, token)
+    _openai(app, name, served, ChatCompletionHandler(manager, state), CompletionHandler(manager, state))
+    _ours(app, model, Turns(model, state.get_manager(name)), served)
+    return app
+
+
+def _guard(app: FastAPI, token: str) -> None:
+    expected = f"Bearer {token}".encode()
+
+    @app.middleware("http")
+    async def authorized(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+        given = request.headers.get("authorization", "").encode()
+        if request.url.path != "/health" and not secrets.compare_digest(given, expected):
+            return _error(401, "the token is missing or wrong: Authorization: Bearer TOKEN", {"WWW-Authenticate": "Bearer"})
+        try:
+            return await call_next(request)
+        except Exception as error:
+            return _error(500, message_of(error))
+
+    @app.exception_handler(HttpError)
+    async def refused(_: Request, error: HttpError) -> Response:
+        return _error(error.status_code, str(error.detail))
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+
+def _openai(app: FastAPI, name: str, served: dict[str, Any], chat: Any, completion: Any) -> None:
+    @app.post("/v1/chat/completions")
+    async def chat_completions(request: Request) -> Response:
+        return await _handled(chat, request)
+
+    @app.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        return await _handled(completion, request)
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [{"id": name, "object": "model", "created": 0, "owned_by": "local", **served}]}
+
+
+def _ours(app: FastAPI, model: Any, turns: Turns, served: dict[str, Any]) -> None:
+    @app.post("/reload")
+    async def reload(request: Request) -> Response:
+        body = await _body(request)
+        folder, when = body.get("folder"), body.get("when", "idle")
+        if not isinstance(folder, str) or not folder or when not in _WHEN or body.keys() - {"folder", "when"}:
+            raise HTTPException(400, f'expected {{"folder": PATH, "when": {" or ".join(_WHEN)}}}')
+        turn = turns.when_idle if when == "idle" else turns.between_tokens
+        step = await turn(lambda: reload_once(model, Path(folder)))
+        if step["error"]:
+            return _error(409, step["error"])
+        served.update(folder=folder, reloads=served["reloads"] + 1)
+        return JSONResponse(step)
+
+    @app.api_route("/digest", methods=["GET", "POST"])
+    async def digest() -> Response:
+        found = await turns.when_idle(lambda: model_digest(model))
+        return JSONResponse({"folder": served["folder"], **found})
+
+    @app.get("/memory")
+    async def memory() -> dict[str, Any]:
+        report = memory_report(model)
+        sizes = {name: getattr(report, name) for name in ("allocated_bytes", "two_copies_bytes", "saved_bytes")}
+        return {**sizes, "report": str(report).splitlines()}
+
+
+async def _handled(handler: Any, request: Request) -> Response:
+    body = await _body(request)
+    try:
+        answer: Response = await handler.handle_request(body, request.headers.get("x-request-id") or str(uuid.uuid4()))
+    except AliasError as error:
+        return _error(409, str(error))
+    except _BAD_BODY as error:
+        return _error(400, f"this cannot be answered: {type(error).__name__}: {error}")
+    return answer
+
+
+async def _body(request: Request) -> dict[str, Any]:
+    """The JSON object that was sent, whatever the content type says (curl's default is a form's)."""
+    try:
+        body = json.loads(await request.body() or b"{}")
+    except (ValueError, RecursionError):
+        raise HTTPException(400, "the body is not JSON") from None
+    if not isinstance(body, dict):
+        raise HTTPException(400, "the body is not a JSON object")
+    return body
+
+
+def _error(status: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
+    """As OpenAI's API says it."""
+    return JSONResponse({"error": {"message": message, "type": "error", "code": status}}, status, headers)

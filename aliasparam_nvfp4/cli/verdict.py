@@ -1,0 +1,139 @@
+"""Whether a folder will load, asked of its headers and scalars alone: no weights are read, and no GPU is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from aliasparam.errors import AliasError
+
+from ..checkpoint import CheckpointFolder, QuantConfig, TensorEntry
+from ..scales import GlobalScales, are_scales, need_block_scales
+
+#: How many reasons are listed.
+_SHOWN = 8
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """``loads`` is None where nothing speaks against it but the model itself could not be asked."""
+
+    loads: bool | None
+    reasons: tuple[str, ...]
+
+    def __str__(self) -> str:
+        answer = {True: "yes", False: "no", None: "not known"}[self.loads]
+        return "\n  ".join([f"will load: {answer}", *self.reasons])
+
+
+def will_load(
+    folder: Path, config: QuantConfig, tensors: CheckpointFolder, on_module: Callable[[], None], *, deep: bool = False
+) -> Verdict:
+    """Hold headers against the model that config.json describes, and look at every global scale.
+
+    Args:
+        folder: the checkpoint.
+        config: how it is quantized.
+        tensors: the folder, opened.
+        on_module: called for every module, for a progress bar.
+        deep: also read all block scales.
+    """
+    wrong = list(_scalars(config, tensors, on_module))
+    if deep:
+        wrong += _block_scales(config, tensors)
+    try:
+        asked = fits_the_model(folder)
+        notes = _tokenizer_note(folder) if asked else ()
+    except AliasError as error:
+        wrong.insert(0, str(error).replace("\n", "\n  "))
+    if wrong:
+        more = [f"… and {len(wrong) - _SHOWN} more"] if len(wrong) > _SHOWN else []
+        return Verdict(False, (*wrong[:_SHOWN], *more))
+    if not asked:
+        return Verdict(None, ("the model itself was not asked, because transformers is not installed",))
+    what = "headers fit the model, global scales are scales" + (", block scales too" if deep else "")
+    return Verdict(True, (what, *notes))
+
+
+def fits_the_model(folder: Path) -> bool:
+    """Build the model on the meta device and let the quantizer hold the headers against it; False without transformers.
+
+    Raises:
+        AliasError: what loading would raise.
+    """
+    from importlib.util import find_spec
+
+    if find_spec("transformers") is None or find_spec("accelerate") is None:
+        return False
+    from ..demo._quiet import quiet
+
+    with quiet():
+        import torch
+        from transformers import AutoModelForCausalLM
+        from transformers.quantizers import AutoHfQuantizer
+
+        from ..integrations.transformers.config import model_config, readable
+        from ..integrations.transformers.quantizer import compressed_tensors_here
+
+        with compressed_tensors_here(), readable(folder, "build the model"):
+            config = model_config(folder)
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config)
+            quantizer = AutoHfQuantizer.from_config(config.quantization_config)
+            # The headers are checked here, see ModelOptQuantizer; any file names the folder.
+            quantizer.preprocess_model(model=model, config=config, checkpoint_files=[str(folder / "model.safetensors")])
+    return True
+
+
+def _tokenizer_note(folder: Path) -> tuple[str, ...]:
+    from ..demo._quiet import quiet
+    from ..integrations.transformers.config import tokenizer_of
+
+    try:
+        with quiet():
+            tokenizer_of(folder)
+    except AliasError as error:
+        return (f"without a tokenizer, which generate, reload and serve need: {error.found}",)
+    return ()
+
+
+def _scalars(config: QuantConfig, folder: CheckpointFolder, on_module: Callable[[], None]) -> Iterator[str]:
+    """What is wrong with global scales, module by module."""
+    names, scales = config.tensors, GlobalScales(config.tensors.reciprocal)
+    for module, entries in _modules(folder.tensors).items():
+        on_module()
+        if names.block_scale not in entries:
+            continue
+        known = (name for name in (names.weight_global, names.input_global) if name in entries)
+        values = {name: folder.read(entries[name].name).float().reshape(-1) for name in known}
+        bad = [name for name, value in values.items() if not bool(are_scales(value).all())]
+        yield from (f"{module}.{name}: not a scale: found {values[name].tolist()}, expected finite, > 0" for name in bad)
+        if len(values) == 2 and not bad:
+            try:
+                scales.alpha(values[names.input_global], values[names.weight_global])
+                scales.input_scale_inv(values[names.input_global])
+            except AliasError as error:
+                yield f"{module}: {error.message}: found {error.found}, expected {error.expected}"
+
+
+def _block_scales(config: QuantConfig, folder: CheckpointFolder) -> Iterator[str]:
+    import torch
+
+    for entry in folder.tensors.values():
+        if entry.name.endswith(f".{config.tensors.block_scale}") and entry.dtype is torch.float8_e4m3fn:
+            try:
+                for _, piece in folder.chunks(entry.name):
+                    need_block_scales(piece, entry.name)
+            except AliasError as error:
+                yield f"{entry.name}: {error.message}: found {error.found}"
+
+
+def _modules(tensors: Mapping[str, TensorEntry]) -> dict[str, dict[str, Any]]:
+    """Entries by module, then by the last part of their name."""
+    found: dict[str, dict[str, Any]] = {}
+    for entry in tensors.values():
+        module, _, leaf = entry.name.rpartition(".")
+        found.setdefault(module, {})[leaf] = entry
+    return found

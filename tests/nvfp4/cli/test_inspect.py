@@ -1,0 +1,169 @@
+"""The verdict, memory on a rank, the picture, and JSON of `inspect`; JSON of `doctor` and `reload`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+pytest.importorskip("transformers")
+from aliasparam import memory_report
+from aliasparam.errors import AliasError
+from aliasparam_nvfp4.cli.app import app
+from aliasparam_nvfp4.cli.digest import model_digest
+from aliasparam_nvfp4.integrations.transformers import load_model
+
+from .folders import chat_folder, edit
+
+SCALE = "model.layers.1.mlp.down_proj.weight_scale_2"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return chat_folder(tmp_path_factory.mktemp("folders") / "a", 1)
+
+
+def run(*arguments: Any, code: int = 0) -> str:
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert result.exit_code == code, (result.output, result.exception)
+    return result.stdout
+
+
+def inspected(*arguments: Any, code: int = 0) -> dict[str, Any]:
+    return json.loads(run("inspect", *arguments, "--json", code=code))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("backend", ["reference", "flashinfer_cutlass", "flashinfer_trtllm"])
+def test_what_it_says_of_memory_is_what_the_loaded_model_takes(folder: Path, backend: str) -> None:
+    found = inspected(folder, "--backend", backend)
+    report = memory_report(load_model(folder, backend)[0])
+
+    assert found["memory"]["linear layers"] == {"one_copy": report.allocated_bytes, "two_copies": report.two_copies_bytes}
+
+
+def test_the_digest_of_a_folder_is_that_of_the_model_that_holds_it(folder: Path) -> None:
+    assert inspected(folder, "--deep")["digest"] == model_digest(load_model(folder, "reference")[0])["digest"]
+
+
+def test_ranks_divide_linear_layers_and_what_does_not_divide_is_named(folder: Path) -> None:
+    found = inspected(folder, "--tp", "2")
+
+    assert found["memory"] is None and "down_proj" in found["rank"]["refused"]  # 80 columns are 5 blocks
+
+
+def spoiled(folder: Path, tmp_path: Path, name: str, value: torch.Tensor | None) -> Path:
+    shutil.copytree(folder, tmp_path / "b")
+    file = tmp_path / "b" / "model.safetensors"
+    tensors = load_file(file) | ({name: value} if value is not None else {})
+    if value is None:
+        del tensors[name]
+    save_file(tensors, file, metadata={"format": "pt"})
+    return tmp_path / "b"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        (SCALE, None, SCALE),
+        (SCALE, torch.tensor(float("nan")), "not a scale"),
+        (SCALE.replace("weight_scale_2", "input_scale"), torch.tensor(1e-40), "no value in float32"),
+        ("model.norm.weight", torch.zeros(47, dtype=torch.bfloat16), "model.norm.weight"),
+        ("model.more", torch.zeros(1), "model.more"),
+    ],
+    ids=["a tensor is missing", "a scale is NaN", "a reciprocal is infinite", "another shape", "a tensor too many"],
+)
+def test_what_will_not_load_is_said_with_its_reason_and_does_not_load(
+    folder: Path, tmp_path: Path, name: str, value: torch.Tensor | None, reason: str
+) -> None:
+    bad = spoiled(folder, tmp_path, name, value)
+
+    found = inspected(bad, code=1)
+
+    assert found["will_load"] is False
+    assert any(reason in line for line in found["reasons"]), found["reasons"]
+    with pytest.raises(AliasError):
+        load_model(bad, "reference")
+
+
+def test_block_scales_are_read_where_asked(folder: Path, tmp_path: Path) -> None:
+    scales = torch.full((48, 5), 0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    bad = spoiled(folder, tmp_path, SCALE.removesuffix("_2"), scales)
+
+    assert inspected(bad)["will_load"] is True
+    assert "NaN" in inspected(bad, "--deep", code=1)["reasons"][0]
+
+
+def test_text_of_the_folder_is_no_markup(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "[red]x[/red]")
+    edit(tmp_path / "[red]x[/red]" / "config.json", quantization_config=_ignoring("[bold]a", "b\x1b[2Jc"))
+
+    shown = run("inspect", tmp_path / "[red]x[/red]", code=1)
+
+    assert "[red]x[/red]: NVFP4" in shown and r"excluded modules: [bold]a, b\x1b[2Jc" in shown
+
+
+def _ignoring(*patterns: str) -> dict[str, Any]:
+    return {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": list(patterns)}
+
+
+def test_the_picture_is_there_whole_or_not_at_all(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    run("inspect", folder, "--picture", tmp_path / "a.svg")
+    run("inspect", folder, "--picture", tmp_path / "b.svg")
+
+    text = (tmp_path / "a.svg").read_text()
+    assert "one copy" in text and "second copy" in text
+    assert text == (tmp_path / "b.svg").read_text()
+    with pytest.raises(AliasError, match="cannot be written"):
+        CliRunner().invoke(app, ["inspect", str(folder), "--picture", str(tmp_path / "no" / "c.svg")], catch_exceptions=False)
+    assert {p.name for p in tmp_path.iterdir()} == {"a.svg", "b.svg"}
+
+
+def test_doctor_gives_versions_and_what_each_backend_lacks() -> None:
+    found = json.loads(run("doctor", "--json"))
+
+    assert found["linear_backends"]["reference"] is None
+    assert found["auto"]["moe_runners"] in found["moe_runners"]
+    assert next(p for p in found["packages"] if p["name"] == "torch")["version"] == torch.__version__
+    if not torch.cuda.is_available():
+        assert "compute capability" in found["linear_backends"]["flashinfer_cutlass"]
+
+
+def test_reload_gives_each_step_as_json(folder: Path, tmp_path: Path) -> None:
+    b = chat_folder(tmp_path / "b", 2)
+    (tmp_path / "empty").mkdir()
+
+    found = json.loads(run("reload", folder, b, tmp_path / "empty", folder, "--prompt", "w1", "--tokens", 2, "--json", code=1))
+
+    first, second, refused, again = found["steps"]
+    assert "missing" in refused["error"] and refused["answer"] == second["answer"]
+    assert again["answer"] == first["answer"] and again["bytes"] > 0
+
+
+@pytest.mark.parametrize("command", ["inspect", "generate", "serve", "quantize"])
+def test_a_name_on_the_hub_says_what_to_do(command: str) -> None:
+    with pytest.raises(AliasError, match="hf download nvidia/some-model --local-dir some-model"):
+        CliRunner().invoke(app, [command, "nvidia/some-model", "x"], catch_exceptions=False)
+
+
+@pytest.mark.parametrize("command", ["demo", "generate", "serve", "inspect", "reload"])
+def test_an_unknown_runner_fails_at_once(command: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aliasparam_nvfp4.demo._quiet.need", lambda *_, **__: pytest.fail("it went on"))
+    arguments = {"demo": [], "generate": [folder, "w1"], "reload": [folder, folder]}.get(command, [folder])
+
+    with pytest.raises(AliasError, match="unknown MoE runner"):
+        CliRunner().invoke(app, [command, *map(str, arguments), "--moe-backend", "nope"], catch_exceptions=False)
+
+
+def test_a_chat_template_that_does_not_work_is_one_error(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "b")
+    edit(tmp_path / "b" / "tokenizer_config.json", chat_template="{% for %}")
+
+    with pytest.raises(AliasError, match="chat template"):
+        CliRunner().invoke(app, ["generate", str(tmp_path / "b"), "w1"], catch_exceptions=False)

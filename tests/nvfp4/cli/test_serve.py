@@ -1,0 +1,170 @@
+"""The server as its clients meet it: a real process, the real openai client, a reload in the middle of a stream."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("transformers")
+openai = pytest.importorskip("openai")
+pytest.importorskip("fastapi")
+pytest.importorskip("uvicorn")
+from aliasparam_nvfp4.checkpoint import CheckpointFolder  # noqa: E402
+from aliasparam_nvfp4.cli.digest import folder_digest  # noqa: E402
+
+from .folders import chat_folder  # noqa: E402
+
+TOKEN = "a-token"
+TOKENS = 120
+ASK: dict[str, Any] = {"model": "a", "messages": [{"role": "user", "content": "w1 w2"}], "temperature": 0}
+
+
+class Server:
+    def __init__(self, folder: Path) -> None:
+        command = [sys.executable, "-m", "aliasparam_nvfp4.cli", "serve", str(folder), "--port", "0", "--backend", "reference"]
+        environment = {**os.environ, "ALIASPARAM_TOKEN": TOKEN, "OMP_NUM_THREADS": "1"}
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment)
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        found = re.search(r"http://127\.0\.0\.1:\d+", line)
+        assert found, (line, self.process.communicate())
+        self.url = found[0]
+        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key=TOKEN, max_retries=0)
+
+    def call(self, path: str, body: Any = None, token: str = TOKEN) -> tuple[int, Any]:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, {"Authorization": f"Bearer {token}"})
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return answer.status, json.load(answer)
+        except urllib.error.HTTPError as error:
+            return error.code, json.load(error)
+
+    def answer(self, tokens: int = 8) -> str:
+        return str(self.client.chat.completions.create(**ASK, max_tokens=tokens).choices[0].message.content)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("serve")
+    return chat_folder(root / "a", 1), chat_folder(root / "b", 2)
+
+
+@pytest.fixture(scope="module")
+def server(folders: tuple[Path, Path]) -> Iterator[Server]:
+    made = Server(folders[0])
+    yield made
+    made.process.kill()
+    made.process.communicate()
+    made.client.close()
+
+
+def test_the_openai_client_speaks_to_it(server: Server) -> None:
+    assert [m.id for m in server.client.models.list()] == ["a"]
+    text = server.client.completions.create(model="a", prompt="w1 w2", max_tokens=4, temperature=0).choices[0].text
+    pieces = server.client.completions.create(model="a", prompt="w1 w2", max_tokens=4, temperature=0, stream=True)
+
+    assert len(text.split()) == 4
+    assert "".join(piece.choices[0].text or "" for piece in pieces) == text
+
+
+@pytest.mark.parametrize("when", ["between_tokens", "idle"])
+def test_it_is_reloaded_while_a_client_streams(server: Server, folders: tuple[Path, Path], when: str) -> None:
+    a, b = folders
+    assert server.call("/reload", {"folder": str(a)})[0] == 200
+    before, old = server.answer(), server.answer(TOKENS)
+    done: dict[str, Any] = {}
+
+    def reload() -> None:
+        done["answer"] = server.call("/reload", {"folder": str(b), "when": when})
+        done["at"] = time.perf_counter()
+
+    stream = server.client.chat.completions.create(**ASK, max_tokens=TOKENS, stream=True)
+    pieces, thread = [], threading.Thread(target=reload)
+    for chunk in stream:
+        pieces.append(chunk.choices[0].delta.content or "")
+        if len(pieces) == 3:
+            thread.start()
+    ended = time.perf_counter()
+    thread.join(60)
+
+    assert done["answer"][0] == 200, done
+    streamed = "".join(pieces)
+    assert len(streamed.split()) == TOKENS  # nothing was lost, whenever the weights changed
+    if when == "idle":
+        assert streamed == old and done["at"] > ended - 0.5
+    else:
+        assert done["at"] < ended and streamed != old
+    assert server.call("/digest", {})[1]["digest"] == folder_digest(CheckpointFolder(b))["digest"]
+    assert server.answer() != before
+
+
+def test_a_refused_reload_changes_nothing(server: Server, folders: tuple[Path, Path], tmp_path: Path) -> None:
+    assert server.call("/reload", {"folder": str(folders[0])})[0] == 200
+    before, digest = server.answer(), server.call("/digest")
+
+    status, answer = server.call("/reload", {"folder": str(tmp_path)})
+
+    assert status == 409 and "missing" in answer["error"]["message"]
+    assert (server.answer(), server.call("/digest")) == (before, digest)
+    assert server.call("/memory")[1]["saved_bytes"] > 0
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "token", "status"),
+    [
+        ("/v1/models", None, "", 401),
+        ("/v1/chat/completions", ASK, "wrong", 401),
+        ("/reload", {"folder": "/x"}, "wrong", 401),
+        ("/digest", {}, "", 401),
+        ("/health", None, "", 200),
+        ("/reload", {}, TOKEN, 400),
+        ("/reload", {"folder": "/x", "when": "now"}, TOKEN, 400),
+        ("/reload", {"folder": "x" * 5000}, TOKEN, 409),
+        ("/reload", [1], TOKEN, 400),
+        ("/v1/chat/completions", {}, TOKEN, 400),
+        ("/v1/chat/completions", ASK | {"messages": [1]}, TOKEN, 400),
+        ("/v1/chat/completions", ASK | {"model": "b"}, TOKEN, 400),
+        ("/v1/chat/completions", ASK | {"nonsense": 1}, TOKEN, 422),
+        ("/nothing", None, TOKEN, 404),
+    ],
+)
+def test_what_it_refuses(server: Server, path: str, body: Any, token: str, status: int) -> None:
+    found, answer = server.call(path, body, token)
+
+    assert found == status
+    assert status == 200 or answer["error"]["message"]
+
+
+def test_a_port_that_is_taken_fails_before_a_model_is_loaded(server: Server, folders: tuple[Path, Path]) -> None:
+    port = server.url.rpartition(":")[2]
+    command = [sys.executable, "-m", "aliasparam_nvfp4.cli", "serve", str(folders[0]), "--port", port]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+    assert ended.returncode == 2 and ended.stderr == f"error: 127.0.0.1:{port}: Address already in use\n"
+
+
+def test_an_interrupt_ends_it_quietly_although_a_client_streams(folders: tuple[Path, Path]) -> None:
+    server = Server(folders[0])
+    stream = server.client.chat.completions.create(**ASK, max_tokens=100_000, stream=True)
+    next(iter(stream))
+
+    server.process.send_signal(signal.SIGINT)
+    _, errors = server.process.communicate(timeout=60)
+
+    assert server.process.returncode == -signal.SIGINT
+    assert errors == ""
