@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import AdoptionError
 from ..spec import TensorSpec
+from ..storage.reorder import move
 from ..tensors.faces import _Aliased, loader_attributes, same_view
 from ..tensors.parameter import AliasedParameter, adopt_class, is_same_name, make_parameter, take_over
 from .names import ModuleNames
@@ -37,9 +38,19 @@ def adopt(registry: ModuleNames) -> None:
         _take_in(registry, source, binding, found, value)
     _drop_left_behind(registry)
     for source in registry.sources.values():
+        _finish_move(source)
         registry.bind(source)
     registry.bind_kernel_names()
     _right_kernel_names(registry)
+
+
+def _finish_move(source: Source) -> None:
+    """Another layout was planned, and getting there was interrupted."""
+    storage = source.storage
+    if storage is not None and storage.layout != source.plan.layout:
+        with storage.lock:
+            storage.before_write()
+            move(storage, source.plan.layout)
 
 
 def _right_kernel_names(registry: ModuleNames) -> None:

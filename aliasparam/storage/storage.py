@@ -62,9 +62,6 @@ class AliasedStorage:
     ) -> None:
         self.label = label
         self.spec = spec
-        self.layout = layout
-        self.bound = bound_to(layout, spec.shape, spec.dtype)
-        self.states = RegionStates(spec.shape, self.bound.lead, state)
         #: Counts changes of content; whoever derives from this storage compares it with what it saw last.
         self.version = 0
         self._writer: weakref.ref[RawWriter] | None = None
@@ -72,27 +69,30 @@ class AliasedStorage:
         self._lock = lock_number()
         self.kernel_dtype = kernel_dtype
         self.kernel_name: KernelName | None = None
-        self._name(buffer)
+        self._name(buffer, layout)
+        self.states = RegionStates(spec.shape, self.bound.lead, state)
+
+    layout: Bindable | None
+    bound: BoundLayout
+    buffer: Tensor
+    elements: Tensor
+    #: What the checkpoint name looks like; its bytes are the checkpoint's where the layout is the identity.
+    geometry: Tensor
 
     # -- names ---------------------------------------------------------------------------------------------------------
 
-    def _name(self, buffer: Tensor) -> None:
-        """Make the views of ``buffer``: its elements, the checkpoint name's geometry, the kernel name."""
-        bound = self.bound
+    def _name(self, buffer: Tensor, layout: Bindable | None) -> None:
+        """Make the views of ``buffer``: its elements, the checkpoint name's geometry, the kernel name; then show all at once."""
+        spec, bound, kernel = self.spec, bound_to(layout, self.spec.shape, self.spec.dtype), None
         with torch.inference_mode(False):
-            self.buffer, self._address = buffer, buffer.data_ptr()
-            self.elements = buffer.view(bound.dtype)
-            #: What the checkpoint name looks like; its bytes are the checkpoint's where the layout is the identity.
-            self.geometry = self.elements[: self.spec.numel].view(bound.shape)
-            self.kernel_name = self._kernel_name()
-
-    def _kernel_name(self) -> KernelName | None:
-        if self.kernel_dtype is None:
-            return None
-        label = self.label if self.kernel_name is None else self.kernel_name.label
-        bound = self.bound
-        held = self.elements[: bound.regions * bound.region_capacity]  # room for other layouts lies behind it
-        return KernelName(label, held.view(self.kernel_dtype).view(bound.kernel_shape), self)
+            elements = buffer.view(spec.dtype)
+            geometry = elements[: spec.numel].view(spec.shape)
+            if self.kernel_dtype is not None:
+                label = self.label if self.kernel_name is None else self.kernel_name.label
+                held = elements[: bound.regions * bound.region_capacity]  # room for other layouts lies behind it
+                kernel = KernelName(label, held.view(self.kernel_dtype).view(bound.kernel_shape), self)
+        shown = {"layout": layout, "bound": bound, "elements": elements, "geometry": geometry, "kernel_name": kernel}
+        self.__dict__.update(shown, buffer=buffer, _address=buffer.data_ptr())
 
     @property
     def lock(self) -> AbstractContextManager[Any]:
@@ -298,13 +298,12 @@ class AliasedStorage:
         with LOCKS[self._lock], torch.inference_mode(False):
             self.notice()
             self.tell()
-            self._name(self.buffer.to(device))
+            self._name(self.buffer.to(device), self.layout)
             self.__dict__.pop("stand_in", None)
 
     def rebind(self, layout: Bindable | None) -> None:
         """Another layout, whose bytes the caller has put in place. Addresses stay. The caller holds the lock."""
-        self.layout, self.bound = layout, bound_to(layout, self.spec.shape, self.spec.dtype)
-        self._name(self.buffer)
+        self._name(self.buffer, layout)
 
     def _copied(self, buffer: Tensor) -> dict[str, Any]:
         """The state of a copy over ``buffer``, taken under the lock."""
@@ -318,7 +317,7 @@ class AliasedStorage:
             self.need_unexposed("copy")
             new = AliasedStorage.__new__(AliasedStorage)
             memo[id(self)] = new
-            new.__setstate__(self._copied(self.buffer.clone()))
+            new.__setstate__(self._copied(self.buffer.clone()) | {"layout": copy.deepcopy(self.layout, memo)})
         if self.kernel_name is not None and new.kernel_name is not None:
             self.kernel_name.copied_as(new.kernel_name, memo)
         return new
@@ -333,10 +332,9 @@ class AliasedStorage:
         state = dict(state)
         buffer, label = state.pop("buffer"), state.pop("kernel")
         self.__dict__.update(state)
-        self.bound = bound_to(self.layout, self.spec.shape, self.spec.dtype)
         self._writer, self._listeners, self._lock = None, [], lock_number()
         self.kernel_name = None
-        self._name(buffer)
+        self._name(buffer, state["layout"])
         if self.kernel_name is not None:
             self.kernel_name.label = label
 
