@@ -9,8 +9,8 @@ from aliasparam import Derivation, Layout, registry_of
 from ..checkpoint_format import CheckpointFormat
 from ..errors import BackendError
 from .declarations import formats, unread
-from .scales import Missing
 from .runners import MoERunner, MoEShape, moe_runner
+from .scales import Missing
 
 
 def retarget_experts(module: nn.Module, runner: str) -> int:

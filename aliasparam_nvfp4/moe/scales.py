@@ -259,7 +259,7 @@ _ONE_LIMIT = "this runner has one clamp limit for both"
 
 _REMEDIES = {
     "a weight global scale": "For an expert of zeros store 1.0 here, and zeros as its block scales: it then gives zeros.",
-    "an input scale": "An expert which met no token in calibration has none: calibrate with all experts, store another's, or take "
-    'the largest of the layer: missing_input_scale="max".',
+    "an input scale": "An expert which met no token in calibration has none: calibrate with all experts, store another's, or "
+    'take the largest of the layer: missing_input_scale="max".',
     "the product of its input and weight scale": "Export the checkpoint again: these are beyond any weight or activation.",
 }

@@ -17,6 +17,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 
 from ...checkpoint import ExpertTensorName
 from .conversions import Conversion
+from .unwrap import plain_name
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class _Saving:
         _rename(state, prefix, self.theirs)
         for conversion in self.conversions:
             held = {name: state.get(f"{prefix}{name}") for name in conversion.targets}
-            tensors = {name: tensor for name, tensor in held.items() if tensor is not None and not isinstance(tensor, nn.Parameter)}
+            tensors = {name: t for name, t in held.items() if t is not None and not isinstance(t, nn.Parameter)}
             if len(tensors) == len(held):
                 for name in held:
                     del state[f"{prefix}{name}"]
@@ -115,10 +116,11 @@ class _Loading:
 
 def _rename(state: dict[str, Tensor], prefix: str, names: Mapping[str, str]) -> None:
     """In place, and in the order that was."""
-    if not any(f"{prefix}{old}" in state for old in names):
+    if not names:
         return
     items = list(state.items())
     state.clear()
     for name, tensor in items:
         rest = name.removeprefix(prefix)
-        state[f"{prefix}{names.get(rest, rest)}" if name.startswith(prefix) else name] = tensor
+        new = names.get(rest) or names.get(plain_name(rest)) or rest
+        state[f"{prefix}{new}" if name.startswith(prefix) else name] = tensor
