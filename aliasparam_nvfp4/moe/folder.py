@@ -43,7 +43,7 @@ class ExpertSource:
         ranks: which of them this one is.
         format: how the tensors are called.
         input_scale: whether experts have activation scales.
-        untied: whether the runner takes gate and up with different global scales.
+        separate_scales: whether the runner takes gate and up with different global scales.
     """
 
     folder: CheckpointFolder
@@ -52,7 +52,7 @@ class ExpertSource:
     ranks: ExpertRanks
     format: CheckpointFormat
     input_scale: bool
-    untied: bool
+    separate_scales: bool
 
     def specs(self) -> dict[tuple[str, str], TensorSpec]:
         """(shard, suffix) to what the folder must hold for every expert, undivided."""
@@ -94,7 +94,7 @@ class ExpertSource:
             for key, value in scalars.items()
             if key[1:] == ("w1", weight) and value != scalars[key[0], "w3", weight]
         }
-        if differing and not self.untied:
+        if differing and not self.separate_scales:
             raise ScaleError(
                 "gate and up of an expert have different weight global scales, and this runner has one factor",
                 expected="equal values",
@@ -150,8 +150,8 @@ def expert_source(method: NvFp4MoEMethod, layer: nn.Module, folder: CheckpointFo
         )  # fmt: skip
     ranks = ExpertRanks(method.ep_rank, method.ep_size, method.tp_rank, method.tp_size)
     shape: MoEShape = layer.__dict__["nvfp4_moe_shape"]
-    untied: bool = layer.__dict__["nvfp4_runner"].untied  # which may have been retargeted
-    return ExpertSource(folder, tensors, shape, ranks, method.checkpoint, method.input_scale, untied=untied)
+    separate: bool = layer.__dict__["nvfp4_runner"].separate_scales  # which may have been retargeted
+    return ExpertSource(folder, tensors, shape, ranks, method.checkpoint, method.input_scale, separate_scales=separate)
 
 
 def load_experts(
