@@ -118,9 +118,6 @@ class LinearBackend(ABC):
     def apply(self, layer: KernelNames, x: Tensor, shape: LinearShape) -> Tensor:
         """``x [M, K] -> [M, N]`` from the layer's kernel-format names, in ``x.dtype``, without bias. M is not 0."""
 
-    def weights_changed(self) -> None:  # noqa: B027  (optional, not abstract)
-        """Called after a layer was processed: drop what a library keeps by address."""
-
 
 def _called(name: str) -> LinearBackend:
     from . import linear_backends
