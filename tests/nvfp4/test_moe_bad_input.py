@@ -71,7 +71,7 @@ def test_nan_block_scales_of_a_zeroed_expert_are_refused_by_name_and_expert(runn
 
 
 READ = dict.fromkeys(RUNNERS, ("w1 weight_scale_2", "w2 weight_scale_2"))
-READ |= {n: (*READ[n], "w3 input_scale", "w2 input_scale") for n in RUNNERS if moe_runner(n).activation != "as they are"}
+READ |= {n: (*READ[n], "w3 input_scale", "w2 input_scale") for n in RUNNERS if moe_runner(n).needs_input_scale}
 
 
 @pytest.mark.parametrize("runner, tensor", [(n, tensor) for n in RUNNERS for tensor in READ[n]])
