@@ -80,6 +80,30 @@ class LayoutError(AliasError):
     """A layout does not parse, or its digits do not fit the shape."""
 
 
+class InferenceError(LayoutError):
+    """A function that was to give a layout is no permutation of the elements; subclasses say in which way."""
+
+
+class ValuesChangeError(InferenceError):
+    """The function computes new values (a re-encoding): keep the source and derive the kernel name from it."""
+
+
+class ElementsLostError(InferenceError):
+    """Some elements are in the result not at all, or more than once."""
+
+
+class DependsOnValuesError(InferenceError):
+    """Other values take another order."""
+
+
+class NotDeterministicError(InferenceError):
+    """The same input gave two results."""
+
+
+class FunctionFailedError(InferenceError):
+    """The function raised, or returned no tensor."""
+
+
 class DerivationError(AliasError):
     """The function of a derivation failed, or returned something else than it declared."""
 

@@ -55,8 +55,8 @@ def is_alone(memory: torch.UntypedStorage) -> bool:
 
     Memory of numpy, of a mapped file, of a buffer or another process is not resizable, or is shared.
     """
-    uses = torch._C._storage_Use_Count(memory._cdata)  # type: ignore[attr-defined]
-    return uses <= 2 and memory.resizable() and not (memory.device.type == "cpu" and memory.is_shared())  # the tensor, and ``memory``
+    uses = torch._C._storage_Use_Count(memory._cdata)  # the tensor, and ``memory``
+    return uses <= 2 and memory.resizable() and not (memory.device.type == "cpu" and memory.is_shared())
 
 
 def is_traced_by_jit() -> bool:
@@ -66,4 +66,4 @@ def is_traced_by_jit() -> bool:
 
 def below_autograd() -> AbstractContextManager[None]:
     """Operators called inside go on below the autograd keys: for a kernel that wraps one there."""
-    return torch._C._AutoDispatchBelowAutograd()  # type: ignore[no-any-return]
+    return torch._C._AutoDispatchBelowAutograd()

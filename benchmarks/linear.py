@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from aliasparam_nvfp4.kernels.triton_linear import linear
-from aliasparam_nvfp4.layouts import Swizzle128x4
+from aliasparam_nvfp4.layouts import swizzle
 
 SHAPES = {
     "Kimi-K2.5 gate, up (dense)": (36864, 7168),
@@ -106,7 +106,7 @@ def packed_bytes(n: int, k: int) -> int:
 def prepared(n: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     weight = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device="cuda")
     scale = torch.randint(40, 90, (n, k // 16), dtype=torch.uint8, device="cuda").view(torch.float8_e4m3fn)
-    return weight, Swizzle128x4().forward(scale)
+    return weight, swizzle().bind(scale.shape, scale.dtype).encode(scale)
 
 
 if __name__ == "__main__":

@@ -49,9 +49,9 @@ def _part(places: Sequence[Place], step: int, above: int | None) -> tuple[int, i
     return None
 
 
-def blocks(shape: Sequence[int], cuts: Sequence[tuple[int, int, int]], limit: int) -> Iterator[list[Box]]:
+def blocks(shape: Sequence[int], cuts: Sequence[Cut], limit: int) -> Iterator[list[Box]]:
     """All elements of ``shape`` in blocks of at most ``limit`` elements, where the cuts allow it."""
-    yield from _cut(shape, [[(0, extent)] for extent in shape], [Cut(*cut) for cut in cuts], limit)
+    yield from _cut(shape, [[(0, extent)] for extent in shape], list(cuts), limit)
 
 
 def _cut(shape: Sequence[int], ranges: Ranges, cuts: list[Cut], limit: int) -> Iterator[list[Box]]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LayoutError
-from .blocks import blocks, lead_cuts, tiles
+from .blocks import Cut, blocks, lead_cuts, tiles
 from .boxes import Box, row_major
 
 
@@ -61,8 +61,8 @@ class BoundLayout(ABC):
         """The inverse: fresh values of ``shape`` from a contiguous tensor in kernel order."""
         return self.read(kernel.reshape(-1), self.whole)
 
-    def cuts(self, other: BoundLayout) -> list[tuple[int, int, int]]:
-        """Digits inside a region that this order and ``other`` keep in place: (dim, step, size) each."""
+    def cuts(self, other: BoundLayout) -> list[Cut]:
+        """Digits inside a region that this order and ``other`` keep in place."""
         return []
 
     def pieces(self, max_bytes: int) -> Iterator[Box]:

@@ -28,7 +28,7 @@ class Copy(NamedTuple):
     value_offset: int
 
 
-class _Axis(NamedTuple):
+class Axis(NamedTuple):
     size: int
     kernel: int
     value: int
@@ -43,11 +43,11 @@ def plan(
     addresses are a multiple of (a power of two).
     """
     copies = []
-    outer = [_Axis(size, kernel, strides[dim]) for dim, (size, kernel) in enumerate(lead) if size > 1]
+    outer = [Axis(size, kernel, strides[dim]) for dim, (size, kernel) in enumerate(lead) if size > 1]
     core = strides[len(lead) :]
     for piece in pieces:
         value_offset = sum(at * stride for at, stride in zip(piece.start, core, strict=True))
-        axes = [_Axis(a.size, a.image, a.step * core[a.dim]) for a in piece.axes]
+        axes = [Axis(a.size, a.image, a.step * core[a.dim]) for a in piece.axes]
         for kernel_offset, offset, forward in _forward(piece.offset, value_offset, axes):
             merged = merge([*outer, *forward])
             width = _width(merged, kernel_offset, offset, itemsize, align)
@@ -55,7 +55,7 @@ def plan(
     return copies
 
 
-def _forward(kernel_offset: int, value_offset: int, axes: list[_Axis]) -> Iterator[tuple[int, int, list[_Axis]]]:
+def _forward(kernel_offset: int, value_offset: int, axes: list[Axis]) -> Iterator[tuple[int, int, list[Axis]]]:
     """An axis that runs backwards in memory is copied value by value: torch has no negative strides."""
     back = next((axis for axis in axes if axis.kernel < 0), None)
     if back is None:
@@ -66,19 +66,19 @@ def _forward(kernel_offset: int, value_offset: int, axes: list[_Axis]) -> Iterat
         yield from _forward(kernel_offset + i * back.kernel, value_offset + i * back.value, rest)
 
 
-def merge(axes: list[_Axis]) -> list[_Axis]:
+def merge(axes: list[Axis]) -> list[Axis]:
     """In the order of kernel memory, with axes joined that continue one another on both sides."""
-    merged: list[_Axis] = []
+    merged: list[Axis] = []
     for axis in sorted(axes, key=lambda a: -a.kernel):
         if merged and merged[-1].kernel == axis.kernel * axis.size and merged[-1].value == axis.value * axis.size:
-            axis = _Axis(merged.pop().size * axis.size, axis.kernel, axis.value)
+            axis = Axis(merged.pop().size * axis.size, axis.kernel, axis.value)
         merged.append(axis)
     return merged
 
 
-def _width(axes: list[_Axis], kernel_offset: int, value_offset: int, itemsize: int, align: int) -> int:
+def _width(axes: list[Axis], kernel_offset: int, value_offset: int, itemsize: int, align: int) -> int:
     """Bytes of the widest element. See [Note: wide elements]."""
-    last = axes[-1] if axes and axes[-1].kernel == axes[-1].value == 1 else _Axis(1, 1, 1)
+    last = axes[-1] if axes and axes[-1].kernel == axes[-1].value == 1 else Axis(1, 1, 1)
     numbers = [last.size, kernel_offset, value_offset]
     numbers += [number for axis in axes if axis is not last for number in (axis.kernel, axis.value)]
     width = itemsize
@@ -87,11 +87,11 @@ def _width(axes: list[_Axis], kernel_offset: int, value_offset: int, itemsize: i
     return width
 
 
-def _copy(axes: list[_Axis], kernel_offset: int, value_offset: int, width: int, itemsize: int) -> Copy:
+def _copy(axes: list[Axis], kernel_offset: int, value_offset: int, width: int, itemsize: int) -> Copy:
     many = width // itemsize
     if many > 1:
         last = axes[-1]._replace(size=axes[-1].size // many)
-        axes = [_Axis(a.size, a.kernel // many, a.value // many) for a in axes[:-1]] + ([last] if last.size > 1 else [])
+        axes = [Axis(a.size, a.kernel // many, a.value // many) for a in axes[:-1]] + ([last] if last.size > 1 else [])
     sizes, kernel, value = zip(*axes, strict=True) if axes else ((), (), ())
     return Copy(_WIDE[width], sizes, kernel, kernel_offset // many, value, value_offset // many)
 
@@ -110,4 +110,4 @@ def _strided(tensor: Tensor, dtype: torch.dtype, sizes: tuple[int, ...], strides
     if tensor.dtype is dtype:
         return tensor.as_strided(sizes, strides, offset)
     empty = torch.empty(0, dtype=dtype, device=tensor.device)
-    return empty.set_(tensor.untyped_storage(), offset, sizes, strides)  # type: ignore[arg-type]
+    return empty.set_(tensor.untyped_storage(), offset, sizes, strides)

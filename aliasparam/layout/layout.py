@@ -14,6 +14,7 @@ from .boxes import Piece, pieces
 from .canonical import canonical
 from .compose import compose
 from .digits import BoundLine, bind_line
+from .index import IndexLayout
 from .nibbles import NibbleLayout
 from .pattern import Line, parse
 from .strided import StridedLayout
@@ -39,6 +40,7 @@ class Layout:
     __slots__ = ("_key", "bits", "lines")
     lines: tuple[Line, ...]
     bits: int | None
+    _key: tuple[Any, ...]
 
     def __init__(self, text: str, **sizes: int) -> None:
         lines, unused = [], set(sizes)
@@ -97,6 +99,13 @@ class Layout:
         """How many of the last dims the layout orders."""
         return len(self.lines[0].shape_side.dims)
 
+    @staticmethod
+    def infer(function: Any, shape: Sequence[int], dtype: torch.dtype, device: str = "cpu") -> Layout | IndexLayout:
+        """The layout that a repack function applies. See :func:`aliasparam.layout.infer.infer`."""
+        from .infer import infer  # it makes Layouts itself
+
+        return infer(function, shape, dtype, device)
+
     def inverse(self) -> Layout:
         """From kernel order, padding included, to padded checkpoint order.
 
@@ -112,7 +121,7 @@ class Layout:
 
     def bind(self, shape: Sequence[int], dtype: torch.dtype) -> BoundLayout:
         """This layout for tensors of the full ``shape``. Raises LayoutError where the digits do not fit."""
-        return _bind(self, tuple(shape), dtype)
+        return bind(self, tuple(shape), dtype)
 
     def kernel_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Shape in kernel format of a tensor of ``shape``, lead dims in front. ``bits=4``: both count nibbles."""
@@ -139,7 +148,7 @@ class Layout:
 
 
 @lru_cache(maxsize=4096)
-def _bind(layout: Layout, shape: tuple[int, ...], dtype: torch.dtype) -> BoundLayout:
+def bind(layout: Layout, shape: tuple[int, ...], dtype: torch.dtype) -> BoundLayout:
     lead = len(shape) - layout.core_dims
     if layout.bits is None:
         return StridedLayout(layout._lines(shape), shape, lead, dtype)

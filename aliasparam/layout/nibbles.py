@@ -11,7 +11,6 @@ from torch import Tensor
 from ..errors import LayoutError
 from .bound import BoundLayout
 from .boxes import Box
-from .strided import StridedLayout
 
 
 class NibbleLayout(BoundLayout):
@@ -20,7 +19,7 @@ class NibbleLayout(BoundLayout):
     ``inner`` is the permutation of one region with a byte for a nibble. Scratch: three times the bytes of a region.
     """
 
-    def __init__(self, inner: StridedLayout, shape: tuple[int, ...], lead: int, dtype: torch.dtype) -> None:
+    def __init__(self, inner: BoundLayout, shape: tuple[int, ...], lead: int, dtype: torch.dtype) -> None:
         self.many = many = 2 * dtype.itemsize
         *kernel, last = inner.kernel_shape
         if last % many:

@@ -10,7 +10,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from .blocks import common
+from . import triton_copy
+from .blocks import Cut, common
 from .bound import BoundLayout
 from .boxes import Box, Piece, pieces, row_major
 from .compose import compose
@@ -46,23 +47,30 @@ class StridedLayout(BoundLayout):
 
     def write(self, memory: Tensor, box: Box, value: Tensor) -> None:
         with torch.no_grad():
-            for kernel, plain in self._views(memory, box, value):
-                kernel.copy_(plain)
+            for copy, kernel, plain in self._moves(memory, box, value):
+                if memory.is_cuda and triton_copy.wanted(copy, memory, value):
+                    triton_copy.run(copy, kernel, plain, write=True)
+                else:
+                    kernel.copy_(plain)
 
     def read(self, memory: Tensor, box: Box, out: Tensor | None = None) -> Tensor:
         out = self.empty(memory, box) if out is None else out
         with torch.no_grad():
-            for kernel, plain in self._views(memory, box, out):
-                plain.copy_(kernel)
+            for copy, kernel, plain in self._moves(memory, box, out):
+                if memory.is_cuda and triton_copy.wanted(copy, memory, out):
+                    triton_copy.run(copy, kernel, plain, write=False)
+                else:
+                    plain.copy_(kernel)
         return out
 
-    def _views(self, memory: Tensor, box: Box, value: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def _moves(self, memory: Tensor, box: Box, value: Tensor) -> Iterator[tuple[Copy, Tensor, Tensor]]:
+        """The copies of a box, each with its elements in kernel memory and in the value."""
         self.check(memory, box, value)
         size, region = self.dtype.itemsize, 0
         for (start, _), stride in zip(box, self.lead_strides, strict=False):
             region += start * stride
-        first = (memory.storage_offset() + region) * size
-        align = (memory.data_ptr() + region * size | value.data_ptr() | first | value.storage_offset() * size | 16) & 31
+        first, other = (int(memory.storage_offset()) + region) * size, int(value.storage_offset()) * size
+        align = (memory.data_ptr() + region * size | value.data_ptr() | first | other | 16) & 31
         key = (box[self.lead :], value.shape, value.stride(), align & -align)
         copies = self._plans.get(key)
         if copies is None:
@@ -70,7 +78,7 @@ class StridedLayout(BoundLayout):
             found = self.boxes(box[self.lead :]) if value.numel() else []
             copies = _keep(self._plans, key, plan(found, lead, value.stride(), size, align & -align))
         for copy in copies:
-            yield views(copy, memory, first, value)
+            yield copy, *views(copy, memory, first, value)
 
     def offsets(self, box: Box | None = None) -> Tensor:
         box = box or self.whole
@@ -81,7 +89,7 @@ class StridedLayout(BoundLayout):
             within = _through(line, within)
         return self.placed(box, within, self.region_capacity)
 
-    def cuts(self, other: BoundLayout) -> list[tuple[int, int, int]]:
+    def cuts(self, other: BoundLayout) -> list[Cut]:
         if not isinstance(other, StridedLayout) or len(self.lines) != 1 or len(other.lines) != 1:
             return []
         found = common(self.lines[0], other.lines[0], self.lead)

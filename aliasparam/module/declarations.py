@@ -9,12 +9,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from ..layout import Layout
-
-try:
-    from ..layout import IndexLayout, OpaqueLayout
-except ImportError:
-    IndexLayout = OpaqueLayout = Layout
+from ..layout import IndexLayout, Layout, OpaqueLayout
 from ..spec import TensorSpec
 
 #: What to do where a pair cannot alias: keep a copy, keep one and warn, or refuse the declaration.

@@ -83,12 +83,12 @@ class Exposure:
         storage = self._storage
         if storage.kernel_name is not None:
             storage.kernel_name.accept()
+        storage.changing()
         before = storage.states.begin(box)
         if state is State.LOADED:
             storage.states.arrived(box, [(region, State.EMPTY) for region, _ in before])
         else:
             storage.states.why = "whoever wrote the raw bytes failed"
-        storage.version += 1
 
     def _close(self) -> None:
         if not self._open:
@@ -153,7 +153,8 @@ def expose_for_writing(
 def _kernel_memory(parameter: _Aliased, rows: slice | None, name: str) -> Tensor:
     storage = parameter._alias_storage
     bound = storage.bound
-    whole = storage.elements[: bound.regions * bound.region_capacity] if storage.kernel_name is None else storage.kernel_name.memory
+    name_of = storage.kernel_name
+    whole = storage.elements[: bound.regions * bound.region_capacity] if name_of is None else name_of.memory
     if parameter._alias_geometry.shape != storage.geometry.shape or (rows is not None and not bound.lead):
         raise ReloadError(
             "kernel order does not keep these rows together",

@@ -152,7 +152,7 @@ class ModuleNames:
             self._commit(self._versions())
 
     def commit_source(self, name: str) -> None:
-        """The module's own code put kernel bytes under this source's kernel name: it is current, and the module runs if all are."""
+        """The module's own code put kernel bytes under this source's kernel name; the module runs if that was the last."""
         storage = self.sources[name].storage
         self._committed[name] = -1 if storage is None else storage.version
         self.settle()

@@ -12,18 +12,13 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..errors import AliasError, DeclarationError, LayoutError
-from ..layout import Layout
-
-try:
-    from ..layout import IndexLayout, OpaqueLayout
-except ImportError:
-    IndexLayout = OpaqueLayout = Layout
+from ..layout import IndexLayout, Layout, OpaqueLayout
 from ..spec import TensorSpec
 from ..storage.kernel_name import KernelName
 from ..storage.overlap import check_memory
 from ..storage.storage import AliasedStorage
 from ..tensors.parameter import AliasedParameter, SavedName
-from .declarations import Alias, AnyLayout, Declaration, Derivation, Keep, Policy, Reencoding
+from .declarations import Alias, AnyLayout, Declaration, Derivation, Policy, Reencoding
 from .verdict import Reason, StoragePlan, aliasing_is_on, plan_storage
 
 
@@ -127,7 +122,8 @@ def _pair(module: nn.Module, label: str, alias: Alias, *, aliasing: bool) -> tup
     if not alias.derived or plan.reason.aliases:
         return Source(alias.source, plan, alias.derived or None, layout), None
     _report_fallback(label, alias, plan, aliasing)
-    copied = Derivation(alias.derived, (alias.source,), copying(layout, spec, plan.kernel.dtype), plan.kernel.shape, plan.kernel.dtype)
+    function = copying(layout, spec, plan.kernel.dtype)
+    copied = Derivation(alias.derived, (alias.source,), function, plan.kernel.shape, plan.kernel.dtype)
     return Source(alias.source, plan_storage(spec, None), None), Derived(copied, fallback=plan, layout=layout)
 
 

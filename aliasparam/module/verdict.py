@@ -95,10 +95,10 @@ class StoragePlan:
 
 def judge(source: TensorSpec, kernel: TensorSpec, *, lossless: bool = True) -> Reason:
     """The compatibility verdict for one pair, from what both formats look like."""
-    if source.dtype.itemsize != kernel.dtype.itemsize:
-        return Reason.ELEMENT_WIDTH
     if not lossless:
         return Reason.LOSSY
+    if source.dtype.itemsize != kernel.dtype.itemsize:
+        return Reason.ELEMENT_WIDTH
     if kernel.nbytes < source.nbytes:
         return Reason.BROADCAST if _broadcasts(kernel.shape, source.shape) else Reason.SMALLER
     if kernel.nbytes > source.nbytes:

@@ -38,7 +38,7 @@ class Phase(Enum):
 
 
 class ReloadSession:
-    """One reload in progress. Made by :func:`reload`; used as a context, or step by step: begin, update, prepare, commit, abort."""
+    """One reload in progress. Made by :func:`reload`; a context, or step by step: begin, update, prepare, commit, abort."""
 
     def __init__(self, model: nn.Module, scope: Scope) -> None:
         self.model = model

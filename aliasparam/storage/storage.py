@@ -28,8 +28,8 @@ from .states import RegionStates, State
 class Listener(Protocol):
     """Who must know before the bytes of a storage change: a registry that shows its kernel name or derives from it."""
 
-    is_open: bool
-
+    @property
+    def is_open(self) -> bool: ...
     def open(self) -> None: ...
 
 
@@ -179,14 +179,22 @@ class AliasedStorage:
             before = self.states.begin(box)
             self.bound.write(self.elements, box, value)
             self.states.arrived(box, before)
-            self.version += 1
 
     def before_write(self) -> None:
         """Refuse, or tell whoever must know; no byte has changed yet. The caller holds the lock."""
+        self.need_writable()
+        self.changing()
+
+    def need_writable(self) -> None:
+        """Raise StateError or MemoryFreedError where the bytes are not the library's to write. The caller holds the lock."""
         self._look_at_memory()
         if self._writer is not None:
             self.need_unexposed("write")
+
+    def changing(self) -> None:
+        """Bytes are about to change. An interrupt after this leaves a version that nobody has derived from."""
         self.tell()
+        self.version += 1
 
     def tell(self) -> None:
         """What shows a kernel name of this storage or derives from it refuses from now on, until it is processed."""
@@ -198,20 +206,18 @@ class AliasedStorage:
     def invalidate(self, why: str | None = None) -> None:
         """Nobody knows what the bytes are (failed load, sleep). Only a whole rewrite leads out."""
         with LOCKS[self._lock]:
-            self.tell()
-            self.unexpose()
+            self.changing()
             self.states.put_all(State.INVALID, why)
-            self.version += 1
+            self.unexpose()
 
     def accept(self) -> None:
         """The bytes, in kernel order, are whole and right: an engine saved and restored them, or wrote them from outside."""
         with LOCKS[self._lock]:
-            self.tell()
+            self.changing()
             self.unexpose()
             if self.kernel_name is not None:
                 self.kernel_name.accept()
             self.states.put_all(State.LOADED)
-            self.version += 1
 
     def put_foreign(self, value: Tensor) -> None:
         """Kernel bytes whose order nobody declared: the kernel name holds them, the checkpoint name refuses to be read."""
@@ -223,7 +229,6 @@ class AliasedStorage:
             self.kernel_name.memory.copy_(value)
             self.kernel_name.accept()
             self.states.put_all(State.FOREIGN)
-            self.version += 1
 
     # -- what other code does to the memory ----------------------------------------------------------------------------
 
@@ -302,7 +307,6 @@ class AliasedStorage:
         """Another layout, whose bytes the caller has put in place. Addresses stay. The caller holds the lock."""
         self.layout, self.bound = layout, bound_to(layout, self.spec.shape, self.spec.dtype)
         self._name(self.buffer)
-        self.version += 1
 
     def _copied(self, buffer: Tensor) -> dict[str, Any]:
         """The state of a copy over ``buffer``, taken under the lock."""

@@ -40,17 +40,17 @@ class Collective(NamedTuple):
 
 @cache
 def count_collective_writes() -> None:
-    """From now on collectives bump the version counters of what they write, as operators do. torch leaves that out, so a broadcast
-    into a kernel name could not be noticed."""
+    """From now on collectives bump the version counters of what they write, as operators do. torch leaves that out, and a
+    broadcast into a kernel name could not be noticed."""
     if not torch.distributed.is_available():
         return
     for name in _WRITERS:
         if hasattr(torch.ops.c10d, name):  # not every version of torch has each
             for key in ("AutogradCPU", "AutogradCUDA"):
-                _LIBRARY.impl(name, _counting(getattr(torch.ops.c10d, name).default), key)
+                _LIBRARY.impl(name, _counting(getattr(torch.ops.c10d, name).default), key)  # type: ignore[no-untyped-call]
 
 
-_LIBRARY = torch.library.Library("c10d", "IMPL")
+_LIBRARY = torch.library.Library("c10d", "IMPL")  # type: ignore[no-untyped-call]
 
 
 def _counting(func: Any) -> Callable[..., Any]:

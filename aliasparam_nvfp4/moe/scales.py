@@ -54,6 +54,7 @@ from ..scales import are_scales
 from .activation import SWIGLU, ExpertActivation
 
 Activation = Literal["quantized", "per expert", "as they are", "divided"]
+Missing = Literal["refuse", "max"]
 Numbers = Literal["of true values", "of raw sums", "python floats"]
 
 
@@ -70,6 +71,8 @@ class MoEScales:
         checkpoint: names, and the direction of the scales.
         expert_activation: what lies between the two GEMMs.
         numbers_as: how the kernel takes its numbers.
+        missing: what counts for an expert without an input scale (0, or no number): "refuse" it, or take the layer's largest
+            ("max"), as ModelOpt's exporter does for experts that met no token.
     """
 
     activation: Activation
@@ -80,6 +83,7 @@ class MoEScales:
     checkpoint: CheckpointFormat = MODELOPT
     expert_activation: ExpertActivation = SWIGLU
     numbers_as: Numbers = "python floats"
+    missing: Missing = "refuse"
 
     def derivations(self) -> list[Derivation]:
         """Refreshed by ``process`` whenever a source was written."""
@@ -98,7 +102,7 @@ class MoEScales:
         if self.activation == "divided":
             return [
                 Derivation("g1_alphas", (s13,), self._gate, each, f32),
-                Derivation("g2_alphas", (a2, s2), lambda a, s: self._input(a2, a) * self._down(s), each, f32),
+                Derivation("g2_alphas", (a2, s2), lambda a, s: self._product(self._input(a2, a), self._down(s), s2), each, f32),
                 Derivation("w13_input_scale_max", (a1,), lambda a: self._input(a1, a), (1,), f32),
                 Derivation("w2_input_scale_max", (a2,), lambda a: self._input(a2, a), (1,), f32),
             ]
@@ -106,9 +110,9 @@ class MoEScales:
         return [
             Derivation("w13_input_scale_quant", (a1,), lambda a: self._quant(a1, a), quants, f32),
             Derivation("w2_input_scale_quant", (a2,), lambda a: self._quant(a2, a), quants, f32),
-            Derivation("g1_alphas", (a1, s13), lambda a, s: self._input(a1, a) * self._gate(s), each, f32),
+            Derivation("g1_alphas", (a1, s13), lambda a, s: self._product(self._input(a1, a), self._gate(s), s13), each, f32),
             self._scale_c(each, f32),
-            Derivation("g2_alphas", (a2, s2), lambda a, s: self._input(a2, a) * self._down(s), each, f32),
+            Derivation("g2_alphas", (a2, s2), lambda a, s: self._product(self._input(a2, a), self._down(s), s2), each, f32),
         ]
 
     def _scale_c(self, each: tuple[int, ...], f32: torch.dtype) -> Derivation:
@@ -171,13 +175,26 @@ class MoEScales:
 
     def _combined(self, name: str, scales: Tensor) -> Tensor:
         """Input scales ``[E_global]`` or ``[E_global, 1 or 2]`` as ``[1]``, or ``[E]`` of this rank's experts, as stored."""
+        if self.missing == "max":
+            good = are_scales(scales) & are_scales(1 / scales)
+            if bool(good.any()):
+                scales = torch.where(good, scales, self._largest(scales[good]))
         self._need("an input scale", name, scales, 0)
         if self.activation != "per expert":
-            return (scales.min() if self.checkpoint.reciprocal else scales.max()).reshape(1)
+            return self._largest(scales).reshape(1)
         own = scales[self.first_expert : self.first_expert + self.experts]
         if own.dim() == 1:
             return own.clone()
         return own.amin(-1) if self.checkpoint.reciprocal else own.amax(-1)
+
+    def _largest(self, scales: Tensor) -> Tensor:
+        return scales.min() if self.checkpoint.reciprocal else scales.max()
+
+    def _product(self, inputs: Tensor, weights: Tensor, name: str) -> Tensor:
+        """Scales may each be one and have a product that float32 does not hold."""
+        found = inputs * weights
+        self._need("the product of its input and weight scale", name, found, self.first_expert)
+        return found
 
     def _multiplier(self, stored: Tensor) -> Tensor:
         return 1.0 / stored if self.checkpoint.reciprocal else stored.clone()
@@ -226,13 +243,13 @@ class MoEScales:
         return self._multiplier(scales)
 
     def _need(self, what: str, name: str, values: Tensor, first: int) -> None:
-        wrong = ~are_scales(values)
+        wrong = ~(are_scales(values) & are_scales(1 / values))
         if bool(wrong.any()):
             expert = int(wrong.nonzero()[0, 0])
             raise ScaleError(
                 f"{what} is not a scale",
                 name=f"{name}, expert {first + expert}",
-                expected="finite, > 0",
+                expected="finite, > 0, and so its reciprocal",
                 found=values[expert].tolist(),
                 remedy=_REMEDIES[what],
             )
@@ -242,5 +259,7 @@ _ONE_LIMIT = "this runner has one clamp limit for both"
 
 _REMEDIES = {
     "a weight global scale": "For an expert of zeros store 1.0 here, and zeros as its block scales: it then gives zeros.",
-    "an input scale": "An expert which met no token in calibration has none: calibrate with all experts, or store another's.",
+    "an input scale": "An expert which met no token in calibration has none: calibrate with all experts, store another's, or take "
+    'the largest of the layer: missing_input_scale="max".',
+    "the product of its input and weight scale": "Export the checkpoint again: these are beyond any weight or activation.",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -32,6 +33,11 @@ Checkpoint = dict[tuple[int, str, str], Tensor]
 
 def checkpoint(e: int, h: int, i: int, seed: int = 0, *, untied: bool = False) -> Checkpoint:
     """(expert, shard, suffix) to tensor, as ModelOpt has them."""
+    return {key: tensor.clone() for key, tensor in _checkpoint(e, h, i, seed, untied).items()}
+
+
+@lru_cache(maxsize=64)
+def _checkpoint(e: int, h: int, i: int, seed: int, untied: bool) -> Checkpoint:
     random = torch.Generator().manual_seed(seed)
     found: Checkpoint = {}
     each = torch.arange(e).float()

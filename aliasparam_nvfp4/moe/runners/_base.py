@@ -18,7 +18,7 @@ from ...format import BLOCK_SIZE
 from ..activation import SWIGLU, ExpertActivation
 from ..layouts import MoELayout
 from ..routing import Routing
-from ..scales import Activation, MoEScales, Numbers
+from ..scales import Activation, Missing, MoEScales, Numbers
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,9 @@ class MoERunner(ABC):
         """Whether it quantizes activations with the checkpoint's own scales."""
         return self.activation != "as they are"
 
-    def scales(self, shape: MoEShape, checkpoint: CheckpointFormat = MODELOPT, *, input_scale: bool = True) -> MoEScales:
+    def scales(
+        self, shape: MoEShape, checkpoint: CheckpointFormat = MODELOPT, *, input_scale: bool = True, missing: Missing = "refuse"
+    ) -> MoEScales:
         """The scalars it reads. Without activation scales in the checkpoint, those of activations as they are."""
         return MoEScales(
             self.activation if input_scale else "as they are",
@@ -125,6 +127,7 @@ class MoERunner(ABC):
             checkpoint,
             shape.expert_activation,
             self.numbers_as,
+            missing,
         )
 
     def refusal(self, activation: ExpertActivation, *, input_scale: bool = True) -> str | None:

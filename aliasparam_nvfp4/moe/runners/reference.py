@@ -19,7 +19,7 @@ class Reference(MoERunner):
     name = "reference"
     layout = CHECKPOINT
     untied = True
-    activations = frozenset({"swiglu", "relu2"})
+    activations = frozenset({"swiglu", "geglu", "relu2"})
     numbers = True
     needs_input_scale = False
     call = "torch"

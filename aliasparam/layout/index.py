@@ -1,0 +1,121 @@
+"""A permutation that is no digit permutation, as a table."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import LayoutError
+from .bound import BoundLayout
+from .boxes import Box
+from .nibbles import NibbleLayout
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class IndexLayout:
+    """Any order of the elements of one core shape: ``positions`` int64 (the core shape) is where each goes in kernel memory.
+
+    ``kernel_shape`` is that of one region, padding included; without it, the core shape. ``bits=4``: both count nibbles in their
+    last dim. Dims before the core number regions, as for :class:`Layout`. The table is kept once a device.
+
+    Raises:
+        LayoutError: two elements share a position, or one lies outside.
+    """
+
+    def __init__(self, positions: Tensor, kernel_shape: Sequence[int] | None = None, bits: int | None = None) -> None:
+        positions = positions.detach().to("cpu", torch.int64).contiguous()
+        self.kernel = tuple(positions.shape if kernel_shape is None else kernel_shape)
+        self.bits, self._tables = bits, {torch.device("cpu"): positions}
+        room = math.prod(self.kernel)
+        flat = positions.view(-1)
+        if flat.numel() and (int(flat.min()) < 0 or int(flat.max()) >= room):
+            raise LayoutError(
+                "a position lies outside of the kernel memory", expected=f"0..{room - 1}", found=f"{int(flat.max())}"
+            )
+        if int(torch.zeros(room, dtype=torch.bool).index_fill_(0, flat, True).sum()) != flat.numel():
+            raise LayoutError("two elements share a position", expected="a permutation")
+        self._digest = hashlib.sha256(flat.numpy().tobytes() if flat.numel() else b"").digest()
+
+    @property
+    def positions(self) -> Tensor:
+        return self.table(torch.device("cpu"))
+
+    @property
+    def core_dims(self) -> int:
+        return self.positions.dim()
+
+    def table(self, device: torch.device) -> Tensor:
+        if device not in self._tables:
+            self._tables[device] = self._tables[torch.device("cpu")].to(device)
+        return self._tables[device]
+
+    def bind(self, shape: Sequence[int], dtype: torch.dtype) -> BoundLayout:
+        """This order for tensors whose last dims are the table's. Raises LayoutError for others."""
+        shape, many = tuple(shape), 2 * dtype.itemsize if self.bits == 4 else 1
+        lead = len(shape) - self.core_dims
+        core = shape[max(lead, 0) :]
+        if lead < 0 or (*core[:-1], core[-1] * many) != tuple(self.positions.shape):
+            raise LayoutError("a table serves one shape", expected=f"[..., {list(self.positions.shape)}]", found=f"{list(shape)}")
+        if self.bits == 4:
+            return NibbleLayout(_Bound(self, tuple(self.positions.shape), 0, torch.uint8), shape, lead, dtype)
+        return _Bound(self, shape, lead, dtype)
+
+    def _key(self) -> tuple[Any, ...]:
+        return self._digest, tuple(self.positions.shape), self.kernel, self.bits
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, IndexLayout) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def __repr__(self) -> str:
+        return f"IndexLayout({list(self.positions.shape)} -> {list(self.kernel)})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return IndexLayout, (self.positions, self.kernel, self.bits)
+
+
+class _Bound(BoundLayout):
+    """Executed region by region: an indexed copy of the rows of the table that the box selects."""
+
+    def __init__(self, layout: IndexLayout, shape: tuple[int, ...], lead: int, dtype: torch.dtype) -> None:
+        super().__init__(shape, dtype, lead, layout.kernel, math.prod(layout.kernel))
+        self._layout, self.unit = layout, dtype.itemsize
+
+    def write(self, memory: Tensor, box: Box, value: Tensor) -> None:
+        self.check(memory, box, value)
+        with torch.no_grad():
+            for region, plain, at in self._regions(memory, box, value):
+                region.index_copy_(0, at, plain.reshape(-1))
+
+    def read(self, memory: Tensor, box: Box, out: Tensor | None = None) -> Tensor:
+        out = self.empty(memory, box) if out is None else out
+        self.check(memory, box, out)
+        with torch.no_grad():
+            for region, plain, at in self._regions(memory, box, out):
+                plain.copy_(region.index_select(0, at).view(plain.shape))
+        return out
+
+    def offsets(self, box: Box | None = None) -> Tensor:
+        box = box or self.whole
+        return self.placed(box, self._selected(box, torch.device("cpu")), self.region_capacity)
+
+    def _selected(self, box: Box, device: torch.device) -> Tensor:
+        return self._layout.table(device)[tuple(slice(*ends) for ends in box[self.lead :])]
+
+    def _regions(self, memory: Tensor, box: Box, value: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Memory, values and positions of every region that the box touches, as integers of the element's width."""
+        bits = _INTEGERS[self.dtype.itemsize]
+        by_region = memory[: self.regions * self.region_capacity].view(bits).view(*self.shape[: self.lead], self.region_capacity)
+        at = self._selected(box, memory.device).reshape(-1)
+        values = value.view(bits)
+        for index in itertools.product(*(range(stop - start) for start, stop in box[: self.lead])):
+            yield by_region[tuple(start + i for (start, _), i in zip(box, index, strict=False))], values[index], at

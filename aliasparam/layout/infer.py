@@ -1,0 +1,153 @@
+"""A layout from somebody's repack function: it is run on position codes, and the permutation it makes is written in digits."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import InferenceError, LayoutError
+from .factor import factor, layout_of, lines
+from .index import IndexLayout
+from .layout import Layout, bind
+from .pattern import Digit, Line, Side
+from .trace import Function, Trace, trace
+
+#: Bytes of the largest other shape that is tried to tell which digits are free.
+_OTHER = 1 << 21
+#: Lines tried a shape.
+_CANDIDATES = 100
+
+
+class _Sample(NamedTuple):
+    trace: Trace
+    axes: list[Tensor] | None  # positions along each dim; None where the position is no sum over dims
+    dtype: torch.dtype
+
+
+def infer(function: Function, shape: Sequence[int], dtype: torch.dtype, device: str = "cpu") -> Layout | IndexLayout:
+    """The layout that ``function`` applies to a tensor of ``shape`` and ``dtype`` (a :class:`Layout` where digits say it).
+
+    ``function`` takes one tensor on ``device`` and returns one, of any shape and of the same bytes, padded or not. It is also
+    tried on a few other shapes, to tell digits of a fixed size from the free one; those that it refuses do not count.
+
+    Raises:
+        InferenceError: one of its subclasses says why the function is no layout, with the first place that shows it.
+    """
+    base = _sample(trace(function, shape, dtype, device), dtype)
+    samples = [base, *_others(function, tuple(shape), dtype, device)]
+    best, most = None, 0
+    for sample in sorted(samples, key=lambda s: -s.trace.positions.numel()):
+        for layout, shaped in itertools.islice(_candidates(sample), _CANDIDATES):
+            fits = sum(_fits(layout, other, shaped=shaped) for other in samples) if _fits(layout, base, shaped=shaped) else 0
+            if fits == len(samples):
+                return _without_lead(layout)
+            if fits > most:
+                best, most = layout, fits
+    return _without_lead(best) if best else _table(base.trace)
+
+
+def _sample(found: Trace, dtype: torch.dtype) -> _Sample:
+    return _Sample(found, _axes(found.positions) if factor_sum(found.positions) else None, dtype)
+
+
+def _others(function: Function, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Iterator[_Sample]:
+    small = 9 * math.prod(shape) * dtype.itemsize <= _OTHER
+    scales = ((2, 1), (3, 1)) if small else ((1, 2), (1, 4), (3, 4))
+    others = [tuple(n * up // down if n * up % down == 0 else n for n in shape) for up, down in scales]
+    for other in (*others, tuple(n + 2 * (n > 1) for n in others[-1])):  # the last shows what is padded
+        if other != shape:
+            try:
+                yield _sample(trace(function, other, dtype, device), dtype)
+            except InferenceError:
+                continue
+
+
+def _candidates(sample: _Sample) -> Iterator[tuple[Layout, bool]]:
+    """Layouts that have this sample's digits, and whether their kernel shape is the function's; the most likely first."""
+    found = sample.trace
+    if sample.axes is None:
+        return
+    for shaped in (True, False):
+        yield from ((layout, shaped) for layout in _of_positions(found, found.positions))
+        for dim, extent in enumerate(found.shape):
+            if extent % 2 == 0 and found.bits is None:  # halves exchanged, then tiles that cut them
+                names = [f"d{i}" for i in range(len(found.shape))]
+                left = " ".join(f"(h {name})" if i == dim else name for i, name in enumerate(names))
+                right = " ".join(f"(~h {name})" if i == dim else name for i, name in enumerate(names))
+                swap = Layout(f"{left} -> {right}, h=2")
+                for layout in _of_positions(found, found.positions.roll(extent // 2, dim)):
+                    yield swap.then(layout), shaped
+
+
+def _of_positions(found: Trace, positions: Tensor) -> Iterator[Layout]:
+    dims = factor(positions)
+    for ways in itertools.product(*dims) if dims else ():
+        for text in lines(ways, math.prod(found.kernel_shape), found.kernel_shape):
+            try:
+                yield layout_of(text, found.bits)
+            except LayoutError:
+                continue
+
+
+def _fits(layout: Layout, sample: _Sample, *, shaped: bool) -> bool:
+    """Whether the layout puts every element where the function did; and, ``shaped``, gives the result the same shape."""
+    try:
+        bound = bind.__wrapped__(layout, sample.trace.shape, sample.dtype)  # most are wrong: not kept
+    except LayoutError:
+        return False
+    many = 2 * sample.dtype.itemsize if sample.trace.bits else 1
+    kernel = (*bound.kernel_shape[:-1], bound.kernel_shape[-1] * many)
+    if sample.axes is None or math.prod(kernel) != math.prod(sample.trace.kernel_shape):
+        return False
+    if shaped and kernel != sample.trace.kernel_shape:
+        return False
+    for dim, axis in enumerate(sample.axes):
+        box = tuple((0, n) if d == dim else (0, 1) for d, n in enumerate(sample.trace.shape))
+        if not torch.equal(
+            bound.offsets(box).reshape(-1) if dim == len(box) - 1 else bound.offsets(box)[..., 0].reshape(-1), axis
+        ):
+            return False
+    return True
+
+
+def factor_sum(positions: Tensor) -> bool:
+    """Whether a position is a sum over dims: then agreeing along each dim is agreeing everywhere."""
+    total = positions.reshape(-1)[0] * (1 - positions.dim())
+    for dim, axis in enumerate(_axes(positions)):
+        total = total + axis.view([-1 if d == dim else 1 for d in range(positions.dim())])
+    return torch.equal(total, positions)
+
+
+def _axes(positions: Tensor) -> list[Tensor]:
+    dims = range(positions.dim())
+    return [positions[tuple(slice(None) if d == dim else 0 for d in dims)] for dim in dims]
+
+
+def _without_lead(layout: Layout) -> Layout:
+    """Experts are regions, no digits: a first dim that stays outermost is left out."""
+    while len(layout.lines) == 1 and layout.core_dims > 2:
+        (line,) = layout.lines
+        first, *rest = line.left.dims
+        digits = list(line.right.digits())
+        alone = len(first.items) == 1 and isinstance(first.items[0], Digit) and first.items[0] == digits[0]
+        if not alone or digits[0].name in dict(line.sizes) or not (line.right.flat or line.right.dims[0] == first):
+            break
+        right = Side((type(first)(tuple(digits[1:])),), flat=True) if line.right.flat else Side(line.right.dims[1:])
+        layout = Layout.of([Line(Side(tuple(rest)), right, line.sizes)], layout.bits)
+    return layout
+
+
+def _table(found: Trace) -> IndexLayout:
+    positions, kernel = found.positions, found.kernel_shape
+    while positions.dim() > 2 and kernel and kernel[0] == positions.shape[0]:
+        room = math.prod(kernel[1:])
+        starts = torch.arange(positions.shape[0]).view(-1, *[1] * (positions.dim() - 1)) * room
+        if not torch.equal(positions, positions[:1] + starts):
+            break
+        positions, kernel = positions[0], kernel[1:]
+    return IndexLayout(positions, kernel, found.bits)

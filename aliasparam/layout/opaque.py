@@ -1,0 +1,112 @@
+"""A bijection given as two functions, read and written by whole regions."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import LayoutError
+from .bound import BoundLayout
+from .boxes import Box
+
+Function = Callable[[Tensor], Tensor]
+
+
+class OpaqueLayout:
+    """``encode`` brings a region's checkpoint values to kernel format, ``decode`` back; both pure. The bytes are
+    as many unless encoding pads.
+
+    ``decode`` gets what ``encode`` returned: its dtype, its shape. Regions are indexed by the dims before the last ``core_dims``.
+    A partial write decodes the region, patches it and encodes it again. ``probe_device``: where the two are tried when bound.
+
+    Raises (when bound):
+        LayoutError: ``decode(encode(x)) != x`` for random bytes, or encoding changes the size of an element.
+    """
+
+    def __init__(self, encode: Function, decode: Function, *, core_dims: int = 2, probe_device: str = "cpu") -> None:
+        self.encode, self.decode, self.core_dims, self.probe_device = encode, decode, core_dims, probe_device
+        self._bound: dict[tuple[tuple[int, ...], torch.dtype], _Bound] = {}
+
+    def bind(self, shape: Sequence[int], dtype: torch.dtype) -> BoundLayout:
+        key = (tuple(shape), dtype)
+        if key not in self._bound:
+            self._bound[key] = _Bound(self, *key)
+        return self._bound[key]
+
+    def __repr__(self) -> str:
+        return f"OpaqueLayout({getattr(self.encode, '__qualname__', self.encode)})"
+
+
+class _Bound(BoundLayout):
+    def __init__(self, layout: OpaqueLayout, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        lead = len(shape) - layout.core_dims
+        if lead < 0:
+            raise LayoutError(f"{layout} takes {layout.core_dims} dims", found=f"{list(shape)}")
+        probe = _random(shape[lead:], dtype, layout.probe_device)
+        kernel = layout.encode(probe.clone())
+        nbytes = kernel.numel() * kernel.element_size()
+        if nbytes % dtype.itemsize:
+            raise LayoutError(f"{layout} gives no whole elements", expected=f"a multiple of {dtype.itemsize} bytes", found=nbytes)
+        super().__init__(shape, dtype, lead, kernel.shape, nbytes // dtype.itemsize)
+        self._layout, self._kernel = layout, (kernel.dtype, tuple(kernel.shape))
+        back = layout.decode(kernel.clone())
+        if back.shape != probe.shape or back.dtype is not dtype or not torch.equal(_bytes(back), _bytes(probe)):
+            raise LayoutError(f"{layout}: decode does not invert encode", expected=f"{dtype} {list(probe.shape)}, the same bytes")
+        if not torch.equal(_bytes(layout.encode(probe.clone())), _bytes(kernel)):
+            raise LayoutError(f"{layout}: encoding the same values twice gives other bytes")
+
+    def write(self, memory: Tensor, box: Box, value: Tensor) -> None:
+        self.check(memory, box, value)
+        core = tuple(slice(*ends) for ends in box[self.lead :])
+        whole = box[self.lead :] == self.whole[self.lead :]
+        with torch.no_grad():
+            encoded = []  # all of them before the first byte changes: a function that raises has written nothing
+            for region, index in self._regions(memory, box):
+                plain = value[index].contiguous()
+                if not whole:
+                    patch, plain = plain, self._decoded(region)
+                    plain[core] = patch
+                encoded.append((region, self._encoded(plain)))
+            for region, raw in encoded:
+                region.view(torch.uint8).copy_(raw)
+
+    def read(self, memory: Tensor, box: Box, out: Tensor | None = None) -> Tensor:
+        out = self.empty(memory, box) if out is None else out
+        self.check(memory, box, out)
+        core = tuple(slice(*ends) for ends in box[self.lead :])
+        with torch.no_grad():
+            for region, index in self._regions(memory, box):
+                out[index] = self._decoded(region)[core]
+        return out
+
+    def offsets(self, box: Box | None = None) -> Tensor:
+        raise LayoutError(f"elements of {self._layout} have no positions: it is two functions")
+
+    def _encoded(self, plain: Tensor) -> Tensor:
+        kernel = self._layout.encode(plain)
+        if (kernel.dtype, tuple(kernel.shape)) != self._kernel:
+            raise self.unfit(self._kernel, (kernel.dtype, tuple(kernel.shape)))
+        return _bytes(kernel)
+
+    def _decoded(self, region: Tensor) -> Tensor:
+        dtype, shape = self._kernel
+        return self._layout.decode(region.view(torch.uint8).clone().view(dtype).view(shape))
+
+    def _regions(self, memory: Tensor, box: Box) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
+        by_region = memory[: self.regions * self.region_capacity].view(*self.shape[: self.lead], self.region_capacity)
+        for index in itertools.product(*(range(stop - start) for start, stop in box[: self.lead])):
+            yield by_region[tuple(start + i for (start, _), i in zip(box, index, strict=False))], index
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def _random(shape: Sequence[int], dtype: torch.dtype, device: str) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    raw = torch.randint(0, 256, (math.prod(shape) * dtype.itemsize,), dtype=torch.uint8, generator=generator)
+    return raw.view(dtype).view(*shape).to(device)
