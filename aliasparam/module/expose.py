@@ -86,7 +86,7 @@ class Exposure:
         storage.changing()
         before = storage.states.begin(box)
         if state is State.LOADED:
-            storage.states.arrived(box, [(region, State.EMPTY) for region, _ in before])
+            storage.states.arrived(box, (before[0], dict.fromkeys(before[0], State.EMPTY)))
         else:
             storage.states.why = "whoever wrote the raw bytes failed"
 

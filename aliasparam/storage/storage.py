@@ -67,8 +67,6 @@ class AliasedStorage:
         self.states = RegionStates(spec.shape, self.bound.lead, state)
         #: Counts changes of content; whoever derives from this storage compares it with what it saw last.
         self.version = 0
-        #: Whether other code was given the raw storage, which it might free.
-        self.handed_out = False
         self._writer: weakref.ref[RawWriter] | None = None
         self._listeners: list[weakref.ref[Listener]] = []
         self._lock = lock_number()
@@ -82,7 +80,7 @@ class AliasedStorage:
         """Make the views of ``buffer``: its elements, the checkpoint name's geometry, the kernel name."""
         bound = self.bound
         with torch.inference_mode(False):
-            self.buffer = buffer
+            self.buffer, self._address = buffer, buffer.data_ptr()
             self.elements = buffer.view(bound.dtype)
             #: What the checkpoint name looks like; its bytes are the checkpoint's where the layout is the identity.
             self.geometry = self.elements[: self.spec.numel].view(bound.shape)
@@ -236,7 +234,7 @@ class AliasedStorage:
         name = self.kernel_name
         if name is not None and name.tensor._version != name.version:
             self.notice()
-        if self.handed_out or name is not None:
+        if self.buffer.data_ptr() != self._address:  # freed, or given other memory
             self.need_memory()
 
     def notice(self) -> None:
@@ -336,7 +334,7 @@ class AliasedStorage:
         buffer, label = state.pop("buffer"), state.pop("kernel")
         self.__dict__.update(state)
         self.bound = bound_to(self.layout, self.spec.shape, self.spec.dtype)
-        self.handed_out, self._writer, self._listeners, self._lock = False, None, [], lock_number()
+        self._writer, self._listeners, self._lock = None, [], lock_number()
         self.kernel_name = None
         self._name(buffer)
         if self.kernel_name is not None:

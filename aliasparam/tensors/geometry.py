@@ -77,9 +77,7 @@ def _place(base: tuple[int, ...], offset: int, shape: tuple[int, ...], strides: 
     return Place(box, tuple(sizes), None if in_order else order, tuple(shape[v] for v in order))
 
 
-def _match(
-    base: tuple[int, ...], steps: list[int], shape: tuple[int, ...], strides: tuple[int, ...]
-) -> list[int | None] | None:
+def _match(base: tuple[int, ...], steps: list[int], shape: tuple[int, ...], strides: tuple[int, ...]) -> list[int | None] | None:
     """For each dim of the tensor, the view's dim over it (None: an index was taken); None where a dim is over none."""
     found: list[int | None] = [None] * len(base)
     for dim, (size, stride) in enumerate(zip(shape, strides, strict=True)):
