@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
 from aliasparam import Layout
+from aliasparam_nvfp4.demo.large_models import MODELS, scale_report
 
 FOLDER = Path(__file__).parents[1] / "docs" / "pictures"
 SWIZZLE = Layout("(rt r4 r32) (ct c4) -> rt ct r32 r4 c4, r4=4 r32=32 c4=4")
@@ -137,16 +138,16 @@ def states() -> str:
     return svg(790, 484, "States of a region and of a module", parts)
 
 
-def memory(one: Sequence[float] = (14.77, 4.76, 3.30), two: Sequence[float] = (29.53, 9.52, 6.61)) -> str:
-    """Block scales a rank in one copy and in two, in GiB."""
-    models = ("Kimi-K2.5, TP=4", "DeepSeek-V3, TP=8", "Qwen3-235B-A22B, TP=4")
+def memory() -> str:
+    """Block scales a rank in one copy and in two, in GiB: what layers declared on the meta device plan."""
     parts = [text(20, 28, "block scales of the experts on one rank, GiB", "b")]
-    for i, (name, a, b) in enumerate(zip(models, one, two, strict=True)):
-        y = 52 + 56 * i
+    for i, model in enumerate(MODELS[:3]):
+        report, y = scale_report(model), 52 + 56 * i
+        one, two = (count * model.layers / (1 << 30) for count in (report.allocated_bytes, report.two_copies_bytes))
         parts += [
-            text(170, y + 22, name, "", "end"),
-            box(180, y, 16 * a, 16, BANDS[0], ""), text(186 + 16 * a, y + 13, f"{a:.2f} one copy", "s"),
-            box(180, y + 20, 16 * b, 16, "#bbb", ""), text(186 + 16 * b, y + 33, f"{b:.2f} two copies", "s"),
+            text(190, y + 22, f"{model.name}, TP={model.tensor_parallel}", "", "end"),
+            box(200, y, 15 * one, 16, BANDS[0], ""), text(206 + 15 * one, y + 13, f"{one:.2f} one copy", "s"),
+            box(200, y + 20, 15 * two, 16, "#bbb", ""), text(206 + 15 * two, y + 33, f"{two:.2f} two copies", "s"),
         ]  # fmt: skip
     return svg(760, 220, "Block scales of the experts in one copy and in two", parts)
 
