@@ -53,7 +53,7 @@ def _first_nan(storage: AliasedStorage, written: list[bool]) -> int | None:
     if not pieces:
         return None
     worst = torch.stack([(piece & 0x7F).amax() for _, piece in pieces])
-    found = (worst == 0x7F).nonzero().flatten().tolist()
+    found: list[int] = (worst == 0x7F).nonzero().flatten().tolist()
     if not found:
         return None
     start, piece = pieces[found[0]]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import MemoryFreedError, StateError
+from ..layout import BoundLayout
 from ..layout.bind import Bindable, bound_to
 from ..spec import TensorSpec
 from .coverage import Box
@@ -76,6 +77,7 @@ class AliasedStorage:
     bound: BoundLayout
     buffer: Tensor
     elements: Tensor
+    _address: int
     #: What the checkpoint name looks like; its bytes are the checkpoint's where the layout is the identity.
     geometry: Tensor
 

@@ -68,7 +68,7 @@ class _Aliased(Tensor):
         data = self.__dict__.get("_alias_data")
         if data is None:
             data = self.__dict__["_alias_data"] = make_view(self._alias_storage, self._alias_geometry)
-        return data  # type: ignore[no-any-return]
+        return data
 
     @data.setter
     def data(self, value: Tensor) -> None:

@@ -194,8 +194,17 @@ def replace_experts(
             )
         first = module.get_parameter(first_projection(module))
         sizes = (first.shape[0], first.shape[2], first.shape[1] // (2 if activation.gated else 1))
-        options = {"runner": choice.runner, "ranks": choice.ranks, "missing_input_scale": choice.missing_input_scale}
-        made = Experts(tensors, sizes, names=names, scheme=scheme, activation=activation, dtype=dtype, **options)
+        made = Experts(
+            tensors,
+            sizes,
+            names=names,
+            scheme=scheme,
+            activation=activation,
+            dtype=dtype,
+            runner=choice.runner,
+            ranks=choice.ranks,
+            missing_input_scale=choice.missing_input_scale,
+        )
         model.set_submodule(path, made)
 
 
