@@ -72,7 +72,7 @@ class Fp8Linear(nn.Module):
         if how is None:
             return x, None
         if how == "block":  # of 128 values
-            padded = functional.pad(x, (0, -x.shape[-1] % 128)).unflatten(-1, (-1, 128))
+            padded = functional.pad(x, (0, -x.shape[-1] % 128)).reshape(*x.shape[:-1], -1, 128)
             scale = (padded.abs().amax(-1, keepdim=True) / _E4M3_MAX).clamp(min=torch.finfo(torch.float32).tiny)
             return (_e4m3(padded / scale) * scale).flatten(-2)[..., : x.shape[-1]], None
         if how == "stored":
