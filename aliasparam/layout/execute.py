@@ -36,9 +36,9 @@ class Axis(NamedTuple):
 
 
 def plan(
-    pieces: Sequence[Piece], lead: Sequence[tuple[int, int]], strides: Sequence[int], itemsize: int, align: int
+    pieces: Sequence[Piece], lead: Sequence[tuple[int, int]], strides: Sequence[int], itemsize: int, align: int, widest: int = 16
 ) -> list[Copy]:
-    """The copies of ``pieces`` of every region.
+    """The copies of ``pieces`` of every region, in elements of at most ``widest`` bytes.
 
     ``lead``: (size, kernel stride) of each lead dim. ``strides``: the value's, lead dims first. ``align``: the bytes that both
     addresses are a multiple of (a power of two).
@@ -51,7 +51,7 @@ def plan(
         axes = [Axis(a.size, a.image, a.step * core[a.dim]) for a in piece.axes]
         for kernel_offset, offset, forward in _forward(piece.offset, value_offset, axes):
             merged = merge([*outer, *forward])
-            width = _width(merged, kernel_offset, offset, itemsize, align)
+            width = _width(merged, kernel_offset, offset, itemsize, min(align, widest))
             copies.append(_copy(merged, kernel_offset, offset, width, itemsize))
     return copies
 
@@ -78,12 +78,12 @@ def merge(axes: list[Axis]) -> list[Axis]:
 
 
 def _width(axes: list[Axis], kernel_offset: int, value_offset: int, itemsize: int, align: int) -> int:
-    """Bytes of the widest element. See [Note: wide elements]."""
+    """Bytes of the widest element, at most ``align``. See [Note: wide elements]."""
     last = axes[-1] if axes and axes[-1].kernel == axes[-1].value == 1 else Axis(1, 1, 1)
     numbers = [last.size, kernel_offset, value_offset]
     numbers += [number for axis in axes if axis is not last for number in (axis.kernel, axis.value)]
     width = itemsize
-    while width < 16 and align % (2 * width) == 0 and all(number % (2 * width // itemsize) == 0 for number in numbers):
+    while align % (2 * width) == 0 and all(number % (2 * width // itemsize) == 0 for number in numbers):
         width *= 2
     return width
 

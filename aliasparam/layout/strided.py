@@ -47,8 +47,8 @@ class StridedLayout(BoundLayout):
         return found
 
     def write(self, memory: Tensor, box: Box, value: Tensor) -> None:
-        if value.requires_grad:
-            value = value.detach()
+        if value.requires_grad or value.is_conj() or value.is_neg():  # such bits live on the tensor, not in its bytes
+            value = value.detach().resolve_conj().resolve_neg()
         for copy, kernel, plain in self._moves(memory, box, value):
             if memory.is_cuda and triton_copy.wanted(copy, memory, value):
                 triton_copy.run(copy, kernel, plain, write=True)
@@ -56,7 +56,9 @@ class StridedLayout(BoundLayout):
                 kernel.copy_(plain)
 
     def read(self, memory: Tensor, box: Box, out: Tensor | None = None) -> Tensor:
-        out = self.empty(memory, box) if out is None else out
+        if out is None or out.is_conj() or out.is_neg():
+            fresh = self.read(memory, box, self.empty(memory, box))
+            return fresh if out is None else out.detach().copy_(fresh)
         for copy, kernel, plain in self._moves(memory, box, out.detach() if out.requires_grad else out):
             if memory.is_cuda and triton_copy.wanted(copy, memory, out):
                 triton_copy.run(copy, kernel, plain, write=False)
@@ -73,13 +75,14 @@ class StridedLayout(BoundLayout):
                 self.check(memory, box, value)  # raises
         first, other = (int(memory.storage_offset()) + region) * size, int(value.storage_offset()) * size
         align = (memory.data_ptr() + region * size | value.data_ptr() | first | other | 16) & 31
-        key = (box[self.lead :], shape, value.stride(), align & -align, value.dtype)
+        key = (box[self.lead :], shape, value.stride(), align & -align, value.dtype, memory.is_cuda)
         copies = self._plans.get(key)
         if copies is None:
             self.check(memory, box, value)
             lead = list(zip(shape, self.lead_strides, strict=False))
             found = self.boxes(box[self.lead :]) if value.numel() else []
-            copies = _keep(self._plans, key, plan(found, lead, value.stride(), size, align & -align))
+            widest = triton_copy.WIDEST if memory.is_cuda and triton_copy.AVAILABLE else 16
+            copies = _keep(self._plans, key, plan(found, lead, value.stride(), size, align & -align, widest))
         if memory.dtype is not self.dtype or memory.numel() < self._elements:
             self.check(memory, box, value)  # raises
         return [(copy, *views(copy, memory, first, value)) for copy in copies]
