@@ -19,7 +19,7 @@ from rich.table import Table
 from torch import Tensor
 
 from aliasparam.layout import BoundLayout, Layout
-from aliasparam_nvfp4.layouts.moe_lines import MOE_LINES, MoELines
+from aliasparam_nvfp4.moe.layouts import MOE_LAYOUTS, MoELayout
 
 #: Experts, hidden and intermediate size of a rank (Kimi and Qwen at TP 4, DeepSeek at TP 8).
 MODELS = {
@@ -49,7 +49,7 @@ class Part(NamedTuple):
         self.bound.write(self.memory, ((3, 4), *self.bound.whole[1:]), self.value[3:4])
 
 
-def layer(kind: MoELines, experts: int, hidden: int, inner: int, device: str) -> list[Part]:
+def layer(kind: MoELayout, experts: int, hidden: int, inner: int, device: str) -> list[Part]:
     shapes = ((2 * inner, hidden // 2), (2 * inner, hidden // 16), (hidden, inner // 2), (hidden, inner // 16))
     parts = []
     for name, shape in zip(FIELDS, shapes, strict=True):
@@ -60,7 +60,7 @@ def layer(kind: MoELines, experts: int, hidden: int, inner: int, device: str) ->
     return parts
 
 
-def sglang(kind: MoELines, parts: list[Part]) -> list[Tensor]:
+def sglang(kind: MoELayout, parts: list[Part]) -> list[Tensor]:
     """The same bytes as SGLang makes them: into new tensors, rows by index tables, scales by reshape, permute and contiguous."""
     w13, w13_scale, w2, w2_scale = parts
     by_expert = kind.name == "shuffled"
@@ -119,7 +119,7 @@ def extra_bytes(do: Callable[[], Any], device: str) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def measure(kind: MoELines, sizes: tuple[int, int, int], device: str) -> list[str]:
+def measure(kind: MoELayout, sizes: tuple[int, int, int], device: str) -> list[str]:
     parts = layer(kind, *sizes, device)
     outs = [torch.empty_like(part.value) for part in parts]
 
@@ -164,7 +164,7 @@ def measure(kind: MoELines, sizes: tuple[int, int, int], device: str) -> list[st
 
 def host_cost(device: str) -> tuple[float, float]:
     """µs of host time for a shard of one expert: plain ``copy_``, and through the layout."""
-    bound = MOE_LINES[-1].w13.bind((8, 512, 64), torch.uint8)
+    bound = MOE_LAYOUTS[-1].w13.bind((8, 512, 64), torch.uint8)
     memory, plain = (torch.zeros(8 * 512 * 64, dtype=torch.uint8, device=device) for _ in range(2))
     shard = torch.ones(1, 256, 64, dtype=torch.uint8, device=device)
     box = ((5, 6), (0, 256), (0, 64))
@@ -196,7 +196,7 @@ def main() -> None:
         experts, hidden, inner = MODELS[model]
         sizes = (experts, hidden, inner) if device == "cuda" else (8, hidden // 8, inner)
         table = Table("runner", *columns, title=f"{model}: {sizes[0]} experts, H={sizes[1]}, I={sizes[2]}")
-        for kind in MOE_LINES:
+        for kind in MOE_LAYOUTS:
             table.add_row(kind.name, *measure(kind, sizes, device))
         console.print(table)
     plain, ours = host_cost(device)

@@ -345,7 +345,7 @@ def test_any_shard_of_a_padded_scale_is_a_handful_of_boxes() -> None:
 def test_any_layout_goes_to_any_other_in_place_by_blocks(shape: tuple[int, int], limit: int) -> None:
     """w13 scales of all runners, whole and ragged: memory for the larger of the two, blocks, then padding cleared."""
     value = numbered((2, *shape))
-    layouts = [lines.w13_scale for lines in MOE_LINES]
+    layouts = [lines.w13_scale for lines in MOE_LAYOUTS]
     bounds = [layout.bind(value.shape, torch.uint8) for layout in layouts]
     for old, new in [(old, new) for old in bounds for new in bounds if old.region_capacity == new.region_capacity]:
         memory = torch.zeros(old.regions * old.region_capacity, dtype=torch.uint8)
