@@ -241,6 +241,26 @@ def test_what_does_not_fit_the_box_changes_nothing() -> None:
     assert not memory.any()
 
 
+@given(st.data(), st.integers(1, 5), st.sampled_from([1, 2, 4, 8, 16]), st.sampled_from([torch.uint8, torch.bfloat16]))
+def test_elements_are_moved_wide_only_where_everything_is_aligned(data: Any, blocks: int, unit: int, dtype: torch.dtype) -> None:
+    """Long runs, cut at odd columns, from values at odd addresses with odd strides."""
+    layout, shape = Layout("(g b a) k -> g a b k, a=2 b=2"), (4 * blocks, unit * data.draw(st.integers(1, 6)))
+    bound, value = layout.bind(shape, dtype), random(shape, dtype)
+    memory = random((bound.region_capacity + 16,), dtype, seed=1)[data.draw(st.integers(0, 15)) :][: bound.region_capacity]
+    g, b, a = (axis.reshape(-1) for axis in torch.meshgrid(*map(torch.arange, (blocks, 2, 2)), indexing="ij"))
+    box = data.draw(boxes(shape))
+    inside = tuple(slice(*ends) for ends in box)
+    expected = bits(memory).clone().view(shape)
+    columns = expected[4 * g + 2 * a + b]
+    columns[inside] = bits(value[inside])
+    expected[4 * g + 2 * a + b] = columns
+
+    bound.write(memory, box, data.draw(strided(value[inside])))
+
+    assert torch.equal(bits(memory).view(shape), expected)
+    assert torch.equal(bits(bound.read(memory, box)), bits(value[inside]))
+
+
 def test_conjugated_and_negated_values_are_what_they_look_like() -> None:
     bound = Layout("(g a) k -> a g k, a=2").bind((4, 3), torch.complex64)
     value = torch.view_as_complex(torch.arange(24.0).view(4, 3, 2)).conj()
