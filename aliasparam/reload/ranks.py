@@ -169,9 +169,8 @@ def _verdict(plan: Plan, name: str, vote: str, late: bool) -> Generator[Request,
         return None
     if None not in reply:
         others = sorted(set(reply) - {vote})
-        return (
-            YES if not others else next((other for other in others if other.startswith("no ")), f"no: {vote!r} and {others[0]!r}")
-        )
+        refusals = [other for other in others if other.startswith("no ")]
+        return YES if not others else refusals[0] if refusals else f"no: {vote!r} and {others[0]!r}"
     if not late:
         return None
     reply, _ = yield Look(plan.votes(name), all_or_none=False)
