@@ -15,6 +15,8 @@ from ...checkpoint.scheme import Scheme
 from .config import model_config
 from .unwrap import plain_name
 
+#: Entries that say how a model came here or is served, not what it is.
+_CHOSEN = {"_name_or_path", "name_or_path", "architectures", "dtype", "quantization_config", "torch_dtype", "transformers_version"}
 #: Entries which do not change what a loaded model computes.
 _FREE = {
     "_name_or_path", "name_or_path", "transformers_version", "quantization_config", "torch_dtype", "dtype", "architectures",
@@ -105,7 +107,7 @@ def _differing(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, tupl
         a, b = before.get(key), after.get(key)
         if key.endswith("_config") and isinstance(a, dict) and isinstance(b, dict) and key != "quantization_config":
             yield from _differing(a, b, f"{prefix}{key}.")
-        elif a != b and key not in ("quantization_config", "_name_or_path", "transformers_version"):
+        elif a != b and key not in _CHOSEN:
             yield f"{prefix}{key}", (a, b)
 
 
