@@ -20,7 +20,8 @@ _SMALL: dict[str, Any] = {
     "num_key_value_heads": 2, "head_dim": 16, "initializer_range": 0.2, "tie_word_embeddings": False,
 }  # fmt: skip
 _LATENT: dict[str, Any] = {
-    **{k: v for k, v in _SMALL.items() if k != "head_dim"}, "num_key_value_heads": 4, "moe_intermediate_size": 32, "n_routed_experts": 4, "n_shared_experts": 1,
+    **{k: v for k, v in _SMALL.items() if k != "head_dim"}, "num_key_value_heads": 4, "moe_intermediate_size": 32,
+    "n_routed_experts": 4, "n_shared_experts": 1,
     "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "kv_lora_rank": 16, "q_lora_rank": 32,
     "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16,
 }  # fmt: skip
@@ -62,7 +63,8 @@ def _nemotron(t: Any) -> Any:
     own = {k: v for k, v in _SMALL.items() if k != "num_hidden_layers"}
     return t.NemotronHForCausalLM(t.NemotronHConfig(
         **own, num_hidden_layers=3, layers_block_type=["mamba", "moe", "attention"], mamba_num_heads=4, mamba_head_dim=16,
-        ssm_state_size=16, n_groups=1, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=48, n_group=1, topk_group=1,
+        ssm_state_size=16, n_groups=1, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=48, n_group=1,
+        topk_group=1,
         moe_shared_expert_intermediate_size=64, use_mamba_kernels=False, chunk_size=8, num_logits_to_keep=1,
     ))  # fmt: skip
 

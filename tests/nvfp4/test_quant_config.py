@@ -34,7 +34,8 @@ def by_compressed_tensors(name: str, pattern: str) -> bool:
 WORDS = st.sampled_from(["layers", "mlp", "experts", "3", "12", "self_attn", "q_proj", "_proj", "1", "lay"])
 JOINTS = st.sampled_from([".", r"\.", ".*", "*", "?", "+", "[0-9]", "(a|q)", "|", "$", "^", "(?:x)?", "[!a]", "{2}", r"\d"])
 PATTERNS = st.lists(st.tuples(WORDS, JOINTS), min_size=1, max_size=4).map(lambda pairs: "".join(w + j for w, j in pairs))
-NAMES = st.lists(st.sampled_from(["model", "layers", "3", "12", "a512", "mlp", "experts", "self_attn", "q_proj", "xlayers"]), min_size=1)
+PARTS = st.sampled_from(["model", "layers", "3", "12", "a512", "mlp", "experts", "self_attn", "q_proj", "xlayers"])
+NAMES = st.lists(PARTS, min_size=1)
 
 
 @settings(max_examples=400)
@@ -53,7 +54,8 @@ def test_looking_patterns_up_finds_what_trying_each_finds(text: str, start: str,
 
 @pytest.mark.parametrize(
     ("form", "experts"),
-    [("model.layers.{}.mlp.experts.{}", 170), ("*layers.{}.mlp.experts.{}.*", 170), (r"re:.*layers\.{}\.mlp\.experts\.{}\..*", 170),
+    [("model.layers.{}.mlp.experts.{}", 170), ("*layers.{}.mlp.experts.{}.*", 170),
+     (r"re:.*layers\.{}\.mlp\.experts\.{}\..*", 170),
      ("re:model.layers.{}.mlp.experts.{}.*", 200)],  # "17." is also the beginning of "171"
 )  # fmt: skip
 def test_ten_thousand_patterns_are_quick(form: str, experts: int) -> None:
@@ -81,7 +83,8 @@ def test_modelopts_spellings_say_the_same() -> None:
 
 
 def test_a_label_without_activations_in_any_group_goes_by_the_files() -> None:
-    config = {"quant_method": "modelopt", "quant_algo": "NVFP4", "config_groups": {"g": {"weights": FOUR, "targets": ["Linear"]}}}
+    group = {"weights": FOUR, "targets": ["Linear"]}
+    config = {"quant_method": "modelopt", "quant_algo": "NVFP4", "config_groups": {"g": group}}
     assert schemes(config, stored=False) == ("W4A16_NVFP4", None)
     assert schemes(config, stored=True) == ("NVFP4", "stored")
 
@@ -99,10 +102,10 @@ def test_entries_of_a_mixed_checkpoint_stand_for_the_parts_of_what_they_name(ent
 def test_compressed_tensors_names_count_before_expressions_and_those_before_classes() -> None:
     groups = {
         "a": {"targets": ["Linear"], "weights": FOUR, "input_activations": {**FOUR, "dynamic": "local"}},
-        "b": {"targets": ["re:.*mlp.*"], "weights": EIGHT, "input_activations": {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True}},
+        "b": {"targets": ["re:.*mlp.*"], "weights": EIGHT, "input_activations": {**EIGHT, "strategy": "token", "dynamic": True}},
         "c": {"targets": [UP], "weights": FOUR, "input_activations": None},
     }  # fmt: skip
-    config = {"quant_method": "compressed-tensors", "format": "mixed-precision", "config_groups": groups, "ignore": ["model.x", "re:.*y$"]}
+    config = {"quant_method": "compressed-tensors", "config_groups": groups, "ignore": ["model.x", "re:.*y$"]}
 
     assert schemes(config) == ("W4A16_NVFP4", None)
     assert schemes(config, "model.layers.0.mlp.down_proj") == ("FP8", "token")

@@ -1,7 +1,8 @@
-"""Folders as they are published: each class loads, answers as plain transformers on decoded weights, reloads, and exports its bytes."""
+"""Folders as they are published: they load, answer as transformers on decoded weights, reload, and export their bytes."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -144,3 +145,23 @@ def test_input_scales_that_no_calibration_gave_are_refused_or_the_largest(tmp_pa
     assert found.keys() == lacking.keys() and float(found[f"{experts}.2.down_proj.input_scale"]) == 0
     reload_folder(model, folder)
     assert torch.equal(logits(model), logits(whole))
+
+
+def test_a_wrapped_model_reloads_and_entries_that_change_nothing_are_named(tmp_path: Path) -> None:
+    a, _, _, cls = folders("GLM-4.5", 0, tmp_path / "a")
+    b, _, _, _ = folders("GLM-4.5", 1, tmp_path / "b")
+    config = json.loads((b / "config.json").read_text())
+    (b / "config.json").write_text(json.dumps({**config, "eos_token_id": 7, "somebodys_note": "x"}))
+    model = load(a, cls)
+    model.model.layers[1] = torch.compile(model.model.layers[1], backend="eager")
+    wrapped = torch.compile(model, backend="eager")
+
+    with pytest.raises(CheckpointError, match="another model"):
+        reload_folder(wrapped, b, strict=True)
+    with pytest.warns(UserWarning, match=r"eos_token_id: .* to 7"):
+        reload_folder(wrapped, b)
+
+    assert signal_to_noise(logits(wrapped), logits(load(b, cls))) >= 100
+    (b / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.1}))
+    with pytest.raises(CheckpointError, match="rms_norm_eps"):
+        reload_folder(wrapped, b)
