@@ -89,7 +89,10 @@ def test_a_label_without_activations_in_any_group_goes_by_the_files() -> None:
     assert schemes(config, stored=True) == ("NVFP4", "stored")
 
 
-@pytest.mark.parametrize("entry", ["m.experts", "m.experts.gate_up_proj", "m.experts.3.up_proj", "m.*", "m.experts.3.gate_up_proj"])
+@pytest.mark.parametrize(
+    "entry",
+    ["m.experts", "m.experts.gate_up_proj", "m.experts.3.up_proj", "m.*", "m.experts.3.gate_up_proj"],
+)
 def test_entries_of_a_mixed_checkpoint_stand_for_the_parts_of_what_they_name(entry: str) -> None:
     layers = {entry: {"quant_algo": "NVFP4_AWQ"}, "a.qkv_proj": {"quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"}}
     config = {"quant_method": "modelopt_mixed", "quant_algo": "MIXED_PRECISION", "quantized_layers": layers}
