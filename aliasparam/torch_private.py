@@ -47,7 +47,7 @@ def import_what_dispatch_imports() -> None:
 
 def shares_memory(first: Tensor, second: Tensor) -> bool:
     """Whether two plain tensors are views of one allocation."""
-    return bool(torch._C._is_alias_of(first, second))
+    return bool(torch._C._is_alias_of(first, second))  # type: ignore[attr-defined]
 
 
 def is_alone(memory: torch.UntypedStorage) -> bool:
@@ -66,4 +66,4 @@ def is_traced_by_jit() -> bool:
 
 def below_autograd() -> AbstractContextManager[None]:
     """Operators called inside go on below the autograd keys: for a kernel that wraps one there."""
-    return torch._C._AutoDispatchBelowAutograd()  # type: ignore[no-any-return]
+    return torch._C._AutoDispatchBelowAutograd()

@@ -37,6 +37,13 @@ def loaded_by(package: str) -> set[str]:
     return set(subprocess.check_output([sys.executable, "-c", code], text=True).split())
 
 
+def test_the_testing_kit_says_which_extra_it_needs() -> None:
+    code = "import sys; sys.modules['hypothesis'] = None; import aliasparam.testing"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+    assert ended.stderr.endswith("aliasparam.testing needs hypothesis: pip install 'aliasparam[testing]'\n")
+
+
 def test_typed_and_of_one_version() -> None:
     for package in (aliasparam, aliasparam_nvfp4):
         assert package.__file__ is not None

@@ -6,6 +6,7 @@ import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +39,9 @@ class BoundLayout(ABC):
         self.regions, self.region_elements = math.prod(shape[:lead]), math.prod(shape[lead:])
         self.whole: Box = tuple((0, n) for n in shape)
         self.lead_strides = [stride * capacity for stride in row_major(shape[:lead])]
+
+    def __deepcopy__(self, memo: Any) -> BoundLayout:
+        return self
 
     @abstractmethod
     def write(self, memory: Tensor, box: Box, value: Tensor) -> None:

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ..errors import AdoptionError
 from ..spec import TensorSpec
+from ..storage.reorder import move
 from ..tensors.faces import _Aliased, loader_attributes, same_view
 from ..tensors.parameter import AliasedParameter, adopt_class, is_same_name, make_parameter, take_over
-from ..torch_private import shares_memory
 from .names import ModuleNames
 from .planning import Binding, Source
 from .take import take
@@ -32,14 +32,25 @@ def adopt(registry: ModuleNames) -> None:
     for source, binding, found in foreign:
         _check_adoptable(registry, source, binding, found)
     _follow_device(registry, foreign)
-    values = [_apart(registry, found) for _, _, found in foreign]  # all are read before the first is written
+    ours = {s.buffer.untyped_storage().data_ptr() for s in registry.storages()}
+    values = [_apart(ours, found) for _, _, found in foreign]  # all are read before the first is written
     for (source, binding, found), value in zip(foreign, values, strict=True):
         _take_in(registry, source, binding, found, value)
     _drop_left_behind(registry)
     for source in registry.sources.values():
+        _finish_move(source)
         registry.bind(source)
     registry.bind_kernel_names()
     _right_kernel_names(registry)
+
+
+def _finish_move(source: Source) -> None:
+    """Another layout was planned, and getting there was interrupted."""
+    storage = source.storage
+    if storage is not None and storage.layout != source.plan.layout:
+        with storage.lock:
+            storage.before_write()
+            move(storage, source.plan.layout)
 
 
 def _right_kernel_names(registry: ModuleNames) -> None:
@@ -110,12 +121,12 @@ def _follow_device(registry: ModuleNames, foreign: list[tuple[Source, Binding, T
             binding.parameter.__dict__.update(loader_attributes(old))
 
 
-def _apart(registry: ModuleNames, tensor: Tensor) -> Tensor:
+def _apart(ours: set[int], tensor: Tensor) -> Tensor:
     """The values of a tensor that was put under a name, in memory that no write of this adoption changes."""
     if isinstance(tensor, _Aliased):
         return tensor if tensor.device.type == "meta" else tensor.detach().clone()
     mine = tensor.detach()
-    return mine.clone() if any(shares_memory(mine, s.buffer) for s in registry.storages()) else mine
+    return mine.clone() if mine.numel() and mine.untyped_storage().data_ptr() in ours else mine
 
 
 def _take_in(registry: ModuleNames, source: Source, binding: Binding, tensor: Tensor, value: Tensor) -> None:

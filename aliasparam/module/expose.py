@@ -83,12 +83,12 @@ class Exposure:
         storage = self._storage
         if storage.kernel_name is not None:
             storage.kernel_name.accept()
+        storage.changing()
         before = storage.states.begin(box)
         if state is State.LOADED:
-            storage.states.arrived(box, [(region, State.EMPTY) for region, _ in before])
+            storage.states.arrived(box, (before[0], dict.fromkeys(before[0], State.EMPTY)))
         else:
             storage.states.why = "whoever wrote the raw bytes failed"
-        storage.version += 1
 
     def _close(self) -> None:
         if not self._open:
@@ -146,11 +146,11 @@ def expose_for_writing(
         geometry = target._alias_geometry
         memory = torch.empty(geometry.shape, dtype=geometry.dtype, device=geometry.device)
     else:
-        memory = _kernel_memory(parameter, rows, name)
+        memory = _kernel_memory(parameter, rows)
     return Exposure(target, memory, order, writer)
 
 
-def _kernel_memory(parameter: _Aliased, rows: slice | None, name: str) -> Tensor:
+def _kernel_memory(parameter: _Aliased, rows: slice | None) -> Tensor:
     storage = parameter._alias_storage
     bound = storage.bound
     name_of = storage.kernel_name
@@ -158,7 +158,7 @@ def _kernel_memory(parameter: _Aliased, rows: slice | None, name: str) -> Tensor
     if parameter._alias_geometry.shape != storage.geometry.shape or (rows is not None and not bound.lead):
         raise ReloadError(
             "kernel order does not keep these rows together",
-            name=name,
+            label=storage.label,
             expected="the whole name, or whole experts of a stack",
             found=f"{rows if rows is not None else 'a shard'} of {list(bound.shape)}",
             remedy='Expose the whole, or order="checkpoint".',

@@ -197,7 +197,10 @@ class ModuleNames:
         stale = []
         for name, source in self.sources.items():
             storage = source.storage
-            if source.derived and (storage is None or not storage.is_loaded or storage.version != self._committed.get(name)):
+            if not source.derived:
+                continue
+            moved = storage is not None and storage.kernel_name is not None and storage.kernel_name.was_moved
+            if moved or storage is None or not storage.is_loaded or storage.version != self._committed.get(name):
                 stale.append(source.derived)
         older: list[str] = []
         for name, derived in self.derived.items():

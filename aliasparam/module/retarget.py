@@ -8,7 +8,7 @@ import torch
 
 from ..errors import DeclarationError, PointerError
 from ..storage.locks import all_locked
-from ..storage.reorder import reorder
+from ..storage.reorder import move
 from .adopt import adopt
 from .declarations import Alias, AnyLayout
 from .names import ModuleNames
@@ -17,28 +17,22 @@ from .verdict import StoragePlan
 
 
 def retarget(names: ModuleNames, layouts: Mapping[str, AnyLayout | str | None]) -> None:
-    """See :meth:`AliasRegistry.retarget`. A storage whose bytes are being moved is INVALID until they are in place."""
+    """See :meth:`AliasRegistry.retarget`."""
     plans = {name: _plan(names, name, layout) for name, layout in layouts.items()}
     with torch.no_grad():
         adopt(names)
-        sources = [(names.sources[name], plan) for name, plan in plans.items()]
-        with all_locked(s.storage.lock_number for s, _ in sources if s.storage is not None):
-            for source, _ in sources:
+        sources = [names.sources[name] for name in plans]
+        with all_locked(s.storage.lock_number for s in sources if s.storage is not None):
+            for source in sources:
                 if source.storage is not None:
-                    source.storage.before_write()
-            for source, (layout, plan) in sources:
-                _move(source, layout, plan)
+                    source.storage.need_writable()
+            for source in sources:
+                if source.storage is not None:
+                    source.storage.changing()
+                source.layout, source.plan = plans[source.name]
+                if source.storage is not None:
+                    move(source.storage, source.plan.layout)  # finished by adopt() where it is interrupted
         names.bind_kernel_names()
-
-
-def _move(source: Source, layout: AnyLayout | None, plan: StoragePlan) -> None:
-    storage = source.storage
-    if storage is not None:
-        before = storage.states.begin(tuple((0, n) for n in storage.bound.shape))
-        reorder(storage.elements, storage.bound, plan.bound)
-        storage.rebind(plan.layout)
-        storage.states.undo(before)
-    source.plan, source.layout = plan, layout
 
 
 def _plan(names: ModuleNames, name: str, layout: AnyLayout | str | None) -> tuple[AnyLayout | None, StoragePlan]:

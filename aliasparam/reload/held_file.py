@@ -58,7 +58,7 @@ class HeldFile:
         Raises:
             SourceError: the file ends before (it was truncated), cannot be read, or is closed.
         """
-        memory = memoryview((ctypes.c_char * out.numel()).from_address(out.data_ptr())).cast("B")
+        memory = memory_of(out)
         done = 0
         while done < len(memory):
             done += self._read_some(memory[done : done + _PIECE], offset + done)
@@ -108,6 +108,16 @@ class HeldFile:
 
     def close(self) -> None:
         self._close()
+
+
+def memory_of(tensor: Tensor) -> memoryview:
+    """The bytes of a uint8 [n], contiguous, in host memory, without numpy; it keeps the tensor alive."""
+    if tensor.device.type != "cpu" or tensor.dim() != 1 or tensor.element_size() != 1 or not tensor.is_contiguous():
+        found = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+        raise SourceError("these are no plain bytes", expected="uint8 [n], contiguous, in host memory", found=found)
+    memory = (ctypes.c_char * tensor.numel()).from_address(tensor.data_ptr())
+    memory.owner = tensor  # type: ignore[attr-defined]
+    return memoryview(memory).cast("B")
 
 
 _AGAIN = "Load again from a folder that nobody writes to; publish each version in a folder of its own."

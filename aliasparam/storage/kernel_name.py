@@ -68,6 +68,12 @@ class KernelName:
         return self.tensor._version != self.version
 
     @property
+    def is_untouched(self) -> bool:
+        """Whether the tensor is as the library left it: a look which costs next to nothing."""
+        tensor = self.tensor
+        return tensor._version == self.version and tensor.data_ptr() == self.memory.data_ptr()
+
+    @property
     def was_moved(self) -> bool:
         """Whether other code gave the tensor other memory (``name.data = ...``)."""
         tensor, memory = self.tensor, self.memory
@@ -109,11 +115,18 @@ class KernelName:
                 copy.deepcopy(self.owner, memo)  # which copies its name too
             else:
                 with torch.inference_mode(False):
-                    self.copied_as(KernelName(self.label, self.memory.clone()), memo)
+                    self.copied_as(_copy(self.label, self.memory.clone(), self.was_written), memo)
         return memo[id(self)]  # type: ignore[no-any-return]
 
     def __reduce__(self) -> Any:
-        return (KernelName, (self.label, self.memory)) if self.owner is None else (_name_of, (self.owner,))
+        return (_copy, (self.label, self.memory, self.was_written)) if self.owner is None else (_name_of, (self.owner,))
+
+
+def _copy(label: str, memory: Tensor, was_written: bool) -> KernelName:
+    """A name of its own, which does not forget that other code wrote what it copies."""
+    name = KernelName(label, memory)
+    name.version -= was_written
+    return name
 
 
 def _name_of(storage: Owner) -> KernelName | None:

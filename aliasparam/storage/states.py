@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from enum import Enum
+from typing import TypeAlias
 
 from .coverage import Box, Coverage
 
@@ -29,6 +30,10 @@ class State(Enum):
     FOREIGN = "kernel bytes whose order was not declared"
 
     __hash__ = object.__hash__  # compared on every write: the hash of an Enum's name is slow
+
+
+#: The regions of one write, and those of them that were not LOADED before.
+Begun: TypeAlias = tuple[range | list[int], dict[int, State]]
 
 
 class RegionStates:
@@ -49,8 +54,10 @@ class RegionStates:
         #: Regions which are not LOADED, with what they are: one entry changes by one assignment, so an interrupt leaves no doubt.
         self.missing: dict[int, State] = {} if state is State.LOADED else dict.fromkeys(range(count), state)
         self._count = count
-        #: How often the bytes of each region were put in question: whoever keeps these knows which regions were written since.
+        self._whole = tuple((0, n) for n in self._core)
+        #: When the bytes of each region were last put in question: whoever keeps these knows which regions were written since.
         self.writes = [0] * count
+        self.clock = 0
         self._arrived: dict[int, Coverage] = {}
         #: What made regions INVALID, where that is not plain.
         self.why: str | None = None
@@ -85,30 +92,42 @@ class RegionStates:
             found = [r * size + i for r in found for i in range(start, stop)]
         return found
 
-    def begin(self, box: Box) -> list[tuple[int, State]]:
+    def begin(self, box: Box) -> Begun:
         """Bytes under ``box`` are about to change. Returns what :meth:`arrived` or :meth:`undo` need."""
-        before = [(r, self.of(r)) for r in self.regions(box)]
-        for region, _ in before:
-            self.writes[region] += 1
-            self._put(region, State.INVALID)
-        return before
+        regions, missing = self.regions(box), self.missing
+        before = {r: missing[r] for r in regions if r in missing} if missing else {}
+        self.clock += 1
+        if len(regions) == 1:
+            missing[regions[0]] = State.INVALID
+            self.writes[regions[0]] = self.clock
+        else:
+            missing.update(dict.fromkeys(regions, State.INVALID))
+            for region in regions:
+                self.writes[region] = self.clock
+        return regions, before
 
-    def arrived(self, box: Box, before: list[tuple[int, State]]) -> None:
+    def arrived(self, box: Box, begun: Begun) -> None:
         """Every element under ``box`` was written."""
-        core = box[self._lead :]
-        for region, state in before:
-            if state is State.LOADED or self._add(region, state, core):
-                self._put(region, State.LOADED)
+        regions, before = begun
+        if before:
+            core = box[self._lead :]
+            partial = {r for r, state in before.items() if not self._add(r, state, core)}
+            self.missing.update(dict.fromkeys(partial, State.PARTIAL))
+            regions = [r for r in regions if r not in partial]
+        for region in regions:
+            del self.missing[region]
+            if before:
                 self._arrived.pop(region, None)
-            else:
-                self._put(region, State.PARTIAL)
 
-    def undo(self, before: list[tuple[int, State]]) -> None:
+    def undo(self, begun: Begun) -> None:
         """No byte was changed after all."""
-        for region, state in before:
-            self._put(region, state)
+        regions, before = begun
+        for region in regions:
+            self._put(region, before.get(region, State.LOADED))
 
     def _add(self, region: int, state: State, core: Box) -> bool:
+        if core == self._whole:
+            return True
         coverage = self._arrived.get(region)
         if coverage is None or state is not State.PARTIAL:
             coverage = self._arrived[region] = Coverage(self._core)
@@ -134,7 +153,8 @@ class RegionStates:
         if math.prod(self._core):
             for region in range(self._count):
                 self._put(region, state)
-        self.writes = [count + 1 for count in self.writes]
+        self.clock += 1
+        self.writes = [self.clock] * self._count
         self._arrived.clear()
         self.why = why
 

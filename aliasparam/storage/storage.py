@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import MemoryFreedError, StateError
+from ..layout import BoundLayout
 from ..layout.bind import Bindable, bound_to
 from ..spec import TensorSpec
 from .coverage import Box
@@ -62,39 +63,38 @@ class AliasedStorage:
     ) -> None:
         self.label = label
         self.spec = spec
-        self.layout = layout
-        self.bound = bound_to(layout, spec.shape, spec.dtype)
-        self.states = RegionStates(spec.shape, self.bound.lead, state)
         #: Counts changes of content; whoever derives from this storage compares it with what it saw last.
         self.version = 0
-        #: Whether other code was given the raw storage, which it might free.
-        self.handed_out = False
         self._writer: weakref.ref[RawWriter] | None = None
         self._listeners: list[weakref.ref[Listener]] = []
         self._lock = lock_number()
         self.kernel_dtype = kernel_dtype
         self.kernel_name: KernelName | None = None
-        self._name(buffer)
+        self._name(buffer, layout)
+        self.states = RegionStates(spec.shape, self.bound.lead, state)
+
+    layout: Bindable | None
+    bound: BoundLayout
+    buffer: Tensor
+    elements: Tensor
+    _address: int
+    #: What the checkpoint name looks like; its bytes are the checkpoint's where the layout is the identity.
+    geometry: Tensor
 
     # -- names ---------------------------------------------------------------------------------------------------------
 
-    def _name(self, buffer: Tensor) -> None:
-        """Make the views of ``buffer``: its elements, the checkpoint name's geometry, the kernel name."""
-        bound = self.bound
+    def _name(self, buffer: Tensor, layout: Bindable | None) -> None:
+        """Make the views of ``buffer``: its elements, the checkpoint name's geometry, the kernel name; then show all at once."""
+        spec, bound, kernel = self.spec, bound_to(layout, self.spec.shape, self.spec.dtype), None
         with torch.inference_mode(False):
-            self.buffer = buffer
-            self.elements = buffer.view(bound.dtype)
-            #: What the checkpoint name looks like; its bytes are the checkpoint's where the layout is the identity.
-            self.geometry = self.elements[: self.spec.numel].view(bound.shape)
-            self.kernel_name = self._kernel_name()
-
-    def _kernel_name(self) -> KernelName | None:
-        if self.kernel_dtype is None:
-            return None
-        label = self.label if self.kernel_name is None else self.kernel_name.label
-        bound = self.bound
-        held = self.elements[: bound.regions * bound.region_capacity]  # room for other layouts lies behind it
-        return KernelName(label, held.view(self.kernel_dtype).view(bound.kernel_shape), self)
+            elements = buffer.view(spec.dtype)
+            geometry = elements[: spec.numel].view(spec.shape)
+            if self.kernel_dtype is not None:
+                label = self.label if self.kernel_name is None else self.kernel_name.label
+                held = elements[: bound.regions * bound.region_capacity]  # room for other layouts lies behind it
+                kernel = KernelName(label, held.view(self.kernel_dtype).view(bound.kernel_shape), self)
+        shown = {"layout": layout, "bound": bound, "elements": elements, "geometry": geometry, "kernel_name": kernel}
+        self.__dict__.update(shown, buffer=buffer, _address=buffer.data_ptr())
 
     @property
     def lock(self) -> AbstractContextManager[Any]:
@@ -179,14 +179,22 @@ class AliasedStorage:
             before = self.states.begin(box)
             self.bound.write(self.elements, box, value)
             self.states.arrived(box, before)
-            self.version += 1
 
     def before_write(self) -> None:
         """Refuse, or tell whoever must know; no byte has changed yet. The caller holds the lock."""
+        self.need_writable()
+        self.changing()
+
+    def need_writable(self) -> None:
+        """Raise StateError or MemoryFreedError where the bytes are not the library's to write. The caller holds the lock."""
         self._look_at_memory()
         if self._writer is not None:
             self.need_unexposed("write")
+
+    def changing(self) -> None:
+        """Bytes are about to change. An interrupt after this leaves a version that nobody has derived from."""
         self.tell()
+        self.version += 1
 
     def tell(self) -> None:
         """What shows a kernel name of this storage or derives from it refuses from now on, until it is processed."""
@@ -198,20 +206,18 @@ class AliasedStorage:
     def invalidate(self, why: str | None = None) -> None:
         """Nobody knows what the bytes are (failed load, sleep). Only a whole rewrite leads out."""
         with LOCKS[self._lock]:
-            self.tell()
-            self.unexpose()
+            self.changing()
             self.states.put_all(State.INVALID, why)
-            self.version += 1
+            self.unexpose()
 
     def accept(self) -> None:
         """The bytes, in kernel order, are whole and right: an engine saved and restored them, or wrote them from outside."""
         with LOCKS[self._lock]:
-            self.tell()
+            self.changing()
             self.unexpose()
             if self.kernel_name is not None:
                 self.kernel_name.accept()
             self.states.put_all(State.LOADED)
-            self.version += 1
 
     def put_foreign(self, value: Tensor) -> None:
         """Kernel bytes whose order nobody declared: the kernel name holds them, the checkpoint name refuses to be read."""
@@ -223,7 +229,6 @@ class AliasedStorage:
             self.kernel_name.memory.copy_(value)
             self.kernel_name.accept()
             self.states.put_all(State.FOREIGN)
-            self.version += 1
 
     # -- what other code does to the memory ----------------------------------------------------------------------------
 
@@ -231,7 +236,7 @@ class AliasedStorage:
         name = self.kernel_name
         if name is not None and name.tensor._version != name.version:
             self.notice()
-        if self.handed_out or name is not None:
+        if self.buffer.data_ptr() != self._address:  # freed, or given other memory
             self.need_memory()
 
     def notice(self) -> None:
@@ -295,14 +300,12 @@ class AliasedStorage:
         with LOCKS[self._lock], torch.inference_mode(False):
             self.notice()
             self.tell()
-            self._name(self.buffer.to(device))
+            self._name(self.buffer.to(device), self.layout)
             self.__dict__.pop("stand_in", None)
 
     def rebind(self, layout: Bindable | None) -> None:
         """Another layout, whose bytes the caller has put in place. Addresses stay. The caller holds the lock."""
-        self.layout, self.bound = layout, bound_to(layout, self.spec.shape, self.spec.dtype)
-        self._name(self.buffer)
-        self.version += 1
+        self._name(self.buffer, layout)
 
     def _copied(self, buffer: Tensor) -> dict[str, Any]:
         """The state of a copy over ``buffer``, taken under the lock."""
@@ -316,7 +319,7 @@ class AliasedStorage:
             self.need_unexposed("copy")
             new = AliasedStorage.__new__(AliasedStorage)
             memo[id(self)] = new
-            new.__setstate__(self._copied(self.buffer.clone()))
+            new.__setstate__(self._copied(self.buffer.clone()) | {"layout": copy.deepcopy(self.layout, memo)})
         if self.kernel_name is not None and new.kernel_name is not None:
             self.kernel_name.copied_as(new.kernel_name, memo)
         return new
@@ -331,10 +334,9 @@ class AliasedStorage:
         state = dict(state)
         buffer, label = state.pop("buffer"), state.pop("kernel")
         self.__dict__.update(state)
-        self.bound = bound_to(self.layout, self.spec.shape, self.spec.dtype)
-        self.handed_out, self._writer, self._listeners, self._lock = False, None, [], lock_number()
+        self._writer, self._listeners, self._lock = None, [], lock_number()
         self.kernel_name = None
-        self._name(buffer)
+        self._name(buffer, state["layout"])
         if self.kernel_name is not None:
             self.kernel_name.label = label
 

@@ -49,7 +49,9 @@ def write_all(parts: Sequence[Part]) -> None:
     """
     with all_locked(part.storage.lock_number for part in parts), torch.no_grad():
         for part in parts:
-            part.storage.before_write()
+            part.storage.need_writable()
+        for part in parts:
+            part.storage.changing()
         begun = [(part.storage, part.storage.states.begin(part.box)) for part in parts]
         for part in parts:
             _scatter(part)
@@ -59,7 +61,6 @@ def write_all(parts: Sequence[Part]) -> None:
             states = part.storage.states
             for box in [part.box] if part.arrived is None else part.arrived:
                 states.arrived(box, states.begin(box))
-            part.storage.version += 1
 
 
 def _scatter(part: Part) -> None:

@@ -52,12 +52,12 @@ class _Aliased(Tensor):
             return make_view(self._alias_storage, self._alias_geometry[index])
         return super().__getitem__(index)
 
-    def copy_(self, other: Tensor, non_blocking: bool = False) -> Any:
-        if Tensor.copy_ is not _TENSOR_COPY or (type(other) is not Tensor and type(other) is not nn.Parameter):
-            if isinstance(other, _Aliased) and is_same_view(other, self):
+    def copy_(self, src: Tensor, non_blocking: bool = False) -> Any:
+        if Tensor.copy_ is not _TENSOR_COPY or (type(src) is not Tensor and type(src) is not nn.Parameter):
+            if isinstance(src, _Aliased) and is_same_view(src, self):
                 return self  # onto itself: nothing changes, nothing opens
-            return super().copy_(other, non_blocking)  # engines patch Tensor.copy_ to count or to mask
-        write_one(self, other.detach() if other.requires_grad else other)  # values of a trained Parameter, and no gradient
+            return super().copy_(src, non_blocking)  # engines patch Tensor.copy_ to count or to mask
+        write_one(self, src.detach() if src.requires_grad else src)  # values of a trained Parameter, and no gradient
         return self
 
     # -- faces of Tensor that do not come through the dispatcher -------------------------------------------------------
@@ -65,7 +65,10 @@ class _Aliased(Tensor):
     @property
     def data(self) -> Tensor:
         """A writable alias of this name."""
-        return make_view(self._alias_storage, self._alias_geometry)
+        data = self.__dict__.get("_alias_data")
+        if data is None:
+            data = self.__dict__["_alias_data"] = make_view(self._alias_storage, self._alias_geometry)
+        return data
 
     @data.setter
     def data(self, value: Tensor) -> None:
@@ -121,9 +124,7 @@ class _Aliased(Tensor):
 
     @property
     def __cuda_array_interface__(self) -> NoReturn:
-        raise AttributeError(
-            f"{self._alias_storage.label}: no raw array interface, the memory is in kernel order; use clone()"
-        )
+        raise AttributeError(f"{self._alias_storage.label}: no raw array interface, the memory is in kernel order; use clone()")
 
     def untyped_storage(self) -> torch.UntypedStorage:
         """The raw bytes where they are in checkpoint order; else a stand-in without memory, which cannot be read.
@@ -133,7 +134,6 @@ class _Aliased(Tensor):
         """
         storage = self._alias_storage
         if storage.bound.is_identity and storage.is_loaded:
-            storage.handed_out = True  # from now on somebody else may free it
             return super().untyped_storage()
         return storage.stand_in
 
@@ -200,7 +200,6 @@ class AliasedView(_Aliased):
     """A slice or view of an :class:`AliasedParameter`: reads and writes checkpoint values of the same storage."""
 
 
-
 def make(cls: type[Any], storage: AliasedStorage, geometry: Tensor) -> Any:
     tensor = Tensor._make_subclass(cls, geometry, False)
     tensor._alias_storage = storage
@@ -227,7 +226,7 @@ def loader_attributes(tensor: Tensor) -> dict[str, Any]:
     return {k: v for k, v in tensor.__dict__.items() if k not in _OURS}
 
 
-_OURS = frozenset({"_alias_storage", "_alias_geometry", "_alias_pin", "_alias_saved", "_is_param"})
+_OURS = frozenset({"_alias_storage", "_alias_geometry", "_alias_data", "_alias_pin", "_alias_saved", "_is_param"})
 
 
 def _plain(other: Any) -> Any:
@@ -256,6 +255,7 @@ def _assign(target: _Aliased, value: Tensor) -> None:
     if value.device != storage.buffer.device:
         storage.relocate(value.device)
     target._alias_geometry = same_view(storage, geometry)
+    target.__dict__.pop("_alias_data", None)
     torch._C.TensorBase.data.__set__(target, target._alias_geometry)  # type: ignore[attr-defined]
 
 

@@ -77,9 +77,7 @@ def _place(base: tuple[int, ...], offset: int, shape: tuple[int, ...], strides: 
     return Place(box, tuple(sizes), None if in_order else order, tuple(shape[v] for v in order))
 
 
-def _match(
-    base: tuple[int, ...], steps: list[int], shape: tuple[int, ...], strides: tuple[int, ...]
-) -> list[int | None] | None:
+def _match(base: tuple[int, ...], steps: list[int], shape: tuple[int, ...], strides: tuple[int, ...]) -> list[int | None] | None:
     """For each dim of the tensor, the view's dim over it (None: an index was taken); None where a dim is over none."""
     found: list[int | None] = [None] * len(base)
     for dim, (size, stride) in enumerate(zip(shape, strides, strict=True)):
@@ -181,7 +179,8 @@ def as_view(storage: AliasedStorage, rows: Tensor, box: Box, view: Tensor) -> Te
     """The view of ``rows``, a contiguous copy of what lies under ``box``, that ``view`` is of the tensor."""
     raw = rows.reshape(-1).view(torch.uint8)
     offset = view.storage_offset() - _first_byte(storage, box) // view.element_size()
-    seen = raw.view(view.dtype).as_strided(view.shape, view.stride(), offset)
+    width = view.element_size()  # what is left over at the end is less than one element
+    seen = raw[: raw.numel() // width * width].view(view.dtype).as_strided(view.shape, view.stride(), offset)
     seen = torch._neg_view(seen) if view.is_neg() else seen
     return seen.conj() if view.is_conj() else seen
 

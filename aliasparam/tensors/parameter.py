@@ -34,8 +34,9 @@ class AliasedParameter(_Aliased, nn.Parameter):
         AdoptionError: on ``.data = value`` with another shape, dtype or device.
     """
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> AliasedParameter:
-        raise TypeError("AliasedParameter is made by aliasparam.declare(module, ...)")
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """A plain Parameter: code that makes another one of the class it found (accelerate, engines) gets the engine's own."""
+        return plain_class(cls)(*args, **kwargs)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass

@@ -108,7 +108,9 @@ def _ask(asked: _Asked, inputs: Sequence[Tensor], before: Sequence[Tensor] | Non
     for how in (torch.clone, _strided, _offset):
         found = _call(asked, [how(t) for t in inputs])
         if not same_bytes(found, kept):
-            raise Broken(f"{asked.title} depends on more than the values: called again with {how.__name__.strip('_')} input it differs")
+            raise Broken(
+                f"{asked.title} depends on more than the values: called again with {how.__name__.strip('_')} input it differs"
+            )
 
 
 def _call(asked: _Asked, given: list[Tensor]) -> Tensor:

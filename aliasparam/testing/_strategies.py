@@ -61,7 +61,9 @@ def shapes() -> st.SearchStrategy[tuple[int, ...]]:
     """Vectors and matrices with even extents, and stacks of up to four of them (experts)."""
     even = st.integers(1, 5).map(lambda n: 2 * n)
     one = st.integers(1, 4)
-    return st.one_of(st.tuples(even), st.tuples(even, even), st.tuples(one, even, even), st.tuples(st.integers(1, 2), one, even, even))
+    return st.one_of(
+        st.tuples(even), st.tuples(even, even), st.tuples(one, even, even), st.tuples(st.integers(1, 2), one, even, even)
+    )
 
 
 @dataclass(frozen=True)

@@ -127,4 +127,18 @@ def _detach(draw: Any, t: Tensor) -> Step | None:
     return draw(st.sampled_from([("detach()", lambda x: x.detach()), ("data", lambda x: x.data)]))  # type: ignore[no-any-return]
 
 
-_KINDS = [_narrow, _slice, _steps, _select, _permute, _unfold, _as_strided, _flatten, _same_width, _other_width, _conj, _neg, _detach]
+_KINDS = [
+    _narrow,
+    _slice,
+    _steps,
+    _select,
+    _permute,
+    _unfold,
+    _as_strided,
+    _flatten,
+    _same_width,
+    _other_width,
+    _conj,
+    _neg,
+    _detach,
+]

@@ -36,7 +36,9 @@ WRITES = (
     Write("copy_ of strided values", lambda t, v: t.copy_(torch.stack([v, v], -1)[..., 1])),
     Write("copy_ of a transposed copy", lambda t, v: t.copy_(v.movedim(0, -1).contiguous().movedim(-1, 0) if v.dim() else v)),
     Write("copy_ of one value", lambda t, v: t.copy_(v.reshape(-1)[:1].reshape([1] * t.dim()) if v.numel() else v)),
-    Write("copy_ of other dtype", lambda t, v: t.copy_(v.to(torch.complex128 if v.is_complex() else torch.float64)), arithmetic=True),
+    Write(
+        "copy_ of other dtype", lambda t, v: t.copy_(v.to(torch.complex128 if v.is_complex() else torch.float64)), arithmetic=True
+    ),
     Write("data.copy_", lambda t, v: t.data.copy_(v)),
     Write("[...] =", lambda t, v: t.__setitem__(..., v)),
     Write("zero_", lambda t, v: t.zero_()),

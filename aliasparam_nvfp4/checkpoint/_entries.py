@@ -8,6 +8,9 @@ from typing import Any
 
 from .errors import CheckpointError
 
+#: Regular expressions that need no compiling to be known as such; there may be thousands.
+_PLAIN = re.compile(r"re:\^?(?:[\w\-]|\\?\.|\.\*|\((?:[\w\-|]|\\\.)*\))*\$?")
+
 
 def mapping(holder: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
     """The object under ``key``; empty where there is none."""
@@ -35,12 +38,20 @@ def patterns(holder: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]
     if not isinstance(value, (list, tuple)) or not all(isinstance(v, str) for v in value):
         raise _bad(where, key, "a list of module names", value)
     for pattern in value:
-        if pattern.startswith("re:"):
+        if pattern.startswith("re:") and not _PLAIN.fullmatch(pattern):
             try:
                 re.compile(pattern[3:])
             except re.error as error:
                 raise _bad(where, key, f"a regular expression after re: ({error})", pattern) from None
     return tuple(value)
+
+
+def text(holder: Mapping[str, Any], key: str, where: str) -> str | None:
+    """The string under ``key``, or None where there is none."""
+    value = holder.get(key)
+    if value is not None and not isinstance(value, str):
+        raise _bad(where, key, "a string", value)
+    return value
 
 
 def whole_number(holder: Mapping[str, Any], key: str, where: str) -> int:

@@ -7,13 +7,14 @@ Mixtral's files say ``experts.E.w1 / w3 / w2``; all other models, and Mixtral wr
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from aliasparam import TensorSpec
 
 from .errors import CheckpointError
 from .folder import TensorEntry
+from .validate import fits
 
 #: How files call a projection, and the shard id that loaders call it by.
 SHARD_OF = {"w1": "w1", "w3": "w3", "w2": "w2", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
@@ -77,12 +78,20 @@ class ExpertTensors:
         """The dotted name of every projection of every expert."""
         yield from dict.fromkeys(entry.name.rpartition(".")[0] for entry in self.entries.values())
 
-    def need(self, experts: int, expected: Mapping[tuple[str, str], TensorSpec]) -> None:
+    def without_gate(self) -> ExpertTensors:
+        """The same for experts that have no gate: their one projection before w2, which files call up_proj, is w1."""
+        keys = {key: (key[0], "w1", key[2]) if key[1] == "w3" else key for key in self.entries}
+        if len(set(keys.values())) < len(keys):
+            return self
+        return ExpertTensors(self.layer, {keys[key]: entry for key, entry in self.entries.items()})
+
+    def need(self, experts: int, expected: Mapping[tuple[str, str], TensorSpec], *, optional: Collection[str] = ()) -> None:
         """Hold the layer against what a model needs, from headers alone.
 
         Args:
             experts: how many the model has.
             expected: for each (shard, suffix) the tensor that every expert has.
+            optional: suffixes of which experts may have tensors or not.
 
         Raises:
             CheckpointError: lists experts that are missing or too many, tensors that an expert lacks or has too many, dtypes
@@ -93,8 +102,10 @@ class ExpertTensors:
         wrong += [f"expert {e} is unexpected: the model has {experts}" for e in sorted(found) if e >= experts]
         for expert in sorted(found & set(range(experts))):
             have = {(shard, suffix) for e, shard, suffix in self.entries if e == expert}
-            wrong += [f"expert {expert} lacks {shard} {suffix}" for shard, suffix in expected if (shard, suffix) not in have]
-            wrong += [f"unexpected: {self.name((expert, *extra))}" for extra in sorted(have - expected.keys())]
+            wrong += [f"expert {expert} lacks {shard} {suffix}" for shard, suffix in expected
+                      if (shard, suffix) not in have and suffix not in optional]  # fmt: skip
+            extra = sorted(key for key in have - expected.keys() if key[1] not in optional)
+            wrong += [f"unexpected: {self.name((expert, *key))}" for key in extra]
         for (shard, suffix), spec in expected.items():
             group = {e: self.entries[e, shard, suffix] for e in sorted(found) if (e, shard, suffix) in self.entries}
             dtypes = {entry.dtype for entry in group.values()}
@@ -102,7 +113,7 @@ class ExpertTensors:
                 each = ", ".join(f"expert {e} {str(entry.dtype).removeprefix('torch.')}" for e, entry in group.items())
                 wrong.append(f"experts with different dtypes of {shard} {suffix}: {each}")
                 continue
-            wrong += [f"{e.name}: expected {spec}, found {e.spec}" for e in group.values() if e.spec != spec]
+            wrong += [f"{e.name}: expected {spec}, found {e.spec}" for e in group.values() if not fits(e.spec, spec)]
         if wrong:
             more = [f"… and {len(wrong) - _SHOWN} more"] if len(wrong) > _SHOWN else []
             raise CheckpointError(

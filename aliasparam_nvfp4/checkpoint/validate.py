@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 
 from aliasparam import TensorSpec
@@ -10,6 +11,12 @@ from .errors import CheckpointError
 from .folder import CheckpointFolder
 
 _SHOWN = 5
+
+
+def fits(found: TensorSpec, wanted: TensorSpec) -> bool:
+    """Whether a stored tensor can be what is wanted: one value may be a scalar or a vector of one."""
+    one = all(math.prod(spec.shape) == 1 and len(spec.shape) <= 1 for spec in (found, wanted))
+    return found == wanted or (one and found.dtype == wanted.dtype)
 
 
 def check_tensors(folder: CheckpointFolder, expected: Mapping[str, TensorSpec], *, ignore: Collection[str] = ()) -> None:
@@ -26,7 +33,7 @@ def check_tensors(folder: CheckpointFolder, expected: Mapping[str, TensorSpec], 
     unfit = [
         f"{have[n].file.name}: {n}: expected {s}, found {have[n].spec}"
         for n, s in expected.items()
-        if n in have and have[n].spec != s
+        if n in have and not fits(have[n].spec, s)
     ]
     if not (missing or extra or unfit):
         return

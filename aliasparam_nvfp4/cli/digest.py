@@ -34,5 +34,5 @@ def _one(tensor: Tensor) -> str:
     state = hashlib.sha256(f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}\n".encode())
     flat = tensor.detach().contiguous().reshape(-1).view(uint8)
     for begin in range(0, flat.numel(), _PIECE):
-        state.update(flat[begin : begin + _PIECE].cpu().numpy())
+        state.update(flat[begin : begin + _PIECE].cpu().numpy().tobytes())
     return state.hexdigest()

@@ -17,6 +17,7 @@ from ..checkpoint import CheckpointError
 from ..checkpoint.quant_config import read_json
 from ..demo._quiet import quiet
 from ..demo.export import CALIBRATION
+from .models import token_ids
 
 
 def load_unquantized(folder: Path) -> tuple[Any, Any]:
@@ -41,20 +42,17 @@ def load_unquantized(folder: Path) -> tuple[Any, Any]:
         return model.eval(), tokenizer
 
 
-def quantize(model: Any, tokenizer: Any, destination: Path) -> None:
-    """Quantize ``model`` (bf16, in place) with ModelOpt's NVFP4_DEFAULT_CFG and export it to ``destination``.
+def quantize(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Quantize ``model`` (bf16, in place) with ModelOpt's NVFP4_DEFAULT_CFG and export it into ``folder``.
 
     Raises:
         CheckpointError: the tokenizer's chat template is broken.
-        OSError: ``destination`` exists, or cannot be written.
+        OSError: the folder cannot be written.
     """
-    with quiet(), made_whole(destination) as unfinished:
-        import modelopt.torch.quantization as mtq
+    with quiet():
+        prompts = [token_ids(tokenizer, prompt) for prompt in CALIBRATION]
+        import modelopt.torch.quantization as mtq  # half a minute on a slow machine: a broken template is said before
         from modelopt.torch.export import export_hf_checkpoint
-
-        from ..integrations.transformers.load import chat_ids
-
-        prompts = [chat_ids(tokenizer, prompt) for prompt in CALIBRATION]
 
         def calibrate(model: Any) -> None:
             with torch.no_grad():
@@ -63,8 +61,8 @@ def quantize(model: Any, tokenizer: Any, destination: Path) -> None:
 
         model = mtq.quantize(model, copy.deepcopy(mtq.NVFP4_DEFAULT_CFG), calibrate)
         with torch.inference_mode():
-            export_hf_checkpoint(model, export_dir=unfinished)
-        tokenizer.save_pretrained(unfinished)
+            export_hf_checkpoint(model, export_dir=folder)
+        tokenizer.save_pretrained(folder)
 
 
 @contextmanager
@@ -72,10 +70,13 @@ def made_whole(destination: Path) -> Iterator[Path]:
     """A new folder beside ``destination``, which gets its name where the block ends well; otherwise nothing is left of it.
 
     Raises:
-        FileExistsError: ``destination`` is there when it is to be named.
+        OSError: nothing can be written there, or ``destination`` is there when the block ends.
     """
-    beside = next(parent for parent in destination.absolute().parents if parent.is_dir())
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=beside))
+    beside = next(parent for parent in destination.absolute().parents if os.path.lexists(parent))
+    try:
+        unfinished = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=beside))
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(destination)) from None
     try:
         yield unfinished
         unfinished.chmod(0o777 & ~_umask())

@@ -35,18 +35,35 @@ def ask(model: Any, tokenizer: Any, prompt: str, tokens: int, on_text: Callable[
     """The model's greedy answer.
 
     Raises:
-        CheckpointError: the tokenizer's chat template is broken.
+        CheckpointError: the tokenizer or its chat template cannot take the prompt.
     """
-    from jinja2 import TemplateError
-
-    from ..checkpoint import CheckpointError
     from ..integrations.transformers import answer
 
+    token_ids(tokenizer, prompt)
+    return answer(model, tokenizer, prompt, max_new_tokens=tokens, on_text=on_text)
+
+
+def token_ids(tokenizer: Any, prompt: str) -> Any:
+    """Token ids ``[1, T]`` of a one-question chat.
+
+    Raises:
+        CheckpointError: whatever a chat template raises: it is a program that came with the folder.
+    """
+    from aliasparam.errors import AliasError
+
+    from ..checkpoint import CheckpointError
+    from ..integrations.transformers.load import chat_ids
+
     try:
-        return answer(model, tokenizer, prompt, max_new_tokens=tokens, on_text=on_text)
-    except TemplateError as error:
+        return chat_ids(tokenizer, prompt)
+    except AliasError:
+        raise
+    except Exception as error:
         raise CheckpointError(
-            "the chat template does not work", name=str(tokenizer.name_or_path), found=f"{type(error).__name__}: {error}"
+            "the tokenizer or its chat template cannot take this prompt",
+            name=str(tokenizer.name_or_path),
+            expected="text",
+            found=f"{type(error).__name__}: {error}",
         ) from error
 
 

@@ -23,7 +23,8 @@ class _Console(Console):
     def __init__(self, *, stderr: bool = False) -> None:
         # Where it is no terminal nothing folds, so that grep and cut see whole rows.
         width = None if os.environ.get("COLUMNS") or (sys.stderr if stderr else sys.stdout).isatty() else 1000
-        super().__init__(markup=False, highlight=False, emoji=False, stderr=stderr, width=width, soft_wrap=False)
+        file = sys.stderr if stderr else None  # as it is now: libraries are silenced while a bar is shown
+        super().__init__(markup=False, highlight=False, emoji=False, file=file, width=width)
 
     def on_broken_pipe(self) -> NoReturn:
         raise BrokenPipeError

@@ -18,9 +18,11 @@ _MIB = 1 << 20
 
 
 def need_format(out: Path) -> None:
-    """Raise AliasError for a file that could not be written as a picture."""
+    """Raise AliasError for a file that could not be written as a picture, before any work."""
     from ..demo._quiet import need
 
+    if out.is_dir() or not out.absolute().parent.is_dir():
+        raise AliasError("the picture cannot be written", name=str(out), expected="a file in a folder that exists")
     if out.suffix.removeprefix(".").lower() not in FORMATS:
         raise AliasError("unknown kind of picture", name=str(out), expected=f"a file name in {', '.join(FORMATS)}")
     need("matplotlib", extra="pictures")
@@ -58,7 +60,7 @@ def draw(parts: Sequence[Part], title: str, out: Path) -> None:
 
 def _write(out: Path, content: bytes) -> None:
     """Whole or not at all: written beside, then renamed."""
-    handle, name = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.")
+    handle, name = tempfile.mkstemp(dir=out.absolute().parent, prefix=f".{out.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)

@@ -29,9 +29,9 @@ def quantize(
     with progress() as bar:
         bar.add_task(f"quantizing {model}", total=None)
         with quiet():
-            from .modelopt import load_unquantized
+            from .modelopt import load_unquantized, made_whole
             from .modelopt import quantize as by_modelopt
 
-            loaded, tokenizer = load_unquantized(model)
-            by_modelopt(loaded, tokenizer, out)
+            with made_whole(out) as unfinished:  # first, so that a place that cannot be written fails at once
+                by_modelopt(*load_unquantized(model), unfinished)
     say(f"written: {out}")

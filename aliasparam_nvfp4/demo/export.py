@@ -60,7 +60,6 @@ def nvfp4_tensors(model: Any, prompts: list[Tensor]) -> dict[str, Tensor]:
     """The checkpoint's tensors by the names that files have. ``prompts`` are token ids ``[1, T]`` for the activation scales."""
     seen = _inputs(model, prompts)
     block, projections = _EXPERTS.get(model.config.model_type, _OTHERS)
-    filed = lambda name: re.sub(r"\.mlp\.(?=experts|gate\.)", f".{block}.", name)  # noqa: E731
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and not n.endswith(_LEFT_ALONE)}
     largest: dict[str, Tensor] = {}
     for name, module in linears.items():
@@ -72,10 +71,15 @@ def nvfp4_tensors(model: Any, prompts: list[Tensor]) -> dict[str, Tensor]:
         if module in linears and name.endswith(".weight"):
             tensors |= _quantized(module, parameter, largest[_group(module)], seen[name])
         elif parameter.dim() == 3:
-            tensors |= _experts(filed(module), projections, name, parameter, seen[name])
+            tensors |= _experts(_filed(module, block), projections, name, parameter, seen[name])
         else:  # a tied lm_head is no parameter of its own
-            tensors[filed(name)] = parameter.detach().contiguous()
+            tensors[_filed(name, block)] = parameter.detach().contiguous()
     return tensors
+
+
+def _filed(name: str, block: str) -> str:
+    """As files call it: in some models the block of experts and its router have another name there."""
+    return re.sub(r"\.mlp\.(?=experts|gate\.)", f".{block}.", name)
 
 
 def _experts(path: str, names: tuple[str, str, str], name: str, fused: Tensor, seen: Tensor) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .activation import GEGLU as GEGLU
 from .activation import RELU2 as RELU2
 from .activation import SWIGLU as SWIGLU
 from .activation import ExpertActivation as ExpertActivation

@@ -13,11 +13,13 @@ from aliasparam import TensorSpec, reload
 from ..checkpoint import WHOLE, CheckpointError, CheckpointFolder, ExpertTensors, expert_layers
 from ..checkpoint.experts import ExpertKey
 from ..checkpoint_format import CheckpointFormat
-from ..errors import ScaleError, ShapeError
+from ..errors import ScaleError
 from ..format import BLOCK_SIZE
+from ..scales import are_scales
 from .method import NvFp4MoEMethod
 from .ranks import ExpertRanks
 from .runners import MoEShape
+from .scales import Missing
 
 SHARDS = ("w1", "w3", "w2")
 
@@ -44,6 +46,7 @@ class ExpertSource:
         format: how the tensors are called.
         input_scale: whether experts have activation scales.
         separate_scales: whether the runner takes gate and up with different global scales.
+        missing: what counts for experts without an input scale, see scales.py.
     """
 
     folder: CheckpointFolder
@@ -53,11 +56,21 @@ class ExpertSource:
     format: CheckpointFormat
     input_scale: bool
     separate_scales: bool
+    missing: Missing = "refuse"
+
+    @property
+    def gated(self) -> bool:
+        return self.shape.expert_activation.gated
+
+    @property
+    def optional(self) -> frozenset[str]:
+        """Suffixes which experts may have in the files or not: input scales where they are not read, or may be missing."""
+        return frozenset() if self.input_scale and self.missing == "refuse" else frozenset({self.format.input_global})
 
     def specs(self) -> dict[tuple[str, str], TensorSpec]:
         """(shard, suffix) to what the folder must hold for every expert, undivided."""
         intermediate = self.shape.intermediate * self.ranks.tp_size
-        return expert_specs(self.format, self.shape.hidden, intermediate, input_scale=self.input_scale)
+        return expert_specs(self.format, self.shape.hidden, intermediate, input_scale=self.input_scale, gated=self.gated)
 
     def parts(self) -> Iterator[ExpertPart]:
         """What this rank reads: its experts, its share of each, and the input scales of all experts."""
@@ -66,6 +79,8 @@ class ExpertSource:
             everyone = suffix == self.format.input_global
             for expert in range(shape.all_experts) if everyone else range(first, first + shape.experts):
                 key = (expert, shard, suffix)
+                if key not in self.tensors.entries and suffix in self.optional:
+                    continue
                 yield ExpertPart(key, self.tensors.name(key), *self._share(shard, suffix))
 
     def _share(self, shard: str, suffix: str) -> tuple[slice, slice]:
@@ -83,16 +98,17 @@ class ExpertSource:
             CheckpointError: experts missing, twice or too many, or tensors that do not fit.
             ScaleError: global scales which are none, or of gate and up which this runner cannot take.
         """
-        self.tensors.need(self.shape.all_experts, self.specs())
+        self.tensors.need(self.shape.all_experts, self.specs(), optional=self.optional)
         scalars = {p.key: float(self.folder.read(p.name)) for p in self.parts() if self._is_scalar(p)}
-        bad = {self.tensors.name(key): value for key, value in scalars.items() if not 0 < value < float("inf")}
+        may_lack = (self.format.input_global,) if self.missing == "max" else ()
+        bad = {self.tensors.name(key): v for key, v in scalars.items() if not is_scale(v) and key[2] not in may_lack}
         if bad:
-            raise ScaleError("a global scale is not a scale", expected="finite and positive", found=bad)
+            raise ScaleError("a global scale is not a scale", expected="finite and positive, and so its reciprocal", found=bad)
         weight = self.format.weight_global
         differing = {
             self.tensors.name(key): (value, scalars[key[0], "w3", weight])
             for key, value in scalars.items()
-            if key[1:] == ("w1", weight) and value != scalars[key[0], "w3", weight]
+            if self.gated and key[1:] == ("w1", weight) and value != scalars[key[0], "w3", weight]
         }
         if differing and not self.separate_scales:
             raise ScaleError(
@@ -108,27 +124,43 @@ class ExpertSource:
     def rows(self) -> Iterator[tuple[str, int, Tensor]]:
         """(name on the layer, row, value of that row ``[1, ...]``): gate above up, read one expert at a time."""
         parts = {part.key: part for part in self.parts()}
-        for (expert, shard, suffix), part in parts.items():
-            if shard == "w3":
-                continue
-            halves = [part] if shard == "w2" else [part, parts[expert, "w3", suffix]]
-            values = [self.folder.read(p.name, p.rows, p.columns) for p in halves]
+        for key in self._rows():
+            expert, shard, suffix = key
+            halves = [key, (expert, "w3", suffix)] if shard == "w1" and self.gated else [key]
+            values = [self._value(parts.get(half)) for half in halves]
             row = expert if suffix == self.format.input_global else expert - self.shape.first_expert
-            if self._is_scalar(part):
-                values = [value.reshape(1) for value in values]
-                value = values[0] if shard == "w2" else torch.cat(values).unsqueeze(0)
-            else:
-                value = torch.cat(values).unsqueeze(0)
-            yield f"{'w2' if shard == 'w2' else 'w13'}_{suffix}", row, value
+            value = torch.cat(values)
+            flat = shard == "w2" or (not self.gated and suffix == self.format.weight_global)
+            yield f"{'w2' if shard == 'w2' else 'w13'}_{suffix}", row, value if flat and value.dim() == 1 else value.unsqueeze(0)
+
+    def _rows(self) -> Iterator[ExpertKey]:
+        first, shape = self.shape.first_expert, self.shape
+        for shard, suffix in self.specs():
+            everyone = suffix == self.format.input_global
+            for expert in range(shape.all_experts) if everyone else range(first, first + shape.experts):
+                if shard != "w3":
+                    yield expert, shard, suffix
+
+    def _value(self, part: ExpertPart | None) -> Tensor:
+        """As the files have it; 0 is an input scale that is missing."""
+        if part is None:
+            return torch.zeros(1)
+        value = self.folder.read(part.name, part.rows, part.columns)
+        return value.reshape(1) if self._is_scalar(part) else value
+
+
+def is_scale(value: float) -> bool:
+    """Whether float32 holds it and its reciprocal, both positive."""
+    return bool(are_scales(torch.tensor([value, 1 / value if value else 0.0])).all())
 
 
 def expert_specs(
-    names: CheckpointFormat, hidden: int, intermediate: int, *, input_scale: bool
+    names: CheckpointFormat, hidden: int, intermediate: int, *, input_scale: bool, gated: bool = True
 ) -> dict[tuple[str, str], TensorSpec]:
     """(shard, suffix) to the tensor that every expert has in the files."""
     found = {}
     scalars = (names.weight_global, names.input_global) if input_scale else (names.weight_global,)
-    for shard in SHARDS:
+    for shard in SHARDS if gated else ("w1", "w2"):
         n, k = (hidden, intermediate) if shard == "w2" else (intermediate, hidden)
         found[shard, names.weight] = TensorSpec((n, k // 2), torch.uint8)
         found[shard, names.block_scale] = TensorSpec((n, k // BLOCK_SIZE), torch.float8_e4m3fn)
@@ -138,20 +170,15 @@ def expert_specs(
 
 
 def expert_source(method: NvFp4MoEMethod, layer: nn.Module, folder: CheckpointFolder, tensors: ExpertTensors) -> ExpertSource:
-    """``tensors`` of ``folder``, for a layer made by ``method``.
-
-    Raises:
-        ShapeError: experts without a gate, whose files have other projections.
-    """
-    if not method.activation.gated:
-        raise ShapeError(
-            "only gated experts are read from a folder", name=tensors.layer, found=method.activation.kind,
-            remedy="Give their tensors to weight_loader as w1 and w2.",
-        )  # fmt: skip
+    """``tensors`` of ``folder``, for a layer made by ``method``."""
     ranks = ExpertRanks(method.ep_rank, method.ep_size, method.tp_rank, method.tp_size)
     shape: MoEShape = layer.__dict__["nvfp4_moe_shape"]
     separate: bool = layer.__dict__["nvfp4_runner"].separate_scales  # which may have been retargeted
-    return ExpertSource(folder, tensors, shape, ranks, method.checkpoint, method.input_scale, separate_scales=separate)
+    own = tensors if method.activation.gated else tensors.without_gate()
+    missing = method.missing_input_scale
+    return ExpertSource(
+        folder, own, shape, ranks, method.checkpoint, method.input_scale, separate_scales=separate, missing=missing
+    )
 
 
 def load_experts(

@@ -21,6 +21,7 @@ from .declarations import aliases, scalars
 from .loader import ExpertLoader
 from .routing import Routing
 from .runners import MoENames, MoERunner, MoEShape, chosen, moe_runner
+from .scales import Missing
 
 
 class NvFp4MoEMethod:
@@ -32,6 +33,7 @@ class NvFp4MoEMethod:
         activation: what lies between the two GEMMs: SwiGLU, with its numbers or without, or ReLU squared, which has no gate.
         checkpoint: the names and the direction of scales, ModelOpt's or those of compressed-tensors.
         input_scale: False for checkpoints without activation scales (W4A16_NVFP4, NVFP4A16).
+        missing_input_scale: what counts for experts whose input scale is 0 or no number: "refuse", or "max" of the layer.
         interleaved: True where fused tensors of the checkpoint have rows ``[g0, u0, g1, u1, ...]``. The loader takes them apart
             as they arrive; nothing on the layer remembers it, so they can arrive as often as they like.
         retarget_to: runners to which a loaded layer may be moved by :func:`retarget_experts`, where their padding needs more
@@ -63,6 +65,7 @@ class NvFp4MoEMethod:
         activation: ExpertActivation = SWIGLU,
         checkpoint: CheckpointFormat = MODELOPT,
         input_scale: bool = True,
+        missing_input_scale: Missing = "refuse",
         interleaved: bool = False,
         retarget_to: Sequence[str] = (),
         ep_rank: int = 0,
@@ -79,6 +82,7 @@ class NvFp4MoEMethod:
         self.backend = moe_runner(backend, activation=activation, input_scale=input_scale)
         self.retarget_to = tuple(moe_runner(n, activation=activation, input_scale=input_scale) for n in retarget_to)
         self.activation, self.checkpoint, self.input_scale, self.interleaved = activation, checkpoint, input_scale, interleaved
+        self.missing_input_scale: Missing = missing_input_scale
         self.ep_rank, self.ep_size, self.tp_rank, self.tp_size = ep_rank, ep_size, tp_rank, tp_size
 
     def create_weights(
@@ -127,6 +131,7 @@ class NvFp4MoEMethod:
         runner, reason = chosen(self.name, activation=self.activation, input_scale=self.input_scale, dtype=params_dtype)
         layer.__dict__.update(nvfp4_moe_shape=shape, nvfp4_runner=runner, params_dtype=params_dtype)
         layer.__dict__["nvfp4_moe_checkpoint"] = self.checkpoint, self.input_scale
+        layer.__dict__["nvfp4_moe_missing"] = self.missing_input_scale
         self._declare(layer, shape, runner).about = f"{runner.name}: {reason}"
 
     def _parameters(self, shape: MoEShape) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -150,7 +155,8 @@ class NvFp4MoEMethod:
     def _declare(self, layer: nn.Module, shape: MoEShape, runner: MoERunner) -> AliasRegistry:
         layout = runner.layout.of(self.activation)
         own, *others = (
-            r.scales(shape, self.checkpoint, input_scale=self.input_scale).derivations() for r in (runner, *self.retarget_to)
+            r.scales(shape, self.checkpoint, input_scale=self.input_scale, missing=self.missing_input_scale).derivations()
+            for r in (runner, *self.retarget_to)
         )
         pairs = aliases(self.checkpoint, layout, [r.layout.of(self.activation) for r in self.retarget_to])
         derived = scalars(own, [d for other in others for d in other], runner.name)

@@ -10,6 +10,7 @@ from ..checkpoint_format import CheckpointFormat
 from ..errors import BackendError
 from .declarations import formats, unread
 from .runners import MoERunner, MoEShape, moe_runner
+from .scales import Missing
 
 
 def retarget_experts(module: nn.Module, runner: str) -> int:
@@ -49,9 +50,10 @@ class _Experts:
         checkpoint, input_scale = layer.__dict__["nvfp4_moe_checkpoint"]
         self.checkpoint: CheckpointFormat = checkpoint
         self.input_scale: bool = input_scale
+        self.missing: Missing = layer.__dict__["nvfp4_moe_missing"]
 
     def scalars(self, runner: MoERunner) -> list[Derivation]:
-        return runner.scales(self.shape, self.checkpoint, input_scale=self.input_scale).derivations()
+        return runner.scales(self.shape, self.checkpoint, input_scale=self.input_scale, missing=self.missing).derivations()
 
     def formats(self, runner: MoERunner) -> dict[str, Layout]:
         layout = runner.layout.of(self.shape.expert_activation)

@@ -44,6 +44,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -54,6 +55,8 @@ from ..checkpoint_format import MODELOPT, CheckpointFormat
 from ..errors import ScaleError
 from ..scales import are_scales
 from .activation import SWIGLU, ExpertActivation
+
+Missing = Literal["refuse", "max"]
 
 
 class InputScales(Enum):
@@ -86,6 +89,8 @@ class MoEScales:
         checkpoint: names, and the direction of the scales.
         expert_activation: what lies between the two GEMMs.
         numbers: how the kernel takes the numbers of that activation; None: not at all.
+        missing: what counts for an expert without an input scale (0, or no number): "refuse" it, or take the layer's largest
+            ("max"), as ModelOpt's exporter does for experts that met no token.
     """
 
     inputs: InputScales
@@ -96,6 +101,7 @@ class MoEScales:
     checkpoint: CheckpointFormat = MODELOPT
     expert_activation: ExpertActivation = SWIGLU
     numbers: SwigluNumbers | None = SwigluNumbers.AS_FLOATS
+    missing: Missing = "refuse"
 
     def derivations(self) -> list[Derivation]:
         """Refreshed by ``process`` whenever a source was written."""
@@ -171,13 +177,26 @@ class MoEScales:
 
     def _combined(self, name: str, scales: Tensor) -> Tensor:
         """Input scales ``[E_global]`` or ``[E_global, 1 or 2]`` as ``[1]``, or ``[E]`` of this rank's experts, as stored."""
+        if self.missing == "max":
+            good = are_scales(scales) & are_scales(1 / scales)
+            if bool(good.any()):
+                scales = torch.where(good, scales, self._largest(scales[good]))
         self._need("an input scale", name, scales, 0)
         if self.inputs is not InputScales.EACH:
-            return (scales.min() if self.checkpoint.reciprocal else scales.max()).reshape(1)
+            return self._largest(scales).reshape(1)
         own = scales[self.first_expert : self.first_expert + self.experts]
         if own.dim() == 1:
             return own.clone()
         return own.amin(-1) if self.checkpoint.reciprocal else own.amax(-1)
+
+    def _largest(self, scales: Tensor) -> Tensor:
+        return scales.min() if self.checkpoint.reciprocal else scales.max()
+
+    def _product(self, inputs: Tensor, weights: Tensor, name: str) -> Tensor:
+        """Scales may each be one and have a product that float32 does not hold."""
+        found = inputs * weights
+        self._need("the product of its input and weight scale", name, found, self.first_expert)
+        return found
 
     def _multiplier(self, stored: Tensor) -> Tensor:
         return 1.0 / stored if self.checkpoint.reciprocal else stored.clone()
@@ -247,13 +266,13 @@ class MoEScales:
         return self._multiplier(scales)
 
     def _need(self, what: str, name: str, values: Tensor, first: int) -> None:
-        wrong = ~are_scales(values)
+        wrong = ~(are_scales(values) & are_scales(1 / values))
         if bool(wrong.any()):
             expert = int(wrong.nonzero()[0, 0])
             raise ScaleError(
                 f"{what} is not a scale",
                 name=f"{name}, expert {first + expert}",
-                expected="finite, > 0",
+                expected="finite, > 0, and so its reciprocal",
                 found=values[expert].tolist(),
                 remedy=_REMEDIES[what],
             )
@@ -263,5 +282,7 @@ _ONE_LIMIT = "this runner has one clamp limit for both"
 
 _REMEDIES = {
     "a weight global scale": "For an expert of zeros store 1.0 here, and zeros as its block scales: it then gives zeros.",
-    "an input scale": "An expert which met no token in calibration has none: calibrate with all experts, or store another's.",
+    "an input scale": "An expert which met no token in calibration has none: calibrate with all experts, store another's, or "
+    'take the largest of the layer: missing_input_scale="max".',
+    "the product of its input and weight scale": "Export the checkpoint again: these are beyond any weight or activation.",
 }

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from aliasparam import Alias, AliasRegistry, Derivation, SwapHalves, declare
+from aliasparam import Alias, AliasRegistry, Derivation, declare
 from aliasparam.errors import DeclarationError, StaleKernelError
+
+from .small import SWAP
 
 
 def test_a_name_gets_another_formula_of_the_same_shape_only() -> None:
@@ -44,7 +46,7 @@ class Layer(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.arange(8.0).view(4, 2), requires_grad=False)
         total = Derivation("total", ("weight",), lambda w: w.sum().reshape(1), (1,), torch.float32)
-        declare(self, Alias("weight", "prepared", SwapHalves()), total).checks.append(refuse)
+        declare(self, Alias("weight", "prepared", SWAP), total).checks.append(refuse)
 
     def forward(self) -> torch.Tensor:
         return self.get_buffer("prepared")

@@ -12,13 +12,15 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from aliasparam import Alias, SwapHalves, declare, process
+from aliasparam import Alias, declare, process
+
+from .small import SWAP, kernel
 
 
 def layer_of(value: int) -> nn.Module:
     layer = nn.Module()
     layer.weight = nn.Parameter(torch.arange(24, dtype=torch.uint8).view(6, 4) + value, requires_grad=False)
-    declare(layer, Alias("weight", "prepared", SwapHalves()))
+    declare(layer, Alias("weight", "prepared", SWAP))
     process(layer)
     return layer
 
@@ -33,7 +35,7 @@ def ranks(rank: int, folder: str) -> None:
         dist.broadcast(layer.weight, src=0)
         assert torch.equal(layer.weight, expected), "broadcast into the whole name"
         process(layer)
-        assert torch.equal(layer.prepared, SwapHalves().forward(expected))
+        assert torch.equal(layer.prepared, kernel(SWAP, expected))
 
         dist.broadcast(layer.weight.data[2:4], src=1)
         dist.all_reduce(layer.weight[:1])
@@ -45,7 +47,7 @@ def ranks(rank: int, folder: str) -> None:
         dist.all_gather(gathered, layer.weight)
         assert torch.equal(gathered[1 - rank], expected), "what is sent is checkpoint values"
         process(layer)
-        assert torch.equal(layer.prepared, SwapHalves().forward(expected))
+        assert torch.equal(layer.prepared, kernel(SWAP, expected))
         assert layer.weight.data_ptr() == address
     finally:
         dist.destroy_process_group()

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from aliasparam import Alias, Derivation, SwapHalves, declare, reload
+from aliasparam import Alias, Derivation, declare, reload
+
+from .small import SWAP
 
 
 class Layer(nn.Module):
@@ -16,7 +18,7 @@ class Layer(nn.Module):
         self.scale = nn.Parameter(torch.empty(2, device=device), requires_grad=False)
         declare(
             self,
-            Alias("weight", "prepared", SwapHalves()),
+            Alias("weight", "prepared", SWAP),
             Derivation("alpha", ("scale",), torch.max, (), torch.float32),
             loaded=False,
         )

@@ -8,9 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from aliasparam import Alias, Derivation, PadLast2, SwapHalves, TensorSpec, Transform, declare, memory_report, process
+from aliasparam import Alias, Derivation, Reencoding, declare, memory_report, process
 from aliasparam.errors import DerivationError, StaleKernelError
 from aliasparam.testing import machine_for
+
+from .small import SWAP, SWAP_PAD8, same_spec
+
 
 
 def first_row(k: Tensor) -> Tensor:
@@ -29,7 +32,7 @@ def layer(aliasing: bool = True, *, at_once: bool = True, loaded: bool = True) -
         Derivation("twice", ("top",), double, (8,), torch.float32),
         Derivation("top", ("prepared",), first_row, (8,), torch.float32),
     )
-    alias = Alias("weight", "prepared", SwapHalves().then(PadLast2(8, 8)))
+    alias = Alias("weight", "prepared", SWAP_PAD8)
     declare(module, alias, *(derivations if at_once else ()), loaded=loaded, aliasing=aliasing)
     if not at_once:
         declare(module, *derivations, loaded=loaded, aliasing=aliasing)
@@ -88,25 +91,18 @@ def test_a_function_that_writes_its_argument_leaves_the_source_alone() -> None:
     assert module.alpha.tolist() == [4.0]
 
 
-class Lossy(Transform):
-    """Rounds, and writes its argument while it does."""
-
-    lossless = False
-
-    def output_spec(self, spec: TensorSpec) -> TensorSpec:
-        return spec
-
-    def forward(self, tensor: Tensor) -> Tensor:
-        return tensor.round_()
-
-    def inverse(self, tensor: Tensor, spec: TensorSpec) -> Tensor:
-        raise NotImplementedError
+def rounded_in_place(tensor: Tensor) -> Tensor:
+    return tensor.round_()
 
 
-def test_a_lossy_transform_that_writes_its_argument_leaves_the_kept_source_alone() -> None:
+ROUNDED = Reencoding(rounded_in_place, same_spec)
+
+
+@pytest.mark.parametrize("rows", [2, 17 << 8])
+def test_a_reencoding_that_writes_its_argument_leaves_the_kept_source_alone(rows: int) -> None:
     module = nn.Module()
-    module.weight = nn.Parameter(torch.full((2, 2), 1.25), requires_grad=False)
-    declare(module, Alias("weight", "rounded", Lossy()))
+    module.weight = nn.Parameter(torch.full((rows, 1 << 10), 1.25), requires_grad=False)
+    declare(module, Alias("weight", "rounded", ROUNDED))
 
     process(module)
 
@@ -132,7 +128,7 @@ def tied() -> nn.ModuleList:
     first.weight = nn.Parameter(torch.full((6, 8), 1.25), requires_grad=False)
     second.weight = first.weight
     for module in (first, second):
-        declare(module, Alias("weight", "rounded", Lossy()))
+        declare(module, Alias("weight", "rounded", ROUNDED))
     return nn.ModuleList([first, second])
 
 
@@ -146,14 +142,17 @@ def test_law_4_the_report_counts_the_copy_of_a_tied_weight() -> None:
     assert [row.reason.code for row in memory_report(model).fallbacks if row.reason] == ["lossy", "lossy"]
 
 
-def test_processing_one_of_two_tied_modules_lets_the_other_run() -> None:
+def test_processing_one_of_two_tied_modules_commits_that_one() -> None:
     first, second = _Tied(), _Tied()
     first.weight = nn.Parameter(torch.arange(24, dtype=torch.uint8).view(4, 6), requires_grad=False)
     second.weight = first.weight
     for module in (first, second):
-        declare(module, Alias("weight", "prepared", SwapHalves()))
+        declare(module, Alias("weight", "prepared", SWAP))
 
     process(first)
+    with pytest.raises(StaleKernelError):
+        second()
+    process(second)
 
     assert torch.equal(second(), first())
 

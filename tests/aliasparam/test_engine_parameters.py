@@ -12,7 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from aliasparam import Alias, AliasedParameter, SwapHalves, bulk_load, declare, process, registry_of
+from aliasparam import Alias, AliasedParameter, declare, process, registry_of
+
+from .small import SWAP, kernel
 
 
 class ShardedParameter(nn.Parameter):
@@ -44,7 +46,7 @@ VALUES = torch.arange(32, dtype=torch.uint8).view(8, 4)
 def layer_with(parameter: nn.Parameter) -> Any:
     layer = nn.Module()
     layer.weight = parameter
-    declare(layer, Alias("weight", "prepared", SwapHalves()), loaded=False)
+    declare(layer, Alias("weight", "prepared", SWAP), loaded=False)
     return layer
 
 
@@ -63,7 +65,7 @@ def test_law_9_its_own_loader_methods_load_and_reload(layer: Any) -> None:
     for add in (0, 100, 0):
         load_shards(layer.weight, VALUES + add)
         process(layer)
-        assert torch.equal(layer.prepared, SwapHalves().forward(VALUES + add))
+        assert torch.equal(layer.prepared, kernel(SWAP, VALUES + add))
         assert torch.equal(layer.weight, VALUES + add)
     assert layer.weight.data_ptr() == address
 
@@ -88,7 +90,7 @@ def test_the_object_itself_becomes_aliased() -> None:
     load_shards(parameter, VALUES)
     process(layer)
     assert torch.equal(tied.weight.clone(), VALUES)
-    assert torch.equal(layer.prepared, SwapHalves().forward(VALUES))
+    assert torch.equal(layer.prepared, kernel(SWAP, VALUES))
 
 
 def test_copies_keep_the_class(layer: Any) -> None:
@@ -102,7 +104,7 @@ def test_copies_keep_the_class(layer: Any) -> None:
         assert isinstance(twin.weight, ShardedParameter) and isinstance(twin.weight, AliasedParameter)
         load_shards(twin.weight, VALUES + 1)
         process(twin)
-        assert torch.equal(twin.prepared, SwapHalves().forward(VALUES + 1))
+        assert torch.equal(twin.prepared, kernel(SWAP, VALUES + 1))
         assert torch.equal(layer.weight, VALUES), "the original did not change"
 
 
@@ -117,20 +119,7 @@ def test_a_fresh_parameter_of_the_engines_class_is_adopted(layer: Any) -> None:
     assert isinstance(layer.weight, AliasedParameter) and isinstance(layer.weight, ShardedParameter)
     assert layer.weight.weight_loader is repr
     assert layer.prepared.data_ptr() == address
-    assert torch.equal(layer.prepared, SwapHalves().forward(VALUES + 5))
-
-
-def test_in_a_bulk_load_it_is_the_engines_plain_class(layer: Any) -> None:
-    for add in (0, 50):
-        with bulk_load(layer):
-            assert type(layer.weight) is ShardedParameter
-            load_shards(layer.weight, VALUES + add)
-        process(layer)
-        assert isinstance(layer.weight, AliasedParameter)
-        assert torch.equal(layer.prepared, SwapHalves().forward(VALUES + add))
-
-
-# -- SGLang's own classes --------------------------------------------------------------------------------------------------
+    assert torch.equal(layer.prepared, kernel(SWAP, VALUES + 5))
 
 
 def sglang(name: str) -> Any:
@@ -152,7 +141,7 @@ def test_sglangs_weight_parameter_loads_qkv_shards_by_its_own_code() -> None:
                 tp_rank=0,
             )
         process(layer)
-        assert torch.equal(layer.prepared, SwapHalves().forward(VALUES + add))
+        assert torch.equal(layer.prepared, kernel(SWAP, VALUES + add))
     assert isinstance(layer.weight, cls)
 
 

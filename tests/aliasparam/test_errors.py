@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -14,18 +13,12 @@ from torch import Tensor, nn
 from aliasparam import (
     Alias,
     Derivation,
-    Identity,
     Keep,
-    PadLast2,
-    SwapHalves,
-    TensorSpec,
-    Transform,
-    ViewDtype,
     alias_or_bind_derived_param,
-    bulk_load,
     copy_or_rebind_param,
     declare,
     expose_for_writing,
+    Reencoding,
     invalidate,
     process,
     registry_of,
@@ -41,8 +34,11 @@ from aliasparam.errors import (
     ReloadError,
     StaleKernelError,
     StateError,
-    TransformError,
+    LayoutError,
 )
+
+from .small import PAD8, SWAP
+
 
 U, F32 = torch.uint8, torch.float32
 Do = Callable[[], Any]
@@ -59,7 +55,7 @@ class Layer(nn.Module):
     def __init__(self, *, loaded: bool = True) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.arange(48, dtype=U).view(6, 8), requires_grad=False)
-        declare(self, Alias("weight", "prepared", SwapHalves()), loaded=loaded)
+        declare(self, Alias("weight", "prepared", SWAP), loaded=loaded)
         if loaded:
             process(self)
 
@@ -82,36 +78,11 @@ def largest(s: Tensor) -> Tensor:
     return s.max().reshape(1)
 
 
-@dataclass(frozen=True)
-class WrongInverse(SwapHalves):
-    def inverse(self, tensor: Tensor, spec: TensorSpec) -> Tensor:
-        return tensor.clone()
+def raises(tensor: Tensor) -> Tensor:
+    raise LayoutError("these values have no such format")
 
 
-@dataclass(frozen=True)
-class Raises(SwapHalves):
-    def forward(self, tensor: Tensor) -> Tensor:
-        raise ValueError("boom")
-
-
-@dataclass(frozen=True)
-class Lossy(Identity):
-    lossless = False
-
-    def forward(self, tensor: Tensor) -> Tensor:
-        raise TransformError("these values have no such format")
-
-    def is_identity_for(self, spec: TensorSpec) -> bool:
-        return False
-
-
-@dataclass(frozen=True)
-class AnotherSpec(Identity):
-    def output_spec(self, spec: TensorSpec) -> TensorSpec:
-        return TensorSpec((1, *spec.shape), spec.dtype)
-
-    def is_identity_for(self, spec: TensorSpec) -> bool:
-        return False
+REFUSES = Reencoding(raises, lambda spec: spec)
 
 
 def declaring(*declarations: Any, **parameters: Tensor) -> Do:
@@ -146,8 +117,8 @@ def uninitialized() -> None:
     declare(lazy, Alias("weight", "k"))
 
 
-def unequal(transform: Transform, **options: Any) -> Alias:
-    return Alias("a", "x", transform, **options)
+def unequal(layout: Any, **options: Any) -> Alias:
+    return Alias("a", "x", layout, **options)
 
 
 def reloading(*steps: Callable[[Any], Any]) -> Callable[[Layer], None]:
@@ -164,8 +135,7 @@ def replace(layer: Layer) -> None:
 
 
 def free(layer: Layer) -> None:
-    layer.weight.copy_(torch.zeros(6, 8, dtype=U))
-    layer.weight.untyped_storage().resize_(0)
+    layer.get_buffer("prepared").untyped_storage().resize_(0)
 
 
 cycle = (Derivation("x", ("y",), largest, (1,), F32), Derivation("y", ("x",), largest, (1,), F32))
@@ -177,7 +147,7 @@ DECLARING: dict[str, tuple[type[AliasError], Do]] = {
         DeclarationError,
         declaring(Alias("a", "c"), Alias("b", "c"), a=torch.zeros(4, 2), b=torch.zeros(4, 2)),
     ),
-    "a conflict in a second declare": (DeclarationError, declaring_later(Alias("a", "c"), Alias("a", "d", SwapHalves()))),
+    "a conflict in a second declare": (DeclarationError, declaring_later(Alias("a", "c"), Alias("a", "d", SWAP))),
     "a cycle of derivations": (DeclarationError, declaring(*cycle)),
     "a cycle of aliases": (DeclarationError, declaring(Alias("a", "b"), Alias("b", "a"))),
     "sources that overlap": (DeclarationError, overlapping("a", "c")),
@@ -188,13 +158,12 @@ DECLARING: dict[str, tuple[type[AliasError], Do]] = {
     "a sparse source": (DeclarationError, declaring(Alias("a", "x"), a=torch.eye(4).to_sparse())),
     "a Parameter without a shape": (DeclarationError, uninitialized),
     "an unknown policy": (DeclarationError, declaring(Alias("a", "x", on_mismatch="nonsense"))),  # type: ignore[arg-type]
-    "an inverse that does not invert": (DeclarationError, declaring(unequal(WrongInverse()))),
-    "a transform that raises": (DeclarationError, declaring(unequal(Raises()))),
-    "a transform of another spec": (DeclarationError, declaring(unequal(AnotherSpec(), on_mismatch="error"))),
-    "a pair that may not be copied": (DeclarationError, declaring(unequal(Lossy(), on_mismatch="error"))),
-    "an odd number of rows": (TransformError, declaring(unequal(SwapHalves()), a=torch.zeros(3, 2))),
-    "too few dims": (TransformError, declaring(unequal(PadLast2(8, 8)), a=torch.zeros(3))),
-    "another element width": (TransformError, declaring(unequal(ViewDtype(torch.int8)))),
+    "a layout that is none": (DeclarationError, declaring(unequal(3))),
+    "a pair that may not be copied": (DeclarationError, declaring(unequal(REFUSES, on_mismatch="error"))),
+    "a line that does not parse": (LayoutError, declaring(unequal("(a b -> a b"))),
+    "an odd number of rows": (LayoutError, declaring(unequal(SWAP), a=torch.zeros(3, 2))),
+    "too few dims": (LayoutError, declaring(unequal(PAD8), a=torch.zeros(3))),
+    "another element width": (DeclarationError, declaring(Alias("a", "x", dtype=torch.int8))),
     "kernel bytes for a kept source": (
         DeclarationError,
         lambda: (lambda m: (declare(m, Keep("a")), alias_or_bind_derived_param(m, "a", "x", m.a + 1)))(module(a=torch.zeros(4))),
@@ -208,8 +177,8 @@ DECLARING: dict[str, tuple[type[AliasError], Do]] = {
         PointerError,
         lambda: copy_or_rebind_param(module(a=torch.zeros(4)), "a", torch.zeros(5)),
     ),
-    "a format without room": (PointerError, after(lambda m: registry_of(m).retarget({"weight": PadLast2(64, 64)}))),  # type: ignore[union-attr]
-    "a format for no source": (DeclarationError, after(lambda m: registry_of(m).retarget({"w": SwapHalves()}))),  # type: ignore[union-attr]
+    "a format without room": (PointerError, after(lambda m: registry_of(m).retarget({"weight": "(g r) k -> g r k, r=64"}))),  # type: ignore[union-attr]
+    "a format for no source": (DeclarationError, after(lambda m: registry_of(m).retarget({"w": SWAP}))),  # type: ignore[union-attr]
 }
 USING: dict[str, tuple[type[AliasError], Do]] = {
     "processed before it is loaded": (StateError, after(process, loaded=False)),
@@ -232,7 +201,7 @@ USING: dict[str, tuple[type[AliasError], Do]] = {
         DerivationError,
         processing(Derivation("x", ("a",), lambda a: a.view(7), (1,), F32), torch.ones(3)),
     ),
-    "a lossy transform that refuses": (TransformError, processing(unequal(Lossy()), torch.ones(3, 2))),
+    "a re-encoding that refuses": (LayoutError, processing(unequal(REFUSES), torch.ones(3, 2))),
     "`resize_`": (PointerError, after(lambda m: m.weight.resize_(3))),
     "`set_`": (PointerError, after(lambda m: m.weight.set_(torch.zeros(1, dtype=U)))),
     "`set_` of another dtype": (PointerError, after(lambda m: m.weight.set_(torch.zeros(1)))),
@@ -250,11 +219,11 @@ USING: dict[str, tuple[type[AliasError], Do]] = {
     "a reload that sends nothing": (ReloadError, after(reloading())),
     "exposing an unknown name": (ReloadError, after(lambda m: expose_for_writing(m, "nope"))),
     "exposing a name of an unknown module": (ReloadError, after(lambda m: expose_for_writing(m, "a.b.weight"))),
-    "exposing twice": (StateError, after(*[lambda m: expose_for_writing(m, "weight")] * 2)),
-    "reading what is exposed": (StateError, after(lambda m: expose_for_writing(m, "weight"), lambda m: m.weight + 0)),
-    "a bulk load of what is exposed": (
+    "exposing twice": (StateError, after(*[lambda m: expose_for_writing(m, "weight", order="kernel")] * 2)),
+    "exposing some rows in kernel order": (ReloadError, after(lambda m: expose_for_writing(m, "weight", slice(2), order="kernel"))),
+    "reading what is exposed": (
         StateError,
-        after(lambda m: expose_for_writing(m, "weight"), lambda m: bulk_load(m).__enter__()),
+        after(lambda m: expose_for_writing(m, "weight", order="kernel"), lambda m: m.weight + 0),
     ),
     "closing an exposure twice": (
         ReloadError,
@@ -279,9 +248,9 @@ def test_an_error_says_where_what_and_what_to_do(case: str) -> None:
 
 
 def test_an_error_keeps_what_it_knows_and_takes_the_rest_from_its_caller() -> None:
-    error = TransformError("no such format", expected="even rows")
+    error = LayoutError("no such format", expected="even rows")
 
     located = error.located(module="layers.0", name="weight", expected="anything", remedy="Pad it.")
 
-    assert type(located) is TransformError
+    assert type(located) is LayoutError
     assert (located.module, located.name, located.expected, located.remedy) == ("layers.0", "weight", "even rows", "Pad it.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,7 @@ from aliasparam.errors import (
     NotDeterministicError,
     ValuesChangeError,
 )
-from aliasparam.layout import IndexLayout, Layout
+from aliasparam.layout import IndexLayout, Layout, LayoutError, OpaqueLayout
 
 from .layout_oracle import DTYPES, Case, bits, cases, core_shapes, random
 
@@ -142,3 +143,29 @@ def test_an_order_that_depends_on_the_values() -> None:
     """Position codes are small numbers in this tensor; random bytes are not."""
     with pytest.raises(DependsOnValuesError):
         Layout.infer(lambda x: x.flip(0) if int(x[0, 0]) not in (0, 255) else x, (16, 2), torch.uint8)
+
+
+def test_an_opaque_layout_is_read_and_written_by_whole_regions() -> None:
+    layout = OpaqueLayout(lambda x: x.flip(-1) ^ 0x5A, lambda x: (x ^ 0x5A).flip(-1))
+    bound, value = layout.bind((3, 4, 6), torch.uint8), random((3, 4, 6), torch.uint8)
+    memory = torch.zeros(72, dtype=torch.uint8)
+    box, part = ((1, 3), (1, 4), (2, 5)), random((2, 3, 3), torch.uint8, seed=2)
+
+    bound.write(memory, bound.whole, value)
+    assert torch.equal(memory.view(3, 4, 6), value.flip(-1) ^ 0x5A)
+    bound.write(memory, box, part)
+
+    value[1:3, 1:4, 2:5] = part
+    assert torch.equal(bound.read(memory, bound.whole), value) and torch.equal(bound.read(memory, box), part)
+
+
+def test_two_functions_that_do_not_invert_are_refused() -> None:
+    with pytest.raises(LayoutError, match="does not invert"):
+        OpaqueLayout(lambda x: x ^ 1, lambda x: x).bind((4, 4), torch.uint8)
+    counter = itertools.count(1)
+
+    def padded(value: Tensor) -> Tensor:
+        return torch.cat([value, value.new_full((1, 4), next(counter))])
+
+    with pytest.raises(LayoutError, match="other bytes"):
+        OpaqueLayout(padded, lambda x: x[:4]).bind((4, 4), torch.uint8)

@@ -241,6 +241,58 @@ def test_what_does_not_fit_the_box_changes_nothing() -> None:
     assert not memory.any()
 
 
+@given(st.data(), st.integers(1, 5), st.sampled_from([1, 2, 4, 8, 16]), st.sampled_from([torch.uint8, torch.bfloat16]))
+def test_elements_are_moved_wide_only_where_everything_is_aligned(data: Any, blocks: int, unit: int, dtype: torch.dtype) -> None:
+    """Long runs, cut at odd columns, from values at odd addresses with odd strides."""
+    layout, shape = Layout("(g b a) k -> g a b k, a=2 b=2"), (4 * blocks, unit * data.draw(st.integers(1, 6)))
+    bound, value = layout.bind(shape, dtype), random(shape, dtype)
+    memory = random((bound.region_capacity + 16,), dtype, seed=1)[data.draw(st.integers(0, 15)) :][: bound.region_capacity]
+    g, b, a = (axis.reshape(-1) for axis in torch.meshgrid(*map(torch.arange, (blocks, 2, 2)), indexing="ij"))
+    box = data.draw(boxes(shape))
+    inside = tuple(slice(*ends) for ends in box)
+    expected = bits(memory).clone().view(shape)
+    columns = expected[4 * g + 2 * a + b]
+    columns[inside] = bits(value[inside])
+    expected[4 * g + 2 * a + b] = columns
+
+    bound.write(memory, box, data.draw(strided(value[inside])))
+
+    assert torch.equal(bits(memory).view(shape), expected)
+    assert torch.equal(bits(bound.read(memory, box)), bits(value[inside]))
+
+
+def test_conjugated_and_negated_values_are_what_they_look_like() -> None:
+    bound = Layout("(g a) k -> a g k, a=2").bind((4, 3), torch.complex64)
+    value = torch.view_as_complex(torch.arange(24.0).view(4, 3, 2)).conj()
+    memory = torch.zeros(12, dtype=torch.complex64)
+
+    bound.write(memory, bound.whole, value)
+    out = torch.zeros(4, 3, dtype=torch.complex64).conj()
+    bound.read(memory, bound.whole, out)
+
+    assert torch.equal(bound.read(memory, bound.whole), value) and torch.equal(out, value)
+    imaginary = Layout("(g a) k -> a g k, a=2").bind((4, 3), torch.float32)
+    plain = torch.zeros(12)
+    imaginary.write(plain, imaginary.whole, value.imag)  # the negative bit
+    assert torch.equal(imaginary.read(plain, imaginary.whole), value.imag)
+
+
+def test_values_that_require_grad_leave_no_graph_behind() -> None:
+    bound, memory = Layout("k n -> n k").bind((2, 3), torch.float32), torch.zeros(6)
+    out = torch.zeros(2, 3, requires_grad=True)
+
+    bound.write(memory, bound.whole, torch.ones(2, 3, requires_grad=True))
+
+    assert not memory.requires_grad and not bound.read(memory, bound.whole).requires_grad
+    assert bound.read(memory, bound.whole, out).grad_fn is None and bool((out == 1).all())
+
+
+def test_a_scalar_has_a_layout() -> None:
+    bound, memory = Layout.identity(0).bind((), torch.float32), torch.zeros(1)
+    bound.write(memory, (), torch.tensor(3.0))
+    assert bound.read(memory, ()) == 3 and bound.is_identity and Layout(str(Layout.identity(0))) == Layout.identity(0)
+
+
 def test_canonical_form_joins_what_stays_together() -> None:
     assert Layout("(g b a) k -> g a b k, a=4 b=8") == Layout("(g b a) (k c d) -> g a b k c d, a=4 b=8 c=1 d=1")
     assert Layout("(g b a c) k -> g a c b k, a=4 b=8 c=2") == Layout("(x y z) k -> x z y k, y=8 z=8")

@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from aliasparam import Alias, AliasedParameter, PadLast2, SwapHalves, declare, memory_report, process
+from aliasparam import Alias, AliasedParameter, declare, memory_report, process
+
+from .small import PAD8, SWAP
 
 
 def test_a_plan_costs_no_memory_and_is_bound_by_the_loader() -> None:
     layer = nn.Module()
     layer.weight = nn.Parameter(torch.empty(6, 8, dtype=torch.uint8, device="meta"), requires_grad=False)
-    declare(layer, Alias("weight", "prepared", PadLast2(8, 8)), loaded=False)
+    declare(layer, Alias("weight", "prepared", PAD8), loaded=False)
 
     assert memory_report(layer).allocated_bytes == 64
     assert list(layer.named_buffers()) == []
@@ -43,5 +45,5 @@ def test_declaring_under_a_meta_device_context_keeps_real_index_tables() -> None
         with torch.device(device):
             layer = nn.Module()
             layer.weight = nn.Parameter(torch.ones(74, 4, dtype=torch.uint8), requires_grad=False)
-            declare(layer, Alias("weight", "prepared", SwapHalves()))
+            declare(layer, Alias("weight", "prepared", SWAP))
     assert process(layer) and torch.equal(layer.prepared, torch.ones(74, 4, dtype=torch.uint8, device="cpu"))

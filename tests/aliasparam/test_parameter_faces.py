@@ -12,8 +12,11 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from aliasparam import Alias, AliasedParameter, PadLast2, State, SwapHalves, checkpoint_state_dict, declare, process, registry_of
+from aliasparam import Alias, AliasedParameter, State, checkpoint_state_dict, declare, process, registry_of
 from aliasparam.errors import AdoptionError, PointerError, StateError
+
+from .small import SWAP, SWAP_PAD8, is_ready, kernel
+
 
 VALUES = torch.arange(48, dtype=torch.uint8).view(6, 8)
 
@@ -24,7 +27,7 @@ def layer(device: torch.device) -> nn.Module:
     layer = nn.Module()
     layer.weight = nn.Parameter(VALUES.to(device).clone(), requires_grad=False)
     layer.weight.weight_loader = print
-    declare(layer, Alias("weight", "prepared", SwapHalves().then(PadLast2(8, 8))))
+    declare(layer, Alias("weight", "prepared", SWAP_PAD8))
     process(layer)
     return layer
 
@@ -73,7 +76,7 @@ def test_law_1_every_read_gives_checkpoint_values(layer: nn.Module, read: str) -
     found = READS[read](layer.weight)
 
     assert torch.equal(found.cpu(), expected.cpu())
-    assert state_of(layer) is State.KERNEL  # reading leaves the layer ready
+    assert is_ready(layer)  # reading leaves it so
 
 
 WRITES: dict[str, Any] = {
@@ -106,9 +109,9 @@ def test_law_1_every_write_lands_and_the_kernel_name_follows(layer: nn.Module, w
         WRITES[write](layer.weight)
 
     assert torch.equal(layer.weight, expected)
-    assert state_of(layer) is State.CHECKPOINT
+    assert not is_ready(layer)
     process(layer)
-    assert torch.equal(layer.prepared, SwapHalves().then(PadLast2(8, 8)).forward(expected))
+    assert torch.equal(layer.prepared, kernel(SWAP_PAD8, expected))
     assert layer.weight.data_ptr() == layer.prepared.data_ptr() == address
 
 
@@ -226,7 +229,7 @@ def test_a_deleted_name_comes_back(layer: nn.Module) -> None:
 def test_reading_what_was_never_loaded_refuses(device: torch.device) -> None:
     layer = nn.Module()
     layer.weight = nn.Parameter(torch.empty(6, 8, dtype=torch.uint8, device=device), requires_grad=False)
-    declare(layer, Alias("weight", "prepared", SwapHalves()), loaded=False)
+    declare(layer, Alias("weight", "prepared", SWAP), loaded=False)
 
     with pytest.raises(StateError, match="hold no weights"):
         layer.weight.clone()
@@ -243,7 +246,7 @@ def test_reading_what_was_never_loaded_refuses(device: torch.device) -> None:
 def test_moving_the_module_to_another_device_keeps_it_right() -> None:
     layer = nn.Module()
     layer.weight = nn.Parameter(VALUES.clone(), requires_grad=False)
-    declare(layer, Alias("weight", "prepared", SwapHalves()))
+    declare(layer, Alias("weight", "prepared", SWAP))
     process(layer)
 
     layer.cuda()
@@ -252,7 +255,7 @@ def test_moving_the_module_to_another_device_keeps_it_right() -> None:
     assert layer.weight.is_cuda and layer.prepared.is_cuda
     assert layer.weight.data_ptr() == layer.prepared.data_ptr()
     assert torch.equal(layer.weight.cpu(), VALUES)
-    assert torch.equal(layer.prepared.cpu(), SwapHalves().forward(VALUES))
+    assert torch.equal(layer.prepared.cpu(), kernel(SWAP, VALUES))
 
 
 @pytest.mark.gpu
@@ -260,7 +263,7 @@ def test_moving_the_module_to_another_device_keeps_it_right() -> None:
 def test_parameters_replaced_by_ones_on_another_device_are_followed() -> None:
     layer = nn.Module()
     layer.weight = nn.Parameter(VALUES.clone(), requires_grad=False)
-    declare(layer, Alias("weight", "prepared", SwapHalves()))
+    declare(layer, Alias("weight", "prepared", SWAP))
     process(layer)
 
     layer.weight = nn.Parameter(VALUES.cuda() + 1, requires_grad=False)
@@ -268,4 +271,4 @@ def test_parameters_replaced_by_ones_on_another_device_are_followed() -> None:
 
     assert isinstance(layer.weight, AliasedParameter)
     assert layer.weight.data_ptr() == layer.prepared.data_ptr()
-    assert torch.equal(layer.prepared.cpu(), SwapHalves().forward(VALUES + 1))
+    assert torch.equal(layer.prepared.cpu(), kernel(SWAP, VALUES + 1))

@@ -11,13 +11,14 @@ from aliasparam import (
     Declaration,
     Derivation,
     Keep,
-    SwapHalves,
     alias_or_bind_derived_param,
     copy_or_rebind_param,
     declare,
     memory_report,
 )
 from aliasparam.errors import DeclarationError, PointerError, StaleKernelError, StateError
+
+from .small import SWAP
 
 
 class Layer(nn.Module):
@@ -54,9 +55,9 @@ def test_the_source_name_does_not_show_kernel_bytes() -> None:
     layer = Layer()
     layer.process()
 
-    with pytest.raises(StateError, match="undeclared transform"):
+    with pytest.raises(StateError, match="order was not declared"):
         layer.weight_scale.clone()
-    with pytest.raises(StateError, match="undeclared transform"):
+    with pytest.raises(StateError, match="order was not declared"):
         layer.process()  # a second pass without a load would swizzle swizzled bytes
 
 
@@ -128,9 +129,9 @@ def test_a_source_declared_without_a_kernel_name_says_so(declaration: Declaratio
 def test_a_pair_declared_with_a_transform_says_so() -> None:
     module = nn.Module()
     module.w = nn.Parameter(torch.zeros(4, 4, dtype=torch.uint8), requires_grad=False)
-    declare(module, Alias("w", "d", SwapHalves()))
+    declare(module, Alias("w", "d", SWAP))
 
-    with pytest.raises(DeclarationError, match="declared with a transform"):
+    with pytest.raises(DeclarationError, match="declared with a layout"):
         alias_or_bind_derived_param(module, "w", "d", torch.ones(4, 4, dtype=torch.uint8))
 
 

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from aliasparam import Alias, SwapHalves, declare, process, reload
+from aliasparam import Alias, declare, process, reload
 from aliasparam.errors import AliasError, ReloadError, StaleKernelError
+
+from .small import SWAP
 
 
 class Model(nn.Module):
@@ -16,7 +18,7 @@ class Model(nn.Module):
         self.layer = nn.Linear(8, 6, bias=False)
         self.layer.weight = nn.Parameter(torch.arange(48.0).view(6, 8), requires_grad=False)
         self.norm = nn.Parameter(torch.ones(8), requires_grad=False)
-        declare(self.layer, Alias("weight", "prepared", SwapHalves()))
+        declare(self.layer, Alias("weight", "prepared", SWAP))
         process(self)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
@@ -12,93 +11,64 @@ from torch import Tensor, nn
 
 from aliasparam import (
     Alias,
-    PadLast2,
     Reason,
-    SwapHalves,
     TensorSpec,
-    Transform,
     declare,
     explain,
     memory_report,
     process,
     registry_of,
 )
-from aliasparam._verdict import judge
+from aliasparam.module.verdict import judge
 from aliasparam.errors import AdoptionError, DeclarationError, StaleKernelError
 
-from .declared import bytes_of, layer_of
+from .small import HALVED, PAD8, SWAP, bytes_of, kernel, layer_of
+
 
 # -- verdicts ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Spec(Transform):
-    """Only for verdicts."""
-
-    pads: bool = False  # type: ignore[misc]
-    lossless: bool = True  # type: ignore[misc]
-
-    def output_spec(self, spec: TensorSpec) -> TensorSpec:
-        raise NotImplementedError
-
-    forward = inverse = output_spec  # type: ignore[assignment]
 
 
 u8, i8, i16 = torch.uint8, torch.int8, torch.int16
 
 
 @pytest.mark.parametrize(
-    ("source", "derived", "transform", "reason"),
+    ("source", "kernel_format", "lossless", "reason"),
     [
-        (((4, 6), u8), ((4, 6), u8), Spec(), Reason.SAME),
-        (((4, 6), u8), ((2, 12), u8), Spec(), Reason.SAME_BYTES),
-        (((4, 6), u8), ((4, 6), i8), Spec(), Reason.SAME_BYTES),
-        (((4, 6), u8), ((8, 8), u8), Spec(pads=True), Reason.PADDED),
-        (((1, 6), u8), ((8, 6), u8), Spec(pads=True), Reason.PADDED),
-        (((1, 6), u8), ((8, 6), u8), Spec(), Reason.BROADCAST),
-        (((1,), u8), ((3,), u8), Spec(), Reason.BROADCAST),
-        (((3,), u8), ((1,), u8), Spec(), Reason.BROADCAST),
-        (((4, 6), u8), ((4, 5), u8), Spec(), Reason.SMALLER),
-        (((4, 6), u8), ((4, 6), i16), Spec(), Reason.ELEMENT_WIDTH),
-        (((4, 6), u8), ((4, 6), u8), Spec(lossless=False), Reason.LOSSY),
+        (((4, 6), u8), ((4, 6), u8), True, Reason.SAME),
+        (((4, 6), u8), ((2, 12), u8), True, Reason.SAME_BYTES),
+        (((4, 6), u8), ((4, 6), i8), True, Reason.SAME_BYTES),
+        (((4, 6), u8), ((8, 8), u8), True, Reason.PADDED),
+        (((1, 6), u8), ((8, 6), u8), True, Reason.PADDED),
+        (((3,), u8), ((1,), u8), True, Reason.BROADCAST),
+        (((4, 6), u8), ((4, 5), u8), True, Reason.SMALLER),
+        (((4, 6), u8), ((4, 6), i16), True, Reason.ELEMENT_WIDTH),
+        (((4, 6), u8), ((4, 6), u8), False, Reason.LOSSY),
     ],
 )
-def test_verdicts(source: Any, derived: Any, transform: Transform, reason: Reason) -> None:
-    found = judge(TensorSpec(*source), TensorSpec(*derived), transform)
+def test_verdicts(source: Any, kernel_format: Any, lossless: bool, reason: Reason) -> None:
+    found = judge(TensorSpec(*source), TensorSpec(*kernel_format), lossless=lossless)
 
     assert found is reason
     assert found.aliases == (reason.code in ("same", "same-bytes", "padded"))
 
 
-@dataclass(frozen=True)
-class Halve(Transform):
-    """A lossy step: the lowest bit is gone."""
-
-    lossless = False
-
-    def output_spec(self, spec: TensorSpec) -> TensorSpec:
-        return spec
-
-    def forward(self, tensor: Tensor) -> Tensor:
-        return tensor // 2
-
-    def inverse(self, tensor: Tensor, spec: TensorSpec) -> Tensor:
-        raise NotImplementedError
-
-
-def test_a_lossy_step_keeps_its_source_and_never_drifts() -> None:
+def test_a_reencoding_keeps_its_source_and_never_drifts() -> None:
     values = bytes_of(4, 6)
-    layer = layer_of(values, Halve())
+    layer = layer_of(values, HALVED)
     for _ in range(3):
         layer.weight[0, 0] = values[0, 0]
         process(layer)
         assert torch.equal(layer.prepared, values // 2)
         assert torch.equal(layer.weight, values)
     assert "[lossy]" in explain(layer)
-    with pytest.raises(DeclarationError, match="loses information"):
-        module = nn.Module()
-        module.weight = nn.Parameter(values, requires_grad=False)
-        declare(module, Alias("weight", "prepared", Halve(), on_mismatch="error"))
+    with pytest.raises(DeclarationError, match="re-encodes values"):
+        declare_strictly(values)
+
+
+def declare_strictly(values: Tensor) -> None:
+    module = nn.Module()
+    module.weight = nn.Parameter(values, requires_grad=False)
+    declare(module, Alias("weight", "prepared", HALVED, on_mismatch="error"))
 
 
 # -- memory that cannot be declared --------------------------------------------------------------------------------------
@@ -132,7 +102,7 @@ def test_names_on_several_devices_are_refused() -> None:
 
 def test_a_declared_module_is_not_sent_to_another_process_and_does_not_move() -> None:
     """torch would move its memory into a shared segment, under every captured address."""
-    layer = layer_of(bytes_of(4, 6), SwapHalves())
+    layer = layer_of(bytes_of(4, 6), SWAP)
     process(layer)
     address = layer.weight.data_ptr()
 
@@ -147,10 +117,10 @@ def test_a_transposed_source_gets_contiguous_memory_of_its_own() -> None:
     base = bytes_of(4, 6)
     layer = nn.Module()
     layer.weight = nn.Parameter(base.t(), requires_grad=False)
-    declare(layer, Alias("weight", "prepared", SwapHalves()))
+    declare(layer, Alias("weight", "prepared", SWAP))
     process(layer)
 
-    assert torch.equal(layer.prepared, SwapHalves().forward(base.t()))
+    assert torch.equal(layer.prepared, kernel(SWAP, base.t()))
     assert torch.equal(base, bytes_of(4, 6)), "the memory of others was not touched"
 
 
@@ -160,7 +130,7 @@ def test_memory_that_somebody_else_looks_at_is_not_taken_over() -> None:
     held = parameter.data
     layer = nn.Module()
     layer.weight = parameter
-    declare(layer, Alias("weight", "prepared", SwapHalves()))
+    declare(layer, Alias("weight", "prepared", SWAP))
     process(layer)
 
     assert torch.equal(held, values), "the other holder sees no kernel bytes"
@@ -173,8 +143,8 @@ def test_tied_weights_of_two_modules_share_one_storage() -> None:
     a, b = nn.Module(), nn.Module()
     a.weight = b.weight = nn.Parameter(bytes_of(4, 6), requires_grad=False)
     model = nn.ModuleDict({"a": a, "b": b})
-    declare(a, Alias("weight", "prepared", SwapHalves()))
-    declare(b, Alias("weight", "prepared", SwapHalves()))
+    declare(a, Alias("weight", "prepared", SWAP))
+    declare(b, Alias("weight", "prepared", SWAP))
     process(model)
 
     assert a.weight is b.weight
@@ -186,7 +156,7 @@ def test_tied_weights_of_two_modules_share_one_storage() -> None:
         with pytest.raises(StaleKernelError):
             module()
     process(model)
-    assert torch.equal(a.prepared, SwapHalves().forward(bytes_of(4, 6, seed=2)))
+    assert torch.equal(a.prepared, kernel(SWAP, bytes_of(4, 6, seed=2)))
     with pytest.raises(NotImplementedError):  # nn.Module's own: it would run
         a()
 
@@ -194,7 +164,7 @@ def test_tied_weights_of_two_modules_share_one_storage() -> None:
 def test_a_tie_to_two_formats_is_refused() -> None:
     a, b = nn.Module(), nn.Module()
     a.weight = b.weight = nn.Parameter(bytes_of(4, 6), requires_grad=False)
-    declare(a, Alias("weight", "prepared", SwapHalves()))
+    declare(a, Alias("weight", "prepared", SWAP))
 
-    with pytest.raises(DeclarationError, match="two different kernel formats"):
-        declare(b, Alias("weight", "prepared", PadLast2(8, 8)))
+    with pytest.raises(DeclarationError, match="two different kernel"):
+        declare(b, Alias("weight", "prepared", PAD8))

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoTokenizer
 from aliasparam.errors import AliasError
 
 from ...checkpoint import CheckpointError, QuantConfig
+from ...checkpoint_format import COMPRESSED_TENSORS
 
 
 @contextmanager
@@ -32,6 +33,10 @@ def readable(folder: Path, what: str) -> Iterator[None]:
         ) from error
 
 
+#: What transformers knows compressed-tensors by.
+METHOD = "compressed-tensors"
+
+
 def model_config(folder: Path) -> Any:
     """The model's configuration. Its ``quantization_config`` is that of hf_quant_config.json where config.json has none.
 
@@ -40,8 +45,8 @@ def model_config(folder: Path) -> Any:
     """
     with readable(folder, "read the model's configuration"):
         config = AutoConfig.from_pretrained(folder)
-    if getattr(config, "quantization_config", None) is None:
-        config.quantization_config = {**QuantConfig.from_folder(folder).raw, "quant_method": "modelopt"}
+    parsed = QuantConfig.from_folder(folder)
+    config.quantization_config = {**parsed.raw, "quant_method": METHOD if parsed.tensors is COMPRESSED_TENSORS else "modelopt"}
     return config
 
 

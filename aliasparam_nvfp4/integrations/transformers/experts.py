@@ -8,8 +8,8 @@ tensor for each expert and projection, each a view of the fused storage (see [No
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 from aliasparam import Alias, AliasRegistry, declare, registry_of
 
-from ...checkpoint import CheckpointFolder, ExpertTensors, QuantConfig, UnsupportedFormatError
+from ...checkpoint import CheckpointFolder, ExpertTensors, UnsupportedFormatError
 from ...checkpoint.experts import ExpertKey
+from ...checkpoint.scheme import Scheme
 from ...checkpoint_format import CheckpointFormat
-from ...moe import ExpertRanks, NvFp4MoEMethod
+from ...moe import ExpertActivation, ExpertRanks, NvFp4MoEMethod
 from ...moe.folder import SHARDS, ExpertSource, expert_source, expert_specs, load_from
-
-#: What all experts of a layer may be quantized to.
-_SERVED = ({"NVFP4"}, {"W4A16_NVFP4"})
+from ...moe.scales import Missing
+from .activation import expert_activation
 
 
 class Experts(nn.Module):
@@ -34,7 +34,9 @@ class Experts(nn.Module):
         tensors: the layer's experts in the folder that is being loaded.
         sizes: (experts, H, I) of the whole layer.
         names: of the tensors.
-        input_scale: whether activations have scales.
+        scheme: NVFP4 with activations quantized, or weights alone.
+        activation: what lies between the two GEMMs.
+        missing_input_scale: what counts for experts without an input scale, see :class:`~aliasparam_nvfp4.NvFp4MoEMethod`.
         runner: an MoE runner's name, or "auto".
         ranks: the part of this process. With more than one, results are added up over the default process group.
         dtype: of activations.
@@ -46,25 +48,44 @@ class Experts(nn.Module):
         sizes: tuple[int, int, int],
         *,
         names: CheckpointFormat,
-        input_scale: bool,
+        scheme: Scheme,
+        activation: ExpertActivation,
+        missing_input_scale: Missing,
         runner: str,
         ranks: ExpertRanks,
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
-        self.quant_method = NvFp4MoEMethod(runner, checkpoint=names, input_scale=input_scale, **asdict(ranks))
+        self.scheme = scheme
+        self.quant_method = NvFp4MoEMethod(
+            runner,
+            checkpoint=names,
+            activation=activation,
+            input_scale=scheme.inputs == "stored",
+            missing_input_scale=missing_input_scale,
+            **asdict(ranks),
+        )
+        tensors = tensors if activation.gated else tensors.without_gate()
         #: What the files call this layer's experts.
         self.layer = tensors.layer
         #: The names of its tensors in the state dict: those of the files it was loaded from.
         self.names = {key: entry.name for key, entry in tensors.entries.items()}
+        self._scalars = {key: entry.shape for key, entry in tensors.entries.items() if len(entry.shape) < 2}
         self.ranks = ranks
         self._sizes, self._dtype = sizes, dtype
 
     def check_headers(self, tensors: ExpertTensors) -> None:
         """Raise CheckpointError where the files' experts are not those of the model."""
         experts, hidden, intermediate = self._sizes
+        method, gated = self.quant_method, self.quant_method.activation.gated
+        specs = expert_specs(method.checkpoint, hidden, intermediate, input_scale=method.input_scale, gated=gated)
+        own = tensors if gated else tensors.without_gate()
+        own.need(experts, specs, optional=self._optional())
+
+    def _optional(self) -> tuple[str, ...]:
         method = self.quant_method
-        tensors.need(experts, expert_specs(method.checkpoint, hidden, intermediate, input_scale=method.input_scale))
+        strict = method.input_scale and method.missing_input_scale == "refuse"
+        return () if strict else (method.checkpoint.input_global,)
 
     def load(self, folder: CheckpointFolder, tensors: ExpertTensors, device: torch.device) -> None:
         """Allocate on ``device``, read this rank's part, process, and show every expert's tensors.
@@ -81,10 +102,19 @@ class Experts(nn.Module):
         source.check()
         load_from(source, self)
         self._show(source)
+        self._carry(source, device)
 
     def source(self, folder: CheckpointFolder, tensors: ExpertTensors) -> ExpertSource:
         """Where this layer's part lies in a folder."""
         return expert_source(self.quant_method, self, folder, tensors)
+
+    def _carry(self, source: ExpertSource, device: torch.device) -> None:
+        """Input scales that are not read travel with their projections."""
+        read = {part.key for part in source.parts()}
+        for key, entry in source.tensors.entries.items():
+            if key not in read and key[2] in self._optional():
+                value = nn.Parameter(source.folder.read(entry.name).to(device), requires_grad=False)
+                _projection(self, entry.name).register_parameter(key[2], value)
 
     def _show(self, source: ExpertSource) -> None:
         registry = _registry(self)
@@ -100,10 +130,11 @@ class Experts(nn.Module):
         """One expert's tensor in a fused one, in the shape that the checkpoint has."""
         expert, shard, suffix = key
         row = expert if suffix == source.format.input_global else expert - source.shape.first_expert
+        gated = self.quant_method.activation.gated
         if suffix in (source.format.weight_global, source.format.input_global):
-            flat = param[row : row + 1] if shard == "w2" else param[row, 1:] if shard == "w3" else param[row, :1]
-            return flat.view(source.format.scalar_shape)
-        return param[row] if shard == "w2" else param[row].chunk(2)[SHARDS.index(shard)]
+            one = param[row : row + 1] if param.dim() == 1 else param[row, 1:] if shard == "w3" else param[row, :1]
+            return one.view(self._scalars[key])
+        return param[row] if shard == "w2" or not gated else param[row].chunk(2)[SHARDS.index(shard)]
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         out = self.quant_method.apply(self, hidden_states, top_k_weights.float(), top_k_index.int())
@@ -116,75 +147,95 @@ class Experts(nn.Module):
         return f"experts, H, I = {self._sizes}, runner={runner.name}"
 
 
+@dataclass(frozen=True)
+class ExpertChoice:
+    """With what experts are served: see :class:`Experts`."""
+
+    runner: str = "auto"
+    ranks: ExpertRanks = field(default_factory=ExpertRanks)
+    missing_input_scale: Missing = "refuse"
+
+
 def replace_experts(
     model: nn.Module,
-    config: QuantConfig,
     layers: Mapping[str, ExpertTensors],
-    runner: str,
-    ranks: ExpertRanks,
+    schemes_of: Callable[[str], set[Scheme | None]],
+    names: CheckpointFormat,
+    choice: ExpertChoice,
     dtype: torch.dtype,
 ) -> None:
     """Put :class:`Experts` in the place of the model's quantized experts, before it is loaded.
 
     Args:
         model: on the meta device.
-        config: says which modules are quantized.
         layers: experts in the files, by the path of their module in ``model``.
-        runner: see :class:`Experts`.
-        ranks: see :class:`Experts`.
+        schemes_of: how all projections of the experts at a path are quantized.
+        names: of the tensors.
+        choice: see :class:`Experts`.
         dtype: see :class:`Experts`.
 
     Raises:
         UnsupportedFormatError: experts of another shape or activation, or quantized in part or otherwise.
     """
     for path, module in list(fused_experts(model)):
-        tensors = layers.get(path)
-        algos = {config.algo_of(name) for name in tensors.projections()} if tensors else {config.algo_of(path)}
-        if algos == {None}:
+        tensors, schemes = layers.get(path), schemes_of(path)
+        if schemes == {None}:
             continue
-        if tensors is None or algos not in _SERVED or not _is_swiglu(module):
+        activation = expert_activation(module)
+        scheme = next(iter(schemes))
+        if tensors is None or len(schemes) > 1 or scheme is None or not scheme.is_fp4 or activation is None:
             raise UnsupportedFormatError(
                 "experts of this kind are not supported",
                 module=path,
-                expected="all experts NVFP4 or W4A16_NVFP4, each with tensors of its own, gated by SiLU, without biases",
-                found=f"{type(module).__name__}, {', '.join(sorted(map(str, algos)))}"
+                expected="all experts NVFP4 or W4A16_NVFP4, each with tensors of its own, without biases, gated by SiLU or GELU "
+                "(tanh), or without a gate and of squared ReLU",
+                found=f"{type(module).__name__}, {', '.join(sorted(str(s and s.algo) for s in schemes))}"
                 + ("" if tensors else ", no tensors for each expert in the files"),
             )
-        gate_up = module.get_parameter("gate_up_proj")
-        sizes = (gate_up.shape[0], gate_up.shape[2], gate_up.shape[1] // 2)
+        first = module.get_parameter(first_projection(module))
+        sizes = (first.shape[0], first.shape[2], first.shape[1] // (2 if activation.gated else 1))
         made = Experts(
-            tensors, sizes, names=config.tensors, input_scale=algos == {"NVFP4"}, runner=runner, ranks=ranks, dtype=dtype
+            tensors,
+            sizes,
+            names=names,
+            scheme=scheme,
+            activation=activation,
+            dtype=dtype,
+            runner=choice.runner,
+            ranks=choice.ranks,
+            missing_input_scale=choice.missing_input_scale,
         )
         model.set_submodule(path, made)
+
+
+def first_projection(experts: nn.Module) -> str:
+    """What transformers calls the first of the two fused tensors."""
+    return "gate_up_proj" if "gate_up_proj" in experts._parameters else "up_proj"
 
 
 def fused_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """(path, module) of transformers' own fused experts."""
     for path, module in model.named_modules():
-        if path.rpartition(".")[2] == "experts" and {"gate_up_proj", "down_proj"} <= module._parameters.keys():
+        names = module._parameters.keys()
+        if path.rpartition(".")[2] == "experts" and "down_proj" in names and {"gate_up_proj", "up_proj"} & names:
             yield path, module
-
-
-def _is_swiglu(module: nn.Module) -> bool:
-    plain = getattr(module, "is_concatenated", True) and not any(
-        getattr(module, odd, False) for odd in ("has_bias", "is_transposed", "has_post_expert_norm")
-    )
-    return plain and type(getattr(module, "act_fn", None)).__name__ in ("SiLU", "SiLUActivation")
 
 
 def show_apart(experts: nn.Module, tensors: ExpertTensors) -> None:
     """Experts which are not quantized: the fused tensors stay what the model reads; the state dict shows each expert's own."""
-    for fused in ("gate_up_proj", "down_proj"):
+    first = first_projection(experts)
+    gated = first == "gate_up_proj"
+    for fused in (first, "down_proj"):
         whole = experts._parameters.pop(fused)
         if whole is None:
             raise AssertionError(f"{fused} vanished")
         experts.register_parameter(f"{fused}_checkpoint", nn.Parameter(whole.detach(), requires_grad=False))
-    registry = declare(experts, *(Alias(f"{fused}_checkpoint", fused) for fused in ("gate_up_proj", "down_proj")))
+    registry = declare(experts, *(Alias(f"{fused}_checkpoint", fused) for fused in (first, "down_proj")))
     shards: dict[str, list[tuple[nn.Module, str, Tensor]]] = {}
     for (expert, shard, suffix), entry in tensors.entries.items():
-        name = "down_proj_checkpoint" if shard == "w2" else "gate_up_proj_checkpoint"
+        name = "down_proj_checkpoint" if shard == "w2" else f"{first}_checkpoint"
         view = experts.get_parameter(name)[expert]
-        view = view if shard == "w2" else view.chunk(2)[SHARDS.index(shard)]
+        view = view if shard == "w2" or not gated else view.chunk(2)[SHARDS.index(shard)]
         shards.setdefault(name, []).append((_projection(experts, entry.name), suffix, view))
     for name, views in shards.items():
         registry.show_shards(name, views)

@@ -6,28 +6,95 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from aliasparam import TensorSpec
+
+from ...checkpoint.scheme import FP8, Scheme
+
 _E4M3_MAX = 448.0
+_F32_SCALAR = TensorSpec((), torch.float32)
 
 
 class Fp8Linear(nn.Module):
-    """Weights and activations in e4m3 with one scale each, as ModelOpt's FP8 stores them; computed in float32.
+    """Weights in e4m3, activations in e4m3 or as they are; computed in float32.
 
-    Checkpoint names: ``weight`` e4m3 ``[N, K]``, ``weight_scale`` f32, ``input_scale`` f32 (multipliers).
+    Checkpoint names: ``weight`` e4m3 ``[N, K]``; ``weight_scale``, a multiplier: one value, one a row (``[N]`` or ``[N, 1]``), or
+    one a block of rows and columns (``[n, k]``); ``input_scale`` f32 where activations have a stored one, a multiplier. As ModelOpt
+    and compressed-tensors (``float-quantized``) store them.
+
+    Args:
+        in_features: K.
+        out_features: N.
+        bias: whether there is one.
+        dtype: of the bias.
+        scheme: how activations are quantized.
+        weight_scale: as the files have it.
+        input_scale: likewise.
     """
 
-    def __init__(self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        dtype: torch.dtype,
+        scheme: Scheme = FP8,
+        weight_scale: TensorSpec = _F32_SCALAR,
+        input_scale: TensorSpec = _F32_SCALAR,
+    ) -> None:
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=torch.float8_e4m3fn), requires_grad=False)
-        self.weight_scale = nn.Parameter(torch.empty((), dtype=torch.float32), requires_grad=False)
-        self.input_scale = nn.Parameter(torch.empty((), dtype=torch.float32), requires_grad=False)
-        self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype), requires_grad=False) if bias else None
+        self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
+        self.weight = _empty(TensorSpec((out_features, in_features), torch.float8_e4m3fn))
+        self.weight_scale = _empty(weight_scale)
+        if scheme.inputs == "stored":
+            self.input_scale = _empty(input_scale)
+        self.bias = _empty(TensorSpec((out_features,), dtype)) if bias else None
+
+    def takes(self, weight_scale: TensorSpec) -> bool:
+        """Whether such scales divide the weight."""
+        n, shape = self.out_features, weight_scale.shape
+        rows = shape[:1] == (n,) and len(shape) <= 2 and shape[1:] in ((), (1,))
+        one = len(shape) <= 1 and shape in ((), (1,))
+        return weight_scale.dtype.is_floating_point and weight_scale.dtype.itemsize > 1 and (one or rows or len(shape) == 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        quantized = (x.float() / self.input_scale).clamp(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn).float()
-        out = functional.linear(quantized, self.weight.float()) * (self.input_scale * self.weight_scale)
-        out = out.to(x.dtype)
+        rows, factor = self._quantized(x.float())
+        scale = self.weight_scale.float()
+        if scale.numel() in (1, self.out_features) and scale.dim() < 3 and (scale.dim() < 2 or scale.shape[1] == 1):
+            out = functional.linear(rows, self.weight.float()) * scale.reshape(-1)
+        else:
+            out = functional.linear(rows, self.weight.float() * self._by_blocks(scale))
+        out = (out if factor is None else out * factor).to(x.dtype)
         return out if self.bias is None else out + self.bias.to(out.dtype)
+
+    def _quantized(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(values of the codes, what they are multiplied with)."""
+        how = self.scheme.inputs
+        if how is None:
+            return x, None
+        if how == "block":  # of 128 values
+            padded = functional.pad(x, (0, -x.shape[-1] % 128)).reshape(*x.shape[:-1], -1, 128)
+            scale = (padded.abs().amax(-1, keepdim=True) / _E4M3_MAX).clamp(min=torch.finfo(torch.float32).tiny)
+            return (_e4m3(padded / scale) * scale).flatten(-2)[..., : x.shape[-1]], None
+        if how == "stored":
+            scale = self.input_scale.float().reshape(())
+        else:
+            largest = x.abs().amax(-1, keepdim=True) if how == "token" else x.abs().amax()
+            scale = (largest / _E4M3_MAX).clamp(min=torch.finfo(torch.float32).tiny)
+        return _e4m3(x / scale), scale
+
+    def _by_blocks(self, scale: Tensor) -> Tensor:
+        """``[N, K]`` of one scale for each block; blocks are 128 x 128 or what divides the weight evenly."""
+        n, k = self.out_features, self.in_features
+        sizes = [128 if -(-dim // 128) == count else -(-dim // count) for dim, count in zip((n, k), scale.shape, strict=True)]
+        return scale.repeat_interleave(sizes[0], 0).repeat_interleave(sizes[1], 1)[:n, :k]
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def _e4m3(x: Tensor) -> Tensor:
+    return x.clamp(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn).float()
+
+
+def _empty(spec: TensorSpec) -> nn.Parameter:
+    return nn.Parameter(torch.empty(spec.shape, dtype=spec.dtype), requires_grad=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -53,12 +52,12 @@ def _groups(parent: nn.Module) -> Iterator[tuple[str, list[Projection]]]:
 
 def _fit_together(members: list[Projection]) -> bool:
     first = members[0]
-    alike = all((m.in_features, replace(m.kind, kept=())) == (first.in_features, replace(first.kind, kept=())) for m in members)
+    alike = all((m.in_features, m.kind) == (first.in_features, first.kind) for m in members)
     if not alike or first.kind.pre_quant_scale:
         return False
     # One alpha serves the fused layer. Where the exporter did not unify the scales, the layers stay apart and right.
     scale = first.kind.names.weight_global
-    return all(torch.equal(m.get_parameter(scale), first.get_parameter(scale)) for m in members)
+    return all(torch.equal(m.get_parameter(scale).reshape(1), first.get_parameter(scale).reshape(1)) for m in members)
 
 
 def _fuse(parent: nn.Module, name: str, members: list[Projection], method: NvFp4LinearMethod) -> None:
@@ -68,8 +67,8 @@ def _fuse(parent: nn.Module, name: str, members: list[Projection], method: NvFp4
     registry = registry_of(fused)
     if registry is None:
         raise AssertionError("create_weights did not declare the layer")
-    for tensor, (shape, _) in tensors.items():
-        shards = _shards(fused.get_parameter(tensor), members, shape)
+    for tensor in tensors:
+        shards = _shards(fused.get_parameter(tensor), members, tensor)
         with torch.no_grad():
             for member, shard in zip(members, shards, strict=True):
                 shard.copy_(member.get_parameter(tensor))
@@ -79,10 +78,11 @@ def _fuse(parent: nn.Module, name: str, members: list[Projection], method: NvFp4
         member.attach(fused, index)
 
 
-def _shards(whole: Tensor, members: list[Projection], shape: tuple[int, ...]) -> list[Tensor]:
+def _shards(whole: Tensor, members: list[Projection], name: str) -> list[Tensor]:
     """Each member's part of a fused tensor, in the shape that the checkpoint has."""
-    if len(shape) < 2 and whole.shape[0] == len(members):
-        return [whole[i] if shape == () else whole[i : i + 1] for i in range(len(members))]
+    shapes = [member.get_parameter(name).shape for member in members]
+    if len(shapes[0]) < 2 and whole.shape[0] == len(members):
+        return [whole[i : i + 1].view(shape) for i, shape in enumerate(shapes)]
     return [whole] if len(members) == 1 else list(torch.split(whole, [m.out_features for m in members]))
 
 

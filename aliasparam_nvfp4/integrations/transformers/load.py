@@ -14,6 +14,7 @@ from aliasparam.errors import AliasError
 from ...backends import linear_backend
 from ...checkpoint import CheckpointFolder, QuantConfig
 from ...moe.runners import moe_runner
+from ...moe.scales import Missing
 from .config import model_config, readable, tokenizer_of
 from .quantizer import compressed_tensors_here, use_backend
 
@@ -25,6 +26,7 @@ def load_model(
     *,
     moe_backend: str = "auto",
     retarget_to: Sequence[str] = (),
+    missing_input_scale: Missing = "refuse",
 ) -> tuple[Any, Any]:
     """(model, tokenizer) of an NVFP4 checkpoint folder, ready to generate.
 
@@ -35,6 +37,7 @@ def load_model(
         moe_backend: an MoE runner's name, or "auto".
         retarget_to: linear backends to which the model may be moved by :func:`aliasparam_nvfp4.retarget`, where their padding
             needs more room.
+        missing_input_scale: see :func:`~aliasparam_nvfp4.integrations.transformers.use_backend`.
 
     Raises:
         CheckpointError: not an NVFP4 folder, tensors that do not fit the model, or files that transformers cannot read.
@@ -50,7 +53,8 @@ def load_model(
     CheckpointFolder(folder)
     tokenizer = tokenizer_of(folder)
     options = {} if device is None else {"device_map": {"": device}}
-    with use_backend(backend, moe=moe_backend, retarget_to=retarget_to), compressed_tensors_here():
+    choice = use_backend(backend, moe=moe_backend, retarget_to=retarget_to, missing_input_scale=missing_input_scale)
+    with choice, compressed_tensors_here():
         config = model_config(folder)
         with readable(folder, "load the model"):
             model = AutoModelForCausalLM.from_pretrained(folder, config=config, **options)

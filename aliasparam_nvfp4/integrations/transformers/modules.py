@@ -8,13 +8,14 @@ checkpoint's names, and writing ``q_proj.weight`` writes rows of the fused weigh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ...checkpoint.scheme import NVFP4, Scheme
 from ...checkpoint_format import MODELOPT, CheckpointFormat
 from ...format import BLOCK_SIZE
 from ...linear import NvFp4LinearMethod
@@ -29,13 +30,11 @@ class ProjectionKind:
         names: of the tensors.
         input_scale: whether activations have a scale.
         pre_quant_scale: whether input features have a factor (AWQ).
-        kept: scalars which travel with the projection and are not used here (KV-cache scales).
     """
 
     names: CheckpointFormat = MODELOPT
     input_scale: bool = True
     pre_quant_scale: bool = False
-    kept: tuple[str, ...] = ()
 
     def tensors(self, in_features: int, out_features: int, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Name to (shape, dtype) of the tensors that the fused layer takes in."""
@@ -69,14 +68,24 @@ class Projection(nn.Module):
     the fused layer, and calling it gives its columns of the fused output.
     """
 
-    def __init__(self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype, kind: ProjectionKind) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        dtype: torch.dtype,
+        kind: ProjectionKind,
+        scheme: Scheme = NVFP4,
+        scalars: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> None:
         super().__init__()
+        self._scalars = dict(scalars or {})
         self.in_features = in_features
         self.out_features = out_features
         self.kind = kind
+        self.scheme = scheme
         self.dtype = dtype
-        kept = dict.fromkeys(kind.kept, ((), torch.float32))
-        for name, (shape, element) in {**self.tensors(), **kept}.items():
+        for name, (shape, element) in self.tensors().items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=element), requires_grad=False))
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype), requires_grad=False) if bias else None
         self._index = 0
@@ -84,8 +93,9 @@ class Projection(nn.Module):
         self._fused: tuple[FusedLinear, ...] = ()
 
     def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Name to (shape, dtype) of what the fused layer takes in."""
-        return self.kind.tensors(self.in_features, self.out_features, self.dtype)
+        """Name to (shape, dtype) of what the fused layer takes in; global scales in the shape that the files have."""
+        found = self.kind.tensors(self.in_features, self.out_features, self.dtype)
+        return {name: (self._scalars.get(name, shape), dtype) for name, (shape, dtype) in found.items()}
 
     def attach(self, fused: FusedLinear, index: int) -> None:
         self._fused, self._index = (fused,), index

@@ -8,10 +8,11 @@ Written for the contract of transformers 5.17 to 5.23: the model is built on the
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,27 +26,28 @@ from aliasparam import checkpoint_state_dict, process
 
 from ...backends import linear_backend
 from ...checkpoint import QuantConfig
+from ...errors import ScaleError
 from ...moe import ExpertRanks
 from ...moe.runners import moe_runner
-from .experts import Experts, replace_experts, show_apart
-from .fp8 import Fp8Linear
+from ...moe.scales import Missing
+from .carried import carry
+from .experts import ExpertChoice, Experts, replace_experts, show_apart
 from .fuse import fuse_projections
-from .kv_scales import KV_SCALES, carry_kv_scales
-from .modules import Projection, ProjectionKind
-from .names import speak_file_names
+from .linears import replace_linears
+from .names import Names, speak_file_names
+from .report import FolderReport
 from .source import Source, narrowed
 
-_METHOD = "modelopt"
+_METHODS = ("modelopt", "modelopt_fp4", "modelopt_mixed")
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What models are loaded with: a linear backend, an MoE runner, this process's part of the experts, and the linear backends
-    to which the loaded model may be moved."""
+    """What models are loaded with: a linear backend, experts' runner and this process's part of them, and the linear backends to
+    which the loaded model may be moved."""
 
     backend: str = "auto"
-    moe: str = "auto"
-    ranks: ExpertRanks = field(default_factory=ExpertRanks)
+    experts: ExpertChoice = field(default_factory=ExpertChoice)
     retarget_to: tuple[str, ...] = ()
 
 
@@ -54,15 +56,23 @@ _choice: ContextVar[Choice] = ContextVar("aliasparam_nvfp4_backend")
 
 @contextmanager
 def use_backend(
-    name: str = "auto", *, moe: str = "auto", ranks: ExpertRanks | None = None, retarget_to: Sequence[str] = ()
+    name: str = "auto",
+    *,
+    moe: str = "auto",
+    ranks: ExpertRanks | None = None,
+    retarget_to: Sequence[str] = (),
+    missing_input_scale: Missing = "refuse",
 ) -> Iterator[None]:
     """Models loaded inside this block use the linear backend ``name`` and the MoE runner ``moe``.
 
     With ``ranks`` each process reads and holds its own part of the experts, and the results are added up over the default
     process group of ``torch.distributed``; all other layers are whole in every process. ``retarget_to`` plans room for the linear
-    backends to which :func:`aliasparam_nvfp4.retarget` may move the model.
+    backends to which :func:`aliasparam_nvfp4.retarget` may move the model. ``missing_input_scale`` says what counts for experts
+    whose activations were not calibrated: "refuse" them, or "max", the largest of their layer.
     """
-    token = _choice.set(Choice(name, moe, ranks or ExpertRanks(), tuple(retarget_to)))
+    if missing_input_scale not in ("refuse", "max"):
+        raise ScaleError("unknown policy for missing input scales", expected="refuse or max", found=repr(missing_input_scale))
+    token = _choice.set(Choice(name, ExpertChoice(moe, ranks or ExpertRanks(), missing_input_scale), tuple(retarget_to)))
     try:
         yield
     finally:
@@ -72,13 +82,22 @@ def use_backend(
 class ModelOptConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """``quantization_config`` of an NVFP4 checkpoint, kept whole so that saving writes what was read."""
 
-    method = _METHOD
+    method = _METHODS[0]
 
     def __init__(self, **raw: Any) -> None:
-        raw.pop("quant_method", None)
-        self.raw = dict(raw)
+        self.raw = {key: value for key, value in raw.items() if key != "quant_method"}
         self.quant_method = self.method
-        self.parsed = QuantConfig.from_dict({**raw, "quant_method": self.method})
+
+    @property
+    def parsed(self) -> QuantConfig:
+        """Raises CheckpointError and UnsupportedFormatError, see :meth:`QuantConfig.from_dict`."""
+        return QuantConfig.from_dict(self.to_dict())
+
+    def of_folder(self, folder: Path) -> QuantConfig:
+        """The same, with what hf_quant_config.json adds where this is a stub."""
+        parsed = QuantConfig.from_folder(folder)
+        self.raw = {key: value for key, value in parsed.raw.items() if key != "quant_method"}
+        return parsed
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -108,7 +127,11 @@ class ModelOptQuantizer(HfQuantizer):  # type: ignore[misc]
         self.choice = _choice.get(Choice())
         for name in (self.choice.backend, *self.choice.retarget_to):
             linear_backend(name)  # an unknown name fails before anything is read
-        moe_runner(self.choice.moe)
+        moe_runner(self.choice.experts.runner)
+        #: What became of the folder's tensors.
+        self.report = FolderReport()
+        #: What the model calls the folder's tensors.
+        self.names = Names()
         self._source = Source()
         self._plain_experts: list[str] = []
         self._renamed: dict[str, torch.dtype] = {}
@@ -117,25 +140,25 @@ class ModelOptQuantizer(HfQuantizer):  # type: ignore[misc]
         """Nothing to refuse: every backend loads everywhere."""
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        config: QuantConfig = self.quantization_config.parsed
-        dtype = getattr(model.config, "dtype", None) or torch.get_default_dtype()
+        dtype = kwargs.get("dtype") or torch.get_default_dtype()
         files = kwargs.get("checkpoint_files")
-        self._source = source = Source.of(model, Path(files[0]).parent) if files else Source()
-        replace_experts(model, config, source.experts, self.choice.moe, self.choice.ranks, dtype)
-        stored, theirs = source.tensors(), source.modules()
-        for name, module in list(model.named_modules()):
-            if isinstance(module, nn.Linear) and (algo := config.algo_of(theirs.get(name, name))) is not None:
-                shape = (module.in_features, module.out_features, module.bias is not None, dtype)
-                with torch.device("meta"):
-                    made = Fp8Linear(*shape) if algo == "FP8" else Projection(*shape, _kind(config, name, algo, stored))
-                model.set_submodule(name, made)
-        carry_kv_scales(model, stored)
-        source.check(model)
+        folder = Path(files[0]).parent if files else None
+        config = self.quantization_config.parsed if folder is None else self.quantization_config.of_folder(folder)
+        self._source = source = Source.of(model, folder) if folder else Source()
+        schemes = partial(source.schemes_of_experts, config)
+        replace_experts(model, source.experts, schemes, config.tensors, self.choice.experts, dtype)
+        plain = replace_linears(model, config, source, dtype)
+        carried = carry(model, source.tensors)
+        self.report = source.check(model, carried, plain)
+        self.report.say(str(folder))
+        self.names = source.names
         self._renamed = source.renamed_dtypes(model)
         self._plain_experts = source.plain_experts(model)
         ours = {re.escape(f"{path}.") for path, module in model.named_modules() if isinstance(module, Experts)}
+        dropped = {f"^{re.escape(source.names.ours[name])}$" for name in self.report.dropped}
         ignored: Any = model._keys_to_ignore_on_load_unexpected
-        model.__dict__["_keys_to_ignore_on_load_unexpected"] = {*(ignored or ()), *ours}
+        model.__dict__["_class_ignores"] = tuple(ignored or ())
+        model.__dict__["_keys_to_ignore_on_load_unexpected"] = {*(ignored or ()), *ours, *dropped}
 
     def update_weight_conversions(self, conversions: Any, model: Any = None) -> Any:
         return narrowed(conversions, self._plain_experts)
@@ -154,7 +177,8 @@ class ModelOptQuantizer(HfQuantizer):  # type: ignore[misc]
                 show_apart(model.get_submodule(path), source.experts[path])
             fuse_projections(model, self.choice.backend, self.choice.retarget_to)
             process(model)
-        speak_file_names(model, source.ours)
+        speak_file_names(model, source.names)
+        model.__dict__["_weight_conversions"] = []  # the state dict has the files' names already
         if source.folder is not None:
             source.folder.close()
 
@@ -167,16 +191,6 @@ class ModelOptQuantizer(HfQuantizer):  # type: ignore[misc]
     @property
     def is_trainable(self) -> bool:
         return False
-
-
-def _kind(config: QuantConfig, name: str, algo: str, stored: Mapping[str, Any]) -> ProjectionKind:
-    """The tensors of one projection: those of its algorithm, and the optional ones which the files have."""
-    return ProjectionKind(
-        names=config.tensors,
-        input_scale=algo != "W4A16_NVFP4",
-        pre_quant_scale=f"{name}.pre_quant_scale" in stored,
-        kept=tuple(extra for extra in KV_SCALES if f"{name}.{extra}" in stored),
-    )
 
 
 @contextmanager
@@ -197,7 +211,8 @@ def compressed_tensors_here() -> Iterator[None]:
 
 def register() -> None:
     """Make transformers load ModelOpt NVFP4 checkpoints. Idempotent."""
-    if _METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-        register_quantization_config(_METHOD)(ModelOptConfig)
-    if _METHOD not in AUTO_QUANTIZER_MAPPING:
-        register_quantizer(_METHOD)(ModelOptQuantizer)
+    for method in _METHODS:
+        if method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+            register_quantization_config(method)(ModelOptConfig)
+        if method not in AUTO_QUANTIZER_MAPPING:
+            register_quantizer(method)(ModelOptQuantizer)

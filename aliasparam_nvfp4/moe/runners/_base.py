@@ -18,7 +18,7 @@ from ...format import BLOCK_SIZE
 from ..activation import SWIGLU, ExpertActivation
 from ..layouts import MoELayout
 from ..routing import Routing
-from ..scales import InputScales, MoEScales, SwigluNumbers
+from ..scales import InputScales, Missing, MoEScales, SwigluNumbers
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,9 @@ class MoERunner(ABC):
         """Whether it quantizes activations with the checkpoint's own scales."""
         return self.input_scales is not InputScales.NONE
 
-    def scales(self, shape: MoEShape, checkpoint: CheckpointFormat = MODELOPT, *, input_scale: bool = True) -> MoEScales:
+    def scales(
+        self, shape: MoEShape, checkpoint: CheckpointFormat = MODELOPT, *, input_scale: bool = True, missing: Missing = "refuse"
+    ) -> MoEScales:
         """The scalars it reads. Without activation scales in the checkpoint, those of activations as they are."""
         return MoEScales(
             self.input_scales if input_scale else InputScales.NONE,
@@ -130,6 +132,7 @@ class MoERunner(ABC):
             checkpoint,
             shape.expert_activation,
             self.swiglu_numbers,
+            missing,
         )
 
     def refusal(self, activation: ExpertActivation, *, input_scale: bool = True, dtype: torch.dtype | None = None) -> str | None:

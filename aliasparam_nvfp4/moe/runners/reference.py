@@ -20,7 +20,7 @@ class Reference(MoERunner):
     name = "reference"
     layout = CHECKPOINT
     separate_scales = True
-    activations = frozenset({"swiglu", "relu2"})
+    activations = frozenset({"swiglu", "geglu", "relu2"})
     swiglu_numbers = SwigluNumbers.AS_FLOATS
     needs_input_scale = False
     call = "torch"

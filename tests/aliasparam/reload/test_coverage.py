@@ -38,6 +38,7 @@ def part(marks: Tensor, box: Box) -> Tensor:
 @given(shapes_and_boxes())
 @example(((), [(), ()]))
 @example(((3, 2, 2), [((0, 3), (0, 2), (0, 1)), ((1, 2), (0, 2), (0, 2)), ((0, 1), (0, 1), (0, 2))]))  # a run cut in two
+@example(((3, 3, 4), [((0, 3), (0, 3), (0, 1)), ((1, 2), (0, 3), (0, 4)), ((0, 1), (0, 3), (2, 3))]))  # and one of its runs
 @example(((3, 4), [((0, 2), (1, 3)), ((1, 2), (0, 4)), ((0, 3), (2, 3)), ((0, 3), (0, 4))]))
 def test_a_union_of_boxes_in_any_order_is_exact(case: tuple[tuple[int, ...], list[Box]]) -> None:
     shape, boxes = case

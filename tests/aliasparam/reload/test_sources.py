@@ -203,6 +203,18 @@ def test_law_8_a_file_that_changes_under_its_reader_is_refused(change: Callable[
             folder.check_unchanged()
 
 
+def test_law_8_a_file_as_young_as_a_tick_of_the_clock_is_looked_at_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its mtime would be the same if it were written to now."""
+    slept: list[float] = []
+    file = tmp_path / "model.safetensors"
+    save_file({"w": torch.zeros(4)}, file)
+    monkeypatch.setattr(time, "sleep", slept.append)
+    for age, expected in ((3600, []), (0, [0.02])):
+        os.utime(file, (time.time() - age,) * 2)
+        SafetensorsFolder(tmp_path).close()
+        assert slept == expected
+
+
 def test_law_10_a_truncated_file_is_an_error_not_a_signal(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(1 << 10), "b": torch.ones(1 << 20)}, tmp_path / "model.safetensors")
     with SafetensorsFolder(tmp_path) as folder:

@@ -1,0 +1,231 @@
+"""Delta folders as trainers publish them: ``SOURCE/weight_v{N:06d}/``, each a full checkpoint or a delta against another version.
+
+A delta is known by ``delta_encoding`` in the index's metadata. Its tensors are zstd frames under the checkpoint's names
+(unchanged tensors are absent), and ``__metadata__`` of each file holds the checksum of each tensor's *new* bytes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from .delta import ENCODINGS, PIECE, Overwrite, XorRun, decode
+from .errors import DeltaError, SourceError
+from .hashers import FORMATS
+from .sources import SafetensorsFolder
+
+
+class DeltaFolder:
+    """One delta version, opened and checked; a context manager.
+
+    Attributes:
+        version, base_version: it makes the one from the other, and applies to nothing else.
+        encoding: "xor" or "overwrite".
+        checksum_format: "adler32", "xxh3-128" or "blake3".
+        checksums: tensor name -> hex digest of its new bytes, whole and in checkpoint order.
+
+    Raises:
+        DeltaError: not a delta, or its metadata, a tensor or a checksum is not what the format says.
+        SourceError: as :class:`SafetensorsFolder`.
+    """
+
+    def __init__(self, folder: SafetensorsFolder | str | Path) -> None:
+        with ExitStack() as undo:
+            self.folder = folder if isinstance(folder, SafetensorsFolder) else SafetensorsFolder(folder)
+            undo.callback(self.folder.close)
+            self.path = self.folder.path
+            fields = self.folder.index_metadata
+            self.encoding = self._one_of("delta_encoding", fields, ENCODINGS)
+            self._one_of("compression_format", fields, ("zstd",))
+            self.checksum_format = self._one_of("checksum_format", fields, tuple(FORMATS))
+            self.version, self.base_version = self._number("version", fields), self._number("base_version", fields)
+            if self.base_version >= self.version:
+                raise self._wrong("base_version", f"a version before {self.version}", self.base_version)
+            self.checksums: Mapping[str, str] = {name: self._checksum(name) for name in self.folder.tensors}
+            undo.pop_all()
+
+    def pieces(self, name: str, nbytes: int, piece_bytes: int = PIECE) -> Iterator[XorRun | Overwrite]:
+        """The changes of one tensor, which has ``nbytes`` bytes (see :func:`aliasparam.reload.delta.decode`)."""
+        where = f"{self.path}: {name}"
+        return decode(self.encoding, lambda: _Compressed(self.folder, name), nbytes, where, piece_bytes)
+
+    def check(self, name: str, digest: str) -> None:
+        """
+        Raises:
+            DeltaError: ``digest`` (of the tensor with the delta applied) is not what was promised.
+        """
+        if digest.lower() != self.checksums[name]:
+            raise DeltaError(
+                f"the checksum of the new bytes differs ({self.checksum_format})",
+                name=f"{self.path}: {name}",
+                expected=self.checksums[name],
+                found=digest,
+                remedy=f"The weights it was applied to are not version {self.base_version}, or the delta is damaged.",
+            )
+
+    def check_unchanged(self) -> None:
+        """See :meth:`SafetensorsFolder.check_unchanged`."""
+        self.folder.check_unchanged()
+
+    def close(self) -> None:
+        self.folder.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _one_of(self, key: str, fields: Mapping[str, Any], known: tuple[str, ...]) -> str:
+        if fields.get(key) not in known:
+            raise self._wrong(key, " or ".join(known), fields.get(key))
+        return str(fields[key])
+
+    def _number(self, key: str, fields: Mapping[str, Any]) -> int:
+        value = fields.get(key)  # zero-padded text; some trainers write numbers
+        if isinstance(value, str) and re.fullmatch(r"[0-9]{1,18}", value):
+            return int(value)
+        if type(value) is int and value >= 0:
+            return value
+        raise self._wrong(key, "a version as digits", value)
+
+    def _checksum(self, name: str) -> str:
+        entry = self.folder.tensors[name]
+        if entry.dtype not in (torch.uint8, torch.int8) or len(entry.shape) != 1:
+            found = f"{entry.dtype} {list(entry.shape)}"
+            raise DeltaError("no compressed delta", name=f"{self.path}: {name}", expected="bytes, uint8 [n]", found=found)
+        checksum = self.folder.metadata[entry.file.path.name].get(name)
+        digits = FORMATS[self.checksum_format][1]
+        if checksum is None or not re.fullmatch(f"[0-9a-fA-F]{{{digits}}}", checksum):
+            raise DeltaError(
+                "no checksum of the tensor's new bytes",
+                name=f"{entry.file.path}: {name}",
+                expected=f"{digits} hex digits in __metadata__ ({self.checksum_format})",
+                found=repr(checksum)[:80],
+            )
+        return checksum.lower()
+
+    def _wrong(self, key: str, expected: str, found: object) -> DeltaError:
+        return DeltaError(f"{key} in the index is wrong", name=str(self.path), expected=expected, found=repr(found)[:80])
+
+
+class _Compressed:
+    """The stored bytes of one tensor as a stream."""
+
+    def __init__(self, folder: SafetensorsFolder, name: str) -> None:
+        self._folder, self._name, self._at = folder, name, 0
+        self._nbytes = folder.entry(name).nbytes
+
+    def read(self, count: int = -1, /) -> bytes:
+        left = self._nbytes - self._at
+        size = left if count < 0 else min(count, left)
+        data = self._folder.entry(self._name).file.read(self._folder.entry(self._name).begin + self._at, size)
+        self._at += size
+        return data
+
+
+def open_version(source: str | Path, version: int) -> SafetensorsFolder | DeltaFolder:
+    """Version ``version`` of a source of versions: a full checkpoint or a delta.
+
+    Raises:
+        DeltaError: its own metadata names another version.
+        SourceError: there is none, or it is malformed.
+    """
+    path = Path(source) / f"weight_v{version:06d}"
+    folder = SafetensorsFolder(path)
+    if "delta_encoding" not in folder.index_metadata:
+        return folder
+    delta = DeltaFolder(folder)
+    if delta.version != version:
+        delta.close()
+        raise DeltaError("the folder holds another version", name=str(path), expected=str(version), found=str(delta.version))
+    return delta
+
+
+class Chain:
+    """What takes a receiver from the version it has to another: the newest full version on the way if there is one, then deltas.
+
+    All folders are opened at once and held until :meth:`close`, so that what was planned is what is read. A context manager.
+
+    Args:
+        applied: the version that serves now (0: the engine's own base checkpoint).
+        target: the version to come to.
+
+    Attributes:
+        full: a whole checkpoint to start from, or None: the deltas apply to ``applied``.
+        deltas: in the order in which they apply.
+
+    Raises:
+        DeltaError: the target is older than ``applied``, or no chain leads to it.
+        SourceError: a version is missing or malformed.
+    """
+
+    def __init__(self, source: str | Path, applied: int, target: int) -> None:
+        self.full: SafetensorsFolder | None = None
+        self.deltas: list[DeltaFolder] = []
+        if target < applied:
+            raise DeltaError(
+                "the version is older than what serves", name=str(source), expected=f">= {applied}", found=str(target)
+            )
+        with ExitStack() as undo:
+            undo.callback(self.close)
+            self._walk_back(source, applied, target)
+            undo.pop_all()
+        self.deltas.reverse()
+
+    def _walk_back(self, source: str | Path, applied: int, version: int) -> None:
+        while version != applied:
+            if version == 0:
+                raise DeltaError(
+                    "no chain of deltas leads from what serves to the target",
+                    name=str(source),
+                    expected=f"a delta on version {applied}, or a full version",
+                    found="deltas on " + ", ".join(str(delta.base_version) for delta in reversed(self.deltas)),
+                    remedy="Load the base checkpoint (version 0) first.",
+                )
+            found = open_version(source, version)
+            if isinstance(found, SafetensorsFolder):
+                self.full = found
+                return
+            self.deltas.append(found)
+            version = found.base_version
+
+    def check_unchanged(self) -> None:
+        """See :meth:`SafetensorsFolder.check_unchanged`."""
+        for part in self._parts():
+            part.check_unchanged()
+
+    def close(self) -> None:
+        for part in self._parts():
+            part.close()
+
+    def _parts(self) -> list[SafetensorsFolder | DeltaFolder]:
+        return [*([self.full] if self.full is not None else []), *self.deltas]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def newest_version(source: str | Path) -> int:
+    """The highest published version of a source (its index, or its one file, is written last); 0 if there is none.
+
+    Raises:
+        SourceError: the source cannot be listed.
+    """
+    versions = [0]
+    try:
+        for path in Path(source).iterdir():
+            match = re.fullmatch(r"weight_v([0-9]{6,18})", path.name)
+            if match and any((path / name).exists() for name in ("model.safetensors.index.json", "model.safetensors")):
+                versions.append(int(match[1]))
+    except OSError as error:
+        raise SourceError(f"the source cannot be listed: {error.strerror}", name=str(source)) from None
+    return max(versions)

@@ -1,0 +1,81 @@
+"""Which of a model's linear layers are put in other hands before it is loaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from aliasparam import TensorSpec
+
+from ...checkpoint import CheckpointError, QuantConfig, UnsupportedFormatError
+from ...checkpoint.scheme import Scheme
+from .fp8 import Fp8Linear
+from .modules import Projection, ProjectionKind
+from .source import Source
+
+
+def replace_linears(model: Any, config: QuantConfig, source: Source, dtype: torch.dtype) -> list[str]:
+    """Put :class:`Projection` and :class:`Fp8Linear` in the place of quantized layers; returns those which the config quantizes
+    and the files do not.
+
+    Args:
+        model: on the meta device.
+        config: says which modules are quantized.
+        source: the folder; empty for a model that is loaded from something else.
+        dtype: of activations.
+
+    Raises:
+        CheckpointError: scales of an FP8 layer that do not divide its weight.
+        UnsupportedFormatError: a quantized layer that transformers would convert.
+    """
+    tied = {name.rpartition(".")[0] for name in getattr(model, "all_tied_weights_keys", None) or ()}
+    converted = {name.rpartition(".")[0] for conversion in source.names.conversions for name in conversion.targets}
+    theirs, plain = source.modules(), []
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, nn.Linear) or (name in tied and source.is_absent(name)):
+            continue
+        scheme = source.scheme_of(config, theirs.get(name, name), name)
+        if scheme is None:
+            continue
+        if source.is_plain(name):
+            plain.append(theirs.get(name, name))
+            continue
+        if name in converted:
+            raise UnsupportedFormatError(
+                "a quantized layer is stored in another form than transformers has it, and is converted at load",
+                module=name,
+                found=f"{scheme.algo} in {theirs[name]}",
+                remedy="Export the model with this layer left unquantized.",
+            )
+        with torch.device("meta"):
+            if scheme.is_fp4:
+                made: nn.Module = _fp4(name, module, scheme, config, source, dtype)
+            else:
+                made = _fp8(name, module, scheme, source, dtype)
+        model.set_submodule(name, made)
+    return plain
+
+
+def _fp4(name: str, module: nn.Linear, scheme: Scheme, config: QuantConfig, source: Source, dtype: torch.dtype) -> Projection:
+    """The tensors of its algorithm, and the optional ones which the files have."""
+    names = config.tensors
+    kind = ProjectionKind(names, scheme.inputs == "stored", f"{name}.pre_quant_scale" in source.tensors)
+    scalars = {leaf: source.tensors.get(f"{name}.{leaf}") for leaf in (names.weight_global, names.input_global)}
+    shapes = {leaf: entry.shape for leaf, entry in scalars.items() if entry is not None and entry.shape in ((), (1,))}
+    return Projection(module.in_features, module.out_features, module.bias is not None, dtype, kind, scheme, shapes)
+
+
+def _fp8(name: str, module: nn.Linear, scheme: Scheme, source: Source, dtype: torch.dtype) -> Fp8Linear:
+    scalar = TensorSpec((), torch.float32)
+    specs = [e.spec if (e := source.tensors.get(f"{name}.{leaf}")) else scalar for leaf in ("weight_scale", "input_scale")]
+    made = Fp8Linear(module.in_features, module.out_features, module.bias is not None, dtype, scheme, *specs)
+    if not made.takes(specs[0]) or specs[1].shape not in ((), (1,)):
+        raise CheckpointError(
+            "scales of an FP8 layer do not fit its weight",
+            name=f"{name}: weight_scale, input_scale",
+            expected=f"one value, one for each of {module.out_features} rows, or one for each block; one input scale",
+            found=f"{specs[0]}, {specs[1]}",
+        )
+    return made

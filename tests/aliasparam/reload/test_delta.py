@@ -1,0 +1,294 @@
+"""Law 12 for delta folders: read as trainers write them, written as receivers read them, in bounded memory."""
+
+from __future__ import annotations
+
+import random
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from aliasparam.reload.delta import ENCODINGS, Overwrite, XorRun
+from aliasparam.reload.delta_folder import Chain, DeltaFolder, newest_version, open_version
+from aliasparam.reload.delta_writer import DeltaWriter, diff
+from aliasparam.reload.errors import DeltaError, SourceError
+from aliasparam.reload.hashers import FORMATS, folder_digests, hasher
+from aliasparam.reload.sources import SafetensorsFolder
+
+from .delta_cases import CHECKSUMS, trainer_reads, trainer_writes
+from .folders import plain, safetensors
+
+
+def changed(old: bytes, share: float, seed: int) -> bytes:
+    rng = random.Random(seed)
+    return bytes(rng.randrange(256) if rng.random() < share else value for value in old)
+
+
+def apply(delta: DeltaFolder, old: dict[str, bytes], piece_bytes: int) -> dict[str, bytes]:
+    """What an engine does: pieces to the live bytes, the digest of the new ones compared."""
+    new = dict(old)
+    for name in delta.checksums:
+        flat = torch.tensor(list(old[name]), dtype=torch.uint8)
+        for piece in delta.pieces(name, len(old[name]), piece_bytes):
+            piece.apply_(flat)
+        new[name] = plain(flat)
+        state = hasher(delta.checksum_format)
+        state.update(new[name])
+        delta.check(name, state.hexdigest())
+    return new
+
+
+@given(
+    sizes=st.lists(st.integers(0, 900), min_size=1, max_size=4),
+    share=st.sampled_from([0.0, 0.01, 0.5, 1.0]),
+    encoding=st.sampled_from(ENCODINGS),
+    checksum=st.sampled_from(sorted(FORMATS)),
+    files=st.integers(1, 3),
+    piece_bytes=st.sampled_from([1, 7, 64, 1 << 20]),
+    seed=st.integers(0, 1 << 30),
+)
+def test_law_12_what_a_trainer_writes_is_what_is_applied(
+    tmp_path_factory: pytest.TempPathFactory,
+    sizes: list[int], share: float, encoding: str, checksum: str, files: int, piece_bytes: int, seed: int,
+) -> None:  # fmt: skip
+    old = {f"t{i}": random.Random(seed + i).randbytes(size) for i, size in enumerate(sizes)}
+    new = {name: changed(value, share, seed) for name, value in old.items()}
+    folder = trainer_writes(tmp_path_factory.mktemp("d") / "weight_v000001", old, new, 1, encoding, checksum, files)
+    with DeltaFolder(folder) as delta:
+        assert (delta.version, delta.base_version, delta.encoding) == (1, 0, encoding)
+        assert set(delta.checksums) == {name for name in new if new[name] != old[name]}
+        assert apply(delta, old, piece_bytes) == new
+        if encoding == "xor":  # twice, it is undone
+            for name in delta.checksums:
+                flat = torch.tensor(list(new[name]), dtype=torch.uint8)
+                for piece in delta.pieces(name, len(new[name]), piece_bytes):
+                    assert isinstance(piece, XorRun)
+                    where, values = piece.changed()
+                    flat[where] ^= values
+                assert plain(flat) == old[name]
+        delta.check_unchanged()
+
+
+def random_tensors(seed: int) -> dict[str, Tensor]:
+    torch.manual_seed(seed)
+    return {
+        "w": torch.randint(0, 255, (50, 40), dtype=torch.uint8),
+        "s": torch.randn(30, 7).to(torch.float8_e4m3fn),
+        "g": torch.randn(()),
+        "n": torch.randn(64).bfloat16(),
+        "same": torch.ones(9),
+        "none": torch.zeros(0, 3),
+    }
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[SafetensorsFolder, SafetensorsFolder]:
+    for name, seed in (("a", 0), ("b", 1)):
+        (tmp_path / name).mkdir()
+        safetensors(tmp_path / name / "model.safetensors", random_tensors(seed))
+    return SafetensorsFolder(tmp_path / "a"), SafetensorsFolder(tmp_path / "b")
+
+
+@pytest.mark.parametrize("checksum", FORMATS)
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("max_shard_bytes", [1, 1 << 30])
+def test_law_12_what_diff_writes_receivers_read(
+    pair: tuple[SafetensorsFolder, SafetensorsFolder], tmp_path: Path, encoding: str, checksum: str, max_shard_bytes: int
+) -> None:
+    a, b = pair
+    old, new = ({name: plain(folder.read(name)) for name in folder.tensors} for folder in pair)
+    out = tmp_path / "weight_v000004"
+    counts = diff(a, b, out, 4, 3, encoding=encoding, checksum_format=checksum, max_shard_bytes=max_shard_bytes)
+    assert counts == (4, 6)
+    assert trainer_reads(out, old) == new
+    with DeltaFolder(out) as delta:
+        assert apply(delta, old, 100) == new and len(delta.folder.metadata) == (4 if max_shard_bytes == 1 else 1)
+        assert delta.checksums == {name: digest for name, digest in folder_digests(b, checksum).items() if old[name] != new[name]}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "weight_v000004"]
+
+
+def test_a_delta_of_nothing_is_empty(pair: tuple[SafetensorsFolder, SafetensorsFolder], tmp_path: Path) -> None:
+    assert diff(pair[0], pair[0], tmp_path / "d", 1, 0) == (0, 6)
+    with DeltaFolder(tmp_path / "d") as delta:
+        assert delta.checksums == {}
+
+
+def test_checksums_are_those_of_the_formats(pair: tuple[SafetensorsFolder, SafetensorsFolder]) -> None:
+    for checksum, function in CHECKSUMS.items():
+        assert folder_digests(pair[0], checksum) == {name: function(plain(pair[0].read(name))) for name in pair[0].tensors}
+
+
+def other(**change: Tensor | None) -> dict[str, Tensor]:
+    return {name: value for name, value in {**random_tensors(1), **change}.items() if value is not None}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        (other(g=None), "g: a tensor is in one checkpoint only\n.*in .*a\n.*Publish a full version"),
+        (other(x=torch.ones(1)), "x: a tensor is in one checkpoint only\n.*in .*b"),
+        (
+            other(w=torch.zeros(40, 50, dtype=torch.uint8)),
+            r"w: a tensor has another dtype or shape\n.*uint8 \[50, 40\]\n.*\[40, 50\]",
+        ),
+        (other(n=torch.zeros(32)), r"n: a tensor has another dtype or shape\n.*bfloat16 \[64\]\n.*float32 \[32\]"),
+    ],
+)
+def test_checkpoints_that_do_not_match_have_no_delta(
+    pair: tuple[SafetensorsFolder, SafetensorsFolder], tmp_path: Path, tensors: dict[str, Tensor], message: str
+) -> None:
+    safetensors(tmp_path / "b" / "model.safetensors", tensors)
+    with pytest.raises(DeltaError, match=message), SafetensorsFolder(tmp_path / "b") as b:
+        diff(pair[0], b, tmp_path / "d", 1, 0)
+    assert not (tmp_path / "d").exists() and len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_checkpoint_that_changes_while_it_is_compared_gives_no_delta(
+    pair: tuple[SafetensorsFolder, SafetensorsFolder], tmp_path: Path
+) -> None:
+    safetensors(tmp_path / "new", random_tensors(2))
+    (tmp_path / "new").replace(tmp_path / "b" / "model.safetensors")
+    with pytest.raises(SourceError, match="replaced while it was read"):
+        diff(*pair, tmp_path / "d", 1, 0)
+    assert not (tmp_path / "d").exists()
+
+
+def one_byte(length: int = 1) -> Tensor:
+    return torch.zeros(length, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (lambda out: DeltaWriter(out, 1, 0, encoding="add"), "unknown delta_encoding\n.*xor or overwrite\n.*'add'"),
+        (lambda out: DeltaWriter(out, 1, 0, checksum_format="md5"), "unknown checksum_format\n.*adler32 or .*\n.*'md5'"),
+        (lambda out: DeltaWriter(out, 1, 1), "versions out of order"),
+        (lambda out: DeltaWriter(out.parent, 1, 0), "the folder is there already"),
+        (
+            lambda out: add(out, [("w", 2, [(one_byte(), one_byte())])]),
+            "w: chunks of other lengths\n.*2 in all\n.*1 at least",
+        ),
+        (lambda out: add(out, [("w", 2, [(one_byte(), one_byte(2))])]), "w: chunks of other lengths"),
+        (lambda out: add(out, [("w", 1, [(one_byte(), one_byte(2))])]), "w: chunks of other lengths"),
+        (lambda out: add(out, [("w", 1, [(one_byte(), one_byte() + 1)])] * 2), "w: a tensor is written twice"),
+        (lambda out: add(out, [("w", 1 << 32, [])], encoding="overwrite"), "w: a tensor too large for positions of 32 bits"),
+        (lambda out: add(out, [("w", 1, [(one_byte(), torch.zeros(1, 1))])]), "these are no plain bytes"),
+    ],
+)
+def test_bad_use_of_the_writer_publishes_nothing(write: Callable[[Path], object], message: str, tmp_path: Path) -> None:
+    (tmp_path / "kept").touch()
+    with pytest.raises(SourceError, match=message):
+        write(tmp_path / "d")
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+def add(out: Path, tensors: list[tuple[str, int, list[tuple[Tensor, Tensor]]]], **options: str) -> None:
+    with DeltaWriter(out, 1, 0, **options) as writer:
+        for tensor in tensors:
+            writer.add(*tensor)
+
+
+# -- chains of versions ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> tuple[Path, list[dict[str, bytes]]]:
+    """Versions 1, 2, 3 deltas, 4 full, 5 and 6 deltas."""
+    states = [{"w": bytes(100), "s": bytes(50)}]
+    for version in range(1, 7):
+        states.append({name: changed(value, 0.1, version) for name, value in states[-1].items()})
+        folder = tmp_path / f"weight_v{version:06d}"
+        if version == 4:
+            folder.mkdir()
+            tensors = {name: torch.tensor(list(value), dtype=torch.uint8) for name, value in states[-1].items()}
+            safetensors(folder / "model.safetensors", tensors)
+        else:
+            encoding = "xor" if version % 2 else "overwrite"
+            trainer_writes(folder, states[-2], states[-1], version, encoding, "adler32", files=2)
+    return tmp_path, states
+
+
+@pytest.mark.parametrize("target", range(7))
+@pytest.mark.parametrize("applied", range(7))
+def test_a_receiver_comes_to_any_later_version(source: tuple[Path, list[dict[str, bytes]]], applied: int, target: int) -> None:
+    folder, states = source
+    if target < applied:
+        with pytest.raises(DeltaError, match=f"the version is older than what serves\n.*>= {applied}\n.*{target}"):
+            Chain(folder, applied, target)
+        return
+    with Chain(folder, applied, target) as chain:
+        assert (chain.full is not None) == (applied < 4 <= target)
+        state = dict(states[applied])
+        if chain.full is not None:
+            state = {name: plain(chain.full.read(name)) for name in chain.full.tensors}
+        assert len(chain.deltas) == target - (4 if chain.full is not None else applied)
+        for delta in chain.deltas:
+            state = apply(delta, state, 16)
+        assert state == states[target]
+        chain.check_unchanged()
+
+
+def test_the_newest_version_is_one_that_was_published(source: tuple[Path, list[dict[str, bytes]]]) -> None:
+    folder, _ = source
+    (folder / "weight_v000007").mkdir()  # still being written: no index
+    (folder / "weight_v8").mkdir()
+    assert newest_version(folder) == 6 and newest_version(folder / "weight_v000007") == 0
+    with pytest.raises(SourceError, match="the source cannot be listed: No such file"):
+        newest_version(folder / "nowhere")
+
+
+def test_a_chain_with_a_version_missing_is_refused(source: tuple[Path, list[dict[str, bytes]]]) -> None:
+    folder, _ = source
+    (folder / "weight_v000005").rename(folder / "weight_v000009")
+    with pytest.raises(SourceError, match="weight_v000005: this is not a folder"):
+        Chain(folder, 0, 6)
+    with pytest.raises(DeltaError, match=r"the folder holds another version\n.*9\n.*5"):
+        open_version(folder, 9)
+
+
+def test_a_chain_that_does_not_pass_through_what_serves_is_refused(tmp_path: Path) -> None:
+    old, new = {"w": b"a"}, {"w": b"b"}
+    trainer_writes(tmp_path / "weight_v000003", old, new, 3, "xor", "adler32")
+    index = tmp_path / "weight_v000003" / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace("000002", "000000"))
+    with pytest.raises(
+        DeltaError, match=r"no chain of deltas .*\n.*a delta on version 2, or a full version\n.*deltas on 0\n.*Load the base"
+    ):
+        Chain(tmp_path, 2, 3)
+    Chain(tmp_path, 0, 3).close()
+
+
+def test_a_delta_replaced_between_plan_and_commit_is_refused(source: tuple[Path, list[dict[str, bytes]]]) -> None:
+    folder, states = source
+    with Chain(folder, 0, 2) as chain:
+        (folder / "weight_v000001").rename(folder / "old")
+        trainer_writes(folder / "weight_v000001", states[0], states[2], 1, "xor", "adler32", files=2)
+        assert apply(chain.deltas[0], states[0], 64) == states[1]  # what was opened
+        with pytest.raises(SourceError, match="replaced while it was read"):
+            chain.check_unchanged()
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_memory_is_pieces_not_tensors(encoding: str, tmp_path: Path) -> None:
+    """A tensor of 24 MiB of which 0.3 % change, and all of them: Python and torch hold a few pieces at a time."""
+    nbytes = 24 << 20
+    new = torch.zeros(nbytes, dtype=torch.uint8)
+    new[::333] = 7
+    chunks = [(torch.zeros(1 << 20, dtype=torch.uint8), part) for part in new.chunk(24)]
+    with DeltaWriter(tmp_path / "d", 1, 0, encoding=encoding, checksum_format="adler32") as writer:
+        writer.add("w", nbytes, chunks)
+    with DeltaFolder(tmp_path / "d") as delta:
+        total = 0
+        tracemalloc.start()
+        for piece in delta.pieces("w", nbytes):
+            held = piece.positions.nbytes + piece.values.nbytes if isinstance(piece, Overwrite) else piece.values.nbytes
+            assert held <= 9 << 18 or held <= 1 << 20
+            total += int(piece.values.count_nonzero())
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+        tracemalloc.stop()
+    assert total == len(range(0, nbytes, 333))

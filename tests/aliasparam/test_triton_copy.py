@@ -1,0 +1,73 @@
+"""The generated Triton copy: its bytes in the interpreter, its code for a GPU that is not here, and on a GPU that is."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from aliasparam.layout import Layout, triton_copy
+from aliasparam.layout.execute import plan
+from aliasparam.layout.strided import StridedLayout
+
+pytest.importorskip("triton")
+
+SWIZZLE = "(rt r4 r32) (ct c4) -> rt ct r32 r4 c4, r4=4 r32=32 c4=4"
+
+
+def test_its_bytes_are_those_of_torchs_copy() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-W", "ignore", "-m", "tests.aliasparam.triton_copy_cases"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stdout == "6 lines\n"
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION:UserWarning")
+@pytest.mark.parametrize("write", [True, False])
+def test_it_moves_sixteen_bytes_at_a_time_on_both_sides(write: bool) -> None:
+    """Block scales of 384 experts: units of 4 bytes, one launch, and whole vectors through shared memory."""
+    compiler: Any = pytest.importorskip("triton.backends.compiler")
+    triton: Any = pytest.importorskip("triton")
+    bound = Layout(SWIZZLE).bind((384, 4096, 448), torch.uint8)
+    assert isinstance(bound, StridedLayout)
+    strides = torch.empty(bound.shape, device="meta").stride()
+    (copy,) = plan(bound.boxes(bound.whole[1:]), [(384, bound.region_capacity)], strides, 1, 16)
+    assert copy.dtype is torch.int32
+    _, constants = triton_copy.launch(copy, write=write)
+    names = triton_copy._copy.arg_names
+    source = triton.compiler.ASTSource(
+        fn=triton_copy._copy,
+        signature={name: "constexpr" if name in constants else "*i32" for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(i,): [["tt.divisibility", 16]] for i in range(2)},
+    )
+    ptx = triton.compile(source, target=compiler.GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm["ptx"]
+
+    assert "ld.global.v4.b32" in ptx and "st.global.v4.b32" in ptx
+    assert "ld.global.b32" not in ptx and "st.global.b32" not in ptx
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+def test_on_a_gpu_it_is_used_and_can_be_captured() -> None:
+    bound = Layout(SWIZZLE).bind((8, 512, 448), torch.uint8)
+    value = torch.randint(0, 255, bound.shape, dtype=torch.uint8, device="cuda")
+    memory = torch.zeros(bound.regions * bound.region_capacity, dtype=torch.uint8, device="cuda")
+    expected = torch.zeros(memory.shape, dtype=torch.uint8)
+    bound.write(expected, bound.whole, value.cpu())
+    bound.write(memory, bound.whole, value)  # compiles
+    memory.zero_()
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        bound.write(memory, bound.whole, value)
+    graph.replay()
+
+    assert torch.equal(memory.cpu(), expected)
+    assert torch.equal(bound.read(memory, bound.whole), value)

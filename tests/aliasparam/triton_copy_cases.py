@@ -1,0 +1,49 @@
+"""The Triton copy beside torch's, in the interpreter or on a GPU: ``python -m tests.aliasparam.triton_copy_cases``."""
+
+from __future__ import annotations
+
+import os
+import random
+
+import torch
+
+from aliasparam.layout import Layout, triton_copy
+from aliasparam.layout.execute import plan, views
+from aliasparam.layout.strided import StridedLayout
+
+LINES = [
+    ("(g b a) k -> g a b k, a=4 b=8", (2, 96, 24)),
+    ("(rt r4 r32) (ct c4) -> rt ct r32 r4 c4, r4=4 r32=32 c4=4", (2, 300, 36)),
+    ("(h (i r4 b a)) (k m c4) -> i k m a ~h b r4 c4, h=2 r4=4 b=8 a=2 m=2 c4=4", (2, 300, 10)),
+    ("(n w b1 q l) (k b0 p) -> k (n q l p w b1 b0), w=2 b1=2 q=2 l=8 b0=2 p=4", (128, 72)),
+    ("(m a) (k c) -> k (m a) c, a=4 c=4", (3, 130, 6)),
+    ("n k -> k n", (70, 90)),
+]
+
+
+def main() -> None:
+    device = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+    for text, shape in LINES:
+        for dtype in (torch.uint8, torch.int32):
+            bound = Layout(text).bind(shape, dtype)
+            value = torch.randint(0, 100, shape, dtype=dtype, device=device)
+            memory = torch.zeros(bound.regions * bound.region_capacity, dtype=dtype, device=device)
+            expected = torch.zeros_like(memory)
+            bound.write(expected, bound.whole, value)
+            by_triton(bound, memory, value, write=True)
+            assert torch.equal(memory, expected), (text, dtype, "write")
+            back = torch.zeros_like(value)
+            by_triton(bound, memory, back, write=False)
+            assert torch.equal(back, value), (text, dtype, "read")
+    print(len(LINES), "lines")
+
+
+def by_triton(bound: StridedLayout, memory: torch.Tensor, value: torch.Tensor, *, write: bool) -> None:
+    lead = list(zip(value.shape, bound.lead_strides, strict=False))
+    copies = plan(bound.boxes(bound.whole[bound.lead :]), lead, value.stride(), bound.dtype.itemsize, random.choice([4, 8]))
+    for copy in copies:
+        triton_copy.run(copy, *views(copy, memory, 0, value), write=write)
+
+
+if __name__ == "__main__":
+    main()
