@@ -101,6 +101,30 @@ def test_one_after_the_other(data: Any, rank: int) -> None:
     assert int((memory != 0).sum()) == value.numel()
 
 
+@pytest.mark.parametrize(
+    ("texts", "shape"),
+    [
+        (["f -> ~f", "(f t) -> f t, t=2", "f -> ~f"], (1,)),
+        (["(h r) k -> ~h r k, h=2", "(t s) k -> t k s, s=2"], (6, 2)),
+        (["(h r) k -> h ~r k, h=2", "(t s) k -> ~t k s, s=4"], (6, 3)),
+        (["r k -> ~r k", "(t s) k -> t k s, s=2"], (3, 2)),
+        (["(h r) k -> r h k, h=3", "(t s) k -> t k ~s, s=9"], (12, 2)),
+        (["(a b) -> ~b a, b=3", "(c d) -> ~d c, d=2", "(a b) -> ~b a, b=3"], (7,)),
+    ],
+)
+def test_digits_that_straddle_the_next_line_and_ends_counted_backwards(texts: list[str], shape: tuple[int, ...]) -> None:
+    expected, at = torch.arange(math.prod(shape)).view(shape), shape
+    for text in texts:
+        step = Layout(text).bind(at, torch.uint8)
+        expected, at = step.offsets().reshape(-1)[expected], step.kernel_shape
+    chain = Layout(" | ".join(texts)).bind(shape, torch.uint8)
+    value, memory = random(shape, torch.uint8), torch.zeros(chain.region_capacity, dtype=torch.uint8)
+
+    chain.write(memory, chain.whole, value)
+
+    assert torch.equal(chain.offsets(), expected) and torch.equal(memory[expected], value)
+
+
 @given(DRAW, cases(halves=False), LEADS, st.integers(1, 200))
 def test_blocks_that_both_orders_keep_together(data: Any, case: Case, lead: tuple[int, ...], limit: int) -> None:
     """Block by block from one order to the other in place: nothing is lost, whatever the limit."""
@@ -314,6 +338,8 @@ def test_a_scalar_has_a_layout() -> None:
 def test_canonical_form_joins_what_stays_together() -> None:
     assert Layout("(g b a) k -> g a b k, a=4 b=8") == Layout("(g b a) (k c d) -> g a b k c d, a=4 b=8 c=1 d=1")
     assert Layout("(g b a c) k -> g a c b k, a=4 b=8 c=2") == Layout("(x y z) k -> x z y k, y=8 z=8")
+    assert Layout("(a b) -> ~a ~b, a=2 b=3") == Layout("a -> ~a, a=6") != Layout("(a b) -> ~a b, a=2 b=3")
+    assert Layout("(a b) -> ~a b, a=2 b=3") != Layout("a -> a, a=6")
     assert Layout("(g a) k -> g a k, a=4") != Layout("g k -> g k")  # the one pads to fours
     assert Layout("(g a) k -> (g a) (k), a=4") != Layout("(g a) k -> g a k, a=4", bits=4)
 
