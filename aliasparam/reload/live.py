@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -78,6 +79,21 @@ class Live:
         if self.storage is not None:
             return self.storage.elements.view(torch.uint8)
         return flat_bytes(self.tensor.detach()) if self.tensor.is_contiguous() else None
+
+    @contextmanager
+    def writing(self) -> Iterator[Tensor]:
+        """:meth:`memory`, to change some bytes of a tensor that holds weights. After a failure a declared name is INVALID."""
+        memory = self.memory()
+        if memory is None:
+            raise AssertionError("bytes without places")
+        if self.storage is None:
+            yield memory
+            return
+        with self.storage.lock:
+            self.storage.before_write()
+            begun = self.storage.states.begin(self.storage.bound.whole)
+            yield memory
+            self.storage.states.undo(begun)
 
     def positions(self, at: Tensor) -> Tensor | None:
         """Checkpoint byte positions ``at`` (int64 [n]) as positions in :meth:`memory`; None where bytes have no such places."""

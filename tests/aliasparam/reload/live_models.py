@@ -43,9 +43,18 @@ class Whole(nn.Module):
         process(self)
 
     def forward(self) -> list[Tensor]:
-        names = ("padded", "scales", "wide", "table", "turned", "nibbles", "fused")
-        served = [getattr(self, name)() for name in names]
-        return [*served, self.padded.alpha.clone(), self.norm + 0, self.step + 0, self.turned_plain + 0]  # type: ignore[operator]
+        served = [layer() for layer in self.children() if isinstance(layer, Layer)]
+        plain = [value + 0 for name, value in self.named_parameters(recurse=False)]
+        return [*served, self.padded.alpha.clone(), self.step + 0, *plain]  # type: ignore[operator]
+
+
+class Few(Whole):
+    """Fewer kinds, so that each operator of a reload can be made to fail."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("scales", "table", "turned", "nibbles", "turned_plain", "tied"):
+            delattr(self, name)
 
 
 def changed(tensors: dict[str, Tensor], share: float, seed: int) -> dict[str, Tensor]:
