@@ -12,7 +12,7 @@ from ..storage.reorder import move
 from .adopt import adopt
 from .declarations import Alias, AnyLayout
 from .names import ModuleNames
-from .planning import Source, layout_of, plan_for
+from .planning import layout_of, plan_for
 from .verdict import StoragePlan
 
 
