@@ -112,6 +112,7 @@ def _ask(asked: _Asked, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
             raise Broken(
                 f"{asked.title} depends on more than the values: called again with {how.__name__.strip('_')} input it differs"
             )
+    return expected, kept
 
 
 def _call(asked: _Asked, given: list[Tensor]) -> Tensor:
