@@ -14,11 +14,11 @@ from aliasparam import (
     Alias,
     Derivation,
     Keep,
+    Reencoding,
     alias_or_bind_derived_param,
     copy_or_rebind_param,
     declare,
     expose_for_writing,
-    Reencoding,
     invalidate,
     process,
     registry_of,
@@ -29,16 +29,15 @@ from aliasparam.errors import (
     AliasError,
     DeclarationError,
     DerivationError,
+    LayoutError,
     MemoryFreedError,
     PointerError,
     ReloadError,
     StaleKernelError,
     StateError,
-    LayoutError,
 )
 
 from .small import PAD8, SWAP
-
 
 U, F32 = torch.uint8, torch.float32
 Do = Callable[[], Any]

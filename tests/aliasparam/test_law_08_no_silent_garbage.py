@@ -189,6 +189,10 @@ def test_law_1_a_derivation_that_other_code_wrote_is_computed_again() -> None:
     assert "alpha" in the_registry(layer).stale_names()
     assert process(layer) == 1
     assert layer.alpha.item() == 3
+    layer.alpha.fill_(100.0)
+    layer.weight[0] = 1  # opens the module, which writes nothing into alpha
+    process(layer)
+    assert layer.alpha.item() == 3
 
 
 def test_law_2_our_own_writers_do_not_count_as_others() -> None:

@@ -12,15 +12,13 @@ from aliasparam import (
     Alias,
     Derivation,
     declare,
-    expose_for_writing,
     invalidate,
     process,
     registry_of,
 )
-from aliasparam.errors import DeclarationError, PointerError, ReloadError, StaleKernelError, StateError
+from aliasparam.errors import DeclarationError, PointerError, StaleKernelError, StateError
 
 from .small import INTERLEAVE, PAD16, SWAP, SWAP_PAD16, bytes_of, kernel, layer_of
-
 
 # -- exposures -----------------------------------------------------------------------------------------------------------
 
