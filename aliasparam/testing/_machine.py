@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 from torch import Tensor, nn
 
-from .. import AliasRegistry, expose_for_writing, invalidate, process, registry_of, reload
+from .. import expose_for_writing, invalidate, process, reload
 from ..errors import AliasError, PointerError, ReloadError, StateError
 from ._invariants import Invariants
 from ._mask import covers, mark
