@@ -173,8 +173,7 @@ class ModuleNames:
             for name, kernel in self.kernels():
                 if kernel.shows(self.module._buffers.get(name)):
                     put_buffer(self.module, name, kernel.tensor, self)
-            self._bound: tuple[KernelName, ...] = ()  # what :meth:`bind_kernel_names` bound last, for a quick look
-        self.readiness = Readiness.READY
+            self.readiness = Readiness.READY
 
     def shows(self, name: str, value: Any) -> bool:
         """Whether ``value`` is what this registry has under ``name``, a checkpoint name or a kernel name."""
