@@ -33,9 +33,8 @@ class NvFp4LinearMethod:
         input_scale: False for checkpoints without activation scales (W4A16_NVFP4, NVFP4A16).
         pre_quant_scale: True for AWQ checkpoints: a factor for each input feature, applied before the activation is quantized.
         retarget_to: backends to which a loaded layer may be moved by :func:`retarget`, where their padding needs more room.
-        column_scales: whether output columns are multiplied where partitions have different weight scales. None: as the weights
-            say that the first forward runs with. True: always, for layers whose first weights are dummies (a graph captured with
-            them serves any scales). False: never, and such weights are refused.
+        column_scales: True for checkpoints whose partitions have different weight scales (ratios that are powers of two): output
+            columns are multiplied at every forward, by ones where the scales are equal. False: such weights are refused.
 
     Checkpoint names on the layer (ModelOpt's): ``weight`` u8 ``[N, K/2]``, ``weight_scale`` e4m3 ``[N, K/16]``,
     ``weight_scale_2`` f32 ``[partitions]``, ``input_scale`` f32 ``[partitions]``. Kernel names: ``weight_prepared``,
@@ -51,7 +50,7 @@ class NvFp4LinearMethod:
         input_scale: bool = True,
         pre_quant_scale: bool = False,
         retarget_to: Sequence[str] = (),
-        column_scales: bool | None = None,
+        column_scales: bool = False,
     ) -> None:
         self.name = backend
         self.backend: LinearBackend = linear_backend(backend, input_scale=input_scale)
@@ -121,12 +120,12 @@ class NvFp4LinearMethod:
             _register(layer, "pre_quant_scale", (k,), params_dtype, whole)
         state = layer.__dict__
         state["nvfp4_shape"], state["nvfp4_backend"], state["params_dtype"] = shape, backend, params_dtype
-        registry = declare(layer, *self._declarations(layer, shape, params_dtype, backend.layout), loaded=False)
+        registry = declare(layer, *self._declarations(shape, params_dtype, backend.layout), loaded=False)
         registry.about = f"{backend.name}: {reason}"
         registry.checks.append(FiniteBlockScales((names.block_scale,)))
-        registry.on_processed.append(_weights_changed)
+        registry.on_processed.append(_end_of_load)
 
-    def _declarations(self, layer: nn.Module, shape: LinearShape, dtype: torch.dtype, layout: LinearLayout) -> list[Declaration]:
+    def _declarations(self, shape: LinearShape, dtype: torch.dtype, layout: LinearLayout) -> list[Declaration]:
         names, one = self.checkpoint, ((1,), torch.float32)
         room = [b.layout for b in self.retarget_to]
         scales = GlobalScales(names.reciprocal)
@@ -151,7 +150,6 @@ class NvFp4LinearMethod:
             declared += [Alias("pre_quant_scale", "input_factor")]
         if len(shape.partitions) > 1:
             ratios = PartitionRatios(shape.partitions, dtype, names.reciprocal, self.column_scales)
-            layer.__dict__["nvfp4_ratios"] = ratios
             declared += [Derivation("output_scale", (names.weight_global,), ratios, (shape.n,), dtype)]
         return declared
 
@@ -187,8 +185,14 @@ class NvFp4LinearMethod:
             return x.new_empty((*x.shape[:-1], shape.n))
         if self.pre_quant_scale:
             rows = rows * layer.get_buffer("input_factor").to(rows.dtype)
-        ratios: PartitionRatios | None = layer.__dict__.get("nvfp4_ratios")
-        scaled = ratios is not None and ratios.used_for(x.dtype)
+        scaled = self.column_scales and len(shape.partitions) > 1
+        if scaled and x.dtype is torch.float16:  # before the multiplication a column is larger by the inverse ratio
+            raise ShapeError(
+                "partitions with different weight global scales need a dtype of wide range",
+                expected="bfloat16 or float32 activations",
+                found=x.dtype,
+                remedy="Cast the activations, export the checkpoint with unified scales, or load these projections unfused.",
+            )
         # Quantizers and kernels take rows that lie one after another, and some read strides as another layout.
         out = backend.apply(cast(KernelNames, layer), rows.contiguous(), shape)
         if scaled:
@@ -220,7 +224,6 @@ def retarget(module: nn.Module, backend: str) -> int:
                 registry.process()
         registry.module.__dict__["nvfp4_backend"] = target
         registry.about = f"{target.name}: moved by retarget"
-        target.weights_changed()  # what it kept of an earlier time as this layer's backend
     return len(moves)
 
 
@@ -260,8 +263,7 @@ def _new_formats(path: str, registry: AliasRegistry, target: LinearBackend) -> d
     return wanted
 
 
-def _weights_changed(registry: AliasRegistry) -> None:
-    registry.module.__dict__["nvfp4_backend"].weights_changed()
+def _end_of_load(registry: AliasRegistry) -> None:
     for source in registry.sources.values():
         for binding in source.bindings:
             getattr(binding.parameter, "shards_seen", set()).clear()

@@ -12,12 +12,12 @@ would round, and is refused. Engines take the largest and leave the columns alon
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .errors import ScaleError, ShapeError
+from .errors import ScaleError
 
 
 def need_block_scales(block_scale: Tensor, name: str = "weight_scale", *, signed: bool = True) -> None:
@@ -73,67 +73,38 @@ class GlobalScales:
         return 1.0 / scales.min().reshape(1) if self.reciprocal else scales.max().reshape(1)
 
 
-@dataclass
+@dataclass(frozen=True)
 class PartitionRatios:
     """The factor of every output column. See [Note: partitions with different global scales].
 
-    [Note: when columns are multiplied] A captured graph has the multiplication or not, so it is decided once, by the weights that
-    the first forward runs with. Until then every load may decide anew: weights that never ran bind nobody.
+    A captured graph has the multiplication or not, so ``multiplied`` is said when the layer is made.
     """
 
     sizes: tuple[int, ...]
     dtype: torch.dtype
     reciprocal: bool = False
-    #: Whether columns are multiplied; None until weights are processed.
-    applies: bool | None = None
-    decided: bool = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.decided = self.applies is not None
+    multiplied: bool = False
 
     def __call__(self, weight_global: Tensor) -> Tensor:
         """``[N]`` in the layer's dtype, powers of two.
 
         Raises:
-            ScaleError: a ratio is not a power of two, or the layer ran with equal scales and now comes with different ones.
+            ScaleError: a ratio is not a power of two, or is not 1 in a layer that does not multiply its columns.
         """
         ratio = weight_global.min() / weight_global if self.reciprocal else weight_global / weight_global.max()
         different = bool((ratio != 1).any())
         exact = bool((torch.frexp(ratio).mantissa == 0.5).all()) and bool((ratio.to(self.dtype).float() == ratio).all())
-        late = self.decided and not self.applies
-        if different and (not exact or late):
+        if different and not (exact and self.multiplied):
             raise ScaleError(
                 "the partitions of a fused projection have different weight global scales",
-                expected="equal scales, as in the weights that the layer ran with first"
-                if exact
-                else "ratios that are powers of two",
+                expected="equal scales" if exact else "ratios that are powers of two",
                 found=weight_global.tolist(),
-                remedy="Start cold from this checkpoint: the layer then scales its columns; or make it with column_scales=True."
+                remedy="Make the layer with column_scales=True: it then multiplies its output columns."
                 if exact
                 else "Export the checkpoint with unified scales, or load these projections unfused.",
             )
-        if not self.decided:
-            self.applies = different
         sizes = torch.tensor(self.sizes, device=ratio.device)
         return ratio.to(self.dtype).repeat_interleave(sizes)
-
-    def used_for(self, dtype: torch.dtype) -> bool:
-        """Whether this forward multiplies columns; from now on all do, or none.
-
-        Raises:
-            ShapeError: they do, and activations are float16. Before the multiplication a column is larger by the inverse ratio,
-                and float16 may have no such number.
-        """
-        if not self.decided:
-            self.decided = True
-        if self.applies and dtype is torch.float16:
-            raise ShapeError(
-                "partitions with different weight global scales need a dtype of wide range",
-                expected="bfloat16 or float32 activations",
-                found=dtype,
-                remedy="Cast the activations, export the checkpoint with unified scales, or load these projections unfused.",
-            )
-        return bool(self.applies)
 
 
 def are_scales(values: Tensor) -> Tensor:

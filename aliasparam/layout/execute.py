@@ -7,6 +7,7 @@ strides and addresses allow. Float8 moves as integers of its own width.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -35,9 +36,9 @@ class Axis(NamedTuple):
 
 
 def plan(
-    pieces: Sequence[Piece], lead: Sequence[tuple[int, int]], strides: Sequence[int], itemsize: int, align: int
+    pieces: Sequence[Piece], lead: Sequence[tuple[int, int]], strides: Sequence[int], itemsize: int, align: int, widest: int = 16
 ) -> list[Copy]:
-    """The copies of ``pieces`` of every region.
+    """The copies of ``pieces`` of every region, in elements of at most ``widest`` bytes.
 
     ``lead``: (size, kernel stride) of each lead dim. ``strides``: the value's, lead dims first. ``align``: the bytes that both
     addresses are a multiple of (a power of two).
@@ -50,7 +51,7 @@ def plan(
         axes = [Axis(a.size, a.image, a.step * core[a.dim]) for a in piece.axes]
         for kernel_offset, offset, forward in _forward(piece.offset, value_offset, axes):
             merged = merge([*outer, *forward])
-            width = _width(merged, kernel_offset, offset, itemsize, align)
+            width = _width(merged, kernel_offset, offset, itemsize, min(align, widest))
             copies.append(_copy(merged, kernel_offset, offset, width, itemsize))
     return copies
 
@@ -77,12 +78,12 @@ def merge(axes: list[Axis]) -> list[Axis]:
 
 
 def _width(axes: list[Axis], kernel_offset: int, value_offset: int, itemsize: int, align: int) -> int:
-    """Bytes of the widest element. See [Note: wide elements]."""
+    """Bytes of the widest element, at most ``align``. See [Note: wide elements]."""
     last = axes[-1] if axes and axes[-1].kernel == axes[-1].value == 1 else Axis(1, 1, 1)
     numbers = [last.size, kernel_offset, value_offset]
     numbers += [number for axis in axes if axis is not last for number in (axis.kernel, axis.value)]
     width = itemsize
-    while width < 16 and align % (2 * width) == 0 and all(number % (2 * width // itemsize) == 0 for number in numbers):
+    while align % (2 * width) == 0 and all(number % (2 * width // itemsize) == 0 for number in numbers):
         width *= 2
     return width
 
@@ -96,18 +97,20 @@ def _copy(axes: list[Axis], kernel_offset: int, value_offset: int, width: int, i
     return Copy(_WIDE[width], sizes, kernel, kernel_offset // many, value, value_offset // many)
 
 
-def views(copy: Copy, memory: Tensor, memory_byte: int, value: Tensor) -> tuple[Tensor, Tensor]:
-    """The elements of ``copy`` in kernel memory (which starts at byte ``memory_byte`` of its storage) and in ``value``."""
-    width = copy.dtype.itemsize
-    first = value.storage_offset() * value.element_size() // width
+def views(copy: Copy, memory: Tensor, first: int, value: Tensor) -> tuple[Tensor, Tensor]:
+    """The elements of ``copy`` in kernel memory (whose region starts at byte ``first`` of its storage) and in ``value``.
+
+    ``set_`` gives a view of another width whatever the strides are (``view`` wants whole rows), and is as fast as ``as_strided``.
+    """
+    dtype, sizes, kernel, kernel_offset, strides, value_offset = copy
+    kernel_offset += first // dtype.itemsize
+    value_offset += int(value.storage_offset()) * value.element_size() // dtype.itemsize
     return (
-        _strided(memory, copy.dtype, copy.sizes, copy.kernel, memory_byte // width + copy.kernel_offset),
-        _strided(value, copy.dtype, copy.sizes, copy.value, first + copy.value_offset),
+        _empty(dtype, memory.device).new_empty(0).set_(memory.untyped_storage(), kernel_offset, sizes, kernel),
+        _empty(dtype, value.device).new_empty(0).set_(value.untyped_storage(), value_offset, sizes, strides),
     )
 
 
-def _strided(tensor: Tensor, dtype: torch.dtype, sizes: tuple[int, ...], strides: tuple[int, ...], offset: int) -> Tensor:
-    if tensor.dtype is dtype:
-        return tensor.as_strided(sizes, strides, offset)
-    empty = torch.empty(0, dtype=dtype, device=tensor.device)
-    return empty.set_(tensor.untyped_storage(), offset, sizes, strides)
+@lru_cache
+def _empty(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty(0, dtype=dtype, device=device)

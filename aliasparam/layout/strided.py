@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
@@ -30,6 +30,7 @@ class StridedLayout(BoundLayout):
 
     def __init__(self, lines: Sequence[BoundLine], shape: tuple[int, ...], lead: int, dtype: torch.dtype) -> None:
         super().__init__(shape, dtype, lead, lines[-1].kernel_shape, lines[-1].capacity)
+        self._elements = self.regions * self.region_capacity
         self.lines = compose(list(lines))
         self._plans: OrderedDict[object, list[Copy]] = OrderedDict()
         self._pieces: OrderedDict[Box, list[Piece]] = OrderedDict()
@@ -46,39 +47,45 @@ class StridedLayout(BoundLayout):
         return found
 
     def write(self, memory: Tensor, box: Box, value: Tensor) -> None:
-        with torch.no_grad():
-            for copy, kernel, plain in self._moves(memory, box, value):
-                if memory.is_cuda and triton_copy.wanted(copy, memory, value):
-                    triton_copy.run(copy, kernel, plain, write=True)
-                else:
-                    kernel.copy_(plain)
+        if value.requires_grad or value.is_conj() or value.is_neg():  # such bits live on the tensor, not in its bytes
+            value = value.detach().resolve_conj().resolve_neg()
+        for copy, kernel, plain in self._moves(memory, box, value):
+            if memory.is_cuda and triton_copy.wanted(copy, memory, value):
+                triton_copy.run(copy, kernel, plain, write=True)
+            else:
+                kernel.copy_(plain)
 
     def read(self, memory: Tensor, box: Box, out: Tensor | None = None) -> Tensor:
-        out = self.empty(memory, box) if out is None else out
-        with torch.no_grad():
-            for copy, kernel, plain in self._moves(memory, box, out):
-                if memory.is_cuda and triton_copy.wanted(copy, memory, out):
-                    triton_copy.run(copy, kernel, plain, write=False)
-                else:
-                    plain.copy_(kernel)
+        if out is None or out.is_conj() or out.is_neg():
+            fresh = self.read(memory, box, self.empty(memory, box))
+            return fresh if out is None else out.detach().copy_(fresh)
+        for copy, kernel, plain in self._moves(memory, box, out.detach() if out.requires_grad else out):
+            if memory.is_cuda and triton_copy.wanted(copy, memory, out):
+                triton_copy.run(copy, kernel, plain, write=False)
+            else:
+                plain.copy_(kernel)
         return out
 
-    def _moves(self, memory: Tensor, box: Box, value: Tensor) -> Iterator[tuple[Copy, Tensor, Tensor]]:
-        """The copies of a box, each with its elements in kernel memory and in the value."""
-        self.check(memory, box, value)
-        size, region = self.dtype.itemsize, 0
-        for (start, _), stride in zip(box, self.lead_strides, strict=False):
+    def _moves(self, memory: Tensor, box: Box, value: Tensor) -> list[tuple[Copy, Tensor, Tensor]]:
+        """The copies of a box, each with its elements in kernel memory and in the value. This is what every shard write pays."""
+        size, region, shape = self.dtype.itemsize, 0, value.shape
+        for (start, stop), stride, n, extent in zip(box, self.lead_strides, self.shape, shape, strict=False):
             region += start * stride
+            if not 0 <= start <= stop <= n or stop - start != extent:
+                self.check(memory, box, value)  # raises
         first, other = (int(memory.storage_offset()) + region) * size, int(value.storage_offset()) * size
         align = (memory.data_ptr() + region * size | value.data_ptr() | first | other | 16) & 31
-        key = (box[self.lead :], value.shape, value.stride(), align & -align)
+        key = (box[self.lead :], shape, value.stride(), align & -align, value.dtype, memory.is_cuda)
         copies = self._plans.get(key)
         if copies is None:
-            lead = list(zip(value.shape, self.lead_strides, strict=False))
+            self.check(memory, box, value)
+            lead = list(zip(shape, self.lead_strides, strict=False))
             found = self.boxes(box[self.lead :]) if value.numel() else []
-            copies = _keep(self._plans, key, plan(found, lead, value.stride(), size, align & -align))
-        for copy in copies:
-            yield copy, *views(copy, memory, first, value)
+            widest = triton_copy.WIDEST if memory.is_cuda and triton_copy.AVAILABLE else 16
+            copies = _keep(self._plans, key, plan(found, lead, value.stride(), size, align & -align, widest))
+        if memory.dtype is not self.dtype or memory.numel() < self._elements:
+            self.check(memory, box, value)  # raises
+        return [(copy, *views(copy, memory, first, value)) for copy in copies]
 
     def offsets(self, box: Box | None = None) -> Tensor:
         box = box or self.whole

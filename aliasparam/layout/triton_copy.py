@@ -22,17 +22,21 @@ try:
 except ImportError:
     triton = None
 
+AVAILABLE = triton is not None
+#: Bytes of the largest element; longer runs are vectors of them.
+WIDEST = 8
 #: Below this many bytes torch's copy is as fast, and no kernel needs compiling.
 _SMALLEST = 1 << 18
-#: Rows and columns of a tile, in elements.
+#: Rows and columns of a tile, in elements; and where rows are runs on both sides.
 _ROWS, _COLUMNS = 128, 32
+_RUNS, _RUN = 16, 256
 
 
 def wanted(copy: Copy, memory: Tensor, value: Tensor) -> bool:
-    """Whether this copy is one that torch does badly: units below 16 bytes, on one GPU."""
-    if triton is None or memory.device != value.device or copy.dtype.itemsize == 16:
+    """Whether this copy is one that torch does badly: more than one run, on one GPU."""
+    if not AVAILABLE or memory.device != value.device or copy.dtype.itemsize > WIDEST or len(copy.sizes) < 2:
         return False
-    return len(copy.sizes) > 1 and math.prod(copy.sizes) * copy.dtype.itemsize >= _SMALLEST
+    return math.prod(copy.sizes) * copy.dtype.itemsize >= _SMALLEST
 
 
 def run(copy: Copy, kernel: Tensor, value: Tensor, *, write: bool) -> None:
@@ -49,7 +53,8 @@ def launch(copy: Copy, *, write: bool) -> tuple[int, dict[str, Any]]:
     sides = ("kernel", "value") if write else ("value", "kernel")
     programs = math.prod(a.size for a in grid)
     m, n = (math.prod(a.size for a in axes) for axes in (rows, columns))
-    bm, bn = min(_power(m), _ROWS), min(_power(n), _COLUMNS)
+    runs = columns[-1].kernel == columns[-1].value == 1 and columns[-1].size >= _COLUMNS
+    bm, bn = (min(_power(m), _RUNS), min(_power(n), _RUN)) if runs else (min(_power(m), _ROWS), min(_power(n), _COLUMNS))
     constants: dict[str, Any] = {"M": m, "N": n, "BM": bm, "BN": bn}
     for letter, axes in (("G", grid), ("R", rows), ("C", columns)):
         for at, side in zip("TS", sides, strict=True):  # target, source
@@ -92,7 +97,7 @@ def _power(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-if triton is not None:
+if AVAILABLE:
 
     @triton.jit
     def _offsets(index, COUNT: tl.constexpr, SIZE: tl.constexpr, STEP: tl.constexpr):

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..errors import AliasError, DeclarationError, LayoutError
-from ..layout import IndexLayout, Layout, OpaqueLayout
+from ..errors import AliasError, DeclarationError
+from ..layout import Layout
 from ..spec import TensorSpec
 from ..storage.kernel_name import KernelName
 from ..storage.overlap import check_memory
 from ..storage.storage import AliasedStorage
 from ..tensors.parameter import AliasedParameter, SavedName
 from .declarations import Alias, AnyLayout, Declaration, Derivation, Policy, Reencoding
+from .layout_of import layout_of, located
 from .verdict import Reason, StoragePlan, aliasing_is_on, plan_storage
 
 
@@ -144,43 +145,6 @@ class InOrder:
         return self.plan.bound.encode(values).view(self.plan.kernel.dtype)
 
 
-def layout_of(label: str, alias: Alias, spec: TensorSpec) -> AnyLayout | None:
-    """The layout which a declaration means: parsed, or inferred from a repack function."""
-    layout = alias.layout
-    if layout is None or isinstance(layout, (Layout, IndexLayout, OpaqueLayout, Reencoding)):
-        return layout
-    try:
-        if isinstance(layout, str):
-            return Layout(layout)
-        if callable(layout):
-            return inferred(layout, spec)
-    except AliasError as error:
-        raise located(error, label, alias, spec) from None
-    raise DeclarationError(
-        "this is no layout",
-        module=label,
-        name=alias.source,
-        expected="a Layout or its line, IndexLayout, OpaqueLayout, Reencoding, a repack function, or None",
-        found=repr(layout),
-        remedy="See the layouts page of the docs.",
-    )
-
-
-def inferred(function: Callable[[Tensor], Tensor], spec: TensorSpec) -> AnyLayout:
-    """The layout of a repack function, found by running it on position codes; kept for the last functions and shapes."""
-    for kept, of, layout in _inferred:
-        if kept is function and of == spec:
-            return layout
-    found: AnyLayout = Layout.infer(function, spec.shape, spec.dtype)
-    _inferred.append((function, spec, found))
-    del _inferred[:-64]
-    return found
-
-
-#: By identity of the function: two that compare equal may hold other tables.
-_inferred: list[tuple[Callable[[Tensor], Tensor], TensorSpec, AnyLayout]] = []
-
-
 def plan_for(label: str, alias: Alias, layout: AnyLayout | None, spec: TensorSpec, *, aliasing: bool = True) -> StoragePlan:
     """The plan of one pair, with errors that say whose it is."""
     if alias.dtype is not None and alias.dtype.itemsize != spec.dtype.itemsize:
@@ -206,19 +170,6 @@ def plan_for(label: str, alias: Alias, layout: AnyLayout | None, spec: TensorSpe
             found=f"{type(error).__name__}: {error}",
             remedy="Mend its functions.",
         ) from error
-
-
-def located(error: AliasError, label: str, alias: Alias, spec: TensorSpec) -> AliasError:
-    """A layout knows neither the module nor the name."""
-    known = error.located(
-        module=label,
-        name=alias.source,
-        expected=f"a shape and dtype that {alias.layout} takes",
-        found=spec,
-        remedy="Pad with a ragged leading digit, reshape the tensor first, or declare another layout.",
-    )
-    facts = {"module": known.module, "name": known.name, "expected": known.expected, "found": known.found, "remedy": known.remedy}
-    return known if isinstance(error, (DeclarationError, LayoutError)) else DeclarationError(known.message, **facts)
 
 
 def _need_policy(label: str, alias: Alias) -> None:

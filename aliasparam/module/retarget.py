@@ -11,8 +11,9 @@ from ..storage.locks import all_locked
 from ..storage.reorder import move
 from .adopt import adopt
 from .declarations import Alias, AnyLayout
+from .layout_of import layout_of
 from .names import ModuleNames
-from .planning import layout_of, plan_for
+from .planning import plan_for
 from .verdict import StoragePlan
 
 

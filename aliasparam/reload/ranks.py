@@ -116,7 +116,8 @@ def change(plan: Plan) -> Generator[Request, Reply, Outcome]:
     ready = yield from _round(plan, "ready", _vote(plan, fine, said), plan.ready_by)
     if ready != YES:
         reason = ready or f"rank {plan.rank} could not reach the store"
-        yield Claim(plan.key("done"), reason)  # spares the others their deadline; a lost one costs nothing else
+        if ready is None:  # the others may have read "yes": spares them their deadline, and costs nothing else if it is lost
+            yield Claim(plan.key("done"), reason)
         return (yield from _settle(plan, reason))
     (fine, said), now = yield Act("commit")
     done = yield from _round(plan, "done", _vote(plan, fine, said), now + plan.done_within)
@@ -168,9 +169,8 @@ def _verdict(plan: Plan, name: str, vote: str, late: bool) -> Generator[Request,
         return None
     if None not in reply:
         others = sorted(set(reply) - {vote})
-        return (
-            YES if not others else next((other for other in others if other.startswith("no ")), f"no: {vote!r} and {others[0]!r}")
-        )
+        refusals = [other for other in others if other.startswith("no ")]
+        return YES if not others else refusals[0] if refusals else f"no: {vote!r} and {others[0]!r}"
     if not late:
         return None
     reply, _ = yield Look(plan.votes(name), all_or_none=False)

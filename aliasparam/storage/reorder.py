@@ -25,16 +25,18 @@ def move(storage: AliasedStorage, layout: Bindable | None) -> None:
 def reorder(memory: Tensor, old: BoundLayout, new: BoundLayout) -> None:
     """Move every element of ``memory`` (flat) from its place under ``old`` to that under ``new``; padding becomes zero.
 
-    Without padding the two orders keep blocks together, and a block is read before it is written: scratch is one block. With
-    padding a region at a time is out of place; regions that grow move from the last on, so that none is overwritten unread.
+    Orders of one capacity keep blocks together, and a block is read before it is written: scratch is one block. Else a region at
+    a time is out of place; regions that grow move from the last on, so that none is overwritten unread.
     """
     if old is new or (old.is_identity and new.is_identity):
         return
-    if not _padded(old) and not _padded(new):
+    same_size = old.regions * old.region_capacity == new.regions * new.region_capacity
+    if same_size and (old.lead == new.lead or not (_padded(old) or _padded(new))):
         for block in old.in_place_blocks(new, SCRATCH_BYTES):
             values = [(box, old.read(memory, box)) for box in block]
             for box, value in values:
                 new.write(memory, box, value)
+        new.clear_padding(memory)
         return
     if old.lead != new.lead:
         whole = tuple((0, n) for n in old.shape)

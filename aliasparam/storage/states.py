@@ -53,7 +53,7 @@ class RegionStates:
             state = State.LOADED
         #: Regions which are not LOADED, with what they are: one entry changes by one assignment, so an interrupt leaves no doubt.
         self.missing: dict[int, State] = {} if state is State.LOADED else dict.fromkeys(range(count), state)
-        self._count = count
+        self.count = count
         self._whole = tuple((0, n) for n in self._core)
         #: When the bytes of each region were last put in question: whoever keeps these knows which regions were written since.
         self.writes = [0] * count
@@ -68,12 +68,12 @@ class RegionStates:
         if not self.missing:
             return State.LOADED
         found = set(self.missing.values())
-        return found.pop() if len(self.missing) == self._count and len(found) == 1 else None
+        return found.pop() if len(self.missing) == self.count and len(found) == 1 else None
 
     @property
     def each(self) -> list[State]:
         """The state of every region, in order."""
-        return [self.of(region) for region in range(self._count)]
+        return [self.of(region) for region in range(self.count)]
 
     def of(self, region: int) -> State:
         return self.missing.get(region, State.LOADED)
@@ -151,10 +151,10 @@ class RegionStates:
     def put_all(self, state: State, why: str | None = None) -> None:
         """One state for every region that has elements."""
         if math.prod(self._core):
-            for region in range(self._count):
+            for region in range(self.count):
                 self._put(region, state)
         self.clock += 1
-        self.writes = [self.clock] * self._count
+        self.writes = [self.clock] * self.count
         self._arrived.clear()
         self.why = why
 

@@ -16,10 +16,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..errors import MemoryFreedError, StateError
+from ..errors import StateError
 from ..layout import BoundLayout
 from ..layout.bind import Bindable, bound_to
 from ..spec import TensorSpec
+from . import refusals
 from .coverage import Box
 from .kernel_name import KernelName
 from .locks import LOCKS, lock_number
@@ -77,6 +78,7 @@ class AliasedStorage:
     bound: BoundLayout
     buffer: Tensor
     elements: Tensor
+    _address: int
     #: What the checkpoint name looks like; its bytes are the checkpoint's where the layout is the identity.
     geometry: Tensor
 
@@ -250,41 +252,19 @@ class AliasedStorage:
 
     def need_memory(self) -> None:
         """Raise MemoryFreedError where other code gave the memory back (``untyped_storage().resize_(0)``)."""
-        memory = self.buffer.untyped_storage()
-        if memory.nbytes() < self.buffer.numel() and self.buffer.device.type != "meta":
-            raise MemoryFreedError(
-                "the memory of this name was freed",
-                label=self.label,
-                expected=f"{self.buffer.numel()} bytes",
-                found=f"{memory.nbytes()} bytes",
-                remedy="Call aliasparam.invalidate(model) before memory is lent; have it back at its address, and load again.",
-            )
+        held = self.buffer.untyped_storage().nbytes()
+        if held < self.buffer.numel() and self.buffer.device.type != "meta":
+            raise refusals.freed(self.label, self.buffer.numel(), held)
 
     def need_unexposed(self, doing: str) -> None:
         """Raise StateError while somebody outside writes the raw bytes."""
-        if self.exposed is not None:
-            raise StateError(
-                f"cannot {doing}: the raw bytes are exposed to {self.exposed}",
-                label=self.label,
-                expected="written() or abandon() of the exposure first",
-                found="an open exposure",
-                remedy="Close it, or leave its `with` block.",
-            )
+        writer = self.exposed
+        if writer is not None:
+            raise refusals.exposed(self.label, doing, writer)
 
     def not_loaded(self, doing: str, region: int | None = None) -> StateError:
-        states = self.states
-        if region is None:
-            region = min(states.missing)
-        state, count = states.of(region), max(self.bound.regions, 1)
-        missing = ", ".join(_shown(box) for box in states.missing_boxes(region)[:3]) if state is State.PARTIAL else ""
-        what = f"{state.value}: {states.why}" if states.why and state is State.INVALID else state.value
-        return StateError(
-            f"{doing}: region {region} of {count} is {state.value!r}" if count > 1 else f"{doing}: it is {state.value!r}",
-            label=self.label,
-            expected="every element of the tensor written",
-            found=f"{what}, without {missing}" if missing else what,
-            remedy="Load every shard of this tensor first.",
-        )
+        """What to raise where a region (default: the first) lacks elements."""
+        return refusals.not_loaded(self.label, self.states, doing, region)
 
     # -- listeners, moving, copying ------------------------------------------------------------------------------------
 
@@ -350,7 +330,3 @@ def contiguous_strides(shape: tuple[int, ...]) -> list[int]:
         strides.append(step)
         step *= max(size, 1)
     return strides[::-1]
-
-
-def _shown(box: Box) -> str:
-    return "[" + ", ".join(f"{start}:{stop}" for start, stop in box) + "]"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -88,6 +88,10 @@ class LinearBackend(ABC):
         missing = [p for p in self.packages if importlib.util.find_spec(p) is None]
         return f"{', '.join(missing)} is not installed" if missing else None
 
+    def __reduce__(self) -> Any:
+        """By name: a layer that is copied or saved names the same backend."""
+        return _called, (self.name,)
+
     def check_shape(self, shape: LinearShape) -> None:
         """Raise ShapeError for dims the kernel cannot take. Default: those its layout does not have."""
         if shape.n % self.layout.whole_rows:
@@ -114,5 +118,8 @@ class LinearBackend(ABC):
     def apply(self, layer: KernelNames, x: Tensor, shape: LinearShape) -> Tensor:
         """``x [M, K] -> [M, N]`` from the layer's kernel-format names, in ``x.dtype``, without bias. M is not 0."""
 
-    def weights_changed(self) -> None:  # noqa: B027  (optional, not abstract)
-        """Called after a layer was processed: drop what a library keeps by address."""
+
+def _called(name: str) -> LinearBackend:
+    from . import linear_backends
+
+    return linear_backends()[name]

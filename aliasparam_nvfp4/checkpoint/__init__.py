@@ -11,6 +11,6 @@ from .folder import WHOLE as WHOLE
 from .folder import CheckpointFolder as CheckpointFolder
 from .folder import TensorEntry as TensorEntry
 from .quant_config import QuantConfig as QuantConfig
-from .validate import check_tensors as check_tensors
 from .scheme import Scheme as Scheme
+from .validate import check_tensors as check_tensors
 from .validate import fits as fits

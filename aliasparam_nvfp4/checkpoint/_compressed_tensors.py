@@ -1,8 +1,9 @@
 """compressed-tensors' config: groups of targets, each with a scheme, and modules to ignore.
 
-A target or an entry of ``ignore`` is the exact name of a module, a regular expression after ``re:``, or the name of a module's class; of
-a module's targets a name counts before an expression, and either before the class (``compressed_tensors/utils/match.py``,
-``match_targets``). Where two expressions match, the file's weight says which is meant; otherwise the one that stands first.
+A target or an entry of ``ignore`` is the exact name of a module, a regular expression after ``re:``, or the name of a module's
+class; of a module's targets a name counts before an expression, and either before the class
+(``compressed_tensors/utils/match.py``, ``match_targets``). Where two expressions match, the file's weight says which is meant;
+otherwise the one that stands first.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ def read(config: Mapping[str, Any], where: str) -> QuantConfig:
         raise unsupported(where, f"format {config.get('format')!r}, no group of NVFP4")
     exclude = tuple(dict.fromkeys(n for key in ("ignore", "modules_to_not_convert") for n in patterns(config, key, where)))
     whole = () if any(name in exclude for name in _CLASSES) else tuple(dict.fromkeys(classes))
-    rules = Rules(Patterns(named, exact=True), tuple((scheme,) for scheme in named.values()), whole, Patterns(exclude, exact=True))
+    each = tuple((scheme,) for scheme in named.values())
+    rules = Rules(Patterns(named, exact=True), each, whole, Patterns(exclude, exact=True))
     algo = "MIXED_PRECISION" if len(schemes) > 1 else next(iter(schemes)).algo
     return QuantConfig(algo, BLOCK_SIZE, exclude, COMPRESSED_TENSORS, rules, kv_cache_algo(config, where), dict(config))
 
@@ -66,15 +68,16 @@ def _really(config: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any
 def _scheme(group: Mapping[str, Any], where: str) -> Scheme:
     weights, inputs = mapping(group, "weights", where), mapping(group, "input_activations", where)
     bits, kind, strategy = (weights.get(key) for key in ("num_bits", "type", "strategy"))
+    packing = group.get("format")
     if kind != "float" or weights.get("symmetric") is False or weights.get("actorder"):
-        raise unsupported(where, f"weights of type {kind!r}, symmetric {weights.get('symmetric')}, actorder {weights.get('actorder')}")
-    if bits == 4 and strategy == "tensor_group" and group.get("format") in (None, "nvfp4-pack-quantized"):
+        raise unsupported(where, f"weights {dict(weights)}")
+    if bits == 4 and strategy == "tensor_group" and packing in (None, "nvfp4-pack-quantized"):
         if (size := weights.get("group_size")) != BLOCK_SIZE:
             raise UnsupportedFormatError("NVFP4 has one block scale per 16 values", name=where, expected=BLOCK_SIZE, found=size)
         if inputs and inputs.get("num_bits") != 4:
             raise unsupported(where, f"4-bit weights with {inputs.get('num_bits')}-bit activations")
         return NVFP4 if inputs else W4A16
-    if bits == 8 and strategy in ("tensor", "channel", "block") and group.get("format") in (None, "float-quantized", "naive-quantized"):
+    if bits == 8 and strategy in ("tensor", "channel", "block") and packing in (None, "float-quantized", "naive-quantized"):
         if not inputs:
             return Scheme("FP8", None)
         how = _INPUTS.get((str(inputs.get("strategy", "tensor")), inputs.get("dynamic") is True))

@@ -8,7 +8,6 @@ from typing import Any
 
 from .errors import CheckpointError
 
-
 #: Regular expressions that need no compiling to be known as such; there may be thousands.
 _PLAIN = re.compile(r"re:\^?(?:[\w\-]|\\?\.|\.\*|\((?:[\w\-|]|\\\.)*\))*\$?")
 

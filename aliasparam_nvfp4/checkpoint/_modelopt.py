@@ -1,5 +1,5 @@
-"""ModelOpt's spellings: ``quantization_config`` in config.json (flat), hf_quant_config.json (nested under ``quantization``), and what
-engines rename them to (``modelopt_fp4``, ``modelopt_mixed``)."""
+"""ModelOpt's spellings: ``quantization_config`` in config.json (flat), hf_quant_config.json (nested under ``quantization``), and
+what engines rename them to (``modelopt_fp4``, ``modelopt_mixed``)."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def read(config: Mapping[str, Any], where: str) -> QuantConfig:
 
 
 def merged(main: Mapping[str, Any], sidecar: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """config.json's entries; where it has none, those of hf_quant_config.json. Modules that either leaves alone are left alone."""
+    """config.json's entries; where it has none, those of hf_quant_config.json. What either leaves alone is left alone."""
     body = {**sidecar, **mapping(sidecar, "quantization", where)}
     body.pop("quantization", None)
     own = {key: value for key, value in {**main, **mapping(main, "quantization", where)}.items() if value not in (None, {}, [])}

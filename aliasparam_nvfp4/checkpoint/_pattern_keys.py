@@ -1,11 +1,12 @@
 """What every match of a pattern must contain, so that patterns can be looked up.
 
 [Note: keys are whole parts] The key is the longest run of whole dotted parts that the pattern spells out between two dots, or
-between a dot and the beginning or end of the name: ``*layers.7.mlp*`` has ``7``, ``re:.*layers\\.7\\.mlp\\..*`` has ``7.mlp``. A name
-which the pattern matches has this run among its own parts.
+between a dot and the beginning or end of the name: ``*layers.7.mlp*`` has ``7``, ``re:.*layers\\.7\\.mlp\\..*`` has ``7.mlp``. A
+name which the pattern matches has this run among its own parts.
 
-[Note: unescaped dots] In a regular expression people write ``.`` for ``\\.``, and mean it. It may stand for another character all the
-same; then the text to its left, that character and the text to its right are within one part of the name. These are the pairs.
+[Note: unescaped dots] In a regular expression people write ``.`` for ``\\.``, and mean it. It may stand for another character
+all the same; then the text to its left, that character and the text to its right are within one part of the name. These are the
+pairs.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 #: A literal, an escaped dot, an unescaped dot, or what ends a literal run (groups are cut before).
-_TOKEN = re.compile(r"(?P<literal>[\w\-/]|\\[\-_/])(?![*+?{])|(?P<dot>\\\.)(?![*+?{])|(?P<any>\.)(?![*+?{])|(?P<end>\$$)|.", re.DOTALL)
+_TOKEN = re.compile(
+    r"(?P<literal>[\w\-/]|\\[\-_/])(?![*+?{])|(?P<dot>\\\.)(?![*+?{])|(?P<any>\.)(?![*+?{])|(?P<end>\$$)|.", re.DOTALL
+)
 _GROUP = re.compile(r"\\[^.\-_/]|\[\^?\]?[^]]*\]|\([^()]*\)|\{[^}]*\}")
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-#: How activations meet their scale: stored in the file, of the whole input at run time, of each token, or of each block of a token.
+#: Where the scale of activations is from: the file, or the whole input, each token, or each block of a token at run time.
 Inputs = Literal["stored", "tensor", "token", "block"]
 
 

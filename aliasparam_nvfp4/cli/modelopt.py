@@ -50,10 +50,9 @@ def quantize(model: Any, tokenizer: Any, folder: Path) -> None:
         OSError: the folder cannot be written.
     """
     with quiet():
-        import modelopt.torch.quantization as mtq
-        from modelopt.torch.export import export_hf_checkpoint
-
         prompts = [token_ids(tokenizer, prompt) for prompt in CALIBRATION]
+        import modelopt.torch.quantization as mtq  # half a minute on a slow machine: a broken template is said before
+        from modelopt.torch.export import export_hf_checkpoint
 
         def calibrate(model: Any) -> None:
             with torch.no_grad():

@@ -56,7 +56,8 @@ def prepare_checkpoints(cache: Path, console: Console, variant: Variant = DENSE)
 def _make(tag: str, destination: Path, console: Console, variant: Variant) -> None:
     if not console.is_terminal:
         console.print(f"making checkpoint {tag}: fine-tuning for {STEPS} steps, then NVFP4")
-    bar = Progress(TextColumn("{task.description:<40}", markup=False), BarColumn(), TimeElapsedColumn(), console=console)
+    columns = (TextColumn("{task.description:<40}", markup=False), BarColumn(), TimeElapsedColumn())
+    bar = Progress(*columns, console=console, disable=not console.is_terminal)
     with bar:
         model, tokenizer = _tuned(tag, destination.parent, bar)
         exporting = bar.add_task(f"checkpoint {tag}: to NVFP4", total=1)

@@ -149,7 +149,8 @@ class Demo:
         total = sum(e.nbytes for e in CheckpointFolder(folder).tensors.values())
         columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn())
         started = time.perf_counter()
-        with PeakMemory() as peak, Progress(*columns, console=self.console, transient=True) as bar:
+        shown = Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
+        with PeakMemory() as peak, shown as bar:
             task = bar.add_task(f"hot reload of {tag}", total=total)
             reload_folder(model, folder, on_bytes=lambda n: bar.advance(task, n))
         seconds = time.perf_counter() - started

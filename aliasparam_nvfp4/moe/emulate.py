@@ -16,6 +16,7 @@ from ..format import BLOCK_SIZE
 from .activation import ExpertActivation
 from .runners import MoENames, MoEShape
 from .runners._base import MoERunner
+from .scales import InputScales, SwigluNumbers
 
 #: Kernel row of a logical row: (0 for gate and w2, 1 for up; row within the half; rows of a padded half).
 Place = Callable[[Tensor, Tensor, int], Tensor]
@@ -57,7 +58,7 @@ def layer_output(
         topk_weights: ``[T, k]``.
         topk_ids: ``[T, k]`` global expert numbers.
     """
-    scalars = SCALARS[runner.activation, runner.untied, runner.numbers_as == "of raw sums"]
+    scalars = SCALARS[runner.input_scales, runner.separate_scales, runner.swiglu_numbers is SwigluNumbers.OF_RAW_SUMS]
     out = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
     for expert in range(shape.experts):
         token, choice = (topk_ids == shape.first_expert + expert).nonzero(as_tuple=True)
@@ -190,11 +191,11 @@ def _divided(layer: MoENames, e: int) -> Scalars:
 
 
 #: (how activations meet their scales, whether gate and up have a factor each, whether numbers are of raw sums) to their use.
-SCALARS: dict[tuple[str, bool, bool], Callable[[MoENames, int], Scalars]] = {
-    ("quantized", False, False): _one_factor,
-    ("quantized", True, True): _two_factors,
-    ("quantized", True, False): _reference,
-    ("per expert", False, False): _each,
-    ("as they are", True, False): _weights_alone,
-    ("divided", False, False): _divided,
+SCALARS: dict[tuple[InputScales, bool, bool], Callable[[MoENames, int], Scalars]] = {
+    (InputScales.ONE, False, False): _one_factor,
+    (InputScales.ONE, True, True): _two_factors,
+    (InputScales.ONE, True, False): _reference,
+    (InputScales.EACH, False, False): _each,
+    (InputScales.NONE, True, False): _weights_alone,
+    (InputScales.DIVIDING, False, False): _divided,
 }

@@ -45,7 +45,7 @@ class ExpertSource:
         ranks: which of them this one is.
         format: how the tensors are called.
         input_scale: whether experts have activation scales.
-        untied: whether the runner takes gate and up with different global scales.
+        separate_scales: whether the runner takes gate and up with different global scales.
         missing: what counts for experts without an input scale, see scales.py.
     """
 
@@ -55,7 +55,7 @@ class ExpertSource:
     ranks: ExpertRanks
     format: CheckpointFormat
     input_scale: bool
-    untied: bool
+    separate_scales: bool
     missing: Missing = "refuse"
 
     @property
@@ -82,6 +82,13 @@ class ExpertSource:
                 if key not in self.tensors.entries and suffix in self.optional:
                     continue
                 yield ExpertPart(key, self.tensors.name(key), *self._share(shard, suffix))
+
+    def absent(self) -> Iterator[ExpertKey]:
+        """Tensors that the layer has and the files do not."""
+        if self.input_scale:
+            shards = [shard for shard, suffix in self.specs() if suffix == self.format.input_global]
+            keys = [(expert, shard, self.format.input_global) for expert in range(self.shape.all_experts) for shard in shards]
+            yield from (key for key in keys if key not in self.tensors.entries)
 
     def _share(self, shard: str, suffix: str) -> tuple[slice, slice]:
         elements = {self.format.weight: 2, self.format.block_scale: BLOCK_SIZE}.get(suffix)
@@ -110,7 +117,7 @@ class ExpertSource:
             for key, value in scalars.items()
             if self.gated and key[1:] == ("w1", weight) and value != scalars[key[0], "w3", weight]
         }
-        if differing and not self.untied:
+        if differing and not self.separate_scales:
             raise ScaleError(
                 "gate and up of an expert have different weight global scales, and this runner has one factor",
                 expected="equal values",
@@ -173,10 +180,12 @@ def expert_source(method: NvFp4MoEMethod, layer: nn.Module, folder: CheckpointFo
     """``tensors`` of ``folder``, for a layer made by ``method``."""
     ranks = ExpertRanks(method.ep_rank, method.ep_size, method.tp_rank, method.tp_size)
     shape: MoEShape = layer.__dict__["nvfp4_moe_shape"]
-    untied: bool = layer.__dict__["nvfp4_runner"].untied  # which may have been retargeted
+    separate: bool = layer.__dict__["nvfp4_runner"].separate_scales  # which may have been retargeted
     own = tensors if method.activation.gated else tensors.without_gate()
     missing = method.missing_input_scale
-    return ExpertSource(folder, own, shape, ranks, method.checkpoint, method.input_scale, untied=untied, missing=missing)
+    return ExpertSource(
+        folder, own, shape, ranks, method.checkpoint, method.input_scale, separate_scales=separate, missing=missing
+    )
 
 
 def load_experts(

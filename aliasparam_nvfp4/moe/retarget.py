@@ -9,8 +9,8 @@ from aliasparam import Derivation, Layout, registry_of
 from ..checkpoint_format import CheckpointFormat
 from ..errors import BackendError
 from .declarations import formats, unread
-from .scales import Missing
 from .runners import MoERunner, MoEShape, moe_runner
+from .scales import Missing
 
 
 def retarget_experts(module: nn.Module, runner: str) -> int:
@@ -94,5 +94,6 @@ class _Experts:
         read = {d.name for d in scalars}
         self.registry.rederive([*scalars, *(unread(d) for d in self.scalars(self.runner) if d.name not in read)])
         self.layer.__dict__["nvfp4_runner"] = target
+        self.registry.about = f"{target.name}: moved by retarget"
         if loaded:
             self.registry.process()

@@ -5,14 +5,14 @@ With ``a1 = max(w13_input_scale)`` and ``a2 = max(w2_input_scale)`` over *all* e
 
 | kind | g1_alphas | g1_scale_c | g2_alphas | w13_input_scale_quant | w2_input_scale_quant |
 |---|---|---|---|---|---|
-| quantized | ``a1 * s13[e, 0]`` | ``a1 * s13[e, 1] / a2`` | ``a2 * s2[e]`` | ``1 / a1`` | ``1 / a2`` |
-| per expert | ``a1[e] * s13[e, 0]`` | ``a1[e] * s13[e, 1] / a2[e]`` | ``a2[e] * s2[e]`` | ``1 / a1[e]`` | ``1 / a2[e]`` |
-| as they are | ``s13[e, 0]`` | ``s13[e, 1]`` | ``s2[e]`` | none | none |
-| divided | ``s13[e, 0]`` | none | ``a2 * s2[e]`` | none | none |
+| one | ``a1 * s13[e, 0]`` | ``a1 * s13[e, 1] / a2`` | ``a2 * s2[e]`` | ``1 / a1`` | ``1 / a2`` |
+| each | ``a1[e] * s13[e, 0]`` | ``a1[e] * s13[e, 1] / a2[e]`` | ``a2[e] * s2[e]`` | ``1 / a1[e]`` | ``1 / a2[e]`` |
+| none | ``s13[e, 0]`` | ``s13[e, 1]`` | ``s2[e]`` | none | none |
+| dividing | ``s13[e, 0]`` | none | ``a2 * s2[e]`` | none | none |
 
-``per expert`` takes each expert's own input scales. All are f32 ``[E]``, except the quants of the first row, ``[1]``.
-``as they are`` has ``g1_alphas_gate_up`` too: both columns of ``s13``, ``[E, 2]``, for kernels that take them as one tensor.
-``divided`` is for kernels that divide by an input scale and multiply it back into the first GEMM's factor themselves: it has
+``each`` takes each expert's own input scales. All are f32 ``[E]``, except the quants of the first row, ``[1]``.
+``none`` has ``g1_alphas_gate_up`` too: both columns of ``s13``, ``[E, 2]``, for kernels that take them as one tensor.
+``dividing`` is for kernels that divide by an input scale and multiply it back into the first GEMM's factor themselves: it has
 ``w13_input_scale_max = a1`` and ``w2_input_scale_max = a2``, ``[1]``.
 A runner with one factor for gate and up cannot serve an expert whose two weight scales differ; it refuses it by name.
 
@@ -40,7 +40,10 @@ place, which rounds them anew at every load. Without a limit ``gemm1_clamp_limit
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
+from functools import partial
 from typing import Literal
 
 import torch
@@ -53,9 +56,24 @@ from ..errors import ScaleError
 from ..scales import are_scales
 from .activation import SWIGLU, ExpertActivation
 
-Activation = Literal["quantized", "per expert", "as they are", "divided"]
 Missing = Literal["refuse", "max"]
-Numbers = Literal["of true values", "of raw sums", "python floats"]
+
+
+class InputScales(Enum):
+    """How a kernel's activations meet the input scales of the checkpoint."""
+
+    ONE = "one scale for all experts"
+    EACH = "a scale for each expert"
+    DIVIDING = "one scale for all experts, which the kernel divides by"
+    NONE = "activations as they are (W4A16)"
+
+
+class SwigluNumbers(Enum):
+    """How a kernel takes alpha, beta and limit of a SwiGLU."""
+
+    OF_TRUE_VALUES = "of true values"
+    OF_RAW_SUMS = "of raw sums"
+    AS_FLOATS = "python floats"
 
 
 @dataclass(frozen=True)
@@ -63,26 +81,26 @@ class MoEScales:
     """The derivations of one runner on one rank.
 
     Attributes:
-        activation: how activations meet their scales.
+        inputs: how activations meet their scales.
         runner: for messages.
-        untied: whether gate and up of an expert may have different weight scales.
+        separate: whether gate and up of an expert may have different weight scales.
         first_expert: global number of this rank's first expert.
         experts: experts of this rank.
         checkpoint: names, and the direction of the scales.
         expert_activation: what lies between the two GEMMs.
-        numbers_as: how the kernel takes its numbers.
+        numbers: how the kernel takes the numbers of that activation; None: not at all.
         missing: what counts for an expert without an input scale (0, or no number): "refuse" it, or take the layer's largest
             ("max"), as ModelOpt's exporter does for experts that met no token.
     """
 
-    activation: Activation
+    inputs: InputScales
     runner: str
-    untied: bool
+    separate: bool
     first_expert: int
     experts: int
     checkpoint: CheckpointFormat = MODELOPT
     expert_activation: ExpertActivation = SWIGLU
-    numbers_as: Numbers = "python floats"
+    numbers: SwigluNumbers | None = SwigluNumbers.AS_FLOATS
     missing: Missing = "refuse"
 
     def derivations(self) -> list[Derivation]:
@@ -91,7 +109,7 @@ class MoEScales:
 
     def _factors(self) -> list[Derivation]:
         each, f32, s13, s2, a1, a2 = (self.experts,), torch.float32, self._s13, self._s2, self._a1, self._a2
-        if self.activation == "as they are":
+        if self.inputs is InputScales.NONE:
             both = [Derivation("g1_alphas_gate_up", (s13,), self._gate_up, (self.experts, 2), f32)]
             return [
                 Derivation("g1_alphas", (s13,), self._gate, each, f32),
@@ -99,55 +117,39 @@ class MoEScales:
                 *(both if self._gated else []),
                 Derivation("g2_alphas", (s2,), self._down, each, f32),
             ]
-        if self.activation == "divided":
+        if self.inputs is InputScales.DIVIDING:
             return [
                 Derivation("g1_alphas", (s13,), self._gate, each, f32),
-                Derivation("g2_alphas", (a2, s2), lambda a, s: self._product(self._input(a2, a), self._down(s), s2), each, f32),
-                Derivation("w13_input_scale_max", (a1,), lambda a: self._input(a1, a), (1,), f32),
-                Derivation("w2_input_scale_max", (a2,), lambda a: self._input(a2, a), (1,), f32),
+                Derivation("g2_alphas", (a2, s2), self._down_with_input, each, f32),
+                Derivation("w13_input_scale_max", (a1,), partial(self._input, a1), (1,), f32),
+                Derivation("w2_input_scale_max", (a2,), partial(self._input, a2), (1,), f32),
             ]
-        quants = each if self.activation == "per expert" else (1,)
+        quants = each if self.inputs is InputScales.EACH else (1,)
+        up = (a1, s13, a2) if self._gated else (a2,)
         return [
-            Derivation("w13_input_scale_quant", (a1,), lambda a: self._quant(a1, a), quants, f32),
-            Derivation("w2_input_scale_quant", (a2,), lambda a: self._quant(a2, a), quants, f32),
-            Derivation("g1_alphas", (a1, s13), lambda a, s: self._product(self._input(a1, a), self._gate(s), s13), each, f32),
-            self._scale_c(each, f32),
-            Derivation("g2_alphas", (a2, s2), lambda a, s: self._product(self._input(a2, a), self._down(s), s2), each, f32),
+            Derivation("w13_input_scale_quant", (a1,), partial(self._quant, a1), quants, f32),
+            Derivation("w2_input_scale_quant", (a2,), partial(self._quant, a2), quants, f32),
+            Derivation("g1_alphas", (a1, s13), self._gate_with_input, each, f32),
+            Derivation("g1_scale_c", up, self._up_with_inputs if self._gated else self._after, each, f32),
+            Derivation("g2_alphas", (a2, s2), self._down_with_input, each, f32),
         ]
 
-    def _scale_c(self, each: tuple[int, ...], f32: torch.dtype) -> Derivation:
-        a1, a2 = self._a1, self._a2
-        if not self._gated:
-            return Derivation("g1_scale_c", (a2,), lambda b: self._quant(a2, b).expand(each).clone(), each, f32)
-        return Derivation(
-            "g1_scale_c",
-            (a1, self._s13, a2),
-            lambda a, s, b: self._input(a1, a) * self._up(s) / self._input(a2, b),
-            each,
-            f32,
-        )
-
     def _numbers(self) -> list[Derivation]:
-        numbers, s13, a1 = self.expert_activation, self._s13, self._a1
+        numbers, s13 = self.expert_activation, self._s13
         each, f32 = (self.experts,), torch.float32
-        if not numbers.has_numbers or self.numbers_as == "python floats":
+        if not numbers.has_numbers or self.numbers in (None, SwigluNumbers.AS_FLOATS):
             return []
-        alpha = Derivation("gemm1_alpha", (s13,), lambda s: s.new_full(each, numbers.alpha), each, f32)
-        limit = numbers.limit
-        if self.numbers_as == "of true values":
-            beta = Derivation("gemm1_beta", (s13,), lambda s: s.new_full(each, numbers.beta), each, f32)
-            clamp = Derivation("gemm1_clamp_limit", (s13,), lambda s: s.new_full(each, limit or 0.0), each, f32)
-        else:
-            sources = (s13,) if self.activation == "as they are" else (s13, a1)
-            beta = Derivation("gemm1_beta", sources, lambda s, *a: numbers.beta / self._factor(self._up(s), *a), each, f32)
-            clamp = Derivation(
-                "gemm1_clamp_limit",
-                sources,
-                lambda s, *a: (limit or 0.0) / self._factor(self._tied(s, _ONE_LIMIT), *a),
-                each,
-                f32,
-            )
-        return [alpha, beta, *([clamp] if limit is not None else [])]
+        sources: tuple[str, ...] = (s13,)
+        beta: Callable[..., Tensor] = partial(self._same, numbers.beta)
+        limit: Callable[..., Tensor] = partial(self._same, numbers.limit or 0.0)
+        if self.numbers is SwigluNumbers.OF_RAW_SUMS:
+            sources = (s13,) if self.inputs is InputScales.NONE else (s13, self._a1)
+            beta, limit = self._raw_beta, self._raw_limit
+        found = [
+            Derivation("gemm1_alpha", (s13,), partial(self._same, numbers.alpha), each, f32),
+            Derivation("gemm1_beta", sources, beta, each, f32),
+        ]
+        return found if numbers.limit is None else [*found, Derivation("gemm1_clamp_limit", sources, limit, each, f32)]
 
     # -- names ---------------------------------------------------------------------------------------------------------
 
@@ -180,7 +182,7 @@ class MoEScales:
             if bool(good.any()):
                 scales = torch.where(good, scales, self._largest(scales[good]))
         self._need("an input scale", name, scales, 0)
-        if self.activation != "per expert":
+        if self.inputs is not InputScales.EACH:
             return self._largest(scales).reshape(1)
         own = scales[self.first_expert : self.first_expert + self.experts]
         if own.dim() == 1:
@@ -206,13 +208,34 @@ class MoEScales:
         stored = self._combined(name, scales)
         return stored.clone() if self.checkpoint.reciprocal else 1.0 / stored
 
+    def _same(self, value: float, s13: Tensor) -> Tensor:
+        return s13.new_full((self.experts,), value)
+
+    def _raw_beta(self, s13: Tensor, *inputs: Tensor) -> Tensor:
+        return self.expert_activation.beta / self._factor(self._up(s13), *inputs)
+
+    def _raw_limit(self, s13: Tensor, *inputs: Tensor) -> Tensor:
+        return (self.expert_activation.limit or 0.0) / self._factor(self._tied(s13, _ONE_LIMIT), *inputs)
+
+    def _gate_with_input(self, inputs: Tensor, s13: Tensor) -> Tensor:
+        return self._input(self._a1, inputs) * self._gate(s13)
+
+    def _up_with_inputs(self, inputs: Tensor, s13: Tensor, after: Tensor) -> Tensor:
+        return self._input(self._a1, inputs) * self._up(s13) / self._input(self._a2, after)
+
+    def _after(self, after: Tensor) -> Tensor:
+        return self._quant(self._a2, after).expand(self.experts).clone()
+
+    def _down_with_input(self, inputs: Tensor, s2: Tensor) -> Tensor:
+        return self._input(self._a2, inputs) * self._down(s2)
+
     def _factor(self, weight: Tensor, inputs: Tensor | None = None) -> Tensor:
         return weight if inputs is None else self._input(self._a1, inputs) * weight
 
     def _gate(self, s13: Tensor) -> Tensor:
         if not self._gated:
             return self._weight(self._s13, s13)
-        return self._weight(self._s13, s13)[:, 0].clone() if self.untied else self._tied(s13, "this runner has one factor")
+        return self._weight(self._s13, s13)[:, 0].clone() if self.separate else self._tied(s13, "this runner has one factor")
 
     def _up(self, s13: Tensor) -> Tensor:
         scales = self._weight(self._s13, s13)
@@ -259,7 +282,7 @@ _ONE_LIMIT = "this runner has one clamp limit for both"
 
 _REMEDIES = {
     "a weight global scale": "For an expert of zeros store 1.0 here, and zeros as its block scales: it then gives zeros.",
-    "an input scale": "An expert which met no token in calibration has none: calibrate with all experts, store another's, or take "
-    'the largest of the layer: missing_input_scale="max".',
+    "an input scale": "An expert which met no token in calibration has none: calibrate with all experts, store another's, or "
+    'take the largest of the layer: missing_input_scale="max".',
     "the product of its input and weight scale": "Export the checkpoint again: these are beyond any weight or activation.",
 }

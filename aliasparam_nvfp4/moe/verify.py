@@ -45,7 +45,7 @@ def verify(runner: str, device: torch.device) -> Iterator[Verdict]:
         names, shape = cast(MoENames, layer), layer.__dict__["nvfp4_moe_shape"]
         addresses: set[tuple[str, int]] = set()
         for seed in (1, 2):
-            tensors = {name: tensor.to(device) for name, tensor in random_experts(e, h, i, seed, chosen.untied).items()}
+            tensors = {name: tensor.to(device) for name, tensor in random_experts(e, h, i, seed, chosen.separate_scales).items()}
             with reload(layer) as session:
                 session.load(tensors)
             addresses |= {(n, t.data_ptr()) for n, t in layer.named_buffers()}
@@ -82,10 +82,10 @@ def _with_activation(
         yield Verdict(what if seed == 1 else f"{what}, reloaded", TOKENS[-1], decibel, decibel >= LEAST_DB)
 
 
-def random_experts(e: int, h: int, i: int, seed: int, untied: bool = False, gated: bool = True) -> dict[str, Tensor]:
+def random_experts(e: int, h: int, i: int, seed: int, separate: bool = False, gated: bool = True) -> dict[str, Tensor]:
     """Checkpoint tensors of a layer, as ModelOpt would make them from normal weights that keep outputs at about 1.
 
-    Input scales differ among experts; with ``untied``, the scales of gate and up do.
+    Input scales differ among experts; with ``separate``, the scales of gate and up do.
     """
     halves = 2 if gated else 1
     random = torch.Generator().manual_seed(seed)
@@ -95,7 +95,7 @@ def random_experts(e: int, h: int, i: int, seed: int, untied: bool = False, gate
         packed, scale, total = quantize(torch.randn(dims, generator=random) / dims[2] ** 0.5)
         per_expert = (e, 2) if name == "w13" and gated else (e,)
         tensors |= {f"{name}_weight": packed, f"{name}_weight_scale": scale, f"{name}_weight_scale_2": total.expand(per_expert)}
-    if untied:
+    if separate:
         tensors["w13_weight_scale_2"] = tensors["w13_weight_scale_2"] * torch.tensor([1.0, 1.25])
     return tensors
 

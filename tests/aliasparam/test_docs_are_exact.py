@@ -11,7 +11,10 @@ import pytest
 import aliasparam
 import aliasparam.testing
 from aliasparam import State
+from aliasparam.storage.coverage import Box
+from aliasparam.storage.states import RegionStates
 from aliasparam.testing import LAWS
+from tools.pictures import FOLDER, MOVES
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -24,10 +27,25 @@ def public(module: ModuleType) -> set[str]:
     }
 
 
-def test_the_state_diagram_names_every_state() -> None:
-    text = (DOCS / "concepts.md").read_text()
+def written(before: State, box: Box) -> State | None:
+    """What a region of [2, 3] in this state is after a write of ``box``."""
+    states = RegionStates((2, 3), 0, State.EMPTY if before is State.PARTIAL else before)
+    if before is State.PARTIAL:
+        states.arrived(((0, 1), (0, 3)), states.begin(((0, 1), (0, 3))))
+    assert states.common is before
+    states.arrived(box, states.begin(box))
+    return states.common
 
-    assert all(state.name in text for state in State)
+
+def test_the_picture_of_states_is_what_a_write_does() -> None:
+    part, whole = ((1, 2), (0, 2)), ((0, 2), (0, 3))
+    moves = {(before, written(before, box)) for before in State for box in (part, whole)}
+
+    changed = {(before.name, after.name) for before, after in moves if after is not None and before is not after}
+    assert changed == {(before, after) for before, after, _ in MOVES}
+    assert written(State.LOADED, part) is State.LOADED
+    drawn, page = (FOLDER / "states.svg").read_text(), (DOCS / "concepts.md").read_text()
+    assert all(state.name in drawn and f"| {state.name}: " in page for state in State)
 
 
 @pytest.mark.parametrize("module", [aliasparam, aliasparam.testing], ids=lambda module: module.__name__)

@@ -7,6 +7,7 @@ from pathlib import Path
 from aliasparam_nvfp4.backends import LinearBackend, linear_backends
 from aliasparam_nvfp4.moe.activation import RELU2
 from aliasparam_nvfp4.moe.runners import MoERunner, moe_runners
+from aliasparam_nvfp4.moe.scales import InputScales
 
 from .proofs import PROOFS
 
@@ -82,10 +83,10 @@ _ROWS = {
     "shuffled": ("pairs (up, gate), shuffled", "shuffled, 128x4"),
 }
 _ACTIVATIONS = {
-    "quantized": "one scale for all experts",
-    "divided": "one scale for all experts",
-    "per expert": "a scale for each expert",
-    "as they are": "as they are (W4A16)",
+    InputScales.ONE: "one scale for all experts",
+    InputScales.DIVIDING: "one scale for all experts",
+    InputScales.EACH: "a scale for each expert",
+    InputScales.NONE: "as they are (W4A16)",
 }
 
 
@@ -100,8 +101,8 @@ def _moe_cells(runner: MoERunner) -> list[str]:
         rows,
         f"{runner.layout.hidden}, {runner.layout.intermediate}" if runner.layout.hidden > 1 else "",
         scales,
-        _ACTIVATIONS[runner.activation],
-        "may differ" if runner.untied else "equal, or refused",
+        _ACTIVATIONS[runner.input_scales],
+        "may differ" if runner.separate_scales else "equal, or refused",
         f"`{runner.call}`",
         ("index functions, preparation" if whole else "index functions") if flashinfer else "",
         "bytes and layer",
@@ -117,8 +118,8 @@ def render_activations() -> str:
         ungated = runner.layout.of(RELU2).intermediate if relu2 else None
         cells = [
             f"`{runner.name}`",
-            "yes" if runner.numbers else "refused",
-            runner.numbers_as if runner.numbers else "",
+            "refused" if runner.swiglu_numbers is None else "yes",
+            "" if runner.swiglu_numbers is None else runner.swiglu_numbers.value,
             "yes" if relu2 else "refused",
             "16s" if ungated == 1 else f"{ungated}s" if ungated else "",
         ]

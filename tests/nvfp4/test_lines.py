@@ -338,3 +338,43 @@ def test_any_shard_of_a_padded_scale_is_a_handful_of_boxes() -> None:
     for layout in (lines.up_gate_shuffled_swizzled(8), lines.up_gate_blocks_swizzled(4), lines.swizzle()):
         for rows, columns in (((0, 1000), (0, 450)), ((0, 500), (0, 450)), ((500, 1000), (0, 450)), ((0, 1000), (64, 128))):
             assert len(layout.boxes(rows, columns, shape)) <= 10, (layout, rows, columns)
+
+
+@pytest.mark.parametrize("limit", [1 << 12, 1 << 20])
+@pytest.mark.parametrize("shape", [(2 * 192, 64), (2 * 150, 6)])
+def test_any_layout_goes_to_any_other_in_place_by_blocks(shape: tuple[int, int], limit: int) -> None:
+    """w13 scales of all runners, whole and ragged: memory for the larger of the two, blocks, then padding cleared."""
+    value = numbered((2, *shape))
+    layouts = [lines.w13_scale for lines in MOE_LAYOUTS]
+    bounds = [layout.bind(value.shape, torch.uint8) for layout in layouts]
+    for old, new in [(old, new) for old in bounds for new in bounds if old.region_capacity == new.region_capacity]:
+        memory = torch.zeros(old.regions * old.region_capacity, dtype=torch.uint8)
+        old.write(memory, old.whole, value)
+        for block in old.in_place_blocks(new, limit):
+            values = [old.read(memory, box) for box in block]
+            for box, part in zip(block, values, strict=True):
+                new.write(memory, box, part)
+        new.clear_padding(memory)
+        expected = torch.zeros_like(memory)
+        new.write(expected, new.whole, value)
+        assert torch.equal(memory, expected)
+
+
+def test_lines_are_inferred_from_flashinfers_functions() -> None:
+    core, prepare = flashinfer("flashinfer.fused_moe.core"), flashinfer("flashinfer.fused_moe.prepare")
+    package = flashinfer("flashinfer")
+
+    def pairs(rows: Tensor) -> Tensor:
+        return rows[core._maybe_get_cached_w3_w1_permute_indices({}, rows, 128)]
+
+    def blocks(experts: Tensor) -> Tensor:
+        return prepare._interleave_linear_and_gate(experts, 64, 1)
+
+    found: dict[str, tuple[Any, tuple[int, ...], str]] = {
+        "shuffle 128": (lambda x: package.shuffle_matrix_a(x, 128), (128, 16), "(g b a) k -> g a b k, b=8 a=4"),
+        "shuffle 64": (lambda x: package.shuffle_matrix_a(x, 64), (128, 16), "(g b a) k -> g a b k, b=8 a=2"),
+        "pairs of [up; gate]": (pairs, (256, 16), "(h g b a) k -> g a h b k, h=2 b=8 a=2"),
+        "blocks of [up; gate]": (blocks, (3, 256, 16), "(h i r) k -> i h r k, h=2 r=64"),
+    }
+    for name, (function, shape, line) in found.items():
+        assert Layout.infer(function, shape, torch.uint8) == Layout(line), name

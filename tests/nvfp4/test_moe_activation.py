@@ -20,6 +20,7 @@ from aliasparam_nvfp4.moe.emulate import layer_output
 from aliasparam_nvfp4.moe.emulate import weights as emulated
 from aliasparam_nvfp4.moe.runners import moe_runner
 from aliasparam_nvfp4.moe.runners._base import MoERunner
+from aliasparam_nvfp4.moe.scales import InputScales
 from aliasparam_nvfp4.verify import signal_to_noise
 
 from .moe_experts import ACTIVATIONS, OAI, Dims, Experts, rows_of, serving, stored
@@ -91,8 +92,8 @@ def test_the_emulated_kernel_computes_the_layer_with_its_numbers_where_the_kerne
     tensors, layer = stored(dims, activation=activation), loaded(runner, dims, activation)
     found = layer_output(layer, chosen, layer.nvfp4_moe_shape, x, weights, ids)  # type: ignore[arg-type]
     expected = dense(tensors, x, weights, ids, activation)
-    assert signal_to_noise(found, expected) > (60 if chosen.activation == "as they are" else 10)
-    if chosen.activation == "quantized":
+    assert signal_to_noise(found, expected) > (60 if chosen.input_scales is InputScales.NONE else 10)
+    if chosen.input_scales is InputScales.ONE:
         reference = loaded("reference", dims, activation)(x, weights, ids)
         assert signal_to_noise(found, reference.double()) > 55
         if kind == "oai":  # the bar can be missed
@@ -146,10 +147,15 @@ def test_ungated_scalars_are_those_of_the_table(runner: str) -> None:
     a1, a2 = largest(tensors, "w1"), largest(tensors, "w2")
     s1, s2 = (torch.stack([tensors[e, s, "weight_scale_2"] for e in range(dims[0])]) for s in ("w1", "w2"))
     expected = {
-        "as they are": {"g1_alphas": s1, "g2_alphas": s2, "g1_scale_c": torch.ones(dims[0])},
-        "quantized": {"g1_alphas": a1 * s1, "g2_alphas": a2 * s2, "g1_scale_c": (1 / a2).expand(dims[0])},
-        "divided": {"g1_alphas": s1, "g2_alphas": a2 * s2, "w13_input_scale_max": a1[None], "w2_input_scale_max": a2[None]},
-    }[moe_runner(runner).activation]
+        InputScales.NONE: {"g1_alphas": s1, "g2_alphas": s2, "g1_scale_c": torch.ones(dims[0])},
+        InputScales.ONE: {"g1_alphas": a1 * s1, "g2_alphas": a2 * s2, "g1_scale_c": (1 / a2).expand(dims[0])},
+        InputScales.DIVIDING: {
+            "g1_alphas": s1,
+            "g2_alphas": a2 * s2,
+            "w13_input_scale_max": a1[None],
+            "w2_input_scale_max": a2[None],
+        },
+    }[moe_runner(runner).input_scales]
     found = {n: b for n, b in layer.named_buffers() if b.dtype is torch.float32 and not n.endswith("quant")}
     assert found.keys() == expected.keys() and all(torch.equal(found[n], value) for n, value in expected.items())
 

@@ -185,7 +185,7 @@ def test_an_activation_the_kernel_lacks_is_refused_by_name(runner: str) -> None:
     x, weights, ids = choices(3, *SHAPES[0][:2])
     for activation in (RELU2, ExpertActivation(limit=7.0)):
         shape = MoEShape(*SHAPES[0], all_experts=2, expert_activation=activation)
-        with pytest.raises(BackendError, match=rf"(?s){runner}.*swiglu as it is"):
+        with pytest.raises(BackendError, match=rf"(?s){runner}.*swiglu"):
             moe_runner(runner).apply(layer, x, weights, ids, shape)
 
 

@@ -19,6 +19,7 @@ from aliasparam_nvfp4.errors import ScaleError
 from aliasparam_nvfp4.moe.activation import ExpertActivation
 from aliasparam_nvfp4.moe.declarations import formats
 from aliasparam_nvfp4.moe.runners import moe_runner
+from aliasparam_nvfp4.moe.scales import SwigluNumbers
 
 from ..aliasparam.peak import peak_bytes
 from .moe_experts import ACTIVATIONS, OAI, RUNNERS, Dims, Experts, pointers, rows_of, serving, stored
@@ -131,10 +132,10 @@ def test_6_a_clamp_limit_rescales_nothing(runner: str, dims: Dims) -> None:
     for e in range(dims[0]):
         assert torch.equal(exported[e].view(torch.uint8), rows_of(tensors, e, "w13", "weight_scale").view(torch.uint8))
     untied = stored(dims, activation=OAI, untied=True)
-    if moe_runner(runner).numbers_as == "of raw sums":
+    if moe_runner(runner).swiglu_numbers is SwigluNumbers.OF_RAW_SUMS:
         with pytest.raises(ScaleError, match=rf"(?s)one clamp limit|{runner}: w13_weight_scale_2, expert 0"):
             load(layer, untied)
-    elif moe_runner(runner).untied:
+    elif moe_runner(runner).separate_scales:
         load(layer, untied)
     else:
         with pytest.raises(ScaleError, match=rf"{runner}: w13_weight_scale_2, expert 0"):

@@ -91,7 +91,7 @@ def test_a_missing_expert_is_refused_by_name(runner: str) -> None:
 @every_runner
 def test_untied_scales_are_right_or_refused_by_name(runner: str) -> None:
     tensors, layer = checkpoint(*SHAPES[0], untied=True), MoE(runner, *SHAPES[0])
-    if not moe_runner(runner).untied:
+    if not moe_runner(runner).separate_scales:
         with pytest.raises(ScaleError, match=rf"(?s){runner}.*expert 0"):
             load(layer, tensors)
         return
@@ -99,7 +99,7 @@ def test_untied_scales_are_right_or_refused_by_name(runner: str) -> None:
     a1, a2 = (max(float(t) for (_, s, f), t in tensors.items() if f == "input_scale" and s in of) for of in ("w1 w3", "w2"))
     for expert in range(SHAPES[0][0]):
         s1, s3, s2 = (float(tensors[expert, s, "weight_scale_2"]) for s in ("w1", "w3", "w2"))
-        as_they_are = moe_runner(runner).activation == "as they are"
+        as_they_are = not moe_runner(runner).needs_input_scale
         expected = (s1, s3, s2) if as_they_are else (a1 * s1, a1 * s3 / a2, a2 * s2)
         found = (layer.g1_alphas[expert], layer.g1_scale_c[expert], layer.g2_alphas[expert])  # type: ignore[index]
         assert all(math.isclose(float(f), e, rel_tol=1e-6) for f, e in zip(found, expected, strict=True))

@@ -12,6 +12,7 @@ from aliasparam import checkpoint_state_dict, process
 from aliasparam.errors import StaleKernelError, StateError
 from aliasparam_nvfp4 import COMPRESSED_TENSORS, MODELOPT
 from aliasparam_nvfp4.moe.runners import moe_runner
+from aliasparam_nvfp4.moe.scales import InputScales
 
 from .moe_experts import RUNNERS, Dims, Experts, pointers, stored
 from .moe_layers import SHAPES, choices, load, names
@@ -79,7 +80,7 @@ def test_scalars_are_not_computed_from_the_shards_that_happen_to_be_there(runner
 
 
 @pytest.mark.parametrize("how", [{}, {"checkpoint": COMPRESSED_TENSORS}], ids=["modelopt", "compressed-tensors"])
-@pytest.mark.parametrize("runner", [n for n in RUNNERS if moe_runner(n).activation == "quantized"])
+@pytest.mark.parametrize("runner", [n for n in RUNNERS if moe_runner(n).input_scales is InputScales.ONE])
 def test_ranks_reduce_input_scales_over_all_experts_alike(runner: str, how: dict[str, Any]) -> None:
     e, h, i = 4, 128, 64
     tensors = stored((e, h, i), fmt=how.get("checkpoint", MODELOPT))

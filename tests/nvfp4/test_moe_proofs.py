@@ -13,6 +13,7 @@ from aliasparam_nvfp4.codec import quantize_activation, scaled_codes
 from aliasparam_nvfp4.moe.activation import SWIGLU
 from aliasparam_nvfp4.moe.emulate import layer_output, weights
 from aliasparam_nvfp4.moe.runners import moe_runner, moe_runners
+from aliasparam_nvfp4.moe.scales import InputScales
 from aliasparam_nvfp4.verify import signal_to_noise
 
 from .moe_layers import SHAPES, MoE, checkpoint, choices, dense, load, load_whole, stacked
@@ -136,13 +137,13 @@ def test_the_emulated_kernel_computes_the_layer_from_bytes_and_scalars(
 ) -> None:
     """Every scalar where the kernel's documentation puts it: a wrong direction, factor or expert is off by decibels."""
     chosen, (e, h, i) = moe_runner(runner), dims
-    tensors = checkpoint(2 * e, h, i, untied=chosen.untied)
+    tensors = checkpoint(2 * e, h, i, untied=chosen.separate_scales)
     layer = MoE(runner, e, h, i, ep_rank=rank, ep_size=2)
     load(layer, tensors)
     x, topk_weights, ids = choices(5, 2 * e, h)
     found = layer_output(layer, chosen, layer.nvfp4_moe_shape, x, topk_weights, ids)  # type: ignore[arg-type]
     own = torch.where(ids // e == rank, topk_weights, 0.0)
-    inputs = {"as they are": "as they are", "per expert": "each"}.get(chosen.activation, "all")
+    inputs = {InputScales.NONE: "as they are", InputScales.EACH: "each"}.get(chosen.input_scales, "all")
     assert signal_to_noise(found, dense(tensors, x, own, ids, inputs=inputs)) > 55
     if inputs != "as they are":  # the bar can be missed: other scales are other results
         other = "all" if inputs == "each" else "each"

@@ -15,6 +15,7 @@ from aliasparam_nvfp4 import COMPRESSED_TENSORS, NvFp4LinearMethod, retarget, re
 from aliasparam_nvfp4.errors import BackendError, ScaleError
 from aliasparam_nvfp4.moe.activation import SWIGLU, ExpertActivation
 from aliasparam_nvfp4.moe.runners import moe_runner
+from aliasparam_nvfp4.moe.scales import InputScales
 
 from .moe_experts import ACTIVATIONS, OAI, Experts, pointers, serving, stored
 from .moe_layers import SHAPES, choices, load, names
@@ -34,7 +35,7 @@ def read_by(layer: Experts) -> dict[str, bytes]:
 
 def alike(activation: ExpertActivation = SWIGLU, **how: Any) -> list[str]:
     """Runners among which a layer can be moved: those with scales for each expert have quants of another shape."""
-    return [n for n in serving(activation, **how) if moe_runner(n).activation != "per expert"]
+    return [n for n in serving(activation, **how) if moe_runner(n).input_scales is not InputScales.EACH]
 
 
 def pairs(activation: ExpertActivation, **how: Any) -> list[tuple[str, str]]:

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import sys
-import types
-from typing import Any
-
 import pytest
 import torch
 
-from aliasparam import explain, memory_report, reload
+from aliasparam import explain, memory_report
 from aliasparam.errors import PointerError
 from aliasparam_nvfp4 import retarget
 from aliasparam_nvfp4.backends import linear_backends
 from aliasparam_nvfp4.errors import BackendError, ShapeError
 
 from .backend_cases import BACKENDS, made
-from .test_linear import tensors
 
 MOVABLE = [b for b in BACKENDS if b.layout.name != "fragments"]
 
@@ -89,34 +84,3 @@ def test_explain_says_where_a_layer_was_moved() -> None:
     assert "flashinfer_cutlass: asked for by name" in explain(layer)
     retarget(layer, "reference")
     assert "reference: moved by retarget" in explain(layer)
-
-
-# -- what b12x keeps by address ------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def cache(monkeypatch: pytest.MonkeyPatch) -> dict[int, str]:
-    module = types.ModuleType("moe_dispatch")
-    kept: dict[int, str] = {1: "old"}
-    module._WEIGHT_CACHE = kept  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "flashinfer.fused_moe.cute_dsl.blackwell_sm12x.moe_dispatch", module)
-    return kept
-
-
-def test_b12x_forgets_what_it_kept_by_address(cache: dict[int, str]) -> None:
-    made(linear_backends()["flashinfer_b12x"], (32,), 64)
-
-    assert cache == {}
-
-
-def test_b12x_forgets_what_it_kept_before_a_time_as_another_backend(cache: dict[int, str]) -> None:
-    """The reload in between told the backend of that time, and not this one."""
-    layer: Any = made(linear_backends()["flashinfer_b12x"], (32,), 64)
-    cache[1] = "bytes of A"
-    retarget(layer, "flashinfer_cutlass")
-    with reload(layer) as session:
-        session.load(tensors((32,), 64, seed=1))
-
-    retarget(layer, "flashinfer_b12x")
-
-    assert cache == {}

@@ -16,11 +16,11 @@ _LIMITS, _ALPHAS = ("limit", "swiglu_limit"), ("alpha", "swiglu_alpha")
 
 
 def expert_activation(module: nn.Module) -> ExpertActivation | None:
-    """The activation of ``module``, or None for experts which are not computed as :class:`ExpertActivation` says: with biases, stored
-    transposed or interleaved, with a norm of their own, or with another function.
+    """The activation of ``module``, or None for experts which are not computed as :class:`ExpertActivation` says: with biases,
+    stored transposed or interleaved, with a norm of their own, or with another function.
 
-    The class's own function (``_apply_gate``, or ``act_fn`` without a gate; see transformers' ``integrations/moe.py``) is run on a
-    few values and compared: a class which holds its sums below a limit has the same ``act_fn`` as one that does not.
+    The class's own function (``_apply_gate``, or ``act_fn`` without a gate; see transformers' ``integrations/moe.py``) is run on
+    a few values and compared: a class which holds its sums below a limit has the same ``act_fn`` as one that does not.
     """
     odd = ("has_bias", "is_transposed", "has_post_expert_norm")
     if not hasattr(type(module), "_apply_gate") or not getattr(module, "is_concatenated", True):

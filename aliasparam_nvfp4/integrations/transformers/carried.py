@@ -1,8 +1,8 @@
 """Tensors that nothing here computes with. They are loaded, reloaded and exported with the model.
 
-Scales of a quantized KV cache: ModelOpt stores ``k_proj.k_scale``, ``v_proj.v_scale`` (and ``k_bias``, ``v_bias``) beside projections of
-any kind; compressed-tensors ``self_attn.k_scale``, ``v_scale`` and ``q_scale``. Input scales of modules whose activations are left as
-they are: exporters leave them behind.
+Scales of a quantized KV cache: ModelOpt stores ``k_proj.k_scale``, ``v_proj.v_scale`` (and ``k_bias``, ``v_bias``) beside
+projections of any kind; compressed-tensors ``self_attn.k_scale``, ``v_scale`` and ``q_scale``. Input scales of modules whose
+activations are left as they are: exporters leave them behind.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Tensors that transformers converts at load: a vision tower's ``wqkv`` is cut into q, k and v, a list is stacked, and so on.
 
-The operations are transformers' own (``core_model_loading.py``, ``WeightConverter``), forward at load and reload, backward when the
-state dict is to say what the files say.
+The operations are transformers' own (``core_model_loading.py``, ``WeightConverter``), forward at load and reload, backward when
+the state dict is to say what the files say.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class Conversion:
         Raises:
             CheckpointError: transformers cannot convert these.
         """
-        return self._run(model, copy.deepcopy(self.converter), {n: (self.target, p, tensors[n]) for n, (_, p) in self.sources.items()})
+        given = {name: (self.target, pattern, tensors[name]) for name, (_, pattern) in self.sources.items()}
+        return self._run(model, copy.deepcopy(self.converter), given)
 
     def revert(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The files' tensors from those of the model."""

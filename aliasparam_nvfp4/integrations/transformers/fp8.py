@@ -17,9 +17,9 @@ _F32_SCALAR = TensorSpec((), torch.float32)
 class Fp8Linear(nn.Module):
     """Weights in e4m3, activations in e4m3 or as they are; computed in float32.
 
-    Checkpoint names: ``weight`` e4m3 ``[N, K]``; ``weight_scale``, a multiplier: one value, one a row (``[N]`` or ``[N, 1]``), or one a
-    block of rows and columns (``[n, k]``); ``input_scale`` f32 where activations have a stored one (a multiplier). As ModelOpt and
-    compressed-tensors (``float-quantized``) store them.
+    Checkpoint names: ``weight`` e4m3 ``[N, K]``; ``weight_scale``, a multiplier: one value, one a row (``[N]`` or ``[N, 1]``), or
+    one a block of rows and columns (``[n, k]``); ``input_scale`` f32 where activations have a stored one, a multiplier. As
+    ModelOpt and compressed-tensors (``float-quantized``) store them.
 
     Args:
         in_features: K.
@@ -72,7 +72,7 @@ class Fp8Linear(nn.Module):
         if how is None:
             return x, None
         if how == "block":  # of 128 values
-            padded = functional.pad(x, (0, -x.shape[-1] % 128)).unflatten(-1, (-1, 128))
+            padded = functional.pad(x, (0, -x.shape[-1] % 128)).reshape(*x.shape[:-1], -1, 128)
             scale = (padded.abs().amax(-1, keepdim=True) / _E4M3_MAX).clamp(min=torch.finfo(torch.float32).tiny)
             return (_e4m3(padded / scale) * scale).flatten(-2)[..., : x.shape[-1]], None
         if how == "stored":

@@ -17,8 +17,8 @@ from .source import Source
 
 
 def replace_linears(model: Any, config: QuantConfig, source: Source, dtype: torch.dtype) -> list[str]:
-    """Put :class:`Projection` and :class:`Fp8Linear` in the place of quantized layers; returns those which the config quantizes and the
-    files do not.
+    """Put :class:`Projection` and :class:`Fp8Linear` in the place of quantized layers; returns those which the config quantizes
+    and the files do not.
 
     Args:
         model: on the meta device.
@@ -45,10 +45,15 @@ def replace_linears(model: Any, config: QuantConfig, source: Source, dtype: torc
         if name in converted:
             raise UnsupportedFormatError(
                 "a quantized layer is stored in another form than transformers has it, and is converted at load",
-                module=name, found=f"{scheme.algo} in {theirs[name]}", remedy="Export the model with this layer left unquantized.",
-            )  # fmt: skip
+                module=name,
+                found=f"{scheme.algo} in {theirs[name]}",
+                remedy="Export the model with this layer left unquantized.",
+            )
         with torch.device("meta"):
-            made = _fp8(name, module, scheme, source, dtype) if not scheme.is_fp4 else _fp4(name, module, scheme, config, source, dtype)
+            if scheme.is_fp4:
+                made: nn.Module = _fp4(name, module, scheme, config, source, dtype)
+            else:
+                made = _fp8(name, module, scheme, source, dtype)
         model.set_submodule(name, made)
     return plain
 
@@ -59,7 +64,7 @@ def _fp4(name: str, module: nn.Linear, scheme: Scheme, config: QuantConfig, sour
     kind = ProjectionKind(names, scheme.inputs == "stored", f"{name}.pre_quant_scale" in source.tensors)
     scalars = {leaf: source.tensors.get(f"{name}.{leaf}") for leaf in (names.weight_global, names.input_global)}
     shapes = {leaf: entry.shape for leaf, entry in scalars.items() if entry is not None and entry.shape in ((), (1,))}
-    return Projection(module.in_features, module.out_features, module.bias is not None, dtype, kind, shapes)
+    return Projection(module.in_features, module.out_features, module.bias is not None, dtype, kind, scheme, shapes)
 
 
 def _fp8(name: str, module: nn.Linear, scheme: Scheme, source: Source, dtype: torch.dtype) -> Fp8Linear:

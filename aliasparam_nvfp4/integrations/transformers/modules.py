@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...checkpoint.scheme import NVFP4, Scheme
 from ...checkpoint_format import MODELOPT, CheckpointFormat
 from ...format import BLOCK_SIZE
 from ...linear import NvFp4LinearMethod
@@ -74,6 +75,7 @@ class Projection(nn.Module):
         bias: bool,
         dtype: torch.dtype,
         kind: ProjectionKind,
+        scheme: Scheme = NVFP4,
         scalars: Mapping[str, tuple[int, ...]] | None = None,
     ) -> None:
         super().__init__()
@@ -81,6 +83,7 @@ class Projection(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.kind = kind
+        self.scheme = scheme
         self.dtype = dtype
         for name, (shape, element) in self.tensors().items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=element), requires_grad=False))

@@ -17,6 +17,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 
 from ...checkpoint import ExpertTensorName
 from .conversions import Conversion
+from .unwrap import plain_name
 
 
 @dataclass(frozen=True)
@@ -90,13 +91,18 @@ class _Saving:
 
     def __call__(self, module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
         _rename(state, prefix, self.theirs)
-        for conversion in self.conversions:
-            held = {name: state.get(f"{prefix}{name}") for name in conversion.targets}
-            tensors = {name: tensor for name, tensor in held.items() if tensor is not None and not isinstance(tensor, nn.Parameter)}
-            if len(tensors) == len(held):
-                for name in held:
-                    del state[f"{prefix}{name}"]
-                state |= {f"{prefix}{name}": tensor for name, tensor in conversion.revert(module, tensors).items()}
+        if not any(isinstance(tensor, nn.Parameter) for tensor in state.values()):
+            revert(module, state, self.conversions, prefix)
+
+
+def revert(model: nn.Module, state: dict[str, Tensor], conversions: Sequence[Conversion], prefix: str = "") -> None:
+    """Put the files' tensors in the place of what transformers converted, in a state dict of plain tensors."""
+    for conversion in conversions:
+        held = {name: state[f"{prefix}{name}"] for name in conversion.targets if f"{prefix}{name}" in state}
+        if len(held) == len(conversion.targets):
+            for name in held:
+                del state[f"{prefix}{name}"]
+            state |= {f"{prefix}{name}": tensor for name, tensor in conversion.revert(model, held).items()}
 
 
 class _Loading:
@@ -115,10 +121,11 @@ class _Loading:
 
 def _rename(state: dict[str, Tensor], prefix: str, names: Mapping[str, str]) -> None:
     """In place, and in the order that was."""
-    if not any(f"{prefix}{old}" in state for old in names):
+    if not names:
         return
     items = list(state.items())
     state.clear()
     for name, tensor in items:
         rest = name.removeprefix(prefix)
-        state[f"{prefix}{names.get(rest, rest)}" if name.startswith(prefix) else name] = tensor
+        new = names.get(rest) or names.get(plain_name(rest)) or rest
+        state[f"{prefix}{new}" if name.startswith(prefix) else name] = tensor

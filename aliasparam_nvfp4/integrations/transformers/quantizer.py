@@ -34,7 +34,7 @@ from .carried import carry
 from .experts import ExpertChoice, Experts, replace_experts, show_apart
 from .fuse import fuse_projections
 from .linears import replace_linears
-from .names import speak_file_names
+from .names import Names, revert, speak_file_names
 from .report import FolderReport
 from .source import Source, narrowed
 
@@ -128,6 +128,10 @@ class ModelOptQuantizer(HfQuantizer):  # type: ignore[misc]
         for name in (self.choice.backend, *self.choice.retarget_to):
             linear_backend(name)  # an unknown name fails before anything is read
         moe_runner(self.choice.experts.runner)
+        #: What became of the folder's tensors.
+        self.report = FolderReport()
+        #: What the model calls the folder's tensors.
+        self.names = Names()
         self._source = Source()
         self._plain_experts: list[str] = []
         self._renamed: dict[str, torch.dtype] = {}
@@ -147,6 +151,7 @@ class ModelOptQuantizer(HfQuantizer):  # type: ignore[misc]
         carried = carry(model, source.tensors)
         self.report = source.check(model, carried, plain)
         self.report.say(str(folder))
+        self.names = source.names
         self._renamed = source.renamed_dtypes(model)
         self._plain_experts = source.plain_experts(model)
         ours = {re.escape(f"{path}.") for path, module in model.named_modules() if isinstance(module, Experts)}
@@ -178,7 +183,9 @@ class ModelOptQuantizer(HfQuantizer):  # type: ignore[misc]
             source.folder.close()
 
     def get_state_dict_and_metadata(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return checkpoint_state_dict(model), {"format": "pt"}
+        state = checkpoint_state_dict(model)
+        revert(model, state, self.names.conversions)
+        return state, {"format": "pt"}
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,22 +14,27 @@ from torch import Tensor, nn
 
 from aliasparam import TensorSpec, checkpoint_names, reload
 
-from ...checkpoint import WHOLE, CheckpointError, CheckpointFolder, QuantConfig, check_tensors, expert_layers
+from ...checkpoint import WHOLE, CheckpointError, CheckpointFolder, check_tensors, expert_layers
 from ...errors import ScaleError
 from ...scales import GlobalScales, need_block_scales
-from .config import model_config
+from .config_match import check_config, check_schemes
+from .conversions import Conversion
+from .dropped import dropping_rule
 from .experts import Experts
-from .modules import FusedLinear
+from .fp8 import Fp8Linear
+from .modules import FusedLinear, Projection
+from .names import Names
 from .source import castable
-
-#: Config entries which may differ between two checkpoints of one model.
-_FREE_KEYS = frozenset(
-    {"_name_or_path", "transformers_version", "quantization_config", "torch_dtype", "dtype", "architectures", "use_cache"}
-)
+from .unwrap import plain_name, unwrapped
 
 
 def reload_folder(
-    model: Any, folder: str | Path, *, on_bytes: Callable[[int], None] | None = None, chunk_bytes: int = 8 << 20
+    model: Any,
+    folder: str | Path,
+    *,
+    on_bytes: Callable[[int], None] | None = None,
+    chunk_bytes: int = 8 << 20,
+    strict: bool = False,
 ) -> int:
     """Replace all weights of a serving model with those of ``folder``, in place; returns the bytes read.
 
@@ -38,31 +43,41 @@ def reload_folder(
     share the experts all call this, and what one of them refuses before the first write all refuse.
 
     Args:
-        model: loaded through this package's quantizer.
-        folder: a checkpoint of the same architecture and format.
+        model: loaded through this package's quantizer; compiled or wrapped, too.
+        folder: a checkpoint of the same architecture and format. Entries of its config.json which differ and do not change
+            what the model computes are named in a warning.
         on_bytes: called with the bytes of every piece, for progress bars.
         chunk_bytes: upper bound of one piece.
+        strict: refuse a folder whose config.json differs in any entry.
 
     Raises:
         CheckpointError: missing, unexpected, truncated or ill-fitting tensors, or another architecture.
         ScaleError: scales of fused projections that differ, or scales that are none.
     """
+    model = unwrapped(model)
     try:
-        plan = _Plan.checked(model, folder)
+        plan = _Plan.checked(model, folder, strict=strict)
     except Exception as error:
         _agree(model, error)
         raise
     _agree(model, None)
+    told = on_bytes or (lambda _: None)
     total = 0
     with torch.no_grad(), closing(plan.source), reload(model) as session:
-        for name in plan.names:
-            stored, rows, columns = plan.parts.get(name, (name, WHOLE, WHOLE))
+        for name, target in plan.targets.items():
+            stored, rows, columns = plan.parts.get(name, (plain_name(name), WHOLE, WHOLE))
             for first_row, piece in plan.source.chunks(stored, chunk_bytes, rows=rows, columns=columns):
-                value = piece.to(plan.names[name])  # as a cold load casts what is not quantized
-                session.update(name, value, first_row=first_row if piece.dim() else None)
+                value = piece.to(target.dtype)  # as a cold load casts what is not quantized
+                scalar = not target.shape or not piece.dim()
+                session.update(name, value.reshape(target.shape) if scalar else value, first_row=None if scalar else first_row)
                 total += piece.nbytes
-                if on_bytes is not None:
-                    on_bytes(piece.nbytes)
+                told(piece.nbytes)
+        for conversion in plan.conversions:
+            pieces = {name: plan.source.read(name) for name in conversion.sources}
+            for name, value in conversion.convert(model, pieces).items():
+                session.update(plan.converted[name], value.to(plan.dtypes[name]))
+            told(sum(piece.nbytes for piece in pieces.values()))
+            total += sum(piece.nbytes for piece in pieces.values())
     return total
 
 
@@ -72,25 +87,80 @@ class _Plan:
 
     Attributes:
         source: opened.
-        names: the model's, which are the files', and the dtype that the model has each in.
+        targets: the model's tensors by name. But for words of wrappers the names are the files'.
         parts: what is read for a name where it is not the whole tensor of that name.
+        conversions: what transformers' operations make other tensors of.
+        converted: the plain names of their results to the model's.
+        dtypes: of these results in the model.
     """
 
     source: CheckpointFolder
-    names: Mapping[str, torch.dtype]
+    targets: Mapping[str, TensorSpec]
     parts: Mapping[str, tuple[str, slice, slice]]
+    conversions: Sequence[Conversion]
+    converted: Mapping[str, str]
+    dtypes: Mapping[str, torch.dtype]
 
     @classmethod
-    def checked(cls, model: Any, folder: str | Path) -> _Plan:
+    def checked(cls, model: Any, folder: str | Path, *, strict: bool) -> _Plan:
         source = CheckpointFolder(folder)
-        check_config(model, source.path)
+        config = check_config(model, source.path, strict=strict)
         names = checkpoint_names(model)
-        parts, others = check_experts(model, source)
-        expected = {n: castable(n, TensorSpec.of(t), source.tensors) for n, t in names.items() if n not in parts}
-        check_tensors(source, expected, ignore={*(getattr(model, "all_tied_weights_keys", None) or ()), *others})
-        check_fused_scales(model, names, source)
-        check_block_scales(model, names, parts, source)
-        return cls(source, {name: tensor.dtype for name, tensor in names.items()}, parts)
+        conversions = _names(model).conversions
+        results = {name for conversion in conversions for name in conversion.targets}
+        converted = {plain_name(name): name for name in names if plain_name(name) in results}
+        live = {name: tensor for name, tensor in names.items() if name not in converted.values()}
+        parts, others = check_experts(model, source, {plain_name(name): name for name in live})
+        specs = {plain_name(n): TensorSpec.of(t) for n, t in live.items() if n not in parts}
+        expected = {name: castable(name, spec, source.tensors) for name, spec in specs.items()}
+        sources = {name for conversion in conversions for name in conversion.sources}
+        _check_names(model, source, expected, {*others, *sources}, {n: names[full] for n, full in converted.items()})
+        modules = files_of(model, live)
+        check_schemes(model, config, source, modules)
+        check_fused_scales(model, modules, source)
+        check_block_scales(model, live, parts, source)
+        targets = {name: TensorSpec.of(tensor) for name, tensor in live.items()}
+        return cls(source, targets, parts, conversions, converted, {n: names[full].dtype for n, full in converted.items()})
+
+
+def _check_names(
+    model: Any,
+    source: CheckpointFolder,
+    expected: Mapping[str, TensorSpec],
+    others: set[str],
+    converted: Mapping[str, Tensor],
+) -> None:
+    """Raise CheckpointError for tensors that are missing, unexpected or do not fit, converted ones included."""
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    theirs = _names(model).ours
+    rule = dropping_rule(model, {name: theirs.get(name, name) for name in source.tensors})
+    known = {*expected, *others, *tied}
+    dropped = {name for name in source.tensors if name not in known and rule(name, theirs.get(name, name)) is not None}
+    wanted = dict(expected)
+    for conversion in _names(model).conversions:
+        if not conversion.sources.keys() <= source.tensors.keys():
+            wanted |= {n: TensorSpec((), torch.float32) for n in conversion.sources if n not in source.tensors}
+            continue
+        for name, spec in conversion.specs(model, {n: source.tensors[n].spec for n in conversion.sources}).items():
+            if spec.shape != tuple(converted[name].shape):
+                wanted[name] = TensorSpec.of(converted[name])
+    check_tensors(source, wanted, ignore={*tied, *others, *dropped})
+
+
+def _names(model: Any) -> Names:
+    """What the model calls the tensors of the folder that it was loaded from."""
+    return getattr(getattr(model, "hf_quantizer", None), "names", None) or Names()
+
+
+def files_of(model: nn.Module, live: Mapping[str, Tensor]) -> dict[str, str]:
+    """Path of each quantized linear module to its name in the files."""
+    stored = {id(tensor): plain_name(name).rpartition(".")[0] for name, tensor in live.items()}
+    found = {}
+    for path, module in model.named_modules():
+        if isinstance(module, (Projection, Fp8Linear)):
+            weight = module.kind.names.weight if isinstance(module, Projection) else "weight"
+            found[path] = stored[id(module.get_parameter(weight))]
+    return found
 
 
 def _agree(model: nn.Module, error: Exception | None) -> None:
@@ -104,8 +174,15 @@ def _agree(model: nn.Module, error: Exception | None) -> None:
         raise CheckpointError("another process refused this reload; nothing was loaded", found=refused)
 
 
-def check_experts(model: nn.Module, folder: CheckpointFolder) -> tuple[dict[str, tuple[str, slice, slice]], set[str]]:
+def check_experts(
+    model: nn.Module, folder: CheckpointFolder, live: Mapping[str, str]
+) -> tuple[dict[str, tuple[str, slice, slice]], set[str]]:
     """Hold the folder's experts against the model's.
+
+    Args:
+        model: unwrapped.
+        folder: opened.
+        live: names in the files to those in the model's state dict.
 
     Returns:
         Name in the model's state dict to what this process reads for it: (name in the folder, rows, columns); and the names of
@@ -126,44 +203,26 @@ def check_experts(model: nn.Module, folder: CheckpointFolder) -> tuple[dict[str,
         tensors = layers[module.layer]
         source = module.source(folder, tensors)
         source.check()
-        parts |= {module.names[part.key]: (part.name, part.rows, part.columns) for part in source.parts()}
-        everyone |= {entry.name for entry in tensors.entries.values()}
+        for part in source.parts():
+            if part.key not in module.names:
+                raise CheckpointError("a tensor was not in the folder that was loaded first", name=f"{folder.path}: {part.name}")
+            parts[live[module.names[part.key]]] = part.name, part.rows, part.columns
+        lost = [name for key, name in module.names.items() if key not in source.tensors.entries]
+        if lost:
+            raise CheckpointError("the folder lacks tensors of experts", module=path, found=", ".join(lost[:3]))
+        carried = {module.names[key] for key in module.names if live.get(module.names[key]) not in (None, *parts)}
+        everyone |= {entry.name for entry in tensors.entries.values() if entry.name not in carried}
     return parts, everyone
 
 
-def check_config(model: Any, folder: Path) -> None:
-    """Refuse a folder whose config.json describes another model or another quantization."""
-    parsed = QuantConfig.from_folder(folder)
-    held = model.config.quantization_config
-    held_parsed = held.parsed if hasattr(held, "parsed") else QuantConfig.from_dict(held)
-    if (parsed.algo, parsed.group_size, parsed.tensors) != (held_parsed.algo, held_parsed.group_size, held_parsed.tensors):
-        raise CheckpointError(
-            "the folder is quantized in another way",
-            name=str(folder),
-            expected=f"{held_parsed.algo} as {held_parsed.tensors.name} stores it, group size {held_parsed.group_size}",
-            found=f"{parsed.algo} as {parsed.tensors.name} stores it, group size {parsed.group_size}",
-            remedy="Start the model cold from this folder instead.",
-        )
-    new, old = model_config(folder).to_dict(), model.config.to_dict()
-    differing = sorted(k for k in (new.keys() | old.keys()) - _FREE_KEYS if new.get(k) != old.get(k))
-    if differing:
-        raise CheckpointError(
-            "the folder's config.json describes another model",
-            name=str(folder),
-            expected={k: old.get(k) for k in differing[:5]},
-            found={k: new.get(k) for k in differing[:5]},
-            remedy="Start the model cold from this folder instead.",
-        )
-
-
-def check_fused_scales(model: nn.Module, names: Mapping[str, Tensor], folder: CheckpointFolder) -> None:
+def check_fused_scales(model: nn.Module, files: Mapping[str, str], folder: CheckpointFolder) -> None:
     """Read the scalars of the new checkpoint and refuse those which the fused layers cannot take."""
-    stored = {id(tensor): name for name, tensor in names.items()}
+    paths = {id(module): path for path, module in model.named_modules()}
     for path, fused in model.named_modules():
         if not isinstance(fused, FusedLinear):
             continue
         tensors = fused.quant_method.checkpoint
-        members = [stored[id(m.get_parameter(tensors.weight))].rpartition(".")[0] for m in fused.members()]
+        members = [files[paths[id(member)]] for member in fused.members()]
         weight_scales = {m: float(folder.read(f"{m}.{tensors.weight_global}")) for m in members}
         if len(set(weight_scales.values())) > 1:
             raise ScaleError(
@@ -201,6 +260,6 @@ def check_block_scales(
     }
     for name, tensor in names.items():
         if tensor.dtype is torch.float8_e4m3fn and name.endswith("weight_scale"):
-            stored, rows, columns = parts.get(name, (name, WHOLE, WHOLE))
+            stored, rows, columns = parts.get(name, (plain_name(name), WHOLE, WHOLE))
             for _, piece in folder.chunks(stored, rows=rows, columns=columns):
                 need_block_scales(piece, f"{folder.path}: {stored}", signed=id(tensor) not in unsigned)

@@ -14,7 +14,15 @@ from transformers.core_model_loading import WeightConverter
 
 from aliasparam import TensorSpec
 
-from ...checkpoint import CheckpointFolder, ExpertTensorName, ExpertTensors, QuantConfig, TensorEntry, check_tensors, expert_layers
+from ...checkpoint import (
+    CheckpointFolder,
+    ExpertTensorName,
+    ExpertTensors,
+    QuantConfig,
+    TensorEntry,
+    check_tensors,
+    expert_layers,
+)
 from ...checkpoint.scheme import Scheme
 from .carried import INPUT_SCALES, KV_SCALES
 from .dropped import dropping_rule

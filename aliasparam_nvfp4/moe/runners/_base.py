@@ -6,7 +6,7 @@ import importlib.util
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from ...format import BLOCK_SIZE
 from ..activation import SWIGLU, ExpertActivation
 from ..layouts import MoELayout
 from ..routing import Routing
-from ..scales import Activation, Missing, MoEScales, Numbers
+from ..scales import InputScales, Missing, MoEScales, SwigluNumbers
 
 
 @dataclass(frozen=True)
@@ -85,15 +85,16 @@ class MoERunner(ABC):
 
     name: str
     layout: MoELayout
-    activation: Activation = "quantized"
+    input_scales: InputScales = InputScales.ONE
     #: Whether gate and up of an expert may have different weight scales.
-    untied: bool = False
-    #: The kinds of :class:`~aliasparam_nvfp4.moe.activation.ExpertActivation` its call takes, and whether with their numbers.
+    separate_scales: bool = False
+    #: The kinds of :class:`~aliasparam_nvfp4.moe.activation.ExpertActivation` its call takes.
     activations: frozenset[str] = frozenset({"swiglu"})
-    numbers: bool = False
-    #: How its call takes those numbers, see scales.py.
-    numbers_as: Numbers = "python floats"
+    #: How its call takes alpha, beta and limit of SwiGLU, see scales.py. None: it has none.
+    swiglu_numbers: SwigluNumbers | None = None
     capabilities: frozenset[tuple[int, int]] = frozenset()
+    #: Dtypes of activations.
+    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32)
     packages: tuple[str, ...] = ()
     rank: int = 0
     #: The function it calls, for the table in the docs.
@@ -109,35 +110,41 @@ class MoERunner(ABC):
         missing = [p for p in self.packages if not _installed(p)]
         return f"{', '.join(missing)} is not installed" if missing else None
 
+    def __reduce__(self) -> Any:
+        """By name: a layer that is copied or saved names the same runner."""
+        return _called, (self.name,)
+
     @property
     def needs_input_scale(self) -> bool:
         """Whether it quantizes activations with the checkpoint's own scales."""
-        return self.activation != "as they are"
+        return self.input_scales is not InputScales.NONE
 
     def scales(
         self, shape: MoEShape, checkpoint: CheckpointFormat = MODELOPT, *, input_scale: bool = True, missing: Missing = "refuse"
     ) -> MoEScales:
         """The scalars it reads. Without activation scales in the checkpoint, those of activations as they are."""
         return MoEScales(
-            self.activation if input_scale else "as they are",
+            self.input_scales if input_scale else InputScales.NONE,
             self.name,
-            self.untied,
+            self.separate_scales,
             shape.first_expert,
             shape.experts,
             checkpoint,
             shape.expert_activation,
-            self.numbers_as,
+            self.swiglu_numbers,
             missing,
         )
 
-    def refusal(self, activation: ExpertActivation, *, input_scale: bool = True) -> str | None:
+    def refusal(self, activation: ExpertActivation, *, input_scale: bool = True, dtype: torch.dtype | None = None) -> str | None:
         """Why it cannot serve experts like these, or None where it can."""
         if not input_scale and self.needs_input_scale:
             return "it quantizes activations, and the checkpoint has no activation scales"
         if activation.kind not in self.activations or not (activation.gated or self.layout.ungated):
             return f"its kernel has no {activation.kind}, only {', '.join(sorted(self.activations))}"
-        if activation.has_numbers and not self.numbers:
+        if activation.has_numbers and self.swiglu_numbers is None:
             return "its kernel has no alpha, beta or limit of SwiGLU"
+        if dtype is not None and dtype not in self.dtypes:
+            return f"it takes no activations of {dtype}"
         return None
 
     @abstractmethod
@@ -164,14 +171,21 @@ class MoERunner(ABC):
 
     def check_activation(self, activation: ExpertActivation) -> None:
         """Raise BackendError for an activation which the kernel does not compute."""
-        if activation.kind not in self.activations or (activation.has_numbers and not self.numbers):
+        if activation.kind not in self.activations or (activation.has_numbers and self.swiglu_numbers is None):
             raise BackendError(
                 "this runner's kernel has no such activation",
                 name=self.name,
-                expected=f"{' or '.join(sorted(self.activations))}{', with its numbers' if self.numbers else ' as it is'}",
+                expected=" or ".join(sorted(self.activations))
+                + (" as it is" if self.swiglu_numbers is None else ", with its numbers"),
                 found=activation,
                 remedy="Choose another runner; reference computes every activation.",
             )
+
+
+def _called(name: str) -> MoERunner:
+    from . import moe_runners
+
+    return moe_runners()[name]
 
 
 @cache

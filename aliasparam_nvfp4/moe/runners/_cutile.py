@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..activation import ExpertActivation
+from ..scales import InputScales, SwigluNumbers
 from ._base import MoENames, MoERunner, MoEShape, own_choices, padded_input
 
 #: FlashInfer's own ceiling of tokens a call (``ExecutionConfig.tune_max_num_tokens``); more get a layer of their own.
@@ -25,12 +26,12 @@ _TOKENS = 8192
 
 
 class CuTile(MoERunner):
-    activation = "as they are"
-    untied = True
+    input_scales = InputScales.NONE
+    separate_scales = True
     packages = ("flashinfer",)
     call = "MoELayer"
     activations = frozenset({"swiglu", "relu2"})
-    numbers = True
+    swiglu_numbers = SwigluNumbers.AS_FLOATS
 
     @abstractmethod
     def scale_view(self, scales: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """What the two TRT-LLM runners share: the kernel's arguments, and the call with a choice made before it.
 
-Gate and up have a factor each, so untied scales are right. The kernel computes ``silu(gate * output1_scale_gate_scalar) *
+Gate and up have a factor each, so their scales may differ. The kernel computes ``silu(gate * output1_scale_gate_scalar) *
 (up * output1_scale_scalar)``, which is the activation over ``a2``, and quantizes that with global scale 1. Its clamp limit is one
-for both sums, so with a limit untied scales are refused.
+for both sums, so with a limit different ones are refused.
 """
 
 from __future__ import annotations
@@ -13,17 +13,18 @@ import torch
 from torch import Tensor
 
 from ..layouts import SHUFFLED
+from ..scales import SwigluNumbers
 from ._base import MoENames, MoERunner, MoEShape, padded_input, quantized_input
 
 
 class TrtLlm(MoERunner):
     layout = SHUFFLED
-    untied = True
+    separate_scales = True
     activations = frozenset({"swiglu", "relu2"})
-    numbers = True
-    numbers_as = "of raw sums"
+    swiglu_numbers = SwigluNumbers.OF_RAW_SUMS
     capabilities = frozenset({(10, 0), (10, 3), (10, 7)})
     packages = ("flashinfer",)
+    dtypes = (torch.bfloat16, torch.float16)
 
     def apply(self, layer: MoENames, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, shape: MoEShape) -> Tensor:
         """The choice is packed: expert number in the high 16 bits, the bits of the bfloat16 weight in the low ones."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from ...format import BLOCK_SIZE
 from ...layouts import mma_view
 from ..layouts import UP_GATE_256
+from ..scales import InputScales, SwigluNumbers
 from ._base import MoENames, MoERunner, MoEShape, own_choices, padded_input
 
 #: The module of FlashInfer which keeps weights by address (not contents), and its dictionaries of them.
@@ -24,9 +25,9 @@ _CACHES = ("_WEIGHT_CACHE", "_PADDED_WEIGHT_CACHE", "_W4A16_WEIGHT_CACHE")
 class FlashInferB12x(MoERunner):
     name = "flashinfer_b12x"
     layout = UP_GATE_256
-    activation = "divided"
+    input_scales = InputScales.DIVIDING
     activations = frozenset({"swiglu", "relu2"})
-    numbers = True
+    swiglu_numbers = SwigluNumbers.AS_FLOATS
     capabilities = frozenset({(12, 0), (12, 1)})
     packages = ("flashinfer", "cutlass", "triton")
     rank = 25

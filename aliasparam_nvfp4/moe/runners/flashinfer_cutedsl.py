@@ -15,6 +15,7 @@ from ...format import BLOCK_SIZE
 from ...layouts import mma_view
 from ..activation import ExpertActivation
 from ..layouts import INTERLEAVED
+from ..scales import SwigluNumbers
 from ._base import MoENames, MoERunner, MoEShape, padded_input, quantized_input
 
 
@@ -22,9 +23,10 @@ class FlashInferCuteDsl(MoERunner):
     name = "flashinfer_cutedsl"
     layout = INTERLEAVED
     activations = frozenset({"swiglu", "relu2"})
-    numbers = True
+    swiglu_numbers = SwigluNumbers.AS_FLOATS
     capabilities = frozenset({(10, 0), (10, 3), (10, 7)})
     packages = ("flashinfer", "cutlass", "triton")
+    dtypes = (torch.bfloat16, torch.float16)
     rank = 10
     call = "cute_dsl_fused_moe"
 

@@ -14,13 +14,14 @@ from torch import Tensor
 from ...format import BLOCK_SIZE
 from ...layouts import mma_view
 from ..layouts import GATE_UP
+from ..scales import InputScales
 from ._base import MoENames, MoERunner, MoEShape, padded_input
 
 
 class FlashInferCuteDslMasked(MoERunner):
     name = "flashinfer_cutedsl_masked"
     layout = GATE_UP
-    activation = "per expert"
+    input_scales = InputScales.EACH
     capabilities = frozenset({(10, 0), (10, 3), (10, 7)})
     packages = ("flashinfer", "cutlass", "triton")
     rank = 5

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..layouts import UP_GATE_SWIZZLED
+from ..scales import SwigluNumbers
 from ._base import MoENames, MoERunner, MoEShape, padded_input
 
 
@@ -17,10 +18,10 @@ class FlashInferCutlass(MoERunner):
     name = "flashinfer_cutlass"
     layout = UP_GATE_SWIZZLED
     activations = frozenset({"swiglu", "relu2"})
-    numbers = True
-    numbers_as = "of true values"
+    swiglu_numbers = SwigluNumbers.OF_TRUE_VALUES
     capabilities = frozenset({(10, 0), (10, 3), (10, 7), (11, 0), (12, 0), (12, 1)})
     packages = ("flashinfer",)
+    dtypes = (torch.bfloat16, torch.float16)
     rank = 20
     call = "cutlass_fused_moe"
 

@@ -12,15 +12,16 @@ from torch import Tensor
 
 from ...codec import quantize_activation, scaled_codes
 from ..layouts import CHECKPOINT
+from ..scales import SwigluNumbers
 from ._base import MoENames, MoERunner, MoEShape
 
 
 class Reference(MoERunner):
     name = "reference"
     layout = CHECKPOINT
-    untied = True
+    separate_scales = True
     activations = frozenset({"swiglu", "geglu", "relu2"})
-    numbers = True
+    swiglu_numbers = SwigluNumbers.AS_FLOATS
     needs_input_scale = False
     call = "torch"
 

@@ -7,17 +7,19 @@ from torch import Tensor
 
 from ...backends.triton import kernel_input, no_triton
 from ..layouts import GATE_UP
+from ..scales import InputScales, SwigluNumbers
 from ._base import MoENames, MoERunner, MoEShape
 
 
 class Triton(MoERunner):
     name = "triton"
     layout = GATE_UP
-    activation = "as they are"
-    untied = True
+    input_scales = InputScales.NONE
+    separate_scales = True
     activations = frozenset({"swiglu", "relu2"})
-    numbers = True
+    swiglu_numbers = SwigluNumbers.AS_FLOATS
     packages = ("triton",)
+    dtypes = (torch.bfloat16, torch.float16)
     rank = 2
     call = "aliasparam_nvfp4.kernels.triton_moe.experts"
 
