@@ -29,14 +29,34 @@ class Planted(NamedTuple):
 
 FAULTS = [
     # storage: who is told, what is counted
-    Planted("storage/storage.py", "        self.tell()\n        self.version += 1", "        self.version += 1", "test_law_01_oracle.py"),
+    Planted(
+        "storage/storage.py",
+        "        self.tell()\n        self.version += 1",
+        "        self.version += 1",
+        "test_law_01_oracle.py",
+    ),
     Planted("storage/storage.py", "        self.tell()\n        self.version += 1", "        self.tell()", "test_derivations.py"),
     Planted("storage/storage.py", "            self.states.put_all(State.INVALID, why)\n", "", "test_errors.py"),
     Planted("storage/states.py", "            missing[regions[0]] = State.INVALID\n", "", "test_law_10_atomicity.py"),
-    Planted("storage/kernel_name.py", "        self.version += 1  # what", "        self.accept()  # what", "test_law_08_no_silent_garbage.py"),
+    Planted(
+        "storage/kernel_name.py",
+        "        self.version += 1  # what",
+        "        self.accept()  # what",
+        "test_law_08_no_silent_garbage.py",
+    ),
     Planted("storage/kernel_name.py", "    name.version -= was_written\n", "", "test_law_08_no_silent_garbage.py"),
-    Planted("storage/kernel_name.py", "        raise name.refusal()", "        return func(name.memory)", "test_law_08_no_silent_garbage.py"),
-    Planted("storage/kernel_name.py", "return self.tensor._version != self.version", "return False", "test_law_08_no_silent_garbage.py"),
+    Planted(
+        "storage/kernel_name.py",
+        "        raise name.refusal()",
+        "        return func(name.memory)",
+        "test_law_08_no_silent_garbage.py",
+    ),
+    Planted(
+        "storage/kernel_name.py",
+        "return self.tensor._version != self.version",
+        "return False",
+        "test_law_08_no_silent_garbage.py",
+    ),
     # one transaction
     Planted("storage/transaction.py", "            part.storage.need_writable()", "            pass", "test_law_10_atomicity.py"),
     Planted("storage/transaction.py", "            part.storage.changing()", "            pass", "test_law_01_oracle.py"),
@@ -45,11 +65,28 @@ FAULTS = [
     # views and operators
     Planted("tensors/geometry.py", "    seen = torch._neg_view(seen) if view.is_neg() else seen\n", "", "test_views.py"),
     Planted("tensors/geometry.py", "return seen.conj() if view.is_conj() else seen", "return seen", "test_views.py"),
-    Planted("tensors/geometry.py", "all(place_of(storage, view) is not None for view, _ in pairs)", "True", "test_law_01_oracle.py"),
+    Planted(
+        "tensors/geometry.py", "all(place_of(storage, view) is not None for view, _ in pairs)", "True", "test_law_01_oracle.py"
+    ),
     Planted("tensors/geometry.py", "raw[: raw.numel() // width * width]", "raw", "test_views.py"),
-    Planted("tensors/geometry.py", "value.permute(_inverse(self.order))", "value.permute(self.order)", "test_views.py test_law_01_oracle.py"),
-    Planted("tensors/dispatch.py", "        if overwrites:  #", "        if overwrites and len(written) == 1:  #", "test_law_01_oracle.py"),
-    Planted("tensors/dispatch.py", "            if shares_memory(value, storage.buffer):\n                value = value.clone()", "", "test_views.py"),
+    Planted(
+        "tensors/geometry.py",
+        "value.permute(_inverse(self.order))",
+        "value.permute(self.order)",
+        "test_views.py test_law_01_oracle.py",
+    ),
+    Planted(
+        "tensors/dispatch.py",
+        "        if overwrites:  #",
+        "        if overwrites and len(written) == 1:  #",
+        "test_law_01_oracle.py",
+    ),
+    Planted(
+        "tensors/dispatch.py",
+        "            if shares_memory(value, storage.buffer):\n                value = value.clone()",
+        "",
+        "test_views.py",
+    ),
     Planted("tensors/dispatch.py", "shape = (0,) if schema", "shape = view.shape if schema", "test_adoption.py test_errors.py"),
     Planted("tensors/faces.py", "        array.flags.writeable = False\n", "", "test_parameter_faces.py"),
     Planted("tensors/faces.py", "        return read_only(copied, self) if", "        return copied if", "test_views.py"),
@@ -61,19 +98,54 @@ FAULTS = [
     Planted("module/derive.py", "    derived.version += 1\n", "", "test_derivations.py test_retarget.py"),
     Planted("module/derive.py", "    derived.seen = versions\n", "", "test_law_01_oracle.py"),
     Planted("module/registry.py", "            self.need_loaded()\n", "", "test_law_01_oracle.py"),
-    Planted("module/registry.py", "all(kernel.is_untouched for _, kernel in self.kernels())", "True", "test_law_08_no_silent_garbage.py"),
-    Planted("module/names.py", "        self._show()\n        self.readiness = Readiness.OPEN", "        self.readiness = Readiness.OPEN", "test_law_01_oracle.py"),
+    Planted(
+        "module/registry.py",
+        "all(kernel.is_untouched for _, kernel in self.kernels())",
+        "True",
+        "test_law_08_no_silent_garbage.py",
+    ),
+    Planted(
+        "module/names.py",
+        "        self._show()\n        self.readiness = Readiness.OPEN",
+        "        self.readiness = Readiness.OPEN",
+        "test_law_01_oracle.py",
+    ),
     Planted("module/guard.py", "readiness is not Readiness.READY or", "readiness is None or", "test_law_08_no_silent_garbage.py"),
     Planted("module/planning.py", "kernel_dtype=dtype))", "kernel_dtype=None))", "test_law_01_oracle.py"),
-    Planted("module/planning.py", "        for name in derivation.sources:\n", "        for name in ():\n", "test_derivations.py test_errors.py"),
+    Planted(
+        "module/planning.py",
+        "        for name in derivation.sources:\n",
+        "        for name in ():\n",
+        "test_derivations.py test_errors.py",
+    ),
     Planted("module/expose.py", "        storage.changing()\n", "", "test_exposures.py test_law_10_atomicity.py"),
-    Planted("module/watch.py", "            registry.open()\n\n    def __reduce", "            pass\n\n    def __reduce", "test_law_08_no_silent_garbage.py"),
+    Planted(
+        "module/watch.py",
+        "            registry.open()\n\n    def __reduce",
+        "            pass\n\n    def __reduce",
+        "test_law_08_no_silent_garbage.py",
+    ),
     Planted("module/verdict.py", "return Reason.LOSSY", "return Reason.SAME", "test_verdicts.py"),
     Planted("module/take.py", "not is_alone(memory)", "False", "test_verdicts.py"),
-    Planted("report/memory.py", "    held, capacity = (0, 0) if tied else", "    held, capacity = (0, 0) if False else", "test_verdicts.py test_derivations.py"),
-    Planted("ported.py", "        source.storage.put_foreign(value)", "        source.storage.kernel_name.memory.copy_(value)", "test_ported_helpers.py"),
+    Planted(
+        "report/memory.py",
+        "    held, capacity = (0, 0) if tied else",
+        "    held, capacity = (0, 0) if False else",
+        "test_verdicts.py test_derivations.py",
+    ),
+    Planted(
+        "ported.py",
+        "        source.storage.put_foreign(value)",
+        "        source.storage.kernel_name.memory.copy_(value)",
+        "test_ported_helpers.py",
+    ),
     # the kit
-    Planted("testing/_probe.py", "    if not all(torch.equal(as_bytes(t), v)", "    if False and not all(torch.equal(as_bytes(t), v)", "kit/test_kit.py"),
+    Planted(
+        "testing/_probe.py",
+        "    if not all(torch.equal(as_bytes(t), v)",
+        "    if False and not all(torch.equal(as_bytes(t), v)",
+        "kit/test_kit.py",
+    ),
     Planted("testing/_run.py", "        self._addresses_stay()\n", "", "kit/test_kit.py"),
 ]
 

@@ -19,7 +19,6 @@ from .nibbles import NibbleLayout
 from .pattern import Line, parse
 from .strided import StridedLayout
 
-
 _canonical = lru_cache(maxsize=1024)(canonical)
 
 

@@ -218,8 +218,14 @@ USING: dict[str, tuple[type[AliasError], Do]] = {
     "a reload that sends nothing": (ReloadError, after(reloading())),
     "exposing an unknown name": (ReloadError, after(lambda m: expose_for_writing(m, "nope"))),
     "exposing a name of an unknown module": (ReloadError, after(lambda m: expose_for_writing(m, "a.b.weight"))),
-    "exposing twice": (StateError, after(lambda m: [expose_for_writing(m, "weight", order="kernel"), expose_for_writing(m, "weight", order="kernel")])),
-    "exposing some rows in kernel order": (ReloadError, after(lambda m: expose_for_writing(m, "weight", slice(2), order="kernel"))),
+    "exposing twice": (
+        StateError,
+        after(lambda m: [expose_for_writing(m, "weight", order="kernel"), expose_for_writing(m, "weight", order="kernel")]),
+    ),
+    "exposing some rows in kernel order": (
+        ReloadError,
+        after(lambda m: expose_for_writing(m, "weight", slice(2), order="kernel")),
+    ),
     "reading what is exposed": (
         StateError,
         after(lambda m: expose_for_writing(m, "weight", order="kernel"), lambda m: m.weight + 0),

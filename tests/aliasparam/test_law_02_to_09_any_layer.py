@@ -119,7 +119,6 @@ def test_values_that_a_parameter_had_when_it_was_declared_are_brought_into_order
     twin = nn.Module()
     twin.weight = nn.Parameter(checkpoint["weight"].clone(), requires_grad=False)
 
-
     declare(twin, Alias("weight", "weight_prepared", plan.line, room_for=plan.room_for, dtype=plan.kernel_dtype))
     process(twin)
 

@@ -114,9 +114,7 @@ WRITERS: dict[str, Callable[[Tensor, Tensor], Any]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "verb", [process, lambda layer: layer.weight + 0, lambda layer: layer.weight.add_(1)]
-)
+@pytest.mark.parametrize("verb", [process, lambda layer: layer.weight + 0, lambda layer: layer.weight.add_(1)])
 @pytest.mark.parametrize("writer", WRITERS)
 def test_law_8_a_write_to_a_kernel_name_is_refused_at_the_next_verb_or_read(writer: str, verb: Callable[[Any], Any]) -> None:
     layer = Layer()

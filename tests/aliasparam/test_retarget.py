@@ -67,9 +67,7 @@ def test_law_1_eight_threads_load_and_process_at_once() -> None:
     assert not failures
     process(layer)
     assert bool((layer.weight == 29).all())
-    assert torch.equal(
-        layer.prepared, kernel(SWAP_PAD16, torch.full((8, 64, 32), 29, dtype=torch.uint8))
-    )
+    assert torch.equal(layer.prepared, kernel(SWAP_PAD16, torch.full((8, 64, 32), 29, dtype=torch.uint8)))
 
 
 # -- derivations ---------------------------------------------------------------------------------------------------------

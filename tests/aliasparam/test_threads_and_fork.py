@@ -105,7 +105,6 @@ def test_a_forked_child_does_not_wait_for_a_thread_that_it_does_not_have() -> No
 
     def hold() -> None:
 
-
         with storage_of(layer).lock:
             held.set()
             go.wait(30)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from aliasparam import process
 
-from .small import SWAP, SWAP_PAD8, Layer, counting, is_ready, kernel, layer_of
+from .small import SWAP, SWAP_PAD8, Layer, counting, is_ready, kernel
 
 # -- another dtype over several regions --------------------------------------------------------------------------------
 

@@ -93,7 +93,9 @@ def complete(layer: Declared) -> None:
     """Write what is still missing with the values the plain twin began with."""
     states, values = storage_of(layer).states, layer.kind.values
     for region, state in enumerate(states.each):
-        wanted, inside = (values[region], layer.weight[region]) if values.dim() > 2 else (values, layer.weight.view_as(layer.weight))
+        wanted, inside = (
+            (values[region], layer.weight[region]) if values.dim() > 2 else (values, layer.weight.view_as(layer.weight))
+        )
         if state is not State.LOADED:
             for box in states.missing_boxes(region):
                 within = tuple(slice(*ends) for ends in box[-2:])

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from aliasparam.testing import kernel_tensor
 
+
 def shuffle(tensor: Tensor) -> Tensor:
     return tensor.roll(1, 0)
 
