@@ -63,8 +63,8 @@ FAULTS = [
     Planted("storage/reorder.py", "    storage.rebind(layout)\n", "    storage.layout = layout\n", "test_retarget.py"),
     Planted("storage/reorder.py", "    reorder(storage.elements", "    0 and reorder(storage.elements", "test_retarget.py"),
     # views and operators
-    Planted("tensors/geometry.py", "    seen = torch._neg_view(seen) if view.is_neg() else seen\n", "", "test_law_01_oracle.py"),
-    Planted("tensors/geometry.py", "return seen.conj() if view.is_conj() else seen", "return seen", "test_law_01_oracle.py"),
+    Planted("tensors/geometry.py", "    seen = torch._neg_view(seen) if view.is_neg() else seen\n", "", "test_views.py"),
+    Planted("tensors/geometry.py", "return seen.conj() if view.is_conj() else seen", "return seen", "test_views.py"),
     Planted(
         "tensors/geometry.py", "all(place_of(storage, view) is not None for view, _ in pairs)", "True", "test_law_01_oracle.py"
     ),

@@ -46,6 +46,7 @@ class KernelName:
         self.label = label
         self.memory = memory
         self.owner = owner
+        self._address = memory.data_ptr()
         with torch.inference_mode(False):
             self.tensor = memory.data  # see [Note: foreign writes]
         self._twin: RefusingName | None = None
@@ -71,7 +72,7 @@ class KernelName:
     def is_untouched(self) -> bool:
         """Whether the tensor is as the library left it: a look which costs next to nothing."""
         tensor = self.tensor
-        return tensor._version == self.version and tensor.data_ptr() == self.memory.data_ptr()
+        return tensor._version == self.version and tensor.data_ptr() == self._address
 
     @property
     def was_moved(self) -> bool:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any
 
 import torch
 from hypothesis.stateful import invariant
@@ -92,15 +90,12 @@ class Invariants:
         for name, value in expected_kernel_names(registry, self.oracle).items():
             need_same(self.layer.get_buffer(name), value, name)
 
-    def _clone(self, name: str) -> Tensor:
-        return self.layer.get_buffer(name).clone()
-
     def _refuses(self) -> None:
-        asked: list[Callable[[], Any]] = [self.layer]
-        asked += [partial(self._clone, name) for name in self._registry().kernel_names()]
-        for ask in asked:
+        reads = [lambda n=name: self.layer.get_buffer(n).clone() for name in self._registry().kernel_names()]
+        uses: list[Callable[[], object]] = [self.layer, *reads]
+        for what in uses:
             try:
-                ask()
+                what()
             except StaleKernelError:
                 continue
             raise AssertionError("a stale layer answered (law 8)")

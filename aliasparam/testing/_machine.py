@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 from torch import Tensor, nn
 
-from .. import expose_for_writing, invalidate, process, reload
+from .. import Layout, expose_for_writing, invalidate, process, reload
 from ..errors import AliasError, PointerError, ReloadError, StateError
 from ..layout import Layout
 from ._invariants import Invariants

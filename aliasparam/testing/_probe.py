@@ -1,7 +1,7 @@
 """What the functions of a declaration promise, asked of them directly: repack functions, re-encodings, derivations.
 
-Each is called on stacks of 1, 2, 3 and 7, on contiguous, strided and offset input, and again: the result must be the same function
-of the values, of the declared shape and dtype, in memory of its own, and the input must be as it was.
+Each is called on stacks of 1, 2, 3 and 7, on contiguous, strided and offset input, and again after other values: the result must be
+the same function of the values, of the declared shape and dtype, in memory of its own, and the input must be as it was.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def _equal_layouts(registry: AliasRegistry, values: Values, random: torch.Genera
     found = list(_layouts(registry))
     for index, (name, layout) in enumerate(found):
         for other_name, other in found[:index]:
-            if layout is other or isinstance(layout, (Layout, Reencoding)) or not layout == other or hash(layout) != hash(other):
+            if layout is other or isinstance(layout, (Layout, Reencoding)) or layout != other or hash(layout) != hash(other):
                 continue
             spec = registry.sources[name].plan.source
             value = values(name, spec, random)

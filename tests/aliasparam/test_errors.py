@@ -218,7 +218,10 @@ USING: dict[str, tuple[type[AliasError], Do]] = {
     "a reload that sends nothing": (ReloadError, after(reloading())),
     "exposing an unknown name": (ReloadError, after(lambda m: expose_for_writing(m, "nope"))),
     "exposing a name of an unknown module": (ReloadError, after(lambda m: expose_for_writing(m, "a.b.weight"))),
-    "exposing twice": (StateError, after(*[lambda m: expose_for_writing(m, "weight", order="kernel")] * 2)),
+    "exposing twice": (
+        StateError,
+        after(lambda m: [expose_for_writing(m, "weight", order="kernel"), expose_for_writing(m, "weight", order="kernel")]),
+    ),
     "exposing some rows in kernel order": (
         ReloadError,
         after(lambda m: expose_for_writing(m, "weight", slice(2), order="kernel")),
