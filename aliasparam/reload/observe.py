@@ -100,14 +100,14 @@ def call_abort_hooks(hooks: Hooks, session: Any) -> list[tuple[Hook, Exception]]
 @contextmanager
 def phase(name: str) -> Iterator[None]:
     """An NVTX range where CUDA is in use."""
-    used = torch.cuda.is_available() and torch.cuda.is_initialized()
+    used = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     if used:
-        torch.cuda.nvtx.range_push(f"aliasparam.reload.{name}")
+        torch.cuda.nvtx.range_push(f"aliasparam.reload.{name}")  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         if used:
-            torch.cuda.nvtx.range_pop()
+            torch.cuda.nvtx.range_pop()  # type: ignore[no-untyped-call]
 
 
 @cache

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, Protocol, get_args
 
 import torch
@@ -18,10 +19,14 @@ from torch import Tensor
 from ..errors import ReloadError
 from ..storage.coverage import Box
 from .journal import Journal
+from .live import Live
+from .patch import Patch
 from .targets import Target
 from .written import Written
 
 PolicyName = Literal["write-through", "journal", "staged", "staged-journal"]
+#: "delta" is what :func:`aliasparam.reload.apply_delta` opens.
+AnyPolicy = PolicyName | Literal["delta"]
 
 
 class Policy(Protocol):
@@ -105,11 +110,52 @@ class Staged:
         return self._then.restore()
 
 
-def policy_of(name: PolicyName, written: Written) -> Policy:
+class Patched:
+    """Patches, old and new bytes, that the commit puts in place."""
+
+    def __init__(self, written: Written) -> None:
+        self._written, self.journal = written, Journal()
+        self._held: list[tuple[Target, list[Patch], Live, int]] = []
+
+    @property
+    def nbytes(self) -> int:
+        return sum(patch.nbytes for _, patches, _, _ in self._held for patch in patches)
+
+    def add(self, target: Target, patches: Callable[[Live], list[Patch]]) -> int:
+        """Make and hold the patches of one tensor, which must not change from now on; the bytes of them."""
+        live = Live(target.tensor)
+        version, found = live.version, patches(live)
+        if found:
+            self._held.append((target, found, live, version))
+        return sum(patch.nbytes for patch in found)
+
+    def update(self, target: Target, box: Box, value: Tensor) -> None:
+        raise ReloadError("a delta takes no values", name=target.label, remedy="Open another reload for them.")
+
+    def flush(self) -> None:
+        if not self._written.any:
+            for target, _, live, version in self._held:
+                if live.version != version:
+                    raise ReloadError("the tensor changed since the delta was checked against it", name=target.label)
+        for target, patches, _, _ in self._held:
+            self.journal.add(target, patches)
+            self._written.begin(target)
+            for patch in patches:
+                patch.put_new()
+
+    def restore(self) -> bool:
+        if self._written.any:
+            self.journal.restore()
+        return True
+
+
+def policy_of(name: AnyPolicy, written: Written) -> Policy:
     """
     Raises:
         ReloadError: no such policy.
     """
+    if name == "delta":
+        return Patched(written)
     if name not in get_args(PolicyName):
         expected = ", ".join(get_args(PolicyName))
         raise ReloadError("unknown policy", expected=expected, found=repr(name), remedy="'write-through' is the default.")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
 from types import TracebackType
 from typing import Literal
@@ -25,9 +25,11 @@ from ..module.verbs import process
 from ..spec import TensorSpec
 from ..storage.coverage import Box, Coverage
 from .claims import claim, release
-from .fit import box_of, need_fit, shown
+from .fit import box_of, need_fit, need_whole, shown
+from .live import Live
 from .observe import Hook, Hooks, Observed, call_abort_hooks, phase
-from .policies import Policy, PolicyName, policy_of
+from .patch import Patch
+from .policies import AnyPolicy, Patched, Policy, policy_of
 from .targets import Target, find_targets, in_scope
 from .written import Written
 
@@ -52,7 +54,7 @@ class ReloadSession:
         failed_hooks: (hook, error) of ``on_abort`` hooks that failed twice.
     """
 
-    def __init__(self, model: nn.Module, scope: Scope, policy: PolicyName, source: str, hooks: Hooks) -> None:
+    def __init__(self, model: nn.Module, scope: Scope, policy: AnyPolicy, source: str, hooks: Hooks) -> None:
         self.model = model
         self.scope = scope if isinstance(scope, str) else tuple(scope)
         self.phase = Phase.NEW
@@ -96,17 +98,7 @@ class ReloadSession:
         """
         self._need(Phase.OPEN, "prepare")
         wanted = in_scope(self._targets, self.scope, self._arrived)
-        missing = [name for name, target in wanted.items() if not self._coverage(target).whole]
-        if missing:
-            first = self._coverage(self._targets[missing[0]]).missing()
-            raise ReloadError(
-                f"{len(missing)} of {len(wanted)} tensors did not arrive whole",
-                module=self._label,
-                name=", ".join(missing[:5]) + (", …" if len(missing) > 5 else ""),
-                expected="every element of each tensor that was begun" if self.scope == "partial" else "every element once",
-                found=f"{missing[0]} without {', '.join(map(shown, first[:3]))}",
-                remedy='Send the missing tensors, or open the reload with scope="partial" for a deliberate partial update.',
-            )
+        need_whole(self._label, self.scope, {name: self._coverage(target) for name, target in wanted.items()})
         self.phase = Phase.PREPARED
 
     def switch(self) -> None:
@@ -161,7 +153,8 @@ class ReloadSession:
                 self.observed.ended(self.model, "restored" if restored else "refuses")
 
     def __enter__(self) -> ReloadSession:
-        self.begin()
+        if self.phase is not Phase.PREPARED:  # as prepare_delta() gives it
+            self.begin()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -208,17 +201,7 @@ class ReloadSession:
             ReloadError: unknown name, wrong shape or dtype, outside the tensor, or elements sent twice. Nothing is written then.
         """
         self._need(Phase.OPEN, "update")
-        target = self._targets.get(name)
-        if target is None:
-            raise ReloadError(
-                "the model has no tensor of this name",
-                module=self._label,
-                name=name,
-                expected=f"one of its {len(self._targets)} names",
-                found=name,
-                remedy="r.expected lists them. Map the sender's names to those first.",
-            )
-        self._need_in_scope(name)
+        target = self._target(name)
         live = target.tensor
         if value.numel() == live.numel() == 1 and value.dim() <= 1 and live.dim() <= 1:
             value = value.reshape(live.shape)  # 0-d and [1] are one thing
@@ -245,7 +228,37 @@ class ReloadSession:
         for name, value in tensors.items() if isinstance(tensors, Mapping) else tensors:
             self.update(name, value)
 
+    def patch(self, name: str, patches: Callable[[Live], list[Patch]]) -> None:
+        """Hold what a delta changes in one tensor. For sessions of :func:`~aliasparam.reload.prepare_delta`."""
+        self._need(Phase.OPEN, "patch")
+        if not isinstance(self._policy, Patched):
+            raise ReloadError("only a delta's session takes patches", module=self._label, name=name)
+        self.observed.bytes += self._policy.add(self._target(name), patches)
+        self.observed.tensors += 1
+
     # -- checks --------------------------------------------------------------------------------------------------------
+
+    def _target(self, name: str) -> Target:
+        target = self._targets.get(name)
+        if target is None:
+            raise ReloadError(
+                "the model has no tensor of this name",
+                module=self._label,
+                name=name,
+                expected=f"one of its {len(self._targets)} names",
+                found=name,
+                remedy="r.expected lists them. Map the sender's names to those first.",
+            )
+        if not isinstance(self.scope, str) and name not in in_scope(self._targets, self.scope, {}):
+            raise ReloadError(
+                "this tensor is outside the scope of the reload",
+                module=self._label,
+                name=name,
+                expected=f"names under {', '.join(self.scope)}",
+                found=name,
+                remedy="Open the reload with a scope that has it.",
+            )
+        return target
 
     def _need(self, phase: Phase, doing: str) -> None:
         if self.phase is not phase:
@@ -255,17 +268,6 @@ class ReloadSession:
                 expected=f"a reload that is {phase.value}",
                 found=self.phase.value,
                 remedy="The order is begin, update, prepare, commit; or use it inside `with reload(model) as r:`.",
-            )
-
-    def _need_in_scope(self, name: str) -> None:
-        if not isinstance(self.scope, str) and name not in in_scope(self._targets, self.scope, {}):
-            raise ReloadError(
-                "this tensor is outside the scope of the reload",
-                module=self._label,
-                name=name,
-                expected=f"names under {', '.join(self.scope)}",
-                found=name,
-                remedy="Open the reload with a scope that has it.",
             )
 
     def _coverage(self, target: Target) -> Coverage:
@@ -280,39 +282,3 @@ class ReloadSession:
     @property
     def _label(self) -> str:
         return type(self.model).__name__
-
-
-def reload(
-    model: nn.Module,
-    *,
-    scope: Scope = "all",
-    policy: PolicyName = "write-through",
-    source: str = "tensors",
-    hooks: Hooks | None = None,
-) -> ReloadSession:
-    """A transaction that replaces weights of a serving model: ``with reload(model) as r: r.load(tensors)``.
-
-    Args:
-        model: any module tree; declared modules are processed at the end, other parameters and persistent buffers are
-            copied in place.
-        scope: "all": every tensor must arrive, element for element, exactly once. "partial": each tensor that is begun must.
-            Dotted prefixes (``["model.layers.3"]``): every tensor under them must, and no other may.
-        policy: "write-through": values are written as they come, nothing is kept; a failure leaves a refusal. "journal": the
-            same, with the old bytes that change on the host (5 bytes for each, at most what is overwritten); an abort restores
-            them. "staged": the new values wait on the host while the old weights serve, and are written by the commit;
-            "staged-journal": both, so that a commit can be taken back too. In all of them device scratch is at most 32 MiB.
-        source: where the values come from, for the log and metrics.
-        hooks: called at the begin, before the new weights serve, and after an abort.
-
-    Raises (at the end of the block, or from the steps):
-        ReloadError: missing, unexpected, duplicate or ill-fitting tensors; a scope or policy that is none.
-    """
-    if isinstance(scope, str) and scope not in ("all", "partial"):
-        raise ReloadError(
-            "unknown scope",
-            module=type(model).__name__,
-            expected="'all', 'partial', or dotted prefixes in a list",
-            found=repr(scope),
-            remedy="'all' is the default.",
-        )
-    return ReloadSession(model, scope, policy, source, hooks or Hooks())
