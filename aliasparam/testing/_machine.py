@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from .. import Layout, expose_for_writing, invalidate, process, reload
 from ..errors import AliasError, PointerError, ReloadError, StateError
-from ..layout import Layout
 from ._invariants import Invariants
 from ._mask import covers, mark
 from ._oracle import in_order, need_same
