@@ -49,7 +49,9 @@ class FiniteBlockScales:
 def _first_nan(storage: AliasedStorage, written: list[bool]) -> int | None:
     """The byte of kernel memory where the first NaN of the regions that were written is. One transfer from the device."""
     size = storage.bound.region_capacity
-    pieces = [piece for first, last in _runs(written) for piece in _pieces(storage.buffer, first * size, last * size)]
+    pieces: list[tuple[int, Tensor]] = []
+    for first, last in _runs(written):
+        pieces += _pieces(storage.buffer, first * size, last * size)
     if not pieces:
         return None
     worst = torch.stack([(piece & 0x7F).amax() for _, piece in pieces])
@@ -57,7 +59,7 @@ def _first_nan(storage: AliasedStorage, written: list[bool]) -> int | None:
     if not found:
         return None
     start, piece = pieces[found[0]]
-    return start + int((piece & 0x7F).argmax())
+    return int(start + (piece & 0x7F).argmax())
 
 
 def _runs(flags: list[bool]) -> Iterator[tuple[int, int]]:

@@ -41,9 +41,9 @@ def _part(places: Sequence[Place], step: int, above: int | None) -> tuple[int, i
     end = None
     for place in places:
         if place.source <= step and (end is None or step < end):
-            if step % place.source or place.flipped:
-                return None
             times = place.capacity if above == end else (above or 0) // place.source
+            if step % place.source or place.flipped or place.capacity % times:
+                return None
             return place.kernel * (step // place.source), place.kernel * times
         end = place.source
     return None

@@ -27,10 +27,9 @@ def compose(lines: list[BoundLine]) -> list[BoundLine]:
 
 def _joined(first: BoundLine, second: BoundLine) -> BoundLine:
     spans = list(_spans(second))
-    tops = {stride * extent for stride, extent in zip(row_major(second.shape), second.shape, strict=True)}
     filled = {digit: 1 for _, _, digit in spans}
     try:
-        dims = [[list(_parts(place, spans, tops)) for place in dim] for dim in first.places]
+        dims = [[list(_parts(place, spans)) for place in dim] for dim in first.places]
     except _Apart:
         raise _Apart(first) from None
     for place, parts in zip(itertools.chain(*first.places), itertools.chain(*dims), strict=True):
@@ -56,16 +55,14 @@ def _spans(line: BoundLine) -> Iterator[_Span]:
             end = stride * place.source
 
 
-def _parts(place: Place, spans: list[_Span], tops: set[int]) -> Iterator[tuple[Place, Place]]:
+def _parts(place: Place, spans: list[_Span]) -> Iterator[tuple[Place, Place]]:
     """``place``, whose kernel place value is a row-major position, in the digits of the second line: each with its digit."""
     stop = place.kernel * place.capacity
     for start, end, digit in spans:
         low, high = max(start, place.kernel), min(end, stop)
         if low >= high:
             continue
-        # Only the first digit of a dim may end early.
-        ragged = high % low and not (high == stop and high in tops)
-        if low % start or low % place.kernel or ragged:
+        if low % start or low % place.kernel:
             raise _Apart
         size = -(-high // low)
         if size > 1:

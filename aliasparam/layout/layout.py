@@ -19,6 +19,24 @@ from .nibbles import NibbleLayout
 from .pattern import Line, parse
 from .strided import StridedLayout
 
+_canonical = lru_cache(maxsize=1024)(canonical)
+
+
+@lru_cache(maxsize=1024)
+def _parsed(text: str, given: tuple[tuple[str, int], ...]) -> tuple[tuple[Line, ...], int | None]:
+    """The lines of a text, and the width of elements; modules declare the same few lines over and over."""
+    sizes = dict(given)
+    lines, unused, bits = [], set(sizes), sizes.get("bits")
+    for part in text.split("|"):
+        line, rest = parse(part, sizes)
+        bits = rest.pop("bits", bits)
+        lines.append(line)
+        unused &= set(rest)
+    unused -= {"bits"}
+    if unused or set(rest) - set(sizes):
+        raise LayoutError("sizes for digits that the line lacks", found=sorted(unused or rest), expected=text)
+    return tuple(lines), bits
+
 
 class Layout:
     """Where a kernel has the elements of a checkpoint tensor: ``Layout("(g b a) k -> g a b k", a=4, b=8)``.
@@ -43,24 +61,14 @@ class Layout:
     _key: tuple[Any, ...]
 
     def __init__(self, text: str, **sizes: int) -> None:
-        lines, unused = [], set(sizes)
-        bits = sizes.get("bits")
-        for part in text.split("|"):
-            line, rest = parse(part, sizes)
-            bits = rest.pop("bits", bits)
-            lines.append(line)
-            unused &= set(rest)
-        unused -= {"bits"}
-        if unused or set(rest) - set(sizes):
-            raise LayoutError("sizes for digits that the line lacks", found=sorted(unused or rest), expected=text)
-        self._set(lines, bits)
+        self._set(*_parsed(text, tuple(sorted(sizes.items()))))
 
     def _set(self, lines: Iterable[Line], bits: int | None) -> None:
         if bits not in (None, 4):
             raise LayoutError("elements are whole, or of 4 bits", expected="bits=4, or none given", found=bits)
         object.__setattr__(self, "lines", tuple(lines))
         object.__setattr__(self, "bits", bits)
-        object.__setattr__(self, "_key", (canonical(self.lines), bits))
+        object.__setattr__(self, "_key", (_canonical(self.lines), bits))
 
     @classmethod
     def of(cls, lines: Iterable[Line], bits: int | None = None) -> Layout:

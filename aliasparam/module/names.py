@@ -40,6 +40,7 @@ class ModuleNames:
         self.derived: dict[str, Derived] = {}
         #: Names that undeclared code derived and that could not share memory.
         self.separate: dict[str, Separate] = {}
+        self._bound: tuple[KernelName, ...] = ()  # what :meth:`bind_kernel_names` bound last, for a quick look
         self.readiness = Readiness.READY
         #: The reload that has this module, alive while it is open: nothing else may let the module run.
         self.holder: weakref.ref[Any] | None = None
@@ -70,6 +71,7 @@ class ModuleNames:
                 with torch.inference_mode(False):
                     memory = torch.zeros(spec.shape, dtype=spec.dtype, device=device)
                 derived.kernel = KernelName(f"{self.label}.{spec.name}", memory)
+        self._bound = tuple(kernel for _, kernel in self.kernels())
         for name, kernel in self.kernels():
             put_buffer(self.module, name, self._shown(kernel), self)
 

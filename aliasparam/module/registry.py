@@ -141,7 +141,7 @@ class AliasRegistry(ModuleNames):
             )
 
     def _is_untouched(self) -> bool:
-        return is_watched(self.module) and all(kernel.is_untouched for _, kernel in self.kernels())
+        return is_watched(self.module) and all(kernel.is_untouched for kernel in self._bound)
 
     def need_loaded(self) -> None:
         """Raise StateError where a source lacks elements."""

@@ -25,8 +25,9 @@ class Target(NamedTuple):
 
 
 def find_targets(model: nn.Module) -> dict[str, Target]:
-    """Parameters and persistent buffers by dotted name; of tied ones the first. What hooks or extra state add to a state dict is
-    made for saving: a write into it would be lost."""
+    """Parameters and persistent buffers by the name that the state dict gives them; of tied ones the first. What hooks or extra
+    state add to a state dict is made for saving: a write into it would be lost. So a hook may rename, and nothing more."""
+    called = {id(t): name for name, t in reversed(model.state_dict(keep_vars=True).items())}
     found: dict[str, Target] = {}
     seen: dict[int, Target] = {}
     for path, module in model.named_modules():
@@ -41,7 +42,8 @@ def find_targets(model: nn.Module) -> dict[str, Target]:
                 if id(live) in seen:
                     seen[id(live)].places.append((holder, name))
                 else:
-                    found[prefix + name] = seen[id(live)] = Target(live, [(holder, name)], prefix + name)
+                    label = called.get(id(shown), prefix + name)
+                    found[label] = seen[id(live)] = Target(live, [(holder, name)], label)
     return found
 
 

@@ -46,6 +46,7 @@ class KernelName:
         self.label = label
         self.memory = memory
         self.owner = owner
+        self._address = memory.data_ptr()
         with torch.inference_mode(False):
             self.tensor = memory.data  # see [Note: foreign writes]
         self._twin: RefusingName | None = None
@@ -71,7 +72,7 @@ class KernelName:
     def is_untouched(self) -> bool:
         """Whether the tensor is as the library left it: a look which costs next to nothing."""
         tensor = self.tensor
-        return tensor._version == self.version and tensor.data_ptr() == self.memory.data_ptr()
+        return tensor._version == self.version and tensor.data_ptr() == self._address
 
     @property
     def was_moved(self) -> bool:
@@ -91,7 +92,7 @@ class KernelName:
     def changing(self) -> None:
         """The library is about to write: what autograd saved of the old bytes must not be used."""
         torch.autograd.graph.increment_version(self.tensor)
-        self.accept()
+        self.version += 1  # what other code wrote before still counts
 
     def put_back(self) -> None:
         """Undo what :attr:`was_moved` found: the same object has its own memory again."""

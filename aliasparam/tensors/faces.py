@@ -52,12 +52,12 @@ class _Aliased(Tensor):
             return make_view(self._alias_storage, self._alias_geometry[index])
         return super().__getitem__(index)
 
-    def copy_(self, src: Tensor, non_blocking: bool = False) -> Any:
-        if Tensor.copy_ is not _TENSOR_COPY or (type(src) is not Tensor and type(src) is not nn.Parameter):
-            if isinstance(src, _Aliased) and is_same_view(src, self):
+    def copy_(self, other: Tensor, non_blocking: bool = False) -> Any:
+        if Tensor.copy_ is not _TENSOR_COPY or (type(other) is not Tensor and type(other) is not nn.Parameter):
+            if isinstance(other, _Aliased) and is_same_view(other, self):
                 return self  # onto itself: nothing changes, nothing opens
-            return super().copy_(src, non_blocking)  # engines patch Tensor.copy_ to count or to mask
-        write_one(self, src.detach() if src.requires_grad else src)  # values of a trained Parameter, and no gradient
+            return super().copy_(other, non_blocking)  # engines patch Tensor.copy_ to count or to mask
+        write_one(self, other.detach() if other.requires_grad else other)  # values of a trained Parameter, and no gradient
         return self
 
     # -- faces of Tensor that do not come through the dispatcher -------------------------------------------------------

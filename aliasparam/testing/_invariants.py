@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from hypothesis.stateful import invariant
 from torch import Tensor, nn
@@ -89,7 +91,9 @@ class Invariants:
             need_same(self.layer.get_buffer(name), value, name)
 
     def _refuses(self) -> None:
-        for what in (self.layer, *(lambda n=name: self.layer.get_buffer(n).clone() for name in self._registry().kernel_names())):
+        reads = [lambda n=name: self.layer.get_buffer(n).clone() for name in self._registry().kernel_names()]
+        uses: list[Callable[[], object]] = [self.layer, *reads]
+        for what in uses:
             try:
                 what()
             except StaleKernelError:

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 from torch import Tensor, nn
 
-from .. import expose_for_writing, invalidate, process, reload
+from .. import Layout, expose_for_writing, invalidate, process, reload
 from ..errors import AliasError, PointerError, ReloadError, StateError
+from ..layout import Layout
 from ._invariants import Invariants
 from ._mask import covers, mark
 from ._oracle import in_order, need_same
@@ -209,7 +210,7 @@ class AliasMachine(Invariants, RuleBasedStateMachine):
     @rule(data=st.data())
     def give_it_another_layout(self, data: st.DataObject) -> None:
         source = self._registry().sources["weight"]
-        new = data.draw(lines(source.layout.core_dims if source.layout is not None else len(source.plan.source.shape)))
+        new = data.draw(lines(source.layout.core_dims if isinstance(source.layout, Layout) else len(source.plan.source.shape)))
         try:
             self._registry().retarget({"weight": new})
         except PointerError:

@@ -23,7 +23,7 @@ def dtypes() -> st.SearchStrategy[torch.dtype]:
 
 @dataclass(frozen=True)
 class DimDigits:
-    """Digits of one dim: a free one before the fixed ``tail``, ragged; within ``parts`` parts, each padded for itself, if not 1."""
+    """Digits of one dim: a free one, ragged, before the fixed ``tail``; within ``parts`` parts, each padded for itself."""
 
     parts: int
     tail: tuple[int, ...]

@@ -8,7 +8,8 @@ from functools import cache
 
 import torch
 
-from ..errors import BackendError, ShapeError
+from ..choice import choose
+from ..errors import ShapeError
 from ._base import KernelNames as KernelNames
 from ._base import LinearBackend as LinearBackend
 from ._base import LinearLayout as LinearLayout
@@ -46,18 +47,7 @@ def chosen(
     Raises:
         BackendError: no such backend.
     """
-    known = linear_backends()
-    if name == "auto":
-        here = device or _here()
-        passed: list[str] = []
-        for backend in sorted(_runnable(here), key=lambda b: -b.rank):
-            if (reason := _misfit(backend, input_scale, shape, dtype)) is None:
-                return backend, "; not ".join([f"auto, the first that fits on {_called(here)}", *passed])
-            passed.append(f"{backend.name} ({reason})")
-        raise BackendError("no linear backend fits", name="auto", expected="reference at least", found="; ".join(passed))
-    if name not in known:
-        raise BackendError("unknown linear backend", name=name, expected=f"auto or one of {sorted(known)}", found=repr(name))
-    return known[name], "asked for by name"
+    return choose("linear backend", linear_backends(), name, device, lambda b: _misfit(b, input_scale, shape, dtype))
 
 
 def _misfit(backend: LinearBackend, input_scale: bool, shape: LinearShape | None, dtype: torch.dtype | None) -> str | None:
@@ -72,28 +62,3 @@ def _misfit(backend: LinearBackend, input_scale: bool, shape: LinearShape | None
     except ShapeError as error:
         return f"expects {error.expected}, found {error.found}"
     return None
-
-
-def _here() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _called(device: torch.device) -> str:
-    if device.type != "cuda":
-        return f"the {device.type.upper()}"
-    return "compute capability {}.{}".format(*torch.cuda.get_device_capability(device))
-
-
-def _runnable(device: torch.device) -> list[LinearBackend]:
-    return [b for b in linear_backends().values() if b.unavailable(device) is None]
-
-
-def why(device: torch.device) -> str:
-    """One line per backend, best first: which ``auto`` takes, which run here too, and why the others do not."""
-    chosen = linear_backend("auto", device)
-    lines = []
-    for backend in sorted(linear_backends().values(), key=lambda b: -b.rank):
-        reason = backend.unavailable(device)
-        verdict = "auto takes it: the first that runs here" if backend is chosen else "runs here" if reason is None else reason
-        lines.append(f"{backend.name:<36}{verdict}")
-    return "\n".join(lines)

@@ -88,8 +88,9 @@ class QuantConfig:
         """
         from . import _compressed_tensors, _modelopt  # they build this class
 
-        reader = _compressed_tensors if _compressed_tensors.wrote(config) else _modelopt
-        return reader.read(config, where)
+        if _compressed_tensors.wrote(config):
+            return _compressed_tensors.read(config, where)
+        return _modelopt.read(config, where)
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> QuantConfig:

@@ -83,6 +83,13 @@ class ExpertSource:
                     continue
                 yield ExpertPart(key, self.tensors.name(key), *self._share(shard, suffix))
 
+    def absent(self) -> Iterator[ExpertKey]:
+        """Tensors that the layer has and the files do not."""
+        if self.input_scale:
+            shards = [shard for shard, suffix in self.specs() if suffix == self.format.input_global]
+            keys = [(expert, shard, self.format.input_global) for expert in range(self.shape.all_experts) for shard in shards]
+            yield from (key for key in keys if key not in self.tensors.entries)
+
     def _share(self, shard: str, suffix: str) -> tuple[slice, slice]:
         elements = {self.format.weight: 2, self.format.block_scale: BLOCK_SIZE}.get(suffix)
         if elements is None or self.ranks.tp_size == 1:

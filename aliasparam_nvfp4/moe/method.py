@@ -20,7 +20,7 @@ from .activation import SWIGLU, ExpertActivation
 from .declarations import aliases, scalars
 from .loader import ExpertLoader
 from .routing import Routing
-from .runners import MoENames, MoERunner, MoEShape, moe_runner
+from .runners import MoENames, MoERunner, MoEShape, chosen, moe_runner
 from .scales import Missing
 
 
@@ -78,6 +78,7 @@ class NvFp4MoEMethod:
                 raise ShapeError(f"no such {what} rank", expected=f"0 to {size - 1}", found=rank)
         if interleaved and not activation.gated:
             raise ShapeError("without a gate there is nothing to interleave", expected="interleaved=False", found=activation.kind)
+        self.name = backend
         self.backend = moe_runner(backend, activation=activation, input_scale=input_scale)
         self.retarget_to = tuple(moe_runner(n, activation=activation, input_scale=input_scale) for n in retarget_to)
         self.activation, self.checkpoint, self.input_scale, self.interleaved = activation, checkpoint, input_scale, interleaved
@@ -127,10 +128,11 @@ class NvFp4MoEMethod:
             for key, value in {**attributes, "of_all_experts": of_all}.items():
                 setattr(parameter, key, value)
             layer.register_parameter(name, parameter)
-        layer.__dict__.update(nvfp4_moe_shape=shape, nvfp4_runner=self.backend, params_dtype=params_dtype)
+        runner, reason = chosen(self.name, activation=self.activation, input_scale=self.input_scale, dtype=params_dtype)
+        layer.__dict__.update(nvfp4_moe_shape=shape, nvfp4_runner=runner, params_dtype=params_dtype)
         layer.__dict__["nvfp4_moe_checkpoint"] = self.checkpoint, self.input_scale
         layer.__dict__["nvfp4_moe_missing"] = self.missing_input_scale
-        self._declare(layer, shape)
+        self._declare(layer, shape, runner).about = f"{runner.name}: {reason}"
 
     def _parameters(self, shape: MoEShape) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Checkpoint names with their shapes and dtypes."""
@@ -150,20 +152,21 @@ class NvFp4MoEMethod:
             found[f"w2_{names.input_global}"] = (shape.all_experts,), f32
         return found
 
-    def _declare(self, layer: nn.Module, shape: MoEShape) -> None:
-        layout = self.backend.layout.of(self.activation)
+    def _declare(self, layer: nn.Module, shape: MoEShape, runner: MoERunner) -> AliasRegistry:
+        layout = runner.layout.of(self.activation)
         own, *others = (
-            runner.scales(shape, self.checkpoint, input_scale=self.input_scale, missing=self.missing_input_scale).derivations()
-            for runner in (self.backend, *self.retarget_to)
+            r.scales(shape, self.checkpoint, input_scale=self.input_scale, missing=self.missing_input_scale).derivations()
+            for r in (runner, *self.retarget_to)
         )
         pairs = aliases(self.checkpoint, layout, [r.layout.of(self.activation) for r in self.retarget_to])
-        derived = scalars(own, [d for other in others for d in other], self.backend.name)
+        derived = scalars(own, [d for other in others for d in other], runner.name)
         read = {alias.source for alias in pairs} | {source for d in derived for source in d.sources}
         kept = [Keep(name) for name in self._parameters(shape) if name not in read]  # activation scales on W4A16 runners
         registry = declare(layer, *pairs, *derived, *kept, loaded=False)
         block_scales = f"w13_{self.checkpoint.block_scale}", f"w2_{self.checkpoint.block_scale}"
         registry.checks.append(FiniteBlockScales(block_scales, shape.first_expert))
         registry.on_processed.append(_tell_runner)
+        return registry
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Bring what was written since the last call to kernel format. Idempotent, in place, expert by expert.

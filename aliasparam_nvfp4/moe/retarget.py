@@ -94,5 +94,6 @@ class _Experts:
         read = {d.name for d in scalars}
         self.registry.rederive([*scalars, *(unread(d) for d in self.scalars(self.runner) if d.name not in read)])
         self.layer.__dict__["nvfp4_runner"] = target
+        self.registry.about = f"{target.name}: moved by retarget"
         if loaded:
             self.registry.process()

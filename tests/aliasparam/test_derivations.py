@@ -15,7 +15,6 @@ from aliasparam.testing import machine_for
 from .small import SWAP, SWAP_PAD8, same_spec
 
 
-
 def first_row(k: Tensor) -> Tensor:
     return k[0].float()
 

@@ -14,11 +14,11 @@ from aliasparam import (
     Alias,
     Derivation,
     Keep,
+    Reencoding,
     alias_or_bind_derived_param,
     copy_or_rebind_param,
     declare,
     expose_for_writing,
-    Reencoding,
     invalidate,
     process,
     registry_of,
@@ -29,16 +29,15 @@ from aliasparam.errors import (
     AliasError,
     DeclarationError,
     DerivationError,
+    LayoutError,
     MemoryFreedError,
     PointerError,
     ReloadError,
     StaleKernelError,
     StateError,
-    LayoutError,
 )
 
 from .small import PAD8, SWAP
-
 
 U, F32 = torch.uint8, torch.float32
 Do = Callable[[], Any]
@@ -219,8 +218,14 @@ USING: dict[str, tuple[type[AliasError], Do]] = {
     "a reload that sends nothing": (ReloadError, after(reloading())),
     "exposing an unknown name": (ReloadError, after(lambda m: expose_for_writing(m, "nope"))),
     "exposing a name of an unknown module": (ReloadError, after(lambda m: expose_for_writing(m, "a.b.weight"))),
-    "exposing twice": (StateError, after(*[lambda m: expose_for_writing(m, "weight", order="kernel")] * 2)),
-    "exposing some rows in kernel order": (ReloadError, after(lambda m: expose_for_writing(m, "weight", slice(2), order="kernel"))),
+    "exposing twice": (
+        StateError,
+        after(lambda m: [expose_for_writing(m, "weight", order="kernel"), expose_for_writing(m, "weight", order="kernel")]),
+    ),
+    "exposing some rows in kernel order": (
+        ReloadError,
+        after(lambda m: expose_for_writing(m, "weight", slice(2), order="kernel")),
+    ),
     "reading what is exposed": (
         StateError,
         after(lambda m: expose_for_writing(m, "weight", order="kernel"), lambda m: m.weight + 0),

@@ -114,9 +114,7 @@ WRITERS: dict[str, Callable[[Tensor, Tensor], Any]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "verb", [process, lambda layer: layer.weight + 0, lambda layer: layer.weight.add_(1)]
-)
+@pytest.mark.parametrize("verb", [process, lambda layer: layer.weight + 0, lambda layer: layer.weight.add_(1)])
 @pytest.mark.parametrize("writer", WRITERS)
 def test_law_8_a_write_to_a_kernel_name_is_refused_at_the_next_verb_or_read(writer: str, verb: Callable[[Any], Any]) -> None:
     layer = Layer()
@@ -188,6 +186,10 @@ def test_law_1_a_derivation_that_other_code_wrote_is_computed_again() -> None:
 
     assert "alpha" in the_registry(layer).stale_names()
     assert process(layer) == 1
+    assert layer.alpha.item() == 3
+    layer.alpha.fill_(100.0)
+    layer.weight[0] = 1  # opens the module, which writes nothing into alpha
+    process(layer)
     assert layer.alpha.item() == 3
 
 

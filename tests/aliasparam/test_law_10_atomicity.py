@@ -70,7 +70,9 @@ ACTIONS: dict[str, Callable[[Model], Any]] = {
     "strided values": lambda m: m.b.weight.copy_(NEW["b.weight"].transpose(0, 2).contiguous().transpose(0, 2)),
     "values of another dtype": lambda m: m.b.weight.copy_(NEW["b.weight"].float()),
     "in place": lambda m: m.a.scale.add_(7),
-    "a view that is no box": lambda m: m.b.weight.view(torch.int16).view(-1)[::1].copy_(NEW["b.weight"].view(torch.int16).view(-1)),
+    "a view that is no box": lambda m: (
+        m.b.weight.view(torch.int16).view(-1)[::1].copy_(NEW["b.weight"].view(torch.int16).view(-1))
+    ),
     "two tensors at once": at_once,
     "load_state_dict": lambda m: m.load_state_dict(NEW),
     "load_state_dict(assign=True)": lambda m: m.load_state_dict({n: v.clone() for n, v in NEW.items()}, assign=True),

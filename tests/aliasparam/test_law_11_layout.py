@@ -101,6 +101,30 @@ def test_one_after_the_other(data: Any, rank: int) -> None:
     assert int((memory != 0).sum()) == value.numel()
 
 
+@pytest.mark.parametrize(
+    ("texts", "shape"),
+    [
+        (["f -> ~f", "(f t) -> f t, t=2", "f -> ~f"], (1,)),
+        (["(h r) k -> ~h r k, h=2", "(t s) k -> t k s, s=2"], (6, 2)),
+        (["(h r) k -> h ~r k, h=2", "(t s) k -> ~t k s, s=4"], (6, 3)),
+        (["r k -> ~r k", "(t s) k -> t k s, s=2"], (3, 2)),
+        (["(h r) k -> r h k, h=3", "(t s) k -> t k ~s, s=9"], (12, 2)),
+        (["(a b) -> ~b a, b=3", "(c d) -> ~d c, d=2", "(a b) -> ~b a, b=3"], (7,)),
+    ],
+)
+def test_digits_that_straddle_the_next_line_and_ends_counted_backwards(texts: list[str], shape: tuple[int, ...]) -> None:
+    expected, at = torch.arange(math.prod(shape)).view(shape), shape
+    for text in texts:
+        step = Layout(text).bind(at, torch.uint8)
+        expected, at = step.offsets().reshape(-1)[expected], step.kernel_shape
+    chain = Layout(" | ".join(texts)).bind(shape, torch.uint8)
+    value, memory = random(shape, torch.uint8), torch.zeros(chain.region_capacity, dtype=torch.uint8)
+
+    chain.write(memory, chain.whole, value)
+
+    assert torch.equal(chain.offsets(), expected) and torch.equal(memory[expected], value)
+
+
 @given(DRAW, cases(halves=False), LEADS, st.integers(1, 200))
 def test_blocks_that_both_orders_keep_together(data: Any, case: Case, lead: tuple[int, ...], limit: int) -> None:
     """Block by block from one order to the other in place: nothing is lost, whatever the limit."""
@@ -125,6 +149,23 @@ def test_blocks_that_both_orders_keep_together(data: Any, case: Case, lead: tupl
     new.write(expected, new.whole, value)
     assert torch.equal(memory, expected)
     assert bool((seen == 1).all())
+
+
+def test_digits_of_other_capacities_are_not_kept_in_place() -> None:
+    """The rows have place value 1 in both orders, but after 6 of them the one goes on, after 8 the other."""
+    value = random((5, 5), torch.uint8)
+    old, new = (Layout(f"(r a) (k c) -> k c r a, a={a} c={6 - a}").bind((5, 5), torch.uint8) for a in (2, 4))
+    memory, expected = torch.zeros(48, dtype=torch.uint8), torch.zeros(48, dtype=torch.uint8)
+    old.write(memory, old.whole, value)
+    new.write(expected, new.whole, value)
+
+    for block in old.in_place_blocks(new, 5):
+        parts = [old.read(memory, box) for box in block]
+        for box, part in zip(block, parts, strict=True):
+            new.write(memory, box, part)
+    new.clear_padding(memory)
+
+    assert torch.equal(memory, expected)
 
 
 def test_digits_that_both_keep_in_place_bound_the_blocks() -> None:
@@ -241,23 +282,24 @@ def test_what_does_not_fit_the_box_changes_nothing() -> None:
     assert not memory.any()
 
 
-@given(st.data(), st.integers(1, 5), st.sampled_from([1, 2, 4, 8, 16]), st.sampled_from([torch.uint8, torch.bfloat16]))
-def test_elements_are_moved_wide_only_where_everything_is_aligned(data: Any, blocks: int, unit: int, dtype: torch.dtype) -> None:
-    """Long runs, cut at odd columns, from values at odd addresses with odd strides."""
-    layout, shape = Layout("(g b a) k -> g a b k, a=2 b=2"), (4 * blocks, unit * data.draw(st.integers(1, 6)))
+@given(st.data(), st.integers(1, 5), st.integers(1, 40), st.sampled_from([torch.uint8, torch.bfloat16]))
+def test_elements_are_moved_wide_only_where_all_is_aligned(data: Any, blocks: int, columns: int, dtype: torch.dtype) -> None:
+    """Runs of 8 elements, cut anywhere, from values at odd addresses with odd strides, into memory at odd addresses."""
+    layout, shape, tiles = Layout("(g b a) (k c) -> g k a b c, a=2 b=2 c=8"), (4 * blocks, columns), -(-columns // 8)
     bound, value = layout.bind(shape, dtype), random(shape, dtype)
-    memory = random((bound.region_capacity + 16,), dtype, seed=1)[data.draw(st.integers(0, 15)) :][: bound.region_capacity]
-    g, b, a = (axis.reshape(-1) for axis in torch.meshgrid(*map(torch.arange, (blocks, 2, 2)), indexing="ij"))
-    box = data.draw(boxes(shape))
+    memory = random((bound.region_capacity + 16,), dtype, seed=1)[data.draw(st.sampled_from([0, 0, 0, 1, 2, 4, 8])) :][
+        : bound.region_capacity
+    ]
+    row, column = torch.meshgrid(*map(torch.arange, shape), indexing="ij")
+    at = ((row // 4 * tiles + column // 8) * 4 + row % 2 * 2 + row // 2 % 2) * 8 + column % 8
+    box = data.draw(st.one_of(st.just(bound.whole), boxes(shape)))
     inside = tuple(slice(*ends) for ends in box)
-    expected = bits(memory).clone().view(shape)
-    columns = expected[4 * g + 2 * a + b]
-    columns[inside] = bits(value[inside])
-    expected[4 * g + 2 * a + b] = columns
+    expected = bits(memory).clone()
+    expected[at[inside].reshape(-1)] = bits(value[inside]).reshape(-1)
 
     bound.write(memory, box, data.draw(strided(value[inside])))
 
-    assert torch.equal(bits(memory).view(shape), expected)
+    assert torch.equal(bits(memory), expected)
     assert torch.equal(bits(bound.read(memory, box)), bits(value[inside]))
 
 
@@ -296,6 +338,8 @@ def test_a_scalar_has_a_layout() -> None:
 def test_canonical_form_joins_what_stays_together() -> None:
     assert Layout("(g b a) k -> g a b k, a=4 b=8") == Layout("(g b a) (k c d) -> g a b k c d, a=4 b=8 c=1 d=1")
     assert Layout("(g b a c) k -> g a c b k, a=4 b=8 c=2") == Layout("(x y z) k -> x z y k, y=8 z=8")
+    assert Layout("(a b) -> ~a ~b, a=2 b=3") == Layout("a -> ~a, a=6") != Layout("(a b) -> ~a b, a=2 b=3")
+    assert Layout("(a b) -> ~a b, a=2 b=3") != Layout("a -> a, a=6")
     assert Layout("(g a) k -> g a k, a=4") != Layout("g k -> g k")  # the one pads to fours
     assert Layout("(g a) k -> (g a) (k), a=4") != Layout("(g a) k -> g a k, a=4", bits=4)
 

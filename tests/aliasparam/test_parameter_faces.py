@@ -17,7 +17,6 @@ from aliasparam.errors import AdoptionError, PointerError, StateError
 
 from .small import SWAP, SWAP_PAD8, is_ready, kernel
 
-
 VALUES = torch.arange(48, dtype=torch.uint8).view(6, 8)
 
 

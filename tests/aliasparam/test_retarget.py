@@ -12,15 +12,13 @@ from aliasparam import (
     Alias,
     Derivation,
     declare,
-    expose_for_writing,
     invalidate,
     process,
     registry_of,
 )
-from aliasparam.errors import DeclarationError, PointerError, ReloadError, StaleKernelError, StateError
+from aliasparam.errors import DeclarationError, PointerError, StaleKernelError, StateError
 
 from .small import INTERLEAVE, PAD16, SWAP, SWAP_PAD16, bytes_of, kernel, layer_of
-
 
 # -- exposures -----------------------------------------------------------------------------------------------------------
 
@@ -69,9 +67,7 @@ def test_law_1_eight_threads_load_and_process_at_once() -> None:
     assert not failures
     process(layer)
     assert bool((layer.weight == 29).all())
-    assert torch.equal(
-        layer.prepared, kernel(SWAP_PAD16, torch.full((8, 64, 32), 29, dtype=torch.uint8))
-    )
+    assert torch.equal(layer.prepared, kernel(SWAP_PAD16, torch.full((8, 64, 32), 29, dtype=torch.uint8)))
 
 
 # -- derivations ---------------------------------------------------------------------------------------------------------

@@ -19,11 +19,10 @@ from aliasparam import (
     process,
     registry_of,
 )
-from aliasparam.module.verdict import judge
 from aliasparam.errors import AdoptionError, DeclarationError, StaleKernelError
+from aliasparam.module.verdict import judge
 
 from .small import HALVED, PAD8, SWAP, bytes_of, kernel, layer_of
-
 
 # -- verdicts ------------------------------------------------------------------------------------------------------------
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from typing import Any
 
@@ -87,6 +86,8 @@ def test_a_view_of_everything_loads_an_empty_tensor(view: Callable[[Any], Any], 
         lambda w, k: w.copy_(k),
         lambda w, k: w[:2].copy_(k[2:4]),
         lambda w, k: w.data[1].copy_(k[5]),
+        lambda w, k: w.view(torch.int8).copy_(k.view(torch.int8)),
+        lambda w, k: w[::2].copy_(k[1::2]),
         lambda w, k: torch._foreach_add_([w], [k]),
         lambda w, k: torch.add(k, 1, out=w),
         lambda w, k: w.index_copy_(0, torch.tensor([1, 0]), k[3:5]),

@@ -246,14 +246,14 @@ def test_transformers_own_decompression_gives_the_same_weights(tmp_path: Path) -
             assert torch.equal(module.weight.data, ours.get_submodule(name).weight.data.to(module.weight.dtype)), name
 
 
-@pytest.mark.parametrize("kind", ["int4", "two groups", "fp8 group"])
+@pytest.mark.parametrize("kind", ["int4", "4 bits by channel", "8 bits by tensor group"])
 def test_other_compressed_tensors_formats_are_refused_by_name(kind: str) -> None:
     weights = {"num_bits": 4, "type": "int" if kind == "int4" else "float", "strategy": "tensor_group", "group_size": 16}
     group = {"weights": weights, "targets": ["Linear"], "format": "nvfp4-pack-quantized"}
     groups = {"group_0": group}
-    if kind == "two groups":
-        groups["group_1"] = {**group, "targets": ["re:.*mlp.*"]}
-    if kind == "fp8 group":
+    if kind == "4 bits by channel":
+        groups["group_1"] = {**group, "targets": ["re:.*mlp.*"], "weights": {**weights, "strategy": "channel"}}
+    if kind == "8 bits by tensor group":
         groups["group_1"] = {**group, "weights": {**weights, "num_bits": 8}, "format": "float-quantized"}
     config = {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized", "config_groups": groups}
 

@@ -15,6 +15,10 @@ from ...checkpoint.scheme import Scheme
 from .config import model_config
 from .unwrap import plain_name
 
+#: Entries that say how a model came here or is served, not what it is.
+_CHOSEN = {
+    "_name_or_path", "name_or_path", "architectures", "dtype", "quantization_config", "torch_dtype", "transformers_version",
+}  # fmt: skip
 #: Entries which do not change what a loaded model computes.
 _FREE = {
     "_name_or_path", "name_or_path", "transformers_version", "quantization_config", "torch_dtype", "dtype", "architectures",
@@ -45,7 +49,10 @@ def check_config(model: Any, folder: Path, *, strict: bool = False) -> QuantConf
     before = held.parsed if hasattr(held, "parsed") else QuantConfig.from_dict(held)
     if parsed.tensors != before.tensors:
         raise _another_way(folder, f"as {before.tensors.name} stores it", f"as {parsed.tensors.name} stores it")
-    differing = dict(_differing(model.config, model_config(folder)))
+    found = model_config(folder)
+    if type(found) is not type(model.config):  # the language model of a folder with other modalities
+        found = found.get_text_config(decoder=True)
+    differing = dict(_differing(model.config, found))
     needed = {key: pair for key, pair in differing.items() if strict or not _is_free(key, model.config)}
     if needed:
         shown = list(needed.items())[:5]
@@ -105,7 +112,7 @@ def _differing(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, tupl
         a, b = before.get(key), after.get(key)
         if key.endswith("_config") and isinstance(a, dict) and isinstance(b, dict) and key != "quantization_config":
             yield from _differing(a, b, f"{prefix}{key}.")
-        elif a != b and key not in ("quantization_config", "_name_or_path", "transformers_version"):
+        elif a != b and key not in _CHOSEN:
             yield f"{prefix}{key}", (a, b)
 
 

@@ -27,6 +27,21 @@ from ...moe.scales import Missing
 from .activation import expert_activation
 
 
+@dataclass(frozen=True)
+class ExpertChoice:
+    """With what experts are served.
+
+    Attributes:
+        runner: an MoE runner's name, or "auto".
+        ranks: the part of this process. With more than one, results are added up over the default process group.
+        missing_input_scale: what counts for experts without an input scale, see :class:`~aliasparam_nvfp4.NvFp4MoEMethod`.
+    """
+
+    runner: str = "auto"
+    ranks: ExpertRanks = field(default_factory=ExpertRanks)
+    missing_input_scale: Missing = "refuse"
+
+
 class Experts(nn.Module):
     """NVFP4 experts of one layer: ``forward(hidden_states [T, H], top_k_index [T, k], top_k_weights [T, k]) -> [T, H]``.
 
@@ -36,9 +51,7 @@ class Experts(nn.Module):
         names: of the tensors.
         scheme: NVFP4 with activations quantized, or weights alone.
         activation: what lies between the two GEMMs.
-        missing_input_scale: what counts for experts without an input scale, see :class:`~aliasparam_nvfp4.NvFp4MoEMethod`.
-        runner: an MoE runner's name, or "auto".
-        ranks: the part of this process. With more than one, results are added up over the default process group.
+        choice: with what they are served.
         dtype: of activations.
     """
 
@@ -50,20 +63,18 @@ class Experts(nn.Module):
         names: CheckpointFormat,
         scheme: Scheme,
         activation: ExpertActivation,
-        missing_input_scale: Missing,
-        runner: str,
-        ranks: ExpertRanks,
+        choice: ExpertChoice,
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
         self.scheme = scheme
         self.quant_method = NvFp4MoEMethod(
-            runner,
+            choice.runner,
             checkpoint=names,
             activation=activation,
             input_scale=scheme.inputs == "stored",
-            missing_input_scale=missing_input_scale,
-            **asdict(ranks),
+            missing_input_scale=choice.missing_input_scale,
+            **asdict(choice.ranks),
         )
         tensors = tensors if activation.gated else tensors.without_gate()
         #: What the files call this layer's experts.
@@ -71,7 +82,7 @@ class Experts(nn.Module):
         #: The names of its tensors in the state dict: those of the files it was loaded from.
         self.names = {key: entry.name for key, entry in tensors.entries.items()}
         self._scalars = {key: entry.shape for key, entry in tensors.entries.items() if len(entry.shape) < 2}
-        self.ranks = ranks
+        self.ranks = choice.ranks
         self._sizes, self._dtype = sizes, dtype
 
     def check_headers(self, tensors: ExpertTensors) -> None:
@@ -123,6 +134,9 @@ class Experts(nn.Module):
             name = f"{'w2' if part.key[1] == 'w2' else 'w13'}_{part.key[2]}"
             view = self._view(self.get_parameter(name), part.key, source)
             shards.setdefault(name, []).append((_projection(self, part.name), part.key[2], view))
+        for key in source.absent():
+            name = f"{'w2' if key[1] == 'w2' else 'w13'}_{key[2]}"
+            shards[name].append((nn.Module(), f"{key[1]}_{key[0]}", self._view(self.get_parameter(name), key, source)))
         for name, views in shards.items():
             registry.show_shards(name, views)
 
@@ -133,7 +147,7 @@ class Experts(nn.Module):
         gated = self.quant_method.activation.gated
         if suffix in (source.format.weight_global, source.format.input_global):
             one = param[row : row + 1] if param.dim() == 1 else param[row, 1:] if shard == "w3" else param[row, :1]
-            return one.view(self._scalars[key])
+            return one.view(self._scalars.get(key, ()))
         return param[row] if shard == "w2" or not gated else param[row].chunk(2)[SHARDS.index(shard)]
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -145,15 +159,6 @@ class Experts(nn.Module):
     def extra_repr(self) -> str:
         runner = self.__dict__.get("nvfp4_runner", self.quant_method.backend)
         return f"experts, H, I = {self._sizes}, runner={runner.name}"
-
-
-@dataclass(frozen=True)
-class ExpertChoice:
-    """With what experts are served: see :class:`Experts`."""
-
-    runner: str = "auto"
-    ranks: ExpertRanks = field(default_factory=ExpertRanks)
-    missing_input_scale: Missing = "refuse"
 
 
 def replace_experts(
@@ -171,7 +176,7 @@ def replace_experts(
         layers: experts in the files, by the path of their module in ``model``.
         schemes_of: how all projections of the experts at a path are quantized.
         names: of the tensors.
-        choice: see :class:`Experts`.
+        choice: with what they are served.
         dtype: see :class:`Experts`.
 
     Raises:
@@ -194,17 +199,7 @@ def replace_experts(
             )
         first = module.get_parameter(first_projection(module))
         sizes = (first.shape[0], first.shape[2], first.shape[1] // (2 if activation.gated else 1))
-        made = Experts(
-            tensors,
-            sizes,
-            names=names,
-            scheme=scheme,
-            activation=activation,
-            dtype=dtype,
-            runner=choice.runner,
-            ranks=choice.ranks,
-            missing_input_scale=choice.missing_input_scale,
-        )
+        made = Experts(tensors, sizes, names=names, scheme=scheme, activation=activation, choice=choice, dtype=dtype)
         model.set_submodule(path, made)
 
 

@@ -18,8 +18,8 @@ class Fp8Linear(nn.Module):
     """Weights in e4m3, activations in e4m3 or as they are; computed in float32.
 
     Checkpoint names: ``weight`` e4m3 ``[N, K]``; ``weight_scale``, a multiplier: one value, one a row (``[N]`` or ``[N, 1]``), or
-    one a block of rows and columns (``[n, k]``); ``input_scale`` f32 where activations have a stored one, a multiplier. As ModelOpt
-    and compressed-tensors (``float-quantized``) store them.
+    one a block of rows and columns (``[n, k]``); ``input_scale`` f32 where activations have a stored one, a multiplier. As
+    ModelOpt and compressed-tensors (``float-quantized``) store them.
 
     Args:
         in_features: K.

@@ -91,13 +91,18 @@ class _Saving:
 
     def __call__(self, module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
         _rename(state, prefix, self.theirs)
-        for conversion in self.conversions:
-            held = {name: state.get(f"{prefix}{name}") for name in conversion.targets}
-            tensors = {name: t for name, t in held.items() if t is not None and not isinstance(t, nn.Parameter)}
-            if len(tensors) == len(held):
-                for name in held:
-                    del state[f"{prefix}{name}"]
-                state |= {f"{prefix}{name}": tensor for name, tensor in conversion.revert(module, tensors).items()}
+        if not any(isinstance(tensor, nn.Parameter) for tensor in state.values()):
+            revert(module, state, self.conversions, prefix)
+
+
+def revert(model: nn.Module, state: dict[str, Tensor], conversions: Sequence[Conversion], prefix: str = "") -> None:
+    """Put the files' tensors in the place of what transformers converted, in a state dict of plain tensors."""
+    for conversion in conversions:
+        held = {name: state[f"{prefix}{name}"] for name in conversion.targets if f"{prefix}{name}" in state}
+        if len(held) == len(conversion.targets):
+            for name in held:
+                del state[f"{prefix}{name}"]
+            state |= {f"{prefix}{name}": tensor for name, tensor in conversion.revert(model, held).items()}
 
 
 class _Loading:

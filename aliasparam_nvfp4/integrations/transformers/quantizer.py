@@ -34,7 +34,7 @@ from .carried import carry
 from .experts import ExpertChoice, Experts, replace_experts, show_apart
 from .fuse import fuse_projections
 from .linears import replace_linears
-from .names import Names, speak_file_names
+from .names import Names, revert, speak_file_names
 from .report import FolderReport
 from .source import Source, narrowed
 
@@ -183,7 +183,9 @@ class ModelOptQuantizer(HfQuantizer):  # type: ignore[misc]
             source.folder.close()
 
     def get_state_dict_and_metadata(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return checkpoint_state_dict(model), {"format": "pt"}
+        state = checkpoint_state_dict(model)
+        revert(model, state, self.names.conversions)
+        return state, {"format": "pt"}
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True

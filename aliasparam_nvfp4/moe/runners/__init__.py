@@ -8,6 +8,7 @@ from functools import cache
 
 import torch
 
+from ...choice import choose
 from ...errors import BackendError
 from ..activation import SWIGLU, ExpertActivation
 from ._base import MoENames as MoENames
@@ -36,18 +37,33 @@ def moe_runner(
     Raises:
         BackendError: no such runner, or one which cannot serve such experts.
     """
-    known = moe_runners()
-    fit = {n: r for n, r in known.items() if r.refusal(activation, input_scale=input_scale) is None}
-    if name == "auto":
-        here = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return max((r for r in fit.values() if r.unavailable(here) is None), key=lambda r: r.rank)
-    if name not in known:
-        raise BackendError("unknown MoE runner", name=name, expected=f"auto or one of {sorted(known)}", found=repr(name))
-    if name not in fit:
+    return chosen(name, device, activation=activation, input_scale=input_scale)[0]
+
+
+def chosen(
+    name: str,
+    device: torch.device | None = None,
+    *,
+    activation: ExpertActivation = SWIGLU,
+    input_scale: bool = True,
+    dtype: torch.dtype | None = None,
+) -> tuple[MoERunner, str]:
+    """(runner, why it is that one). Dims do not matter: runners pad what their kernels want in whole tiles.
+
+    Raises:
+        BackendError: no such runner, or one which cannot serve such experts.
+    """
+
+    def misfit(runner: MoERunner) -> str | None:
+        return runner.refusal(activation, input_scale=input_scale, dtype=dtype)
+
+    runner, reason = choose("MoE runner", moe_runners(), name, device, misfit)
+    if (refusal := runner.refusal(activation, input_scale=input_scale)) is not None:
+        fit = [n for n, r in moe_runners().items() if r.refusal(activation, input_scale=input_scale) is None]
         raise BackendError(
-            f"this runner cannot serve these experts: {known[name].refusal(activation, input_scale=input_scale)}",
+            f"this runner cannot serve these experts: {refusal}",
             name=name,
-            expected=f"auto or one of {sorted(fit)}",
+            expected=f"auto or one of {fit}",
             found=activation,
         )
-    return known[name]
+    return runner, reason

@@ -93,6 +93,8 @@ class MoERunner(ABC):
     #: How its call takes alpha, beta and limit of SwiGLU, see scales.py. None: it has none.
     swiglu_numbers: SwigluNumbers | None = None
     capabilities: frozenset[tuple[int, int]] = frozenset()
+    #: Dtypes of activations.
+    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32)
     packages: tuple[str, ...] = ()
     rank: int = 0
     #: The function it calls, for the table in the docs.
@@ -133,7 +135,7 @@ class MoERunner(ABC):
             missing,
         )
 
-    def refusal(self, activation: ExpertActivation, *, input_scale: bool = True) -> str | None:
+    def refusal(self, activation: ExpertActivation, *, input_scale: bool = True, dtype: torch.dtype | None = None) -> str | None:
         """Why it cannot serve experts like these, or None where it can."""
         if not input_scale and self.needs_input_scale:
             return "it quantizes activations, and the checkpoint has no activation scales"
@@ -141,6 +143,8 @@ class MoERunner(ABC):
             return f"its kernel has no {activation.kind}, only {', '.join(sorted(self.activations))}"
         if activation.has_numbers and self.swiglu_numbers is None:
             return "its kernel has no alpha, beta or limit of SwiGLU"
+        if dtype is not None and dtype not in self.dtypes:
+            return f"it takes no activations of {dtype}"
         return None
 
     @abstractmethod

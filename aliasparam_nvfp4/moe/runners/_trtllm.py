@@ -24,6 +24,7 @@ class TrtLlm(MoERunner):
     swiglu_numbers = SwigluNumbers.OF_RAW_SUMS
     capabilities = frozenset({(10, 0), (10, 3), (10, 7)})
     packages = ("flashinfer",)
+    dtypes = (torch.bfloat16, torch.float16)
 
     def apply(self, layer: MoENames, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, shape: MoEShape) -> Tensor:
         """The choice is packed: expert number in the high 16 bits, the bits of the bfloat16 weight in the low ones."""

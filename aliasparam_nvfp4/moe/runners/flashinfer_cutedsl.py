@@ -26,6 +26,7 @@ class FlashInferCuteDsl(MoERunner):
     swiglu_numbers = SwigluNumbers.AS_FLOATS
     capabilities = frozenset({(10, 0), (10, 3), (10, 7)})
     packages = ("flashinfer", "cutlass", "triton")
+    dtypes = (torch.bfloat16, torch.float16)
     rank = 10
     call = "cute_dsl_fused_moe"
 

@@ -21,6 +21,7 @@ class FlashInferCutlass(MoERunner):
     swiglu_numbers = SwigluNumbers.OF_TRUE_VALUES
     capabilities = frozenset({(10, 0), (10, 3), (10, 7), (11, 0), (12, 0), (12, 1)})
     packages = ("flashinfer",)
+    dtypes = (torch.bfloat16, torch.float16)
     rank = 20
     call = "cutlass_fused_moe"
 

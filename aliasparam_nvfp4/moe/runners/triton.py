@@ -19,6 +19,7 @@ class Triton(MoERunner):
     activations = frozenset({"swiglu", "relu2"})
     swiglu_numbers = SwigluNumbers.AS_FLOATS
     packages = ("triton",)
+    dtypes = (torch.bfloat16, torch.float16)
     rank = 2
     call = "aliasparam_nvfp4.kernels.triton_moe.experts"
 

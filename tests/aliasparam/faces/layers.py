@@ -12,16 +12,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from aliasparam import Alias, AliasedStorage, PadLast2, State, SwapHalves, Transform, declare, process, registry_of
+from aliasparam import Alias, AliasedStorage, State, declare, process, registry_of
+from aliasparam.testing import kernel_tensor
 
-STATES = ("checkpoint", "kernel", "half-written", "invalid")
+from ..small import SWAP, SWAP_PAD8
+
+STATES = ("ready", "open", "half-written", "invalid")
 
 
 @dataclass(frozen=True)
 class Kind:
     shape: tuple[int, ...]
     dtype: torch.dtype
-    transform: Transform
+    line: str
 
     @property
     def values(self) -> Tensor:
@@ -30,9 +33,9 @@ class Kind:
 
 
 KINDS = {
-    "linear": Kind((6, 8), torch.uint8, SwapHalves()),
-    "experts": Kind((4, 2, 3), torch.uint8, SwapHalves()),
-    "padded": Kind((3, 4, 5), torch.bfloat16, SwapHalves().then(PadLast2(8, 8))),
+    "linear": Kind((6, 8), torch.uint8, SWAP),
+    "experts": Kind((4, 2, 3), torch.uint8, SWAP),
+    "padded": Kind((3, 4, 5), torch.bfloat16, SWAP_PAD8),
 }
 
 
@@ -43,9 +46,12 @@ class Plain(nn.Module):
         super().__init__()
         self.kind = KINDS[kind]
         self.weight = nn.Parameter(self.kind.values.to(device), requires_grad=False)
+        numbers = torch.arange(1, self.weight.numel() + 1).view(self.kind.shape)
+        self.places = kernel_tensor(self.kind.line, numbers).to(device)  # 0 is padding
 
     def prepare(self) -> Tensor:
-        return self.kind.transform.forward(self.weight.data)
+        padded = torch.cat([self.weight.data.new_zeros(1), self.weight.data.flatten()])
+        return padded[self.places]
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.prepare().float().sum() + self.prepare().float().reshape(-1)[0]
@@ -56,7 +62,7 @@ class Declared(Plain):
 
     def __init__(self, device: torch.device, kind: str = "linear") -> None:
         super().__init__(device, kind)
-        declare(self, Alias("weight", "prepared", self.kind.transform))
+        declare(self, Alias("weight", "prepared", self.kind.line))
         process(self)
 
     def prepare(self) -> Tensor:
@@ -72,9 +78,9 @@ def storage_of(layer: nn.Module) -> AliasedStorage:
 def come_to(layer: Declared, state: str) -> None:
     """Bring a ready layer into a state; of experts, the first is written, or the first and half of the second."""
     values, half = layer.kind.values, layer.kind.shape[-2] // 3 or 1
-    if state == "checkpoint":
+    if state == "open":
         layer.weight[0].copy_(values[0])
-    elif state != "kernel":
+    elif state != "ready":
         storage_of(layer).invalidate()
         if state == "half-written":
             written = (slice(half),) if values.dim() == 2 else (1, slice(half))
@@ -85,22 +91,12 @@ def come_to(layer: Declared, state: str) -> None:
 
 def complete(layer: Declared) -> None:
     """Write what is still missing with the values the plain twin began with."""
-    storage, values = storage_of(layer), layer.kind.values
-    storage.settle()
-    arrived = _arrived(storage)
-    for region, state in enumerate(storage.states):
-        inside = layer.weight.view_as(layer.weight) if storage.plan.regions == 1 else layer.weight[region]
-        wanted, there = (values, arrived) if storage.plan.regions == 1 else (values[region], arrived[region])
-        if state in (State.EMPTY, State.INVALID):
-            inside.copy_(wanted)
-        elif state is State.PARTIAL:
-            for index in (~there).nonzero().tolist():
-                inside[tuple(index)] = wanted[tuple(index)]
-
-
-def _arrived(storage: AliasedStorage) -> Tensor:
-    """bool, in the shape of the checkpoint name: which elements of half-written regions were written."""
-    name = storage.checkpoint
-    width = name.element_size()
-    strides = (*(s * width for s in name.stride()), 1)
-    return storage._written.mask(storage.plan.nbytes).as_strided((*name.shape, width), strides).all(-1)
+    states, values = storage_of(layer).states, layer.kind.values
+    for region, state in enumerate(states.each):
+        wanted, inside = (
+            (values[region], layer.weight[region]) if values.dim() > 2 else (values, layer.weight.view_as(layer.weight))
+        )
+        if state is not State.LOADED:
+            for box in states.missing_boxes(region):
+                within = tuple(slice(*ends) for ends in box[-2:])
+                inside[within] = wanted[within]

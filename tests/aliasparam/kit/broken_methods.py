@@ -11,10 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aliasparam import PadLast2, SwapHalves
-
-#: What a kernel does to a weight here: a permutation which is not an involution, so doing it twice shows.
-SHUFFLE = SwapHalves()
+from aliasparam.testing import kernel_tensor
 
 
 def shuffle(tensor: Tensor) -> Tensor:
@@ -97,7 +94,7 @@ class RebindsToThePaddedShape(Method):
     laws = frozenset({2, 3, 5, 6, 9})
 
     def process(self, layer: Any) -> None:
-        layer.weight.data = PadLast2(16, 8).forward(layer.weight.data)
+        layer.weight.data = kernel_tensor("(g r) (q c) -> g r q c, r=16 c=8", layer.weight.data)
 
     def outputs(self, layer: Any) -> dict[str, Tensor]:
         return {"weight": layer.weight.data}

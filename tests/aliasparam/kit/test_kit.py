@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from aliasparam import Alias, Derivation, PadLast2, SwapHalves, _convert, declare
+from aliasparam import Alias, Derivation, declare
 from aliasparam.testing import LAWS, LawBroken, Report, check_method, machine_for
 
+from ..small import SWAP, SWAP_PAD16
+from .broken_functions import BROKEN
 from .broken_methods import METHODS, Layer, Method, shuffle
 from .broken_refusals import REFUSALS, RightByHand
 
@@ -38,6 +40,28 @@ def test_the_kit_catches_a_broken_method(broken: type[Method]) -> None:
     assert len(caught.value.steps) <= 12, "the sequence is not short"
 
 
+@pytest.mark.parametrize("broken", BROKEN)
+def test_the_kit_catches_a_broken_function_of_a_declaration(broken: str) -> None:
+    make, says = BROKEN[broken]
+
+    with pytest.raises(LawBroken, match=says) as caught:
+        check_method(make, name=broken)
+
+    assert caught.value.law in (1, 9)
+    assert caught.value.law == 9 or caught.value.steps == ["call it by itself"]
+
+
+def test_a_fixed_sequence_that_fails_is_shrunk_too() -> None:
+    from .broken_refusals import SwapsInPlaceWithATemporary
+
+    with pytest.raises(LawBroken) as caught:
+        check(SwapsInPlaceWithATemporary(), examples=8)
+    loads = [step for step in caught.value.steps if step.startswith("load")]
+
+    assert caught.value.law == 10
+    assert len(loads) == 4, "three at first, and one before the failure"
+
+
 @pytest.mark.parametrize("law", [7, 8, 10])
 def test_broken_methods_are_there_for_the_laws_of_refusal(law: int) -> None:
     assert sum(method.laws == {law} for method in REFUSALS) >= 2
@@ -62,8 +86,8 @@ def declared(aliasing: bool = True) -> nn.Module:
     layer = Layer()
     declare(
         layer,
-        Alias("weight", "prepared", SwapHalves()),
-        Alias("weight_scale", "weight_scale_prepared", SwapHalves().then(PadLast2(16, 8))),
+        Alias("weight", "prepared", SWAP),
+        Alias("weight_scale", "weight_scale_prepared", SWAP_PAD16),
         Derivation("alpha", ("scale",), _largest, (1,), torch.float32),
         Derivation("alpha_inv", ("alpha",), torch.reciprocal, (1,), torch.float32),
         loaded=False,
@@ -84,12 +108,6 @@ def test_the_same_method_declared_keeps_every_law(aliasing: bool) -> None:
     assert report.unchecked == {}
     assert "all laws hold" in str(report)
     assert report.sequences >= 10
-
-
-def test_law_10_holds_between_the_pieces_of_a_conversion(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_convert, "_PIECE_BYTES", 8)
-
-    check_method(declared, name="declared, converted in pieces")
 
 
 class Careful(Method):

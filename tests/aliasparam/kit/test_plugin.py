@@ -9,7 +9,7 @@ from pathlib import Path
 from aliasparam.testing import LAWS
 
 _SUITE = """
-from aliasparam import Alias, SwapHalves, declare, process
+from aliasparam import Alias, declare, process
 from torch import nn
 import torch
 
@@ -20,7 +20,7 @@ def make():
 
 def declared():
     layer = make()
-    declare(layer, Alias("weight", "prepared", SwapHalves()), loaded=False)
+    declare(layer, Alias("weight", "prepared", "(h r) k -> ~h r k, h=2"), loaded=False)
     return layer
 
 def by_hand(layer):

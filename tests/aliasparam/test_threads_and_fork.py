@@ -1,0 +1,131 @@
+"""Other threads and forked children: states and bytes are looked at under one lock, and no lock is lost with a thread."""
+
+from __future__ import annotations
+
+import copy
+import os
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from aliasparam import Derivation, declare, process
+from aliasparam.errors import AliasError
+
+from .small import SWAP, SWAP_PAD16, Layer, bytes_of, kernel, layer_of, storage_of
+
+
+def at_once(*work: Callable[[], None]) -> None:
+    failures: list[BaseException] = []
+
+    def run(do: Callable[[], None]) -> None:
+        try:
+            do()
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=run, args=(do,)) for do in work]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads), "a deadlock"
+    assert not failures, failures
+
+
+def test_law_1_eight_threads_load_and_process_at_once() -> None:
+    layer = layer_of(bytes_of(8, 64, 32), SWAP_PAD16)
+    process(layer)
+
+    def load(expert: int) -> None:
+        for step in range(30):
+            layer.weight[expert].copy_(torch.full((64, 32), step, dtype=torch.uint8))
+            if step % 7 == expert % 7:
+                process(layer)
+            assert bool((layer.weight[expert].clone() == step).all())
+
+    at_once(*(lambda e=e: load(e) for e in range(8)))
+
+    process(layer)
+    assert torch.equal(layer.prepared, kernel(SWAP_PAD16, torch.full((8, 64, 32), 29, dtype=torch.uint8)))
+
+
+@pytest.mark.parametrize("by", [copy.deepcopy, lambda m: m.state_dict()["weight"].clone()], ids=["deepcopy", "state dict"])
+def test_a_copy_made_while_another_thread_writes_is_of_one_moment(by: Callable[[nn.Module], object]) -> None:
+    layer = Layer((64, 256))
+    process(layer)
+    done = threading.Event()
+
+    def write() -> None:
+        for step in range(200):
+            layer.weight.copy_(torch.full((64, 256), step % 250, dtype=torch.uint8))
+        done.set()
+
+    def read() -> None:
+        layer.weight.fill_(1)
+        while not done.is_set():
+            found = by(layer)
+            values = found.weight.clone() if isinstance(found, nn.Module) else found
+            assert values.unique().numel() == 1  # type: ignore[union-attr]
+
+    layer.weight.fill_(1)
+    at_once(write, read)
+
+
+def test_a_write_between_deriving_and_commit_leaves_the_module_open() -> None:
+    layer = Layer(scale=True)
+    writes: list[int] = []
+
+    def meddle(scale: torch.Tensor) -> torch.Tensor:
+        if not writes:
+            writes.append(1)
+            thread = threading.Thread(target=lambda: layer.weight[0].fill_(77))
+            thread.start()
+            thread.join(10)
+            assert not thread.is_alive(), "a derivation ran under a lock"
+        return scale.min().reshape(1)
+
+    declare(layer, Derivation("least", ("scale",), meddle, (1,), torch.float32))
+    process(layer)
+
+    with pytest.raises(AliasError):
+        layer()
+    process(layer)
+    assert torch.equal(layer(), kernel(SWAP, layer.weight.clone()))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_forked_child_does_not_wait_for_a_thread_that_it_does_not_have() -> None:
+    layer = Layer()
+    process(layer)
+    held, go = threading.Event(), threading.Event()
+
+    def hold() -> None:
+
+        with storage_of(layer).lock:
+            held.set()
+            go.wait(30)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait(30)
+    child = os.fork()
+    if child == 0:
+        layer.weight[0] = 9
+        process(layer)
+        os._exit(0 if int(layer()[3, 0]) == 9 else 1)
+    ended, status = 0, 1
+    for _ in range(100):
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            break
+        threading.Event().wait(0.1)
+    go.set()
+    thread.join()
+    if not ended:
+        os.kill(child, 9)
+        os.waitpid(child, 0)
+    assert ended and status == 0

@@ -1,0 +1,167 @@
+"""Folders as they are published: they load, answer as transformers on decoded weights, reload, and export their bytes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from aliasparam_nvfp4.checkpoint import CheckpointError
+from aliasparam_nvfp4.verify import signal_to_noise
+
+transformers = pytest.importorskip("transformers")
+from aliasparam_nvfp4.integrations.transformers import reload_folder, use_backend  # noqa: E402
+from aliasparam_nvfp4.integrations.transformers.config import model_config  # noqa: E402
+
+from .folder_models import IDS, MODELS, quantized, saved, write  # noqa: E402
+
+QUANTIZATION = {
+    "quant_method": "modelopt",
+    "quant_algo": "W4A16_NVFP4",
+    "ignore": ["lm_head", "mtp*", "*visual*", "vision_tower*"],
+}
+
+
+def load(folder: Path, kind: type[Any], **options: Any) -> Any:
+    with use_backend("reference", moe="reference", **options):
+        return kind.from_pretrained(folder, config=model_config(folder), dtype=torch.float32).eval()
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS, use_cache=False).logits.double()  # type: ignore[no-any-return]
+
+
+def folders(kind: str, seed: int, path: Path) -> tuple[Path, Path, dict[str, Tensor], type[Any]]:
+    """(as published, decoded, the published tensors that a model takes, class)."""
+    tensors, config, cls = saved(kind, seed)
+    packed, plain = quantized(tensors)
+    assert any(t.dtype is torch.uint8 for t in packed.values())
+    extra = {name: torch.zeros(4, 4, dtype=torch.bfloat16) for name in MODELS[kind][1]}
+    published = write(path / "published", {**packed, **extra}, {**config, "quantization_config": QUANTIZATION})
+    return published, write(path / "decoded", plain, config), packed, cls
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_published_folder_answers_right_reloads_and_exports_its_bytes(kind: str, tmp_path: Path) -> None:
+    a, decoded, tensors, cls = folders(kind, 0, tmp_path / "a")
+    b, _decoded_b, _, _ = folders(kind, 1, tmp_path / "b")
+    if kind == "Gemma-4":
+        plain = gemma(decoded, cls)
+    else:
+        plain = cls.from_pretrained(decoded, dtype=torch.float32).eval()
+    model = load(a, cls)
+    first = logits(model)
+
+    assert signal_to_noise(first, logits(plain)) >= 100
+    assert set(model.hf_quantizer.report.dropped) == set(MODELS[kind][1])
+    model.save_pretrained(tmp_path / "saved")
+    found = load_file(tmp_path / "saved" / "model.safetensors")
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[n].reshape(-1).view(torch.uint8), same(tensors[n], found[n])) for n in found)
+    reload_folder(model, b)
+    assert torch.equal(logits(model), logits(load(b, cls))), "law 9"
+    reload_folder(model, a)
+    assert torch.equal(logits(model), first)
+
+
+def same(stored: Tensor, found: Tensor) -> Tensor:
+    """The stored tensor's bytes, in the dtype in which what is not quantized is served."""
+    return (
+        stored.to(found.dtype).reshape(-1).view(torch.uint8)
+        if stored.dtype is torch.bfloat16
+        else stored.reshape(-1).view(torch.uint8)
+    )
+
+
+def gemma(folder: Path, cls: type[Any]) -> Any:
+    """transformers has no conversion for Gemma's experts apart: they are stacked here."""
+    config = transformers.AutoConfig.from_pretrained(folder)
+    model, files = cls(config).float().eval(), load_file(folder / "model.safetensors")
+    for path, _module in model.named_modules():
+        if path.endswith(".experts"):
+            each = {
+                p: torch.stack([files.pop(f"{path}.{e}.{p}.weight") for e in range(4)])
+                for p in ("gate_proj", "up_proj", "down_proj")
+            }
+            files[f"{path}.gate_up_proj"] = torch.cat([each["gate_proj"], each["up_proj"]], 1)
+            files[f"{path}.down_proj"] = each["down_proj"]
+    model.load_state_dict(files)
+    return model
+
+
+def test_a_tensor_that_no_rule_knows_is_refused_cold_and_warm(tmp_path: Path) -> None:
+    published, _, tensors, cls = folders("DeepSeek-V3", 0, tmp_path)
+    config = model_config(published)
+    model = load(published, cls)
+    odd = {
+        **tensors,
+        "model.layers.7.mlp.up_proj.weight": torch.zeros(4, 4),
+        "model.layers.1.mlp.experts.9.up_proj.bias": torch.ones(1),
+    }
+    bad = write(tmp_path / "bad", odd, {**config.to_dict(), "quantization_config": QUANTIZATION})
+
+    for take in (lambda: load(bad, cls), lambda: reload_folder(model, bad)):
+        with pytest.raises(CheckpointError, match=r"expert 9 is unexpected|layers\.7\.mlp\.up_proj"):
+            take()
+
+
+def test_a_text_model_of_a_folder_with_a_vision_tower_says_what_it_drops(tmp_path: Path) -> None:
+    published, decoded, _, cls = folders("Qwen3.5", 0, tmp_path)
+
+    text = load(published, transformers.AutoModelForCausalLM)
+
+    assert signal_to_noise(logits(text), logits(cls.from_pretrained(decoded, dtype=torch.float32).eval())) >= 100
+    rules = set(text.hf_quantizer.report.dropped.values())
+    assert rules == {"Qwen3_5ForCausalLM ignores them"} and "model.visual" in str(text.hf_quantizer.report)
+    reload_folder(text, published)
+
+
+def test_input_scales_that_no_calibration_gave_are_refused_or_the_largest(tmp_path: Path) -> None:
+    """Of one expert missing, of another 0: as if each had the largest of the layer."""
+    tensors, config, cls = saved("GLM-4.5")
+    packed, _ = quantized(tensors)
+    modules = [n.rpartition(".")[0] for n, t in packed.items() if t.dtype is torch.uint8]
+    packed |= {f"{module}.input_scale": torch.tensor(0.003) for module in modules}
+    settings = {**config, "quantization_config": {**QUANTIZATION, "quant_algo": "NVFP4"}}
+    whole = load(write(tmp_path / "whole", packed, settings), cls)
+    experts = "model.layers.1.mlp.experts"
+    lacking = {n: t for n, t in packed.items() if n != f"{experts}.1.up_proj.input_scale"}
+    lacking[f"{experts}.2.down_proj.input_scale"] = torch.tensor(0.0)
+    folder = write(tmp_path / "lacking", lacking, settings)
+
+    with pytest.raises(CheckpointError, match=r"expert 1 lacks w3 input_scale"):
+        load(folder, cls)
+    model = load(folder, cls, missing_input_scale="max")
+
+    assert torch.equal(logits(model), logits(whole))
+    model.save_pretrained(tmp_path / "saved")
+    found = load_file(tmp_path / "saved" / "model.safetensors")
+    assert found.keys() == lacking.keys() and float(found[f"{experts}.2.down_proj.input_scale"]) == 0
+    reload_folder(model, folder)
+    assert torch.equal(logits(model), logits(whole))
+
+
+def test_a_wrapped_model_reloads_and_entries_that_change_nothing_are_named(tmp_path: Path) -> None:
+    a, _, _, cls = folders("GLM-4.5", 0, tmp_path / "a")
+    b, _, _, _ = folders("GLM-4.5", 1, tmp_path / "b")
+    config = json.loads((b / "config.json").read_text())
+    (b / "config.json").write_text(json.dumps({**config, "eos_token_id": 7, "somebodys_note": "x"}))
+    model = load(a, cls)
+    model.model.layers[1] = torch.compile(model.model.layers[1], backend="eager")
+    wrapped = torch.compile(model, backend="eager")
+
+    with pytest.raises(CheckpointError, match="another model"):
+        reload_folder(wrapped, b, strict=True)
+    with pytest.warns(UserWarning, match=r"eos_token_id: .* to 7"):
+        reload_folder(wrapped, b)
+
+    assert signal_to_noise(logits(wrapped), logits(load(b, cls))) >= 100
+    (b / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.1}))
+    with pytest.raises(CheckpointError, match="rms_norm_eps"):
+        reload_folder(wrapped, b)

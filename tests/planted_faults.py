@@ -1,0 +1,188 @@
+"""Every test can fail: faults are planted in a copy of the packages, and each must be caught by the test file named for it.
+
+``python -m tests.planted_faults`` plants all, ``python -m tests.planted_faults 3 7`` some. A fault is a patch of source text. The
+copy is in a temporary folder; the tests run on it by its place on the path.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+
+
+class Planted(NamedTuple):
+    """``old`` becomes ``new`` in ``file``; ``tests`` (pytest arguments, below tests/aliasparam) must fail."""
+
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+FAULTS = [
+    # storage: who is told, what is counted
+    Planted(
+        "storage/storage.py",
+        "        self.tell()\n        self.version += 1",
+        "        self.version += 1",
+        "test_law_01_oracle.py",
+    ),
+    Planted("storage/storage.py", "        self.tell()\n        self.version += 1", "        self.tell()", "test_derivations.py"),
+    Planted("storage/storage.py", "            self.states.put_all(State.INVALID, why)\n", "", "test_errors.py"),
+    Planted("storage/states.py", "            missing[regions[0]] = State.INVALID\n", "", "test_law_10_atomicity.py"),
+    Planted(
+        "storage/kernel_name.py",
+        "        self.version += 1  # what",
+        "        self.accept()  # what",
+        "test_law_08_no_silent_garbage.py",
+    ),
+    Planted("storage/kernel_name.py", "    name.version -= was_written\n", "", "test_law_08_no_silent_garbage.py"),
+    Planted(
+        "storage/kernel_name.py",
+        "        raise name.refusal()",
+        "        return func(name.memory)",
+        "test_law_08_no_silent_garbage.py",
+    ),
+    Planted(
+        "storage/kernel_name.py",
+        "return self.tensor._version != self.version",
+        "return False",
+        "test_law_08_no_silent_garbage.py",
+    ),
+    # one transaction
+    Planted("storage/transaction.py", "            part.storage.need_writable()", "            pass", "test_law_10_atomicity.py"),
+    Planted("storage/transaction.py", "            part.storage.changing()", "            pass", "test_law_01_oracle.py"),
+    Planted("storage/reorder.py", "    storage.rebind(layout)\n", "    storage.layout = layout\n", "test_retarget.py"),
+    Planted("storage/reorder.py", "    reorder(storage.elements", "    0 and reorder(storage.elements", "test_retarget.py"),
+    # views and operators
+    Planted("tensors/geometry.py", "    seen = torch._neg_view(seen) if view.is_neg() else seen\n", "", "test_views.py"),
+    Planted("tensors/geometry.py", "return seen.conj() if view.is_conj() else seen", "return seen", "test_views.py"),
+    Planted(
+        "tensors/geometry.py", "all(place_of(storage, view) is not None for view, _ in pairs)", "True", "test_law_01_oracle.py"
+    ),
+    Planted("tensors/geometry.py", "raw[: raw.numel() // width * width]", "raw", "test_views.py"),
+    Planted(
+        "tensors/geometry.py",
+        "value.permute(_inverse(self.order))",
+        "value.permute(self.order)",
+        "test_views.py test_law_01_oracle.py",
+    ),
+    Planted(
+        "tensors/dispatch.py",
+        "        if overwrites:  #",
+        "        if overwrites and len(written) == 1:  #",
+        "test_law_01_oracle.py",
+    ),
+    Planted(
+        "tensors/dispatch.py",
+        "            if shares_memory(value, storage.buffer):\n                value = value.clone()",
+        "",
+        "test_views.py",
+    ),
+    Planted("tensors/dispatch.py", "shape = (0,) if schema", "shape = view.shape if schema", "test_adoption.py test_errors.py"),
+    Planted("tensors/faces.py", "        array.flags.writeable = False\n", "", "test_parameter_faces.py"),
+    Planted("tensors/faces.py", "        return read_only(copied, self) if", "        return copied if", "test_views.py"),
+    Planted("tensors/faces.py", "        return storage.stand_in", "        return super().untyped_storage()", "test_faces.py"),
+    Planted("tensors/parameter.py", "    parameter._alias_pin = weakref.ref(parameter)", "    pass", "test_faces.py"),
+    # modules
+    Planted("module/adopt.py", "        _finish_move(source)\n", "", "test_law_10_atomicity.py"),
+    Planted("module/adopt.py", "            kernel.put_back()", "            pass", "test_adoption.py"),
+    Planted("module/derive.py", "    derived.version += 1\n", "", "test_derivations.py test_retarget.py"),
+    Planted("module/derive.py", "    derived.seen = versions\n", "", "test_law_01_oracle.py"),
+    Planted("module/registry.py", "            self.need_loaded()\n", "", "test_law_01_oracle.py"),
+    Planted(
+        "module/registry.py",
+        "all(kernel.is_untouched for _, kernel in self.kernels())",
+        "True",
+        "test_law_08_no_silent_garbage.py",
+    ),
+    Planted(
+        "module/names.py",
+        "        self._show()\n        self.readiness = Readiness.OPEN",
+        "        self.readiness = Readiness.OPEN",
+        "test_law_01_oracle.py",
+    ),
+    Planted("module/guard.py", "readiness is not Readiness.READY or", "readiness is None or", "test_law_08_no_silent_garbage.py"),
+    Planted("module/planning.py", "kernel_dtype=dtype))", "kernel_dtype=None))", "test_law_01_oracle.py"),
+    Planted(
+        "module/planning.py",
+        "        for name in derivation.sources:\n",
+        "        for name in ():\n",
+        "test_derivations.py test_errors.py",
+    ),
+    Planted("module/expose.py", "        storage.changing()\n", "", "test_exposures.py test_law_10_atomicity.py"),
+    Planted(
+        "module/watch.py",
+        "            registry.open()\n\n    def __reduce",
+        "            pass\n\n    def __reduce",
+        "test_law_08_no_silent_garbage.py",
+    ),
+    Planted("module/verdict.py", "return Reason.LOSSY", "return Reason.SAME", "test_verdicts.py"),
+    Planted("module/take.py", "not is_alone(memory)", "False", "test_verdicts.py"),
+    Planted(
+        "report/memory.py",
+        "    held, capacity = (0, 0) if tied else",
+        "    held, capacity = (0, 0) if False else",
+        "test_verdicts.py test_derivations.py",
+    ),
+    Planted(
+        "ported.py",
+        "        source.storage.put_foreign(value)",
+        "        source.storage.kernel_name.memory.copy_(value)",
+        "test_ported_helpers.py",
+    ),
+    # the kit
+    Planted(
+        "testing/_probe.py",
+        "    if not all(torch.equal(as_bytes(t), v)",
+        "    if False and not all(torch.equal(as_bytes(t), v)",
+        "kit/test_kit.py",
+    ),
+    Planted("testing/_run.py", "        self._addresses_stay()\n", "", "kit/test_kit.py"),
+]
+
+
+def caught(fault: Planted) -> str | None:
+    """Plant the fault in a copy and run its tests: None where they fail, else what is wrong."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        for name in ("aliasparam", "tests"):
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "nvfp4"))
+        for name in ("pyproject.toml", "pytest_aliasparam.py"):
+            shutil.copy(ROOT / name, copy / name)
+        shutil.copytree(ROOT / "docs", copy / "docs")
+        file = copy / "aliasparam" / fault.file
+        text = file.read_text()
+        if text.count(fault.old) < 1:
+            return "the text it replaces is not there"
+        file.write_text(text.replace(fault.old, fault.new))
+        tests = [f"tests/aliasparam/{name}" for name in fault.tests.split()]
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider", *tests]
+        environment = {**os.environ, "PYTHONPATH": str(copy), "HYPOTHESIS_PROFILE": "planted"}
+        run = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
+        return None if run.returncode == 1 else f"not caught (pytest ended with {run.returncode}): {run.stdout[-300:]}"
+
+
+def main(chosen: list[int]) -> int:
+    missed = 0
+    for number, fault in enumerate(FAULTS):
+        if chosen and number not in chosen:
+            continue
+        start = time.monotonic()
+        wrong = caught(fault)
+        missed += wrong is not None
+        print(f"{number:3} {time.monotonic() - start:5.0f} s  {fault.file}: {wrong or f'caught by {fault.tests}'}", flush=True)
+    print(f"{missed} not caught")
+    return missed
+
+
+if __name__ == "__main__":
+    sys.exit(main([int(number) for number in sys.argv[1:]]))
