@@ -23,6 +23,7 @@ class _Counting(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for tensor in _tensors((*args, *(kwargs or {}).values())):
             self._known.add(Tensor.untyped_storage(tensor)._cdata)
+        self._known |= {arg._cdata for arg in args if isinstance(arg, torch.UntypedStorage)}  # set_(storage) allocates nothing
         result = func(*args, **(kwargs or {}))
         for tensor in _tensors((result,)):
             storage = Tensor.untyped_storage(tensor)
