@@ -66,7 +66,7 @@ def alias_or_bind_derived_param(
         return
     if source is not None and (source.layout is not None or source.derived is None):
         _refuse_declared(module, source, derived_name)
-    value = _apart(module, source, source_name, derived_value)
+    value = _without_overlap(module, source, source_name, derived_value)
     if source is None or registry is None:
         registry = declare(module, Alias(source_name, derived_name))
         source = registry.sources[source_name]
@@ -104,7 +104,7 @@ def _refuse_declared(module: nn.Module, source: Source, derived_name: str) -> No
     )
 
 
-def _apart(module: nn.Module, source: Source | None, name: str, value: Tensor) -> Tensor:
+def _without_overlap(module: nn.Module, source: Source | None, name: str, value: Tensor) -> Tensor:
     """``value``, copied if it is a view of the very memory it is put into (``weight.t()`` of a square weight, say)."""
     target = module._parameters.get(name) if source is None or source.storage is None else source.storage.buffer
     if isinstance(value, _Aliased) or target is None or value.device.type == "meta":

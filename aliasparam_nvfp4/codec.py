@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from aliasparam._constants import kept
+from aliasparam.constants import cached_constant
 
 from .errors import ShapeError
 from .format import BLOCK_SIZE, E2M1_MAX, E2M1_VALUES, E4M3_MAX, E4M3_TINY
@@ -34,7 +34,7 @@ def round_to_codes(values: Tensor) -> Tensor:
     return (index + ties + 8 * torch.signbit(values)).to(torch.uint8)
 
 
-@kept
+@cached_constant
 def _bounds(dtype: torch.dtype, device: torch.device) -> Tensor:
     """Midpoints between neighbouring magnitudes."""
     return torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0], device=device, dtype=dtype)
@@ -57,7 +57,7 @@ def scaled_codes(packed: Tensor, block_scale: Tensor, dtype: torch.dtype = torch
     return blocks.flatten(-2)
 
 
-@kept
+@cached_constant
 def _pairs(dtype: torch.dtype, device: torch.device) -> Tensor:
     """For each byte its two values, as one integer of twice the width: one gather instead of two."""
     values = torch.tensor([*E2M1_VALUES, *(-v for v in E2M1_VALUES)])

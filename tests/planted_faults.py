@@ -90,7 +90,7 @@ FAULTS = [
     Planted("tensors/dispatch.py", "shape = (0,) if schema", "shape = view.shape if schema", "test_adoption.py test_errors.py"),
     Planted("tensors/faces.py", "        array.flags.writeable = False\n", "", "test_parameter_faces.py"),
     Planted("tensors/faces.py", "        return read_only(copied, self) if", "        return copied if", "test_views.py"),
-    Planted("tensors/faces.py", "        return storage.stand_in", "        return super().untyped_storage()", "test_faces.py"),
+    Planted("tensors/faces.py", "        return storage.blank_storage", "        return super().untyped_storage()", "test_faces.py"),
     Planted("tensors/parameter.py", "    parameter._alias_pin = weakref.ref(parameter)", "    pass", "test_faces.py"),
     # modules
     Planted("module/adopt.py", "        _finish_move(source)\n", "", "test_law_10_atomicity.py"),
@@ -126,7 +126,7 @@ FAULTS = [
         "test_law_08_no_silent_garbage.py",
     ),
     Planted("module/verdict.py", "return Reason.LOSSY", "return Reason.SAME", "test_verdicts.py"),
-    Planted("module/take.py", "not is_alone(memory)", "False", "test_verdicts.py"),
+    Planted("module/allocate.py", "not is_alone(memory)", "False", "test_verdicts.py"),
     Planted(
         "report/memory.py",
         "    held, capacity = (0, 0) if tied else",

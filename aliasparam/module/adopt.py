@@ -18,7 +18,7 @@ from ..tensors.faces import _Aliased, loader_attributes, same_view
 from ..tensors.parameter import AliasedParameter, adopt_class, is_same_name, make_parameter, take_over
 from .names import ModuleNames
 from .planning import Binding, Source
-from .take import take
+from .allocate import adopt_memory
 
 
 def adopt(registry: ModuleNames) -> None:
@@ -33,7 +33,7 @@ def adopt(registry: ModuleNames) -> None:
         _check_adoptable(registry, source, binding, found)
     _follow_device(registry, foreign)
     ours = {s.buffer.untyped_storage().data_ptr() for s in registry.storages()}
-    values = [_apart(ours, found) for _, _, found in foreign]  # all are read before the first is written
+    values = [_without_overlap(ours, found) for _, _, found in foreign]  # all are read before the first is written
     for (source, binding, found), value in zip(foreign, values, strict=True):
         _take_in(registry, source, binding, found, value)
     _drop_left_behind(registry)
@@ -121,7 +121,7 @@ def _follow_device(registry: ModuleNames, foreign: list[tuple[Source, Binding, T
             binding.parameter.__dict__.update(loader_attributes(old))
 
 
-def _apart(ours: set[int], tensor: Tensor) -> Tensor:
+def _without_overlap(ours: set[int], tensor: Tensor) -> Tensor:
     """The values of a tensor that was put under a name, in memory that no write of this adoption changes."""
     if isinstance(tensor, _Aliased):
         return tensor if tensor.device.type == "meta" else tensor.detach().clone()
@@ -133,7 +133,7 @@ def _take_in(registry: ModuleNames, source: Source, binding: Binding, tensor: Te
     if tensor.device.type == "meta":
         return  # a placeholder: nothing to take, and our name comes back
     if source.storage is None:
-        take(registry, source, tensor, loaded=True)
+        adopt_memory(registry, source, tensor, loaded=True)
         return
     if is_same_name(tensor, binding.parameter):
         _keep(cast(AliasedParameter, tensor), binding.parameter)

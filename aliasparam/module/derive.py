@@ -51,7 +51,7 @@ def value_of(registry: ModuleNames, name: str) -> Tensor:
 
 
 def _copy_of(registry: ModuleNames, name: str) -> Tensor:
-    """A value that the function may spoil."""
+    """A value that the function may overwrite."""
     value = value_of(registry, name)
     return value if name in registry.sources else value.clone()
 

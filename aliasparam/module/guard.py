@@ -39,7 +39,7 @@ def guard(module: nn.Module, args: Any) -> None:
 
 
 def _refuse(registry: AliasRegistry) -> None:
-    registry.settle()
+    registry.close_if_unchanged()
     replaced = registry.replaced_names()
     if (registry.readiness is Readiness.READY and not replaced) or not registry.kernel_names():
         return

@@ -48,7 +48,7 @@ class ModuleNames:
 
     # -- names ---------------------------------------------------------------------------------------------------------
 
-    def own(self, source: Source, storage: AliasedStorage, parameter: AliasedParameter) -> None:
+    def bind_storage(self, source: Source, storage: AliasedStorage, parameter: AliasedParameter) -> None:
         """Make ``parameter`` over ``storage`` the checkpoint name of ``source``."""
         source.storage = storage
         storage.add_listener(self)
@@ -137,7 +137,7 @@ class ModuleNames:
     @property
     def is_ready(self) -> bool:
         """Whether the module may run. Names which were replaced and put back do not count."""
-        self.settle()
+        self.close_if_unchanged()
         return self.readiness is Readiness.READY
 
     def open(self) -> None:
@@ -148,7 +148,7 @@ class ModuleNames:
         self._show()
         self.readiness = Readiness.OPEN
 
-    def settle(self) -> None:
+    def close_if_unchanged(self) -> None:
         """Close again where nothing changed after all: a name was replaced in passing."""
         if self.readiness is not Readiness.READY and self._committed and not self.replaced_names() and not self.stale_names():
             self._commit(self._versions())
@@ -157,7 +157,7 @@ class ModuleNames:
         """The module's own code put kernel bytes under this source's kernel name; the module runs if that was the last."""
         storage = self.sources[name].storage
         self._committed[name] = -1 if storage is None else storage.version
-        self.settle()
+        self.close_if_unchanged()
 
     def _versions(self) -> dict[str, int]:
         return {n: -1 if s.storage is None else s.storage.version for n, s in self.sources.items()}

@@ -19,7 +19,7 @@ from .names import ModuleNames, Readiness
 from .planning import planned
 from .retarget import retarget
 from .shards import show
-from .take import allocate, check_sources, check_tie
+from .allocate import allocate, check_sources, check_tie
 from .watch import is_watched
 
 

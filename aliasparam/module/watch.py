@@ -32,7 +32,7 @@ class Watcher(Protocol):
     def shows(self, name: str, value: Any) -> bool: ...
     def kernel(self, name: str) -> KernelName | None: ...
     def open(self) -> None: ...
-    def settle(self) -> None: ...
+    def close_if_unchanged(self) -> None: ...
 
 
 class _Watched(dict[str, Any]):
@@ -53,7 +53,7 @@ class _Watched(dict[str, Any]):
             self._tell(name)
         super().__setitem__(name, value)
         if ours:
-            registry.settle()
+            registry.close_if_unchanged()
 
     def _check(self, registry: Watcher, name: str, value: Any) -> None:
         """Refuse what cannot be under this name even in passing."""

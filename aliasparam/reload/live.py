@@ -93,7 +93,7 @@ class Live:
             self.storage.before_write()
             begun = self.storage.states.begin(self.storage.bound.whole)
             yield memory
-            self.storage.states.undo(begun)
+            self.storage.states.rollback(begun)
 
     def positions(self, at: Tensor) -> Tensor | None:
         """Checkpoint byte positions ``at`` (int64 [n]) as positions in :meth:`memory`; None where bytes have no such places."""

@@ -82,7 +82,7 @@ class ReloadSession:
         claim(self.model, self)
         self._targets = find_targets(self.model)
         self.phase = Phase.OPEN
-        weakref.finalize(self, self._written.spoil)  # an abandoned session leaves a refusal
+        weakref.finalize(self, self._written.poison)  # an abandoned session leaves a refusal
         try:
             for hook in self._hooks.on_begin:
                 hook(self)
@@ -147,7 +147,7 @@ class ReloadSession:
             if restored:
                 self._written.commit(whole=False)
         finally:
-            self._written.spoil()
+            self._written.poison()
             if begun:
                 self.failed_hooks = call_abort_hooks(self._hooks, self)
                 self.observed.ended(self.model, "restored" if restored else "refuses")

@@ -58,7 +58,7 @@ class Written:
                     dict.__setitem__(holder, key, target.tensor)
         self._ended = True
 
-    def spoil(self) -> None:
+    def poison(self) -> None:
         """What was written is of no generation: it refuses until it is loaded whole. Plain twins stay where they are."""
         if self._ended:
             return

@@ -19,7 +19,7 @@ def move(storage: AliasedStorage, layout: Bindable | None) -> None:
     before = storage.states.begin(storage.bound.whole)
     reorder(storage.elements, storage.bound, bound_to(layout, storage.spec.shape, storage.spec.dtype))
     storage.rebind(layout)
-    storage.states.undo(before)
+    storage.states.rollback(before)
 
 
 def reorder(memory: Tensor, old: BoundLayout, new: BoundLayout) -> None:

@@ -93,7 +93,7 @@ class RegionStates:
         return found
 
     def begin(self, box: Box) -> Begun:
-        """Bytes under ``box`` are about to change. Returns what :meth:`arrived` or :meth:`undo` need."""
+        """Bytes under ``box`` are about to change. Returns what :meth:`arrived` or :meth:`rollback` need."""
         regions, missing = self.regions(box), self.missing
         before = {r: missing[r] for r in regions if r in missing} if missing else {}
         self.clock += 1
@@ -119,7 +119,7 @@ class RegionStates:
             if before:
                 self._arrived.pop(region, None)
 
-    def undo(self, begun: Begun) -> None:
+    def rollback(self, begun: Begun) -> None:
         """No byte was changed after all."""
         regions, before = begun
         for region in regions:

@@ -118,7 +118,7 @@ class AliasedStorage:
         return (not states.missing or states.common is State.FOREIGN) and self.exposed is None
 
     @cached_property
-    def stand_in(self) -> torch.UntypedStorage:
+    def blank_storage(self) -> torch.UntypedStorage:
         """What checkpoint names show as their raw storage where kernel order is not theirs: same size, no memory."""
         return torch.empty(self.buffer.numel(), dtype=torch.uint8, device="meta").untyped_storage()
 
@@ -280,7 +280,7 @@ class AliasedStorage:
             self.notice()
             self.tell()
             self._name(self.buffer.to(device), self.layout)
-            self.__dict__.pop("stand_in", None)
+            self.__dict__.pop("blank_storage", None)
 
     def rebind(self, layout: Bindable | None) -> None:
         """Another layout, whose bytes the caller has put in place. Addresses stay. The caller holds the lock."""

@@ -56,7 +56,7 @@ def write_all(parts: Sequence[Part]) -> None:
         for part in parts:
             _scatter(part)
         for storage, before in reversed(begun):  # the first of two parts of one storage knows what it was before both
-            storage.states.undo(before)
+            storage.states.rollback(before)
         for part in parts:
             states = part.storage.states
             for box in [part.box] if part.arrived is None else part.arrived:

@@ -135,7 +135,7 @@ class _Aliased(Tensor):
         storage = self._alias_storage
         if storage.bound.is_identity and storage.is_loaded:
             return super().untyped_storage()
-        return storage.stand_in
+        return storage.blank_storage
 
     def set_(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise PointerError(

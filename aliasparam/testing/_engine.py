@@ -40,15 +40,15 @@ def load(module: nn.Module, name: str, value: Tensor, *, reuse: bool = True) -> 
             loader(parameter, value)
     finally:
         if reuse:  # the transport uses its buffer again
-            spoil(value)
+            poison(value)
 
 
 def load_rows(module: nn.Module, name: str, value: Tensor, first: int) -> None:
     module.get_parameter(name).data.narrow(0, first, value.shape[0]).copy_(value)
-    spoil(value)
+    poison(value)
 
 
-def spoil(value: Tensor) -> None:
+def poison(value: Tensor) -> None:
     value.reshape(-1).view(torch.uint8).fill_(0x5A)
 
 

@@ -110,11 +110,11 @@ def saved(kind: str, seed: int = 0) -> tuple[dict[str, Tensor], dict[str, Any], 
     if kind == "Kimi-K2.5":  # transformers' way back is not the published files' spelling
         tensors = {name.replace("language_model.model.blocks.", "language_model.model.layers."): t for name, t in tensors.items()}
     if kind == "Gemma-4":  # fused in transformers' own files; quantized experts are apart in everybody's
-        tensors = {n: t for name, whole in tensors.items() for n, t in _apart(name, whole).items()}
+        tensors = {n: t for name, whole in tensors.items() for n, t in _without_overlap(name, whole).items()}
     return tensors, config, type(model)
 
 
-def _apart(name: str, whole: Tensor) -> dict[str, Tensor]:
+def _without_overlap(name: str, whole: Tensor) -> dict[str, Tensor]:
     head, _, leaf = name.rpartition(".experts.")
     if not head:
         return {name: whole}

@@ -23,11 +23,11 @@ MODELOPT = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
 
 
 def header(value: Any) -> Callable[[Path], None]:
-    def spoil(folder: Path) -> None:
+    def poison(folder: Path) -> None:
         text = json.dumps(value).encode()
         (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
 
-    return spoil
+    return poison
 
 
 def index(value: Any) -> Callable[[Path], None]:
@@ -48,11 +48,11 @@ def write(file: Path, value: Any) -> None:
 
 
 def becomes_a_folder(name: str) -> Callable[[Path], None]:
-    def spoil(folder: Path) -> None:
+    def poison(folder: Path) -> None:
         (folder / name).unlink()
         (folder / name).mkdir()
 
-    return spoil
+    return poison
 
 
 def no_tokenizer(folder: Path) -> None:
@@ -117,8 +117,8 @@ def refused(*arguments: Any) -> str:
 
 @pytest.mark.parametrize("case", TENSORS | CONFIGS)
 def test_inspect_refuses_by_name(folder: Path, case: str) -> None:
-    spoil, message = (TENSORS | CONFIGS)[case]
-    spoil(folder)
+    poison, message = (TENSORS | CONFIGS)[case]
+    poison(folder)
 
     text = refused("inspect", folder)
 
@@ -127,8 +127,8 @@ def test_inspect_refuses_by_name(folder: Path, case: str) -> None:
 
 @pytest.mark.parametrize("case", GENERATE)
 def test_generate_refuses_by_name(folder: Path, case: str) -> None:
-    spoil, message = GENERATE[case]
-    spoil(folder)
+    poison, message = GENERATE[case]
+    poison(folder)
 
     text = refused("generate", folder, "w1", "--backend", "reference", "--tokens", "1")
 
@@ -137,10 +137,10 @@ def test_generate_refuses_by_name(folder: Path, case: str) -> None:
 
 @pytest.mark.parametrize("case", TENSORS | CONFIGS | MODELS)
 def test_law_10_reload_refuses_by_name_and_goes_on(folder: Path, tmp_path: Path, case: str) -> None:
-    spoil, message = (TENSORS | CONFIGS | MODELS)[case]
+    poison, message = (TENSORS | CONFIGS | MODELS)[case]
     first = write_checkpoint(tmp_path / "a", 1)
     write_tokenizer(first)
-    spoil(folder)
+    poison(folder)
 
     arguments = ["reload", first, folder, "--prompt", "w1", "--tokens", "1", "--backend", "reference"]
     result = CliRunner().invoke(app, [str(a) for a in arguments])

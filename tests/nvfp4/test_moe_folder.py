@@ -115,13 +115,13 @@ BAD: dict[str, tuple[Spoil, type[AliasError], str]] = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_experts_are_one_clear_error_and_the_layer_still_answers(case: str, tmp_path: Path) -> None:
-    spoil, kind, message = BAD[case]
+    poison, kind, message = BAD[case]
     good = write(tmp_path / "good", checkpoint(E, H, I))
     layer, inputs = of("tp", 0, 1), choices(5, E, H)
     load_experts(layer.method, layer, good, LAYER)
     first, held = layer(*inputs), names(layer)
     tensors = {n: good.read(n) for n in good.tensors}
-    spoil(tensors)
+    poison(tensors)
     (tmp_path / "bad").mkdir()
     save_file(tensors, tmp_path / "bad" / "model.safetensors")
 

@@ -210,10 +210,10 @@ BAD: dict[str, tuple[Callable[[Path], None], type[AliasError], str]] = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_law_10_a_bad_folder_is_one_clear_error_and_the_model_still_answers(two: tuple[Path, Path], case: str) -> None:
-    spoil, kind, message = BAD[case]
+    poison, kind, message = BAD[case]
     model = load(two[0])
     first, held = out(model), fingerprints(model)
-    spoil(two[1])
+    poison(two[1])
 
     with pytest.raises(kind) as error:
         reload_folder(model, two[1])
@@ -226,8 +226,8 @@ def test_law_10_a_bad_folder_is_one_clear_error_and_the_model_still_answers(two:
 
 @pytest.mark.parametrize("case", ["a missing tensor", "an extra tensor", "a wrong shape", "a truncated file"])
 def test_a_bad_folder_is_refused_by_a_cold_load_too(two: tuple[Path, Path], case: str) -> None:
-    spoil, kind, message = BAD[case]
-    spoil(two[0])
+    poison, kind, message = BAD[case]
+    poison(two[0])
 
     with pytest.raises((kind, OSError), match=r".") as error:
         load(two[0])

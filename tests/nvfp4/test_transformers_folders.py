@@ -211,13 +211,13 @@ def no_product(tensors: dict[str, Tensor]) -> None:
     tensors[f"{NAME}.input_scale"].fill_(1e-20)
 
 
-@pytest.mark.parametrize(("spoil", "message"), [(nan_block, "block scales are NaN"), (no_product, "alpha has no value")])
+@pytest.mark.parametrize(("poison", "message"), [(nan_block, "block scales are NaN"), (no_product, "alpha has no value")])
 def test_law_10_scales_that_are_none_leave_the_model_as_it_was(
-    two: tuple[Path, Path], spoil: Callable[[dict[str, Tensor]], None], message: str
+    two: tuple[Path, Path], poison: Callable[[dict[str, Tensor]], None], message: str
 ) -> None:
     model = load(two[0])
     first, held = out(model), fingerprints(model)
-    edit(spoil)(two[1])
+    edit(poison)(two[1])
 
     with pytest.raises(ScaleError, match=message) as error:
         reload_folder(model, two[1])

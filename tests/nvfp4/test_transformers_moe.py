@@ -277,11 +277,11 @@ BAD: dict[str, tuple[Callable[[Path], None], type[AliasError], str]] = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_law_10_a_bad_folder_is_one_clear_error_warm_and_cold(case: str, folders: Callable[..., Path], tmp_path: Path) -> None:
-    spoil, kind, message = BAD[case]
+    poison, kind, message = BAD[case]
     model = load(folders("mixtral"))
     first, held = logits(model), fingerprints(model)
     bad = Path(shutil.copytree(folders("mixtral", 1), tmp_path / "bad"))
-    spoil(bad)
+    poison(bad)
 
     with pytest.raises(kind) as error:
         reload_folder(model, bad)

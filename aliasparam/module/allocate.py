@@ -28,14 +28,14 @@ def allocate(names: ModuleNames, source: Source, *, loaded: bool) -> None:
     if tensor is None:
         raise AssertionError(f"{names.label}.{source.name} vanished while it was being declared")
     if isinstance(tensor, AliasedParameter):
-        names.own(source, tensor._alias_storage, tensor)  # a tied weight which another module declared: see check_tie
+        names.bind_storage(source, tensor._alias_storage, tensor)  # a tied weight which another module declared: see check_tie
     elif tensor.device.type == "meta":
         source.attributes.update(loader_attributes(tensor))  # a loader will put a real tensor here: see adopt.py
     else:
-        take(names, source, tensor, loaded=loaded)
+        adopt_memory(names, source, tensor, loaded=loaded)
 
 
-def take(names: ModuleNames, source: Source, tensor: Tensor, *, loaded: bool) -> None:
+def adopt_memory(names: ModuleNames, source: Source, tensor: Tensor, *, loaded: bool) -> None:
     """Make ``tensor``, the Parameter now under the source's name, the storage's checkpoint name.
 
     Its own memory is taken over where it is exactly the capacity and nobody else looks at it (no copy, no new address); what it
@@ -54,7 +54,7 @@ def take(names: ModuleNames, source: Source, tensor: Tensor, *, loaded: bool) ->
             parameter = make_parameter(storage, storage.geometry, type(tensor))
             parameter.__dict__.update(loader_attributes(tensor))
         parameter.__dict__.update({k: v for k, v in source.attributes.items() if k not in parameter.__dict__})
-        names.own(source, storage, parameter)
+        names.bind_storage(source, storage, parameter)
         if values is not None:
             storage.write(tuple((0, n) for n in storage.bound.shape), values.to(storage.bound.dtype))
         elif loaded:

@@ -12,7 +12,7 @@ _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 
-def kept(make: Callable[_P, _R]) -> Callable[_P, _R]:
+def cached_constant(make: Callable[_P, _R]) -> Callable[_P, _R]:
     """``make`` with its results kept per arguments, except while torch traces: then they would be stand-ins without values."""
 
     def on_cpu(*args: _P.args, **kwargs: _P.kwargs) -> _R:
