@@ -90,7 +90,9 @@ FAULTS = [
     Planted("tensors/dispatch.py", "shape = (0,) if schema", "shape = view.shape if schema", "test_adoption.py test_errors.py"),
     Planted("tensors/faces.py", "        array.flags.writeable = False\n", "", "test_parameter_faces.py"),
     Planted("tensors/faces.py", "        return read_only(copied, self) if", "        return copied if", "test_views.py"),
-    Planted("tensors/faces.py", "        return storage.blank_storage", "        return super().untyped_storage()", "test_faces.py"),
+    Planted(
+        "tensors/faces.py", "        return storage.blank_storage", "        return super().untyped_storage()", "test_faces.py"
+    ),
     Planted("tensors/parameter.py", "    parameter._alias_pin = weakref.ref(parameter)", "    pass", "test_faces.py"),
     # modules
     Planted("module/adopt.py", "        _finish_move(source)\n", "", "test_law_10_atomicity.py"),

@@ -139,15 +139,15 @@ class ReloadSession:
         if self.phase is Phase.ENDED:
             return
         begun, restored = self.phase is not Phase.NEW, False
-        release(self.model, self)
-        self.phase = Phase.ENDED
         try:
+            release(self.model, self)
             with phase("abort"):
                 restored = self._policy.restore()
             if restored:
                 self._written.commit(whole=False)
         finally:
             self._written.poison()
+            self.phase = Phase.ENDED
             if begun:
                 self.failed_hooks = call_abort_hooks(self._hooks, self)
                 self.observed.ended(self.model, "restored" if restored else "refuses")
@@ -163,8 +163,20 @@ class ReloadSession:
                 self.prepare()
             if error is None and self.phase in (Phase.PREPARED, Phase.SWITCHED):
                 self.commit()
+        except BaseException as own:
+            error = own
+            raise
         finally:
+            self._abort_after(error)
+
+    def _abort_after(self, error: BaseException | None) -> None:
+        """What ended the block is what is raised; that the old weights could not be brought back either is a note on it."""
+        try:
             self.abort()
+        except Exception as failure:
+            if error is None:
+                raise
+            error.add_note(str(failure))
 
     def _put_in_place(self) -> None:
         if self.phase is not Phase.SWITCHED:

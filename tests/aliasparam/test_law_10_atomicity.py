@@ -6,6 +6,7 @@ import copy
 import io
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -16,12 +17,14 @@ import torch
 from torch import Tensor, nn
 
 import aliasparam
-from aliasparam import Alias, Layout, State, declare, expose_for_writing, invalidate, process, registry_of, reload
+from aliasparam import Alias, Layout, State, apply_delta, declare, expose_for_writing, invalidate, process, registry_of, reload
 from aliasparam.errors import AliasError, DeclarationError, StaleKernelError, StateError
 from aliasparam.tensors import dispatch
 from aliasparam.testing import expected_kernel_names, same_bytes
 from aliasparam.testing._faults import FailingAt
 
+from .reload.delta_cases import trainer_writes
+from .reload.folders import plain
 from .small import INTERLEAVE, SWAP, SWAP_PAD16, Layer, counting, is_ready, kernel, storage_of, the_registry
 
 LIBRARY = str(Path(aliasparam.__file__).parent) + "/"
@@ -55,6 +58,20 @@ def reloaded(model: Model) -> None:
         session.load(NEW)
 
 
+def reloaded_by(policy: Any) -> Callable[[Model], None]:
+    def reloaded_so(model: Model) -> None:
+        with reload(model, policy=policy) as session:
+            session.load(NEW)
+
+    return reloaded_so
+
+
+@cache
+def delta_folder() -> Path:
+    old, new = ({name: plain(value) for name, value in values.items()} for values in (OLD, NEW))
+    return trainer_writes(Path(tempfile.mkdtemp()) / "delta", old, new, 1, "xor", "adler32")
+
+
 def replaced(model: Model) -> None:
     model.a.weight = nn.Parameter(NEW["a.weight"].clone(), requires_grad=False)
     process(model)
@@ -84,6 +101,10 @@ ACTIONS: dict[str, Callable[[Model], Any]] = {
     "another layout, without padding": lambda m: the_registry(m.b).retarget({"weight": ALTERNATING}),
     "invalidate": invalidate,
     "reload": reloaded,
+    "reload, with a journal": reloaded_by("journal"),
+    "reload, staged": reloaded_by("staged"),
+    "reload, staged with a journal": reloaded_by("staged-journal"),
+    "a delta": lambda m: apply_delta(m, delta_folder()),
 }
 
 
@@ -173,6 +194,7 @@ def lines_of(do: Callable[[], Any], at: int | None = None) -> list[str]:
 INTERRUPTED = (
     *("a view that is no box", "two tensors at once", "setattr and process", "a derivation"),
     *("lent in kernel order", "another layout, without padding", "invalidate"),
+    *("reload, staged with a journal", "a delta"),
 )
 
 

@@ -119,6 +119,17 @@ def test_law_10_a_journal_that_cannot_restore_refuses(why: str) -> None:
         model()
 
 
+def test_what_ended_the_block_is_raised_and_a_journal_that_failed_is_a_note() -> None:
+    model = Whole()
+    with pytest.raises(ZeroDivisionError) as caught, reload(model, policy="journal") as session:
+        session.update("q.weight", NEW["q.weight"])
+        kernel_name = storage_of(model.fused).kernel_name
+        assert kernel_name is not None
+        kernel_name.tensor.fill_(1)
+        _ = 1 / 0
+    assert "cannot bring the old weights back" in caught.value.__notes__[0]
+
+
 def test_law_4_memory_of_each_policy() -> None:
     """Rows of 1 % changed bytes: a journal holds 5 bytes for each, staging holds all; the device sees a piece at a time."""
     held: dict[str, int] = {}
