@@ -187,8 +187,8 @@ def as_view(storage: AliasedStorage, rows: Tensor, box: Box, view: Tensor) -> Te
 
 def boxes_under(storage: AliasedStorage, view: Tensor, rows: Box) -> list[Box]:
     """Boxes that together are exactly the elements, each with all its bytes, under a view of any kind."""
-    if not view.numel():
-        return []
+    if not view.numel() or not storage.bound.shape:
+        return [rows] if view.numel() else []
     width, size = storage.bound.dtype.itemsize, view.element_size()
     shape = tuple(stop - start for start, stop in rows)
     touched = torch.zeros(math.prod(shape) * width, dtype=torch.bool)

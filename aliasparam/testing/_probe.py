@@ -1,7 +1,7 @@
 """What the functions of a declaration promise, asked of them directly: repack functions, re-encodings, derivations.
 
-Each is called on stacks of 1, 2, 3 and 7, on contiguous, strided and offset input, and again after other values: the result must be
-the same function of the values, of the declared shape and dtype, in memory of its own, and the input must be as it was.
+Each is called on stacks of 1, 2, 3 and 7, on contiguous, strided and offset input, and again after other values: the result must
+be the same function of the values, of the declared shape and dtype, in memory of its own, and the input must be as it was.
 """
 
 from __future__ import annotations
