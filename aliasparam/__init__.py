@@ -26,6 +26,8 @@ from .module.verbs import process as process
 from .module.verdict import Reason as Reason
 from .ported import alias_or_bind_derived_param as alias_or_bind_derived_param
 from .ported import copy_or_rebind_param as copy_or_rebind_param
+from .reload import apply_delta as apply_delta
+from .reload import checkpoint_digest as checkpoint_digest
 from .reload import reload as reload
 from .report.explain import explain as explain
 from .report.memory import MemoryReport as MemoryReport

@@ -118,7 +118,12 @@ FAULTS = [
         "        for name in ():\n",
         "test_derivations.py test_errors.py",
     ),
-    Planted("storage/storage.py", "            self.before_write()\n            self._writer", "            self._writer", "test_exposures.py test_law_10_atomicity.py"),
+    Planted(
+        "storage/storage.py",
+        "            self.before_write()\n            self._writer",
+        "            self._writer",
+        "test_exposures.py test_law_10_atomicity.py",
+    ),
     Planted(
         "module/watch.py",
         "            registry.open()\n\n    def __reduce",

@@ -62,3 +62,12 @@ def test_the_pictures_are_what_their_script_draws() -> None:
     from tools.pictures import FOLDER, PICTURES
 
     assert [name for name, draw in PICTURES.items() if (FOLDER / name).read_text() != draw()] == []
+
+
+def test_the_taxonomy_of_failures_names_tests_that_there_are() -> None:
+    rows = (DOCS / "reload.md").read_text().partition("### How it fails")[2]
+    named = re.findall(r"`(test_\w+(?:\.py)?)`", rows)
+    files = {path.name: path.read_text() for path in (DOCS.parent / "tests").rglob("test_*.py")}
+    found = "\n".join(files.values())
+    assert len(named) >= 15
+    assert [name for name in named if name not in files and f"def {name}(" not in found] == []

@@ -55,6 +55,13 @@ class BoundLayout(ABC):
     def offsets(self, box: Box | None = None) -> Tensor:
         """int64, the box's shape: the position of every element in ``memory``. Slow: for oracles, deltas and digests."""
 
+    def positions(self, at: Tensor) -> Tensor | None:
+        """Where the elements at row-major checkpoint positions ``at`` (int64, any shape and device) are in ``memory``.
+
+        None where elements have no places of their own (nibbles, two functions). Costs a few times ``at``, not the tensor.
+        """
+        return None
+
     def encode(self, values: Tensor) -> Tensor:
         """``values`` (of ``shape``) as a tensor of their own in kernel order, of ``kernel_shape``; padding is zero."""
         memory = torch.zeros(self.regions * self.region_capacity, dtype=self.dtype, device=values.device)

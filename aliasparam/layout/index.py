@@ -108,6 +108,10 @@ class _Bound(BoundLayout):
         box = box or self.whole
         return self.placed(box, self._selected(box, torch.device("cpu")), self.region_capacity)
 
+    def positions(self, at: Tensor) -> Tensor:
+        within = self._layout.table(at.device).view(-1)[at % max(self.region_elements, 1)]
+        return at // max(self.region_elements, 1) * self.region_capacity + within
+
     def _selected(self, box: Box, device: torch.device) -> Tensor:
         return self._layout.table(device)[tuple(slice(*ends) for ends in box[self.lead :])]
 

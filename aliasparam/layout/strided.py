@@ -96,6 +96,13 @@ class StridedLayout(BoundLayout):
             within = _through(line, within)
         return self.placed(box, within, self.region_capacity)
 
+    def positions(self, at: Tensor) -> Tensor:
+        within = at % max(self.region_elements, 1)
+        region = at // max(self.region_elements, 1)
+        for line in self.lines:
+            within = _through(line, within)
+        return region * self.region_capacity + within
+
     def cuts(self, other: BoundLayout) -> list[Cut]:
         if not isinstance(other, StridedLayout) or len(self.lines) != 1 or len(other.lines) != 1:
             return []

@@ -20,8 +20,21 @@ class Written:
         self._plain: dict[int, tuple[PlainName, Target]] = {}
         self._ended = False
 
+    @property
+    def any(self) -> bool:
+        """Whether a tensor was begun."""
+        return bool(self._declared or self._plain)
+
     def write(self, target: Target, box: Box, value: Tensor) -> None:
         """Write ``value`` in place; from now on the tensor refuses."""
+        self.begin(target)
+        live = target.tensor
+        part = live[tuple(slice(start, stop) for start, stop in box)] if box else live
+        with torch.no_grad():
+            part.copy_(value)
+
+    def begin(self, target: Target) -> None:
+        """The tensor is about to be written: it refuses from now on."""
         live = target.tensor
         if isinstance(live, _Aliased):
             self._declared[id(live)] = live
@@ -30,9 +43,12 @@ class Written:
             self._plain[id(live)] = name, target
             for holder, key in target.places:
                 dict.__setitem__(holder, key, name.refusing)
-        part = live[tuple(slice(start, stop) for start, stop in box)] if box else live
-        with torch.no_grad():
-            part.copy_(value)
+
+    def reopen(self) -> None:
+        """What was processed refuses again, with its new weights in place."""
+        for tensor in self._declared.values():
+            with tensor._alias_storage.lock:
+                tensor._alias_storage.tell()
 
     def commit(self, *, whole: bool) -> None:
         """Everything that was written may be read. ``whole``: what an earlier reload left refusing was written too."""

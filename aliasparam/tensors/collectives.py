@@ -62,6 +62,17 @@ def _counting(func: Any) -> Callable[..., Any]:
     return counted
 
 
+def wait_for(result: Any) -> None:
+    """Wait for the work among what a c10d operator returned. NCCL gives an empty box where the current stream waits already."""
+    from torch.distributed import Work
+
+    for part in result if isinstance(result, (list, tuple)) else (result,):
+        if isinstance(part, torch.ScriptObject):
+            work = Work.unbox(part)
+            if work is not None:
+                work.wait()
+
+
 def _tensors(values: Any) -> Iterator[Tensor]:
     for value in values:
         if isinstance(value, Tensor):

@@ -24,7 +24,7 @@ from ..storage.locks import all_locked
 from ..storage.storage import AliasedStorage
 from ..storage.transaction import write_all
 from ..torch_private import is_traced_by_jit, shares_memory
-from .collectives import Collective
+from .collectives import Collective, wait_for
 from .geometry import parts_of, place_of, read_view
 
 _Handler = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
@@ -233,9 +233,7 @@ def _collective(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
     plain = _plain(written, not call.reduces)
     given = {n: _map_one(lambda t: plain[id(t)], v) for n, v in call.written.items()}
     result = func(**given, **{n: _map_one(values_of, v) for n, v in call.read.items()})
-    for work in result if isinstance(result, (list, tuple)) else (result,):
-        if hasattr(work, "wait"):
-            work.wait()  # the values land when they are there
+    wait_for(result)  # the values land when they are there
     _land([(t, plain[id(t)]) for t in written])
     return result
 

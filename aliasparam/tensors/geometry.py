@@ -110,7 +110,7 @@ def read_view(storage: AliasedStorage, view: Tensor) -> Tensor:
     with storage.lock:
         rows = place.box if place is not None else rows_under(storage, view)
         exact = place is None and storage.states.missing and view.numel()
-        for box in boxes_under(storage, view, rows) if exact else [rows]:
+        for box in boxes_under(storage, view, rows, touched=True) if exact else [rows]:
             storage.need_readable(box)
         if storage.bound.is_identity:
             return view
@@ -185,17 +185,18 @@ def as_view(storage: AliasedStorage, rows: Tensor, box: Box, view: Tensor) -> Te
     return seen.conj() if view.is_conj() else seen
 
 
-def boxes_under(storage: AliasedStorage, view: Tensor, rows: Box) -> list[Box]:
-    """Boxes that together are exactly the elements, each with all its bytes, under a view of any kind."""
+def boxes_under(storage: AliasedStorage, view: Tensor, rows: Box, *, touched: bool = False) -> list[Box]:
+    """Boxes that together are exactly the elements under a view of any kind: those with all their bytes, or ``touched`` at all."""
     if not view.numel() or not storage.bound.shape:
         return [rows] if view.numel() else []
     width, size = storage.bound.dtype.itemsize, view.element_size()
     shape = tuple(stop - start for start, stop in rows)
-    touched = torch.zeros(math.prod(shape) * width, dtype=torch.bool)
+    seen = torch.zeros(math.prod(shape) * width, dtype=torch.bool)
     first = view.storage_offset() * size - _first_byte(storage, rows)
-    touched.as_strided((*view.shape, size), (*(s * size for s in view.stride()), 1), first).fill_(True)
-    whole = touched.view(-1, width).all(-1).view(-1, shape[-1])
-    edges = torch.diff(torch.nn.functional.pad(whole, (1, 1)).to(torch.int8), dim=1)
+    seen.as_strided((*view.shape, size), (*(s * size for s in view.stride()), 1), first).fill_(True)
+    by_element = seen.view(-1, width)
+    under = (by_element.any(-1) if touched else by_element.all(-1)).view(-1, shape[-1])
+    edges = torch.diff(torch.nn.functional.pad(under, (1, 1)).to(torch.int8), dim=1)
     starts, stops = (edges == 1).nonzero().tolist(), (edges == -1).nonzero().tolist()
     found: list[Box] = []
     for (line, start), (_, stop) in zip(starts, stops, strict=True):

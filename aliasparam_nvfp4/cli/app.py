@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from .delta import delta
 from .demo import demo
 from .doctor import doctor, version
 from .generate import generate
@@ -27,7 +28,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain text, which folds, and goes through pipes and ASCII terminals
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (demo, quantize, inspect, generate, serve, reload, verify, doctor):
+for _command in (demo, quantize, inspect, generate, serve, reload, delta, verify, doctor):
     app.command()(_command)
 
 

@@ -2,37 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor, nn, uint8
-
-_PIECE = 16 << 20
+from torch import nn
 
 
-def model_digest(model: nn.Module) -> dict[str, Any]:
-    """``{"digest": ..., "tensors": {name: sha256}}`` of the model's checkpoint state dict, one tensor at a time."""
-    from aliasparam import iterate_checkpoint
+def model_digest(model: nn.Module, kind: str = "adler32") -> dict[str, Any]:
+    """``{"digest": ..., "kind": kind, "tensors": {name: hex}}``, from live kernel bytes by pieces."""
+    from aliasparam import checkpoint_digest
 
-    return digest(iterate_checkpoint(model))
-
-
-def folder_digest(folder: Any) -> dict[str, Any]:
-    """The same of an opened :class:`~aliasparam_nvfp4.checkpoint.CheckpointFolder`."""
-    return digest((name, folder.read(name)) for name in folder.tensors)
+    return _shown(checkpoint_digest(model, kind))
 
 
-def digest(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Any]:
-    """sha256 of every tensor (dtype, shape and bytes), and of all of them in the order of their names."""
-    found = {name: _one(tensor) for name, tensor in tensors}
-    whole = hashlib.sha256("".join(f"{name} {found[name]}\n" for name in sorted(found)).encode())
-    return {"digest": f"sha256:{whole.hexdigest()}", "tensors": found}
+def folder_digest(folder: Any, kind: str = "adler32") -> dict[str, Any]:
+    """The same of a folder: a path, or an opened :class:`~aliasparam_nvfp4.checkpoint.CheckpointFolder`."""
+    from aliasparam.reload import digest_of_folder
+    from aliasparam.reload.sources import SafetensorsFolder
+
+    with SafetensorsFolder(getattr(folder, "path", folder)) as opened:
+        return _shown(digest_of_folder(opened, kind))
 
 
-def _one(tensor: Tensor) -> str:
-    state = hashlib.sha256(f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}\n".encode())
-    flat = tensor.detach().contiguous().reshape(-1).view(uint8)
-    for begin in range(0, flat.numel(), _PIECE):
-        state.update(flat[begin : begin + _PIECE].cpu().numpy().tobytes())
-    return state.hexdigest()
+def _shown(found: Any) -> dict[str, Any]:
+    return {"digest": f"sha256:{found.whole}", "kind": found.kind, "tensors": dict(found.tensors)}

@@ -20,7 +20,9 @@ from transformers.cli.serving.utils import GenerationState
 
 from aliasparam import memory_report
 from aliasparam.errors import AliasError
+from aliasparam.reload.hashers import FORMATS
 
+from .delta import delta_once
 from .digest import model_digest
 from .guard import message_of
 from .reload import reload_once
@@ -58,7 +60,7 @@ def build(model: Any, tokenizer: Any, name: str, token: str, folder: Path) -> Fa
     """
     app = FastAPI(title="aliasparam-nvfp4", docs_url=None, redoc_url=None, openapi_url=None)
     manager, state = _OneModel(model, tokenizer, name), GenerationState()
-    served = {"folder": str(folder), "reloads": 0}
+    served: dict[str, Any] = {"folder": str(folder), "reloads": 0, "version": None}
     _guard(app, token)
     _openai(app, name, served, ChatCompletionHandler(manager, state), CompletionHandler(manager, state))
     _ours(app, model, Turns(model, state.get_manager(name)), served)
@@ -104,20 +106,21 @@ def _openai(app: FastAPI, name: str, served: dict[str, Any], chat: Any, completi
 def _ours(app: FastAPI, model: Any, turns: Turns, served: dict[str, Any]) -> None:
     @app.post("/reload")
     async def reload(request: Request) -> Response:
-        body = await _body(request)
-        folder, when = body.get("folder"), body.get("when", "idle")
-        if not isinstance(folder, str) or not folder or when not in _WHEN or body.keys() - {"folder", "when"}:
-            raise HTTPException(400, f'expected {{"folder": PATH, "when": {" or ".join(_WHEN)}}}')
-        turn = turns.when_idle if when == "idle" else turns.between_tokens
-        step = await turn(lambda: reload_once(model, Path(folder)))
-        if step["error"]:
-            return _error(409, step["error"])
-        served.update(folder=folder, reloads=served["reloads"] + 1)
-        return JSONResponse(step)
+        folder, turn = await _asked(request, turns)
+        return _answer(await turn(lambda: reload_once(model, folder)), served, folder=str(folder), version=None)
+
+    @app.post("/delta")
+    async def delta(request: Request) -> Response:
+        folder, turn = await _asked(request, turns)
+        step = await turn(lambda: delta_once(model, folder, served["version"]))
+        return _answer(step, served, folder=f"{served['folder']} + {folder}", version=step["version"])
 
     @app.api_route("/digest", methods=["GET", "POST"])
-    async def digest() -> Response:
-        found = await turns.when_idle(lambda: model_digest(model))
+    async def digest(request: Request) -> Response:
+        kind = (await _body(request)).get("kind", "adler32")
+        if kind not in FORMATS:
+            raise HTTPException(400, f'expected {{"kind": {" or ".join(FORMATS)}}}')
+        found = await turns.when_idle(lambda: model_digest(model, kind))
         return JSONResponse({"folder": served["folder"], **found})
 
     @app.get("/memory")
@@ -125,6 +128,23 @@ def _ours(app: FastAPI, model: Any, turns: Turns, served: dict[str, Any]) -> Non
         report = memory_report(model)
         sizes = {name: getattr(report, name) for name in ("allocated_bytes", "two_copies_bytes", "saved_bytes")}
         return {**sizes, "report": str(report).splitlines()}
+
+
+async def _asked(request: Request, turns: Turns) -> tuple[Path, Callable[[Callable[[], Any]], Awaitable[Any]]]:
+    """The folder of a body, and when it is to be taken."""
+    body = await _body(request)
+    folder, when = body.get("folder"), body.get("when", "idle")
+    if not isinstance(folder, str) or not folder or when not in _WHEN or body.keys() - {"folder", "when"}:
+        raise HTTPException(400, f'expected {{"folder": PATH, "when": {" or ".join(_WHEN)}}}')
+    return Path(folder), turns.when_idle if when == "idle" else turns.between_tokens
+
+
+def _answer(step: dict[str, Any], served: dict[str, Any], **now: Any) -> Response:
+    """What a step came to; ``now`` is served if it went well."""
+    if step["error"]:
+        return _error(409, step["error"])
+    served.update(now, reloads=served["reloads"] + 1)
+    return JSONResponse(step)
 
 
 async def _handled(handler: Any, request: Request) -> Response:

@@ -1,22 +1,32 @@
-"""``verify``: a kernel against its emulator, on this machine."""
+"""``verify``: a kernel against its emulator on this machine; or what serves against a folder."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .options import AsJson
+from .options import AsJson, existing
 from .output import say, say_json
 
 
 def verify(
     backend: Annotated[str, typer.Option(help="Linear backend or MoE runner to accept, or auto.")] = "auto",
     moe: Annotated[bool, typer.Option("--moe", help="An MoE runner, not a linear backend.")] = False,
+    folder: Annotated[Path | None, typer.Option(help="Instead: does this folder serve?", parser=existing, metavar="B")] = None,
+    server: Annotated[str | None, typer.Option(help="With --folder: whose /digest to ask, such as http://HOST:PORT.")] = None,
+    digest: Annotated[str, typer.Option(help="With --folder: adler32, xxh3-128 or blake3.")] = "adler32",
     json: AsJson = False,
 ) -> None:
-    """Run a kernel against its emulator on this machine's GPU (or CPU). Exit code 1 if any shape is wrong."""
+    """Run a kernel against its emulator on this machine's GPU (or CPU), or compare what serves with a folder.
+
+    Exit code 1 if a shape is wrong, or a tensor differs. Without --server the folder is loaded here.
+    """
+    if folder is not None:
+        _verify_folder(folder, server, digest, json=json)
+        return
     import torch
 
     from ..backends import linear_backend
@@ -40,4 +50,18 @@ def verify(
     if json:
         say_json({"backend": chosen.name, "device": where, "torch": torch.__version__, "held": held, "rows": rows})
     if not held:
+        raise typer.Exit(1)
+
+
+def _verify_folder(folder: Path, server: str | None, digest: str, *, json: bool) -> None:
+    from .verify_folder import compare
+
+    found = compare(folder, server, digest)
+    if json:
+        say_json({"folder": str(folder), "server": server, **found})
+    elif found["held"]:
+        say(f"{server or 'the model loaded here'} holds {folder} bit for bit: {found['digest']}")
+    else:
+        say(f"{len(found['differing'])} tensors differ: {', '.join(found['differing'][:5])}")
+    if not found["held"]:
         raise typer.Exit(1)

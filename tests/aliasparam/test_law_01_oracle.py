@@ -1,4 +1,4 @@
-"""Law 1, and most others on the way: any sequence of operations on any layer, against a model in which nothing is shared."""
+"""Law 1 (and 2, 3, 5, 6, 8, 9 on the way): any operations on any layer, against a model in which nothing is shared."""
 
 from __future__ import annotations
 

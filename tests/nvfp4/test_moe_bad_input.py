@@ -11,6 +11,7 @@ from aliasparam_nvfp4 import NvFp4MoEMethod
 from aliasparam_nvfp4.errors import ScaleError, ShapeError
 from aliasparam_nvfp4.moe.activation import RELU2
 from aliasparam_nvfp4.moe.runners import moe_runner
+from aliasparam_nvfp4.moe.scales import InputScales
 
 from .moe_experts import RUNNERS, Experts, rows_of, stored
 from .moe_layers import SHAPES, choices, load, names
@@ -71,7 +72,7 @@ def test_nan_block_scales_of_a_zeroed_expert_are_refused_by_name_and_expert(runn
 
 
 READ = dict.fromkeys(RUNNERS, ("w1 weight_scale_2", "w2 weight_scale_2"))
-READ |= {n: (*READ[n], "w3 input_scale", "w2 input_scale") for n in RUNNERS if moe_runner(n).needs_input_scale}
+READ |= {n: (*READ[n], "w3 input_scale", "w2 input_scale") for n in RUNNERS if moe_runner(n).input_scales is not InputScales.NONE}
 
 
 @pytest.mark.parametrize("runner, tensor", [(n, tensor) for n in RUNNERS for tensor in READ[n]])

@@ -15,6 +15,7 @@ from aliasparam_nvfp4 import NvFp4MoEMethod
 from aliasparam_nvfp4.demo.large_models import MODELS, MoEModel
 from aliasparam_nvfp4.errors import BackendError, ScaleError, ShapeError
 from aliasparam_nvfp4.moe.runners import moe_runner, moe_runners
+from aliasparam_nvfp4.moe.scales import InputScales
 
 from .moe_layers import SHAPES, MoE, checkpoint, choices, load, names
 
@@ -99,7 +100,7 @@ def test_untied_scales_are_right_or_refused_by_name(runner: str) -> None:
     a1, a2 = (max(float(t) for (_, s, f), t in tensors.items() if f == "input_scale" and s in of) for of in ("w1 w3", "w2"))
     for expert in range(SHAPES[0][0]):
         s1, s3, s2 = (float(tensors[expert, s, "weight_scale_2"]) for s in ("w1", "w3", "w2"))
-        as_they_are = not moe_runner(runner).needs_input_scale
+        as_they_are = moe_runner(runner).input_scales is InputScales.NONE
         expected = (s1, s3, s2) if as_they_are else (a1 * s1, a1 * s3 / a2, a2 * s2)
         found = (layer.g1_alphas[expert], layer.g1_scale_c[expert], layer.g2_alphas[expert])  # type: ignore[index]
         assert all(math.isclose(float(f), e, rel_tol=1e-6) for f, e in zip(found, expected, strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .delta import apply_delta_folder as apply_delta_folder
 from .experts import Experts as Experts
 from .load import answer as answer
 from .load import load_model as load_model

@@ -13,6 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from aliasparam import TensorSpec, checkpoint_names, reload
+from aliasparam.reload.observe import Hooks
+from aliasparam.reload.policies import PolicyName
 
 from ...checkpoint import WHOLE, CheckpointError, CheckpointFolder, check_tensors, expert_layers
 from ...errors import ScaleError
@@ -35,6 +37,8 @@ def reload_folder(
     on_bytes: Callable[[int], None] | None = None,
     chunk_bytes: int = 8 << 20,
     strict: bool = False,
+    policy: PolicyName = "write-through",
+    hooks: Hooks | None = None,
 ) -> int:
     """Replace all weights of a serving model with those of ``folder``, in place; returns the bytes read.
 
@@ -49,6 +53,7 @@ def reload_folder(
         on_bytes: called with the bytes of every piece, for progress bars.
         chunk_bytes: upper bound of one piece.
         strict: refuse a folder whose config.json differs in any entry.
+        policy, hooks: of the session, as for :func:`aliasparam.reload`.
 
     Raises:
         CheckpointError: missing, unexpected, truncated or ill-fitting tensors, or another architecture.
@@ -63,7 +68,8 @@ def reload_folder(
     _agree(model, None)
     told = on_bytes or (lambda _: None)
     total = 0
-    with torch.no_grad(), closing(plan.source), reload(model) as session:
+    opened = reload(model, policy=policy, source="folder", hooks=hooks)
+    with torch.no_grad(), closing(plan.source), opened as session:
         for name, target in plan.targets.items():
             stored, rows, columns = plan.parts.get(name, (plain_name(name), WHOLE, WHOLE))
             for first_row, piece in plan.source.chunks(stored, chunk_bytes, rows=rows, columns=columns):

@@ -22,8 +22,11 @@ pytest.importorskip("transformers")
 openai = pytest.importorskip("openai")
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
+from aliasparam.reload.delta_writer import diff  # noqa: E402
+from aliasparam.reload.sources import SafetensorsFolder  # noqa: E402
 from aliasparam_nvfp4.checkpoint import CheckpointFolder  # noqa: E402
 from aliasparam_nvfp4.cli.digest import folder_digest  # noqa: E402
+from aliasparam_nvfp4.cli.verify_folder import compare  # noqa: E402
 
 from .folders import chat_folder  # noqa: E402
 
@@ -113,6 +116,29 @@ def test_it_is_reloaded_while_a_client_streams(server: Server, folders: tuple[Pa
     assert server.answer() != before
 
 
+def test_a_delta_is_applied_and_the_folder_that_serves_is_proved(
+    server: Server, folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = folders
+    monkeypatch.setenv("ALIASPARAM_TOKEN", TOKEN)
+    assert server.call("/reload", {"folder": str(a)})[0] == 200
+    before = server.answer()
+    with SafetensorsFolder(a) as old, SafetensorsFolder(b) as new:
+        diff(old, new, tmp_path / "1", 1, 0, checksum_format="adler32")
+        diff(new, old, tmp_path / "3", 3, 2)
+
+    status, answer = server.call("/delta", {"folder": str(tmp_path / "1")})
+    assert (status, answer.get("version")) == (200, 1), answer
+    assert compare(b, server.url, "adler32")["held"] and compare(b, server.url, "xxh3-128")["held"]
+    assert server.answer() != before
+    refused = server.call("/delta", {"folder": str(tmp_path / "3")})
+    assert refused[0] == 409 and "applies to another version" in refused[1]["error"]["message"]
+    again = server.call("/delta", {"folder": str(tmp_path / "1")})
+    assert again[0] == 409 and compare(b, server.url, "blake3")["held"]
+    found = compare(a, server.url, "adler32")
+    assert not found["held"] and "model.embed_tokens.weight" in found["differing"]
+
+
 def test_a_refused_reload_changes_nothing(server: Server, folders: tuple[Path, Path], tmp_path: Path) -> None:
     assert server.call("/reload", {"folder": str(folders[0])})[0] == 200
     before, digest = server.answer(), server.call("/digest")
@@ -131,6 +157,8 @@ def test_a_refused_reload_changes_nothing(server: Server, folders: tuple[Path, P
         ("/v1/chat/completions", ASK, "wrong", 401),
         ("/reload", {"folder": "/x"}, "wrong", 401),
         ("/digest", {}, "", 401),
+        ("/delta", {}, TOKEN, 400),
+        ("/digest", {"kind": "crc"}, TOKEN, 400),
         ("/health", None, "", 200),
         ("/reload", {}, TOKEN, 400),
         ("/reload", {"folder": "/x", "when": "now"}, TOKEN, 400),

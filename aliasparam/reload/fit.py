@@ -1,0 +1,62 @@
+"""Whether an incoming tensor fits the live one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from ..errors import ReloadError
+from ..spec import TensorSpec
+from ..storage.coverage import Box, Coverage
+
+
+def box_of(live: Tensor, value: Tensor, first_row: int | None, box: Box | None) -> Box:
+    """The rectangle of ``live`` that ``value`` is for."""
+    if box is not None:
+        return tuple((int(a), int(b)) for a, b in box)
+    whole = tuple((0, n) for n in live.shape)
+    if first_row is None or not whole:
+        return whole
+    return ((first_row, first_row + (value.shape[0] if value.dim() else 1)), *whole[1:])
+
+
+def shown(box: Box) -> str:
+    return "[" + ", ".join(f"{start}:{stop}" for start, stop in box) + "]"
+
+
+def need_fit(module: str, name: str, live: Tensor, value: Tensor, box: Box) -> None:
+    """
+    Raises:
+        ReloadError: another shape or dtype, no values, or a rectangle that is not within the tensor.
+    """
+    sizes = tuple(stop - start for start, stop in box)
+    inside = len(box) == live.dim() and all(0 <= a <= b <= n for (a, b), n in zip(box, live.shape, strict=True))
+    if inside and tuple(value.shape) == sizes and value.dtype == live.dtype and value.device.type != "meta":
+        return
+    raise ReloadError(
+        "the new tensor does not fit",
+        module=module,
+        name=name,
+        expected=f"{TensorSpec.of(live)}" + ("" if value.dim() and sizes == tuple(live.shape) else f", {shown(box)} of it"),
+        found=f"{TensorSpec.of(value)}{' on meta' if value.device.type == 'meta' else ''}",
+        remedy="Send it in the shape and dtype of the checkpoint that was loaded first.",
+    )
+
+
+def need_whole(module: str, scope: object, wanted: Mapping[str, Coverage]) -> None:
+    """
+    Raises:
+        ReloadError: a tensor did not arrive whole.
+    """
+    missing = [name for name, coverage in wanted.items() if not coverage.whole]
+    if missing:
+        first = wanted[missing[0]].missing()
+        raise ReloadError(
+            f"{len(missing)} of {len(wanted)} tensors did not arrive whole",
+            module=module,
+            name=", ".join(missing[:5]) + (", …" if len(missing) > 5 else ""),
+            expected="every element of each tensor that was begun" if scope == "partial" else "every element once",
+            found=f"{missing[0]} without {', '.join(map(shown, first[:3]))}",
+            remedy='Send the missing tensors, or open the reload with scope="partial" for a deliberate partial update.',
+        )

@@ -1,0 +1,120 @@
+"""What a session overwrites, kept on the host until it has committed; so that an abort brings the old generation back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ..errors import ReloadError, StateError
+from ..layout.blocks import tiles
+from ..module.registry import AliasRegistry
+from ..storage.coverage import Box, Coverage
+from ..storage.kernel_name import RefusingName
+from ..storage.states import State
+from ..storage.storage import AliasedStorage
+from .live import Live, flat_bytes
+from .patch import PIECE, Patch, patch_of
+from .targets import Target
+
+
+class _Seen(NamedTuple):
+    """A storage as it was before its first write, and the text that says why it would be invalid."""
+
+    storage: AliasedStorage
+    why: str | None
+
+
+class Journal:
+    """Old bytes, where they differ from the new ones.
+
+    Memory: at most 5 bytes of the host for each changed byte, and never more than what was overwritten; 16 MiB of scratch.
+
+    Attributes:
+        lost: why it cannot restore, or None.
+    """
+
+    def __init__(self) -> None:
+        self.lost: str | None = None
+        self._patches: list[Patch] = []
+        self._seen: dict[int, _Seen] = {}
+        self._kept: dict[int, Coverage] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Host memory held."""
+        return sum(patch.nbytes for patch in self._patches)
+
+    def touch(self, target: Target) -> None:
+        """To be called before the first write of a tensor."""
+        if id(target.tensor) in self._kept:
+            return
+        storage = Live(target.tensor).storage
+        if storage is None:
+            if any(isinstance(holder.get(key), RefusingName) for holder, key in target.places):
+                self.lost = f"{target.label} held no weights before: an earlier reload of it failed"
+        elif id(storage) not in self._seen:
+            with storage.lock:
+                storage.notice()
+                if storage.states.common is not State.LOADED:
+                    self.lost = f"{target.label} held no whole weights before"
+                self._seen[id(storage)] = _Seen(storage, storage.states.why)
+        self._kept[id(target.tensor)] = Coverage(target.tensor.shape)
+
+    def keep(self, target: Target, box: Box, value: Tensor) -> None:
+        """Keep what ``value`` is about to replace under ``box``."""
+        self.touch(target)
+        kept = self._kept[id(target.tensor)]
+        if self.lost is not None or kept.covers(box):  # a write that failed, once more: what is there now is not old
+            return
+        try:
+            self._patches += _differences(Live(target.tensor), box, value)
+        except StateError as error:
+            self.lost = error.message
+        kept.add(box)
+
+    def add(self, target: Target, patches: Iterable[Patch]) -> None:
+        """Patches that are about to be put."""
+        self.touch(target)
+        self._patches += patches
+
+    def restore(self) -> None:
+        """Every byte as it was, and what derives from them.
+
+        Raises:
+            ReloadError: it cannot: see :attr:`lost`, or other code wrote the memory meanwhile.
+            AliasError: processing refuses.
+        """
+        if self.lost is not None:
+            raise _cannot(self.lost)
+        for patch in reversed(self._patches):
+            patch.put_old()
+        for storage, why in self._seen.values():
+            with storage.lock:
+                storage.notice()
+                if storage.states.why is not why:
+                    raise _cannot(f"{storage.label}: {storage.states.why}")
+                storage.accept()  # also where a write failed half-way: what it reached is old again
+        listeners = {id(one): one for seen in self._seen.values() for one in seen.storage.listeners()}
+        for listener in listeners.values():
+            if isinstance(listener, AliasRegistry):
+                listener.process()
+
+
+def _differences(live: Live, box: Box, value: Tensor) -> Iterator[Patch]:
+    for tile in tiles(box, max(PIECE // live.dtype.itemsize, 1)):
+        inside = tuple(slice(a - r, b - r) for (a, b), (r, _) in zip(tile, box, strict=True))
+        new = value[inside].detach().to(live.device).resolve_conj().resolve_neg()
+        patch = patch_of(live, tile, live.bytes(tile), flat_bytes(new), keep_new=False)
+        if patch is not None:
+            yield patch
+
+
+def _cannot(why: str) -> ReloadError:
+    return ReloadError(
+        "the journal cannot bring the old weights back",
+        expected="memory that was loaded before, and that only this reload writes",
+        found=why,
+        remedy="Reload the whole model; until then it refuses.",
+    )

@@ -1,0 +1,117 @@
+"""The bytes of one live tensor in checkpoint coordinates: a declared name in kernel order, or a plain parameter or buffer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from ..errors import StateError
+from ..layout.blocks import tiles
+from ..layout.boxes import row_major
+from ..storage.coverage import Box
+from ..storage.storage import AliasedStorage
+from ..tensors.faces import _Aliased
+
+
+class Live:
+    """A view of ``tensor``; it holds no bytes.
+
+    Attributes:
+        tensor: a declared name (also a shard of a fused one), or a plain tensor.
+        storage: where a declared name lies; None for a plain tensor.
+        nbytes: of the values, without padding.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self.storage: AliasedStorage | None = tensor._alias_storage if isinstance(tensor, _Aliased) else None
+        self.shape, self.dtype, self.device = tuple(tensor.shape), tensor.dtype, tensor.device
+        self.nbytes = tensor.numel() * tensor.element_size()
+
+    @property
+    def version(self) -> int:
+        """Changes whenever the bytes do."""
+        return self.tensor._version if self.storage is None else self.storage.version
+
+    def pieces(self, max_bytes: int) -> Iterator[tuple[int, Box]]:
+        """(first checkpoint byte, box) of runs that lie together in the checkpoint, in order."""
+        strides = row_major(self.shape)
+        for box in tiles(tuple((0, n) for n in self.shape), max(max_bytes // self.dtype.itemsize, 1)):
+            yield sum(a * stride for (a, _), stride in zip(box, strides, strict=True)) * self.dtype.itemsize, box
+
+    def bytes(self, box: Box) -> Tensor:
+        """The checkpoint bytes of ``box``, uint8 [n], on the tensor's device. Of a plain tensor possibly its own memory.
+
+        Raises:
+            StateError: elements that hold no weights.
+        """
+        part = self.part(box)
+        with torch.no_grad():
+            values = part._snapshot() if isinstance(part, _Aliased) else part.detach()
+            return flat_bytes(values.resolve_conj().resolve_neg())
+
+    def runs(self, max_bytes: int) -> Iterator[tuple[int, Tensor]]:
+        """(first byte, bytes) of the whole tensor, in order; it must not change meanwhile.
+
+        Raises:
+            StateError: it did, or it holds no weights.
+        """
+        before = self.version
+        for first, box in self.pieces(max_bytes):
+            yield first, self.bytes(box)
+        if self.version != before:
+            label = "a plain tensor" if self.storage is None else self.storage.label
+            raise StateError("the tensor changed while it was read", label=label, remedy="Read it again between two writes.")
+
+    def part(self, box: Box) -> Tensor:
+        """The name's own values under ``box``: what is copied into it is written."""
+        part = self.tensor
+        for dim, (start, stop) in enumerate(box):
+            if (start, stop) != (0, self.shape[dim]):
+                part = part.narrow(dim, start, stop - start)
+        return part
+
+    def memory(self) -> Tensor | None:
+        """All bytes as they lie, uint8 [n]; None where :meth:`positions` is."""
+        if self.storage is not None:
+            return self.storage.elements.view(torch.uint8)
+        return flat_bytes(self.tensor.detach()) if self.tensor.is_contiguous() else None
+
+    @contextmanager
+    def writing(self) -> Iterator[Tensor]:
+        """:meth:`memory`, to change some bytes of a tensor that holds weights. After a failure a declared name is INVALID."""
+        memory = self.memory()
+        if memory is None:
+            raise AssertionError("bytes without places")
+        if self.storage is None:
+            yield memory
+            return
+        with self.storage.lock:
+            self.storage.before_write()
+            begun = self.storage.states.begin(self.storage.bound.whole)
+            yield memory
+            self.storage.states.undo(begun)
+
+    def positions(self, at: Tensor) -> Tensor | None:
+        """Checkpoint byte positions ``at`` (int64 [n]) as positions in :meth:`memory`; None where bytes have no such places."""
+        if self.storage is None:
+            return at if self.tensor.is_contiguous() else None
+        geometry, bound = self.tensor._alias_geometry, self.storage.bound  # type: ignore[attr-defined]
+        if not geometry.is_contiguous() or geometry.dtype is not bound.dtype or geometry.is_conj() or geometry.is_neg():
+            return None
+        size, first = bound.dtype.itemsize, geometry.storage_offset() - self.storage.geometry.storage_offset()
+        found = bound.positions(at // size + first)
+        return None if found is None else found * size + at % size
+
+    @property
+    def box(self) -> Box:
+        return tuple((0, n) for n in self.shape)
+
+
+def flat_bytes(values: Tensor) -> Tensor:
+    """uint8 [n] of the values in row-major order; the same memory where they lie so."""
+    flat = values.contiguous()
+    return flat.as_strided((flat.numel(),), (1,)).view(torch.uint8)  # a stride of one element may be anything

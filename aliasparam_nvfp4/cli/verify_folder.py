@@ -1,0 +1,55 @@
+"""``verify --folder``: that what serves is this folder, by digests; no weights are moved."""
+
+from __future__ import annotations
+
+import json
+import os
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from aliasparam.errors import AliasError
+
+from .digest import folder_digest, model_digest
+
+_TOKEN = "ALIASPARAM_TOKEN"
+
+
+def compare(folder: Path, server: str | None, kind: str) -> dict[str, Any]:
+    """The folder's digest beside that of a server (its ``/digest``), or of a model that is loaded from the folder here.
+
+    Returns:
+        ``held``, ``digest``, ``serves`` and ``differing``: names whose digests differ, or that one side alone has.
+
+    Raises:
+        AliasError: the folder cannot be read, or the server does not answer.
+    """
+    expected = folder_digest(folder, kind)
+    found = _of_server(server, kind) if server else _of_loaded(folder, kind)
+    names = sorted(expected["tensors"].keys() | found["tensors"].keys())
+    differing = [name for name in names if expected["tensors"].get(name) != found["tensors"].get(name)]
+    held = found["digest"] == expected["digest"]
+    return {"held": held, "digest": expected["digest"], "serves": found["digest"], "kind": kind, "differing": differing}
+
+
+def _of_loaded(folder: Path, kind: str) -> dict[str, Any]:
+    from .models import load
+
+    return model_digest(load(folder, "auto", "auto")[0], kind)
+
+
+def _of_server(server: str, kind: str) -> dict[str, Any]:
+    if not server.startswith(("http://", "https://")):
+        raise AliasError("this is not a server's address", name=server, expected="http://HOST:PORT")
+    headers = {"Authorization": f"Bearer {os.environ.get(_TOKEN, '')}", "Content-Type": "application/json"}
+    request = urllib.request.Request(f"{server.rstrip('/')}/digest", json.dumps({"kind": kind}).encode(), headers)
+    try:
+        with urllib.request.urlopen(request) as answer:
+            found = json.loads(answer.read())
+    except (OSError, ValueError) as error:
+        remedy = f"Set {_TOKEN} to its token." if isinstance(error, urllib.error.HTTPError) and error.code == 401 else None
+        raise AliasError(f"the server does not answer: {error}", name=server, remedy=remedy) from None
+    if not isinstance(found, dict) or not isinstance(found.get("tensors"), dict) or "digest" not in found:
+        raise AliasError("the server's answer is no digest", name=server, found=repr(found)[:80])
+    return found

@@ -1,0 +1,221 @@
+"""Law 12: a delta of ``b`` on ``a`` makes a model of ``a`` one of ``b``; back again, ``a``; a wrong one, nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from aliasparam import Alias, Derivation, apply_delta, checkpoint_digest, checkpoint_state_dict, declare, process
+from aliasparam.errors import AliasError, ReloadError
+from aliasparam.layout.bound import BoundLayout
+from aliasparam.reload import delta_apply, digest_of_folder, patch, prepare_delta
+from aliasparam.reload.delta_folder import Chain, DeltaFolder
+from aliasparam.reload.delta_writer import diff
+from aliasparam.reload.errors import DeltaError
+from aliasparam.reload.observe import Hooks
+from aliasparam.reload.sources import SafetensorsFolder
+from aliasparam.testing import same_bytes
+from aliasparam.testing._faults import FailingAt, Fault
+
+from ..small import Layer
+from .delta_cases import trainer_writes
+from .live_models import Few, Whole, changed, folder_of, raw
+
+
+def same(found: list[Tensor], expected: list[Tensor]) -> bool:
+    return all(same_bytes(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def cold(kind: type[Whole], values: dict[str, Tensor]) -> list[Tensor]:
+    model = kind()
+    model.load_state_dict(values, strict=False)
+    process(model)
+    return model()
+
+
+A = checkpoint_state_dict(Whole())
+B = changed(A, 0.05, 0)
+C = changed(B, 0.6, 1)
+SERVED = {"a": cold(Whole, A), "b": cold(Whole, B), "c": cold(Whole, C)}
+
+
+@pytest.mark.parametrize("encoding", ["xor", "overwrite"])
+@pytest.mark.parametrize("checksum", ["adler32", "xxh3-128", "blake3"])
+@pytest.mark.parametrize("piece", [24, 8 << 20])
+def test_law_12_there_and_back(encoding: str, checksum: str, piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(delta_apply, "PIECE", piece)
+    there = trainer_writes(tmp_path / "b", raw(A), raw(B), 1, encoding, checksum, files=2)
+    back = trainer_writes(tmp_path / "a", raw(B), raw(A), 2, encoding, checksum)
+    model = Whole()
+    before = checkpoint_digest(model)
+    addresses = [buffer.data_ptr() for buffer in model.buffers()]
+
+    assert apply_delta(model, there, serving=0) == 1
+    assert same(model(), SERVED["b"]) and raw(checkpoint_state_dict(model)) == raw(B)
+    assert apply_delta(model, back) == 2
+    assert same(model(), SERVED["a"]) and checkpoint_digest(model) == before
+    assert addresses == [buffer.data_ptr() for buffer in model.buffers()]
+
+
+@given(share=st.sampled_from([0.001, 0.03, 0.5, 1.0]), seed=st.integers(0, 99), encoding=st.sampled_from(["xor", "overwrite"]))
+def test_law_12_whatever_changes(share: float, seed: int, encoding: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    new = changed(A, share, seed)
+    model = Whole()
+    apply_delta(model, trainer_writes(tmp_path_factory.mktemp("d") / "v", raw(A), raw(new), 1, encoding, "adler32"))
+    assert raw(checkpoint_state_dict(model)) == raw(new) and same(model(), cold(Whole, new))
+
+
+def published(source: Path) -> Path:
+    """Versions 1 (full, b), 2 (a delta to c), 3 (a delta to a)."""
+    folder_of(source / "weight_v000001", B)
+    trainer_writes(source / "weight_v000002", raw(B), raw(C), 2, "xor", "xxh3-128")
+    trainer_writes(source / "weight_v000003", raw(C), raw(A), 3, "overwrite", "adler32")
+    return source
+
+
+@pytest.mark.parametrize(("applied", "target", "served"), [(0, 1, "b"), (0, 2, "c"), (0, 3, "a"), (1, 3, "a"), (2, 2, "c")])
+def test_law_12_a_chain_is_one_commit(applied: int, target: int, served: str, tmp_path: Path) -> None:
+    model, commits = Whole(), []
+    base = {0: A, 1: B, 2: C}[applied]
+    model.load_state_dict(base, strict=False)
+    process(model)
+    with Chain(published(tmp_path), applied, target) as chain:
+        version = apply_delta(model, chain, serving=applied, hooks=Hooks(on_commit=[commits.append]))
+    assert version == target and len(commits) == 1
+    assert same(model(), SERVED[served])
+
+
+WRONG = {
+    "the base": ("c", "a", 1, "xor", "the checksum of the new bytes differs"),
+    "the base, overwritten": ("c", "a", 1, "overwrite", "the checksum of the new bytes differs"),
+    "the version": ("a", "b", 5, "xor", "applies to another version"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_law_12_a_wrong_delta_changes_nothing_that_serves(case: str, tmp_path: Path) -> None:
+    old, new, version, encoding, message = WRONG[case]
+    values = {"a": A, "b": B, "c": C}
+    delta = trainer_writes(tmp_path / "d", raw(values[old]), raw(values[new]), version, encoding, "adler32")
+    model = Whole()
+    versions = [p._version for p in model.buffers()]
+    if case == "the base, overwritten":  # other bytes beside those that are overwritten
+        model.load_state_dict({**A, "padded.weight": A["padded.weight"] ^ 64, "norm": A["norm"] + 1}, strict=False)
+        process(model)
+    served = model()
+    with pytest.raises(DeltaError, match=message):
+        apply_delta(model, delta, serving=0)
+    assert same(model(), served)
+    if case != "the base, overwritten":
+        assert versions == [p._version for p in model.buffers()]
+    apply_delta(Whole(), trainer_writes(tmp_path / "e", raw(A), raw(B), 1, "xor", "adler32"))
+
+
+def test_names_of_the_folder_and_of_the_model(tmp_path: Path) -> None:
+    theirs = {f"model.{name}": value for name, value in A.items()}
+    new = {f"model.{name}": value for name, value in B.items()}
+    delta = trainer_writes(tmp_path / "d", raw(theirs), raw(new), 1, "xor", "adler32")
+    model = Whole()
+    with pytest.raises(ReloadError, match="no tensor of this name"):
+        apply_delta(model, delta)
+    apply_delta(model, delta, names={name: name.removeprefix("model.") for name in theirs})
+    assert same(model(), SERVED["b"])
+
+
+def test_law_10_processing_refuses_and_the_old_weights_serve_again(tmp_path: Path) -> None:
+    def alpha(scale: Tensor) -> Tensor:
+        if scale.max() > 9:
+            raise ValueError("a bad scale")
+        return scale.max().reshape(1)
+
+    layer = nn.Module()
+    layer.scale = nn.Parameter(torch.tensor([1.0, 2.0]), requires_grad=False)
+    layer.weight = nn.Parameter(torch.arange(48.0).view(6, 8), requires_grad=False)
+    declare(
+        layer, Derivation("alpha", ("scale",), alpha, (1,), torch.float32), Alias("weight", "prepared", "(h r) k -> r h k, h=2")
+    )
+    process(layer)
+    old, model = checkpoint_state_dict(layer), layer
+    new = {"scale": torch.tensor([1.0, 20.0]), "weight": old["weight"] + 1}
+    delta = trainer_writes(tmp_path / "d", raw(old), raw(new), 1, "xor", "adler32")
+    prepared, before = model.get_buffer("prepared").clone(), checkpoint_digest(model)
+    with pytest.raises(AliasError, match="a bad scale"):
+        apply_delta(model, delta)
+    assert checkpoint_digest(model) == before and torch.equal(model.get_buffer("prepared"), prepared)
+    assert model.get_buffer("alpha").tolist() == [2.0]
+
+
+def test_the_old_weights_serve_until_the_commit_and_after_a_switch_can_come_back(tmp_path: Path) -> None:
+    delta = trainer_writes(tmp_path / "d", raw(A), raw(B), 1, "xor", "adler32")
+    model = Whole()
+    with DeltaFolder(delta) as opened:
+        session = prepare_delta(model, opened)
+    assert same(model(), SERVED["a"])
+    session.switch()
+    with pytest.raises(AliasError):
+        model()
+    session.abort()
+    assert same(model(), SERVED["a"]) and checkpoint_digest(model) == checkpoint_digest(Whole())
+
+    with DeltaFolder(delta) as opened:
+        session = prepare_delta(model, opened)
+    with torch.no_grad():
+        model.padded.weight[0, 0, 0] += 1
+    with pytest.raises(ReloadError, match="changed since the delta was checked"):
+        session.commit()
+    session.abort()
+
+
+def test_law_10_the_kth_operator_fails(tmp_path: Path) -> None:
+    old = checkpoint_state_dict(Few())
+    new = changed(changed(old, 0.05, 0), 0.9, 1)
+    served = {"old": cold(Few, old), "new": cold(Few, new)}
+    delta = trainer_writes(tmp_path / "d", raw(old), raw(new), 1, "xor", "adler32")
+    found = {"old": 0, "new": 0}
+    for k in itertools.count(step=3):
+        model, faults = Few(), FailingAt(k)
+        with contextlib.suppress(Fault, AliasError), faults:
+            apply_delta(model, delta)
+        left = "old" if raw(checkpoint_state_dict(model)) == raw(old) else "new"
+        assert same(model(), served[left]), f"operator {k} ({faults.failed})"
+        if not faults.failed:
+            break
+        found[left] += 1
+    assert left == "new" and found["old"] > 30 and found["new"] == 0, found
+
+
+def test_cost_follows_what_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commit touches the bytes that differ: it reads and writes no box, and holds 6 bytes for each."""
+    layer = Layer((256, 512))
+    old = checkpoint_state_dict(layer)
+    new = {"weight": old["weight"].clone()}
+    new["weight"][17, 3:40] ^= 5
+    with DeltaFolder(trainer_writes(tmp_path / "d", raw(old), raw(new), 1, "xor", "adler32")) as delta:
+        session = prepare_delta(layer, delta)
+    assert session._policy.nbytes == 6 * 37
+    with monkeypatch.context() as during:
+        for name in ("read", "write"):
+            during.setattr(type(_bound(layer)), name, lambda *_: pytest.fail("a box was moved"))
+        session.commit()
+    assert same_bytes(layer.weight, new["weight"])
+
+
+def _bound(layer: Layer) -> BoundLayout:
+    bound: BoundLayout = layer.weight._alias_storage.bound
+    return bound
+
+
+def test_what_this_package_writes(tmp_path: Path) -> None:
+    with SafetensorsFolder(folder_of(tmp_path / "a", A)) as a, SafetensorsFolder(folder_of(tmp_path / "b", B)) as b:
+        diff(a, b, tmp_path / "delta", 1, 0, encoding="overwrite", checksum_format="blake3")
+        model = Whole()
+        apply_delta(model, tmp_path / "delta")
+        assert checkpoint_digest(model) == digest_of_folder(b) != digest_of_folder(a)
+    assert patch.PIECE == delta_apply.PIECE

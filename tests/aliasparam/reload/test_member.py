@@ -1,0 +1,75 @@
+"""A target and a draft model on two ranks: all four change in one commit, or none does."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from torch.distributed import TCPStore
+
+from aliasparam import checkpoint_digest, checkpoint_state_dict, process, reload
+from aliasparam.errors import AliasError, ReloadError
+from aliasparam.reload.member import SessionMember
+from aliasparam.reload.session import ReloadSession
+
+from . import rank_models
+from .delta_cases import trainer_writes
+from .live_models import Few, Whole, raw
+from .rank_models import new_of, staged
+
+
+def digests(*models: Whole, new: bool) -> list[str]:
+    for model in models if new else ():
+        model.load_state_dict(new_of(model), strict=False)
+        process(model)
+    return [checkpoint_digest(model).whole for model in models]
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["all can", "one check fails on rank 1"])
+def test_law_10_two_processes_two_models_one_commit(fails: bool, tmp_path: Path) -> None:
+    draft = Few()
+    delta = trainer_writes(tmp_path / "d", raw(checkpoint_state_dict(draft)), raw(new_of(draft)), 1, "xor", "adler32")
+    context = multiprocessing.get_context("spawn")
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=30))
+    out = [tmp_path / str(rank) for rank in range(2)]
+    running = [
+        context.Process(target=rank_models.run, args=(store.port, rank, str(delta), str(out[rank]), fails and rank == 1))
+        for rank in range(2)
+    ]
+    for one in running:
+        one.start()
+    for one in running:
+        one.join(120)
+        assert one.exitcode == 0
+    found = [json.loads(path.read_text()) for path in out]
+    assert [rank[:2] for rank in found] == [digests(Whole(), Few(), new=not fails)] * 2
+    assert all(("ZeroDivisionError" in rank[2]) if fails else rank[2] is None for rank in found)
+
+
+def test_a_member_refuses_between_commit_and_keep_and_takes_no_session_that_cannot_go_back() -> None:
+    target, draft = Whole(), Few()
+    member = SessionMember(staged(target), staged(draft))
+    served = target()
+    assert member.prepare() == SessionMember(staged(Whole()), staged(Few())).prepare()
+    assert all(a.equal(b) for a, b in zip(target(), served, strict=True))
+    member.commit()
+    for model in (target, draft):
+        with pytest.raises(AliasError):
+            model()
+    member.keep()
+    member.keep()
+    target(), draft()
+
+    def write_through() -> tuple[ReloadSession, str]:
+        session = reload(draft)
+        session.begin()
+        session.load(new_of(draft))
+        session.prepare()
+        return session, ""
+
+    with pytest.raises(ReloadError, match="taken back"):
+        SessionMember(staged(target), write_through).prepare()
+    target()

@@ -1,0 +1,278 @@
+"""What each policy serves meanwhile, keeps on the host, and leaves when it is aborted (laws 4, 9 and 10)."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import sys
+from collections.abc import Callable
+from types import ModuleType, SimpleNamespace
+from typing import Any, get_args
+
+import pytest
+import torch
+from torch import Tensor
+
+from aliasparam import checkpoint_digest, checkpoint_state_dict, process, registry_of, reload
+from aliasparam.errors import AliasError, ReloadError
+from aliasparam.reload import observe
+from aliasparam.reload.observe import Hooks
+from aliasparam.reload.policies import PolicyName
+from aliasparam.testing import same_bytes
+from aliasparam.testing._faults import FailingAt, Fault
+
+from ..peak import peak_bytes
+from ..small import Layer, storage_of
+from .live_models import Few, Whole, changed, raw
+
+POLICIES: tuple[PolicyName, ...] = get_args(PolicyName)
+
+
+def same(found: list[Tensor], expected: list[Tensor]) -> bool:
+    return all(same_bytes(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def cold(values: dict[str, Tensor]) -> list[Tensor]:
+    model = Whole()
+    model.load_state_dict(values, strict=False)
+    process(model)
+    return model()
+
+
+OLD = checkpoint_state_dict(Whole())
+NEW = changed(changed(OLD, 0.1, 0), 0.1, 1)
+SERVED_OLD, SERVED_NEW = cold(OLD), cold(NEW)
+
+
+def addresses(model: Whole) -> list[int]:
+    return [buffer.data_ptr() for buffer in model.buffers()] + [model.norm.data_ptr()]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_law_9_warm_equals_cold(policy: PolicyName) -> None:
+    model = Whole()
+    where = addresses(model)
+    with reload(model, policy=policy) as session:
+        session.load(NEW)
+        if policy.startswith("staged"):
+            assert same(model(), SERVED_OLD)
+        else:
+            with pytest.raises(AliasError):
+                model()
+    assert same(model(), SERVED_NEW) and where == addresses(model)
+    assert raw(checkpoint_state_dict(model)) == raw(NEW)
+    assert session.observed.outcome == "committed"
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("after", ["some", "prepare", "switch"])
+def test_law_10_an_abort_leaves_what_the_policy_says(policy: PolicyName, after: str) -> None:
+    model, told = Whole(), []
+    registry = registry_of(model.padded)
+    assert registry is not None
+    registry.on_processed.append(lambda _: told.append("processed"))
+    before = checkpoint_digest(model)
+    session = reload(model, policy=policy, hooks=Hooks(on_abort=[lambda s: told.append("abort")]))
+    session.begin()
+    if after == "some":
+        session.load({name: NEW[name] for name in ("padded.weight", "wide.weight", "norm", "q.weight", "turned_plain")})
+    else:
+        session.load(NEW)
+        session.prepare()
+    if after == "switch":
+        session.switch()
+        with pytest.raises(AliasError):
+            model()
+    session.abort()
+    untouched = policy.startswith("staged") and after != "switch"
+    if untouched or policy.endswith("journal"):
+        assert session.observed.outcome == "restored"
+        assert same(model(), SERVED_OLD) and checkpoint_digest(model) == before
+        assert told == (["abort"] if untouched else [*told[:-2], "processed", "abort"])
+    else:
+        assert session.observed.outcome == "refuses"
+        with pytest.raises(AliasError):
+            model()
+    with reload(model) as again:
+        again.load(NEW)
+    assert same(model(), SERVED_NEW)
+
+
+@pytest.mark.parametrize("why", ["an earlier reload failed", "other code wrote the kernel name"])
+def test_law_10_a_journal_that_cannot_restore_refuses(why: str) -> None:
+    model = Whole()
+    if why.startswith("an"):
+        with pytest.raises(ReloadError), reload(model) as failed:
+            failed.update("norm", NEW["norm"])
+    session = reload(model, scope="partial", policy="journal")
+    session.begin()
+    session.load({name: NEW[name] for name in ("norm", "q.weight")})
+    if why.startswith("other"):
+        kernel_name = storage_of(model.fused).kernel_name
+        assert kernel_name is not None
+        kernel_name.tensor.fill_(1)
+    with pytest.raises(ReloadError, match="cannot bring the old weights back"):
+        session.abort()
+    assert session.observed.outcome == "refuses"
+    with pytest.raises(AliasError):
+        model()
+
+
+def test_law_4_memory_of_each_policy() -> None:
+    """Rows of 1 % changed bytes: a journal holds 5 bytes for each, staging holds all; the device sees a piece at a time."""
+    held: dict[str, int] = {}
+    for policy in POLICIES:
+        layer = Layer((256, 512))
+        new = layer.weight.clone()
+        new[::100, :] ^= 1
+        with reload(layer, policy=policy) as session:
+            session.load({"weight": new})
+            assert not policy.startswith("staged") or session._policy.nbytes == new.nbytes
+            session.prepare()
+            session.switch()
+            held[policy] = session._policy.nbytes
+    assert held == {"write-through": 0, "journal": 5 * 3 * 512, "staged": new.nbytes, "staged-journal": new.nbytes + 5 * 3 * 512}
+
+
+def test_law_4_a_journal_is_never_more_than_what_is_overwritten(device: torch.device) -> None:
+    layer = Layer((256, 512), device=device)
+    session = reload(layer, policy="journal")
+    session.begin()
+    new = layer.weight.clone() ^ 255
+    peak = peak_bytes(lambda: session.load({"weight": new}), device)
+    assert session._policy.nbytes == new.nbytes
+    assert peak <= 16 * new.nbytes, peak  # positions of a piece, all bytes of which change
+    session.abort()
+    assert same_bytes(layer.weight, new ^ 255)
+
+
+def few(values: dict[str, Tensor] | None = None) -> Few:
+    model = Few()
+    if values is not None:
+        model.load_state_dict(values)
+        process(model)
+    return model
+
+
+FEW_OLD = checkpoint_state_dict(Few())
+FEW_NEW = changed(changed(FEW_OLD, 0.1, 0), 0.1, 1)
+FEW_SERVED = {"old": few()(), "new": few(FEW_NEW)()}
+
+
+def old_new_or_refusal(model: Few, what: str) -> str:
+    try:
+        served = model()
+    except AliasError:
+        return "refuses"
+    exported = raw(checkpoint_state_dict(model))
+    assert exported in (raw(FEW_OLD), raw(FEW_NEW)), f"{what}: a mixture is exported"
+    left = "old" if exported == raw(FEW_OLD) else "new"
+    assert same(served, FEW_SERVED[left]), f"{what}: a mixture serves"
+    return left
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_law_10_the_kth_operator_fails(policy: PolicyName) -> None:
+    """Each write, read and allocation is an operator: the k-th fails, for every k until a reload goes through."""
+    found = {"old": 0, "new": 0, "refuses": 0}
+    every = 1 if os.environ.get("HYPOTHESIS_PROFILE") == "nightly" or not policy.endswith("journal") else 5
+    for k in itertools.count(step=every):
+        model, faults = Few(), FailingAt(k)
+        with contextlib.suppress(Fault, AliasError), faults, reload(model, policy=policy) as session:
+            session.load(FEW_NEW)
+        if not faults.failed:
+            break
+        found[old_new_or_refusal(model, f"{policy}, operator {k} ({faults.failed})")] += 1
+    assert same(model(), FEW_SERVED["new"]) and found["old"] and k > 30, (k, found)
+    if policy.endswith("journal"):
+        assert found["refuses"] == 0, found
+
+
+@pytest.mark.parametrize("policy", ["journal", "staged-journal"])
+def test_law_10_the_kth_operator_of_an_abort_fails(policy: PolicyName) -> None:
+    found = {"old": 0, "new": 0, "refuses": 0}
+    for k in itertools.count():
+        model, faults = Few(), FailingAt(k)
+        session = reload(model, policy=policy)
+        session.begin()
+        session.load(FEW_NEW)
+        session.prepare()
+        session.switch()
+        with contextlib.suppress(Fault, AliasError), faults:
+            session.abort()
+        if not faults.failed:
+            break
+        found[old_new_or_refusal(model, f"{policy}, operator {k} ({faults.failed})")] += 1
+    assert same(model(), FEW_SERVED["old"]) and found["new"] == 0 and found["refuses"] > 10, (k, found)
+
+
+def test_hooks_are_retried_or_reported_and_never_lost(caplog: pytest.LogCaptureFixture) -> None:
+    model, told = Whole(), []
+
+    def once(name: str, times: int) -> Callable[[Any], None]:
+        left = [times]
+
+        def hook(session: Any) -> None:
+            left[0] -= 1
+            if left[0] >= 0:
+                raise ValueError(name)
+            told.append(name)
+
+        return hook
+
+    hooks = Hooks([once("begin", 0)], [once("first", 0), once("cache", 1)], [once("abort", 1), once("never", 9)])
+    session = reload(model, policy="journal", hooks=hooks)
+    session.begin()
+    session.load(NEW)
+    session.prepare()
+    with pytest.raises(ValueError, match="cache"):
+        session.commit()
+    with pytest.raises(AliasError):
+        model()
+    session.commit()
+    assert told == ["begin", "first", "cache"] and same(model(), SERVED_NEW)
+
+    told.clear()
+    with pytest.raises(ZeroDivisionError), reload(model, hooks=hooks):
+        _ = 1 / 0
+    assert told == ["begin", "abort"] and "on_abort hook failed twice" in caplog.text
+    with pytest.raises(ValueError, match="no"), reload(model, hooks=Hooks(on_begin=[once("no", 1)])):
+        pass
+    assert same(model(), SERVED_NEW)
+
+
+def test_one_log_line_and_metrics(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[Any, ...]] = []
+
+    def metric(kind: str) -> Any:
+        def make(name: str, text: str, labels: Any = ()) -> Any:
+            def labelled(*values: str) -> Any:
+                return SimpleNamespace(
+                    **{verb: lambda x=1: calls.append((name, *values, x)) for verb in ("inc", "observe", "set")}
+                )
+
+            return SimpleNamespace(labels=labelled, set=lambda x: calls.append((name, x)))
+
+        return make
+
+    fake = ModuleType("prometheus_client")
+    fake.__dict__.update({kind: metric(kind) for kind in ("Histogram", "Counter", "Gauge")})
+    fake.__spec__ = SimpleNamespace()  # type: ignore[assignment]
+    monkeypatch.setitem(sys.modules, "prometheus_client", fake)
+    observe._metrics.cache_clear()
+    caplog.set_level("INFO", "aliasparam.reload")
+    try:
+        with reload(Whole(), source="folder") as session:
+            session.load(NEW)
+    finally:
+        observe._metrics.cache_clear()
+    total = sum(value.nbytes for value in NEW.values())
+    assert calls[1:] == [
+        ("weight_load_bytes", "folder", total),
+        ("weight_loads", "folder", "committed", 1),
+        ("weight_generation", 1),
+    ]
+    assert calls[0][:2] == ("weight_load_duration_seconds", "folder")
+    (record,) = caplog.records
+    assert record.__dict__["reload"]["bytes"] == total and "outcome=committed source=folder" in record.getMessage()
