@@ -98,11 +98,11 @@ FAULTS = [
     Planted("module/adopt.py", "        _finish_move(source)\n", "", "test_law_10_atomicity.py"),
     Planted("module/adopt.py", "            kernel.put_back()", "            pass", "test_adoption.py"),
     Planted("module/derive.py", "    derived.version += 1\n", "", "test_derivations.py test_retarget.py"),
-    Planted("module/derive.py", "    derived.seen = versions\n", "", "test_law_01_oracle.py"),
-    Planted("module/registry.py", "            self.need_loaded()\n", "", "test_law_01_oracle.py"),
+    Planted("module/derive.py", "    derived.seen = versions\n", "", "test_engine_contracts.py test_law_08_no_silent_garbage.py"),
+    Planted("module/registry.py", "            self.need_loaded()\n", "", "test_errors.py"),
     Planted(
         "module/registry.py",
-        "all(kernel.is_untouched for _, kernel in self.kernels())",
+        "all(kernel.is_untouched for kernel in self._bound)",
         "True",
         "test_law_08_no_silent_garbage.py",
     ),
@@ -120,7 +120,12 @@ FAULTS = [
         "        for name in ():\n",
         "test_derivations.py test_errors.py",
     ),
-    Planted("module/expose.py", "        storage.changing()\n", "", "test_exposures.py test_law_10_atomicity.py"),
+    Planted(
+        "storage/storage.py",
+        "            self.before_write()\n            self._writer",
+        "            self._writer",
+        "test_exposures.py test_law_10_atomicity.py",
+    ),
     Planted(
         "module/watch.py",
         "            registry.open()\n\n    def __reduce",

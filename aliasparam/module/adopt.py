@@ -16,9 +16,9 @@ from ..spec import TensorSpec
 from ..storage.reorder import move
 from ..tensors.faces import _Aliased, loader_attributes, same_view
 from ..tensors.parameter import AliasedParameter, adopt_class, is_same_name, make_parameter, take_over
+from .allocate import adopt_memory
 from .names import ModuleNames
 from .planning import Binding, Source
-from .allocate import adopt_memory
 
 
 def adopt(registry: ModuleNames) -> None:

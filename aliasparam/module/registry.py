@@ -13,13 +13,13 @@ from ..errors import DeclarationError, StateError
 from ..spec import TensorSpec
 from ..tensors.processes import refuse_for_process
 from .adopt import adopt
+from .allocate import allocate, check_sources, check_tie
 from .declarations import AnyLayout, Declaration, Derivation
 from .derive import refresh, value_of
 from .names import ModuleNames, Readiness
 from .planning import planned
 from .retarget import retarget
 from .shards import show
-from .allocate import allocate, check_sources, check_tie
 from .watch import is_watched
 
 

@@ -186,9 +186,9 @@ def as_view(storage: AliasedStorage, rows: Tensor, box: Box, view: Tensor) -> Te
 
 
 def boxes_under(storage: AliasedStorage, view: Tensor, rows: Box, *, touched: bool = False) -> list[Box]:
-    """Boxes that together are the elements under a view of any kind: those with all their bytes, or ``touched`` at all."""
-    if not view.numel():
-        return []
+    """Boxes that are exactly the elements under a view of any kind: those with all their bytes, or ``touched`` at all."""
+    if not view.numel() or not storage.bound.shape:
+        return [rows] if view.numel() else []
     width, size = storage.bound.dtype.itemsize, view.element_size()
     shape = tuple(stop - start for start, stop in rows)
     seen = torch.zeros(math.prod(shape) * width, dtype=torch.bool)

@@ -201,14 +201,14 @@ INTERRUPTED = (
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # finalizers are interrupted too
 @pytest.mark.parametrize("action", ACTIONS if os.environ.get("HYPOTHESIS_PROFILE") == "nightly" else INTERRUPTED)
 def test_law_10_an_interrupt_at_any_line(action: str) -> None:
-    """The first and the last time that each line runs; by default sixty of them."""
+    """The first and the last time that each line runs; by default some thirty of them."""
     ACTIONS[action](Model())  # what is kept between calls is there
     model = Model()
     lines = lines_of(lambda: ACTIONS[action](model))
     first, last = {w: lines.index(w) for w in lines}, {w: at for at, w in enumerate(lines)}
     chosen = sorted({*first.values(), *last.values()})
     failed: dict[str, str] = {}
-    for at in chosen if os.environ.get("HYPOTHESIS_PROFILE") == "nightly" else chosen[:: 1 + len(chosen) // 60]:
+    for at in chosen if os.environ.get("HYPOTHESIS_PROFILE") == "nightly" else chosen[:: 1 + len(chosen) // 30]:
         model = Model()
         lines_of(lambda m=model: ACTIONS[action](m), at)  # type: ignore[misc]
         what = f"{action}, interrupted at {lines[at]}"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from aliasparam import process
 
-from .small import SWAP, SWAP_PAD8, Layer, counting, is_ready, kernel
+from .small import SWAP, SWAP_PAD8, Layer, counting, is_ready, kernel, layer_of
 
 # -- another dtype over several regions --------------------------------------------------------------------------------
 
@@ -131,4 +131,32 @@ def test_law_1_a_name_replaced_by_another_view_of_itself_takes_its_values() -> N
     process(layer)
 
     assert torch.equal(layer.weight, expected)
+    assert torch.equal(layer.prepared, kernel(SWAP, expected))
+
+
+# -- conj and neg bits ---------------------------------------------------------------------------------------------------
+
+BITS: dict[str, Callable[[Any], Any]] = {
+    "conj": lambda w: w.conj(),
+    "conj of rows": lambda w: w[1:3].conj(),
+    "conj of conj": lambda w: w.conj().t().conj(),
+    "imag of conj": lambda w: w.conj().imag,
+    "imag": lambda w: w.imag[::2],
+}
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_law_1_conj_and_neg_bits_are_read_and_written(bits: str) -> None:
+    values = torch.complex(torch.arange(24.0).view(4, 6), torch.arange(24.0).view(4, 6) + 100)
+    layer, expected = layer_of(values), values.clone()
+    found, plain = BITS[bits](layer.weight), BITS[bits](expected)
+    assert torch.equal(found.clone().resolve_neg(), plain.clone().resolve_neg())
+
+    new = torch.rand(plain.shape, dtype=plain.dtype)
+    for target in (found, plain):
+        target.copy_(new)
+        target.mul_(2)
+
+    assert torch.equal(layer.weight, expected)
+    process(layer)
     assert torch.equal(layer.prepared, kernel(SWAP, expected))

@@ -68,14 +68,14 @@ def test_broken_methods_are_there_for_the_laws_of_refusal(law: int) -> None:
 
 
 def test_a_method_by_hand_that_refuses_passes_and_the_report_says_what_was_checked() -> None:
-    report = check(RightByHand())
+    report = check(RightByHand(), examples=15)
 
     assert report.unchecked == {7: "it declares nothing"}
     assert "laws 1, 2, 3, 4, 5, 6, 8, 9, 10 hold" in str(report)
 
 
 def test_what_cannot_be_checked_is_said() -> None:
-    report = check(Careful())
+    report = check(Careful(), examples=10)
 
     assert set(report.unchecked) == {7, 8, 10}
     assert "law 8, 10 not checked: its forward takes arguments or is missing" in str(report)
@@ -102,7 +102,7 @@ def _largest(scale: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("aliasing", [True, False])
 def test_the_same_method_declared_keeps_every_law(aliasing: bool) -> None:
-    report = check_method(lambda: declared(aliasing), name="declared")
+    report = check_method(lambda: declared(aliasing), name="declared", examples=15)
 
     assert report.broken is None
     assert report.unchecked == {}
@@ -122,12 +122,12 @@ class Careful(Method):
 
 def test_a_careful_method_by_hand_passes_and_a_memory_bound_tells_it_apart() -> None:
     method = Careful()
-    check_method(method.make, process=method.process, outputs=method.outputs)
+    check_method(method.make, process=method.process, outputs=method.outputs, examples=10)
 
     checkpoint = 8 * 6 + 8 * 4 + 3 * 4
     with pytest.raises(LawBroken, match="law 4"):
         check_method(method.make, process=method.process, outputs=method.outputs, max_bytes=checkpoint + 4)
-    check_method(lambda: declared(), max_bytes=checkpoint + 16 * 8 - 8 * 4 + 8)
+    check_method(lambda: declared(), max_bytes=checkpoint + 16 * 8 - 8 * 4 + 8, examples=5)
 
 
 def make(device: str, aliasing: bool) -> nn.Module:

@@ -76,7 +76,7 @@ def test_the_plugin_reports_which_law_broke_with_the_steps(tmp_path: Path) -> No
     (tmp_path / "test_methods.py").write_text(_SUITE)
 
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--aliasparam-examples", "20", str(tmp_path)],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--aliasparam-examples", "4", str(tmp_path)],
         capture_output=True,
         text=True,
         cwd=tmp_path,
