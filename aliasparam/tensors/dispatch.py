@@ -179,7 +179,7 @@ def _land(pairs: Sequence[tuple[Any, Tensor]]) -> None:
                 raise _reshaped(target, value)
             if shares_memory(value, storage.buffer):
                 value = value.clone()
-            torch.empty(0, dtype=view.dtype).copy_(value[:0].flatten()[:0] if value.dim() else value.reshape(1)[:0])
+            torch.empty(0, dtype=view.dtype).copy_(value.new_empty(0))  # torch's own error where it cannot convert
             found.setdefault(id(storage), (storage, []))[1].append((view, value))
         write_all([part for storage, written in found.values() for part in parts_of(storage, written)])
 
