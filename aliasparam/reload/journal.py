@@ -29,7 +29,8 @@ class _Seen(NamedTuple):
 class Journal:
     """Old bytes, where they differ from the new ones.
 
-    Memory: at most 5 bytes of the host for each changed byte, and never more than what was overwritten; 16 MiB of scratch.
+    Memory: at most 5 bytes of the host for each changed byte, and never more than what was overwritten; 32 MiB of scratch, which
+    is 16 times a piece.
 
     Attributes:
         lost: why it cannot restore, or None.

@@ -17,7 +17,7 @@ from ..storage.coverage import Box
 from .live import Live
 
 #: Bytes of a tensor that are compared at once.
-PIECE = 8 << 20
+PIECE = 2 << 20
 
 
 class Patch(NamedTuple):

@@ -322,11 +322,3 @@ class AliasedStorage:
     def __repr__(self) -> str:
         state = self.state.value if self.state else "mixed"
         return f"AliasedStorage({self.label!r}, {self.spec}, {self.buffer.numel()} bytes, {state})"
-
-
-def contiguous_strides(shape: tuple[int, ...]) -> list[int]:
-    strides, step = [], 1
-    for size in reversed(shape):
-        strides.append(step)
-        step *= max(size, 1)
-    return strides[::-1]

@@ -16,8 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..spec import contiguous_strides
 from ..storage.coverage import Box
-from ..storage.storage import AliasedStorage, contiguous_strides
+from ..storage.storage import AliasedStorage
 from ..storage.transaction import Part
 
 
