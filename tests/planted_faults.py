@@ -87,7 +87,12 @@ FAULTS = [
         "",
         "test_views.py",
     ),
-    Planted("tensors/dispatch.py", "shape = (0,) if schema", "shape = view.shape if schema", "test_adoption.py test_errors.py"),
+    Planted(
+        "tensors/dispatch.py",
+        "raise _reshaped(target, value)",
+        "value = value.flatten()[: view.numel()].view(view.shape)",
+        "test_adoption.py test_errors.py",
+    ),
     Planted("tensors/faces.py", "        array.flags.writeable = False\n", "", "test_parameter_faces.py"),
     Planted("tensors/faces.py", "        return read_only(copied, self) if", "        return copied if", "test_views.py"),
     Planted(
