@@ -175,6 +175,8 @@ class ModelOptQuantizer(HfQuantizer):  # type: ignore[misc]
                     module.load(source.folder, source.experts[path], next(block.parameters()).device)
             for path in self._plain_experts:
                 show_apart(model.get_submodule(path), source.experts[path])
+            if source.folder is not None:
+                source.folder.check_unchanged()
             fuse_projections(model, self.choice.backend, self.choice.retarget_to)
             process(model)
         speak_file_names(model, source.names)

@@ -84,6 +84,7 @@ def reload_folder(
                 session.update(plan.converted[name], value.to(plan.dtypes[name]))
             told(sum(piece.nbytes for piece in pieces.values()))
             total += sum(piece.nbytes for piece in pieces.values())
+        plan.source.check_unchanged()
     return total
 
 
