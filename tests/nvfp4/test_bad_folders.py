@@ -66,11 +66,11 @@ def renamed_weights(folder: Path) -> None:
 
 #: What is wrong: (how, a part of the message).
 TENSORS: dict[str, tuple[Callable[[Path], None], str]] = {
-    "a header that is a list": (header([]), "JSON object"),
-    "an entry without shape": (header({"a": {"dtype": "U8"}}), "an entry of its header"),
-    "an entry that is a string": (header({"a": "x"}), "an entry of its header"),
-    "a negative shape": (header({"a": {"dtype": "U8", "shape": [-1], "data_offsets": [0, 1]}}), "an entry of its header"),
-    "three offsets": (header({"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1, 2]}}), "an entry of its header"),
+    "a header that is a list": (header([]), "JSON is not an object"),
+    "an entry without shape": (header({"a": {"dtype": "U8"}}), "an entry of the header"),
+    "an entry that is a string": (header({"a": "x"}), "an entry of the header"),
+    "a negative shape": (header({"a": {"dtype": "U8", "shape": [-1], "data_offsets": [0, 1]}}), "an entry of the header"),
+    "three offsets": (header({"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1, 2]}}), "an entry of the header"),
     "weights that are a folder": (becomes_a_folder("model.safetensors"), "not a file"),
     "weights of another kind": (renamed_weights, "the file is missing"),
     "a weight_map that is a list": (index({"weight_map": ["a"]}), "weight_map"),
