@@ -52,7 +52,8 @@ class _Aliased(Tensor):
             return make_view(self._alias_storage, self._alias_geometry[index])
         return super().__getitem__(index)
 
-    def copy_(self, other: Tensor, non_blocking: bool = False) -> Any:
+    def copy_(self, other: Any = None, non_blocking: bool = False, *, src: Any = None) -> Any:
+        other = src if other is None else other  # its documentation says ``src``, its parser ``other``
         if Tensor.copy_ is not _TENSOR_COPY or (type(other) is not Tensor and type(other) is not nn.Parameter):
             if isinstance(other, _Aliased) and is_same_view(other, self):
                 return self  # onto itself: nothing changes, nothing opens
