@@ -53,7 +53,9 @@ def quantize_to_nvfp4(model: Any, tokenizer: Any, destination: Path) -> None:
     config = destination / "config.json"
     ignored = ["lm_head", *(name for name in _modules(tensors) if name.endswith(_LEFT_ALONE[1]))]
     quantization = {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16, "ignore": ignored}
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": quantization}, indent=2))
+    served = str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")  # a cast model's config says what it was
+    fields = json.loads(config.read_text()) | {"dtype": served, "quantization_config": quantization}
+    config.write_text(json.dumps(fields, indent=2))
 
 
 def nvfp4_tensors(model: Any, prompts: list[Tensor]) -> dict[str, Tensor]:
