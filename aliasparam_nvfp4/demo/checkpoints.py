@@ -24,7 +24,7 @@ from .split import DENSE, Variant
 #: Changes whenever the recipe does, so that an old cache is not taken for a new one.
 RECIPE = "smollm2-135m nvfp4 1"
 #: And of what is made of the fine-tuned ones.
-_EXPORT = f"{RECIPE}, exported 2"
+_EXPORT = ", exported 2"
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,10 @@ def prepare_checkpoints(cache: Path, console: Console, variant: Variant = DENSE)
     """Make what is missing of A and B under ``cache``; a finished folder is used again at once."""
     paths = {tag: cache / f"{variant.prefix}-{tag.lower()}" for tag in ("A", "B")}
     for tag, path in paths.items():
-        if _kept(path, _EXPORT):
+        if _kept(path, RECIPE + _EXPORT):
             console.print(f"checkpoint {tag}: {path} (made before)", soft_wrap=True)
             continue
-        with _making(path, _EXPORT):
+        with _making(path, RECIPE + _EXPORT):
             _make(tag, path, console, variant)
     return DemoCheckpoints(paths["A"], paths["B"])
 
