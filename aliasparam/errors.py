@@ -72,10 +72,6 @@ class DeclarationError(AliasError):
     """A declaration contradicts itself, the module, or an earlier declaration."""
 
 
-class TransformError(AliasError):
-    """A transform cannot take this shape or dtype, or its inverse does not invert."""
-
-
 class LayoutError(AliasError):
     """A layout does not parse, or its digits do not fit the shape."""
 

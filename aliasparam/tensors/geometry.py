@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..spec import contiguous_strides
+from ..layout.boxes import row_major
 from ..storage.coverage import Box
 from ..storage.storage import AliasedStorage
 from ..storage.transaction import Part
@@ -59,7 +59,7 @@ def place_of(storage: AliasedStorage, view: Tensor) -> Place | None:
 def _place(base: tuple[int, ...], offset: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> Place | None:
     if not all(shape):
         return Place(tuple((0, 0) for _ in base), (0,) * len(base), None, shape) if base else None
-    steps = contiguous_strides(base)
+    steps = row_major(base)
     starts, left = [], offset
     for step, size in zip(steps, base, strict=True):
         starts.append(left // step if size > 1 else 0)
@@ -208,7 +208,7 @@ def boxes_under(storage: AliasedStorage, view: Tensor, rows: Box, *, touched: bo
 
 
 def _first_byte(storage: AliasedStorage, box: Box) -> int:
-    steps = contiguous_strides(storage.bound.shape)
+    steps = row_major(storage.bound.shape)
     return sum(start * step for (start, _), step in zip(box, steps, strict=True)) * storage.bound.dtype.itemsize
 
 
