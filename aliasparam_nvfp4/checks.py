@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
-
 from aliasparam import AliasedStorage, AliasRegistry
 
 from .errors import ScaleError
+from .scales import first_nan
 
 #: Bytes looked at in one step; temporaries stay within it.
 STEP_BYTES = 16 << 20
@@ -49,17 +47,13 @@ class FiniteBlockScales:
 def _first_nan(storage: AliasedStorage, written: list[bool]) -> int | None:
     """The byte of kernel memory where the first NaN of the regions that were written is. One transfer from the device."""
     size = storage.bound.region_capacity
-    pieces: list[tuple[int, Tensor]] = []
-    for first, last in _runs(written):
-        pieces += _pieces(storage.buffer, first * size, last * size)
-    if not pieces:
-        return None
-    worst = torch.stack([(piece & 0x7F).view(torch.int8).amax() for _, piece in pieces])  # ten times as fast as of uint8 on a CPU
-    found: list[int] = (worst == 0x7F).nonzero().flatten().tolist()
-    if not found:
-        return None
-    start, piece = pieces[found[0]]
-    return int(start + (piece & 0x7F).view(torch.int8).argmax())
+    pieces = [
+        (start, storage.buffer[start : min(start + STEP_BYTES, last * size)])
+        for first, last in _runs(written)
+        for start in range(first * size, last * size, STEP_BYTES)
+    ]
+    found = first_nan([piece for _, piece in pieces])
+    return None if found is None else pieces[found[0]][0] + found[1]
 
 
 def _runs(flags: list[bool]) -> Iterator[tuple[int, int]]:
@@ -71,11 +65,6 @@ def _runs(flags: list[bool]) -> Iterator[tuple[int, int]]:
         elif not flag and first is not None:
             yield first, index
             first = None
-
-
-def _pieces(buffer: Tensor, start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
-    for first in range(start, stop, STEP_BYTES):
-        yield first, buffer[first : min(first + STEP_BYTES, stop)]
 
 
 def _refusal(module: str, name: str, expert: int | None) -> ScaleError:

@@ -12,6 +12,7 @@ would round, and is refused. Engines take the largest and leave the columns alon
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +23,8 @@ from .errors import ScaleError
 
 def need_block_scales(block_scale: Tensor, name: str = "weight_scale", *, signed: bool = True) -> None:
     """Raise ScaleError where a block scale (e4m3, any shape) is NaN, or negative for a kernel format that has no sign."""
-    if bool(((block_scale.view(torch.uint8) & 0x7F) == 0x7F).any()):
+    codes = block_scale.view(torch.uint8)
+    if first_nan([codes]) is not None:
         raise ScaleError(
             "block scales are NaN",
             name=name,
@@ -30,7 +32,7 @@ def need_block_scales(block_scale: Tensor, name: str = "weight_scale", *, signed
             found="NaN, as ModelOpt writes for a tensor of zeros",
             remedy="Exclude this module from quantization and export again.",
         )
-    if not signed and (negative := int((block_scale.view(torch.uint8) > 0x80).sum())):  # -0 is none
+    if not signed and codes.numel() and (negative := int((codes > 0x80).sum())):  # -0 is none
         raise ScaleError(
             "block scales are negative, and this kernel format has no sign",
             name=name,
@@ -38,6 +40,25 @@ def need_block_scales(block_scale: Tensor, name: str = "weight_scale", *, signed
             found=f"{negative} negative ones",
             remedy="Use another backend, or export the checkpoint with positive scales.",
         )
+
+
+def first_nan(pieces: Sequence[Tensor]) -> tuple[int, int] | None:
+    """(index of the piece, element in it) of the first NaN among e4m3 codes (u8); None where there is none.
+
+    As int8 the two NaNs are 127, which is the largest value, and -1: only pieces with that largest value, or with signs, are
+    looked at twice. Two reductions without a temporary, and one transfer from the device, whatever the number of pieces.
+    """
+    ends = [torch.stack(torch.aminmax(piece.view(torch.int8))) for piece in pieces if piece.numel()]
+    if not ends:
+        return None
+    found = iter(torch.stack(ends).tolist())
+    for index, piece in enumerate(pieces):
+        low, high = next(found) if piece.numel() else (0, 0)
+        if low < 0 or high == 0x7F:
+            nan = (piece.reshape(-1) & 0x7F).view(torch.int8) == 0x7F
+            if bool(nan.any()):
+                return index, int(nan.view(torch.uint8).argmax())
+    return None
 
 
 @dataclass(frozen=True)
@@ -103,8 +124,7 @@ class PartitionRatios:
                 if exact
                 else "Export the checkpoint with unified scales, or load these projections unfused.",
             )
-        sizes = torch.tensor(self.sizes, device=ratio.device)
-        return ratio.to(self.dtype).repeat_interleave(sizes)
+        return torch.cat([one.expand(size) for one, size in zip(ratio.to(self.dtype), self.sizes, strict=True)])
 
 
 def are_scales(values: Tensor) -> Tensor:
