@@ -2,7 +2,9 @@
 
 For the shapes of one rank and every runner, from contiguous tensors on the device, beside the floor (every byte read and written
 once) and beside SGLang's way (new tensors by row tables and reshapes, expert by expert for TRT-LLM). Bytes are compared before
-anything is timed. On the CPU the shapes are cut down.
+anything is timed. One expert is timed by the wall, and on a GPU by the device alone (a captured graph of 32 experts). The digest
+is adler32 of all checkpoint bytes from kernel memory, as a share of the rate at which a reduction reads the same memory. On the
+CPU the shapes are cut down.
 """
 
 from __future__ import annotations
@@ -45,8 +47,8 @@ class Part(NamedTuple):
     def read(self, out: Tensor) -> None:
         self.bound.read(self.memory, self.bound.whole, out)
 
-    def write_expert(self) -> None:
-        self.bound.write(self.memory, ((3, 4), *self.bound.whole[1:]), self.value[3:4])
+    def write_expert(self, expert: int = 3) -> None:
+        self.bound.write(self.memory, ((expert, expert + 1), *self.bound.whole[1:]), self.value[expert : expert + 1])
 
 
 def layer(kind: MoELayout, experts: int, hidden: int, inner: int, device: str) -> list[Part]:
@@ -108,6 +110,17 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def on_device(do: Callable[[int], Any]) -> float:
+    """Seconds of the device alone for one expert."""
+    many = 32
+    do(3)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for expert in range(many):
+            do(expert)
+    return seconds(graph.replay, "cuda") / many
+
+
 def extra_bytes(do: Callable[[], Any], device: str) -> float:
     """Peak MiB allocated above what was there."""
     if device != "cuda":
@@ -135,9 +148,17 @@ def measure(kind: MoELayout, sizes: tuple[int, int, int], device: str) -> list[s
         for part, out in zip(parts, outs, strict=True):
             out.copy_(part.value)
 
-    def expert() -> None:
+    def expert(at: int = 3) -> None:
         for part in parts:
-            part.write_expert()
+            part.write_expert(at)
+
+    def reduce() -> None:
+        for part in parts:
+            part.memory.view(torch.int64).amax()
+
+    def sums() -> None:
+        for part in parts:
+            part.bound.positional_sums(part.memory, part.bound.whole)
 
     write()
     read()
@@ -156,7 +177,8 @@ def measure(kind: MoELayout, sizes: tuple[int, int, int], device: str) -> list[s
         f"{base * 1e3:.3f}",
         *ratios,
         " ".join(f"{ratio:.2f}" for ratio in split),
-        f"1/{once / seconds(expert, device):.0f}",
+        f"1/{once / seconds(expert, device):.0f}" + (f" 1/{once / on_device(expert):.0f}" if device == "cuda" else ""),
+        f"{seconds(reduce, device) / seconds(sums, device):.2f}" if device == "cuda" else "",
         f"{extra:.0f} / {theirs_extra:.0f}",
         "yes" if exact else "NO",
     ]
@@ -188,10 +210,21 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
     options = parser.parse_args()
-    console, device = Console(width=150), options.device
+    console, device = Console(width=170), options.device
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     console.print(f"torch {torch.__version__}, {name}. Times are multiples of the floor.", highlight=False)
-    columns = ("MiB", "floor, ms", "write", "read", "SGLang", "write by tensor", "expert", "extra MiB: ours / SGLang", "exact")
+    columns = (
+        "MiB",
+        "floor, ms",
+        "write",
+        "read",
+        "SGLang",
+        "write by tensor",
+        "expert",
+        "digest",
+        "extra MiB: ours / SGLang",
+        "exact",
+    )
     for model in options.models:
         experts, hidden, inner = MODELS[model]
         sizes = (experts, hidden, inner) if device == "cuda" else (8, hidden // 8, inner)

@@ -62,6 +62,12 @@ class BoundLayout(ABC):
         """
         return None
 
+    def positional_sums(self, memory: Tensor, box: Box) -> Tensor | None:
+        """int64 ``[2]`` on the memory's device: the sum of the bytes of ``box``, and that of each times its position among the
+        box's row-major bytes, congruent mod 65521. None where they must be gathered for it.
+        """
+        return None
+
     def encode(self, values: Tensor) -> Tensor:
         """``values`` (of ``shape``) as a tensor of their own in kernel order, of ``kernel_shape``; padding is zero."""
         memory = torch.zeros(self.regions * self.region_capacity, dtype=self.dtype, device=values.device)

@@ -6,6 +6,7 @@ strides and addresses allow. Float8 moves as integers of its own width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -19,7 +20,10 @@ _WIDE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: tor
 
 
 class Copy(NamedTuple):
-    """One strided copy, in elements of ``dtype``. The value's offset is relative to its first element."""
+    """One strided copy, in elements of ``dtype``. The value's offset is relative to its first element.
+
+    Kernel strides are negative where a digit is counted backwards and the copy is for a kernel of our own.
+    """
 
     dtype: torch.dtype
     sizes: tuple[int, ...]
@@ -27,6 +31,11 @@ class Copy(NamedTuple):
     kernel_offset: int
     value: tuple[int, ...]
     value_offset: int
+
+    @property
+    def start(self) -> Copy:
+        """Its first element alone."""
+        return self._replace(sizes=(), kernel=(), value=())
 
 
 class Axis(NamedTuple):
@@ -36,12 +45,19 @@ class Axis(NamedTuple):
 
 
 def plan(
-    pieces: Sequence[Piece], lead: Sequence[tuple[int, int]], strides: Sequence[int], itemsize: int, align: int, widest: int = 16
+    pieces: Sequence[Piece],
+    lead: Sequence[tuple[int, int]],
+    strides: Sequence[int],
+    itemsize: int,
+    align: int,
+    widest: int = 16,
+    backward: int | None = None,
 ) -> list[Copy]:
     """The copies of ``pieces`` of every region, in elements of at most ``widest`` bytes.
 
     ``lead``: (size, kernel stride) of each lead dim. ``strides``: the value's, lead dims first. ``align``: the bytes that both
-    addresses are a multiple of (a power of two).
+    addresses are a multiple of (a power of two). ``backward``: from how many bytes on a copy may run backwards in kernel memory;
+    None: never.
     """
     copies = []
     outer = [Axis(size, kernel, strides[dim]) for dim, (size, kernel) in enumerate(lead) if size > 1]
@@ -49,7 +65,9 @@ def plan(
     for piece in pieces:
         value_offset = sum(at * stride for at, stride in zip(piece.start, core, strict=True))
         axes = [Axis(a.size, a.image, a.step * core[a.dim]) for a in piece.axes]
-        for kernel_offset, offset, forward in _forward(piece.offset, value_offset, axes):
+        backwards = backward is not None and math.prod(a.size for a in (*outer, *axes)) * itemsize >= backward
+        ways = [(piece.offset, value_offset, axes)] if backwards else _forward(piece.offset, value_offset, axes)
+        for kernel_offset, offset, forward in ways:
             merged = merge([*outer, *forward])
             width = _width(merged, kernel_offset, offset, itemsize, min(align, widest))
             copies.append(_copy(merged, kernel_offset, offset, width, itemsize))
@@ -70,7 +88,7 @@ def _forward(kernel_offset: int, value_offset: int, axes: list[Axis]) -> Iterato
 def merge(axes: list[Axis]) -> list[Axis]:
     """In the order of kernel memory, with axes joined that continue one another on both sides."""
     merged: list[Axis] = []
-    for axis in sorted(axes, key=lambda a: -a.kernel):
+    for axis in sorted(axes, key=lambda a: -abs(a.kernel)):
         if merged and merged[-1].kernel == axis.kernel * axis.size and merged[-1].value == axis.value * axis.size:
             axis = Axis(merged.pop().size * axis.size, axis.kernel, axis.value)
         merged.append(axis)

@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from . import triton_copy
+from . import triton_copy, triton_sum
 from .blocks import Cut, common
 from .bound import BoundLayout
 from .boxes import Box, Piece, pieces, row_major
@@ -32,7 +32,7 @@ class StridedLayout(BoundLayout):
         super().__init__(shape, dtype, lead, lines[-1].kernel_shape, lines[-1].capacity)
         self._elements = self.regions * self.region_capacity
         self.lines = compose(list(lines))
-        self._plans: OrderedDict[object, list[Copy]] = OrderedDict()
+        self._plans: OrderedDict[object, list[tuple[Copy, bool]]] = OrderedDict()
         self._pieces: OrderedDict[Box, list[Piece]] = OrderedDict()
         whole = plan(self.boxes(self.whole[lead:]), [], row_major(shape[lead:]), dtype.itemsize, dtype.itemsize)
         self.unit = _unit(whole, dtype.itemsize)
@@ -49,8 +49,8 @@ class StridedLayout(BoundLayout):
     def write(self, memory: Tensor, box: Box, value: Tensor) -> None:
         if value.requires_grad or value.is_conj() or value.is_neg():  # such bits live on the tensor, not in its bytes
             value = value.detach().resolve_conj().resolve_neg()
-        for copy, kernel, plain in self._moves(memory, box, value):
-            if memory.is_cuda and triton_copy.wanted(copy, memory, value):
+        for copy, kernel, plain, by_kernel in self._moves(memory, box, value):
+            if by_kernel:
                 triton_copy.run(copy, kernel, plain, write=True)
             else:
                 kernel.copy_(plain)
@@ -59,15 +59,17 @@ class StridedLayout(BoundLayout):
         if out is None or out.is_conj() or out.is_neg():
             fresh = self.read(memory, box, self.empty(memory, box))
             return fresh if out is None else out.detach().copy_(fresh)
-        for copy, kernel, plain in self._moves(memory, box, out.detach() if out.requires_grad else out):
-            if memory.is_cuda and triton_copy.wanted(copy, memory, out):
+        for copy, kernel, plain, by_kernel in self._moves(memory, box, out.detach() if out.requires_grad else out):
+            if by_kernel:
                 triton_copy.run(copy, kernel, plain, write=False)
             else:
                 plain.copy_(kernel)
         return out
 
-    def _moves(self, memory: Tensor, box: Box, value: Tensor) -> list[tuple[Copy, Tensor, Tensor]]:
-        """The copies of a box, each with its elements in kernel memory and in the value. This is what every shard write pays."""
+    def _moves(self, memory: Tensor, box: Box, value: Tensor) -> list[tuple[Copy, Tensor, Tensor, bool]]:
+        """The copies of a box, each with its elements in kernel memory and in the value (the first ones, where our kernel copies
+        them). This is what every shard write pays.
+        """
         size, region, shape = self.dtype.itemsize, 0, value.shape
         for (start, stop), stride, n, extent in zip(box, self.lead_strides, self.shape, shape, strict=False):
             region += start * stride
@@ -75,17 +77,19 @@ class StridedLayout(BoundLayout):
                 self.check(memory, box, value)  # raises
         first, other = (int(memory.storage_offset()) + region) * size, int(value.storage_offset()) * size
         align = (memory.data_ptr() + region * size | value.data_ptr() | first | other | 16) & 31
-        key = (box[self.lead :], shape, value.stride(), align & -align, value.dtype, memory.is_cuda)
+        by_kernel = memory.is_cuda and triton_copy.takes(memory, value)
+        key = (box[self.lead :], shape, value.stride(), align & -align, value.dtype, by_kernel)
         copies = self._plans.get(key)
         if copies is None:
             self.check(memory, box, value)
             lead = list(zip(shape, self.lead_strides, strict=False))
             found = self.boxes(box[self.lead :]) if value.numel() else []
-            widest = triton_copy.WIDEST if memory.is_cuda and triton_copy.AVAILABLE else 16
-            copies = _keep(self._plans, key, plan(found, lead, value.stride(), size, align & -align, widest))
+            limits = (triton_copy.WIDEST, triton_copy.SMALLEST) if by_kernel else (16, None)
+            planned = plan(found, lead, value.stride(), size, align & -align, *limits)
+            copies = _keep(self._plans, key, [(copy, by_kernel and triton_copy.wanted(copy)) for copy in planned])
         if memory.dtype is not self.dtype or memory.numel() < self._elements:
             self.check(memory, box, value)  # raises
-        return [(copy, *views(copy, memory, first, value)) for copy in copies]
+        return [(copy, *views(copy.start if ours else copy, memory, first, value), ours) for copy, ours in copies]
 
     def offsets(self, box: Box | None = None) -> Tensor:
         box = box or self.whole
@@ -102,6 +106,19 @@ class StridedLayout(BoundLayout):
         for line in self.lines:
             within = _through(line, within)
         return region * self.region_capacity + within
+
+    def positional_sums(self, memory: Tensor, box: Box) -> Tensor | None:
+        if not triton_copy.takes(memory, memory) or not all(stop > start for start, stop in box):
+            return None
+        size, sizes = self.dtype.itemsize, [stop - start for start, stop in box]
+        region = sum(start * stride for (start, _), stride in zip(box, self.lead_strides, strict=False))
+        first = (int(memory.storage_offset()) + region) * size
+        align = (memory.data_ptr() + region * size | first | triton_sum.WIDEST) & 31
+        lead = list(zip(sizes, self.lead_strides, strict=False))
+        sums = triton_sum.slots(memory.device)
+        for copy in plan(self.boxes(box[self.lead :]), lead, row_major(sizes), size, align & -align, triton_sum.WIDEST, 0):
+            triton_sum.add(copy, views(copy.start, memory, first, memory)[0], sums)
+        return sums.sum(0)
 
     def cuts(self, other: BoundLayout) -> list[Cut]:
         if not isinstance(other, StridedLayout) or len(self.lines) != 1 or len(other.lines) != 1:

@@ -8,7 +8,7 @@ Offsets are int64, nothing is allocated, one launch copies all regions: it can b
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,37 +26,56 @@ AVAILABLE = triton is not None
 #: Bytes of the largest element; longer runs are vectors of them.
 WIDEST = 8
 #: Below this many bytes torch's copy is as fast, and no kernel needs compiling.
-_SMALLEST = 1 << 18
+SMALLEST = 1 << 18
 #: Rows and columns of a tile, in elements; and where rows are runs on both sides.
 _ROWS, _COLUMNS = 128, 32
-_RUNS, _RUN = 16, 256
+_RUNS, _TILE = 16, 4096
+
+#: Launches of compiled kernels: Triton's own way to one binds and hashes all constants again, which is most of its host time.
+_launches: dict[tuple[Copy, bool, bool, bool, torch.device], Callable[[Tensor, Tensor], None]] = {}
 
 
-def wanted(copy: Copy, memory: Tensor, value: Tensor) -> bool:
-    """Whether this copy is one that torch does badly: more than one run, on one GPU."""
-    if not AVAILABLE or memory.device != value.device or copy.dtype.itemsize > WIDEST or len(copy.sizes) < 2:
-        return False
-    return math.prod(copy.sizes) * copy.dtype.itemsize >= _SMALLEST
+def takes(memory: Tensor, value: Tensor) -> bool:
+    """Whether both lie on one GPU that Triton compiles for."""
+    return AVAILABLE and memory.is_cuda and memory.device == value.device and memory.element_size() <= WIDEST
+
+
+def wanted(copy: Copy) -> bool:
+    """Whether this copy is one that torch does badly (more than one run) or not at all (backwards)."""
+    if len(copy.sizes) > 1 and math.prod(copy.sizes) * copy.dtype.itemsize >= SMALLEST:
+        return True
+    return any(stride < 0 for stride in copy.kernel)
 
 
 def run(copy: Copy, kernel: Tensor, value: Tensor, *, write: bool) -> None:
     """``kernel`` and ``value``: tensors of the copy's dtype that start at its first element on either side."""
     target, source = (kernel, value) if write else (value, kernel)
-    programs, constants = launch(copy, write=write)
+    # Triton compiles for pointers that are or are not multiples of 16; a compiled kernel must be launched with its own kind.
+    key = (copy, write, target.data_ptr() % 16 == 0, source.data_ptr() % 16 == 0, kernel.device)
+    again = _launches.get(key)
     with torch.cuda.device_of(kernel):  # type: ignore[no-untyped-call]
-        _copy[(programs,)](target, source, **constants, num_warps=4)
+        if again is not None:
+            again(target, source)
+            return
+        programs, constants = launch(copy, write=write)
+        compiled = _copy[(programs,)](target, source, **constants, num_warps=4)
+    if compiled is not None:  # None: interpreted
+        values = tuple(constants.values())
+        grid = compiled[(programs, 1, 1)]
+        _launches[key] = lambda target, source: grid(target, source, *values)
 
 
-def launch(copy: Copy, *, write: bool) -> tuple[int, dict[str, Any]]:
-    """Programs, and the kernel's constants."""
-    grid, rows, columns = tile(copy)
+def launch(copy: Copy, *, write: bool, columns: str = "value") -> tuple[int, dict[str, Any]]:
+    """Programs, and the kernel's constants. ``columns``: on which side a tile's columns lie close together."""
+    grid, rows, across = tile(copy, columns)
     sides = ("kernel", "value") if write else ("value", "kernel")
     programs = math.prod(a.size for a in grid)
-    m, n = (math.prod(a.size for a in axes) for axes in (rows, columns))
-    runs = columns[-1].kernel == columns[-1].value == 1 and columns[-1].size >= _COLUMNS
-    bm, bn = (min(_power(m), _RUNS), min(_power(n), _RUN)) if runs else (min(_power(m), _ROWS), min(_power(n), _COLUMNS))
+    m, n = (math.prod(a.size for a in axes) for axes in (rows, across))
+    runs = across[-1].kernel == across[-1].value == 1 and across[-1].size >= _COLUMNS
+    bm = min(_power(m), _RUNS if runs else _ROWS)
+    bn = min(_power(n), _TILE // bm if runs else _COLUMNS)
     constants: dict[str, Any] = {"M": m, "N": n, "BM": bm, "BN": bn}
-    for letter, axes in (("G", grid), ("R", rows), ("C", columns)):
+    for letter, axes in (("G", grid), ("R", rows), ("C", across)):
         for at, side in zip("TS", sides, strict=True):  # target, source
             merged = _merged(axes, side)
             constants |= {f"{letter}{at}": len(merged)}
@@ -64,17 +83,17 @@ def launch(copy: Copy, *, write: bool) -> tuple[int, dict[str, Any]]:
     return programs * -(-m // bm) * -(-n // bn), constants
 
 
-def tile(copy: Copy) -> tuple[list[Axis], list[Axis], list[Axis]]:
+def tile(copy: Copy, columns: str = "value") -> tuple[list[Axis], list[Axis], list[Axis]]:
     """Axes that number tiles, those of a tile's rows (close in kernel memory) and of its columns (close in the value)."""
     axes = [Axis(*a) for a in zip(copy.sizes, copy.kernel, copy.value, strict=True)]
-    columns = _closest(axes, "value", _COLUMNS)
-    rows = _closest([a for a in axes if a not in columns], "kernel", _ROWS)
-    return [a for a in axes if a not in columns and a not in rows], rows, columns
+    across = _closest(axes, columns, _COLUMNS)
+    rows = _closest([a for a in axes if a not in across], "kernel", _ROWS)
+    return [a for a in axes if a not in across and a not in rows], rows, across or [Axis(1, 1, 1)]
 
 
 def _closest(axes: list[Axis], side: str, enough: int) -> list[Axis]:
     found: list[Axis] = []
-    for axis in sorted(axes, key=lambda a: (getattr(a, side), a)):
+    for axis in sorted(axes, key=lambda a: (abs(getattr(a, side)), a)):
         if math.prod(a.size for a in found) >= enough:
             break
         found.insert(0, axis)
@@ -100,7 +119,7 @@ def _power(n: int) -> int:
 if AVAILABLE:
 
     @triton.jit
-    def _offsets(index, COUNT: tl.constexpr, SIZE: tl.constexpr, STEP: tl.constexpr):
+    def offsets(index, COUNT: tl.constexpr, SIZE: tl.constexpr, STEP: tl.constexpr):
         """The sum of step times digit, over the digits of ``index`` (the last is the least significant)."""
         total = index * 0
         for i in tl.static_range(COUNT):
@@ -144,9 +163,9 @@ if AVAILABLE:
         row = program % ((M + BM - 1) // BM) * BM + tl.arange(0, BM).to(tl.int64)
         region = program // ((M + BM - 1) // BM)
         mask = (row < M)[:, None] & (column < N)[None, :]
-        start = _offsets(region, GS, GS_SIZE, GS_STEP)
-        at = _offsets(row, RS, RS_SIZE, RS_STEP)[:, None] + _offsets(column, CS, CS_SIZE, CS_STEP)[None, :]
+        start = offsets(region, GS, GS_SIZE, GS_STEP)
+        at = offsets(row, RS, RS_SIZE, RS_STEP)[:, None] + offsets(column, CS, CS_SIZE, CS_STEP)[None, :]
         values = tl.load(source + start + at, mask=mask)
-        start = _offsets(region, GT, GT_SIZE, GT_STEP)
-        at = _offsets(row, RT, RT_SIZE, RT_STEP)[:, None] + _offsets(column, CT, CT_SIZE, CT_STEP)[None, :]
+        start = offsets(region, GT, GT_SIZE, GT_STEP)
+        at = offsets(row, RT, RT_SIZE, RT_STEP)[:, None] + offsets(column, CT, CT_SIZE, CT_STEP)[None, :]
         tl.store(target + start + at, values, mask=mask)

@@ -74,6 +74,11 @@ class PositionalAdler32:
             rest = torch.arange(body, flat.numel(), device=flat.device)
             self.add(flat[body:], rest + start, sign=sign)
 
+    def add_sums(self, count: int, sums: Tensor) -> None:
+        """``count`` bytes whose sums (int64 ``[2]``: of the bytes, of position times byte, mod 65521) were taken on a device."""
+        self.count += count
+        self._take(sums[0], sums[1], 1)
+
     def merge(self, other: PositionalAdler32) -> None:
         """Take in what ``other`` has added: other pieces, devices or ranks (a rank sends ``count`` and ``sums()``)."""
         self.merge_sums(other.count, other.sums())

@@ -11,9 +11,13 @@ from torch import Tensor
 from ..errors import StateError
 from ..layout.blocks import tiles
 from ..layout.boxes import row_major
+from ..layout.layout import Layout
 from ..storage.coverage import Box
 from ..storage.storage import AliasedStorage
 from ..tensors.faces import _Aliased
+from ..tensors.geometry import place_of
+
+_PLAIN = Layout("n -> n")
 
 
 class Live:
@@ -65,6 +69,24 @@ class Live:
         if self.version != before:
             label = "a plain tensor" if self.storage is None else self.storage.label
             raise StateError("the tensor changed while it was read", label=label, remedy="Read it again between two writes.")
+
+    def positional_sums(self) -> Tensor | None:
+        """int64 ``[2]``: the two sums of adler32 over all bytes, taken where they lie; None where they must be gathered.
+
+        Raises:
+            StateError: elements that hold no weights.
+        """
+        if self.storage is None:
+            if not self.tensor.is_contiguous() or not self.nbytes:
+                return None
+            flat = flat_bytes(self.tensor.detach())
+            return _PLAIN.bind(flat.shape, torch.uint8).positional_sums(flat, ((0, self.nbytes),))
+        place = place_of(self.storage, self.tensor._alias_geometry)  # type: ignore[attr-defined]
+        if place is None or place.order is not None or self.dtype is not self.storage.bound.dtype:
+            return None
+        with self.storage.lock:
+            self.storage.need_readable(place.box)
+            return self.storage.bound.positional_sums(self.storage.elements, place.box)
 
     def part(self, box: Box) -> Tensor:
         """The name's own values under ``box``: what is copied into it is written."""

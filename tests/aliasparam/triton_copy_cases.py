@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import random
+import zlib
 
 import torch
 
-from aliasparam.layout import Layout, triton_copy
+from aliasparam.layout import Layout, triton_copy, triton_sum
+from aliasparam.layout.boxes import Box, row_major
 from aliasparam.layout.execute import plan, views
 from aliasparam.layout.strided import StridedLayout
 
@@ -35,14 +37,41 @@ def main() -> None:
             back = torch.zeros_like(value)
             by_triton(bound, memory, back, write=False)
             assert torch.equal(back, value), (text, dtype, "read")
+            box = tuple((n // 3, n) for n in shape)
+            part = value[tuple(slice(*ends) for ends in box)].contiguous()
+            assert adler32(sums_by_triton(bound, memory, box), part.nbytes) == zlib.adler32(part.cpu().numpy().tobytes())
     print(len(LINES), "lines")
 
 
 def by_triton(bound: StridedLayout, memory: torch.Tensor, value: torch.Tensor, *, write: bool) -> None:
     lead = list(zip(value.shape, bound.lead_strides, strict=False))
-    copies = plan(bound.boxes(bound.whole[bound.lead :]), lead, value.stride(), bound.dtype.itemsize, random.choice([4, 8]))
+    copies = plan(
+        bound.boxes(bound.whole[bound.lead :]), lead, value.stride(), bound.dtype.itemsize, random.choice([4, 8]), backward=0
+    )
     for copy in copies:
-        triton_copy.run(copy, *views(copy, memory, 0, value), write=write)
+        triton_copy.run(copy, *views(copy.start, memory, 0, value), write=write)
+
+
+def sums_by_triton(bound: StridedLayout, memory: torch.Tensor, box: Box) -> list[int]:
+    """As ``StridedLayout.positional_sums`` does on a GPU, which it asks there."""
+    if memory.is_cuda:
+        found = bound.positional_sums(memory, box)
+        assert found is not None
+        return found.tolist()
+    sizes = [stop - start for start, stop in box]
+    first = sum(start * stride for (start, _), stride in zip(box, bound.lead_strides, strict=False)) * memory.element_size()
+    lead = list(zip(sizes, bound.lead_strides, strict=False))
+    align = (first | 4) & -(first | 4)
+    sums = triton_sum.slots(memory.device)
+    copies = plan(bound.boxes(box[bound.lead :]), lead, row_major(sizes), memory.element_size(), align, 4, 0)
+    for copy in copies:
+        triton_sum.add(copy, views(copy.start, memory, first, memory)[0], sums)
+    return sums.sum(0).tolist()
+
+
+def adler32(sums: list[int], nbytes: int) -> int:
+    plain, weighted = sums
+    return (nbytes + nbytes * plain - weighted) % 65521 << 16 | (1 + plain) % 65521
 
 
 if __name__ == "__main__":

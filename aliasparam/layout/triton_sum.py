@@ -1,0 +1,113 @@
+"""One Triton kernel for the two sums of adler32 over kernel memory, with positions in checkpoint order.
+
+A permutation does not change which bytes a sum takes, only at which position each stands, and that follows from the digits. So
+memory is read once, in its own order, and nothing is gathered. Four bytes at a time: ``dp4a`` gives their sum and their sum
+weighted with 0 to 3 in one instruction each.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .execute import Copy
+from .triton_copy import AVAILABLE, launch
+
+if AVAILABLE:
+    import triton
+    import triton.language as tl
+
+    from .triton_copy import offsets
+
+#: Bytes of the widest element, for which there is an instruction.
+WIDEST = 4
+MOD = 65521
+#: Pairs of sums that programs add to in turn: one pair would be a queue.
+_SLOTS = 512
+
+
+def slots(device: torch.device) -> Tensor:
+    """Zeros to be summed into: int64 ``[slots, 2]``."""
+    return torch.zeros(_SLOTS, 2, dtype=torch.int64, device=device)
+
+
+def add(copy: Copy, kernel: Tensor, sums: Tensor) -> None:
+    """Add the bytes of ``copy``, and each times its byte position in the value (mod 65521, up to 2**17), to ``sums``.
+
+    ``kernel`` starts at the copy's first element in kernel memory. No sum overflows for less than 2**37 bytes.
+    """
+    programs, constants = launch(copy, write=False, columns="kernel")
+    fast = kernel.is_cuda and torch.version.hip is None and copy.dtype is torch.int32
+    with torch.cuda.device_of(kernel):  # type: ignore[no-untyped-call]
+        _sums[(programs,)](sums, kernel, copy.value_offset, **constants, WIDTH=copy.dtype.itemsize, SLOTS=_SLOTS, FAST=fast)
+
+
+if AVAILABLE:
+
+    @triton.jit
+    def _sums(
+        sums,
+        source,
+        first,
+        M: tl.constexpr,
+        N: tl.constexpr,
+        BM: tl.constexpr,
+        BN: tl.constexpr,
+        GT: tl.constexpr,
+        GT_SIZE: tl.constexpr,
+        GT_STEP: tl.constexpr,
+        GS: tl.constexpr,
+        GS_SIZE: tl.constexpr,
+        GS_STEP: tl.constexpr,
+        RT: tl.constexpr,
+        RT_SIZE: tl.constexpr,
+        RT_STEP: tl.constexpr,
+        RS: tl.constexpr,
+        RS_SIZE: tl.constexpr,
+        RS_STEP: tl.constexpr,
+        CT: tl.constexpr,
+        CT_SIZE: tl.constexpr,
+        CT_STEP: tl.constexpr,
+        CS: tl.constexpr,
+        CS_SIZE: tl.constexpr,
+        CS_STEP: tl.constexpr,
+        WIDTH: tl.constexpr,
+        SLOTS: tl.constexpr,
+        FAST: tl.constexpr,
+    ):
+        program = tl.program_id(0).to(tl.int64)
+        slot = program % SLOTS
+        column = program % ((N + BN - 1) // BN) * BN + tl.arange(0, BN).to(tl.int64)
+        program = program // ((N + BN - 1) // BN)
+        row = program % ((M + BM - 1) // BM) * BM + tl.arange(0, BM).to(tl.int64)
+        region = program // ((M + BM - 1) // BM)
+        mask = (row < M)[:, None] & (column < N)[None, :]
+        at = offsets(row, RS, RS_SIZE, RS_STEP)[:, None] + offsets(column, CS, CS_SIZE, CS_STEP)[None, :]
+        words = tl.load(source + offsets(region, GS, GS_SIZE, GS_STEP) + at, mask=mask, other=0)
+        plain, inner = _bytes(words, WIDTH, FAST)
+        start = first + offsets(region, GT, GT_SIZE, GT_STEP)
+        high = (start + offsets(row, RT, RT_SIZE, RT_STEP)) * WIDTH % 65521
+        low = offsets(column, CT, CT_SIZE, CT_STEP) * WIDTH % 65521
+        position = high.to(tl.uint32)[:, None] + low.to(tl.uint32)[None, :]
+        weighted = inner.to(tl.uint64) + plain.to(tl.uint64) * position.to(tl.uint64)
+        tl.atomic_add(sums + slot * 2, tl.sum(plain).to(tl.int64), sem="relaxed")
+        tl.atomic_add(sums + slot * 2 + 1, tl.sum(weighted).to(tl.int64), sem="relaxed")
+
+    @triton.jit
+    def _bytes(words, WIDTH: tl.constexpr, FAST: tl.constexpr):
+        """The sum of the bytes of each element, and each byte times its place in the element; u32."""
+        if FAST:
+            code: tl.constexpr = "{ .reg .u32 z; mov.u32 z, 0; dp4a.u32.u32 $0, $1, $2, z; }"
+            ones = tl.full(words.shape, 0x01010101, tl.int32)
+            places = tl.full(words.shape, 0x03020100, tl.int32)
+            plain = tl.inline_asm_elementwise(code, "=r,r,r", [words, ones], dtype=tl.uint32, is_pure=True, pack=1)
+            inner = tl.inline_asm_elementwise(code, "=r,r,r", [words, places], dtype=tl.uint32, is_pure=True, pack=1)
+        else:
+            wide = words.to(tl.int64)
+            plain = (wide & 0xFF).to(tl.uint32)
+            inner = plain * 0
+            for i in tl.static_range(1, WIDTH):
+                byte = ((wide >> (8 * i)) & 0xFF).to(tl.uint32)
+                plain += byte
+                inner += byte * i
+        return plain, inner
