@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 from .boxes import row_major
 from .digits import BoundLine, Place
@@ -17,12 +18,27 @@ class _Apart(Exception):
 def compose(lines: list[BoundLine]) -> list[BoundLine]:
     """The same order in as few lines as possible."""
     done: list[BoundLine] = []
-    for line in lines:
+    for line in map(_merged, lines):
         try:
-            done.append(_joined(done.pop(), line) if done else line)
+            done.append(_merged(_joined(done.pop(), line)) if done else line)
         except _Apart as apart:
             done += [*apart.args, line]
     return done
+
+
+def _merged(line: BoundLine) -> BoundLine:
+    """With digits joined that follow one another in both orders: a row count is one digit, whatever it was padded by."""
+    dims = []
+    for places in line.places:
+        found: list[Place] = []
+        for low in places:
+            high = found[-1] if found else low
+            step = low.source * low.capacity, low.kernel * low.capacity, low.flipped
+            if found and (high.source, high.kernel, high.flipped) == step:
+                low = replace(low, capacity=found.pop().capacity * low.capacity)
+            found.append(low)
+        dims.append(tuple(found))
+    return replace(line, places=tuple(dims))
 
 
 def _joined(first: BoundLine, second: BoundLine) -> BoundLine:

@@ -8,7 +8,8 @@ Offsets are int64, nothing is allocated, one launch copies all regions: it can b
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,8 +32,7 @@ SMALLEST = 1 << 18
 _ROWS, _COLUMNS = 128, 32
 _RUNS, _TILE = 16, 4096
 
-#: Launches of compiled kernels: Triton's own way to one binds and hashes all constants again, which is most of its host time.
-_launches: dict[tuple[Copy, bool, bool, bool, torch.device], Callable[[Tensor, Tensor], None]] = {}
+_launches: dict[Hashable, Callable[..., None]] = {}
 
 
 def takes(memory: Tensor, value: Tensor) -> bool:
@@ -50,19 +50,27 @@ def wanted(copy: Copy) -> bool:
 def run(copy: Copy, kernel: Tensor, value: Tensor, *, write: bool) -> None:
     """``kernel`` and ``value``: tensors of the copy's dtype that start at its first element on either side."""
     target, source = (kernel, value) if write else (value, kernel)
-    # Triton compiles for pointers that are or are not multiples of 16; a compiled kernel must be launched with its own kind.
-    key = (copy, write, target.data_ptr() % 16 == 0, source.data_ptr() % 16 == 0, kernel.device)
-    again = _launches.get(key)
-    with torch.cuda.device_of(kernel):  # type: ignore[no-untyped-call]
+    start(_copy, (copy, write), (target, source), partial(launch, copy, write=write))
+
+
+def start(function: Any, key: Hashable, tensors: tuple[Tensor, ...], planned: Callable[[], tuple[int, dict[str, Any]]]) -> None:
+    """Launch a Triton kernel on ``tensors`` with the programs and constants that ``planned`` gives for ``key``.
+
+    Triton's own way to a compiled kernel binds and hashes all constants again, which is most of its host time. It compiles for
+    pointers that are or are not multiples of 16, and a compiled kernel must be launched with its own kind.
+    """
+    aligned = tuple(tensor.data_ptr() % 16 == 0 for tensor in tensors)
+    kept = function, key, aligned, tensors[0].device
+    again = _launches.get(kept)
+    with torch.cuda.device_of(tensors[0]):  # type: ignore[no-untyped-call]
         if again is not None:
-            again(target, source)
+            again(*tensors)
             return
-        programs, constants = launch(copy, write=write)
-        compiled = _copy[(programs,)](target, source, **constants, num_warps=4)
+        programs, constants = planned()
+        compiled = function[(programs,)](*tensors, **constants, num_warps=4)
     if compiled is not None:  # None: interpreted
-        values = tuple(constants.values())
-        grid = compiled[(programs, 1, 1)]
-        _launches[key] = lambda target, source: grid(target, source, *values)
+        grid, values = compiled[(programs, 1, 1)], tuple(constants.values())
+        _launches[kept] = lambda *tensors: grid(*tensors, *values)
 
 
 def launch(copy: Copy, *, write: bool, columns: str = "value") -> tuple[int, dict[str, Any]]:

@@ -7,11 +7,14 @@ weighted with 0 to 3 in one instruction each.
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .execute import Copy
-from .triton_copy import AVAILABLE, launch
+from .triton_copy import AVAILABLE, launch, start
 
 if AVAILABLE:
     import triton
@@ -36,10 +39,13 @@ def add(copy: Copy, kernel: Tensor, sums: Tensor) -> None:
 
     ``kernel`` starts at the copy's first element in kernel memory. No sum overflows for less than 2**37 bytes.
     """
+    start(_sums, copy, (sums, kernel), partial(_launch, copy, kernel.is_cuda and torch.version.hip is None))
+
+
+def _launch(copy: Copy, dp4a: bool) -> tuple[int, dict[str, Any]]:
     programs, constants = launch(copy, write=False, columns="kernel")
-    fast = kernel.is_cuda and torch.version.hip is None and copy.dtype is torch.int32
-    with torch.cuda.device_of(kernel):  # type: ignore[no-untyped-call]
-        _sums[(programs,)](sums, kernel, copy.value_offset, **constants, WIDTH=copy.dtype.itemsize, SLOTS=_SLOTS, FAST=fast)
+    constants |= {"FIRST": copy.value_offset, "WIDTH": copy.dtype.itemsize, "SLOTS": _SLOTS}
+    return programs, constants | {"FAST": dp4a and copy.dtype is torch.int32}
 
 
 if AVAILABLE:
@@ -48,7 +54,6 @@ if AVAILABLE:
     def _sums(
         sums,
         source,
-        first,
         M: tl.constexpr,
         N: tl.constexpr,
         BM: tl.constexpr,
@@ -71,6 +76,7 @@ if AVAILABLE:
         CS: tl.constexpr,
         CS_SIZE: tl.constexpr,
         CS_STEP: tl.constexpr,
+        FIRST: tl.constexpr,
         WIDTH: tl.constexpr,
         SLOTS: tl.constexpr,
         FAST: tl.constexpr,
@@ -85,7 +91,7 @@ if AVAILABLE:
         at = offsets(row, RS, RS_SIZE, RS_STEP)[:, None] + offsets(column, CS, CS_SIZE, CS_STEP)[None, :]
         words = tl.load(source + offsets(region, GS, GS_SIZE, GS_STEP) + at, mask=mask, other=0)
         plain, inner = _bytes(words, WIDTH, FAST)
-        start = first + offsets(region, GT, GT_SIZE, GT_STEP)
+        start = FIRST + offsets(region, GT, GT_SIZE, GT_STEP)
         high = (start + offsets(row, RT, RT_SIZE, RT_STEP)) * WIDTH % 65521
         low = offsets(column, CT, CT_SIZE, CT_STEP) * WIDTH % 65521
         position = high.to(tl.uint32)[:, None] + low.to(tl.uint32)[None, :]

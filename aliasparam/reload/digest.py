@@ -77,7 +77,8 @@ class PositionalAdler32:
     def add_sums(self, count: int, sums: Tensor) -> None:
         """``count`` bytes whose sums (int64 ``[2]``: of the bytes, of position times byte, mod 65521) were taken on a device."""
         self.count += count
-        self._take(sums[0], sums[1], 1)
+        now = self._sums.get(sums.device)
+        self._sums[sums.device] = (sums if now is None else now + sums) % _MOD
 
     def merge(self, other: PositionalAdler32) -> None:
         """Take in what ``other`` has added: other pieces, devices or ranks (a rank sends ``count`` and ``sums()``)."""
@@ -105,9 +106,15 @@ class PositionalAdler32:
         return f"{(nbytes + nbytes * plain - weighted) % _MOD << 16 | (1 + plain) % _MOD:08x}"
 
     def _take(self, plain: Tensor, weighted: Tensor, sign: int) -> None:
-        now = self._sums.get(plain.device)
-        pair = torch.stack((plain, weighted)) * sign
-        self._sums[plain.device] = (pair if now is None else now + pair) % _MOD
+        self.add_sums(0, torch.stack((plain, weighted)) * sign)
+
+    @staticmethod
+    def to_host(many: Sequence[PositionalAdler32]) -> None:
+        """Bring the sums of all of them to the host, with one transfer from each device."""
+        for device in {device for one in many for device in one._sums if device.type != "cpu"}:
+            those = [one for one in many if device in one._sums]
+            for one, pair in zip(those, torch.stack([one._sums.pop(device) for one in those]).tolist(), strict=True):
+                one.merge_sums(0, pair)
 
 
 def whole_digest(tensors: Iterable[tuple[str, torch.dtype, Sequence[int], str]]) -> str:

@@ -53,9 +53,8 @@ def checkpoint_digest(model: nn.Module, kind: str = "adler32") -> CheckpointDige
             adopt(registry)
     live = {name: Live(tensor) for name, tensor in checkpoint_names(model).items()}
     if kind == "adler32":
-        sums = {
-            name: adler32_of(tensor, _PIECE) for name, tensor in live.items()
-        }  # nothing waits for the device before all are begun
+        sums = {name: adler32_of(tensor, _PIECE) for name, tensor in live.items()}
+        PositionalAdler32.to_host(list(sums.values()))  # nothing waits for a device before
         digests = {name: total.hexdigest(live[name].nbytes) for name, total in sums.items()}
     else:
         digests = {name: _hashed(tensor, kind) for name, tensor in live.items()}
