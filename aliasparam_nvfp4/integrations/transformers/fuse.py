@@ -11,6 +11,7 @@ from aliasparam import AliasRegistry, registry_of
 
 from ...linear import NvFp4LinearMethod
 from .modules import FusedLinear, Projection, ProjectionKind
+from .shared_call import share_calls
 
 #: Sibling names which read the same input, and the name of their fused layer.
 FUSED_GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -76,6 +77,8 @@ def _fuse(parent: nn.Module, name: str, members: list[Projection], method: NvFp4
     parent.register_module(name, fused)
     for index, member in enumerate(members):
         member.attach(fused, index)
+    if len(members) > 1:
+        share_calls(parent)
 
 
 def _shards(whole: Tensor, members: list[Projection], name: str) -> list[Tensor]:

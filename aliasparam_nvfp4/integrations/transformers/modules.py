@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ from ...checkpoint.scheme import NVFP4, Scheme
 from ...checkpoint_format import MODELOPT, CheckpointFormat
 from ...format import BLOCK_SIZE
 from ...linear import NvFp4LinearMethod
-from .pending import Pending, question
+from .shared_call import partition
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,8 @@ class Projection(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self._fused:
             raise RuntimeError("this projection has not been bound to its fused layer: the model is still loading")
-        out = self._fused[0].partition(x, self._index)
+        (fused,) = self._fused
+        out = fused(x) if len(fused.partitions) == 1 else partition(fused, fused.partitions, x, self._index)
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
     def extra_repr(self) -> str:
@@ -126,7 +126,6 @@ class FusedLinear(nn.Module):
         self.partitions = tuple(partitions)
         out_features = sum(partitions)
         method.create_weights(self, in_features, self.partitions, in_features, out_features, dtype)
-        self._pending: Pending | None = None
         self._members: tuple[Projection, ...] = ()
 
     def members(self) -> tuple[Projection, ...]:
@@ -135,26 +134,6 @@ class FusedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.quant_method.apply(self, x)
-
-    def partition(self, x: Tensor, index: int) -> Tensor:
-        """The output of partition ``index``. The other partitions of the same ``x`` are kept until they are asked for."""
-        if len(self.partitions) == 1:
-            return self(x)  # type: ignore[no-any-return]
-        asked = question(self, x)
-        if asked is None:
-            self._pending = None
-            return self(x).split(self.partitions, -1)[index]  # type: ignore[no-any-return]
-        part = self._pending.take(x, asked, index) if self._pending is not None else None
-        if part is None:
-            parts = list(self(x).split(self.partitions, -1))
-            part, parts[index] = parts[index], None
-            self._pending = Pending(x, asked, parts)
-        elif self._pending is not None and self._pending.is_empty:
-            self._pending = None
-        return part
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_pending": None}  # a copy has asked nothing yet
 
     def extra_repr(self) -> str:
         return f"partitions={list(self.partitions)}, backend={self.__dict__['nvfp4_backend'].name}"
