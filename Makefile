@@ -1,5 +1,6 @@
 # make demo    the main job on real weights        make test    all tests, in JOBS processes (JOBS=2)
 # make lint    ruff and mypy                       make docs    the docs site, strictly
+# make matrix  the core's tests on torch 2.8, 2.11, 2.13 and the newest
 # make CONSTRAINTS=   with the newest versions     make PYTHON=python3.12   with another Python
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ PIN := $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 TORCH := $(if $(CONSTRAINTS),$(shell grep '^torch==' $(CONSTRAINTS)),torch)
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test lint docs matrix clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -28,6 +29,9 @@ lint: $(VENV)/.dev
 
 docs: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+matrix:
+	PYTHON=$(PYTHON) JOBS=$(JOBS) tools/matrix.sh $(TORCHES)
 
 # A stamp is made when its installation is complete; torch comes first and alone (see constraints.txt).
 $(VENV)/.torch: $(CONSTRAINTS)
