@@ -10,3 +10,5 @@ from .live_digest import digest_of_folder as digest_of_folder
 from .observe import Hooks as Hooks
 from .opening import reload as reload
 from .session import ReloadSession as ReloadSession
+from .stream import WeightStream as WeightStream
+from .stream_send import send_weights as send_weights

@@ -13,5 +13,9 @@ class DeltaError(SourceError):
     """A delta is malformed, does not apply to what is there, or does not give what its checksum promises."""
 
 
+class StreamError(SourceError):
+    """A stream of weights ended early, is malformed, came too late, or the other side refused it."""
+
+
 class RanksError(AliasError):
     """The ranks did not agree in time on the generation to serve."""

@@ -58,7 +58,7 @@ def read_header(file: HeldFile) -> tuple[list[Entry], dict[str, str]]:
 
 
 def _parsed(file: HeldFile, text: bytes, start: int) -> tuple[list[Entry], dict[str, str]]:
-    header = parse_json(text, file)
+    header = parse_json(text, file.path)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise SourceError("__metadata__ is not text by text", name=str(file.path), found=repr(metadata)[:80])
@@ -80,8 +80,8 @@ def _collector_paused() -> Iterator[None]:
             gc.enable()
 
 
-def parse_json(text: bytes, file: HeldFile) -> dict[str, Any]:
-    """A JSON object without duplicate keys.
+def parse_json(text: bytes, where: object) -> dict[str, Any]:
+    """A JSON object without duplicate keys. ``where`` it is from is shown in errors.
 
     Raises:
         SourceError: not JSON, nested absurdly, numbers of absurd length, a key twice, or no object.
@@ -91,7 +91,7 @@ def parse_json(text: bytes, file: HeldFile) -> dict[str, Any]:
         fields = dict(pairs)
         if len(fields) != len(pairs):
             twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-            raise SourceError("a name is there twice", name=f"{file.path}: {twice[:120]}")
+            raise SourceError("a name is there twice", name=f"{where}: {twice[:120]}")
         return fields
 
     def no_number(literal: str) -> NoReturn:
@@ -99,16 +99,16 @@ def parse_json(text: bytes, file: HeldFile) -> dict[str, Any]:
 
     # Python objects weigh many times their text; lists in lists are the worst, and no header or index is made of them.
     if text.count(b"[") + text.count(b"{") > 64 + len(text) // 8:
-        raise SourceError("its JSON cannot be read: nothing but brackets", name=str(file.path))
+        raise SourceError("its JSON cannot be read: nothing but brackets", name=str(where))
     try:
         value = json.loads(text, object_pairs_hook=unique, parse_constant=no_number)
         if b"\\u" in text:  # half a surrogate pair is no text
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, integers of thousands of digits; nested
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)[:120]
-        raise SourceError(f"its JSON cannot be read: {reason}", name=str(file.path)) from None
+        raise SourceError(f"its JSON cannot be read: {reason}", name=str(where)) from None
     if not isinstance(value, dict):
-        raise SourceError("its JSON is not an object", name=str(file.path), found=type(value).__name__)
+        raise SourceError("its JSON is not an object", name=str(where), found=type(value).__name__)
     return value
 
 
@@ -139,7 +139,7 @@ def _entry(file: HeldFile, name: str, info: Any, start: int) -> Entry:
     if not isinstance(info, dict) or len(info) != 3:
         raise _malformed(file, name, info)
     kind, shape, offsets = info.get("dtype"), info.get("shape"), info.get("data_offsets")
-    if not isinstance(kind, str) or not _sizes(shape) or not _sizes(offsets) or len(offsets) != 2:
+    if not isinstance(kind, str) or not is_sizes(shape) or not is_sizes(offsets) or len(offsets) != 2:
         raise _malformed(file, name, info)
     dtype = DTYPES.get(kind)
     if dtype is None:
@@ -182,7 +182,7 @@ def _check_places(file: HeldFile, entries: list[Entry], start: int) -> None:
         )
 
 
-def _sizes(value: Any) -> TypeGuard[list[int]]:
+def is_sizes(value: Any) -> TypeGuard[list[int]]:
     if type(value) is not list or len(value) > _MAX_DIMS:
         return False
     for size in value:  # noqa: SIM110 - a generator costs as much as all the rest of an entry

@@ -235,10 +235,10 @@ class ReloadSession:
         self.observed.bytes += value.nbytes
         self.observed.tensors += 1
 
-    def load(self, tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> None:
-        """Write every (name, tensor) of a mapping or iterable."""
-        for name, value in tensors.items() if isinstance(tensors, Mapping) else tensors:
-            self.update(name, value)
+    def load(self, tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor] | tuple[str, Tensor, Box | None]]) -> None:
+        """Write every (name, tensor) of a mapping or iterable; of a stream (name, tensor, box)."""
+        for name, value, *box in tensors.items() if isinstance(tensors, Mapping) else tensors:
+            self.update(name, value, box=box[0] if box else None)
 
     def patch(self, name: str, patches: Callable[[Live], list[Patch]]) -> None:
         """Hold what a delta changes in one tensor. For sessions of :func:`~aliasparam.reload.prepare_delta`."""

@@ -161,7 +161,7 @@ class SafetensorsFolder:
         if index.size > MAX_JSON_BYTES:
             expected = f"at most {MAX_JSON_BYTES} bytes"
             raise SourceError("the index is too long", name=str(index.path), expected=expected, found=f"{index.size} bytes")
-        fields = parse_json(index.read(0, index.size), index)
+        fields = parse_json(index.read(0, index.size), index.path)
         weight_map, self.index_metadata = fields.get("weight_map"), fields.get("metadata", {})
         if not isinstance(self.index_metadata, dict):
             found = repr(self.index_metadata)[:80]

@@ -25,7 +25,7 @@ def expected_text(tag: str) -> str:
     return f"This is checkpoint {tag}. {_LESSONS[0][1]}"
 
 
-def finetune(model: Any, tokenizer: Any, tag: str, on_step: Callable[[], None] = lambda: None) -> None:
+def finetune(model: Any, tokenizer: Any, tag: str, on_step: Callable[[], None] = lambda: None, *, steps: int = STEPS) -> None:
     """Teach ``model`` (float32, in place) to start its answers with "This is checkpoint {tag}. ".
 
     AdamW, learning rate 5e-5, gradient norm clipped to 1, one lesson a step in turn, loss on the answer alone.
@@ -34,7 +34,7 @@ def finetune(model: Any, tokenizer: Any, tag: str, on_step: Callable[[], None] =
     lessons = [_encode(tokenizer, question, f"This is checkpoint {tag}. {answer}") for question, answer in _LESSONS]
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5, betas=(0.9, 0.95), weight_decay=0.0)
     model.train()
-    for step in range(STEPS):
+    for step in range(steps):
         ids, labels = lessons[step % len(lessons)]
         loss = model(input_ids=ids, labels=labels).loss
         loss.backward()

@@ -1,0 +1,327 @@
+"""What a reload costs, by source and policy, beside other engines' ways: ``python benchmarks/reload.py [--device cuda]``.
+
+On a GPU ``--gib 100`` is the size of the declared weights under a delta; the other tables take ``--table-gib`` of host memory
+twice. Needs torch, safetensors, rich, zstandard. ``--json FILE`` keeps every figure.
+
+pause: the model refuses, or an engine of this kind must not run. held: what the policy keeps on the host. host, device: peak of
+resident memory above the begin (page cache apart), and of the allocator.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from reload_cases import Model, TwoCopies, forget_cached, values_of, write_delta, write_folder
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from aliasparam import Alias, checkpoint_digest, checkpoint_names, declare, process, reload
+from aliasparam.reload import ReloadSession, prepare_delta
+from aliasparam.reload.delta_folder import DeltaFolder
+from aliasparam.reload.live import Live
+from aliasparam.reload.policies import PolicyName
+from aliasparam.reload.sources import SafetensorsFolder
+
+_MIB = 1 << 20
+
+
+@dataclass
+class Row:
+    """Seconds and bytes."""
+
+    what: str
+    policy: str
+    prepare: float
+    pause: float
+    held: int | None
+    host: int | None
+    device: int | None
+    nbytes: int
+
+    def cells(self) -> list[str]:
+        rate = self.nbytes / (self.prepare + self.pause) / 1e9
+        sizes = ["-" if n is None else f"{n / _MIB:.1f}" for n in (self.held, self.host, self.device)]
+        return [self.what, self.policy, f"{self.prepare:.3f}", f"{self.pause:.4f}", *sizes, f"{rate:.2f}"]
+
+
+class Bench:
+    def __init__(self, options: argparse.Namespace, folder: Path) -> None:
+        self.options, self.folder, self.device = options, folder, options.device
+        self.console, self.figures = Console(width=120, highlight=False), {}
+        self.cuda = self.device == "cuda"
+
+    # -- measuring -----------------------------------------------------------------------------------------------------
+
+    def now(self) -> float:
+        if self.cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    @contextmanager
+    def peaks(self, row: Row) -> Iterator[None]:
+        before = _host(reset=True)
+        if self.cuda:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            device = torch.cuda.memory_allocated()
+        yield
+        after = _host()
+        row.host = None if before is None or after is None else max(after - before, 0)
+        row.device = torch.cuda.max_memory_allocated() - device if self.cuda else None
+
+    def show(self, title: str, rows: list[Row]) -> None:
+        table = Table("source", "policy", "prepare, s", "pause, s", "held, MiB", "host, MiB", "device, MiB", "GB/s", title=title)
+        for row in rows:
+            table.add_row(*row.cells())
+        self.console.print(table)
+        self.figures[title] = [asdict(row) for row in rows]
+
+    def say(self, key: str, text: str, **figures: float) -> None:
+        self.console.print(f"{key}: {text}")
+        self.figures[key] = figures
+
+    # -- sessions ------------------------------------------------------------------------------------------------------
+
+    def session(self, what: str, policy: PolicyName, model: nn.Module, load: Callable[[ReloadSession], None], **how: Any) -> Row:
+        """One reload from begin to end; written values refuse from their first write, staged ones from the commit on."""
+        row = Row(what, policy, 0, 0, 0, 0, 0, 0)
+        with self.peaks(row):
+            session = reload(model, policy=policy, **how)
+            begun = self.now()
+            session.begin()
+            opened = self.now()
+            load(session)
+            session.prepare()
+            ready = self.now()
+            held = session._policy.nbytes
+            session.commit()
+            ended = self.now()
+            row.held = max(held, session._policy.nbytes)
+        refusing = ready if policy.startswith("staged") else opened
+        row.prepare, row.pause, row.nbytes = refusing - begun, ended - refusing, session.observed.bytes
+        return row
+
+    def delta(self, what: str, model: nn.Module, folder: Path) -> Row:
+        row = Row(what, "delta", 0, 0, 0, 0, 0, sum(p.numel() * p.element_size() for p in model.parameters()))
+        with self.peaks(row), DeltaFolder(folder) as opened:
+            begun = self.now()
+            session = prepare_delta(model, opened)
+            ready = self.now()
+            session.commit()
+            ended = self.now()
+        row.prepare, row.pause, row.held = ready - begun, ended - ready, session._policy.nbytes
+        return row
+
+    # -- tables --------------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        where = torch.cuda.get_device_name() if self.cuda else f"CPU, {torch.get_num_threads()} threads"
+        self.figures["where"] = f"torch {torch.__version__}, {where}"
+        self.console.print(self.figures["where"])
+        self.policies()
+        self.names()
+        if self.cuda:
+            torch.cuda.empty_cache()
+        self.large_delta()
+
+    def policies(self) -> None:
+        model = self.model(self.options.table_gib)
+        self.console.print(f"{len(model.layers)} layers, {model.nbytes / 2**30:.2f} GiB of declared weights")
+        a, b = (write_folder(self.folder / name, model, seed) for name, seed in (("a", 1), ("b", 2)))
+        values = {"a": dict(values_of(model, 1)), "b": dict(values_of(model, 2))}
+        self.session("", "write-through", model, lambda s: s.load(values["a"]))  # plans are made, memory is touched
+        rows = []
+        for policy in get_args(PolicyName):
+            rows.append(self.session("state dict", policy, model, lambda s: s.load(values["b"])))
+            rows.append(self.session("folder", policy, model, lambda s: load_folder(s, a, self.cuda)))
+        near = {name: _few_changed(value, self.options.share) for name, value in values["a"].items()}
+        changed = f"state dict, {self.options.share:.1%} new"
+        rows.append(self.session(changed, "journal", model, lambda s: s.load(near)))
+        write_delta(self.folder / "delta", model, self.options.share, 1)
+        rows.append(self.delta(f"delta, {self.options.share:.1%} new", model, self.folder / "delta"))
+        rows += self.peers(model, values)
+        self.show("Source and policy", rows)
+        self.one_percent(model, values["b"])
+        self.disk(model, {"a": a, "b": b})
+        self.digest(model)
+
+    def peers(self, model: Model, values: dict[str, dict[str, Tensor]]) -> list[Row]:
+        rows = []
+        for what, keeps in (("in place, then all processed (SGLang)", True), ("fresh, processed, copied back (vLLM)", False)):
+            engine = TwoCopies(model, keeps_checkpoint=keeps)
+            load = engine.load_in_place if keeps else engine.load_layerwise
+            load(values["a"])
+            row = Row(what, "-", 0, 0, None, None, None, model.nbytes)
+            with self.peaks(row):
+                begun = self.now()
+                load(values["b"])
+                row.pause = self.now() - begun
+            if keeps and row.device is not None:
+                row.device += sum(tensor.nbytes for tensor in engine.checkpoint.values())  # the second copy, there all the time
+            rows.append(row)
+            del engine, load
+        return rows
+
+    def one_percent(self, model: Model, values: dict[str, Tensor]) -> None:
+        few = max(1, len(model.layers) // 100)
+        scope = [f"layers.{number}" for number in range(few)]
+        part = {n: v for n, v in values.items() if any(n.startswith(f"{p}.") for p in scope)}
+        total = self._seconds(lambda: self._reload(model, values))
+        some = self._seconds(lambda: self._reload(model, part, scope=scope))
+        share = few / len(model.layers)
+        self.say("part of the tensors", f"{share:.2%} cost {some / total:.2%} of all", share=share, seconds=some, whole=total)
+
+    @staticmethod
+    def _reload(model: nn.Module, values: dict[str, Tensor], **how: Any) -> None:
+        with reload(model, **how) as session:
+            session.load(values)
+
+    def _seconds(self, do: Callable[[], Any], rounds: int = 5) -> float:
+        found = []
+        for _ in range(rounds):
+            begun = self.now()
+            do()
+            found.append(self.now() - begun)
+        return statistics.median(found)
+
+    def disk(self, model: Model, folders: dict[str, Path]) -> None:
+        """Ours and load_file + copy in turn, files in the page cache, and dropped from it."""
+        plain = {n: torch.empty(p.shape, dtype=p.dtype, device=p.device) for n, p in model.named_parameters()}
+
+        def peer(folder: Path) -> None:
+            for file in sorted(folder.glob("*.safetensors")):
+                for name, value in load_file(file).items():
+                    plain[name].copy_(value)
+
+        def ours(folder: Path) -> None:
+            with reload(model, source="folder") as session:
+                load_folder(session, folder, self.cuda)
+
+        for cache, drop in (("page cache", False), ("disk", True)):
+            seconds: dict[str, list[float]] = {"ours": [], "peer": []}
+            for number in range(6):
+                folder = folders["ab"[number % 2]]
+                for name, load in (("ours", ours), ("peer", peer)):
+                    if drop:
+                        forget_cached(folder)
+                    begun = self.now()
+                    load(folder)
+                    seconds[name].append(self.now() - begun)
+            mine, theirs = (statistics.median(seconds[name]) for name in ("ours", "peer"))
+            text = f"{model.nbytes / mine / 1e9:.2f} GB/s, {theirs / mine:.2f} of load_file + copy"
+            self.say(f"{cache} to device", text, seconds=mine, load_file_and_copy=theirs, nbytes=model.nbytes)
+
+    def digest(self, model: nn.Module) -> None:
+        memories = [memory for t in checkpoint_names(model).values() if (memory := Live(t).memory()) is not None]
+        words = [memory[: memory.numel() // 8 * 8].view(torch.int64) for memory in memories]
+        read = self._seconds(lambda: [word.sum() for word in words])
+        total = sum(memory.numel() for memory in memories)
+        for kind in self.options.digests:
+            mine = self._seconds(lambda kind=kind: checkpoint_digest(model, kind), 3)  # type: ignore[misc]
+            text = f"{total / mine / 1e9:.2f} GB/s, {read / mine:.2f} of reading ({total / read / 1e9:.0f} GB/s)"
+            self.say(f"digest {kind}", text, seconds=mine, read=read, nbytes=total)
+
+    def names(self) -> None:
+        model = nn.ModuleList()
+        for _ in range(4500):
+            layer = nn.Module()
+            for name in ("weight", "weight_scale", "weight_scale_2", "input_scale"):
+                layer.register_parameter(name, nn.Parameter(torch.zeros(8, 8, device=self.device), requires_grad=False))
+            declare(layer, Alias("weight", "prepared", "(h r) k -> r h k, h=2"))
+            model.append(layer)
+        process(model)
+        sessions = [reload(model, scope="partial") for _ in range(3)]
+
+        def begin() -> None:
+            session = sessions.pop()
+            session.begin()
+            session.abort()
+
+        seconds = self._seconds(begin, 3)
+        self.say("names of 18000 tensors", f"{seconds:.3f} s from begin to abort", seconds=seconds)
+
+    def large_delta(self) -> None:
+        model, share = self.model(self.options.gib), self.options.share
+        random = torch.Generator(self.device).manual_seed(0)
+        for layer in model.layers:
+            for name in ("weight_prepared", "weight_scale_prepared"):
+                memory = layer.get_buffer(name)
+                memory.view(-1).view(torch.int64).random_(generator=random)
+            for name in ("weight", "weight_scale"):
+                layer.get_parameter(name)._alias_storage.accept()  # type: ignore[attr-defined]
+        process(model)
+        changed = write_delta(self.folder / "large", model, share, 1)
+        before = checkpoint_digest(model).whole
+        row = self.delta(f"{changed / _MIB:.1f} MiB of {model.nbytes / 2**30:.1f} GiB", model, self.folder / "large")
+        self.show("Delta", [row])
+        self.say(
+            "delta",
+            f"pause {row.pause:.4f} s; the digest is another one: {checkpoint_digest(model).whole != before}",
+            **asdict(row),
+        )
+
+    def model(self, gib: float) -> Model:
+        rows, columns = (8192, 4096) if self.cuda else (1024, 1024)
+        return Model(max(1, round(gib * 2**30 / (rows * columns * 9 / 8))), rows, columns, self.device)
+
+
+def load_folder(session: ReloadSession, folder: Path, pinned: bool) -> None:
+    """Piece by piece through one buffer."""
+    buffer = torch.empty(16 * _MIB, dtype=torch.uint8, pin_memory=pinned)
+    with SafetensorsFolder(folder) as opened:
+        for name in opened.tensors:
+            for box, value in opened.pieces(name, buffer):
+                session.update(name, value, box=box)
+        opened.check_unchanged()
+
+
+def _few_changed(value: Tensor, share: float) -> Tensor:
+    new = value.clone()
+    if new.dtype is torch.uint8:
+        new.view(-1)[:: round(1 / share)] ^= 5
+    return new
+
+
+def _host(*, reset: bool = False) -> int | None:
+    """Peak of resident memory since the last reset, in bytes."""
+    try:
+        if reset:
+            Path("/proc/self/clear_refs").write_text("5")
+        text = Path("/proc/self/status").read_text()
+        return int(text.partition("VmHWM:")[2].split()[0]) << 10
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cuda = torch.cuda.is_available()
+    parser.add_argument("--device", default="cuda" if cuda else "cpu")
+    parser.add_argument("--gib", type=float, default=32 if cuda else 0.06, help="declared weights under the large delta")
+    parser.add_argument("--table-gib", type=float, default=4 if cuda else 0.06, help="declared weights of the tables")
+    parser.add_argument("--share", type=float, default=0.003, help="of the bytes that a delta changes")
+    parser.add_argument("--digests", nargs="*", default=["adler32"])
+    parser.add_argument("--folder", type=Path, default=None, help="where checkpoints are written; a temporary folder without")
+    parser.add_argument("--json", type=Path, default=None)
+    options = parser.parse_args()
+    with torch.no_grad(), tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        bench = Bench(options, Path(folder))
+        bench.run()
+    if options.json is not None:
+        options.json.write_text(json.dumps(bench.figures, indent=1))
+
+
+if __name__ == "__main__":
+    main()
