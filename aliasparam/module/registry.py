@@ -114,7 +114,7 @@ class AliasRegistry(ModuleNames):
             StateError: a source was not loaded whole. Nothing has changed then.
             AdoptionError: a foreign tensor under a declared name does not fit.
         """
-        if self.readiness is Readiness.READY and self._is_untouched():
+        if self.is_untouched:
             return 0
         self._need_no_reload()
         with torch.no_grad():
@@ -140,8 +140,10 @@ class AliasRegistry(ModuleNames):
                 remedy="Leave its `with` block, which processes; or abort it.",
             )
 
-    def _is_untouched(self) -> bool:
-        return is_watched(self.module) and all(kernel.is_untouched for kernel in self._bound)
+    @property
+    def is_untouched(self) -> bool:
+        """Whether the module is ready, and nothing was put under its names or written to them since."""
+        return self.readiness is Readiness.READY and is_watched(self.module) and all(k.is_untouched for k in self._bound)
 
     def need_loaded(self) -> None:
         """Raise StateError where a source lacks elements."""

@@ -23,7 +23,7 @@ from .hashers import hasher
 from .held_file import memory_of
 from .live import Live
 from .observe import Hooks
-from .patch import PIECE, Patch, patch_of
+from .patch import PIECE, Patch, joined, patch_of
 from .session import ReloadSession
 from .sources import SafetensorsFolder
 
@@ -151,7 +151,7 @@ def _patches(live: Live, name: str, full: SafetensorsFolder | None, deltas: list
         touching[-1].check(name, digest.hexdigest(live.nbytes))
     if live.version != version:
         raise DeltaError("the live tensor changed while the delta was checked against it", name=name)
-    return found
+    return joined(found)
 
 
 def _stored(full: SafetensorsFolder, name: str, start: int, like: Tensor) -> Tensor:

@@ -15,8 +15,9 @@ from typing import Any, Self
 import torch
 
 from .delta import ENCODINGS, PIECE, Overwrite, XorRun, decode
-from .errors import DeltaError, SourceError
+from .errors import DeltaError
 from .hashers import FORMATS
+from .published import check_manifest, read_manifest, version_path
 from .sources import SafetensorsFolder
 
 
@@ -133,18 +134,20 @@ def open_version(source: str | Path, version: int) -> SafetensorsFolder | DeltaF
     """Version ``version`` of a source of versions: a full checkpoint or a delta.
 
     Raises:
-        DeltaError: its own metadata names another version.
+        DeltaError: its own metadata or its manifest names another version, or is of another protocol.
         SourceError: there is none, or it is malformed.
     """
-    path = Path(source) / f"weight_v{version:06d}"
-    folder = SafetensorsFolder(path)
-    if "delta_encoding" not in folder.index_metadata:
-        return folder
-    delta = DeltaFolder(folder)
-    if delta.version != version:
-        delta.close()
-        raise DeltaError("the folder holds another version", name=str(path), expected=str(version), found=str(delta.version))
-    return delta
+    path = version_path(source, version)
+    manifest = read_manifest(path)
+    with ExitStack() as undo:
+        folder = undo.enter_context(SafetensorsFolder(path))
+        found = DeltaFolder(folder) if "delta_encoding" in folder.index_metadata else folder
+        if isinstance(found, DeltaFolder) and found.version != version:
+            raise DeltaError("the folder holds another version", name=str(path), expected=str(version), found=str(found.version))
+        if manifest is not None:
+            check_manifest(manifest, version, folder)
+        undo.pop_all()
+    return found
 
 
 class Chain:
@@ -153,6 +156,7 @@ class Chain:
     All folders are opened at once and held until :meth:`close`, so that what was planned is what is read. A context manager.
 
     Args:
+        source: the folder of the versions, in any layout of published.py.
         applied: the version that serves now (0: the engine's own base checkpoint).
         target: the version to come to.
 
@@ -212,20 +216,3 @@ class Chain:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-
-def newest_version(source: str | Path) -> int:
-    """The highest published version of a source (its index, or its one file, is written last); 0 if there is none.
-
-    Raises:
-        SourceError: the source cannot be listed.
-    """
-    versions = [0]
-    try:
-        for path in Path(source).iterdir():
-            match = re.fullmatch(r"weight_v([0-9]{6,18})", path.name)
-            if match and any((path / name).exists() for name in ("model.safetensors.index.json", "model.safetensors")):
-                versions.append(int(match[1]))
-    except OSError as error:
-        raise SourceError(f"the source cannot be listed: {error.strerror}", name=str(source)) from None
-    return max(versions)

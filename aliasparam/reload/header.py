@@ -6,18 +6,16 @@ from the data's begin, and tensors lie one after another without holes.
 
 from __future__ import annotations
 
-import gc
 import json
 import math
 import struct
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from operator import attrgetter
 from typing import Any, NamedTuple, NoReturn, TypeGuard
 
 import torch
 
+from .collector import collector_paused
 from .errors import SourceError
 from .held_file import HeldFile
 
@@ -53,7 +51,7 @@ def read_header(file: HeldFile) -> tuple[list[Entry], dict[str, str]]:
         SourceError: truncated, no safetensors file, or a field that is not what the format says.
     """
     text, start = _header_text(file)
-    with _collector_paused():
+    with collector_paused():
         return _parsed(file, text, start)
 
 
@@ -66,18 +64,6 @@ def _parsed(file: HeldFile, text: bytes, start: int) -> tuple[list[Entry], dict[
     entries.sort(key=attrgetter("begin", "nbytes"))
     _check_places(file, entries, start)
     return entries, metadata
-
-
-@contextmanager
-def _collector_paused() -> Iterator[None]:
-    """Many small objects that live on make the garbage collector look at all of them again and again: half of the time."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 def parse_json(text: bytes, where: object) -> dict[str, Any]:

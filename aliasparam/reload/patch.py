@@ -5,6 +5,7 @@ A patch is put by writing bytes, never by changing what is there, so it may be p
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,8 @@ from .live import Live
 
 #: Bytes of a tensor that are compared at once.
 PIECE = 2 << 20
+#: Positions that are written at once: 16 bytes of device scratch for each.
+JOINED = 1 << 20
 
 
 class Patch(NamedTuple):
@@ -61,9 +64,9 @@ class Patch(NamedTuple):
                 sizes = [stop - start for start, stop in self.box]
                 self.live.part(self.box).copy_(values.view(self.live.dtype).view(sizes))
                 return
-            at = self.at.to(device, non_blocking=True).to(torch.int64) + self.base
+            at = self.at.to(device, non_blocking=True)
             with self.live.writing() as memory:
-                memory[at] = values
+                memory[self.base :].index_put_((at,), values)
 
 
 def patch_of(live: Live, box: Box, old: Tensor, new: Tensor, *, keep_new: bool) -> Patch | None:
@@ -81,9 +84,49 @@ def patch_of(live: Live, box: Box, old: Tensor, new: Tensor, *, keep_new: bool) 
     if places is None:
         return Patch(live, box, None, 0, on_host(old), on_host(new) if keep_new else None, bound)
     base = int(places.min())
-    near = int(places.max()) - base < 1 << 31
-    at = on_host((places - base).to(torch.int32 if near else torch.int64))
-    return Patch(live, box, at, base, on_host(old[where]), on_host(new[where]) if keep_new else None, bound)
+    return Patch(
+        live, box, on_host(_narrow(places - base)), base, on_host(old[where]), on_host(new[where]) if keep_new else None, bound
+    )
+
+
+def joined(patches: Iterable[Patch]) -> list[Patch]:
+    """The patches of one tensor, joined up to :data:`JOINED` positions: a commit pays for each, whatever is in it."""
+    found: list[Patch] = []
+    group: list[Patch] = []
+    for patch in patches:
+        if patch.at is None:
+            found.append(patch)
+            continue
+        if group and sum(one.old.numel() for one in group) + patch.old.numel() > JOINED:
+            found.append(_join(group))
+            group = []
+        group.append(patch)
+    return [*found, _join(group)] if group else found
+
+
+def _join(group: list[Patch]) -> Patch:
+    if len(group) == 1:
+        return group[0]
+    base, pinned = min(patch.base for patch in group), group[0].old.is_pinned()
+    places = torch.cat([patch.at.to(torch.int64) + (patch.base - base) for patch in group if patch.at is not None])
+    news = [patch.new for patch in group if patch.new is not None]
+    at = _narrow(places)
+    return group[0]._replace(
+        at=at.pin_memory() if pinned else at,
+        base=base,
+        old=_cat([patch.old for patch in group], pinned),
+        new=_cat(news, pinned) if news else None,
+    )
+
+
+def _narrow(places: Tensor) -> Tensor:
+    """int64 [n] as int32 where they fit."""
+    return places.to(torch.int32) if int(places.max()) < 1 << 31 else places
+
+
+def _cat(values: list[Tensor], pinned: bool) -> Tensor:
+    size = sum(value.numel() for value in values)
+    return torch.cat(values, out=torch.empty(size, dtype=torch.uint8, pin_memory=pinned))
 
 
 def _in_tensor(live: Live, box: Box, at: Tensor) -> Tensor:

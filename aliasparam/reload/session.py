@@ -25,12 +25,13 @@ from ..module.verbs import process
 from ..spec import TensorSpec
 from ..storage.coverage import Box, Coverage
 from .claims import claim, release
+from .collector import collector_paused
 from .fit import box_of, need_fit, need_whole, shown
 from .live import Live
 from .observe import Hook, Hooks, Observed, call_abort_hooks, phase
 from .patch import Patch
 from .policies import AnyPolicy, Patched, Policy, policy_of
-from .targets import Target, find_targets, in_scope
+from .targets import Target, find_targets, in_scope, is_under
 from .written import Written
 
 #: "all": every tensor must arrive; "partial": each tensor that is begun must; or dotted prefixes, under which every tensor must.
@@ -78,9 +79,11 @@ class ReloadSession:
         self._need(Phase.NEW, "begin")
         with torch.no_grad():
             for _, registry in registries(self.model):
-                adopt(registry)
+                if not registry.is_untouched:
+                    adopt(registry)
         claim(self.model, self)
-        self._targets = find_targets(self.model)
+        with collector_paused():
+            self._targets = find_targets(self.model)
         self.phase = Phase.OPEN
         weakref.finalize(self, self._written.poison)  # an abandoned session leaves a refusal
         try:
@@ -261,7 +264,7 @@ class ReloadSession:
                 found=name,
                 remedy="r.expected lists them. Map the sender's names to those first.",
             )
-        if not isinstance(self.scope, str) and name not in in_scope(self._targets, self.scope, {}):
+        if not isinstance(self.scope, str) and not is_under(name, self.scope):
             raise ReloadError(
                 "this tensor is outside the scope of the reload",
                 module=self._label,

@@ -39,10 +39,11 @@ def find_targets(model: nn.Module) -> dict[str, Target]:
                 if shown is None:
                     continue
                 live = live_of(shown)
-                if id(live) in seen:
-                    seen[id(live)].places.append((holder, name))
+                known = seen.get(id(live))
+                if known is not None:
+                    known.places.append((holder, name))
                 else:
-                    label = called.get(id(shown), prefix + name)
+                    label = called.get(id(shown)) or prefix + name
                     found[label] = seen[id(live)] = Target(live, [(holder, name)], label)
     return found
 
@@ -54,4 +55,9 @@ def in_scope(targets: Mapping[str, Target], scope: str | Iterable[str], begun: M
     if scope == "partial":
         return {n: t for n, t in targets.items() if id(t.tensor) in begun}
     prefixes = tuple(scope)
-    return {n: t for n, t in targets.items() if any(n == p or n.startswith(f"{p}.") for p in prefixes)}
+    return {n: t for n, t in targets.items() if is_under(n, prefixes)}
+
+
+def is_under(name: str, prefixes: Iterable[str]) -> bool:
+    """Whether one of the dotted prefixes is of this name."""
+    return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)

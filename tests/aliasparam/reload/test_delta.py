@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from aliasparam.reload.delta import ENCODINGS, Overwrite, XorRun
-from aliasparam.reload.delta_folder import Chain, DeltaFolder, newest_version, open_version
+from aliasparam.reload.delta_folder import Chain, DeltaFolder, open_version
 from aliasparam.reload.delta_writer import DeltaWriter, diff
 from aliasparam.reload.errors import DeltaError, SourceError
 from aliasparam.reload.hashers import FORMATS, folder_digests, hasher
+from aliasparam.reload.published import newest_version
 from aliasparam.reload.sources import SafetensorsFolder
 
 from .delta_cases import CHECKSUMS, trainer_reads, trainer_writes

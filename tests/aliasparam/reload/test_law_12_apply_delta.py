@@ -51,6 +51,7 @@ SERVED = {"a": cold(Whole, A), "b": cold(Whole, B), "c": cold(Whole, C)}
 @pytest.mark.parametrize("piece", [24, 8 << 20])
 def test_law_12_there_and_back(encoding: str, checksum: str, piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(delta_apply, "PIECE", piece)
+    monkeypatch.setattr(patch, "JOINED", 2 * piece)
     there = trainer_writes(tmp_path / "b", raw(A), raw(B), 1, encoding, checksum, files=2)
     back = trainer_writes(tmp_path / "a", raw(B), raw(A), 2, encoding, checksum)
     model = Whole()

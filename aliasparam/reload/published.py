@@ -1,0 +1,159 @@
+"""Where a trainer's versions lie, and which is the newest one: slime's folders, and stitch's board.
+
+| layout | a version | the newest |
+|---|---|---|
+| slime, SGLang, miles | ``SOURCE/weight_v000007/`` | the highest that is complete |
+| slime under stitch | ``SOURCE/[RUN/]weight_v000007/`` | ``SOURCE/latest``: ``[RUN/]weight_v000007``, or ``000007`` |
+| stitch's own | ``SOURCE/versions/weight_v000007/`` with a ``manifest.json`` | ``SOURCE/latest.json``: ``{"version": 7}`` |
+
+From the receivers' code: SGLang's ``/pull_weights``; stitch's ``bulletin.py``, ``protocol.py`` and ``types.py``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .errors import DeltaError, SourceError
+from .header import MAX_JSON_BYTES, parse_json
+from .held_file import HeldFile
+from .sources import SafetensorsFolder
+
+_POINTER_BYTES = 4096
+_PROTOCOL = 1
+_COMPLETE = ("model.safetensors.index.json", "model.safetensors")
+
+
+class Published(NamedTuple):
+    """
+    Attributes:
+        folder: the source whose versions these are: what :class:`~aliasparam.reload.delta_folder.Chain` takes.
+        version: the newest; 0 if there is none but the base checkpoint.
+    """
+
+    folder: Path
+    version: int
+
+
+def version_path(source: str | Path, version: int) -> Path:
+    nested = Path(source) / "versions"
+    return (nested if nested.is_dir() else Path(source)) / f"weight_v{version:06d}"
+
+
+def newest(source: str | Path) -> Published:
+    """What the source's pointer says, or else the highest version that is complete (its index is written last).
+
+    Raises:
+        SourceError: the source cannot be listed, or its pointer cannot be read: then nobody knows which version is meant.
+    """
+    root = Path(source)
+    if _is_there(root / "latest.json"):
+        fields = parse_json(_read(root / "latest.json", _POINTER_BYTES), root / "latest.json")
+        version = fields.get("version")
+        if fields.get("protocol_version", _PROTOCOL) != _PROTOCOL or type(version) is not int or version < 0:
+            raise _no_pointer(root / "latest.json", repr(fields), "protocol_version 1 and a version")
+        return Published(root, version)
+    if _is_there(root / "latest"):
+        text = _read(root / "latest", _POINTER_BYTES).decode(errors="replace").strip()
+        match = re.fullmatch(r"(?:((?:[\w-][\w.-]*/)*[\w-][\w.-]*)/)?(?:weight_v)?([0-9]{1,18})", text, re.ASCII)
+        if match is None:
+            raise _no_pointer(root / "latest", repr(text), "[RUN/]weight_v000007")
+        return Published(root / match[1] if match[1] else root, int(match[2]))
+    return Published(root, _highest(root))
+
+
+def newest_version(source: str | Path) -> int:
+    """The version of :func:`newest`."""
+    return newest(source).version
+
+
+def _highest(root: Path) -> int:
+    versions = [0]
+    try:
+        for path in version_path(root, 0).parent.iterdir():
+            match = re.fullmatch(r"weight_v([0-9]{6,18})", path.name)
+            if match and any((path / name).exists() for name in _COMPLETE):
+                versions.append(int(match[1]))
+    except OSError as error:
+        raise SourceError(f"the source cannot be listed: {error.strerror}", name=str(root)) from None
+    return max(versions)
+
+
+# -- manifests ---------------------------------------------------------------------------------------------------------------
+
+
+def read_manifest(path: Path) -> Mapping[str, Any] | None:
+    """``manifest.json`` of a version, if it has one.
+
+    Raises:
+        DeltaError: of another protocol, whose deltas are encoded otherwise.
+        SourceError: not JSON, or too long.
+    """
+    file = path / "manifest.json"
+    if not _is_there(file):
+        return None
+    fields = parse_json(_read(file, MAX_JSON_BYTES), file)
+    if fields.get("protocol_version", _PROTOCOL) != _PROTOCOL:
+        codec = fields.get("codec_profile")
+        raise DeltaError(
+            "the version is published in another protocol",
+            name=str(file),
+            expected=f"protocol_version {_PROTOCOL}: safetensors of zstd frames",
+            found=f"{fields['protocol_version']!r}"[:80] + (f", codec {codec!r}"[:80] if codec else ""),
+            remedy="Publish with xor or overwrite and zstd, or a full version.",
+        )
+    return fields
+
+
+def check_manifest(manifest: Mapping[str, Any], version: int, folder: SafetensorsFolder) -> None:
+    """That a manifest says what the files of its version say.
+
+    Raises:
+        DeltaError: another version, base, encoding or files; a file of another size.
+    """
+    where, index = folder.path / "manifest.json", folder.index_metadata
+    numbers = {"version": version}
+    if "base_version" in index and str(index["base_version"]).isdigit():
+        numbers["base_version"] = int(index["base_version"])
+    formats = ("delta_encoding", "compression_format", "checksum_format")
+    for key, expected in {**numbers, **{key: index.get(key) for key in formats}}.items():
+        if (key in numbers or manifest.get(key) is not None) and manifest.get(key) != expected:
+            raise _disagree(where, key, expected, manifest.get(key))
+    sizes = {entry.file.path.name: entry.file.size for entry in folder.tensors.values()}
+    named = manifest.get("transition_files") or []
+    if not isinstance(named, list) or (named and set(map(str, named)) != sizes.keys()):
+        raise _disagree(where, "transition_files", sorted(sizes), named)
+    artifacts = manifest.get("artifacts") or []
+    for artifact in artifacts if isinstance(artifacts, list) else [None]:
+        if not isinstance(artifact, dict) or not isinstance(artifact.get("path"), str):
+            raise _disagree(where, "artifacts", "objects with a path", artifact)
+        size = artifact.get("size_bytes")
+        if size is not None and size != sizes.get(artifact["path"], size):
+            raise _disagree(where, f"size_bytes of {artifact['path'][:80]}", sizes[artifact["path"]], size)
+
+
+def _is_there(path: Path) -> bool:
+    return path.is_symlink() or path.exists()
+
+
+def _read(path: Path, limit: int) -> bytes:
+    file = HeldFile(path, path.parent)
+    try:
+        if file.size > limit:
+            found = f"{file.size} bytes"
+            raise SourceError("the file is too long", name=str(path), expected=f"at most {limit} bytes", found=found)
+        return file.read(0, file.size)
+    finally:
+        file.close()
+
+
+def _no_pointer(path: Path, found: str, expected: str) -> SourceError:
+    return SourceError("the pointer to the newest version cannot be read", name=str(path), expected=expected, found=found[:80])
+
+
+def _disagree(where: Path, key: str, expected: object, found: object) -> DeltaError:
+    return DeltaError(
+        "the manifest and its version disagree", name=f"{where}: {key}", expected=str(expected)[:200], found=repr(found)[:80]
+    )
