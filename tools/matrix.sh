@@ -15,7 +15,7 @@ for version; do
       && touch "$venv/.made"; } || { echo "torch $version: cannot be installed"; failed=1; continue; }
   fi
   found=$("$venv/bin/python" -c 'import torch; print(torch.__version__)')
-  if out=$(OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=ci "$venv/bin/python" -m pytest -q -n "${JOBS:-2}" -p pytest_aliasparam \
+  if out=$(OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=ci "$venv/bin/python" -m pytest -q -n "${JOBS:-2}" \
       --ignore=tests/aliasparam/test_docs_are_exact.py tests/aliasparam 2>&1); then
     echo "torch $found: $(tail -1 <<<"$out")"
   else
