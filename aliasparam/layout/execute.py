@@ -33,6 +33,11 @@ class Copy(NamedTuple):
     value_offset: int
 
     @property
+    def form(self) -> tuple[object, ...]:
+        """All but where it starts."""
+        return self.dtype, self.sizes, self.kernel, self.value
+
+    @property
     def start(self) -> Copy:
         """Its first element alone."""
         return self._replace(sizes=(), kernel=(), value=())

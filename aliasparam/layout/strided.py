@@ -120,10 +120,8 @@ class StridedLayout(BoundLayout):
             lead = list(zip(sizes, self.lead_strides, strict=False))
             found = plan(self.boxes(box[self.lead :]), lead, row_major(sizes), size, align & -align, triton_sum.WIDEST, 0)
             copies = _keep(self._plans, key, [(copy, True) for copy in found])
-        sums = triton_sum.slots(memory.device)
-        for copy, _ in copies:
-            triton_sum.add(copy, views(copy.start, memory, first, memory)[0], sums)
-        return sums.sum(0)
+        sums = [triton_sum.sums(copy, views(copy.start, memory, first, memory)[0]) for copy, _ in copies]
+        return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
 
     def cuts(self, other: BoundLayout) -> list[Cut]:
         if not isinstance(other, StridedLayout) or len(self.lines) != 1 or len(other.lines) != 1:

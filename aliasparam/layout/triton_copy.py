@@ -50,7 +50,7 @@ def wanted(copy: Copy) -> bool:
 def run(copy: Copy, kernel: Tensor, value: Tensor, *, write: bool) -> None:
     """``kernel`` and ``value``: tensors of the copy's dtype that start at its first element on either side."""
     target, source = (kernel, value) if write else (value, kernel)
-    start(_copy, (copy, write), (target, source), partial(launch, copy, write=write))
+    start(_copy, (copy.form, write), (target, source), partial(launch, copy, write=write))
 
 
 def start(function: Any, key: Hashable, tensors: tuple[Tensor, ...], planned: Callable[[], tuple[int, dict[str, Any]]]) -> None:

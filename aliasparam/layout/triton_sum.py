@@ -29,23 +29,22 @@ MOD = 65521
 _SLOTS = 512
 
 
-def slots(device: torch.device) -> Tensor:
-    """Zeros to be summed into: int64 ``[slots, 2]``."""
-    return torch.zeros(_SLOTS, 2, dtype=torch.int64, device=device)
-
-
-def add(copy: Copy, kernel: Tensor, sums: Tensor) -> None:
-    """Add the bytes of ``copy``, and each times its byte position in the value (mod 65521, up to 2**17), to ``sums``.
+def sums(copy: Copy, kernel: Tensor) -> Tensor:
+    """Of the bytes of ``copy``, and of each times its byte position in the value, congruent mod 65521: int64 ``[2]``.
 
     ``kernel`` starts at the copy's first element in kernel memory. No sum overflows for less than 2**37 bytes.
     """
-    start(_sums, copy, (sums, kernel), partial(_launch, copy, kernel.is_cuda and torch.version.hip is None))
+    slots = torch.zeros(_SLOTS, 2, dtype=torch.int64, device=kernel.device)
+    start(_sums, copy.form, (slots, kernel), partial(_launch, copy, kernel.is_cuda and torch.version.hip is None))
+    found = slots.sum(0)
+    if copy.value_offset:  # the kernel counts from the first element of the copy
+        found[1] += found[0] % MOD * (copy.value_offset * copy.dtype.itemsize % MOD)
+    return found
 
 
 def _launch(copy: Copy, dp4a: bool) -> tuple[int, dict[str, Any]]:
     programs, constants = launch(copy, write=False, columns="kernel")
-    constants |= {"FIRST": copy.value_offset, "WIDTH": copy.dtype.itemsize, "SLOTS": _SLOTS}
-    return programs, constants | {"FAST": dp4a and copy.dtype is torch.int32}
+    return programs, constants | {"WIDTH": copy.dtype.itemsize, "SLOTS": _SLOTS, "FAST": dp4a and copy.dtype is torch.int32}
 
 
 if AVAILABLE:
@@ -76,7 +75,6 @@ if AVAILABLE:
         CS: tl.constexpr,
         CS_SIZE: tl.constexpr,
         CS_STEP: tl.constexpr,
-        FIRST: tl.constexpr,
         WIDTH: tl.constexpr,
         SLOTS: tl.constexpr,
         FAST: tl.constexpr,
@@ -91,7 +89,7 @@ if AVAILABLE:
         at = offsets(row, RS, RS_SIZE, RS_STEP)[:, None] + offsets(column, CS, CS_SIZE, CS_STEP)[None, :]
         words = tl.load(source + offsets(region, GS, GS_SIZE, GS_STEP) + at, mask=mask, other=0)
         plain, inner = _bytes(words, WIDTH, FAST)
-        start = FIRST + offsets(region, GT, GT_SIZE, GT_STEP)
+        start = offsets(region, GT, GT_SIZE, GT_STEP)
         high = (start + offsets(row, RT, RT_SIZE, RT_STEP)) * WIDTH % 65521
         low = offsets(column, CT, CT_SIZE, CT_STEP) * WIDTH % 65521
         position = high.to(tl.uint32)[:, None] + low.to(tl.uint32)[None, :]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections import deque
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
@@ -18,6 +21,8 @@ from .ranges import Box, checked_box, read_box, sizes, split
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+#: Either half of a buffer begins at a multiple of this, which every element width divides.
+_ALIGNED = 64
 
 
 class SafetensorsFolder:
@@ -62,10 +67,11 @@ class SafetensorsFolder:
         return out.view(entry.dtype).view(sizes(box))
 
     def pieces(self, name: str, buffer: Tensor, box: Box | None = None) -> Iterator[tuple[Box, Tensor]]:
-        """(box, its values) in order, each read into the begin of ``buffer``: use a piece before asking for the next.
+        """(box, its values) in order, each read into ``buffer``: use a piece before asking for the next, which is read meanwhile.
 
         Args:
-            buffer: uint8 [n], contiguous, on the host (pinned, for copies to a device); n at least one element.
+            buffer: uint8 [n], contiguous, on the host (pinned, for copies to a device); n at least one element. What fits whole
+                is one piece, else a piece takes half of it.
 
         Raises:
             SourceError: as :meth:`read`; the buffer is something else.
@@ -77,10 +83,21 @@ class SafetensorsFolder:
             raise SourceError("a buffer for pieces is contiguous bytes", expected="uint8 [n] on the host", found=found)
         if buffer.numel() < itemsize or buffer.data_ptr() % itemsize:
             raise SourceError("the buffer is too small for one element, or not aligned", expected=f"{itemsize} bytes", name=name)
-        for part in split(checked_box(entry, box), buffer.numel() // itemsize):
-            out = buffer[: math.prod(sizes(part)) * itemsize]
-            self._read(entry, part, out)
-            yield part, out.view(entry.dtype).view(sizes(part))
+        box = checked_box(entry, box)
+        half = buffer.numel() // 2 // _ALIGNED * _ALIGNED
+        if math.prod(sizes(box)) * itemsize <= buffer.numel() or half < itemsize:
+            for part in split(box, buffer.numel() // itemsize):
+                yield part, self._into(entry, part, buffer)
+            return
+        halves, parts = itertools.cycle((buffer[:half], buffer[half:])), split(box, half // itemsize)
+        with ThreadPoolExecutor(1) as reader:
+            coming: deque[tuple[Box, Future[Tensor]]] = deque()
+            for part in parts:
+                coming.append((part, reader.submit(self._into, entry, part, next(halves))))
+                if len(coming) == 2:
+                    part, values = coming.popleft()
+                    yield part, values.result()
+            yield coming[0][0], coming[0][1].result()
 
     def raw(self, name: str, start: int, out: Tensor) -> None:
         """Fill ``out`` (uint8 [n], on the host) with bytes ``start`` to ``start + n`` of the tensor."""
@@ -119,6 +136,12 @@ class SafetensorsFolder:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+    def _into(self, entry: Entry, box: Box, buffer: Tensor) -> Tensor:
+        """The values of a box, read to the begin of ``buffer``."""
+        out = buffer[: math.prod(sizes(box)) * entry.dtype.itemsize]
+        self._read(entry, box, out)
+        return out.view(entry.dtype).view(sizes(box))
 
     def _read(self, entry: Entry, box: Box, out: Tensor) -> None:
         read_box(entry, box, out)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from aliasparam import TensorSpec
 from aliasparam.reload.errors import SourceError
+from aliasparam.reload.ranges import Box
 from aliasparam.reload.sources import SafetensorsFolder
 
 from .errors import CheckpointError
@@ -90,12 +91,9 @@ class CheckpointFolder:
         Raises:
             CheckpointError: no such tensor, a part which it does not have, or a file that was truncated meanwhile.
         """
-        entry = self._entry(name)
-        entry.part(rows, columns)
-        asked = (rows, columns)[: len(entry.shape)]
-        box = [(s.start or 0, n if s.stop is None else s.stop) for s, n in zip(asked, entry.shape, strict=False)]
+        box = self._box(self._entry(name), rows, columns)
         with _as_checkpoint_error():
-            return self._source.read(name, (*box, *((0, n) for n in entry.shape[2:])))
+            return self._source.read(name, box)
 
     def chunks(
         self, name: str, max_bytes: int = 8 << 20, *, rows: slice = WHOLE, columns: slice = WHOLE
@@ -114,6 +112,20 @@ class CheckpointFolder:
         for first in range(0, max(count, 1), step):
             yield first, self.read(name, slice(begin + first, begin + min(first + step, count)), columns)
 
+    def pieces(self, name: str, buffer: Tensor, rows: slice = WHOLE, columns: slice = WHOLE) -> Iterator[tuple[Box, Tensor]]:
+        """(box, values) of one tensor or of a part of it, in ``buffer`` (uint8 [n], on the host, pinned for a GPU).
+
+        Boxes are counted from where the part begins. Use a piece before asking for the next, which is read meanwhile.
+
+        Raises:
+            CheckpointError: as :meth:`read`.
+        """
+        entry = self._entry(name)
+        box = self._box(entry, rows, columns)
+        with _as_checkpoint_error():
+            for piece, values in self._source.pieces(name, buffer, box):
+                yield tuple((a - first, b - first) for (a, b), (first, _) in zip(piece, box, strict=True)), values
+
     def check_unchanged(self) -> None:
         """To be called after the last read, before what was read is served.
 
@@ -126,6 +138,13 @@ class CheckpointFolder:
     def close(self) -> None:
         """Let go of the files. Nothing is read afterwards."""
         self._source.close()
+
+    @staticmethod
+    def _box(entry: TensorEntry, rows: slice, columns: slice) -> Box:
+        entry.part(rows, columns)
+        asked = (rows, columns)[: len(entry.shape)]
+        box = [(s.start or 0, n if s.stop is None else s.stop) for s, n in zip(asked, entry.shape, strict=False)]
+        return (*box, *((0, n) for n in entry.shape[2:]))
 
     def _entry(self, name: str) -> TensorEntry:
         entry = self.tensors.get(name)

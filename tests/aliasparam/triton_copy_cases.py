@@ -62,11 +62,9 @@ def sums_by_triton(bound: StridedLayout, memory: torch.Tensor, box: Box) -> list
     first = sum(start * stride for (start, _), stride in zip(box, bound.lead_strides, strict=False)) * memory.element_size()
     lead = list(zip(sizes, bound.lead_strides, strict=False))
     align = (first | 4) & -(first | 4)
-    sums = triton_sum.slots(memory.device)
     copies = plan(bound.boxes(box[bound.lead :]), lead, row_major(sizes), memory.element_size(), align, 4, 0)
-    for copy in copies:
-        triton_sum.add(copy, views(copy.start, memory, first, memory)[0], sums)
-    return sums.sum(0).tolist()
+    sums = [triton_sum.sums(copy, views(copy.start, memory, first, memory)[0]) for copy in copies]
+    return torch.stack(sums).sum(0).tolist()
 
 
 def adler32(sums: list[int], nbytes: int) -> int:

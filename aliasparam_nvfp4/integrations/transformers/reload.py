@@ -69,13 +69,15 @@ def reload_folder(
     told = on_bytes or (lambda _: None)
     total = 0
     opened = reload(model, policy=policy, source="folder", hooks=hooks)
+    on_gpu = any(tensor.is_cuda for tensor in model.parameters())
+    buffer = torch.empty(max(chunk_bytes, 8), dtype=torch.uint8, pin_memory=on_gpu)
     with torch.no_grad(), closing(plan.source), opened as session:
         for name, target in plan.targets.items():
             stored, rows, columns = plan.parts.get(name, (plain_name(name), WHOLE, WHOLE))
-            for first_row, piece in plan.source.chunks(stored, chunk_bytes, rows=rows, columns=columns):
+            for box, piece in plan.source.pieces(stored, buffer, rows, columns):
                 value = piece.to(target.dtype)  # as a cold load casts what is not quantized
                 scalar = not target.shape or not piece.dim()
-                session.update(name, value.reshape(target.shape) if scalar else value, first_row=None if scalar else first_row)
+                session.update(name, value.reshape(target.shape) if scalar else value, box=None if scalar else box)
                 total += piece.nbytes
                 told(piece.nbytes)
         for conversion in plan.conversions:
