@@ -243,6 +243,10 @@ class ReloadSession:
         for name, value, *box in tensors.items() if isinstance(tensors, Mapping) else tensors:
             self.update(name, value, box=box[0] if box else None)
 
+    def live(self, name: str) -> Live:
+        """The bytes of one tensor, to be read. Raises ReloadError: no such name."""
+        return Live(self._target(name).tensor)
+
     def patch(self, name: str, patches: Callable[[Live], list[Patch]]) -> None:
         """Hold what a delta changes in one tensor. For sessions of :func:`~aliasparam.reload.prepare_delta`."""
         self._need(Phase.OPEN, "patch")

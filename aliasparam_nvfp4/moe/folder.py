@@ -81,7 +81,7 @@ class ExpertSource:
                 key = (expert, shard, suffix)
                 if key not in self.tensors.entries and suffix in self.optional:
                     continue
-                yield ExpertPart(key, self.tensors.name(key), *self._share(shard, suffix))
+                yield ExpertPart(key, self.tensors.name(key), *self.share(shard, suffix))
 
     def absent(self) -> Iterator[ExpertKey]:
         """Tensors that the layer has and the files do not."""
@@ -90,7 +90,8 @@ class ExpertSource:
             keys = [(expert, shard, self.format.input_global) for expert in range(self.shape.all_experts) for shard in shards]
             yield from (key for key in keys if key not in self.tensors.entries)
 
-    def _share(self, shard: str, suffix: str) -> tuple[slice, slice]:
+    def share(self, shard: str, suffix: str) -> tuple[slice, slice]:
+        """Rows and columns of each expert's tensor that this rank has."""
         elements = {self.format.weight: 2, self.format.block_scale: BLOCK_SIZE}.get(suffix)
         if elements is None or self.ranks.tp_size == 1:
             return WHOLE, WHOLE

@@ -11,11 +11,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from aliasparam import checkpoint_digest
+from aliasparam.reload.delta_writer import diff
+from aliasparam.reload.errors import DeltaError
+from aliasparam.reload.sources import SafetensorsFolder
 from aliasparam_nvfp4.checkpoint import CheckpointError
 from aliasparam_nvfp4.verify import signal_to_noise
 
 transformers = pytest.importorskip("transformers")
-from aliasparam_nvfp4.integrations.transformers import reload_folder, use_backend  # noqa: E402
+from aliasparam_nvfp4.integrations.transformers import apply_delta_folder, reload_folder, use_backend  # noqa: E402
 from aliasparam_nvfp4.integrations.transformers.config import model_config  # noqa: E402
 
 from .folder_models import IDS, MODELS, quantized, saved, write  # noqa: E402
@@ -68,6 +72,25 @@ def test_a_published_folder_answers_right_reloads_and_exports_its_bytes(kind: st
     assert torch.equal(logits(model), logits(load(b, cls))), "law 9"
     reload_folder(model, a)
     assert torch.equal(logits(model), first)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_law_12_a_delta_of_a_published_folder_is_a_reload_of_the_next(kind: str, tmp_path: Path) -> None:
+    """Converted tensors, experts in one, parts that the model drops: all of them change from A to B."""
+    a, _, _, cls = folders(kind, 0, tmp_path / "a")
+    b, _, _, _ = folders(kind, 1, tmp_path / "b")
+    with SafetensorsFolder(a) as old, SafetensorsFolder(b) as new:
+        diff(old, new, tmp_path / "to-b", 1, 0)
+        diff(new, old, tmp_path / "to-a", 2, 1, encoding="overwrite", checksum_format="adler32")
+    with use_backend("reference", moe="reference"):
+        model, cold = (cls.from_pretrained(f, config=model_config(f), dtype=torch.bfloat16).eval() for f in (a, b))
+    first, before = logits(model), checkpoint_digest(model)
+    assert apply_delta_folder(model, tmp_path / "to-b", serving=0) == 1
+    assert checkpoint_digest(model) == checkpoint_digest(cold) and torch.equal(logits(model), logits(cold))
+    with pytest.raises(DeltaError, match="the checksum of the new bytes differs"):
+        apply_delta_folder(model, tmp_path / "to-b")
+    assert apply_delta_folder(model, tmp_path / "to-a", serving=1) == 2
+    assert checkpoint_digest(model) == before and torch.equal(logits(model), first)
 
 
 def same(stored: Tensor, found: Tensor) -> Tensor:

@@ -17,6 +17,10 @@ from torch import Tensor
 pytest.importorskip("transformers")
 pytest.importorskip("modelopt")
 
+from aliasparam import checkpoint_digest
+from aliasparam.errors import AliasError
+from aliasparam.reload.delta_writer import diff
+from aliasparam.reload.sources import SafetensorsFolder
 from aliasparam_nvfp4.checkpoint import CheckpointError, CheckpointFolder, ExpertTensorName
 from aliasparam_nvfp4.moe import ExpertRanks
 from aliasparam_nvfp4.verify import signal_to_noise
@@ -102,14 +106,51 @@ def serve_as(rank: int, ranks: ExpertRanks, a: Path, b: Path, broken: Path) -> N
     dist.all_gather(everyone, first)
     assert all(torch.equal(one, first) for one in everyone), "ranks agree"
 
+    apply_deltas(rank, model, a, b, broken.parent)
+
     found = logits(load(b, ranks, torch.float32))
     if rank == 0:
         alone = logits(load(b, ExpertRanks(), torch.float32))
         assert signal_to_noise(found.double(), alone.double()) >= LEAST_DB
 
 
+def apply_deltas(rank: int, model: Any, a: Path, b: Path, deltas: Path) -> None:
+    """A delta to B and back, of experts that this rank has in part or not at all, is a reload of B, and of A."""
+    from aliasparam_nvfp4.integrations.transformers import apply_delta_folder, reload_folder
+
+    first = decode_logprobs(model)
+    reload_folder(model, b)
+    second, digest = decode_logprobs(model), checkpoint_digest(model)
+    reload_folder(model, a)
+    before = checkpoint_digest(model)
+    assert apply_delta_folder(model, deltas / "to-b", serving=0) == 1
+    assert checkpoint_digest(model) == digest and torch.equal(decode_logprobs(model), second)
+    for name, match in (
+        ("to-b", "the checksum of the new bytes differs|another process refused"),
+        ("xxh3", "cannot be verified"),
+    ):
+        with pytest.raises(AliasError, match=match):  # it is applied already, or cannot be added up
+            apply_delta_folder(model, deltas / name)
+    with pytest.raises(AliasError, match=r"truncated|another process refused"):
+        apply_delta_folder(model, deltas / ("cut" if rank == 1 else "to-a"))
+    assert checkpoint_digest(model) == digest and torch.equal(decode_logprobs(model), second), "all go on answering"
+    assert apply_delta_folder(model, deltas / "to-a", serving=1) == 2
+    assert checkpoint_digest(model) == before and torch.equal(decode_logprobs(model), first)
+
+
+def publish(a: Path, b: Path, deltas: Path) -> None:
+    with SafetensorsFolder(a) as old, SafetensorsFolder(b) as new:
+        diff(old, new, deltas / "to-b", 1, 0, checksum_format="adler32")
+        diff(new, old, deltas / "xxh3", 2, 1)
+        diff(new, old, deltas / "to-a", 2, 1, checksum_format="adler32", encoding="overwrite")
+    cut = Path(shutil.copytree(deltas / "to-a", deltas / "cut"))
+    shard = next(cut.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-100])
+
+
 def test_decode_logprobs_are_bit_equal_after_each_reload(folders: tuple[Path, Path], tmp_path: Path) -> None:
     broken = Path(shutil.copytree(folders[1], tmp_path / "broken"))
     weights = (broken / "model.safetensors").read_bytes()
     (broken / "model.safetensors").write_bytes(weights[:-100])
+    publish(*folders, tmp_path)
     mp.spawn(serve, args=(*folders, broken, tmp_path / "store"), nprocs=4)

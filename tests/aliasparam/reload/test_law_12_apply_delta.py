@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from aliasparam import Alias, Derivation, apply_delta, checkpoint_digest, checkpoint_state_dict, declare, process
 from aliasparam.errors import AliasError, ReloadError
 from aliasparam.layout.bound import BoundLayout
-from aliasparam.reload import delta_apply, digest_of_folder, patch, prepare_delta
+from aliasparam.reload import delta_held, digest_of_folder, patch, prepare_delta
 from aliasparam.reload.delta_folder import Chain, DeltaFolder
 from aliasparam.reload.delta_writer import diff
 from aliasparam.reload.errors import DeltaError
@@ -50,7 +50,7 @@ SERVED = {"a": cold(Whole, A), "b": cold(Whole, B), "c": cold(Whole, C)}
 @pytest.mark.parametrize("checksum", ["adler32", "xxh3-128", "blake3"])
 @pytest.mark.parametrize("piece", [24, 8 << 20])
 def test_law_12_there_and_back(encoding: str, checksum: str, piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(delta_apply, "PIECE", piece)
+    monkeypatch.setattr(delta_held, "PIECE", piece)
     monkeypatch.setattr(patch, "JOINED", 2 * piece)
     there = trainer_writes(tmp_path / "b", raw(A), raw(B), 1, encoding, checksum, files=2)
     back = trainer_writes(tmp_path / "a", raw(B), raw(A), 2, encoding, checksum)
@@ -219,4 +219,4 @@ def test_what_this_package_writes(tmp_path: Path) -> None:
         model = Whole()
         apply_delta(model, tmp_path / "delta")
         assert checkpoint_digest(model) == digest_of_folder(b) != digest_of_folder(a)
-    assert patch.PIECE == delta_apply.PIECE
+    assert patch.PIECE == delta_held.PIECE

@@ -1,0 +1,135 @@
+"""Where a model holds what a delta changes: under other names, in parts, in other processes, or as other tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from ..layout.boxes import row_major
+from ..storage.coverage import Box
+from .live import Live
+from .patch import PIECE
+
+
+class Part(NamedTuple):
+    """What this process holds of a tensor whose parts are in several.
+
+    Attributes:
+        shape: of the whole tensor, as files have it.
+        box: this process's part of it.
+    """
+
+    shape: tuple[int, ...]
+    box: Box
+
+
+class Converted(Protocol):
+    """Tensors of files that are others in the model, by a function that goes both ways.
+
+    Attributes:
+        sources: names in the files.
+        targets: names in the model.
+    """
+
+    @property
+    def sources(self) -> Collection[str]: ...
+
+    @property
+    def targets(self) -> Collection[str]: ...
+
+    def revert(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The files' tensors from the model's."""
+        ...
+
+    def convert(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The model's tensors from the files'."""
+        ...
+
+
+#: Adds int64 [n, 3] up over all processes that hold parts, in place; each calls it once.
+AddUp = Callable[[Tensor], None]
+
+
+@dataclass(frozen=True)
+class Places:
+    """
+    Attributes:
+        names: name in the files -> name in the model, where they differ.
+        parts: by the files' names, what is not whole here.
+        divided: the files' names of all that is held in parts, the same in every process.
+        elsewhere: the files' names of what this process holds nothing of, or nobody does.
+        converted: tensors that are others in the model.
+        add_up: how the digests of parts become those of tensors.
+    """
+
+    names: Mapping[str, str] = field(default_factory=dict)
+    parts: Mapping[str, Part] = field(default_factory=dict)
+    divided: Collection[str] = ()
+    elsewhere: Collection[str] = ()
+    converted: Sequence[Converted] = ()
+    add_up: AddUp | None = None
+
+    def here(self, stored: str) -> str:
+        return self.names.get(stored, stored)
+
+
+class Span(NamedTuple):
+    """Some rows of a tensor: bytes that lie together in its files, of which this process has some columns.
+
+    Attributes:
+        start: first byte in the files.
+        nbytes: in the files.
+        box: in the live tensor.
+        columns: (begin, end) in each row's bytes, and the row's bytes; None where they are all here.
+    """
+
+    start: int
+    nbytes: int
+    box: Box
+    columns: tuple[int, int, int] | None
+
+    def put(self, own: Tensor) -> Tensor:
+        """uint8 [nbytes] with ``own`` in its place, and zeros beside it."""
+        if self.columns is None:
+            return own.clone()
+        begin, end, row = self.columns
+        whole = own.new_zeros(self.nbytes)
+        whole.view(-1, row)[:, begin:end] = own.view(-1, end - begin)
+        return whole
+
+    def take(self, whole: Tensor) -> Tensor:
+        """What is here of ``whole``."""
+        if self.columns is None:
+            return whole
+        begin, end, row = self.columns
+        return whole.view(-1, row)[:, begin:end].reshape(-1)
+
+
+def spans(live: Live, part: Part | None) -> Iterator[Span]:
+    """All that is here, in the order of the files, in pieces of 2 MiB (of a part at least one row)."""
+    if part is None:
+        for start, box in live.pieces(PIECE):
+            yield Span(start, math.prod(b - a for a, b in box) * live.dtype.itemsize, box, None)
+        return
+    shape, box = part
+    size, strides = live.dtype.itemsize, row_major(shape)
+    row = strides[0] * size
+    begin = sum(a * stride for (a, _), stride in zip(box[1:], strides[1:], strict=True)) * size
+    end = begin + math.prod(b - a for a, b in box[1:]) * size
+    first, last = box[0]
+    for start in range(first, last, max(PIECE // row, 1)):
+        stop = min(start + max(PIECE // row, 1), last)
+        own = ((start - first, stop - first), *((0, n) for n in live.shape[1:]))
+        yield Span(start * row, (stop - start) * row, own, None if end - begin == row else (begin, end, row))
+
+
+def fits(live: Live, part: Part) -> bool:
+    """Whether the live tensor is that part, and its columns lie together in each row."""
+    sizes = tuple(b - a for a, b in part.box)
+    inside = all(0 <= a < b <= n for (a, b), n in zip(part.box, part.shape, strict=True))
+    together = part.box[2:] == tuple((0, n) for n in part.shape[2:])
+    return inside and together and sizes == live.shape
