@@ -253,7 +253,7 @@ class Bench:
         self.say("names of 18000 tensors", f"{seconds:.3f} s from begin to abort", seconds=seconds)
 
     def large_delta(self) -> None:
-        model, share = self.model(self.options.gib), self.options.share
+        model, share = self.model(self.options.gib, experts=self.cuda), self.options.share
         random = torch.Generator(self.device).manual_seed(0)
         for layer in model.layers:
             for name in ("weight_prepared", "weight_scale_prepared"):
@@ -272,8 +272,9 @@ class Bench:
             **asdict(row),
         )
 
-    def model(self, gib: float) -> Model:
-        rows, columns = (8192, 4096) if self.cuda else (1024, 1024)
+    def model(self, gib: float, *, experts: bool = False) -> Model:
+        """``experts``: layers as large as w13 of one rank of Kimi-K2.5 at TP 4."""
+        rows, columns = (384 * 1024, 3584) if experts else (8192, 4096) if self.cuda else (1024, 1024)
         return Model(max(1, round(gib * 2**30 / (rows * columns * 9 / 8))), rows, columns, self.device)
 
 

@@ -7,7 +7,7 @@ weighted with 0 to 3 in one instruction each.
 
 from __future__ import annotations
 
-from functools import partial
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -25,8 +25,6 @@ if AVAILABLE:
 #: Bytes of the widest element, for which there is an instruction.
 WIDEST = 4
 MOD = 65521
-#: Pairs of sums that programs add to in turn: one pair would be a queue.
-_SLOTS = 512
 
 
 def sums(copy: Copy, kernel: Tensor) -> Tensor:
@@ -34,17 +32,20 @@ def sums(copy: Copy, kernel: Tensor) -> Tensor:
 
     ``kernel`` starts at the copy's first element in kernel memory. No sum overflows for less than 2**37 bytes.
     """
-    slots = torch.zeros(_SLOTS, 2, dtype=torch.int64, device=kernel.device)
-    start(_sums, copy.form, (slots, kernel), partial(_launch, copy, kernel.is_cuda and torch.version.hip is None))
-    found = slots.sum(0)
+    dp4a = kernel.is_cuda and torch.version.hip is None and copy.dtype is torch.int32
+    planned = _planned(copy._replace(kernel_offset=0, value_offset=0), dp4a)
+    parts = torch.empty(planned[0], 2, dtype=torch.int64, device=kernel.device)  # of each program
+    start(_sums, copy.form, (parts, kernel), lambda: planned)
+    found = parts.sum(0)
     if copy.value_offset:  # the kernel counts from the first element of the copy
         found[1] += found[0] % MOD * (copy.value_offset * copy.dtype.itemsize % MOD)
     return found
 
 
-def _launch(copy: Copy, dp4a: bool) -> tuple[int, dict[str, Any]]:
+@lru_cache(maxsize=4096)
+def _planned(copy: Copy, dp4a: bool) -> tuple[int, dict[str, Any]]:
     programs, constants = launch(copy, write=False, columns="kernel")
-    return programs, constants | {"WIDTH": copy.dtype.itemsize, "SLOTS": _SLOTS, "FAST": dp4a and copy.dtype is torch.int32}
+    return programs, constants | {"WIDTH": copy.dtype.itemsize, "FAST": dp4a}
 
 
 if AVAILABLE:
@@ -76,11 +77,10 @@ if AVAILABLE:
         CS_SIZE: tl.constexpr,
         CS_STEP: tl.constexpr,
         WIDTH: tl.constexpr,
-        SLOTS: tl.constexpr,
         FAST: tl.constexpr,
     ):
         program = tl.program_id(0).to(tl.int64)
-        slot = program % SLOTS
+        slot = sums + program * 2
         column = program % ((N + BN - 1) // BN) * BN + tl.arange(0, BN).to(tl.int64)
         program = program // ((N + BN - 1) // BN)
         row = program % ((M + BM - 1) // BM) * BM + tl.arange(0, BM).to(tl.int64)
@@ -94,8 +94,8 @@ if AVAILABLE:
         low = offsets(column, CT, CT_SIZE, CT_STEP) * WIDTH % 65521
         position = high.to(tl.uint32)[:, None] + low.to(tl.uint32)[None, :]
         weighted = inner.to(tl.uint64) + plain.to(tl.uint64) * position.to(tl.uint64)
-        tl.atomic_add(sums + slot * 2, tl.sum(plain).to(tl.int64), sem="relaxed")
-        tl.atomic_add(sums + slot * 2 + 1, tl.sum(weighted).to(tl.int64), sem="relaxed")
+        tl.store(slot, tl.sum(plain).to(tl.int64))
+        tl.store(slot + 1, tl.sum(weighted).to(tl.int64))
 
     @triton.jit
     def _bytes(words, WIDTH: tl.constexpr, FAST: tl.constexpr):

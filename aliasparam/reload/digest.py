@@ -14,14 +14,21 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from ..layout import Layout
 from .errors import DeltaError
 from .header import DTYPES
 
 _MOD = 65521
+_PLAIN = Layout("n -> n")
 #: Bytes looked at in one step: scratch is 4 (a run) or 16 (scattered bytes) times as much.
 _PIECE = 1 << 20
 #: Bytes a row: the weighted sum of a row, 255 * (0 + .. + 255), is below 2**24, so float32 holds every partial sum exactly.
 _ROW = 256
+
+
+def sums_of_run(flat: Tensor) -> Tensor | None:
+    """int64 ``[2]``: the sums of contiguous bytes (uint8 ``[n]``), congruent mod 65521; None where no kernel takes them."""
+    return _PLAIN.bind(flat.shape, torch.uint8).positional_sums(flat, ((0, flat.numel()),))
 
 
 class PositionalAdler32:
@@ -61,6 +68,11 @@ class PositionalAdler32:
     def add_run(self, values: Tensor, start: int, *, sign: int = 1) -> None:
         """Bytes ``values`` (uint8, any shape, contiguous in the checkpoint) from checkpoint byte ``start`` on."""
         flat = values.reshape(-1)
+        sums = sums_of_run(flat)
+        if sums is not None:
+            sums[1].add_(sums[0], alpha=start % _MOD)
+            self.add_sums(sign * flat.numel(), sums if sign == 1 else -sums)
+            return
         body = flat.numel() // _ROW * _ROW
         self.count += sign * body
         weights = torch.ones(_ROW, 2, device=flat.device)
@@ -78,7 +90,7 @@ class PositionalAdler32:
         """``count`` bytes whose sums (int64 ``[2]``: of the bytes, of position times byte, mod 65521) were taken on a device."""
         self.count += count
         now = self._sums.get(sums.device)
-        self._sums[sums.device] = (sums if now is None else now + sums) % _MOD
+        self._sums[sums.device] = sums if now is None else (now + sums) % _MOD
 
     def merge(self, other: PositionalAdler32) -> None:
         """Take in what ``other`` has added: other pieces, devices or ranks (a rank sends ``count`` and ``sums()``)."""

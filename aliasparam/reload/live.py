@@ -11,13 +11,11 @@ from torch import Tensor
 from ..errors import StateError
 from ..layout.blocks import tiles
 from ..layout.boxes import row_major
-from ..layout.layout import Layout
 from ..storage.coverage import Box
 from ..storage.storage import AliasedStorage
 from ..tensors.faces import _Aliased
 from ..tensors.geometry import place_of
-
-_PLAIN = Layout("n -> n")
+from .digest import sums_of_run
 
 
 class Live:
@@ -79,8 +77,7 @@ class Live:
         if self.storage is None:
             if not self.tensor.is_contiguous() or not self.nbytes:
                 return None
-            flat = flat_bytes(self.tensor.detach())
-            return _PLAIN.bind(flat.shape, torch.uint8).positional_sums(flat, ((0, self.nbytes),))
+            return sums_of_run(flat_bytes(self.tensor.detach()))
         place = place_of(self.storage, self.tensor._alias_geometry)  # type: ignore[attr-defined]
         if place is None or place.order is not None or self.dtype is not self.storage.bound.dtype:
             return None

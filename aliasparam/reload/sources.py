@@ -21,7 +21,9 @@ from .ranges import Box, checked_box, read_box, sizes, split
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-#: Either half of a buffer begins at a multiple of this, which every element width divides.
+#: Parts of a buffer: one piece is used while the others are read, as one thread reads slower than a disk or a GPU takes.
+_AHEAD = 4
+#: Each begins at a multiple of this, which every element width divides.
 _ALIGNED = 64
 
 
@@ -62,16 +64,14 @@ class SafetensorsFolder:
         """
         entry = self.entry(name)
         box = checked_box(entry, box)
-        out = torch.empty(math.prod(sizes(box)) * entry.dtype.itemsize, dtype=torch.uint8)
-        self._read(entry, box, out)
-        return out.view(entry.dtype).view(sizes(box))
+        return self._counted(_into(entry, box, torch.empty(math.prod(sizes(box)) * entry.dtype.itemsize, dtype=torch.uint8)))
 
     def pieces(self, name: str, buffer: Tensor, box: Box | None = None) -> Iterator[tuple[Box, Tensor]]:
-        """(box, its values) in order, each read into ``buffer``: use a piece before asking for the next, which is read meanwhile.
+        """(box, its values) in order, each read into ``buffer``: use a piece before asking for the next.
 
         Args:
-            buffer: uint8 [n], contiguous, on the host (pinned, for copies to a device); n at least one element. What fits whole
-                is one piece, else a piece takes half of it.
+            buffer: uint8 [n], contiguous, on the host (pinned, for copies to a device); n at least one element. A tensor of half
+                its size is one piece; pieces of a larger one take a quarter each, and three are read ahead at once.
 
         Raises:
             SourceError: as :meth:`read`; the buffer is something else.
@@ -84,20 +84,21 @@ class SafetensorsFolder:
         if buffer.numel() < itemsize or buffer.data_ptr() % itemsize:
             raise SourceError("the buffer is too small for one element, or not aligned", expected=f"{itemsize} bytes", name=name)
         box = checked_box(entry, box)
-        half = buffer.numel() // 2 // _ALIGNED * _ALIGNED
-        if math.prod(sizes(box)) * itemsize <= buffer.numel() or half < itemsize:
-            for part in split(box, buffer.numel() // itemsize):
-                yield part, self._into(entry, part, buffer)
+        part = buffer.numel() // _AHEAD // _ALIGNED * _ALIGNED
+        if math.prod(sizes(box)) * itemsize <= buffer.numel() // 2 or part < itemsize:
+            for piece in split(box, buffer.numel() // itemsize):
+                yield piece, self._counted(_into(entry, piece, buffer))
             return
-        halves, parts = itertools.cycle((buffer[:half], buffer[half:])), split(box, half // itemsize)
-        with ThreadPoolExecutor(1) as reader:
+        buffers = itertools.cycle(buffer[i * part : (i + 1) * part] for i in range(_AHEAD))
+        with ThreadPoolExecutor(_AHEAD - 1) as readers:
             coming: deque[tuple[Box, Future[Tensor]]] = deque()
-            for part in parts:
-                coming.append((part, reader.submit(self._into, entry, part, next(halves))))
-                if len(coming) == 2:
-                    part, values = coming.popleft()
-                    yield part, values.result()
-            yield coming[0][0], coming[0][1].result()
+            for piece in split(box, part // itemsize):
+                if len(coming) == _AHEAD - 1:
+                    first, values = coming.popleft()
+                    yield first, self._counted(values.result())
+                coming.append((piece, readers.submit(_into, entry, piece, next(buffers))))
+            for first, values in coming:
+                yield first, self._counted(values.result())
 
     def raw(self, name: str, start: int, out: Tensor) -> None:
         """Fill ``out`` (uint8 [n], on the host) with bytes ``start`` to ``start + n`` of the tensor."""
@@ -137,15 +138,9 @@ class SafetensorsFolder:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _into(self, entry: Entry, box: Box, buffer: Tensor) -> Tensor:
-        """The values of a box, read to the begin of ``buffer``."""
-        out = buffer[: math.prod(sizes(box)) * entry.dtype.itemsize]
-        self._read(entry, box, out)
-        return out.view(entry.dtype).view(sizes(box))
-
-    def _read(self, entry: Entry, box: Box, out: Tensor) -> None:
-        read_box(entry, box, out)
-        self.bytes_read += out.numel()
+    def _counted(self, values: Tensor) -> Tensor:
+        self.bytes_read += values.nbytes
+        return values
 
     # -- opening -------------------------------------------------------------------------------------------------------
 
@@ -201,6 +196,13 @@ class SafetensorsFolder:
                     "a shard's name is not a plain file name", name=where, expected="a file in the folder", found=found
                 )
         return weight_map
+
+
+def _into(entry: Entry, box: Box, buffer: Tensor) -> Tensor:
+    """The values of a box, read to the begin of ``buffer``."""
+    out = buffer[: math.prod(sizes(box)) * entry.dtype.itemsize]
+    read_box(entry, box, out)
+    return out.view(entry.dtype).view(sizes(box))
 
 
 def _is_plain(name: str) -> bool:
