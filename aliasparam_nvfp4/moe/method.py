@@ -16,12 +16,12 @@ from ..checkpoint_format import MODELOPT, CheckpointFormat
 from ..checks import FiniteBlockScales
 from ..errors import ShapeError
 from ..format import BLOCK_SIZE
+from ..missing import Missing, RunTimeScales, is_dynamic, need_policy
 from .activation import SWIGLU, ExpertActivation
 from .declarations import aliases, scalars
 from .loader import ExpertLoader
 from .routing import Routing
 from .runners import MoENames, MoERunner, MoEShape, chosen, moe_runner
-from .scales import Missing
 
 
 class NvFp4MoEMethod:
@@ -33,7 +33,8 @@ class NvFp4MoEMethod:
         activation: what lies between the two GEMMs: SwiGLU, with its numbers or without, or ReLU squared, which has no gate.
         checkpoint: the names and the direction of scales, ModelOpt's or those of compressed-tensors.
         input_scale: False for checkpoints without activation scales (W4A16_NVFP4, NVFP4A16).
-        missing_input_scale: what counts for experts whose input scale is 0 or no number: "refuse", or "max" of the layer.
+        missing_input_scale: what counts for experts whose input scale is 0 or no number: "refuse", "max" of the layer, or
+            computed at run time for each token ("dynamic") or each call ("dynamic-tensor"), where the runner can.
         interleaved: True where fused tensors of the checkpoint have rows ``[g0, u0, g1, u1, ...]``. The loader takes them apart
             as they arrive; nothing on the layer remembers it, so they can arrive as often as they like.
         retarget_to: runners to which a loaded layer may be moved by :func:`retarget_experts`, where their padding needs more
@@ -78,9 +79,12 @@ class NvFp4MoEMethod:
                 raise ShapeError(f"no such {what} rank", expected=f"0 to {size - 1}", found=rank)
         if interleaved and not activation.gated:
             raise ShapeError("without a gate there is nothing to interleave", expected="interleaved=False", found=activation.kind)
+        need_policy(missing_input_scale)
+        needs: dict[str, Any] = {"activation": activation, "input_scale": input_scale, "dynamic": is_dynamic(missing_input_scale)}
         self.name = backend
-        self.backend = moe_runner(backend, activation=activation, input_scale=input_scale)
-        self.retarget_to = tuple(moe_runner(n, activation=activation, input_scale=input_scale) for n in retarget_to)
+        self.backend = moe_runner(backend, **needs)
+        self.retarget_to = tuple(moe_runner(n, **needs) for n in retarget_to)
+        self._needs = needs
         self.activation, self.checkpoint, self.input_scale, self.interleaved = activation, checkpoint, input_scale, interleaved
         self.missing_input_scale: Missing = missing_input_scale
         self.ep_rank, self.ep_size, self.tp_rank, self.tp_size = ep_rank, ep_size, tp_rank, tp_size
@@ -128,10 +132,11 @@ class NvFp4MoEMethod:
             for key, value in {**attributes, "of_all_experts": of_all}.items():
                 setattr(parameter, key, value)
             layer.register_parameter(name, parameter)
-        runner, reason = chosen(self.name, activation=self.activation, input_scale=self.input_scale, dtype=params_dtype)
+        runner, reason = chosen(self.name, dtype=params_dtype, **self._needs)
         layer.__dict__.update(nvfp4_moe_shape=shape, nvfp4_runner=runner, params_dtype=params_dtype)
         layer.__dict__["nvfp4_moe_checkpoint"] = self.checkpoint, self.input_scale
         layer.__dict__["nvfp4_moe_missing"] = self.missing_input_scale
+        layer.__dict__["run_time_scales"] = RunTimeScales.of(self.missing_input_scale)
         self._declare(layer, shape, runner).about = f"{runner.name}: {reason}"
 
     def _parameters(self, shape: MoEShape) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

@@ -8,9 +8,9 @@ from aliasparam import Derivation, Layout, registry_of
 
 from ..checkpoint_format import CheckpointFormat
 from ..errors import BackendError
+from ..missing import Missing, is_dynamic
 from .declarations import formats, unread
 from .runners import MoERunner, MoEShape, moe_runner
-from .scales import Missing
 
 
 def retarget_experts(module: nn.Module, runner: str) -> int:
@@ -62,7 +62,8 @@ class _Experts:
     def need_movable_to(self, target: MoERunner) -> None:
         """Raise what would go wrong. Nothing is changed."""
         label = self.registry.label
-        if (reason := target.refusal(self.shape.expert_activation, input_scale=self.input_scale)) is not None:
+        dynamic = is_dynamic(self.missing)
+        if (reason := target.refusal(self.shape.expert_activation, input_scale=self.input_scale, dynamic=dynamic)) is not None:
             raise BackendError(f"this runner cannot serve these experts: {reason}", module=label, name=target.name)
         if copies := [n for n in self.formats(target) if not self.registry.sources[n].derived]:
             raise BackendError(

@@ -21,9 +21,9 @@ from ...checkpoint import CheckpointFolder, ExpertTensors, UnsupportedFormatErro
 from ...checkpoint.experts import ExpertKey
 from ...checkpoint.scheme import Scheme
 from ...checkpoint_format import CheckpointFormat
+from ...missing import Missing
 from ...moe import ExpertActivation, ExpertRanks, NvFp4MoEMethod
 from ...moe.folder import SHARDS, ExpertSource, expert_source, expert_specs, load_from
-from ...moe.scales import Missing
 from .activation import expert_activation
 
 

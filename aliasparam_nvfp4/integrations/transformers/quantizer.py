@@ -26,10 +26,9 @@ from aliasparam import checkpoint_state_dict, process
 
 from ...backends import linear_backend
 from ...checkpoint import QuantConfig
-from ...errors import ScaleError
+from ...missing import Missing, need_policy
 from ...moe import ExpertRanks
 from ...moe.runners import moe_runner
-from ...moe.scales import Missing
 from .carried import carry
 from .experts import ExpertChoice, Experts, replace_experts, show_apart
 from .fuse import fuse_projections
@@ -67,11 +66,14 @@ def use_backend(
 
     With ``ranks`` each process reads and holds its own part of the experts, and the results are added up over the default
     process group of ``torch.distributed``; all other layers are whole in every process. ``retarget_to`` plans room for the linear
-    backends to which :func:`aliasparam_nvfp4.retarget` may move the model. ``missing_input_scale`` says what counts for experts
-    whose activations were not calibrated: "refuse" them, or "max", the largest of their layer.
+    backends to which :func:`aliasparam_nvfp4.retarget` may move the model. ``missing_input_scale`` says what counts for
+    layers and experts whose activations were not calibrated: "refuse" them; "max", the largest of the fused layer or of its
+    experts; or "dynamic" (each token) and "dynamic-tensor" (each call), scales computed at run time, where the backend can.
+
+    Raises:
+        ScaleError: no such policy.
     """
-    if missing_input_scale not in ("refuse", "max"):
-        raise ScaleError("unknown policy for missing input scales", expected="refuse or max", found=repr(missing_input_scale))
+    need_policy(missing_input_scale)
     token = _choice.set(Choice(name, ExpertChoice(moe, ranks or ExpertRanks(), missing_input_scale), tuple(retarget_to)))
     try:
         yield
@@ -147,7 +149,7 @@ class ModelOptQuantizer(HfQuantizer):  # type: ignore[misc]
         self._source = source = Source.of(model, folder) if folder else Source()
         schemes = partial(source.schemes_of_experts, config)
         replace_experts(model, source.experts, schemes, config.tensors, self.choice.experts, dtype)
-        plain = replace_linears(model, config, source, dtype)
+        plain = replace_linears(model, config, source, dtype, self.choice.experts.missing_input_scale)
         carried = carry(model, source.tensors)
         self.report = source.check(model, carried, plain)
         self.report.say(str(folder))

@@ -30,6 +30,7 @@ def moe_runner(
     *,
     activation: ExpertActivation = SWIGLU,
     input_scale: bool = True,
+    dynamic: bool = False,
 ) -> MoERunner:
     """The runner called ``name``; ``auto`` takes the highest-ranked that serves such experts on ``device`` (default: what
     this process has).
@@ -37,7 +38,7 @@ def moe_runner(
     Raises:
         BackendError: no such runner, or one which cannot serve such experts.
     """
-    return chosen(name, device, activation=activation, input_scale=input_scale)[0]
+    return chosen(name, device, activation=activation, input_scale=input_scale, dynamic=dynamic)[0]
 
 
 def chosen(
@@ -46,6 +47,7 @@ def chosen(
     *,
     activation: ExpertActivation = SWIGLU,
     input_scale: bool = True,
+    dynamic: bool = False,
     dtype: torch.dtype | None = None,
 ) -> tuple[MoERunner, str]:
     """(runner, why it is that one). Dims do not matter: runners pad what their kernels want in whole tiles.
@@ -55,11 +57,12 @@ def chosen(
     """
 
     def misfit(runner: MoERunner) -> str | None:
-        return runner.refusal(activation, input_scale=input_scale, dtype=dtype)
+        return runner.refusal(activation, input_scale=input_scale, dynamic=dynamic, dtype=dtype)
 
     runner, reason = choose("MoE runner", moe_runners(), name, device, misfit)
-    if (refusal := runner.refusal(activation, input_scale=input_scale)) is not None:
-        fit = [n for n, r in moe_runners().items() if r.refusal(activation, input_scale=input_scale) is None]
+    if (refusal := runner.refusal(activation, input_scale=input_scale, dynamic=dynamic)) is not None:
+        known = moe_runners().items()
+        fit = [n for n, r in known if r.refusal(activation, input_scale=input_scale, dynamic=dynamic) is None]
         raise BackendError(
             f"this runner cannot serve these experts: {refusal}",
             name=name,

@@ -15,6 +15,7 @@ from torch.nn import functional
 from ...checkpoint_format import MODELOPT, CheckpointFormat
 from ...errors import BackendError
 from ...format import BLOCK_SIZE
+from ...missing import RunTimeScales
 from ..activation import SWIGLU, ExpertActivation
 from ..layouts import MoELayout
 from ..routing import Routing
@@ -78,6 +79,7 @@ class MoENames(Protocol):
     gemm1_alpha: Tensor
     gemm1_beta: Tensor
     gemm1_clamp_limit: Tensor
+    run_time_scales: RunTimeScales | None
 
 
 class MoERunner(ABC):
@@ -86,6 +88,8 @@ class MoERunner(ABC):
     name: str
     layout: MoELayout
     input_scales: InputScales = InputScales.ONE
+    #: Whether it quantizes activations with scales that are computed at run time, where asked for.
+    dynamic_scales: bool = False
     #: Whether gate and up of an expert may have different weight scales.
     separate_scales: bool = False
     #: The kinds of :class:`~aliasparam_nvfp4.moe.activation.ExpertActivation` its call takes.
@@ -135,8 +139,24 @@ class MoERunner(ABC):
             missing,
         )
 
-    def refusal(self, activation: ExpertActivation, *, input_scale: bool = True, dtype: torch.dtype | None = None) -> str | None:
-        """Why it cannot serve experts like these, or None where it can."""
+    def refusal(
+        self,
+        activation: ExpertActivation,
+        *,
+        input_scale: bool = True,
+        dynamic: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> str | None:
+        """Why it cannot serve experts like these, or None where it can.
+
+        Args:
+            activation: between the two GEMMs.
+            input_scale: whether the checkpoint has scales of activations.
+            dynamic: whether those that are missing are to be computed at run time.
+            dtype: of activations.
+        """
+        if dynamic and self.input_scales is not InputScales.NONE and not self.dynamic_scales:
+            return "it cannot compute activation scales at run time"
         if not input_scale and self.needs_input_scale:
             return "it quantizes activations, and the checkpoint has no activation scales"
         if activation.kind not in self.activations or not (activation.gated or self.layout.ungated):
