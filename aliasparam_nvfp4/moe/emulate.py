@@ -68,8 +68,11 @@ def layer_output(
             continue
         w13, w2 = weights(layer, runner, shape, expert)
         by = scalars(layer, expert)
-        hidden = _activated(_quantized(x, by.input, run_time)[token] @ w13.T, by, shape.expert_activation)
+        bias13 = layer.gemm1_bias[expert].double() if hasattr(layer, "gemm1_bias") else None
+        hidden = _activated(_quantized(x, by.input, run_time)[token] @ w13.T, by, shape.expert_activation, bias13)
         rows = (_quantized(hidden, by.hidden, run_time) @ w2.T) * by.down.double()
+        if bias13 is not None:
+            rows = rows + layer.gemm2_bias[expert].double()
         out.index_add_(0, token, rows * topk_weights[token, choice].double().unsqueeze(-1))
     return out
 
@@ -147,13 +150,14 @@ def _quantized(x: Tensor, reciprocal: Tensor | None, run_time: RunTimeScales | N
     return torch.cat(found)
 
 
-def _activated(sums: Tensor, by: Scalars, activation: ExpertActivation) -> Tensor:
+def _activated(sums: Tensor, by: Scalars, activation: ExpertActivation, bias: Tensor | None) -> Tensor:
     if not activation.gated:
-        hidden = activation(sums * by.gate.double(), None)
+        hidden = activation(sums * by.gate.double() + (0.0 if bias is None else bias), None)
         return hidden if by.after is None else hidden * by.after.double()
     gate, up = sums.chunk(2, -1)
     if by.raw is None:
-        return activation(gate * by.gate.double(), up * by.up.double())
+        more, more_up = (0.0, 0.0) if bias is None else bias.chunk(2)
+        return activation(gate * by.gate.double() + more, up * by.up.double() + more_up)
     alpha, beta, limit = by.raw
     if limit is not None:
         gate, up = torch.minimum(gate, limit), torch.clamp(up, -limit, limit)

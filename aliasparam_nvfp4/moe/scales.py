@@ -176,6 +176,8 @@ class MoEScales:
 
     def _combined(self, name: str, scales: Tensor) -> Tensor:
         """Input scales ``[E_global]`` or ``[E_global, 1 or 2]`` as ``[1]``, or ``[E]`` of this rank's experts, as stored."""
+        if scales.numel() == 1:  # one for all experts
+            scales = scales.reshape(1).expand(self.first_expert + self.experts)
         scales = completed(scales, self.missing, reciprocal=self.checkpoint.reciprocal)
         if not is_dynamic(self.missing) or bool(scales.any()):
             self._need("an input scale", name, scales, 0)
@@ -262,6 +264,8 @@ class MoEScales:
         return self._weight(self._s2, s2)
 
     def _weight(self, name: str, scales: Tensor) -> Tensor:
+        if scales.numel() == 1:  # one for all experts
+            scales = scales.reshape(1).expand((self.experts, 2) if self._gated and name == self._s13 else self.experts)
         self._need("a weight global scale", name, scales, self.first_expert)
         return self._multiplier(scales)
 

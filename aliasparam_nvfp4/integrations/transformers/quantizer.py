@@ -32,6 +32,7 @@ from ...moe.runners import moe_runner
 from .carried import carry
 from .experts import ExpertChoice, Experts, replace_experts, show_apart
 from .fuse import fuse_projections
+from .fused_experts import FusedExperts
 from .linears import replace_linears
 from .names import Names, revert, speak_file_names
 from .report import FolderReport
@@ -148,7 +149,7 @@ class ModelOptQuantizer(HfQuantizer):  # type: ignore[misc]
         config = self.quantization_config.parsed if folder is None else self.quantization_config.of_folder(folder)
         self._source = source = Source.of(model, folder) if folder else Source()
         schemes = partial(source.schemes_of_experts, config)
-        replace_experts(model, source.experts, schemes, config.tensors, self.choice.experts, dtype)
+        replace_experts(model, source.experts, schemes, source.tensors, config.tensors, self.choice.experts, dtype)
         plain = replace_linears(model, config, source, dtype, self.choice.experts.missing_input_scale)
         carried = carry(model, source.tensors)
         self.report = source.check(model, carried, plain)
@@ -175,6 +176,8 @@ class ModelOptQuantizer(HfQuantizer):  # type: ignore[misc]
                 if isinstance(module, Experts) and source.folder is not None:
                     block = model.get_submodule(path.rpartition(".")[0])
                     module.load(source.folder, source.experts[path], next(block.parameters()).device)
+                if isinstance(module, FusedExperts):
+                    module.attach()
             for path in self._plain_experts:
                 show_apart(model.get_submodule(path), source.experts[path])
             if source.folder is not None:

@@ -24,6 +24,7 @@ from .conversions import Conversion
 from .dropped import dropping_rule
 from .experts import Experts
 from .fp8 import Fp8Linear
+from .fused_experts import check_scalars
 from .modules import FusedLinear, Projection
 from .names import Names
 from .source import castable
@@ -125,6 +126,7 @@ class _Plan:
         modules = files_of(model, live)
         check_schemes(model, config, source, modules)
         check_fused_scales(model, modules, source)
+        check_scalars(model, live, source)
         check_block_scales(model, live, parts, source)
         targets = {name: TensorSpec.of(tensor) for name, tensor in live.items()}
         return cls(source, targets, parts, conversions, converted, {n: names[full].dtype for n, full in converted.items()})

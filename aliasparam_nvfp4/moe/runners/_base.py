@@ -80,6 +80,8 @@ class MoENames(Protocol):
     gemm1_beta: Tensor
     gemm1_clamp_limit: Tensor
     run_time_scales: RunTimeScales | None
+    gemm1_bias: Tensor
+    gemm2_bias: Tensor
 
 
 class MoERunner(ABC):
@@ -90,6 +92,8 @@ class MoERunner(ABC):
     input_scales: InputScales = InputScales.ONE
     #: Whether it quantizes activations with scales that are computed at run time, where asked for.
     dynamic_scales: bool = False
+    #: Whether it adds biases of experts: ``gemm1_bias`` ``[E, 2I]``, gate above up, and ``gemm2_bias`` ``[E, H]``.
+    biases: bool = False
     #: Whether gate and up of an expert may have different weight scales.
     separate_scales: bool = False
     #: The kinds of :class:`~aliasparam_nvfp4.moe.activation.ExpertActivation` its call takes.
@@ -145,6 +149,7 @@ class MoERunner(ABC):
         *,
         input_scale: bool = True,
         dynamic: bool = False,
+        bias: bool = False,
         dtype: torch.dtype | None = None,
     ) -> str | None:
         """Why it cannot serve experts like these, or None where it can.
@@ -153,8 +158,11 @@ class MoERunner(ABC):
             activation: between the two GEMMs.
             input_scale: whether the checkpoint has scales of activations.
             dynamic: whether those that are missing are to be computed at run time.
+            bias: whether experts have biases.
             dtype: of activations.
         """
+        if bias and not self.biases:
+            return "it adds no biases of experts"
         if dynamic and self.input_scales is not InputScales.NONE and not self.dynamic_scales:
             return "it cannot compute activation scales at run time"
         if not input_scale and self.needs_input_scale:

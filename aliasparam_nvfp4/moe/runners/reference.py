@@ -25,11 +25,12 @@ class Reference(MoERunner):
     swiglu_numbers = SwigluNumbers.AS_FLOATS
     needs_input_scale = False
     dynamic_scales = True
+    biases = True
     call = "torch"
 
     def apply(self, layer: MoENames, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, shape: MoEShape) -> Tensor:
         quant2 = getattr(layer, "w2_input_scale_quant", None)
-        run_time = layer.run_time_scales
+        run_time, bias13 = layer.run_time_scales, getattr(layer, "gemm1_bias", None)
         rows = x.float() if quant2 is None else quantized(x, layer.w13_input_scale_quant, run_time)
         # g1_scale_c is the up factor over a2 (times 1 for weights alone, and where a2 is computed here).
         up_factor = layer.g1_scale_c if quant2 is None else layer.g1_scale_c / torch.where(quant2 > 0, quant2, 1.0)
@@ -42,13 +43,16 @@ class Reference(MoERunner):
             sums = rows[token] @ w13.T
             if shape.expert_activation.gated:
                 gate, up = sums.chunk(2, -1)
-                hidden = shape.expert_activation(gate * layer.g1_alphas[expert], up * up_factor[expert])
+                bias1, bias_up = (0.0, 0.0) if bias13 is None else bias13[expert].float().chunk(2)
+                hidden = shape.expert_activation(gate * layer.g1_alphas[expert] + bias1, up * up_factor[expert] + bias_up)
             else:
-                hidden = shape.expert_activation(sums * layer.g1_alphas[expert], None)
+                bias1 = 0.0 if bias13 is None else bias13[expert].float()
+                hidden = shape.expert_activation(sums * layer.g1_alphas[expert] + bias1, None)
             if quant2 is not None:
                 hidden = quantized(hidden, quant2, run_time)
             w2 = scaled_codes(layer.w2_weight_prepared[expert], layer.w2_blockscale_swizzled[expert])
-            each[token, choice] = (hidden @ w2.T) * layer.g2_alphas[expert]
+            out = (hidden @ w2.T) * layer.g2_alphas[expert]
+            each[token, choice] = out if bias13 is None else out + layer.gemm2_bias[expert].float()
         return (each * topk_weights.float().unsqueeze(-1)).sum(1).to(x.dtype)
 
 
