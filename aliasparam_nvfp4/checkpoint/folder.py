@@ -15,6 +15,7 @@ from aliasparam.reload.errors import SourceError
 from aliasparam.reload.sources import SafetensorsFolder
 
 from .errors import CheckpointError
+from .special import need_plain_files
 
 #: All rows, or all columns.
 WHOLE = slice(None)
@@ -73,6 +74,7 @@ class CheckpointFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        need_plain_files(self.path)
         with _as_checkpoint_error():
             self._source = SafetensorsFolder(path)
         self.tensors: Mapping[str, TensorEntry] = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,8 +10,8 @@ from .options import need_backends
 from .output import progress, say
 
 
-def load(folder: Path, backend: str, moe_backend: str, missing: str = "refuse") -> tuple[Any, Any]:
-    """(model, tokenizer) of an NVFP4 folder.
+def load(folder: Path, backend: str, moe_backend: str, missing: str = "refuse", *, to: Sequence[str] = ()) -> tuple[Any, Any]:
+    """(model, tokenizer) of an NVFP4 folder; ``to``: linear backends that it may be moved to.
 
     Raises:
         MissingExtra: transformers is not installed.
@@ -28,7 +28,7 @@ def load(folder: Path, backend: str, moe_backend: str, missing: str = "refuse") 
         with quiet():
             from ..integrations.transformers import load_model
 
-            return load_model(folder, backend, moe_backend=moe_backend, missing_input_scale=cast(Any, missing))
+            return load_model(folder, backend, moe_backend=moe_backend, missing_input_scale=cast(Any, missing), retarget_to=to)
 
 
 def ask(model: Any, tokenizer: Any, prompt: str, tokens: int, on_text: Callable[[str], None] | None = None) -> str:
