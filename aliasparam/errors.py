@@ -126,3 +126,7 @@ class AdoptionError(AliasError):
 
 class ReloadError(AliasError):
     """New weights do not fit the model: a tensor is missing, unexpected, duplicate or of another shape or dtype."""
+
+
+class MissingExtra(AliasError):
+    """An optional package that this needs is not installed; the remedy names the extra which brings it."""

@@ -27,8 +27,8 @@ def linear(
         x: activations ``[M, K]``.
         weight: the kernel name of the weight.
         scales: the kernel name of its block scales.
-        alpha: f32 ``[1]``.
-        input_scale_inv: f32 ``[1]`` for quantized activations; None to take them as they are.
+        alpha: f32 ``[1]``, or ``[M, 1]`` with scales computed at run time.
+        input_scale_inv: f32 ``[1]``, or ``[M, 1]``, for quantized activations; None to take them as they are.
         n: logical output features.
     """
     values = READERS[layout](weight, scales, n, x.shape[1])

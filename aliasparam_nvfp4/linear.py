@@ -19,6 +19,7 @@ from .checks import FiniteBlockScales
 from .errors import BackendError, ShapeError
 from .format import BLOCK_SIZE
 from .loaders import load_partition
+from .missing import Missing, RunTimeScales, is_dynamic, need_policy
 from .scales import GlobalScales, PartitionRatios
 
 
@@ -31,6 +32,9 @@ class NvFp4LinearMethod:
             process, reload and export run anywhere.
         checkpoint: the names and the direction of scales, ModelOpt's or those of compressed-tensors.
         input_scale: False for checkpoints without activation scales (W4A16_NVFP4, NVFP4A16).
+        missing_input_scale: what counts for an input scale that is 0 or no number, or, with ``input_scale=False``, for one that
+            is not there: "refuse" it (without any, activations stay as they are), "max" of the fused partitions,
+            or compute it at run time for each token ("dynamic") or each call ("dynamic-tensor"), where the backend can.
         pre_quant_scale: True for AWQ checkpoints: a factor for each input feature, applied before the activation is quantized.
         retarget_to: backends to which a loaded layer may be moved by :func:`retarget`, where their padding needs more room.
         column_scales: True for checkpoints whose partitions have different weight scales (ratios that are powers of two): output
@@ -48,27 +52,23 @@ class NvFp4LinearMethod:
         *,
         checkpoint: CheckpointFormat = MODELOPT,
         input_scale: bool = True,
+        missing_input_scale: Missing = "refuse",
         pre_quant_scale: bool = False,
         retarget_to: Sequence[str] = (),
         column_scales: bool = False,
     ) -> None:
+        need_policy(missing_input_scale)
+        dynamic = is_dynamic(missing_input_scale)
         self.name = backend
-        self.backend: LinearBackend = linear_backend(backend, input_scale=input_scale)
+        self.backend: LinearBackend = linear_backend(backend, input_scale=input_scale, dynamic=dynamic)
         self.checkpoint = checkpoint
         self.input_scale = input_scale
+        self.missing_input_scale: Missing = missing_input_scale
         self.pre_quant_scale = pre_quant_scale
         self.retarget_to = tuple(linear_backend(name) for name in retarget_to)
         self.column_scales = column_scales
         for candidate in (self.backend, *self.retarget_to):
-            self._need_input_scale(candidate)
-
-    def _need_input_scale(self, backend: LinearBackend) -> None:
-        if not self.input_scale and backend.needs_input_scale:
-            raise BackendError(
-                "this backend quantizes activations, and the checkpoint has no activation scales",
-                name=backend.name,
-                expected="a W4A16 backend (triton, flashinfer_cudnn_w4a16, flashinfer_cutedsl_w4a16) or reference",
-            )
+            candidate.check_scales(input_scale=input_scale, dynamic=dynamic)
 
     def create_weights(
         self,
@@ -103,7 +103,8 @@ class NvFp4LinearMethod:
                 expected=f"K a positive multiple of {BLOCK_SIZE}, positive partitions",
                 found=f"K={k} (whole layer {input_size}), partitions {list(partitions)}",
             )
-        backend, reason = chosen(self.name, input_scale=self.input_scale, shape=shape, dtype=params_dtype)
+        dynamic = is_dynamic(self.missing_input_scale)
+        backend, reason = chosen(self.name, input_scale=self.input_scale, dynamic=dynamic, shape=shape, dtype=params_dtype)
         for candidate in (backend, *self.retarget_to):
             candidate.check_shape(shape)
         names = self.checkpoint
@@ -120,6 +121,7 @@ class NvFp4LinearMethod:
             _register(layer, "pre_quant_scale", (k,), params_dtype, whole)
         state = layer.__dict__
         state["nvfp4_shape"], state["nvfp4_backend"], state["params_dtype"] = shape, backend, params_dtype
+        state["run_time_scales"] = RunTimeScales.of(self.missing_input_scale)
         registry = declare(layer, *self._declarations(shape, params_dtype, backend.layout), loaded=False)
         registry.about = f"{backend.name}: {reason}"
         registry.checks.append(FiniteBlockScales((names.block_scale,)))
@@ -128,7 +130,7 @@ class NvFp4LinearMethod:
     def _declarations(self, shape: LinearShape, dtype: torch.dtype, layout: LinearLayout) -> list[Declaration]:
         names, one = self.checkpoint, ((1,), torch.float32)
         room = [b.layout for b in self.retarget_to]
-        scales = GlobalScales(names.reciprocal)
+        scales = GlobalScales(names.reciprocal, self.missing_input_scale)
         declared: list[Declaration] = [
             Alias(names.weight, "weight_prepared", layout.weight, room_for=tuple(r.weight for r in room)),
             Alias(
@@ -230,8 +232,10 @@ def retarget(module: nn.Module, backend: str) -> int:
 def _new_formats(path: str, registry: AliasRegistry, target: LinearBackend) -> dict[str, Layout]:
     """Checkpoint name to the kernel format that it must be brought to; raises where that cannot be."""
     state, layout, where = registry.module.__dict__, target.layout, path or registry.label
-    if "input_scale_inv" not in registry.derived and target.needs_input_scale:
-        raise BackendError("the checkpoint has no activation scales, which this backend needs", module=where, name=target.name)
+    try:
+        target.check_scales(input_scale="input_scale_inv" in registry.derived, dynamic=state["run_time_scales"] is not None)
+    except BackendError as error:
+        raise error.located(module=where) from None
     target.check_shape(state["nvfp4_shape"])
     if state["nvfp4_backend"].layout is layout:
         return {}

@@ -25,8 +25,8 @@ def linear_from_kernel_format(
         x: activations, bf16, fp16 or f32.
         weight_prepared: u8 ``[>= n, >= k/2]`` packed codes, zero-padded.
         weight_scale_interleaved: e4m3 block scales, 128x4 swizzled, ``[ceil(n/128)*128, ceil(k/64)*4]``.
-        alpha: f32 ``[1]``, ``input_scale * weight_scale_2``.
-        input_scale_inv: f32 ``[1]``, ``1 / input_scale``.
+        alpha: f32 ``[1]``, ``input_scale * weight_scale_2``, or one for each row of ``x``.
+        input_scale_inv: f32 ``[1]``, ``1 / input_scale``, or one for each row of ``x``.
         n: logical output features.
         k: logical input features.
     """

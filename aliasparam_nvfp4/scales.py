@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from .errors import ScaleError
+from .missing import Missing, completed, is_dynamic
+from .missing import are_scales as are_scales
 
 
 def need_block_scales(block_scale: Tensor, name: str = "weight_scale", *, signed: bool = True) -> None:
@@ -63,9 +65,14 @@ def first_nan(pieces: Sequence[Tensor]) -> tuple[int, int] | None:
 
 @dataclass(frozen=True)
 class GlobalScales:
-    """The derivations of a layer's scalars, for scales which are multipliers or their reciprocals."""
+    """The derivations of a layer's scalars, for scales which are multipliers or their reciprocals.
+
+    ``missing`` says what counts for an input scale that is 0 or no number. Where that is to be computed at run time,
+    ``alpha`` and ``input_scale_inv`` are 0.
+    """
 
     reciprocal: bool = False
+    missing: Missing = "refuse"
 
     def weight_alpha(self, weight_global: Tensor) -> Tensor:
         """The weights' global scale, f32 ``[1]``: the largest of the partitions, as a multiplier.
@@ -78,17 +85,30 @@ class GlobalScales:
 
     def alpha(self, input_global: Tensor, weight_global: Tensor) -> Tensor:
         """``input_scale * weight_scale_2`` of the largest multipliers, f32 ``[1]``."""
-        _need_scales("an input global scale", input_global)
+        input_global = self._inputs(input_global)
+        if self._at_run_time(input_global):
+            return input_global.new_zeros(1)
         if self.reciprocal:
             return _usable("alpha", 1.0 / (input_global.min().reshape(1) * weight_global.min().reshape(1)))
         return _usable("alpha", input_global.max().reshape(1) * weight_global.max().reshape(1))
 
     def input_scale_inv(self, input_global: Tensor) -> Tensor:
         """What the activation quantizer multiplies with, f32 ``[1]``; of the partitions the smallest, so that none saturates."""
-        _need_scales("an input global scale", input_global)
+        input_global = self._inputs(input_global)
+        if self._at_run_time(input_global):
+            return input_global.new_zeros(1)
         return _usable(
             "input_scale_inv", input_global.min().reshape(1) if self.reciprocal else 1.0 / input_global.max().reshape(1)
         )
+
+    def _inputs(self, stored: Tensor) -> Tensor:
+        found = completed(stored, self.missing, reciprocal=self.reciprocal)
+        if not self._at_run_time(found):
+            _need_scales("an input global scale", found)
+        return found
+
+    def _at_run_time(self, inputs: Tensor) -> bool:
+        return is_dynamic(self.missing) and not bool(inputs.any())
 
     def _largest(self, scales: Tensor) -> Tensor:
         return 1.0 / scales.min().reshape(1) if self.reciprocal else scales.max().reshape(1)
@@ -127,14 +147,15 @@ class PartitionRatios:
         return torch.cat([one.expand(size) for one, size in zip(ratio.to(self.dtype), self.sizes, strict=True)])
 
 
-def are_scales(values: Tensor) -> Tensor:
-    """bool: which values a global scale, or what derives from one, can have."""
-    return torch.isfinite(values) & (values > 0)
-
-
 def _need_scales(what: str, values: Tensor) -> None:
     if not bool(are_scales(values).all()):
-        raise ScaleError(f"{what} is not a scale", expected="finite, > 0", found=values.tolist())
+        raise ScaleError(f"{what} is not a scale", expected="finite, > 0", found=values.tolist(), remedy=_REMEDIES.get(what))
+
+
+_REMEDIES = {
+    "an input global scale": "A layer that met no token in calibration has none: calibrate again, or choose what counts instead: "
+    'missing_input_scale="max" (the largest of its fused partitions) or "dynamic" (computed at run time).'
+}
 
 
 def _usable(what: str, value: Tensor) -> Tensor:

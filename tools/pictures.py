@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from aliasparam import Layout
+from aliasparam import Layout, explain, memory_report, process, registry_of
+from aliasparam.svg import arrow, box, page, text
 from aliasparam_nvfp4.demo.large_models import MODELS, scale_report
+from aliasparam_nvfp4.linear import NvFp4LinearMethod
 
 FOLDER = Path(__file__).parents[1] / "docs" / "pictures"
 SWIZZLE = Layout("(rt r4 r32) (ct c4) -> rt ct r32 r4 c4, r4=4 r32=32 c4=4")
@@ -26,30 +28,6 @@ MOVES = (
     ("FOREIGN", "PARTIAL", "write a part"),
     ("FOREIGN", "LOADED", "write all"),
 )
-
-
-def svg(width: int, height: int, title: str, parts: Iterable[str]) -> str:
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img">'
-    style = (
-        "<style>text{font:13px system-ui,sans-serif;fill:#222}.m{font-family:ui-monospace,monospace}.s{font-size:11px;fill:#555}"
-        ".b{font-weight:600}.l{stroke:#555;fill:none;stroke-width:1.3}</style>"
-        '<defs><marker id="a" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto-start-reverse">'
-        '<path d="M0 0L8 4L0 8z" fill="#555"/></marker></defs>'
-    )
-    body = "\n".join(parts)
-    return f'{head}\n<title>{title}</title>\n{style}\n<rect width="100%" height="100%" fill="#fff"/>\n{body}\n</svg>\n'
-
-
-def text(x: float, y: float, words: str, kind: str = "", anchor: str = "start") -> str:
-    return f'<text x="{x}" y="{y}" class="{kind}" text-anchor="{anchor}">{words}</text>'
-
-
-def box(x: float, y: float, width: float, height: float, fill: str = "none", more: str = 'stroke="#555"') -> str:
-    return f'<rect x="{x}" y="{y}" width="{width}" height="{height}" fill="{fill}" {more}/>'
-
-
-def arrow(*points: tuple[float, float]) -> str:
-    return f'<path class="l" marker-end="url(#a)" d="M{" L".join(f"{x} {y}" for x, y in points)}"/>'
 
 
 def tile() -> str:
@@ -100,7 +78,7 @@ def tile() -> str:
         arrow((left + 96 + 6, top + row * ROW + 1.5), (248, top + row * ROW + 1.5), (248, 200), (258, 200)),
         arrow((410, 304), (468, 304), (468, there), (right + byte * (offset % 16) - 4, there)),
     ]
-    return svg(820, 490, "One 128x4 tile of block scales in the checkpoint and in kernel memory", parts)
+    return page(820, 490, "One 128x4 tile of block scales in the checkpoint and in kernel memory", parts)
 
 
 def states() -> str:
@@ -135,7 +113,7 @@ def states() -> str:
         arrow((570, 446), (192, 446)),
         text(380, 464, "process(): everything arrived, derivations computed", "s", "middle"),
     ]  # fmt: skip
-    return svg(790, 484, "States of a region and of a module", parts)
+    return page(790, 484, "States of a region and of a module", parts)
 
 
 def memory() -> str:
@@ -149,14 +127,54 @@ def memory() -> str:
             box(200, y, 15 * one, 16, BANDS[0], ""), text(206 + 15 * one, y + 13, f"{one:.2f} one copy", "s"),
             box(200, y + 20, 15 * two, 16, "#bbb", ""), text(206 + 15 * two, y + 33, f"{two:.2f} two copies", "s"),
         ]  # fmt: skip
-    return svg(760, 220, "Block scales of the experts in one copy and in two", parts)
+    return page(760, 220, "Block scales of the experts in one copy and in two", parts)
 
 
-PICTURES = {"tile.svg": tile, "states.svg": states, "memory.svg": memory}
+def seen_model() -> nn.Module:
+    """Three small layers on the page of what can be seen: padded, one with a projection in a format that cannot share."""
+    model = nn.Sequential()
+    for i in range(3):
+        block = nn.Module()
+        for name, backend, n in (("qkv_proj", "flashinfer_cutlass", 192), ("down_proj", "flashinfer_trtllm", 256)):
+            layer = nn.Module()
+            method = NvFp4LinearMethod("flashinfer_cutedsl_w4a16_sm12x" if (i, name) == (2, "qkv_proj") else backend)
+            method.create_weights(layer, 256, [n], 256, n, torch.bfloat16)
+            block.add_module(name, layer)
+        model.add_module(str(i), block)
+    return model
+
+
+def explained() -> str:
+    """The names of one layer."""
+    layer = seen_model()[0].qkv_proj
+    registry = registry_of(layer)
+    assert registry is not None
+    registry.relabel("layers.0.qkv_proj")
+    for name, parameter in layer.named_parameters():
+        with torch.no_grad():
+            parameter.copy_(torch.ones(parameter.shape).to(parameter.dtype) if name != "weight" else torch.zeros_like(parameter))
+    process(layer)
+    return explain(layer).picture()
+
+
+def layout_tile() -> str:
+    return Layout("(g b a) k -> g a b k, a=4 b=8")._repr_html_()
+
+
+#: Drawn by this project alone: the same bytes wherever they are drawn.
+PICTURES = {
+    "tile.svg": tile,
+    "states.svg": states,
+    "memory.svg": memory,
+    "explain.svg": explained,
+    "layout.svg": layout_tile,
+}  # fmt: skip
+#: Drawn by matplotlib, whose versions differ in their bytes.
+PLOTS = {"report.svg": lambda: memory_report(seen_model()).picture()}
 
 
 def write() -> None:
-    for name, draw in PICTURES.items():
+    for name, draw in {**PICTURES, **PLOTS}.items():
         (FOLDER / name).write_text(draw())
 
 

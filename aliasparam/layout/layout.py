@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from html import escape
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from .index import IndexLayout
 from .nibbles import NibbleLayout
 from .pattern import Line, parse
 from .strided import StridedLayout
+from .tile import tile_picture
 
 _canonical = lru_cache(maxsize=1024)(canonical)
 
@@ -95,6 +97,10 @@ class Layout:
 
     def __repr__(self) -> str:
         return f'Layout("{self}")'
+
+    def _repr_html_(self) -> str:
+        """The line, and its tile coloured by source row, of a bounded size."""
+        return tile_picture(self) or f"<code>{escape(str(self))}</code>"
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Layout) and self._key == other._key

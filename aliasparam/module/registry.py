@@ -162,6 +162,11 @@ class AliasRegistry(ModuleNames):
             if not source.storage.is_loaded:
                 raise source.storage.not_loaded("cannot process")
 
+    def _repr_html_(self) -> str:
+        from ..report.explain import Explanation, explained  # reports read registries
+
+        return Explanation.of([explained(self.label, self, set(), {})])._repr_html_()
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         for storage in self.storages():

@@ -2,42 +2,88 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import nn
 
 from ..module.planning import Source
+from ..module.registry import AliasRegistry
 from ..module.registry_of import registries
-from .memory import rows_of, size
+from ..spec import TensorSpec
+from .diagram import diagram
+from .explained import ExplainedDerivation, ExplainedModule, ExplainedName
+from .memory import MemoryRow, rows_of
+
+#: Modules that a notebook draws; the rest is one line.
+SHOWN = 12
 
 
-def explain(module: nn.Module) -> str:
-    """What each declared name of ``module`` (and of modules in it) shares memory with, why, and what it costs."""
-    lines: list[str] = []
+class Explanation(str):
+    """The text of :func:`~aliasparam.explain`; ``modules`` holds what it says as data."""
+
+    modules: tuple[ExplainedModule, ...] = ()
+
+    @classmethod
+    def of(cls, modules: Iterable[ExplainedModule]) -> Explanation:
+        found = tuple(modules)
+        text = cls("\n".join(map(str, found)) or "no module here declares aliases")
+        text.modules = found
+        return text
+
+    def picture(self, most: int | None = None) -> str:
+        """SVG, which needs no package: each storage between its checkpoint names and its kernel name, with line, state, version.
+
+        Args:
+            most: modules to draw, None for all; the picture says how many it left out.
+        """
+        return diagram(self.modules, most)
+
+    def _repr_html_(self) -> str:
+        return self.picture(SHOWN)
+
+
+def explain(module: nn.Module) -> Explanation:
+    """What each declared name of ``module`` (and of modules in it) shares memory with, why, and what it costs.
+
+    The result is text; its ``modules`` are the same as data, and ``picture()`` draws them. A notebook shows the drawing.
+    """
     paths = {id(m): path for path, m in module.named_modules()}
     seen: set[int] = set()
-    for path, registry in registries(module):
-        lines.append(f"{path or registry.label} ({type(registry.module).__name__}): {'ready' if registry.is_ready else 'open'}")
-        if registry.about:
-            lines.append(f"  {registry.about}")
-        for row in rows_of(path, registry, seen):
-            code = f" [{row.reason.code}]" if row.reason else ""
-            target = f" -> {row.derived}" if row.derived else ""
-            known = registry.sources.get(row.source)
-            about = _about(known, paths) if known is not None else ""
-            lines.append(f"  {row.source}{target}: {row.verdict}{code}; {size(row.allocated_bytes)}{about}")
-        for name, derived in registry.derived.items():
-            if derived.fallback is None:
-                fresh = "current" if name not in registry.stale_names() else "stale"
-                lines.append(f"  {name} = f({', '.join(derived.declaration.sources)}): own memory; {fresh}")
-    return "\n".join(lines) if lines else "no module here declares aliases"
+    return Explanation.of(explained(path or registry.label, registry, seen, paths) for path, registry in registries(module))
 
 
-def _about(source: Source, paths: dict[int, str]) -> str:
-    """Layout, state, regions and shards of one source."""
-    storage, bound = source.storage, source.plan.bound
-    text = f"; {source.layout}" if source.layout is not None else ""
-    text += "; on meta" if storage is None else f"; {storage.state.value if storage.state else 'mixed'}"
-    if bound.regions > 1:
-        text += f"; {bound.regions} regions"
-    if len(source.bindings) > 1:
-        text += f"; shown as {', '.join(f'{paths.get(id(b.module), chr(63))}.{b.name}' for b in source.bindings)}"
-    return text
+def explained(path: str, registry: AliasRegistry, seen: set[int], paths: dict[int, str]) -> ExplainedModule:
+    """One module: ``seen`` are storages that were counted, ``paths`` those of modules by their id."""
+    stale = registry.stale_names()
+    own = ((name, d.declaration) for name, d in registry.derived.items() if d.fallback is None)
+    return ExplainedModule(
+        path,
+        type(registry.module).__name__,
+        registry.is_ready,
+        registry.about,
+        tuple(_name(row, registry, paths) for row in rows_of(path, registry, seen)),
+        tuple(ExplainedDerivation(n, d.sources, str(TensorSpec(d.shape, d.dtype)), n not in stale) for n, d in own),
+    )
+
+
+def _name(row: MemoryRow, registry: AliasRegistry, paths: dict[int, str]) -> ExplainedName:
+    known = registry.sources.get(row.source)
+    verdict = f"{row.verdict} [{row.reason.code}]" if row.reason else row.verdict
+    facts = (None, None, None, 1, ()) if known is None else _facts(known, paths)
+    layout, state, version, regions, shown = facts
+    copy = registry.derived.get(row.derived or "")
+    plan = copy.fallback if copy is not None else known.plan if known is not None else None
+    kernel = str(plan.kernel) if plan is not None and row.derived else None
+    spec = str(known.plan.source) if known is not None else ""
+    return ExplainedName(
+        row.source, shown, spec, row.derived, kernel, verdict, row.aliased, layout, state, version, regions, row.allocated_bytes
+    )
+
+
+def _facts(source: Source, paths: dict[int, str]) -> tuple[str | None, str, int | None, int, tuple[str, ...]]:
+    """Line, state, version, regions and, where there are several, the paths of a source's names."""
+    storage, names = source.storage, source.bindings
+    state = "on meta" if storage is None else storage.state.value if storage.state else "mixed"
+    shown = tuple(f"{paths.get(id(b.module), '?')}.{b.name}" for b in names) if len(names) > 1 else ()
+    layout = str(source.layout) if source.layout is not None else None
+    return layout, state, storage.version if storage is not None else None, source.plan.bound.regions, shown

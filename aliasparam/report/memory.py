@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from functools import reduce
 
 from torch import nn
 
@@ -11,6 +13,8 @@ from ..module.registry import AliasRegistry
 from ..module.registry_of import registries
 from ..module.verdict import Reason, StoragePlan
 from ..spec import TensorSpec
+from .layers import LayerMemory, layer_of, size
+from .memory_views import as_html, as_picture, as_table
 
 
 @dataclass(frozen=True)
@@ -32,13 +36,35 @@ class MemoryRow:
         """What keeping both formats apart would take."""
         return self.checkpoint_bytes + self.kernel_bytes
 
+    def as_memory(self) -> LayerMemory:
+        """The row as a part of its layer."""
+        layer, saved = layer_of(self.module), self.two_copies_bytes - self.allocated_bytes
+        if not self.aliased:
+            held = self.allocated_bytes - self.kernel_bytes
+            return LayerMemory(layer, own=held, copies=self.kernel_bytes, saved=saved)
+        padding = self.allocated_bytes - self.checkpoint_bytes
+        if self.derived is None:
+            return LayerMemory(layer, own=self.checkpoint_bytes, padding=padding, saved=saved)
+        return LayerMemory(layer, shared=self.checkpoint_bytes, padding=padding, saved=saved)
+
 
 @dataclass(frozen=True)
 class MemoryReport:
-    """One row per declared checkpoint tensor. Works on the meta device: it reads plans, not memory."""
+    """One row per declared checkpoint tensor. Works on the meta device: it reads plans, not memory.
+
+    Printing it gives a line a kernel name; a notebook shows a line a layer.
+
+    Attributes:
+        rows: the declared tensors.
+        derivations: (module, bytes) of what its derivations take.
+    """
 
     rows: tuple[MemoryRow, ...]
-    derivation_bytes: int
+    derivations: tuple[tuple[str, int], ...]
+
+    @property
+    def derivation_bytes(self) -> int:
+        return sum(count for _, count in self.derivations)
 
     @property
     def allocated_bytes(self) -> int:
@@ -57,6 +83,39 @@ class MemoryReport:
     def fallbacks(self) -> tuple[MemoryRow, ...]:
         return tuple(r for r in self.rows if r.derived and not r.aliased)
 
+    @property
+    def layers(self) -> tuple[LayerMemory, ...]:
+        """Bytes of every layer, in the model's order. A layer is a module's path up to its first number (``model.layers.3``)."""
+        found: dict[str, LayerMemory] = {}
+        derived = (LayerMemory(layer_of(module), own=count) for module, count in self.derivations)
+        for part in (*(row.as_memory() for row in self.rows), *derived):
+            found[part.layer] = found.get(part.layer, LayerMemory(part.layer)).plus(part)
+        return tuple(found.values())
+
+    @property
+    def total(self) -> LayerMemory:
+        """Bytes of all layers."""
+        return reduce(LayerMemory.plus, self.layers, LayerMemory("total"))
+
+    def table(self) -> str:
+        """Text: a line a layer (shared, own, padding, copies, allocated, saved), and the total."""
+        return as_table(self.layers, self.total)
+
+    def to_json(self) -> str:
+        """``{"layers": [...], "total": {...}}`` with the columns of :meth:`table`, in bytes."""
+        return json.dumps({"layers": [layer.as_dict() for layer in self.layers], "total": self.total.as_dict()}, indent=2)
+
+    def picture(self, title: str = "weights in one copy, and what a second would add") -> str:
+        """SVG: a bar a layer. Needs matplotlib.
+
+        Raises:
+            MissingExtra: matplotlib is not installed.
+        """
+        return as_picture(self.layers, self.total, title)
+
+    def _repr_html_(self) -> str:
+        return as_html(self.layers, self.total)
+
     def __str__(self) -> str:
         lines = [f"{'kernel name':<28}{'tensors':>8}{'one copy':>13}{'two copies':>13}  verdict"]
         groups: dict[tuple[str, str], list[MemoryRow]] = {}
@@ -74,13 +133,12 @@ def memory_report(model: nn.Module) -> MemoryReport:
     """Bytes of every declared tensor of ``model``: one storage, against both formats kept apart. Tied weights count once."""
     rows: list[MemoryRow] = []
     seen: set[int] = set()
-    derivations = 0
+    derivations: list[tuple[str, int]] = []
     for path, registry in registries(model):
         rows.extend(rows_of(path or registry.label, registry, seen))
-        for derived in registry.derived.values():
-            if derived.fallback is None:
-                derivations += TensorSpec(derived.declaration.shape, derived.declaration.dtype).nbytes
-    return MemoryReport(tuple(rows), derivations)
+        own = (d.declaration for d in registry.derived.values() if d.fallback is None)
+        derivations += [(path or registry.label, TensorSpec(d.shape, d.dtype).nbytes) for d in own]
+    return MemoryReport(tuple(rows), tuple(derivations))
 
 
 def rows_of(path: str, registry: AliasRegistry, seen: set[int]) -> list[MemoryRow]:
@@ -111,10 +169,3 @@ def _row(path: str, source: Source, seen: set[int], copy: str | None, fallback: 
         return MemoryRow(path, source.name, source.derived, verdict, plan.reason, True, held, 0, plan.nbytes)
     verdict = f"alias: {plan.reason.value}"
     return MemoryRow(path, source.name, source.derived, verdict, plan.reason, True, held, plan.kernel.nbytes, plan.nbytes)
-
-
-def size(count: int) -> str:
-    for unit, scale in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if count >= scale:
-            return f"{count / scale:.2f} {unit}"
-    return f"{count} B"

@@ -9,7 +9,7 @@ from functools import cache
 import torch
 
 from ..choice import choose
-from ..errors import ShapeError
+from ..errors import BackendError, ShapeError
 from ._base import KernelNames as KernelNames
 from ._base import LinearBackend as LinearBackend
 from ._base import LinearLayout as LinearLayout
@@ -24,14 +24,16 @@ def linear_backends() -> dict[str, LinearBackend]:
     return {m.BACKEND.name: m.BACKEND for m in modules}
 
 
-def linear_backend(name: str, device: torch.device | None = None, *, input_scale: bool = True) -> LinearBackend:
+def linear_backend(
+    name: str, device: torch.device | None = None, *, input_scale: bool = True, dynamic: bool = False
+) -> LinearBackend:
     """The backend called ``name``; ``auto`` picks the best that runs on ``device`` (default: what this process has), and that
-    does without activation scales where there are none.
+    does without activation scales where there are none, or computes them at run time where it is ``dynamic``.
 
     Raises:
         BackendError: no such backend.
     """
-    return chosen(name, device, input_scale=input_scale)[0]
+    return chosen(name, device, input_scale=input_scale, dynamic=dynamic)[0]
 
 
 def chosen(
@@ -39,6 +41,7 @@ def chosen(
     device: torch.device | None = None,
     *,
     input_scale: bool = True,
+    dynamic: bool = False,
     shape: LinearShape | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[LinearBackend, str]:
@@ -47,18 +50,21 @@ def chosen(
     Raises:
         BackendError: no such backend.
     """
-    return choose("linear backend", linear_backends(), name, device, lambda b: _misfit(b, input_scale, shape, dtype))
+    return choose("linear backend", linear_backends(), name, device, lambda b: _misfit(b, input_scale, dynamic, shape, dtype))
 
 
-def _misfit(backend: LinearBackend, input_scale: bool, shape: LinearShape | None, dtype: torch.dtype | None) -> str | None:
+def _misfit(
+    backend: LinearBackend, input_scale: bool, dynamic: bool, shape: LinearShape | None, dtype: torch.dtype | None
+) -> str | None:
     """Why a backend that runs here cannot serve this layer, or None where it can."""
-    if backend.needs_input_scale and not input_scale:
-        return "the checkpoint has no activation scales"
     try:
+        backend.check_scales(input_scale=input_scale, dynamic=dynamic)
         if shape is not None:
             backend.check_shape(shape)
         if dtype is not None:
             backend.check_dtype(dtype)
+    except BackendError as error:
+        return error.message
     except ShapeError as error:
         return f"expects {error.expected}, found {error.found}"
     return None

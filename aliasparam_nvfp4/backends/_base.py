@@ -12,7 +12,8 @@ from torch import Tensor
 
 from aliasparam import Layout, Reencoding
 
-from ..errors import ShapeError
+from ..errors import BackendError, ShapeError
+from ..missing import RunTimeScales
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,21 @@ class KernelNames(Protocol):
     alpha: Tensor
     weight_alpha: Tensor
     input_scale_inv: Tensor
+    run_time_scales: RunTimeScales | None
+
+
+def quantizer_scales(layer: KernelNames, x: Tensor) -> tuple[Tensor, Tensor]:
+    """(what the quantizer of ``x [M, K]`` multiplies with, what sums are multiplied with): f32 ``[1]``, or ``[M, 1]`` where they
+    are computed here.
+
+    For backends with ``dynamic_scales``.
+    """
+    stored: Tensor | None = getattr(layer, "input_scale_inv", None)
+    if layer.run_time_scales is None:
+        return layer.input_scale_inv, layer.alpha
+    inverse = layer.run_time_scales.inverse(x, stored)
+    own = layer.weight_alpha / inverse
+    return inverse, own if stored is None else torch.where(stored > 0, layer.alpha, own)
 
 
 class LinearBackend(ABC):
@@ -63,8 +79,10 @@ class LinearBackend(ABC):
     layout: LinearLayout
     #: True where activations are not quantized (W4A16).
     weight_only: bool = False
-    #: True where the checkpoint must have activation scales.
+    #: True where the checkpoint must have activation scales, unless they are computed at run time.
     needs_input_scale: bool = True
+    #: Whether it quantizes activations with scales that are computed at run time, where asked for.
+    dynamic_scales: bool = False
     #: Compute capabilities it runs on; empty for any device.
     capabilities: frozenset[tuple[int, int]] = frozenset()
     #: Dtypes of activations.
@@ -112,6 +130,27 @@ class LinearBackend(ABC):
                 expected=" or ".join(str(d).removeprefix("torch.") for d in self.dtypes),
                 found=dtype,
                 remedy="Cast the activations, or use another backend.",
+            )
+
+    def check_scales(self, *, input_scale: bool, dynamic: bool) -> None:
+        """Raise BackendError where it needs scales of activations that there are not.
+
+        Args:
+            input_scale: whether the checkpoint has them.
+            dynamic: whether those that are missing are to be computed at run time.
+        """
+        if dynamic and not (self.weight_only or self.dynamic_scales):
+            raise BackendError(
+                "this backend cannot compute activation scales at run time",
+                name=self.name,
+                expected="a W4A16 backend (triton, flashinfer_cudnn_w4a16, flashinfer_cutedsl_w4a16), triton_w4a4 or reference",
+                remedy='Use one of these, or missing_input_scale="max".',
+            )
+        if not input_scale and not dynamic and self.needs_input_scale:
+            raise BackendError(
+                "this backend quantizes activations, and the checkpoint has no activation scales",
+                name=self.name,
+                expected="a W4A16 backend (triton, flashinfer_cudnn_w4a16, flashinfer_cutedsl_w4a16) or reference",
             )
 
     @abstractmethod

@@ -16,6 +16,7 @@ from aliasparam.reload.ranges import Box
 from aliasparam.reload.sources import SafetensorsFolder
 
 from .errors import CheckpointError
+from .special import need_plain_files
 
 #: All rows, or all columns.
 WHOLE = slice(None)
@@ -74,6 +75,7 @@ class CheckpointFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        need_plain_files(self.path)
         with _as_checkpoint_error():
             self._source = SafetensorsFolder(path)
         self.tensors: Mapping[str, TensorEntry] = {

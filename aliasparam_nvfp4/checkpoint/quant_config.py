@@ -13,6 +13,7 @@ from ..format import BLOCK_SIZE
 from .errors import CheckpointError, UnsupportedFormatError
 from .patterns import Patterns
 from .scheme import Scheme, fitting
+from .special import need_plain_files
 
 #: Module names which one fused name stands for, as configs for engines have it.
 _FUSED = {
@@ -107,6 +108,7 @@ class QuantConfig:
                 name=str(folder),
                 expected="a checkpoint folder with config.json and safetensors files",
             )
+        need_plain_files(folder)
         from . import _modelopt
 
         main, sidecar = _in_config(read_json(folder / "config.json")), folder / "hf_quant_config.json"

@@ -15,6 +15,7 @@ from .inspect import inspect
 from .output import say
 from .quantize import quantize
 from .reload import reload
+from .retarget import retarget
 from .serve import serve
 from .verify import verify
 
@@ -28,7 +29,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain text, which folds, and goes through pipes and ASCII terminals
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (demo, quantize, inspect, generate, serve, reload, delta, verify, doctor):
+for _command in (demo, quantize, inspect, generate, serve, reload, retarget, delta, verify, doctor):
     app.command()(_command)
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from .models import ask_aloud, load
-from .options import Backend, Folder, Runner, Tokens
+from .options import Backend, Folder, Missing, Runner, Tokens
 
 
 def generate(
@@ -15,8 +15,9 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="The question.")],
     backend: Backend = "auto",
     moe_backend: Runner = "auto",
+    missing_input_scale: Missing = "refuse",
     tokens: Tokens = 64,
 ) -> None:
     """Answer one prompt, greedily, as it comes."""
-    model, tokenizer = load(folder, backend, moe_backend)
+    model, tokenizer = load(folder, backend, moe_backend, missing_input_scale)
     ask_aloud(model, tokenizer, prompt, tokens)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import AsJson, Backend, Folder, Runner, need_backends
+from .options import AsJson, Backend, Folder, Missing, Runner, need_backends
 from .output import mib, progress, say, say_json, table
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ def inspect(
     folder: Folder,
     backend: Backend = "auto",
     moe_backend: Runner = "auto",
+    missing_input_scale: Missing = "refuse",
     tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks.")] = 1,
     ep: Annotated[int, typer.Option(min=1, help="Expert-parallel ranks.")] = 1,
     deep: Annotated[bool, typer.Option("--deep", help="Read all bytes: block scales, and the digest.")] = False,
@@ -25,12 +26,14 @@ def inspect(
     json: AsJson = False,
 ) -> None:
     """What a checkpoint holds, whether it will load, and its memory on a rank. Exit code 1 if it will not load."""
-    need_backends(backend, moe_backend)
+    need_backends(backend, moe_backend, missing_input_scale)
     if picture is not None:
         from .picture import need_format
 
         need_format(picture)
-    found, parts = findings(folder, backend=backend, moe_backend=moe_backend, tp=tp, ep=ep, deep=deep)
+    found, parts = findings(
+        folder, backend=backend, moe_backend=moe_backend, missing=missing_input_scale, tp=tp, ep=ep, deep=deep
+    )
     if json:
         say_json(found)
     else:
@@ -45,7 +48,9 @@ def inspect(
         raise typer.Exit(1)
 
 
-def findings(folder: Path, *, backend: str, moe_backend: str, tp: int, ep: int, deep: bool) -> tuple[dict[str, Any], list[Part]]:
+def findings(
+    folder: Path, *, backend: str, moe_backend: str, tp: int, ep: int, deep: bool, missing: str = "refuse"
+) -> tuple[dict[str, Any], list[Part]]:
     """All that is known of a folder, and its layers' memory on a rank.
 
     Raises:
@@ -62,7 +67,7 @@ def findings(folder: Path, *, backend: str, moe_backend: str, tp: int, ep: int, 
     with progress() as bar:
         modules = {name.rpartition(".")[0] for name in tensors.tensors}
         scalars = bar.add_task("global scales", total=len(modules))
-        verdict = will_load(folder, config, tensors, lambda: bar.advance(scalars), deep=deep)
+        verdict = will_load(folder, config, tensors, lambda: bar.advance(scalars), deep=deep, missing=missing)
         if deep:
             bar.add_task("digest", total=None)
         digest = folder_digest(tensors)["digest"] if deep else None

@@ -15,6 +15,7 @@ import torch
 
 from ..checkpoint import CheckpointError
 from ..checkpoint.quant_config import read_json
+from ..checkpoint.special import need_plain_files
 from ..demo._quiet import quiet
 from ..demo.export import CALIBRATION
 from .models import token_ids
@@ -29,6 +30,7 @@ def load_unquantized(folder: Path) -> tuple[Any, Any]:
     """
     if not folder.is_dir():
         raise CheckpointError("there is no such folder", name=str(folder), expected="a transformers model folder")
+    need_plain_files(folder)
     if "quantization_config" in read_json(folder / "config.json"):
         raise CheckpointError("this model is quantized already", name=str(folder), expected="bf16, fp16 or fp32 weights")
     with quiet():

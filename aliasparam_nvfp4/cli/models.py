@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from .options import need_backends
 from .output import progress, say
 
 
-def load(folder: Path, backend: str, moe_backend: str) -> tuple[Any, Any]:
-    """(model, tokenizer) of an NVFP4 folder.
+def load(folder: Path, backend: str, moe_backend: str, missing: str = "refuse", *, to: Sequence[str] = ()) -> tuple[Any, Any]:
+    """(model, tokenizer) of an NVFP4 folder; ``to``: linear backends that it may be moved to.
 
     Raises:
         MissingExtra: transformers is not installed.
         AliasError: as :func:`~aliasparam_nvfp4.integrations.transformers.load_model`.
     """
-    need_backends(backend, moe_backend)
+    need_backends(backend, moe_backend, missing)
     from ..checkpoint import QuantConfig
     from ..demo._quiet import need, quiet
 
@@ -28,7 +28,7 @@ def load(folder: Path, backend: str, moe_backend: str) -> tuple[Any, Any]:
         with quiet():
             from ..integrations.transformers import load_model
 
-            return load_model(folder, backend, moe_backend=moe_backend)
+            return load_model(folder, backend, moe_backend=moe_backend, missing_input_scale=cast(Any, missing), retarget_to=to)
 
 
 def ask(model: Any, tokenizer: Any, prompt: str, tokens: int, on_text: Callable[[str], None] | None = None) -> str:

@@ -35,17 +35,29 @@ Folder = Annotated[Path, typer.Argument(help="An NVFP4 checkpoint folder.", pars
 Backend = Annotated[str, typer.Option(help="Linear backend, or auto.")]
 Runner = Annotated[str, typer.Option("--moe-backend", help="MoE runner, or auto.")]
 Tokens = Annotated[int, typer.Option(min=1, help="New tokens at most.")]
+Missing = Annotated[
+    str,
+    typer.Option(
+        "--missing-input-scale",
+        help="Layers and experts without an input scale: refuse; max (the largest of the layer); dynamic (computed for each "
+        "token) or dynamic-tensor (for each call), where the backend can.",
+        metavar="refuse|max|dynamic",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
 
-def need_backends(backend: str, moe_backend: str) -> None:
+def need_backends(backend: str, moe_backend: str, missing: str = "refuse") -> None:
     """Unknown names fail before anything is read.
 
     Raises:
         BackendError: no such linear backend, or no such MoE runner.
+        ScaleError: no such policy for missing input scales.
     """
     from ..backends import linear_backend
+    from ..missing import need_policy
     from ..moe.runners import moe_runner
 
+    need_policy(missing)
     linear_backend(backend)
     moe_runner(moe_backend)

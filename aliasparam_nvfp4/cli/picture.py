@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from aliasparam.errors import AliasError
+from aliasparam.report.bars import Bar, bars
 
 from .output import mib
 from .rank_memory import Part
 
 FORMATS = ("svg", "png", "pdf")
-_MIB = 1 << 20
 
 
 def need_format(out: Path) -> None:
@@ -34,28 +33,14 @@ def draw(parts: Sequence[Part], title: str, out: Path) -> None:
     Raises:
         OSError: the file cannot be written; nothing is left of it then.
     """
-    import matplotlib
-
-    matplotlib.rcParams["svg.fonttype"] = "none"
-    matplotlib.rcParams["svg.hashsalt"] = "aliasparam"  # the same picture is the same file
-    from matplotlib.figure import Figure
-
     layers = sorted({part.layer for part in parts if part.layer is not None})
     one = [sum(p.one_copy for p in parts if p.layer == layer) for layer in layers]
     extra = [sum(p.two_copies - p.one_copy for p in parts if p.layer == layer) for layer in layers]
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    axes = figure.subplots()
-    low, high = ([size / _MIB for size in sizes] for sizes in (one, extra))
-    axes.bar(layers, low, color="#2c6fbb", label=f"one copy: {mib(sum(one))}")
-    axes.bar(layers, high, bottom=low, color="#d9d9d9", label=f"what a second copy adds: {mib(sum(extra))}")
-    axes.set(xlabel="layer", ylabel="MiB on a rank")
-    axes.set_title(title.replace("$", r"\$"), fontsize=10)
-    figure.legend(frameon=False, fontsize=9, loc="outside lower center", ncols=2)
-    axes.spines[["top", "right"]].set_visible(False)
-    kind = out.suffix.removeprefix(".").lower()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=kind, metadata={"Date": None} if kind == "svg" else None)
-    _write(out, buffer.getvalue())
+    shown = [
+        Bar(f"one copy: {mib(sum(one))}", "#2a78b8", one),
+        Bar(f"what a second copy adds: {mib(sum(extra))}", "#d9d9d9", extra),
+    ]
+    _write(out, bars([str(layer) for layer in layers], shown, title=title, kind=out.suffix.removeprefix(".").lower()))
 
 
 def _write(out: Path, content: bytes) -> None:

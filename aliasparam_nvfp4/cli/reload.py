@@ -10,7 +10,7 @@ import typer
 
 from .guard import message_of
 from .models import ask, ask_aloud, load
-from .options import AsJson, Backend, Folder, Runner, Tokens, existing
+from .options import AsJson, Backend, Folder, Missing, Runner, Tokens, existing
 from .output import progress, say, say_json
 
 
@@ -20,11 +20,12 @@ def reload(
     prompt: Annotated[str, typer.Option(help="Asked after every load.")] = "What is the capital of France?",
     backend: Backend = "auto",
     moe_backend: Runner = "auto",
+    missing_input_scale: Missing = "refuse",
     tokens: Tokens = 32,
     json: AsJson = False,
 ) -> None:
     """Load a model, then hot-reload it from other folders, asking the same question each time. Exit code 1 if one is refused."""
-    model, tokenizer = load(first, backend, moe_backend)
+    model, tokenizer = load(first, backend, moe_backend, missing_input_scale)
     answered = ask if json else ask_aloud
     steps: list[dict[str, Any]] = [{"folder": str(first), "error": None}]
     steps[0]["answer"] = answered(model, tokenizer, prompt, tokens)

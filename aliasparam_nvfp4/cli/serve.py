@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from .models import load
-from .options import Backend, Folder, Runner, need_backends
+from .options import Backend, Folder, Missing, Runner, need_backends
 from .output import say
 
 _TOKEN = "ALIASPARAM_TOKEN"
@@ -20,6 +20,7 @@ def serve(
     folder: Folder,
     backend: Backend = "auto",
     moe_backend: Runner = "auto",
+    missing_input_scale: Missing = "refuse",
     host: Annotated[str, typer.Option(help="Address to listen on; loopback unless you say otherwise.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
     token: Annotated[
@@ -28,13 +29,13 @@ def serve(
     name: Annotated[str | None, typer.Option(help="What clients call the model; the folder's name without.")] = None,
 ) -> None:
     """Serve OpenAI's API (chat completions, completions, models), and POST /reload, /digest, GET /memory."""
-    need_backends(backend, moe_backend)
+    need_backends(backend, moe_backend, missing_input_scale)
     from ..demo._quiet import need
 
     need("fastapi", "uvicorn", "openai", "transformers", "accelerate", extra="serve")
     secret = _token(token)
     with _listening(host, port) as listener:  # a port that is taken fails before a model is loaded
-        model, tokenizer = load(folder, backend, moe_backend)
+        model, tokenizer = load(folder, backend, moe_backend, missing_input_scale)
         import uvicorn
 
         from .server import build

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from aliasparam.errors import AliasError
 
 from ..checkpoint import CheckpointFolder, QuantConfig, TensorEntry
+from ..missing import Missing
 from ..scales import GlobalScales, are_scales, need_block_scales
 
 #: How many reasons are listed.
@@ -29,7 +30,13 @@ class Verdict:
 
 
 def will_load(
-    folder: Path, config: QuantConfig, tensors: CheckpointFolder, on_module: Callable[[], None], *, deep: bool = False
+    folder: Path,
+    config: QuantConfig,
+    tensors: CheckpointFolder,
+    on_module: Callable[[], None],
+    *,
+    deep: bool = False,
+    missing: str = "refuse",
 ) -> Verdict:
     """Hold headers against the model that config.json describes, and look at every global scale.
 
@@ -39,12 +46,14 @@ def will_load(
         tensors: the folder, opened.
         on_module: called for every module, for a progress bar.
         deep: also read all block scales.
+        missing: what counts for missing input scales, see missing.py.
     """
-    wrong = list(_scalars(config, tensors, on_module))
+    policy = cast(Missing, missing)
+    wrong = list(_scalars(config, tensors, on_module, policy))
     if deep:
         wrong += _block_scales(config, tensors)
     try:
-        asked = fits_the_model(folder)
+        asked = fits_the_model(folder, policy)
         notes = _tokenizer_note(folder) if asked else ()
     except AliasError as error:
         wrong.insert(0, str(error).replace("\n", "\n  "))
@@ -57,7 +66,7 @@ def will_load(
     return Verdict(True, (what, *notes))
 
 
-def fits_the_model(folder: Path) -> bool:
+def fits_the_model(folder: Path, missing: Missing = "refuse") -> bool:
     """Build the model on the meta device and let the quantizer hold the headers against it; False without transformers.
 
     Raises:
@@ -75,9 +84,9 @@ def fits_the_model(folder: Path) -> bool:
         from transformers.quantizers import AutoHfQuantizer
 
         from ..integrations.transformers.config import model_config, readable
-        from ..integrations.transformers.quantizer import compressed_tensors_here
+        from ..integrations.transformers.quantizer import compressed_tensors_here, use_backend
 
-        with compressed_tensors_here(), readable(folder, "build the model"):
+        with compressed_tensors_here(), use_backend(missing_input_scale=missing), readable(folder, "build the model"):
             config = model_config(folder)
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config)
@@ -99,16 +108,17 @@ def _tokenizer_note(folder: Path) -> tuple[str, ...]:
     return ()
 
 
-def _scalars(config: QuantConfig, folder: CheckpointFolder, on_module: Callable[[], None]) -> Iterator[str]:
+def _scalars(config: QuantConfig, folder: CheckpointFolder, on_module: Callable[[], None], missing: Missing) -> Iterator[str]:
     """What is wrong with global scales, module by module."""
-    names, scales = config.tensors, GlobalScales(config.tensors.reciprocal)
+    names, scales = config.tensors, GlobalScales(config.tensors.reciprocal, missing)
+    may_lack = () if missing == "refuse" else (names.input_global,)
     for module, entries in _modules(folder.tensors).items():
         on_module()
         if names.block_scale not in entries:
             continue
         known = (name for name in (names.weight_global, names.input_global) if name in entries)
         values = {name: folder.read(entries[name].name).float().reshape(-1) for name in known}
-        bad = [name for name, value in values.items() if not bool(are_scales(value).all())]
+        bad = [name for name, value in values.items() if name not in may_lack and not bool(are_scales(value).all())]
         yield from (f"{module}.{name}: not a scale: found {values[name].tolist()}, expected finite, > 0" for name in bad)
         if len(values) == 2 and not bad:
             try:

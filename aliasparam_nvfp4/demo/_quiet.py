@@ -10,11 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from io import StringIO
 
-from aliasparam.errors import AliasError
-
-
-class MissingExtra(AliasError):
-    """An optional package that this command needs is not installed."""
+from aliasparam.errors import MissingExtra
 
 
 def need(*packages: str, extra: str = "demo") -> None:

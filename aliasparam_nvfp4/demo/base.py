@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
-from ._quiet import MissingExtra, need, quiet
+from aliasparam.errors import MissingExtra
+
+from ._quiet import need, quiet
 
 
 def load_base() -> tuple[Any, Any]:

@@ -39,6 +39,8 @@ class ExpertWeights:
         up: f32 ``[E]``, the same for up.
         down: f32 ``[E]``, the same for w2.
         first_expert: global number of the first of them.
+        bias13: ``[E, 2I]``, gate above up, without a gate ``[E, I]``, added to true values; None where there are none.
+        bias2: ``[E, H]``, likewise.
     """
 
     w13: Tensor
@@ -49,6 +51,8 @@ class ExpertWeights:
     up: Tensor
     down: Tensor
     first_expert: int
+    bias13: Tensor | None = None
+    bias2: Tensor | None = None
 
 
 def experts(
@@ -92,6 +96,7 @@ def _some(
         ids,
         w.gate,
         w.up,
+        w.gate if w.bias13 is None else w.bias13,
         i,
         rows13 // 2,
         rows13,
@@ -103,6 +108,7 @@ def _some(
         float("inf") if activation.limit is None else activation.limit,
         PARTS=sums13.shape[0],
         GATED=activation.gated,
+        BIAS=w.bias13 is not None,
         BLOCK=_BLOCK,
     )
     sums2 = partial_sums(hidden, w.w2, w.w2_scale, n=h, planned=planned, slots=slots)
@@ -112,12 +118,14 @@ def _some(
         ids,
         topk_weights.reshape(-1),
         w.down,
+        w.down if w.bias2 is None else w.bias2,
         h,
         slots * h,
         w.first_expert,
         e,
         CHOICES=k,
         PARTS=sums2.shape[0],
+        BIAS=w.bias2 is not None,
         BLOCK=_BLOCK,
     )
 
@@ -131,8 +139,9 @@ def _tile(tokens: int, slots: int, experts: int, most_decode: int) -> int:
 
 
 @triton.jit
-def _activate(sums_ptr, out_ptr, ids_ptr, gate_ptr, up_ptr, i_size, half, row_stride, part_stride, first_expert, experts,
-              alpha, beta, limit, PARTS: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def _activate(sums_ptr, out_ptr, ids_ptr, gate_ptr, up_ptr, bias_ptr, i_size, half, row_stride, part_stride, first_expert,
+              experts, alpha, beta, limit, PARTS: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr,
+              BLOCK: tl.constexpr):  # fmt: skip
     """One slot's hidden row from its partial sums. Unrolled, so that all loads are under way at once."""
     slot = tl.program_id(0).to(tl.int64)
     expert = tl.load(ids_ptr + slot) - first_expert
@@ -148,8 +157,13 @@ def _activate(sums_ptr, out_ptr, ids_ptr, gate_ptr, up_ptr, i_size, half, row_st
             up += tl.load(at + half, mask=ok, other=0.0)
     expert = tl.where(own, expert, 0)
     gate *= tl.load(gate_ptr + expert)
+    bias_row = bias_ptr + expert * (2 * i_size if GATED else i_size) + column
+    if BIAS:
+        gate += tl.load(bias_row, mask=ok, other=0.0).to(tl.float32)
     if GATED:
         up *= tl.load(up_ptr + expert)
+        if BIAS:
+            up += tl.load(bias_row + i_size, mask=ok, other=0.0).to(tl.float32)
         gate = tl.minimum(gate, limit)
         up = tl.minimum(tl.maximum(up, -limit), limit)
         result = gate / (1.0 + tl.exp(-alpha * gate)) * (up + beta)
@@ -160,8 +174,8 @@ def _activate(sums_ptr, out_ptr, ids_ptr, gate_ptr, up_ptr, i_size, half, row_st
 
 
 @triton.jit
-def _combine(sums_ptr, out_ptr, ids_ptr, weights_ptr, down_ptr, h_size, part_stride, first_expert, experts,
-             CHOICES: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def _combine(sums_ptr, out_ptr, ids_ptr, weights_ptr, down_ptr, bias_ptr, h_size, part_stride, first_expert, experts,
+             CHOICES: tl.constexpr, PARTS: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """One token's row: its experts' partial sums, weighted, in the order of its choices. Unrolled as above."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -170,10 +184,15 @@ def _combine(sums_ptr, out_ptr, ids_ptr, weights_ptr, down_ptr, h_size, part_str
         slot = token * CHOICES + choice
         expert = tl.load(ids_ptr + slot) - first_expert
         own = (expert >= 0) & (expert < experts)
-        factor = tl.load(down_ptr + tl.where(own, expert, 0)) * tl.load(weights_ptr + slot).to(tl.float32)
+        row = tl.where(own, expert, 0)
+        weight = tl.load(weights_ptr + slot).to(tl.float32)
+        factor = tl.load(down_ptr + row) * weight
         value = tl.zeros((BLOCK,), dtype=tl.float32)
         for part in tl.static_range(PARTS):
             at = sums_ptr + tl.cast(part_stride, tl.int64) * part + slot * h_size + column
             value += tl.load(at, mask=column < tl.where(own, h_size, 0), other=0.0)
-        total += tl.where(own, value * factor, 0.0)
+        value *= factor
+        if BIAS:
+            value += weight * tl.load(bias_ptr + row * h_size + column, mask=column < h_size, other=0.0).to(tl.float32)
+        total += tl.where(own, value, 0.0)
     tl.store(out_ptr + token * h_size + column, total.to(out_ptr.dtype.element_ty), mask=column < h_size)

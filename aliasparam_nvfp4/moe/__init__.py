@@ -11,3 +11,6 @@ from .loader import ExpertLoader as ExpertLoader
 from .method import NvFp4MoEMethod as NvFp4MoEMethod
 from .ranks import ExpertRanks as ExpertRanks
 from .retarget import retarget_experts as retarget_experts
+from .stored import GPT_OSS as GPT_OSS
+from .stored import ROWS as ROWS
+from .stored import Stored as Stored

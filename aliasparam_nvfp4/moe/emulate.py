@@ -13,6 +13,7 @@ from torch import Tensor
 from ..codec import quantize_activation, scaled_codes
 from ..emulate import _code, _e4m3, _grid, _swizzled_scale
 from ..format import BLOCK_SIZE
+from ..missing import RunTimeScales
 from .activation import ExpertActivation
 from .runners import MoENames, MoEShape
 from .runners._base import MoERunner
@@ -59,6 +60,7 @@ def layer_output(
         topk_ids: ``[T, k]`` global expert numbers.
     """
     scalars = SCALARS[runner.input_scales, runner.separate_scales, runner.swiglu_numbers is SwigluNumbers.OF_RAW_SUMS]
+    run_time = layer.run_time_scales
     out = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
     for expert in range(shape.experts):
         token, choice = (topk_ids == shape.first_expert + expert).nonzero(as_tuple=True)
@@ -66,8 +68,11 @@ def layer_output(
             continue
         w13, w2 = weights(layer, runner, shape, expert)
         by = scalars(layer, expert)
-        hidden = _activated(_quantized(x[token], by.input) @ w13.T, by, shape.expert_activation)
-        rows = (_quantized(hidden, by.hidden) @ w2.T) * by.down.double()
+        bias13 = layer.gemm1_bias[expert].double() if hasattr(layer, "gemm1_bias") else None
+        hidden = _activated(_quantized(x, by.input, run_time)[token] @ w13.T, by, shape.expert_activation, bias13)
+        rows = (_quantized(hidden, by.hidden, run_time) @ w2.T) * by.down.double()
+        if bias13 is not None:
+            rows = rows + layer.gemm2_bias[expert].double()
         out.index_add_(0, token, rows * topk_weights[token, choice].double().unsqueeze(-1))
     return out
 
@@ -130,18 +135,29 @@ PLACES: dict[str, tuple[Place, Place, bool]] = {
 }
 
 
-def _quantized(x: Tensor, reciprocal: Tensor | None) -> Tensor:
-    """Values of codes and block scales, without the global scale; x as it is where there is none."""
-    return x.double() if reciprocal is None else scaled_codes(*quantize_activation(x, reciprocal)).double()
+def _quantized(x: Tensor, reciprocal: Tensor | None, run_time: RunTimeScales | None) -> Tensor:
+    """Values of codes and block scales, without the global scale; x as it is where there is none.
+
+    A scale of 0 is computed here, for all rows or for each, and multiplied in.
+    """
+    if reciprocal is None:
+        return x.double()
+    if run_time is None or bool(reciprocal != 0):
+        return scaled_codes(*quantize_activation(x, reciprocal)).double()
+    groups = [x] if run_time.whole else [x[i : i + 1] for i in range(len(x))]
+    inverses = [(2688.0 / group.float().abs().max().clamp(min=1e-30)).reshape(1) for group in groups]
+    found = [scaled_codes(*quantize_activation(g, inv)).double() / inv for g, inv in zip(groups, inverses, strict=True)]
+    return torch.cat(found)
 
 
-def _activated(sums: Tensor, by: Scalars, activation: ExpertActivation) -> Tensor:
+def _activated(sums: Tensor, by: Scalars, activation: ExpertActivation, bias: Tensor | None) -> Tensor:
     if not activation.gated:
-        hidden = activation(sums * by.gate.double(), None)
+        hidden = activation(sums * by.gate.double() + (0.0 if bias is None else bias), None)
         return hidden if by.after is None else hidden * by.after.double()
     gate, up = sums.chunk(2, -1)
     if by.raw is None:
-        return activation(gate * by.gate.double(), up * by.up.double())
+        more, more_up = (0.0, 0.0) if bias is None else bias.chunk(2)
+        return activation(gate * by.gate.double() + more, up * by.up.double() + more_up)
     alpha, beta, limit = by.raw
     if limit is not None:
         gate, up = torch.minimum(gate, limit), torch.clamp(up, -limit, limit)
@@ -167,7 +183,8 @@ def _two_factors(layer: MoENames, e: int) -> Scalars:
 
 def _reference(layer: MoENames, e: int) -> Scalars:
     """A factor each, the activation's own scale after it."""
-    up = layer.g1_scale_c[e] / layer.w2_input_scale_quant
+    stored = layer.w2_input_scale_quant
+    up = layer.g1_scale_c[e] / torch.where(stored == 0, 1.0, stored)
     return Scalars(layer.w13_input_scale_quant, layer.g1_alphas[e], up, layer.w2_input_scale_quant, layer.g2_alphas[e])
 
 

@@ -15,11 +15,11 @@ from ..checkpoint.experts import ExpertKey
 from ..checkpoint_format import CheckpointFormat
 from ..errors import ScaleError
 from ..format import BLOCK_SIZE
+from ..missing import Missing
 from ..scales import are_scales
 from .method import NvFp4MoEMethod
 from .ranks import ExpertRanks
 from .runners import MoEShape
-from .scales import Missing
 
 SHARDS = ("w1", "w3", "w2")
 
@@ -108,7 +108,7 @@ class ExpertSource:
         """
         self.tensors.need(self.shape.all_experts, self.specs(), optional=self.optional)
         scalars = {p.key: float(self.folder.read(p.name)) for p in self.parts() if self._is_scalar(p)}
-        may_lack = (self.format.input_global,) if self.missing == "max" else ()
+        may_lack = () if self.missing == "refuse" else (self.format.input_global,)
         bad = {self.tensors.name(key): v for key, v in scalars.items() if not is_scale(v) and key[2] not in may_lack}
         if bad:
             raise ScaleError("a global scale is not a scale", expected="finite and positive, and so its reciprocal", found=bad)

@@ -72,6 +72,8 @@ class ExpertLoader:
                 found=f"{shard_id} of expert {expert_id}",
                 remedy=None if self.gated else "These experts have no gate: their only projection before w2 is w1.",
             )
+        if getattr(param, "is_bias", False):  # a matrix of one column
+            param, loaded_weight = param.unsqueeze(-1), loaded_weight.unsqueeze(-1)
         of_all = cast(bool, getattr(param, "of_all_experts", False))
         if expert_id is None:
             own = loaded_weight if of_all else self._own_experts(loaded_weight, weight_name)

@@ -16,12 +16,13 @@ from ..checkpoint_format import MODELOPT, CheckpointFormat
 from ..checks import FiniteBlockScales
 from ..errors import ShapeError
 from ..format import BLOCK_SIZE
+from ..missing import Missing, RunTimeScales, is_dynamic, need_policy
 from .activation import SWIGLU, ExpertActivation
-from .declarations import aliases, scalars
+from .declarations import Parameters, aliases, biases, parameters, scalars
 from .loader import ExpertLoader
 from .routing import Routing
 from .runners import MoENames, MoERunner, MoEShape, chosen, moe_runner
-from .scales import Missing
+from .stored import ROWS, Stored
 
 
 class NvFp4MoEMethod:
@@ -33,9 +34,12 @@ class NvFp4MoEMethod:
         activation: what lies between the two GEMMs: SwiGLU, with its numbers or without, or ReLU squared, which has no gate.
         checkpoint: the names and the direction of scales, ModelOpt's or those of compressed-tensors.
         input_scale: False for checkpoints without activation scales (W4A16_NVFP4, NVFP4A16).
-        missing_input_scale: what counts for experts whose input scale is 0 or no number: "refuse", or "max" of the layer.
+        missing_input_scale: what counts for experts whose input scale is 0 or no number: "refuse", "max" of the layer, or
+            computed at run time for each token ("dynamic") or each call ("dynamic-tensor"), where the runner can.
         interleaved: True where fused tensors of the checkpoint have rows ``[g0, u0, g1, u1, ...]``. The loader takes them apart
             as they arrive; nothing on the layer remembers it, so they can arrive as often as they like.
+        bias: True where experts have biases, ``w13_bias`` ``[E, 2I]`` and ``w2_bias`` ``[E, H]`` in the layer's dtype (gpt-oss).
+        stored: the form of the checkpoint's tensors; ``GPT_OSS`` for gpt-oss, whose names then have other shapes than below.
         retarget_to: runners to which a loaded layer may be moved by :func:`retarget_experts`, where their padding needs more
             room or their scalars are others.
         ep_rank: this rank among those which divide the experts.
@@ -67,6 +71,8 @@ class NvFp4MoEMethod:
         input_scale: bool = True,
         missing_input_scale: Missing = "refuse",
         interleaved: bool = False,
+        bias: bool = False,
+        stored: Stored = ROWS,
         retarget_to: Sequence[str] = (),
         ep_rank: int = 0,
         ep_size: int = 1,
@@ -78,10 +84,22 @@ class NvFp4MoEMethod:
                 raise ShapeError(f"no such {what} rank", expected=f"0 to {size - 1}", found=rank)
         if interleaved and not activation.gated:
             raise ShapeError("without a gate there is nothing to interleave", expected="interleaved=False", found=activation.kind)
+        if (interleaved and stored.columns) or (tp_size > 1 and (bias or stored.columns)):
+            raise ShapeError(
+                "experts with biases, or stored by columns, are whole on a rank",
+                expected="tp_size=1, and interleaved=False: the form says so already",
+                found=f"tp_size={tp_size}, interleaved={interleaved}",
+                remedy="Divide the experts among ranks by their number: ep_size.",
+            )
+        need_policy(missing_input_scale)
+        needs: dict[str, Any] = {"activation": activation, "input_scale": input_scale, "bias": bias}
+        needs["dynamic"] = is_dynamic(missing_input_scale)
         self.name = backend
-        self.backend = moe_runner(backend, activation=activation, input_scale=input_scale)
-        self.retarget_to = tuple(moe_runner(n, activation=activation, input_scale=input_scale) for n in retarget_to)
+        self.backend = moe_runner(backend, **needs)
+        self.retarget_to = tuple(moe_runner(n, **needs) for n in retarget_to)
+        self._needs = needs
         self.activation, self.checkpoint, self.input_scale, self.interleaved = activation, checkpoint, input_scale, interleaved
+        self.bias, self.stored = bias, stored
         self.missing_input_scale: Missing = missing_input_scale
         self.ep_rank, self.ep_size, self.tp_rank, self.tp_size = ep_rank, ep_size, tp_rank, tp_size
 
@@ -122,35 +140,25 @@ class NvFp4MoEMethod:
             e, shape.first_expert, everywhere, self.tp_rank, self.tp_size, self.activation.gated, self.interleaved
         )
         attributes = {"weight_loader": loader, **extra_weight_attrs}
-        for name, (dims, dtype) in self._parameters(shape).items():
+        for name, (dims, dtype) in self._parameters(shape, params_dtype).items():
             parameter = nn.Parameter(torch.empty(dims, dtype=dtype), requires_grad=False)
             of_all = name.endswith(self.checkpoint.input_global)
-            for key, value in {**attributes, "of_all_experts": of_all}.items():
+            own = {"of_all_experts": of_all, "is_bias": name.endswith("_bias")}
+            for key, value in {**attributes, **own}.items():
                 setattr(parameter, key, value)
             layer.register_parameter(name, parameter)
-        runner, reason = chosen(self.name, activation=self.activation, input_scale=self.input_scale, dtype=params_dtype)
+        runner, reason = chosen(self.name, dtype=params_dtype, **self._needs)
         layer.__dict__.update(nvfp4_moe_shape=shape, nvfp4_runner=runner, params_dtype=params_dtype)
         layer.__dict__["nvfp4_moe_checkpoint"] = self.checkpoint, self.input_scale
+        layer.__dict__["nvfp4_moe_stored"] = self.stored, self.bias
         layer.__dict__["nvfp4_moe_missing"] = self.missing_input_scale
+        layer.__dict__["run_time_scales"] = RunTimeScales.of(self.missing_input_scale)
         self._declare(layer, shape, runner).about = f"{runner.name}: {reason}"
 
-    def _parameters(self, shape: MoEShape) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    def _parameters(self, shape: MoEShape, dtype: torch.dtype) -> Parameters:
         """Checkpoint names with their shapes and dtypes."""
-        names, e, h, i, rows = self.checkpoint, shape.experts, shape.hidden, shape.intermediate, shape.w13_rows
-        halves = (2,) if self.activation.gated else (1,)
-        u8, e4m3, f32 = torch.uint8, torch.float8_e4m3fn, torch.float32
-        found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-            f"w13_{names.weight}": ((e, rows, h // 2), u8),
-            f"w2_{names.weight}": ((e, h, i // 2), u8),
-            f"w13_{names.block_scale}": ((e, rows, h // BLOCK_SIZE), e4m3),
-            f"w2_{names.block_scale}": ((e, h, i // BLOCK_SIZE), e4m3),
-            f"w13_{names.weight_global}": ((e, *halves) if self.activation.gated else (e,), f32),
-            f"w2_{names.weight_global}": ((e,), f32),
-        }
-        if self.input_scale:
-            found[f"w13_{names.input_global}"] = (shape.all_experts, *halves), f32
-            found[f"w2_{names.input_global}"] = (shape.all_experts,), f32
-        return found
+        bias = dtype if self.bias else None
+        return parameters(shape, self.checkpoint, self.stored, input_scale=self.input_scale, bias=bias)
 
     def _declare(self, layer: nn.Module, shape: MoEShape, runner: MoERunner) -> AliasRegistry:
         layout = runner.layout.of(self.activation)
@@ -158,10 +166,14 @@ class NvFp4MoEMethod:
             r.scales(shape, self.checkpoint, input_scale=self.input_scale, missing=self.missing_input_scale).derivations()
             for r in (runner, *self.retarget_to)
         )
-        pairs = aliases(self.checkpoint, layout, [r.layout.of(self.activation) for r in self.retarget_to])
+        gated = self.activation.gated
+        others_layouts = [r.layout.of(self.activation) for r in self.retarget_to]
+        pairs = aliases(self.checkpoint, self.stored, layout, others_layouts, gated=gated)
+        pairs += biases(self.stored, gated=gated) if self.bias else []
         derived = scalars(own, [d for other in others for d in other], runner.name)
         read = {alias.source for alias in pairs} | {source for d in derived for source in d.sources}
-        kept = [Keep(name) for name in self._parameters(shape) if name not in read]  # activation scales on W4A16 runners
+        names = self._parameters(shape, torch.float32)
+        kept = [Keep(name) for name in names if name not in read]  # activation scales on W4A16 runners
         registry = declare(layer, *pairs, *derived, *kept, loaded=False)
         block_scales = f"w13_{self.checkpoint.block_scale}", f"w2_{self.checkpoint.block_scale}"
         registry.checks.append(FiniteBlockScales(block_scales, shape.first_expert))

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from aliasparam import Derivation, Layout, registry_of
 
 from ..checkpoint_format import CheckpointFormat
 from ..errors import BackendError
+from ..missing import Missing, is_dynamic
 from .declarations import formats, unread
 from .runners import MoERunner, MoEShape, moe_runner
-from .scales import Missing
+from .stored import Stored
 
 
 def retarget_experts(module: nn.Module, runner: str) -> int:
@@ -48,8 +51,11 @@ class _Experts:
         self.runner: MoERunner = layer.__dict__["nvfp4_runner"]
         self.shape: MoEShape = layer.__dict__["nvfp4_moe_shape"]
         checkpoint, input_scale = layer.__dict__["nvfp4_moe_checkpoint"]
+        stored, bias = layer.__dict__["nvfp4_moe_stored"]
         self.checkpoint: CheckpointFormat = checkpoint
         self.input_scale: bool = input_scale
+        self.stored: Stored = stored
+        self.bias: bool = bias
         self.missing: Missing = layer.__dict__["nvfp4_moe_missing"]
 
     def scalars(self, runner: MoERunner) -> list[Derivation]:
@@ -57,12 +63,14 @@ class _Experts:
 
     def formats(self, runner: MoERunner) -> dict[str, Layout]:
         layout = runner.layout.of(self.shape.expert_activation)
-        return {source: order for source, (_, order) in formats(self.checkpoint, layout).items()}
+        found = formats(self.checkpoint, layout, self.stored, gated=self.shape.expert_activation.gated)
+        return {source: order for source, (_, order) in found.items()}
 
     def need_movable_to(self, target: MoERunner) -> None:
         """Raise what would go wrong. Nothing is changed."""
         label = self.registry.label
-        if (reason := target.refusal(self.shape.expert_activation, input_scale=self.input_scale)) is not None:
+        needs: dict[str, Any] = {"input_scale": self.input_scale, "dynamic": is_dynamic(self.missing), "bias": self.bias}
+        if (reason := target.refusal(self.shape.expert_activation, **needs)) is not None:
             raise BackendError(f"this runner cannot serve these experts: {reason}", module=label, name=target.name)
         if copies := [n for n in self.formats(target) if not self.registry.sources[n].derived]:
             raise BackendError(

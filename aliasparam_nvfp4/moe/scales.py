@@ -44,7 +44,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -53,10 +52,9 @@ from aliasparam import Derivation
 
 from ..checkpoint_format import MODELOPT, CheckpointFormat
 from ..errors import ScaleError
-from ..scales import are_scales
+from ..missing import Missing as Missing
+from ..missing import are_scales, completed, is_dynamic
 from .activation import SWIGLU, ExpertActivation
-
-Missing = Literal["refuse", "max"]
 
 
 class InputScales(Enum):
@@ -89,8 +87,9 @@ class MoEScales:
         checkpoint: names, and the direction of the scales.
         expert_activation: what lies between the two GEMMs.
         numbers: how the kernel takes the numbers of that activation; None: not at all.
-        missing: what counts for an expert without an input scale (0, or no number): "refuse" it, or take the layer's largest
-            ("max"), as ModelOpt's exporter does for experts that met no token.
+        missing: what counts for an expert without an input scale (0, or no number), see missing.py: "max" is what ModelOpt's
+            exporter does for experts that met no token. Where it is "dynamic" and one of the layer's is missing, a kernel
+            computes all of them: its quant is 0, and the factors have weight scales alone.
     """
 
     inputs: InputScales
@@ -177,11 +176,11 @@ class MoEScales:
 
     def _combined(self, name: str, scales: Tensor) -> Tensor:
         """Input scales ``[E_global]`` or ``[E_global, 1 or 2]`` as ``[1]``, or ``[E]`` of this rank's experts, as stored."""
-        if self.missing == "max":
-            good = are_scales(scales) & are_scales(1 / scales)
-            if bool(good.any()):
-                scales = torch.where(good, scales, self._largest(scales[good]))
-        self._need("an input scale", name, scales, 0)
+        if scales.numel() == 1:  # one for all experts
+            scales = scales.reshape(1).expand(self.first_expert + self.experts)
+        scales = completed(scales, self.missing, reciprocal=self.checkpoint.reciprocal)
+        if not is_dynamic(self.missing) or bool(scales.any()):
+            self._need("an input scale", name, scales, 0)
         if self.inputs is not InputScales.EACH:
             return self._largest(scales).reshape(1)
         own = scales[self.first_expert : self.first_expert + self.experts]
@@ -202,11 +201,13 @@ class MoEScales:
         return 1.0 / stored if self.checkpoint.reciprocal else stored.clone()
 
     def _input(self, name: str, scales: Tensor) -> Tensor:
-        return self._multiplier(self._combined(name, scales))
+        """As a multiplier; 1 where it is computed at run time."""
+        stored = self._combined(name, scales)
+        return torch.where(stored == 0, 1.0, self._multiplier(stored))
 
     def _quant(self, name: str, scales: Tensor) -> Tensor:
         stored = self._combined(name, scales)
-        return stored.clone() if self.checkpoint.reciprocal else 1.0 / stored
+        return torch.where(stored == 0, 0.0, stored if self.checkpoint.reciprocal else 1.0 / stored)
 
     def _same(self, value: float, s13: Tensor) -> Tensor:
         return s13.new_full((self.experts,), value)
@@ -224,7 +225,8 @@ class MoEScales:
         return self._input(self._a1, inputs) * self._up(s13) / self._input(self._a2, after)
 
     def _after(self, after: Tensor) -> Tensor:
-        return self._quant(self._a2, after).expand(self.experts).clone()
+        inverse = self._quant(self._a2, after)
+        return torch.where(inverse == 0, 1.0, inverse).expand(self.experts).clone()
 
     def _down_with_input(self, inputs: Tensor, s2: Tensor) -> Tensor:
         return self._input(self._a2, inputs) * self._down(s2)
@@ -262,6 +264,8 @@ class MoEScales:
         return self._weight(self._s2, s2)
 
     def _weight(self, name: str, scales: Tensor) -> Tensor:
+        if scales.numel() == 1:  # one for all experts
+            scales = scales.reshape(1).expand((self.experts, 2) if self._gated and name == self._s13 else self.experts)
         self._need("a weight global scale", name, scales, self.first_expert)
         return self._multiplier(scales)
 
@@ -283,6 +287,6 @@ _ONE_LIMIT = "this runner has one clamp limit for both"
 _REMEDIES = {
     "a weight global scale": "For an expert of zeros store 1.0 here, and zeros as its block scales: it then gives zeros.",
     "an input scale": "An expert which met no token in calibration has none: calibrate with all experts, store another's, or "
-    'take the largest of the layer: missing_input_scale="max".',
+    'choose what counts instead: missing_input_scale="max" (the largest of the layer) or "dynamic" (computed at run time).',
     "the product of its input and weight scale": "Export the checkpoint again: these are beyond any weight or activation.",
 }

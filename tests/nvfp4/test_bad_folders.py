@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -206,3 +207,54 @@ def test_bad_entries_name_the_entry() -> None:
         QuantConfig.from_dict({**MODELOPT, "group_size": "x"})
 
     assert error.value.expected == "a whole number" and error.value.found == "'x'"
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "hf_quant_config.json", "tokenizer.json", "generation_config.json", "x.safetensors"]
+)
+@pytest.mark.parametrize("command", ["inspect", "generate", "serve", "quantize"])
+def test_a_pipe_in_the_folder_is_refused_and_not_waited_for(name: str, command: str, tmp_path: Path) -> None:
+    """A read of it would never end: nobody writes."""
+    write_checkpoint(tmp_path / "a", 1)
+    write_tokenizer(tmp_path / "a")
+    file = tmp_path / "a" / name
+    file.unlink(missing_ok=True)
+    os.mkfifo(file)
+    more = {"generate": ["w1"], "quantize": [str(tmp_path / "out")]}.get(command, [])
+
+    with pytest.raises(AliasError, match=rf"{name}: this is not a file(.|\n)*a pipe"):
+        CliRunner().invoke(app, [command, str(tmp_path / "a"), *more], catch_exceptions=False)
+
+
+def test_devices_are_refused_and_links_to_files_are_not(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "a", 1)
+    (tmp_path / "notes.txt").write_text("x")
+    (tmp_path / "a" / "notes.txt").symlink_to(tmp_path / "notes.txt")
+    (tmp_path / "a" / "gone.txt").symlink_to(tmp_path / "nowhere")
+    QuantConfig.from_folder(tmp_path / "a")
+    (tmp_path / "a" / "vocab.json").symlink_to("/dev/zero")
+
+    with pytest.raises(CheckpointError, match="a device"):
+        QuantConfig.from_folder(tmp_path / "a")
+
+
+def test_a_million_layers_are_refused_before_any_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_checkpoint(tmp_path / "a", 1)
+    write_tokenizer(tmp_path / "a")
+    edit(tmp_path / "a", num_hidden_layers=10**6)
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "__init__", lambda *_, **__: pytest.fail("it was built"))
+
+    for command, more in (("inspect", []), ("generate", ["w1"])):
+        result = CliRunner().invoke(app, [command, str(tmp_path / "a"), *more])
+        text = result.output + str(result.exception)
+        assert result.exit_code != 0 and "more layers than the files have" in text and "num_hidden_layers = 1000000" in text
+
+
+@pytest.mark.parametrize("many", [100, 256])
+def test_of_a_few_layers_too_many_each_tensor_is_named(many: int, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "a", 1)
+    write_tokenizer(tmp_path / "a")
+    edit(tmp_path / "a", num_hidden_layers=many)
+
+    result = CliRunner().invoke(app, ["inspect", str(tmp_path / "a")])
+    assert result.exit_code == 1 and "missing: model.layers." in result.output

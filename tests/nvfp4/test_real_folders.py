@@ -170,6 +170,41 @@ def test_input_scales_that_no_calibration_gave_are_refused_or_the_largest(tmp_pa
     assert torch.equal(logits(model), logits(whole))
 
 
+@pytest.mark.parametrize("missing", ["dynamic", "dynamic-tensor"])
+def test_scales_computed_at_run_time_reload_and_export(missing: str, tmp_path: Path) -> None:
+    """One dense layer without the tensors, one with 0 in them; of the experts one without, one with 0."""
+
+    def folder(seed: int) -> tuple[Path, Path, dict[str, Tensor], type[Any]]:
+        tensors, config, cls = saved("GLM-4.5", seed)
+        packed, plain = quantized(tensors)
+        scaled = {f"{n.rpartition('.')[0]}.input_scale": torch.tensor(0.003) for n, t in packed.items() if t.dtype is torch.uint8}
+        dense, experts = "model.layers.0.mlp", "model.layers.1.mlp.experts"
+        scaled[f"{dense}.gate_proj.input_scale"] = torch.tensor(0.0)
+        scaled[f"{experts}.2.down_proj.input_scale"] = torch.tensor(0.0)
+        for lacking in (f"{dense}.down_proj", f"{experts}.1.up_proj"):
+            del scaled[f"{lacking}.input_scale"]
+        settings = {**config, "quantization_config": {**QUANTIZATION, "quant_algo": "NVFP4"}}
+        path = tmp_path / str(seed)
+        return write(path / "a", {**packed, **scaled}, settings), write(path / "d", plain, config), {**packed, **scaled}, cls
+
+    (a, decoded, tensors, cls), (b, *_) = folder(0), folder(1)
+    with pytest.raises(CheckpointError, match=r"missing: .*down_proj.input_scale|lacks w3 input_scale"):
+        load(a, cls)
+    model = load(a, cls, missing_input_scale=missing)
+    first = logits(model)
+
+    # Activations of 4 bits give 15 to 20 dB; a scale that is left out or doubled gives less than 3.
+    assert signal_to_noise(first, logits(cls.from_pretrained(decoded, dtype=torch.float32).eval())) > 10
+    model.save_pretrained(tmp_path / "saved")
+    found = load_file(tmp_path / "saved" / "model.safetensors")
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[n].reshape(-1).view(torch.uint8), same(tensors[n], found[n])) for n in found)
+    reload_folder(model, b)
+    assert torch.equal(logits(model), logits(load(b, cls, missing_input_scale=missing))), "law 9"
+    reload_folder(model, a)
+    assert torch.equal(logits(model), first)
+
+
 def test_a_wrapped_model_reloads_and_entries_that_change_nothing_are_named(tmp_path: Path) -> None:
     a, _, _, cls = folders("GLM-4.5", 0, tmp_path / "a")
     b, _, _, _ = folders("GLM-4.5", 1, tmp_path / "b")

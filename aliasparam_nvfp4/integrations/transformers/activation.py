@@ -16,16 +16,14 @@ _LIMITS, _ALPHAS = ("limit", "swiglu_limit"), ("alpha", "swiglu_alpha")
 
 
 def expert_activation(module: nn.Module) -> ExpertActivation | None:
-    """The activation of ``module``, or None for experts which are not computed as :class:`ExpertActivation` says: with biases,
-    stored transposed or interleaved, with a norm of their own, or with another function.
+    """The activation of ``module``, or None for experts which are not computed as :class:`ExpertActivation` says: with a norm of
+    their own, or with another function. Of experts with biases, by columns and with neighbouring gate and up, all three or none.
 
     The class's own function (``_apply_gate``, or ``act_fn`` without a gate; see transformers' ``integrations/moe.py``) is run on
     a few values and compared: a class which holds its sums below a limit has the same ``act_fn`` as one that does not.
     """
-    odd = ("has_bias", "is_transposed", "has_post_expert_norm")
-    if not hasattr(type(module), "_apply_gate") or not getattr(module, "is_concatenated", True):
-        return None
-    if any(getattr(module, name, False) for name in odd):
+    odd = {getattr(module, "has_bias", False), getattr(module, "is_transposed", False), not _halves(module)}
+    if not hasattr(type(module), "_apply_gate") or len(odd) > 1 or getattr(module, "has_post_expert_norm", False):
         return None
     x = torch.linspace(-40, 40, 641, dtype=torch.float64, device="cpu")
     gate, up = x, x.flip(0) * 0.7 + 1
@@ -33,9 +31,19 @@ def expert_activation(module: nn.Module) -> ExpertActivation | None:
         if "up_proj" in module._parameters:
             relu2 = ExpertActivation("relu2")
             return relu2 if torch.allclose(module.act_fn(x), relu2(x, None)) else None  # type: ignore[operator]
-        theirs = module._apply_gate(torch.cat([gate, up]).unsqueeze(0))[0]  # type: ignore[operator]
+        both = torch.cat([gate, up]) if _halves(module) else torch.stack([gate, up], -1).flatten()
+        theirs = module._apply_gate(both.unsqueeze(0))[0]  # type: ignore[operator]
         return next((kind for kind in _candidates(module) if torch.allclose(theirs, kind(gate, up), rtol=1e-9)), None)
     return None
+
+
+def by_columns(module: nn.Module) -> bool:
+    """Whether experts have biases, matrices by columns, and gate and up as neighbours (gpt-oss)."""
+    return bool(getattr(module, "is_transposed", False))
+
+
+def _halves(module: nn.Module) -> bool:
+    return bool(getattr(module, "is_concatenated", True))
 
 
 def _candidates(module: nn.Module) -> Iterator[ExpertActivation]:

@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoTokenizer
 
 from aliasparam.errors import AliasError
 
-from ...checkpoint import CheckpointError, QuantConfig
+from ...checkpoint import CheckpointError, CheckpointFolder, QuantConfig
+from ...checkpoint.layer_count import need_layers
 from ...checkpoint_format import COMPRESSED_TENSORS
 
 
@@ -45,7 +46,9 @@ def model_config(folder: Path) -> Any:
     """
     with readable(folder, "read the model's configuration"):
         config = AutoConfig.from_pretrained(folder)
-    parsed = QuantConfig.from_folder(folder)
+    parsed, files = QuantConfig.from_folder(folder), CheckpointFolder(folder)
+    files.close()
+    need_layers(config.to_dict(), files.tensors, str(folder))
     config.quantization_config = {**parsed.raw, "quant_method": METHOD if parsed.tensors is COMPRESSED_TENSORS else "modelopt"}
     return config
 

@@ -9,7 +9,7 @@ tensor for each expert and projection, each a view of the fused storage (see [No
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 
 import torch
 import torch.distributed as dist
@@ -17,29 +17,15 @@ from torch import Tensor, nn
 
 from aliasparam import Alias, AliasRegistry, declare, registry_of
 
-from ...checkpoint import CheckpointFolder, ExpertTensors, UnsupportedFormatError
+from ...checkpoint import CheckpointFolder, ExpertTensors, TensorEntry, UnsupportedFormatError
 from ...checkpoint.experts import ExpertKey
 from ...checkpoint.scheme import Scheme
 from ...checkpoint_format import CheckpointFormat
-from ...moe import ExpertActivation, ExpertRanks, NvFp4MoEMethod
+from ...moe import ExpertActivation, NvFp4MoEMethod
 from ...moe.folder import SHARDS, ExpertSource, expert_source, expert_specs, load_from
-from ...moe.scales import Missing
-from .activation import expert_activation
-
-
-@dataclass(frozen=True)
-class ExpertChoice:
-    """With what experts are served.
-
-    Attributes:
-        runner: an MoE runner's name, or "auto".
-        ranks: the part of this process. With more than one, results are added up over the default process group.
-        missing_input_scale: what counts for experts without an input scale, see :class:`~aliasparam_nvfp4.NvFp4MoEMethod`.
-    """
-
-    runner: str = "auto"
-    ranks: ExpertRanks = field(default_factory=ExpertRanks)
-    missing_input_scale: Missing = "refuse"
+from .activation import by_columns, expert_activation
+from .choice import ExpertChoice as ExpertChoice
+from .fused_experts import fused_in_files
 
 
 class Experts(nn.Module):
@@ -165,6 +151,7 @@ def replace_experts(
     model: nn.Module,
     layers: Mapping[str, ExpertTensors],
     schemes_of: Callable[[str], set[Scheme | None]],
+    stored: Mapping[str, TensorEntry],
     names: CheckpointFormat,
     choice: ExpertChoice,
     dtype: torch.dtype,
@@ -175,6 +162,7 @@ def replace_experts(
         model: on the meta device.
         layers: experts in the files, by the path of their module in ``model``.
         schemes_of: how all projections of the experts at a path are quantized.
+        stored: the files' tensors by the model's names.
         names: of the tensors.
         choice: with what they are served.
         dtype: see :class:`Experts`.
@@ -188,19 +176,23 @@ def replace_experts(
             continue
         activation = expert_activation(module)
         scheme = next(iter(schemes))
-        if tensors is None or len(schemes) > 1 or scheme is None or not scheme.is_fp4 or activation is None:
+        if tensors is None and len(schemes) == 1 and scheme and scheme.is_fp4 and activation and by_columns(module):
+            made = fused_in_files(path, module, stored, scheme, activation, names=names, choice=choice, dtype=dtype)
+            model.set_submodule(path, made)
+            continue
+        if by_columns(module) or tensors is None or len(schemes) > 1 or scheme is None or not scheme.is_fp4 or activation is None:
             raise UnsupportedFormatError(
                 "experts of this kind are not supported",
                 module=path,
                 expected="all experts NVFP4 or W4A16_NVFP4, each with tensors of its own, without biases, gated by SiLU or GELU "
-                "(tanh), or without a gate and of squared ReLU",
+                "(tanh), or without a gate and of squared ReLU; or those of gpt-oss, fused and with biases",
                 found=f"{type(module).__name__}, {', '.join(sorted(str(s and s.algo) for s in schemes))}"
                 + ("" if tensors else ", no tensors for each expert in the files"),
             )
         first = module.get_parameter(first_projection(module))
         sizes = (first.shape[0], first.shape[2], first.shape[1] // (2 if activation.gated else 1))
-        made = Experts(tensors, sizes, names=names, scheme=scheme, activation=activation, choice=choice, dtype=dtype)
-        model.set_submodule(path, made)
+        apart = Experts(tensors, sizes, names=names, scheme=scheme, activation=activation, choice=choice, dtype=dtype)
+        model.set_submodule(path, apart)
 
 
 def first_projection(experts: nn.Module) -> str:

@@ -11,12 +11,15 @@ from aliasparam import TensorSpec
 
 from ...checkpoint import CheckpointError, QuantConfig, UnsupportedFormatError
 from ...checkpoint.scheme import Scheme
+from ...missing import Missing, is_dynamic
 from .fp8 import Fp8Linear
 from .modules import Projection, ProjectionKind
 from .source import Source
 
 
-def replace_linears(model: Any, config: QuantConfig, source: Source, dtype: torch.dtype) -> list[str]:
+def replace_linears(
+    model: Any, config: QuantConfig, source: Source, dtype: torch.dtype, missing: Missing = "refuse"
+) -> list[str]:
     """Put :class:`Projection` and :class:`Fp8Linear` in the place of quantized layers; returns those which the config quantizes
     and the files do not.
 
@@ -25,6 +28,7 @@ def replace_linears(model: Any, config: QuantConfig, source: Source, dtype: torc
         config: says which modules are quantized.
         source: the folder; empty for a model that is loaded from something else.
         dtype: of activations.
+        missing: what counts for a missing input scale.
 
     Raises:
         CheckpointError: scales of an FP8 layer that do not divide its weight.
@@ -51,17 +55,22 @@ def replace_linears(model: Any, config: QuantConfig, source: Source, dtype: torc
             )
         with torch.device("meta"):
             if scheme.is_fp4:
-                made: nn.Module = _fp4(name, module, scheme, config, source, dtype)
+                made: nn.Module = _fp4(name, module, scheme, config, source, dtype, missing)
             else:
                 made = _fp8(name, module, scheme, source, dtype)
         model.set_submodule(name, made)
     return plain
 
 
-def _fp4(name: str, module: nn.Linear, scheme: Scheme, config: QuantConfig, source: Source, dtype: torch.dtype) -> Projection:
+def _fp4(
+    name: str, module: nn.Linear, scheme: Scheme, config: QuantConfig, source: Source, dtype: torch.dtype, missing: Missing
+) -> Projection:
     """The tensors of its algorithm, and the optional ones which the files have."""
     names = config.tensors
-    kind = ProjectionKind(names, scheme.inputs == "stored", f"{name}.pre_quant_scale" in source.tensors)
+    quantized = scheme.inputs == "stored"
+    stored = quantized and not (is_dynamic(missing) and source.folder and f"{name}.{names.input_global}" not in source.tensors)
+    awq = f"{name}.pre_quant_scale" in source.tensors
+    kind = ProjectionKind(names, bool(stored), missing if quantized else "refuse", awq)
     scalars = {leaf: source.tensors.get(f"{name}.{leaf}") for leaf in (names.weight_global, names.input_global)}
     shapes = {leaf: entry.shape for leaf, entry in scalars.items() if entry is not None and entry.shape in ((), (1,))}
     return Projection(module.in_features, module.out_features, module.bias is not None, dtype, kind, scheme, shapes)

@@ -13,8 +13,8 @@ from aliasparam.errors import AliasError
 
 from ...backends import linear_backend
 from ...checkpoint import CheckpointFolder, QuantConfig
+from ...missing import Missing
 from ...moe.runners import moe_runner
-from ...moe.scales import Missing
 from .config import model_config, readable, tokenizer_of
 from .quantizer import compressed_tensors_here, use_backend
 

@@ -18,6 +18,7 @@ from ...checkpoint.scheme import NVFP4, Scheme
 from ...checkpoint_format import MODELOPT, CheckpointFormat
 from ...format import BLOCK_SIZE
 from ...linear import NvFp4LinearMethod
+from ...missing import Missing
 from .shared_call import partition
 
 
@@ -28,11 +29,13 @@ class ProjectionKind:
     Attributes:
         names: of the tensors.
         input_scale: whether activations have a scale.
+        missing_input_scale: what counts for one that is missing, see missing.py; "refuse" of a checkpoint that has none.
         pre_quant_scale: whether input features have a factor (AWQ).
     """
 
     names: CheckpointFormat = MODELOPT
     input_scale: bool = True
+    missing_input_scale: Missing = "refuse"
     pre_quant_scale: bool = False
 
     def tensors(self, in_features: int, out_features: int, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -55,6 +58,7 @@ class ProjectionKind:
             backend,
             checkpoint=self.names,
             input_scale=self.input_scale,
+            missing_input_scale=self.missing_input_scale,
             pre_quant_scale=self.pre_quant_scale,
             retarget_to=retarget_to,
         )

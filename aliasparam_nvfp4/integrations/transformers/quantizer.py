@@ -26,13 +26,13 @@ from aliasparam import checkpoint_state_dict, process
 
 from ...backends import linear_backend
 from ...checkpoint import QuantConfig
-from ...errors import ScaleError
+from ...missing import Missing, need_policy
 from ...moe import ExpertRanks
 from ...moe.runners import moe_runner
-from ...moe.scales import Missing
 from .carried import carry
 from .experts import ExpertChoice, Experts, replace_experts, show_apart
 from .fuse import fuse_projections
+from .fused_experts import FusedExperts
 from .linears import replace_linears
 from .names import Names, revert, speak_file_names
 from .report import FolderReport
@@ -67,11 +67,14 @@ def use_backend(
 
     With ``ranks`` each process reads and holds its own part of the experts, and the results are added up over the default
     process group of ``torch.distributed``; all other layers are whole in every process. ``retarget_to`` plans room for the linear
-    backends to which :func:`aliasparam_nvfp4.retarget` may move the model. ``missing_input_scale`` says what counts for experts
-    whose activations were not calibrated: "refuse" them, or "max", the largest of their layer.
+    backends to which :func:`aliasparam_nvfp4.retarget` may move the model. ``missing_input_scale`` says what counts for
+    layers and experts whose activations were not calibrated: "refuse" them; "max", the largest of the fused layer or of its
+    experts; or "dynamic" (each token) and "dynamic-tensor" (each call), scales computed at run time, where the backend can.
+
+    Raises:
+        ScaleError: no such policy.
     """
-    if missing_input_scale not in ("refuse", "max"):
-        raise ScaleError("unknown policy for missing input scales", expected="refuse or max", found=repr(missing_input_scale))
+    need_policy(missing_input_scale)
     token = _choice.set(Choice(name, ExpertChoice(moe, ranks or ExpertRanks(), missing_input_scale), tuple(retarget_to)))
     try:
         yield
@@ -146,8 +149,8 @@ class ModelOptQuantizer(HfQuantizer):  # type: ignore[misc]
         config = self.quantization_config.parsed if folder is None else self.quantization_config.of_folder(folder)
         self._source = source = Source.of(model, folder) if folder else Source()
         schemes = partial(source.schemes_of_experts, config)
-        replace_experts(model, source.experts, schemes, config.tensors, self.choice.experts, dtype)
-        plain = replace_linears(model, config, source, dtype)
+        replace_experts(model, source.experts, schemes, source.tensors, config.tensors, self.choice.experts, dtype)
+        plain = replace_linears(model, config, source, dtype, self.choice.experts.missing_input_scale)
         carried = carry(model, source.tensors)
         self.report = source.check(model, carried, plain)
         self.report.say(str(folder))
@@ -173,6 +176,8 @@ class ModelOptQuantizer(HfQuantizer):  # type: ignore[misc]
                 if isinstance(module, Experts) and source.folder is not None:
                     block = model.get_submodule(path.rpartition(".")[0])
                     module.load(source.folder, source.experts[path], next(block.parameters()).device)
+                if isinstance(module, FusedExperts):
+                    module.attach()
             for path in self._plain_experts:
                 show_apart(model.get_submodule(path), source.experts[path])
             if source.folder is not None:

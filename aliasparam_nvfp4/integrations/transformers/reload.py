@@ -24,6 +24,7 @@ from .conversions import Conversion
 from .dropped import dropping_rule
 from .experts import Experts
 from .fp8 import Fp8Linear
+from .fused_experts import check_scalars
 from .modules import FusedLinear, Projection
 from .names import Names
 from .source import castable
@@ -127,6 +128,7 @@ class _Plan:
         modules = files_of(model, live)
         check_schemes(model, config, source, modules)
         check_fused_scales(model, modules, source)
+        check_scalars(model, live, source)
         check_block_scales(model, live, parts, source)
         targets = {name: TensorSpec.of(tensor) for name, tensor in live.items()}
         return cls(source, targets, parts, conversions, converted, {n: names[full].dtype for n, full in converted.items()})
@@ -245,10 +247,12 @@ def check_fused_scales(model: nn.Module, files: Mapping[str, str], folder: Check
         inputs: dict[str, float] = {}
         if fused.quant_method.input_scale:
             inputs = {f"{m}.{tensors.input_global}": float(folder.read(f"{m}.{tensors.input_global}")) for m in members}
-        bad = {n: v for n, v in {**weight_scales, **inputs}.items() if not 0 < v < float("inf")}
+        missing = fused.quant_method.missing_input_scale
+        needed = {**weight_scales, **(inputs if missing == "refuse" else {})}
+        bad = {n: v for n, v in needed.items() if not 0 < v < float("inf")}
         if bad:
             raise ScaleError("a global scale is not a scale", module=path, expected="finite and positive", found=bad)
-        derived, weight = GlobalScales(tensors.reciprocal), torch.tensor(list(weight_scales.values()))
+        derived, weight = GlobalScales(tensors.reciprocal, missing), torch.tensor(list(weight_scales.values()))
         try:
             if inputs:
                 derived.alpha(torch.tensor(list(inputs.values())), weight)

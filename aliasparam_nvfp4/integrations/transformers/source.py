@@ -121,6 +121,9 @@ class Source:
         """The schemes of all projections of the experts at ``path``."""
         tensors = self.experts.get(path)
         if tensors is None:
+            fused = self.tensors.get(f"{path}.gate_up_proj")
+            if fused is not None and is_wide(fused.dtype):
+                return {None}
             return {config.scheme_of(self.modules().get(path, path), path)}
         found: set[Scheme | None] = set()
         scaled = any(suffix in INPUT_SCALES for _, _, suffix in tensors.entries)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -30,6 +31,8 @@ def moe_runner(
     *,
     activation: ExpertActivation = SWIGLU,
     input_scale: bool = True,
+    dynamic: bool = False,
+    bias: bool = False,
 ) -> MoERunner:
     """The runner called ``name``; ``auto`` takes the highest-ranked that serves such experts on ``device`` (default: what
     this process has).
@@ -37,7 +40,7 @@ def moe_runner(
     Raises:
         BackendError: no such runner, or one which cannot serve such experts.
     """
-    return chosen(name, device, activation=activation, input_scale=input_scale)[0]
+    return chosen(name, device, activation=activation, input_scale=input_scale, dynamic=dynamic, bias=bias)[0]
 
 
 def chosen(
@@ -46,6 +49,8 @@ def chosen(
     *,
     activation: ExpertActivation = SWIGLU,
     input_scale: bool = True,
+    dynamic: bool = False,
+    bias: bool = False,
     dtype: torch.dtype | None = None,
 ) -> tuple[MoERunner, str]:
     """(runner, why it is that one). Dims do not matter: runners pad what their kernels want in whole tiles.
@@ -54,12 +59,15 @@ def chosen(
         BackendError: no such runner, or one which cannot serve such experts.
     """
 
+    needs: dict[str, Any] = {"input_scale": input_scale, "dynamic": dynamic, "bias": bias}
+
     def misfit(runner: MoERunner) -> str | None:
-        return runner.refusal(activation, input_scale=input_scale, dtype=dtype)
+        return runner.refusal(activation, dtype=dtype, **needs)
 
     runner, reason = choose("MoE runner", moe_runners(), name, device, misfit)
-    if (refusal := runner.refusal(activation, input_scale=input_scale)) is not None:
-        fit = [n for n, r in moe_runners().items() if r.refusal(activation, input_scale=input_scale) is None]
+    if (refusal := runner.refusal(activation, **needs)) is not None:
+        known = moe_runners().items()
+        fit = [n for n, r in known if r.refusal(activation, **needs) is None]
         raise BackendError(
             f"this runner cannot serve these experts: {refusal}",
             name=name,

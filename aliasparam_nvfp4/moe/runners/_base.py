@@ -15,6 +15,7 @@ from torch.nn import functional
 from ...checkpoint_format import MODELOPT, CheckpointFormat
 from ...errors import BackendError
 from ...format import BLOCK_SIZE
+from ...missing import RunTimeScales
 from ..activation import SWIGLU, ExpertActivation
 from ..layouts import MoELayout
 from ..routing import Routing
@@ -78,6 +79,9 @@ class MoENames(Protocol):
     gemm1_alpha: Tensor
     gemm1_beta: Tensor
     gemm1_clamp_limit: Tensor
+    run_time_scales: RunTimeScales | None
+    gemm1_bias: Tensor
+    gemm2_bias: Tensor
 
 
 class MoERunner(ABC):
@@ -86,6 +90,10 @@ class MoERunner(ABC):
     name: str
     layout: MoELayout
     input_scales: InputScales = InputScales.ONE
+    #: Whether it quantizes activations with scales that are computed at run time, where asked for.
+    dynamic_scales: bool = False
+    #: Whether it adds biases of experts: ``gemm1_bias`` ``[E, 2I]``, gate above up, and ``gemm2_bias`` ``[E, H]``.
+    biases: bool = False
     #: Whether gate and up of an expert may have different weight scales.
     separate_scales: bool = False
     #: The kinds of :class:`~aliasparam_nvfp4.moe.activation.ExpertActivation` its call takes.
@@ -135,8 +143,28 @@ class MoERunner(ABC):
             missing,
         )
 
-    def refusal(self, activation: ExpertActivation, *, input_scale: bool = True, dtype: torch.dtype | None = None) -> str | None:
-        """Why it cannot serve experts like these, or None where it can."""
+    def refusal(
+        self,
+        activation: ExpertActivation,
+        *,
+        input_scale: bool = True,
+        dynamic: bool = False,
+        bias: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> str | None:
+        """Why it cannot serve experts like these, or None where it can.
+
+        Args:
+            activation: between the two GEMMs.
+            input_scale: whether the checkpoint has scales of activations.
+            dynamic: whether those that are missing are to be computed at run time.
+            bias: whether experts have biases.
+            dtype: of activations.
+        """
+        if bias and not self.biases:
+            return "it adds no biases of experts"
+        if dynamic and self.input_scales is not InputScales.NONE and not self.dynamic_scales:
+            return "it cannot compute activation scales at run time"
         if not input_scale and self.needs_input_scale:
             return "it quantizes activations, and the checkpoint has no activation scales"
         if activation.kind not in self.activations or not (activation.gated or self.layout.ungated):

@@ -16,6 +16,7 @@ class Triton(MoERunner):
     layout = GATE_UP
     input_scales = InputScales.NONE
     separate_scales = True
+    biases = True
     activations = frozenset({"swiglu", "relu2"})
     swiglu_numbers = SwigluNumbers.AS_FLOATS
     packages = ("triton",)
@@ -38,6 +39,8 @@ class Triton(MoERunner):
             up=layer.g1_scale_c,
             down=layer.g2_alphas,
             first_expert=shape.first_expert,
+            bias13=getattr(layer, "gemm1_bias", None),
+            bias2=getattr(layer, "gemm2_bias", None),
         )
         return experts(
             kernel_input(x),

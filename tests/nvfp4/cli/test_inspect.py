@@ -125,6 +125,25 @@ def test_the_picture_is_there_whole_or_not_at_all(folder: Path, tmp_path: Path) 
     assert {p.name for p in tmp_path.iterdir()} == {"a.svg", "b.svg"}
 
 
+def test_a_policy_for_missing_input_scales_is_asked_for_by_name(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "a")
+    file = tmp_path / "a" / "model.safetensors"
+    tensors = load_file(file)
+    scales = [name for name in tensors if name.endswith("input_scale")]
+    tensors[scales[0]] = torch.zeros_like(tensors[scales[0]])
+    save_file({n: t for n, t in tensors.items() if n != scales[-1]}, file, metadata={"format": "pt"})
+
+    refused = json.loads(run("inspect", tmp_path / "a", "--json", code=1))
+    allowed = json.loads(run("inspect", tmp_path / "a", "--missing-input-scale", "dynamic", "--json"))
+
+    assert not refused["will_load"] and any(scales[0] in reason for reason in refused["reasons"]) and allowed["will_load"]
+    assert run("generate", tmp_path / "a", "w1", "--tokens", 2, "--missing-input-scale", "dynamic").strip()
+    with pytest.raises(AliasError, match="missing: "):
+        CliRunner().invoke(app, ["generate", str(tmp_path / "a"), "w1"], catch_exceptions=False)
+    with pytest.raises(AliasError, match="one of refuse, max, dynamic"):
+        CliRunner().invoke(app, ["generate", str(folder), "w1", "--missing-input-scale", "guess"], catch_exceptions=False)
+
+
 def test_doctor_gives_versions_and_what_each_backend_lacks() -> None:
     found = json.loads(run("doctor", "--json"))
 

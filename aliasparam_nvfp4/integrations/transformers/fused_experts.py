@@ -1,0 +1,163 @@
+"""Experts which the files hold fused, by columns and with biases: gpt-oss, as ModelOpt exports it.
+
+The files' names and shapes are transformers' own (``gate_up_proj`` u8 ``[E, H/2, 2I]``, gate and up as neighbouring columns),
+with scales beside them. While the model loads, this module holds placeholders under those names, which the loader fills; then it
+makes the aliased storage, whose layouts begin with "columns to rows", and shows it under the same names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from aliasparam import registry_of
+
+from ...checkpoint import CheckpointFolder, TensorEntry, UnsupportedFormatError
+from ...checkpoint.scheme import Scheme
+from ...checkpoint_format import MODELOPT, CheckpointFormat
+from ...errors import ScaleError
+from ...missing import is_dynamic
+from ...moe import GPT_OSS, ExpertActivation, NvFp4MoEMethod
+from ...moe.declarations import parameters
+from ...moe.folder import is_scale
+from ...moe.runners import MoEShape
+from .choice import ExpertChoice
+from .unwrap import plain_name
+
+#: Names of the method to those of the files.
+FILES = {
+    "w13_weight": "gate_up_proj",
+    "w2_weight": "down_proj",
+    **{f"w13_{name}": f"gate_up_proj_{name}" for name in ("weight_scale", "weight_scale_2", "input_scale", "bias")},
+    **{f"w2_{name}": f"down_proj_{name}" for name in ("weight_scale", "weight_scale_2", "input_scale", "bias")},
+}
+
+
+class FusedExperts(nn.Module):
+    """``forward(hidden_states [T, H], router_indices [T, k], routing_weights [T, k]) -> [T, H]``.
+
+    Args:
+        sizes: (experts, H, I).
+        stored: the files' tensors by the names of :data:`FILES`.
+        scheme: NVFP4 with activations quantized, or weights alone.
+        activation: what lies between the two GEMMs.
+        choice: with what they are served.
+        dtype: of activations and biases.
+    """
+
+    def __init__(
+        self,
+        sizes: tuple[int, int, int],
+        stored: Mapping[str, TensorEntry],
+        *,
+        scheme: Scheme,
+        activation: ExpertActivation,
+        choice: ExpertChoice,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.scheme, self._sizes, self._dtype = scheme, sizes, dtype
+        quantized, missing = scheme.inputs == "stored", choice.missing_input_scale
+        #: A policy is needed where activations are quantized: of weights alone nothing is missing.
+        self.quant_method = NvFp4MoEMethod(
+            choice.runner,
+            activation=activation,
+            input_scale=quantized,
+            missing_input_scale=missing if quantized else "refuse",
+            bias=True,
+            stored=GPT_OSS,
+        )
+        experts, hidden, intermediate = sizes
+        shape = MoEShape(experts, hidden, intermediate, 0, experts, expert_activation=activation)
+        own = parameters(shape, MODELOPT, GPT_OSS, input_scale=quantized, bias=dtype)
+        for name, (dims, element) in own.items():
+            file = FILES[name]
+            if quantized and is_dynamic(missing) and name.endswith("input_scale") and file not in stored:
+                continue
+            scalar = dims == (1,) and (file not in stored or stored[file].shape in ((), (1,)))
+            found = (stored[file].shape if file in stored else ()) if scalar else dims
+            self.register_parameter(file, nn.Parameter(torch.empty(found, dtype=element), requires_grad=False))
+
+    def attach(self) -> None:
+        """Take the placeholders' values into aliased storage, and show that under the same names."""
+        held = {name: p for name, p in self._parameters.items() if p is not None}
+        for name in held:
+            del self._parameters[name]
+        with torch.device(held[FILES["w13_weight"]].device):
+            self.quant_method.create_weights(self, *self._sizes, self._dtype)
+        registry = registry_of(self)
+        if registry is None:
+            raise AssertionError("create_weights did not declare the layer")
+        for name, file in FILES.items():
+            parameter = self._parameters.get(name)
+            if parameter is None:
+                continue
+            value = held.pop(file, None)
+            with torch.no_grad():
+                parameter.copy_(torch.zeros(parameter.shape) if value is None else value.view(parameter.shape))
+            view: Tensor = parameter if value is None or value.dim() else parameter.view(())
+            registry.show_shards(name, [(nn.Module() if value is None else self, file, view)])
+
+    def forward(self, hidden_states: Tensor, router_indices: Tensor, routing_weights: Tensor) -> Tensor:
+        return self.quant_method.apply(self, hidden_states, routing_weights.float(), router_indices.int())
+
+    def extra_repr(self) -> str:
+        runner = self.__dict__.get("nvfp4_runner", self.quant_method.backend)
+        return f"experts, H, I = {self._sizes}, runner={runner.name}, biases"
+
+
+def fused_in_files(
+    path: str,
+    module: nn.Module,
+    tensors: Mapping[str, TensorEntry],
+    scheme: Scheme,
+    activation: ExpertActivation,
+    *,
+    names: CheckpointFormat,
+    choice: ExpertChoice,
+    dtype: torch.dtype,
+) -> FusedExperts:
+    """What stands in for transformers' ``module``, whose experts the files hold fused.
+
+    Raises:
+        UnsupportedFormatError: names of compressed-tensors, or experts to be divided among processes.
+    """
+    if names != MODELOPT or choice.ranks.size > 1:
+        raise UnsupportedFormatError(
+            "experts that the files hold fused are taken as ModelOpt exports them, whole in every process",
+            module=path,
+            expected="ModelOpt's names, and one process",
+            found=f"{names.name}, {choice.ranks.size} processes",
+        )
+    stored = {file: tensors[f"{path}.{file}"] for file in FILES.values() if f"{path}.{file}" in tensors}
+    experts, hidden, rows = module.get_parameter("gate_up_proj").shape
+    sizes = experts, hidden, rows // 2
+    return FusedExperts(sizes, stored, scheme=scheme, activation=activation, choice=choice, dtype=dtype)
+
+
+def check_scalars(model: nn.Module, live: Mapping[str, Tensor], folder: CheckpointFolder) -> None:
+    """Refuse global scales of a folder which no kernel can take, before anything is written.
+
+    Args:
+        model: unwrapped.
+        live: the model's tensors by name.
+        folder: opened.
+
+    Raises:
+        ScaleError: names the tensor.
+    """
+    stored = {id(tensor): plain_name(name) for name, tensor in live.items()}
+    for path, module in model.named_modules():
+        if not isinstance(module, FusedExperts):
+            continue
+        may_lack = module.quant_method.missing_input_scale != "refuse"
+        for file, parameter in module.named_parameters(recurse=False):
+            if not file.endswith(("_scale_2", "_input_scale")):
+                continue
+            value = float(folder.read(stored[id(parameter)]))
+            if not is_scale(value) and not (may_lack and file.endswith("_input_scale")):
+                raise ScaleError(
+                    "a global scale is not a scale", module=path, name=file, expected="finite and positive", found=value
+                )

@@ -1,0 +1,44 @@
+"""How a checkpoint holds the experts of a layer, where it is not expert by expert and row by row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from aliasparam import Layout
+
+_COLUMNS = Layout("k r -> (r) k")
+_PAIRS = Layout("k (i h) -> (h i) k, h=2")
+_BIAS_PAIRS = Layout("(i h) -> h i, h=2")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The form of a layer's checkpoint names.
+
+    Attributes:
+        columns: matrices are ``[E, K, N]``, and gate and up are neighbours: w13 u8 ``[E, H/2, 2I]`` with columns
+            ``[g0, u0, g1, u1, ...]``, w2 ``[E, I/2, H]``, scales and the bias of w13 alike.
+        one_scale: one global scale counts for all experts, and one input scale: all f32 ``[1]``.
+    """
+
+    columns: bool = False
+    one_scale: bool = False
+
+    def matrix(self, n: int, k: int) -> tuple[int, int]:
+        """The shape of a matrix of N by K."""
+        return (k, n) if self.columns else (n, k)
+
+    def order(self, layout: Layout, *, halves: bool) -> Layout:
+        """``layout``, which is one of rows, for a tensor in this form; ``halves``: of w13 with a gate."""
+        if not self.columns:
+            return layout
+        return (_PAIRS if halves else _COLUMNS).then(layout)
+
+    def bias_order(self, *, halves: bool) -> Layout | None:
+        """The order of a bias with gate above up."""
+        return _BIAS_PAIRS if self.columns and halves else None
+
+
+ROWS = Stored()
+#: gpt-oss as transformers has it, and ModelOpt's export of it (0.47, ``hf_export_handlers.py`` for ``GptOssExperts``).
+GPT_OSS = Stored(columns=True, one_scale=True)
