@@ -1,0 +1,29 @@
+"""The plugin's function."""
+
+from __future__ import annotations
+
+import logging
+
+from .versions import installed, out_of_range
+
+logger = logging.getLogger("vllm.aliasparam_nvfp4")
+_done = False
+
+
+def register() -> None:
+    """Put this package's methods and its reload in place of vLLM's for NVFP4. Does nothing the second time, and nothing but one
+    line in the log with a version of vLLM that it does not know."""
+    global _done
+    if _done:
+        return
+    version = installed()
+    reason = "vLLM is not installed" if version is None else out_of_range(version)
+    if reason is not None:
+        logger.warning("aliasparam_nvfp4 is not in place: %s", reason)
+        return
+    from .experts import replace_experts
+    from .linear import replace_linear
+
+    replace_linear()
+    replace_experts()
+    _done = True
