@@ -29,6 +29,7 @@ class Receiver:
 
     Attributes:
         begun: the names that were written.
+        names: those that can be.
 
     Raises:
         ReloadError: a storage that is shown as several names, none of which is the whole; another receiver has one.
@@ -43,6 +44,7 @@ class Receiver:
         for name, live in session.tensors.items():
             if isinstance(live, _Aliased):
                 self._names[_whole(name, live)] = name
+        self.names = frozenset(self._names.values())
         try:
             for storage in self._names:
                 deliver_to(storage, self)

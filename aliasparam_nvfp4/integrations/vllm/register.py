@@ -23,7 +23,9 @@ def register() -> None:
         return
     from .experts import replace_experts
     from .linear import replace_linear
+    from .reload import replace_reload
 
     replace_linear()
     replace_experts()
+    replace_reload()
     _done = True
