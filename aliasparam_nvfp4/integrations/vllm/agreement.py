@@ -20,14 +20,16 @@ class Agreement:
     """One reload's votes. Every rank makes one for every reload, in the same order.
 
     Args:
+        questions: how often they are asked.
         store, rank, ranks, name: default: vLLM's world group in torch's default store. Alone a rank agrees with itself.
     """
 
-    def __init__(self, store: Any = None, rank: int = 0, ranks: int = 1, name: str = "") -> None:
+    def __init__(self, questions: int = 2, store: Any = None, rank: int = 0, ranks: int = 1, name: str = "") -> None:
         if store is None:
             store, rank, ranks, name = _world()
         self._store, self._rank, self._ranks = store, rank, ranks
         self._prefix = f"aliasparam-nvfp4/{name}/{next(_numbers)}"
+        self._questions = questions
         self._said: list[str] = []
 
     def agree(self) -> None:
@@ -51,7 +53,7 @@ class Agreement:
 
     def refuse(self, why: BaseException | str) -> None:
         """Say no to all that is still asked."""
-        while len(self._said) < 2:
+        while len(self._said) < self._questions:
             self._say(f"no: {str(why)[:500]}")
 
     def refused_elsewhere(self) -> bool:

@@ -16,6 +16,7 @@ from vllm.model_executor.layers.quantization import modelopt
 from ...errors import BackendError, ShapeError
 from ...moe import NvFp4MoEMethod
 from ...moe.activation import GEGLU, RELU2, SWIGLU, ExpertActivation
+from ...moe.scales import InputScales
 from .linear import serve_here
 from .options import options
 
@@ -54,6 +55,10 @@ class ModelOptNvFp4Experts(FusedMoEMethodBase):  # type: ignore[misc]
         self.method = NvFp4MoEMethod(
             options().moe_backend, activation=activation_of(layer), input_scale=self.input_scale, **ranks
         )
+        if parallel.enable_eplb and self.method.backend.input_scales is InputScales.EACH:
+            raise BackendError(
+                "EPLB moves experts, and this runner has input scales of each that vLLM does not move", name=self.method.backend.name
+            )
         _need_even(layer, num_experts, self.method.ep_rank, self.method.ep_size)
         sizes = num_experts, hidden_size, intermediate_size_per_partition
         loader = {} if weight_loader is None or not self.method.activation.gated else {"weight_loader": weight_loader}

@@ -78,9 +78,11 @@ def hold(model: nn.Module) -> None:
 
 
 def let_go(model: nn.Module) -> None:
+    """Have ``finalize_layerwise_processing`` process what was held: it takes layers of which it believes that something lacks."""
     for _, _, info in loading(model):
         if info.load_numel < 0:
             info.load_numel -= _HELD
+            info.load_numel_total = max(info.load_numel_total, info.load_numel + 1)
 
 
 def put_back(model: nn.Module) -> None:

@@ -21,11 +21,17 @@ def register() -> None:
     if reason is not None:
         logger.warning("aliasparam_nvfp4 is not in place: %s", reason)
         return
+    from .balance import balance_in_kernel_order
     from .experts import replace_experts
+    from .failed_step import fail_requests_of_refused_steps
     from .linear import replace_linear
     from .reload import replace_reload
+    from .sleep import sleep_without_kernel_names
 
     replace_linear()
     replace_experts()
     replace_reload()
+    fail_requests_of_refused_steps()
+    sleep_without_kernel_names()
+    balance_in_kernel_order()
     _done = True

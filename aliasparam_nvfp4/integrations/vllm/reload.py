@@ -102,7 +102,9 @@ class Reloading:
         processed = not self.keeps_old and plain.some_complete(self.model)
         plain.put_back(self.model)
         self.session.abort()
-        if processed:  # layers of vLLM's own have new weights and cannot refuse, so a declared one does
+        if processed or (self.receiver.begun and not self.keeps_old):
+            # Layers of vLLM's own may have new weights and cannot refuse: a declared one does, the same on all ranks, or one
+            # would wait for the others in a collective.
             aliasparam.invalidate(next(self.declared.children()))
 
     def _close(self) -> None:
@@ -168,7 +170,7 @@ def _reloading(original: Any) -> Any:
                 load_runtime_tensors(model, weights_iterator, options(vllm_config))
                 return
             if weights_iterator is None and weights_path is not None:
-                check_folder(before["model"], weights_path)
+                _agree_on(lambda: check_folder(before["model"], weights_path))
             original(vllm_config, model, weights_iterator, weights_path, is_checkpoint_format)
         except BaseException as error:
             give_up(model, error)
@@ -176,6 +178,17 @@ def _reloading(original: Any) -> Any:
             raise
 
     return reload_weights
+
+
+def _agree_on(check: Callable[[], None]) -> None:
+    """What one rank refuses before the first write all refuse."""
+    agreement = Agreement(questions=1)
+    try:
+        check()
+    except Exception as error:
+        agreement.refuse(error)
+        raise
+    agreement.agree()
 
 
 def replace_reload() -> None:
