@@ -82,7 +82,8 @@ def let_go(model: nn.Module) -> None:
     for _, _, info in loading(model):
         if info.load_numel < 0:
             info.load_numel -= _HELD
-            info.load_numel_total = max(info.load_numel_total, info.load_numel + 1)
+            if info.load_numel:
+                info.load_numel_total = max(info.load_numel_total, info.load_numel + 1)
 
 
 def put_back(model: nn.Module) -> None:

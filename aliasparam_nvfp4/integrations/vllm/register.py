@@ -27,6 +27,7 @@ def register() -> None:
     from .linear import replace_linear
     from .reload import replace_reload
     from .sleep import sleep_without_kernel_names
+    from .transfer import register_transfer
 
     replace_linear()
     replace_experts()
@@ -34,4 +35,5 @@ def register() -> None:
     fail_requests_of_refused_steps()
     sleep_without_kernel_names()
     balance_in_kernel_order()
+    register_transfer()
     _done = True
