@@ -93,6 +93,51 @@ def put_back(model: nn.Module) -> None:
         info.reset()
 
 
+class Aside:
+    """Between two chunks of an update layers that wait have their old tensors, so that forwards find weights and not placeholders.
+
+    Only where all that comes passes ``model.load_weights``, which puts the placeholders in place while it runs.
+
+    Args:
+        begins: called before anything is loaded.
+    """
+
+    def __init__(self, model: nn.Module, begins: Callable[[], None] | None = None) -> None:
+        self._model, self._fresh = model, dict[nn.Module, tuple[dict[str, Any], dict[str, Any], set[str]]]()
+        original = model.load_weights  # type: ignore[operator]
+
+        @functools.wraps(original)
+        def load_weights(*args: Any, **kwargs: Any) -> Any:
+            if begins is not None:
+                begins()
+            self.put_fresh()
+            try:
+                return original(*args, **kwargs)
+            finally:
+                self.put_old()
+
+        model.__dict__["load_weights"] = load_weights
+        self.put_old()
+
+    def put_old(self) -> None:
+        for _, layer, info in loading(self._model):
+            self._fresh[layer] = {**layer._parameters}, {**layer._buffers}, {*layer._non_persistent_buffers_set}
+            layerwise._place_kernel_tensors(layer, info)
+
+    def put_fresh(self) -> None:
+        for layer, (parameters, buffers, passing) in self._fresh.items():
+            for name in layerwise.get_layer_tensors(layer):
+                delattr(layer, name)
+            for name, parameter in parameters.items():
+                layer.register_parameter(name, parameter)
+            for name, buffer in buffers.items():
+                layer.register_buffer(name, buffer, persistent=name not in passing)
+        self._fresh.clear()
+
+    def close(self) -> None:
+        self._model.__dict__.pop("load_weights", None)
+
+
 def some_complete(model: nn.Module) -> bool:
     """Whether vLLM has processed a layer since it initialized: such a layer has new weights."""
     waiting = {id(layer) for _, layer, _ in loading(model)}

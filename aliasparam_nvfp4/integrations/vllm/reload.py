@@ -17,6 +17,7 @@ from vllm.model_executor.model_loader.reload import inplace, layerwise
 import aliasparam
 from aliasparam import registry_of
 from aliasparam.errors import ReloadError
+from aliasparam.module.registry_of import registries
 from aliasparam.reload.receive import Receiver
 
 from . import layerwise as plain
@@ -52,6 +53,21 @@ class Reloading:
         self.session = aliasparam.reload(self.declared, scope="partial", policy=chosen.policy, source="vllm")
         self.session.begin()
         self.receiver = Receiver(self.session)
+        self.aside: plain.Aside | None = None
+
+    def serve_between(self) -> None:
+        """Forwards may come between the chunks of this update. With policies that keep the old weights they get those; otherwise
+        they are refused from the first chunk on, because layers of vLLM's own change one by one and cannot refuse."""
+        self.aside = plain.Aside(self.model, begins=None if self.keeps_old else self._refuse)
+
+    def _refuse(self) -> None:
+        for _, registry in registries(self._first()):
+            for storage in registry.storages():
+                with storage.lock:
+                    storage.changing()
+
+    def _first(self) -> nn.Module:
+        return next(self.declared.children())
 
     @property
     def keeps_old(self) -> bool:
@@ -71,6 +87,8 @@ class Reloading:
         self.session.prepare()
         self.agreement.agree()
         self.session.switch()
+        if self.aside is not None:
+            self.aside.put_fresh()
         plain.let_go(self.model)
         finalize()
         for name, value in values.items():
@@ -105,10 +123,14 @@ class Reloading:
         if processed or (self.receiver.begun and not self.keeps_old):
             # Layers of vLLM's own may have new weights and cannot refuse: a declared one does, the same on all ranks, or one
             # would wait for the others in a collective.
-            aliasparam.invalidate(next(self.declared.children()))
+            aliasparam.invalidate(self._first())
+        elif self.aside is not None:
+            aliasparam.process(self._first())
 
     def _close(self) -> None:
         self.receiver.close()
+        if self.aside is not None:
+            self.aside.close()
         for beside in self.beside.values():
             beside.close()
 

@@ -23,6 +23,8 @@ from typing import Any
 from safetensors.torch import load
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine
+from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
 from vllm.model_executor.model_loader import reload as vllm_reload
 from vllm.v1.worker.gpu_worker import Worker
 
@@ -106,6 +108,10 @@ class FolderEngine(WeightTransferEngine[InitInfo, UpdateInfo]):  # type: ignore[
         pass
 
 
+#: Engines by which all that comes passes ``model.load_weights``.
+_LOADS_BY_MODEL = (FolderEngine, NCCLWeightTransferEngine, IPCWeightTransferEngine)
+
+
 def _resetting(original: Any) -> Any:
     def reset_weight_update_target(self: Any) -> None:
         give_up(self.model, "the update failed")
@@ -122,6 +128,9 @@ def _starting(original: Any) -> Any:
             self._weight_update_active = False  # another rank has given it up
             engine.reset_weight_update_target()
         original(self, *args, **kwargs)
+        begun = open_reload(engine.model)
+        if begun is not None and isinstance(engine, _LOADS_BY_MODEL):
+            begun.serve_between()
 
     return _start_weight_update
 
