@@ -37,13 +37,13 @@ class NvFp4LinearMethod:
             or compute it at run time for each token ("dynamic") or each call ("dynamic-tensor"), where the backend can.
         pre_quant_scale: True for AWQ checkpoints: a factor for each input feature, applied before the activation is quantized.
         retarget_to: backends to which a loaded layer may be moved by :func:`retarget`, where their padding needs more room.
-        column_scales: True for checkpoints whose partitions have different weight scales (ratios that are powers of two): output
-            columns are multiplied at every forward, by ones where the scales are equal. False: such weights are refused.
+        column_scales: True for checkpoints whose partitions have different weight scales: output columns are multiplied at every
+            forward, by ones where the scales are equal. False: such weights are refused.
 
     Checkpoint names on the layer (ModelOpt's): ``weight`` u8 ``[N, K/2]``, ``weight_scale`` e4m3 ``[N, K/16]``,
     ``weight_scale_2`` f32 ``[partitions]``, ``input_scale`` f32 ``[partitions]``. Kernel names: ``weight_prepared``,
     ``weight_scale_interleaved`` (over the memory of the first two), ``alpha``, ``weight_alpha``, ``input_scale_inv`` f32 ``[1]``,
-    ``output_scale`` ``[N]`` where there are several partitions, and ``input_factor`` ``[K]`` with AWQ.
+    ``output_scale`` f32 ``[N]`` where there are several partitions, and ``input_factor`` ``[K]`` with AWQ.
     """
 
     def __init__(
@@ -122,12 +122,12 @@ class NvFp4LinearMethod:
         state = layer.__dict__
         state["nvfp4_shape"], state["nvfp4_backend"], state["params_dtype"] = shape, backend, params_dtype
         state["run_time_scales"] = RunTimeScales.of(self.missing_input_scale)
-        registry = declare(layer, *self._declarations(shape, params_dtype, backend.layout), loaded=False)
+        registry = declare(layer, *self._declarations(shape, backend.layout), loaded=False)
         registry.about = f"{backend.name}: {reason}"
         registry.checks.append(FiniteBlockScales((names.block_scale,)))
         registry.on_processed.append(_end_of_load)
 
-    def _declarations(self, shape: LinearShape, dtype: torch.dtype, layout: LinearLayout) -> list[Declaration]:
+    def _declarations(self, shape: LinearShape, layout: LinearLayout) -> list[Declaration]:
         names, one = self.checkpoint, ((1,), torch.float32)
         room = [b.layout for b in self.retarget_to]
         scales = GlobalScales(names.reciprocal, self.missing_input_scale)
@@ -151,8 +151,8 @@ class NvFp4LinearMethod:
         if self.pre_quant_scale:
             declared += [Alias("pre_quant_scale", "input_factor")]
         if len(shape.partitions) > 1:
-            ratios = PartitionRatios(shape.partitions, dtype, names.reciprocal, self.column_scales)
-            declared += [Derivation("output_scale", (names.weight_global,), ratios, (shape.n,), dtype)]
+            ratios = PartitionRatios(shape.partitions, names.reciprocal, self.column_scales)
+            declared += [Derivation("output_scale", (names.weight_global,), ratios, (shape.n,), torch.float32)]
         return declared
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
@@ -198,7 +198,7 @@ class NvFp4LinearMethod:
         # Quantizers and kernels take rows that lie one after another, and some read strides as another layout.
         out = backend.apply(cast(KernelNames, layer), rows.contiguous(), shape)
         if scaled:
-            out = out * layer.get_buffer("output_scale").to(out.dtype)
+            out = (out * layer.get_buffer("output_scale")).to(out.dtype)  # float32 in between
         out = out.reshape(*x.shape[:-1], shape.n)
         return out if bias is None else out + bias.to(out.dtype)
 

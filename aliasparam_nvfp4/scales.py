@@ -6,8 +6,8 @@ quantizer is given ``1 / input_scale`` (FlashInfer ``fp4_quantize``: global scal
 reciprocals, so where partitions are combined its *smallest* scales count, not its largest.
 
 [Note: partitions with different global scales] One alpha cannot be right for all of them. It is the largest, and the output
-columns of each partition are multiplied with the ratio to it, which is exact where the ratio is a power of two. Any other ratio
-would round, and is refused. Engines take the largest and leave the columns alone, which is silently wrong.
+columns of each partition are multiplied with the ratio to it: in float32, so that the result is rounded once more and no worse,
+and not at all where the ratio is a power of two. Engines take the largest and leave the columns alone, which is silently wrong.
 """
 
 from __future__ import annotations
@@ -122,29 +122,24 @@ class PartitionRatios:
     """
 
     sizes: tuple[int, ...]
-    dtype: torch.dtype
     reciprocal: bool = False
     multiplied: bool = False
 
     def __call__(self, weight_global: Tensor) -> Tensor:
-        """``[N]`` in the layer's dtype, powers of two.
+        """f32 ``[N]``, at most 1.
 
         Raises:
-            ScaleError: a ratio is not a power of two, or is not 1 in a layer that does not multiply its columns.
+            ScaleError: a ratio is not 1 in a layer that does not multiply its columns.
         """
         ratio = weight_global.min() / weight_global if self.reciprocal else weight_global / weight_global.max()
-        different = bool((ratio != 1).any())
-        exact = bool((torch.frexp(ratio).mantissa == 0.5).all()) and bool((ratio.to(self.dtype).float() == ratio).all())
-        if different and not (exact and self.multiplied):
+        if not self.multiplied and bool((ratio != 1).any()):
             raise ScaleError(
                 "the partitions of a fused projection have different weight global scales",
-                expected="equal scales" if exact else "ratios that are powers of two",
+                expected="equal scales",
                 found=weight_global.tolist(),
-                remedy="Make the layer with column_scales=True: it then multiplies its output columns."
-                if exact
-                else "Export the checkpoint with unified scales, or load these projections unfused.",
+                remedy="Make the layer with column_scales=True: it then multiplies its output columns.",
             )
-        return torch.cat([one.expand(size) for one, size in zip(ratio.to(self.dtype), self.sizes, strict=True)])
+        return torch.cat([one.expand(size) for one, size in zip(ratio, self.sizes, strict=True)])
 
 
 def _need_scales(what: str, values: Tensor) -> None:

@@ -201,7 +201,12 @@ class ReloadSession:
     @property
     def expected(self) -> Mapping[str, TensorSpec]:
         """Every checkpoint name of the model and what must arrive under it. Tied names count once."""
-        return {name: TensorSpec.of(target.tensor) for name, target in self._targets.items()}
+        return {name: TensorSpec.of(tensor) for name, tensor in self.tensors.items()}
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The live tensors under these names."""
+        return {name: target.tensor for name, target in self._targets.items()}
 
     def update(self, name: str, value: Tensor, *, first_row: int | None = None, box: Box | None = None) -> None:
         """Write one tensor, rows of it from ``first_row`` on, or a rectangle of it.
@@ -290,13 +295,9 @@ class ReloadSession:
             )
 
     def _coverage(self, target: Target) -> Coverage:
-        key = id(target.tensor)
-        if key not in self._arrived:
-            found = Coverage(target.tensor.shape)
-            if not target.tensor.numel():
-                return found  # nothing is missing from it, also where nobody sends it
-            self._arrived[key] = found
-        return self._arrived[key]
+        if not target.tensor.numel():
+            return Coverage(target.tensor.shape)  # nothing is missing from it, also where nobody sends it
+        return self._arrived.setdefault(id(target.tensor), Coverage(target.tensor.shape))
 
     @property
     def _label(self) -> str:

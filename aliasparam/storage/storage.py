@@ -22,6 +22,7 @@ from ..layout.bind import Bindable, bound_to
 from ..spec import TensorSpec
 from . import refusals
 from .coverage import Box
+from .delivery import delivered
 from .kernel_name import KernelName
 from .locks import LOCKS, lock_number
 from .states import RegionStates, State
@@ -175,6 +176,8 @@ class AliasedStorage:
         Raises:
             StateError: the bytes are being written from outside. Nothing has changed then.
         """
+        if delivered(self, box, value):
+            return
         with LOCKS[self._lock]:
             self.before_write()
             before = self.states.begin(box)

@@ -139,11 +139,12 @@ def test_a_layer_that_was_not_loaded_refuses() -> None:
         layer(torch.randn(1, 48))
 
 
-def test_partition_scales_that_differ_by_a_power_of_two_are_right() -> None:
+@pytest.mark.parametrize("ratio", [0.25, 0.799, 1e-4])
+def test_partition_scales_that_differ_are_right(ratio: float) -> None:
     """SGLang takes the largest for all (its PR 25190 keeps that); here every column gets its own scale."""
     layer = Layer(NvFp4LinearMethod("reference", column_scales=True), (32, 16), 48)
     source = tensors((32, 16), 48)
-    source["weight_scale_2"] = torch.tensor([0.002, 0.0005])
+    source["weight_scale_2"] = torch.tensor([0.002, 0.002 * ratio])
     with reload(layer) as session:
         session.load(source)
     x = torch.randn(5, 48)
@@ -152,18 +153,11 @@ def test_partition_scales_that_differ_by_a_power_of_two_are_right() -> None:
         expected(x, {**source, "weight": source["weight"][a:b], "weight_scale": source["weight_scale"][a:b], "weight_scale_2": s})
         for a, b, s in ((0, 32, source["weight_scale_2"][:1]), (32, 48, source["weight_scale_2"][1:]))
     ]
-    assert torch.allclose(layer(x).double(), torch.cat(by_partition, -1), rtol=1e-4, atol=1e-4)
+    for wanted, found in zip(by_partition, layer(x).double().split((32, 16), -1), strict=True):
+        assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-4 * wanted.abs().max().item())
     with reload(layer) as session:  # and equal scales later are right too
         session.load(tensors((32, 16), 48))
     assert torch.allclose(layer(x).double(), expected(x, tensors((32, 16), 48)), rtol=1e-4, atol=1e-4)
-
-
-def test_partition_scales_that_no_alpha_can_serve_are_refused() -> None:
-    layer, source = Layer(NvFp4LinearMethod("reference"), (32, 32), 48), tensors((32, 32), 48)
-    source["weight_scale_2"][1] *= 1.5
-    with pytest.raises(ScaleError, match="different weight global scales") as error, reload(layer) as session:
-        session.load(source)
-    assert "powers of two" in str(error.value)
 
 
 def test_a_layer_made_for_equal_scales_refuses_different_ones() -> None:

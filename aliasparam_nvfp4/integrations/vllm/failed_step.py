@@ -1,0 +1,68 @@
+"""A forward that refuses fails its requests, not the engine.
+
+After a reload that failed without its old weights the model refuses until a whole reload. Left alone, vLLM's engine process dies of
+it, and in-process the request stays scheduled and fails at every later step. Seams: ``EngineCore.step`` and
+``step_with_batch_queue`` of vllm/v1/engine/core.py; tried on 0.32.0.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
+from vllm.v1.engine.core import EngineCore
+from vllm.v1.request import RequestStatus
+
+from aliasparam.errors import StateError
+
+from .patching import replace
+
+logger = init_logger("vllm.aliasparam_nvfp4")
+#: What the refusals of kernel names and of plain tensors say: other processes send their errors as text.
+_SAID = ("this kernel-format name is open", "a kernel-format name is open", "this tensor is being reloaded")
+
+
+def fail_requests_of_refused_steps() -> None:
+    for name in ("step", "step_with_batch_queue"):
+        replace(EngineCore, name, _guarded)
+
+
+def is_refusal(error: BaseException | None) -> bool:
+    """Whether the model refused to run; what went wrong otherwise is vLLM's to judge."""
+    while error is not None:
+        if isinstance(error, StateError) or any(text in str(error) for text in _SAID):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _guarded(original: Any) -> Any:
+    def step(self: Any) -> Any:
+        try:
+            return original(self)
+        except Exception as error:
+            if not is_refusal(error):
+                raise
+            return failed(self, error), False
+
+    return step
+
+
+def failed(core: Any, error: BaseException) -> dict[int, EngineCoreOutputs]:
+    """Finish every request with an error. Blocks of keys and values that were promised and not computed are forgotten."""
+    while core.batch_queue:
+        future = core.batch_queue.pop()[0]
+        try:
+            future.result()
+        except Exception as later:
+            logger.debug("a step behind the one that refused: %s", later)
+    requests = core.scheduler.finish_requests(None, RequestStatus.FINISHED_ERROR)
+    core.reset_prefix_cache()
+    logger.error("aliasparam_nvfp4: the model refuses until it is reloaded whole; %d requests failed. %s", len(requests), error)
+    outputs: defaultdict[int, list[Any]] = defaultdict(list)
+    for request in requests:
+        outputs[request.client_index].append(EngineCoreOutput(request.request_id, [], finish_reason=FinishReason.ERROR))
+    ids = {index: {output.request_id for output in found} for index, found in outputs.items()}
+    return {index: EngineCoreOutputs(outputs=found, finished_requests=ids[index]) for index, found in outputs.items()}

@@ -1,0 +1,39 @@
+"""The plugin's function."""
+
+from __future__ import annotations
+
+import logging
+
+from .versions import installed, out_of_range
+
+logger = logging.getLogger("vllm.aliasparam_nvfp4")
+_done = False
+
+
+def register() -> None:
+    """Put this package's methods and its reload in place of vLLM's for NVFP4. Does nothing the second time, and nothing but one
+    line in the log with a version of vLLM that it does not know."""
+    global _done
+    if _done:
+        return
+    version = installed()
+    reason = "vLLM is not installed" if version is None else out_of_range(version)
+    if reason is not None:
+        logger.warning("aliasparam_nvfp4 is not in place: %s", reason)
+        return
+    from .balance import balance_in_kernel_order
+    from .experts import replace_experts
+    from .failed_step import fail_requests_of_refused_steps
+    from .linear import replace_linear
+    from .reload import replace_reload
+    from .sleep import sleep_without_kernel_names
+    from .transfer import register_transfer
+
+    replace_linear()
+    replace_experts()
+    replace_reload()
+    fail_requests_of_refused_steps()
+    sleep_without_kernel_names()
+    balance_in_kernel_order()
+    register_transfer()
+    _done = True

