@@ -133,7 +133,7 @@ def plan_storage(
         return StoragePlan(source, kernel, None, plain, source.numel, reason if aliasing else Reason.SWITCHED_OFF)
     bound = bound_to(layout, source.shape, source.dtype)
     kernel = TensorSpec(bound.kernel_shape, kernel_dtype or source.dtype)
-    reason = judge(source, kernel) if aliasing or bound.is_identity else Reason.SWITCHED_OFF
+    reason = judge(source, kernel) if aliasing else Reason.SWITCHED_OFF
     if not reason.aliases:
         return StoragePlan(source, kernel, None, plain, source.numel, reason)
     rooms = [bound_to(other, source.shape, source.dtype) for other in room_for if not isinstance(other, Reencoding)]
