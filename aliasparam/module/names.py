@@ -51,7 +51,7 @@ class ModuleNames:
     def bind_storage(self, source: Source, storage: AliasedStorage, parameter: AliasedParameter) -> None:
         """Make ``parameter`` over ``storage`` the checkpoint name of ``source``."""
         source.storage = storage
-        storage.add_listener(self)
+        storage.listeners.add(self)
         if storage.kernel_name is not None and source.derived:
             storage.kernel_name.label = f"{self.label}.{source.derived}"
         source.bindings = [Binding(self.module, source.name, parameter)]

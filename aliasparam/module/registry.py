@@ -170,7 +170,7 @@ class AliasRegistry(ModuleNames):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         for storage in self.storages():
-            storage.add_listener(self)
+            storage.listeners.add(self)
 
 
 ForkingPickler.register(AliasRegistry, refuse_for_process)

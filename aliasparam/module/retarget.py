@@ -47,13 +47,13 @@ def _plan(names: ModuleNames, name: str, layout: AnyLayout | str | None) -> tupl
             found=f"aliased sources {sorted(n for n, s in names.sources.items() if s.derived)}",
             remedy="Declare the pair with Alias first.",
         )
-    if source.storage is not None and len(source.storage.listeners()) > 1:
+    if source.storage is not None and len(list(source.storage.listeners)) > 1:
         raise DeclarationError(
             "another module declares this tied weight too, to the layout it has",
             module=names.label,
             name=name,
             expected="a weight of one module",
-            found=f"{len(source.storage.listeners())} modules that show it",
+            found=f"{len(list(source.storage.listeners))} modules that show it",
             remedy="Untie it with clone() before declaring, or declare it once.",
         )
     old = source.plan

@@ -97,7 +97,7 @@ class Journal:
                 if storage.states.why is not why:
                     raise _cannot(f"{storage.label}: {storage.states.why}")
                 storage.accept()  # also where a write failed half-way: what it reached is old again
-        listeners = {id(one): one for seen in self._seen.values() for one in seen.storage.listeners()}
+        listeners = {id(one): one for seen in self._seen.values() for one in seen.storage.listeners}
         for listener in listeners.values():
             if isinstance(listener, AliasRegistry):
                 listener.process()

@@ -11,7 +11,7 @@ import copy
 import weakref
 from contextlib import AbstractContextManager
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,22 +24,9 @@ from . import refusals
 from .coverage import Box
 from .delivery import delivered
 from .kernel_name import KernelName
+from .listeners import Listeners, RawWriter
 from .locks import LOCKS, lock_number
 from .states import RegionStates, State
-
-
-class Listener(Protocol):
-    """Who must know before the bytes of a storage change: a registry that shows its kernel name or derives from it."""
-
-    @property
-    def is_open(self) -> bool: ...
-    def open(self) -> None: ...
-
-
-class RawWriter(Protocol):
-    """Who outside writes the raw bytes: an exposure in kernel order."""
-
-    writer: str
 
 
 class AliasedStorage:
@@ -65,11 +52,10 @@ class AliasedStorage:
     ) -> None:
         self.label = label
         self.spec = spec
-        #: Counts changes of content; whoever derives from this storage compares it with what it saw last.
-        self.version = 0
+        self.version = 0  #: Counts changes of content; whoever derives from this storage compares it with what it saw last.
         self._writer: weakref.ref[RawWriter] | None = None
-        self._listeners: list[weakref.ref[Listener]] = []
-        self._lock = lock_number()
+        self.listeners = Listeners()
+        self.lock_number = lock_number()
         self.kernel_dtype = kernel_dtype
         self.kernel_name: KernelName | None = None
         self._name(buffer, layout)
@@ -101,11 +87,7 @@ class AliasedStorage:
     @property
     def lock(self) -> AbstractContextManager[Any]:
         """See [Note: locks]."""
-        return LOCKS[self._lock]
-
-    @property
-    def lock_number(self) -> int:
-        return self._lock
+        return LOCKS[self.lock_number]
 
     @property
     def state(self) -> State | None:
@@ -137,7 +119,7 @@ class AliasedStorage:
 
     def expose(self, writer: RawWriter) -> None:
         """Let ``writer`` write the raw bytes: until :meth:`unexpose` nothing else reads or writes them."""
-        with LOCKS[self._lock]:
+        with LOCKS[self.lock_number]:
             self.need_unexposed("expose")
             self.before_write()
             self._writer = weakref.ref(writer)
@@ -156,7 +138,7 @@ class AliasedStorage:
         Raises:
             StateError: elements that never arrived, are invalid, or are being written from outside.
         """
-        with LOCKS[self._lock]:
+        with LOCKS[self.lock_number]:
             self.need_readable(box)
             return self.bound.read(self.elements, box)
 
@@ -178,7 +160,7 @@ class AliasedStorage:
         """
         if delivered(self, box, value):
             return
-        with LOCKS[self._lock]:
+        with LOCKS[self.lock_number]:
             self.before_write()
             before = self.states.begin(box)
             self.bound.write(self.elements, box, value)
@@ -202,21 +184,18 @@ class AliasedStorage:
 
     def tell(self) -> None:
         """What shows a kernel name of this storage or derives from it refuses from now on, until it is processed."""
-        for reference in self._listeners:
-            listener = reference()
-            if listener is not None and not listener.is_open:
-                listener.open()
+        self.listeners.open_all()
 
     def invalidate(self, why: str | None = None) -> None:
         """Nobody knows what the bytes are (failed load, sleep). Only a whole rewrite leads out."""
-        with LOCKS[self._lock]:
+        with LOCKS[self.lock_number]:
             self.changing()
             self.states.put_all(State.INVALID, why)
             self.unexpose()
 
     def accept(self) -> None:
         """The bytes, in kernel order, are whole and right: an engine saved and restored them, or wrote them from outside."""
-        with LOCKS[self._lock]:
+        with LOCKS[self.lock_number]:
             self.changing()
             self.unexpose()
             if self.kernel_name is not None:
@@ -227,7 +206,7 @@ class AliasedStorage:
         """Kernel bytes whose order nobody declared: the kernel name holds them, the checkpoint name refuses to be read."""
         if self.kernel_name is None:
             raise AssertionError(f"{self.label}: foreign bytes without a kernel name")
-        with LOCKS[self._lock]:
+        with LOCKS[self.lock_number]:
             self.before_write()
             self.states.put_all(State.INVALID)
             self.kernel_name.memory.copy_(value)
@@ -261,25 +240,18 @@ class AliasedStorage:
 
     def need_unexposed(self, doing: str) -> None:
         """Raise StateError while somebody outside writes the raw bytes."""
-        writer = self.exposed
-        if writer is not None:
+        if (writer := self.exposed) is not None:
             raise refusals.exposed(self.label, doing, writer)
 
     def not_loaded(self, doing: str, region: int | None = None) -> StateError:
         """What to raise where a region (default: the first) lacks elements."""
         return refusals.not_loaded(self.label, self.states, doing, region)
 
-    # -- listeners, moving, copying ------------------------------------------------------------------------------------
-
-    def add_listener(self, listener: Listener) -> None:
-        self._listeners = [r for r in self._listeners if r() not in (None, listener)] + [weakref.ref(listener)]
-
-    def listeners(self) -> list[Listener]:
-        return [found for reference in self._listeners if (found := reference()) is not None]
+    # -- moving, copying -----------------------------------------------------------------------------------------------
 
     def relocate(self, device: torch.device) -> None:
         """Follow the module to another device: the one legal change of address, made by the owner."""
-        with LOCKS[self._lock], torch.inference_mode(False):
+        with LOCKS[self.lock_number], torch.inference_mode(False):
             self.notice()
             self.tell()
             self._name(self.buffer.to(device), self.layout)
@@ -296,7 +268,7 @@ class AliasedStorage:
         return {k: self.__dict__[k] for k in kept} | {"buffer": buffer, "states": copy.deepcopy(self.states), "kernel": label}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AliasedStorage:
-        with LOCKS[self._lock], torch.inference_mode(False):
+        with LOCKS[self.lock_number], torch.inference_mode(False):
             self.notice()
             self.need_unexposed("copy")
             new = AliasedStorage.__new__(AliasedStorage)
@@ -307,7 +279,7 @@ class AliasedStorage:
         return new
 
     def __getstate__(self) -> dict[str, Any]:
-        with LOCKS[self._lock], torch.inference_mode(False):
+        with LOCKS[self.lock_number], torch.inference_mode(False):
             self.notice()
             self.need_unexposed("save")
             return self._copied(self.buffer.clone())
@@ -316,7 +288,7 @@ class AliasedStorage:
         state = dict(state)
         buffer, label = state.pop("buffer"), state.pop("kernel")
         self.__dict__.update(state)
-        self._writer, self._listeners, self._lock = None, [], lock_number()
+        self._writer, self.listeners, self.lock_number = None, Listeners(), lock_number()
         self.kernel_name = None
         self._name(buffer, state["layout"])
         if self.kernel_name is not None:

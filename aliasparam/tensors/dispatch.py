@@ -24,6 +24,7 @@ from ..storage.locks import all_locked
 from ..storage.storage import AliasedStorage
 from ..storage.transaction import write_all
 from ..torch_private import is_traced_by_jit, shares_memory
+from .arguments import Types, aliased_in, mapped, mapped_kwargs, mapped_one
 from .collectives import Collective, wait_for
 from .geometry import parts_of, place_of, read_view
 
@@ -32,8 +33,9 @@ _Handler = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 #: Base names of operators that replace the storage or geometry of their argument.
 _MOVES_MEMORY = frozenset({"set_", "resize_", "resize_as_", "resize", "set_data", "_resize_output_", "swap_"})
 #: In-place operators whose result does not depend on what was there. All others read before they write.
-_OVERWRITES = frozenset({"copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_", "normal_", "uniform_", "random_"})
-_OVERWRITES |= {"exponential_"}
+_OVERWRITES = frozenset(
+    {"copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_", "normal_", "uniform_", "random_", "exponential_"}
+)
 #: Operators that look at shape, dtype and device alone.
 _BLANK = frozenset({"empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like"})
 _handlers: dict[Any, _Handler] = {}
@@ -87,7 +89,7 @@ def _handler_for(func: Any) -> _Handler:
 
 
 def _read(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return func(*_map(values_of, args), **_map_kwargs(values_of, kwargs))
+    return func(*mapped(values_of, args), **mapped_kwargs(values_of, kwargs))
 
 
 def _to_copy(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -97,20 +99,20 @@ def _to_copy(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _blank(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    result = func(*_map(_geometry, args), **_map_kwargs(_geometry, kwargs))
+    result = func(*mapped(_geometry, args), **mapped_kwargs(_geometry, kwargs))
     if "empty" in func._schema.name:
         result._alias_uninitialized = True  # Module.to_empty() assigns it: then nothing is loaded any more
     return result
 
 
 def _view(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    owner = args[0] if isinstance(args[0], _types.aliased) else next(iter(_aliased((*args, *kwargs.values()))))
-    return _rewrap(func(*_map(_geometry, args), **_map_kwargs(_geometry, kwargs)), owner)
+    owner = args[0] if isinstance(args[0], Types.aliased) else next(iter(aliased_in((*args, *kwargs.values()))))
+    return _rewrap(func(*mapped(_geometry, args), **mapped_kwargs(_geometry, kwargs)), owner)
 
 
 def _rewrap(result: Any, owner: Any) -> Any:
     if isinstance(result, Tensor):
-        return _types.view(owner._alias_storage, result)
+        return Types.view(owner._alias_storage, result)
     return type(result)(_rewrap(part, owner) for part in result)
 
 
@@ -125,14 +127,14 @@ def _writer(func: Any) -> _Handler:
 
     def write(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         originals = [args[i] if i < len(args) else kwargs.get(n) for i, n in zip(positions, names, strict=True)]
-        written = list(_aliased(originals))
+        written = list(aliased_in(originals))
         if func is torch.ops.aten.copy_.default and written:
-            write_one(written[0], values_of(args[1]) if isinstance(args[1], _types.aliased) else args[1])
+            write_one(written[0], values_of(args[1]) if isinstance(args[1], Types.aliased) else args[1])
             return args[0]
         plain = _plain(written, overwrites)
 
         def given(value: Any, is_written: bool) -> Any:
-            return _map_one(lambda t: plain[id(t)], value) if is_written else _map_one(values_of, value)
+            return mapped_one(lambda t: plain[id(t)], value) if is_written else mapped_one(values_of, value)
 
         func(*(given(a, i in positions) for i, a in enumerate(args)), **{k: given(v, k in names) for k, v in kwargs.items()})
         _land([(t, plain[id(t)]) for t in written])
@@ -213,8 +215,8 @@ def _into_out(func: Any, names: list[str]) -> _Handler:
 
     def write_out(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         originals = [kwargs[n] for n in names]
-        plain = {k: _map_one(fresh if k in names else values_of, v) for k, v in kwargs.items()}
-        func(*_map(values_of, args), **plain)
+        plain = {k: mapped_one(fresh if k in names else values_of, v) for k, v in kwargs.items()}
+        func(*mapped(values_of, args), **plain)
         _land([pair for n in names for pair in _pairs(kwargs[n], plain[n])])
         return _returned(schema, originals)
 
@@ -224,22 +226,22 @@ def _into_out(func: Any, names: list[str]) -> _Handler:
 def _pairs(given: Any, got: Any) -> list[tuple[Any, Tensor]]:
     """(aliased tensor, the result for it) of one ``out`` argument, a tensor or a list of them."""
     pairs = zip(given, got, strict=True) if isinstance(given, (list, tuple)) else [(given, got)]
-    return [(t, result) for t, result in pairs if isinstance(t, _types.aliased)]
+    return [(t, result) for t, result in pairs if isinstance(t, Types.aliased)]
 
 
 def _collective(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     call = Collective.of(func, args, kwargs)
-    written = list(_aliased(call.written.values()))
+    written = list(aliased_in(call.written.values()))
     plain = _plain(written, not call.reduces)
-    given = {n: _map_one(lambda t: plain[id(t)], v) for n, v in call.written.items()}
-    result = func(**given, **{n: _map_one(values_of, v) for n, v in call.read.items()})
+    given = {n: mapped_one(lambda t: plain[id(t)], v) for n, v in call.written.items()}
+    result = func(**given, **{n: mapped_one(values_of, v) for n, v in call.read.items()})
     wait_for(result)  # the values land when they are there
     _land([(t, plain[id(t)]) for t in written])
     return result
 
 
 def _refuse(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    tensor = next(iter(_aliased((*args, *kwargs.values()))))
+    tensor = next(iter(aliased_in((*args, *kwargs.values()))))
     raise PointerError(
         f"{func} would move or re-shape a fixed storage",
         label=tensor._alias_storage.label,
@@ -268,34 +270,3 @@ def values_of(tensor: Any) -> Tensor:
 def _geometry(tensor: Any) -> Tensor:
     plain: Tensor = tensor._alias_geometry
     return plain
-
-
-def _map_one(change: Callable[[Any], Tensor], value: Any) -> Any:
-    if isinstance(value, _types.aliased):
-        return change(value)
-    if isinstance(value, (list, tuple)):
-        return type(value)(_map_one(change, v) for v in value)
-    return value
-
-
-def _map(change: Callable[[Any], Tensor], args: tuple[Any, ...]) -> list[Any]:
-    return [_map_one(change, a) for a in args]
-
-
-def _map_kwargs(change: Callable[[Any], Tensor], kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {k: _map_one(change, v) for k, v in kwargs.items()} if kwargs else kwargs
-
-
-def _aliased(values: Any) -> Any:
-    for value in values:
-        if isinstance(value, _types.aliased):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from _aliased(value)
-
-
-class _types:
-    """The tensor classes, filled in by faces.py (which imports this module)."""
-
-    aliased: tuple[type, ...] = ()
-    view: Callable[[Any, Tensor], Tensor]

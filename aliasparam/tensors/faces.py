@@ -19,7 +19,8 @@ from ..errors import AdoptionError, PointerError
 from ..storage.kernel_name import Hidden
 from ..storage.storage import AliasedStorage
 from ..torch_private import never_traced
-from .dispatch import _types, dispatch, values_of, write_one
+from .arguments import Types
+from .dispatch import dispatch, values_of, write_one
 from .processes import reduce_for_process
 from .read_only import read_only
 
@@ -269,6 +270,6 @@ def is_same_view(first: _Aliased, second: _Aliased) -> bool:
     return same_place and a.shape == b.shape and a.stride() == b.stride()
 
 
-_types.aliased = (_Aliased,)
-_types.view = make_view
+Types.aliased = (_Aliased,)
+Types.view = make_view
 ForkingPickler.register(AliasedView, reduce_for_process)
