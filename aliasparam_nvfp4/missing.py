@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .errors import ScaleError
 from .format import E2M1_MAX, E4M3_MAX
+from .global_scale import are_scales
 
 #: "refuse" it; "max": the largest of the layer (its fused partitions, its experts); "dynamic": computed at run time for each
 #: token, which depends on no other token of the batch; "dynamic-tensor": at run time, one for all tokens of a call.
@@ -33,14 +34,9 @@ def is_dynamic(missing: Missing) -> bool:
     return missing.startswith("dynamic")
 
 
-def are_scales(values: Tensor) -> Tensor:
-    """bool: which values a global scale, or what derives from one, can have."""
-    return torch.isfinite(values) & (values > 0)
-
-
 def completed(scales: Tensor, missing: Missing, *, reciprocal: bool) -> Tensor:
     """Stored input scales with what counts for missing ones: the largest of the others, or all 0 where they are dynamic."""
-    good = are_scales(scales) & are_scales(1 / scales)
+    good = are_scales(scales)
     if missing == "refuse" or bool(good.all()):
         return scales
     if is_dynamic(missing):

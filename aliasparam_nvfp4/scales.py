@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from .errors import ScaleError
+from .global_scale import EXPECTED, are_scales
 from .missing import Missing, completed, is_dynamic
-from .missing import are_scales as are_scales
 
 
 def need_block_scales(block_scale: Tensor, name: str = "weight_scale", *, signed: bool = True) -> None:
@@ -144,7 +144,7 @@ class PartitionRatios:
 
 def _need_scales(what: str, values: Tensor) -> None:
     if not bool(are_scales(values).all()):
-        raise ScaleError(f"{what} is not a scale", expected="finite, > 0", found=values.tolist(), remedy=_REMEDIES.get(what))
+        raise ScaleError(f"{what} is not a scale", expected=EXPECTED, found=values.tolist(), remedy=_REMEDIES.get(what))
 
 
 _REMEDIES = {
@@ -155,7 +155,7 @@ _REMEDIES = {
 
 def _usable(what: str, value: Tensor) -> Tensor:
     """Scales may each be one and have a product or a reciprocal that float32 does not hold."""
-    if not bool(are_scales(value).all()):
+    if not bool((torch.isfinite(value) & (value > 0)).all()):
         raise ScaleError(
             f"{what} has no value in float32",
             name=what,

@@ -10,8 +10,9 @@ from typing import Any, cast
 from aliasparam.errors import AliasError
 
 from ..checkpoint import CheckpointFolder, QuantConfig, TensorEntry
+from ..global_scale import EXPECTED, are_scales
 from ..missing import Missing
-from ..scales import GlobalScales, are_scales, need_block_scales
+from ..scales import GlobalScales, need_block_scales
 
 #: How many reasons are listed.
 _SHOWN = 8
@@ -119,7 +120,7 @@ def _scalars(config: QuantConfig, folder: CheckpointFolder, on_module: Callable[
         known = (name for name in (names.weight_global, names.input_global) if name in entries)
         values = {name: folder.read(entries[name].name).float().reshape(-1) for name in known}
         bad = [name for name, value in values.items() if name not in may_lack and not bool(are_scales(value).all())]
-        yield from (f"{module}.{name}: not a scale: found {values[name].tolist()}, expected finite, > 0" for name in bad)
+        yield from (f"{module}.{name}: not a scale: found {values[name].tolist()}, expected {EXPECTED}" for name in bad)
         if len(values) == 2 and not bad:
             try:
                 scales.alpha(values[names.input_global], values[names.weight_global])

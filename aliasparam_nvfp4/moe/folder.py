@@ -15,8 +15,8 @@ from ..checkpoint.experts import ExpertKey
 from ..checkpoint_format import CheckpointFormat
 from ..errors import ScaleError
 from ..format import BLOCK_SIZE
+from ..global_scale import need_stored_scales
 from ..missing import Missing
-from ..scales import are_scales
 from .method import NvFp4MoEMethod
 from .ranks import ExpertRanks
 from .runners import MoEShape
@@ -109,9 +109,7 @@ class ExpertSource:
         self.tensors.need(self.shape.all_experts, self.specs(), optional=self.optional)
         scalars = {p.key: float(self.folder.read(p.name)) for p in self.parts() if self._is_scalar(p)}
         may_lack = () if self.missing == "refuse" else (self.format.input_global,)
-        bad = {self.tensors.name(key): v for key, v in scalars.items() if not is_scale(v) and key[2] not in may_lack}
-        if bad:
-            raise ScaleError("a global scale is not a scale", expected="finite and positive, and so its reciprocal", found=bad)
+        need_stored_scales({self.tensors.name(key): v for key, v in scalars.items() if key[2] not in may_lack})
         weight = self.format.weight_global
         differing = {
             self.tensors.name(key): (value, scalars[key[0], "w3", weight])
@@ -155,11 +153,6 @@ class ExpertSource:
             return torch.zeros(1)
         value = self.folder.read(part.name, part.rows, part.columns)
         return value.reshape(1) if self._is_scalar(part) else value
-
-
-def is_scale(value: float) -> bool:
-    """Whether float32 holds it and its reciprocal, both positive."""
-    return bool(are_scales(torch.tensor([value, 1 / value if value else 0.0])).all())
 
 
 def expert_specs(

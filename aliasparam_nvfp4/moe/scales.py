@@ -52,8 +52,9 @@ from aliasparam import Derivation
 
 from ..checkpoint_format import MODELOPT, CheckpointFormat
 from ..errors import ScaleError
+from ..global_scale import EXPECTED, are_scales
 from ..missing import Missing as Missing
-from ..missing import are_scales, completed, is_dynamic
+from ..missing import completed, is_dynamic
 from .activation import SWIGLU, ExpertActivation
 
 
@@ -270,13 +271,13 @@ class MoEScales:
         return self._multiplier(scales)
 
     def _need(self, what: str, name: str, values: Tensor, first: int) -> None:
-        wrong = ~(are_scales(values) & are_scales(1 / values))
+        wrong = ~are_scales(values)
         if bool(wrong.any()):
             expert = int(wrong.nonzero()[0, 0])
             raise ScaleError(
                 f"{what} is not a scale",
                 name=f"{name}, expert {first + expert}",
-                expected="finite, > 0, and so its reciprocal",
+                expected=EXPECTED,
                 found=values[expert].tolist(),
                 remedy=_REMEDIES[what],
             )

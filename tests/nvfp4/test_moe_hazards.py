@@ -20,6 +20,7 @@ from aliasparam_nvfp4.moe.activation import ExpertActivation
 from aliasparam_nvfp4.moe.declarations import formats
 from aliasparam_nvfp4.moe.runners import moe_runner
 from aliasparam_nvfp4.moe.scales import SwigluNumbers
+from aliasparam_nvfp4.moe.stored import ROWS
 
 from ..aliasparam.peak import peak_bytes
 from .moe_experts import ACTIVATIONS, OAI, RUNNERS, Dims, Experts, pointers, rows_of, serving, stored
@@ -77,15 +78,17 @@ def test_3_padding_is_no_state_and_is_zero_again_after_raw_bytes_went_through_it
     for seed in (0, 1, 0):
         load(layer, stored(dims, seed, activation=activation))
         assert {n: p.shape for n, p in layer.named_parameters()} == shapes
-        for (kernel, order), source in ((v, k) for k, v in formats(layer.method.checkpoint, layout_of(layer)).items()):
+        for (kernel, order), source in ((v, k) for k, v in orders_of(layer).items()):
             expected = ordered(order, layer.get_parameter(source).detach().clone())
             assert torch.equal(layer.get_buffer(kernel).view(torch.uint8), expected.view(torch.uint8))
     shape = layer.nvfp4_moe_shape
     assert (shape.hidden, shape.intermediate) == dims[1:]  # type: ignore[union-attr]
 
 
-def layout_of(layer: Experts) -> Any:
-    return layer.nvfp4_runner.layout.of(layer.method.activation)  # type: ignore[operator, union-attr]
+def orders_of(layer: Experts) -> Any:
+    """Checkpoint name to (kernel name, its order)."""
+    layout = layer.nvfp4_runner.layout.of(layer.method.activation)  # type: ignore[operator, union-attr]
+    return formats(layer.method.checkpoint, layout, ROWS, gated=layer.method.activation.gated)
 
 
 @every_runner
@@ -229,7 +232,7 @@ def test_9_and_10_large_experts_land_in_kernel_order_within_the_stated_scratch(r
             process(layer)
 
         assert peak_bytes(load_and_process, torch.device("cpu")) <= STEP_BYTES
-        for source, (kernel, order) in formats(layer.method.checkpoint, layout_of(layer)).items():
+        for source, (kernel, order) in orders_of(layer).items():
             expected = ordered(order, tensors[source])
             assert torch.equal(layer.get_buffer(kernel).view(torch.uint8), expected.view(torch.uint8))
     state = checkpoint_state_dict(layer)

@@ -17,11 +17,10 @@ from aliasparam import registry_of
 from ...checkpoint import CheckpointFolder, TensorEntry, UnsupportedFormatError
 from ...checkpoint.scheme import Scheme
 from ...checkpoint_format import MODELOPT, CheckpointFormat
-from ...errors import ScaleError
+from ...global_scale import need_stored_scales
 from ...missing import is_dynamic
 from ...moe import GPT_OSS, ExpertActivation, NvFp4MoEMethod
 from ...moe.declarations import parameters
-from ...moe.folder import is_scale
 from ...moe.runners import MoEShape
 from .choice import ExpertChoice
 from .unwrap import plain_name
@@ -156,8 +155,5 @@ def check_scalars(model: nn.Module, live: Mapping[str, Tensor], folder: Checkpoi
         for file, parameter in module.named_parameters(recurse=False):
             if not file.endswith(("_scale_2", "_input_scale")):
                 continue
-            value = float(folder.read(stored[id(parameter)]))
-            if not is_scale(value) and not (may_lack and file.endswith("_input_scale")):
-                raise ScaleError(
-                    "a global scale is not a scale", module=path, name=file, expected="finite and positive", found=value
-                )
+            if not (may_lack and file.endswith("_input_scale")):
+                need_stored_scales({file: folder.read(stored[id(parameter)])}, path)

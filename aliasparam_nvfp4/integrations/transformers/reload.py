@@ -18,6 +18,7 @@ from aliasparam.reload.policies import PolicyName
 
 from ...checkpoint import WHOLE, CheckpointError, CheckpointFolder, check_tensors, expert_layers
 from ...errors import ScaleError
+from ...global_scale import need_stored_scales
 from ...scales import GlobalScales, need_block_scales
 from .config_match import check_config, check_schemes
 from .conversions import Conversion
@@ -248,10 +249,7 @@ def check_fused_scales(model: nn.Module, files: Mapping[str, str], folder: Check
         if fused.quant_method.input_scale:
             inputs = {f"{m}.{tensors.input_global}": float(folder.read(f"{m}.{tensors.input_global}")) for m in members}
         missing = fused.quant_method.missing_input_scale
-        needed = {**weight_scales, **(inputs if missing == "refuse" else {})}
-        bad = {n: v for n, v in needed.items() if not 0 < v < float("inf")}
-        if bad:
-            raise ScaleError("a global scale is not a scale", module=path, expected="finite and positive", found=bad)
+        need_stored_scales({**weight_scales, **(inputs if missing == "refuse" else {})}, path)
         derived, weight = GlobalScales(tensors.reciprocal, missing), torch.tensor(list(weight_scales.values()))
         try:
             if inputs:

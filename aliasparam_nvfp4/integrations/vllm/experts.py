@@ -31,7 +31,9 @@ class ModelOptNvFp4Experts(FusedMoEMethodBase):  # type: ignore[misc]
     def __init__(self, quant_config: Any, moe_config: Any) -> None:
         super().__init__(moe_config)
         if getattr(quant_config, "moe_activation_override", None) is not None:
-            raise BackendError("experts that quantize activations by token are vLLM's own", remedy="Drop quantization_config.moe.")
+            raise BackendError(
+                "experts that quantize activations by token are vLLM's own", remedy="Drop quantization_config.moe."
+            )
         self.quant_config = quant_config
         self.input_scale = quant_config.quant_method != "W4A16_NVFP4"
         self.method: NvFp4MoEMethod | None = None
@@ -57,7 +59,8 @@ class ModelOptNvFp4Experts(FusedMoEMethodBase):  # type: ignore[misc]
         )
         if parallel.enable_eplb and self.method.backend.input_scales is InputScales.EACH:
             raise BackendError(
-                "EPLB moves experts, and this runner has input scales of each that vLLM does not move", name=self.method.backend.name
+                "EPLB moves experts, and this runner has input scales of each that vLLM does not move",
+                name=self.method.backend.name,
             )
         _need_even(layer, num_experts, self.method.ep_rank, self.method.ep_size)
         sizes = num_experts, hidden_size, intermediate_size_per_partition

@@ -41,6 +41,8 @@ def check_folder(serving: str | Path, folder: str | Path) -> None:
             "the checkpoint does not fit the one that serves; nothing was loaded",
             name=str(folder),
             expected=f"the {len(old.tensors)} tensors of {serving}",
-            found="\n            ".join([*wrong[:_SHOWN], *([f"… and {len(wrong) - _SHOWN} more"] if len(wrong) > _SHOWN else [])]),
+            found="\n            ".join(
+                [*wrong[:_SHOWN], *([f"… and {len(wrong) - _SHOWN} more"] if len(wrong) > _SHOWN else [])]
+            ),
             remedy="Export it from the same architecture, or start the engine with it.",
         )

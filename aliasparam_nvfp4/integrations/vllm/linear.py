@@ -37,9 +37,7 @@ class NvFp4Linear(LinearMethodBase):  # type: ignore[misc]
         self.method = self._method(column_scales=True)
 
     def _method(self, *, column_scales: bool) -> NvFp4LinearMethod:
-        return NvFp4LinearMethod(
-            self.name, checkpoint=self.checkpoint, input_scale=self.input_scale, column_scales=column_scales
-        )
+        return NvFp4LinearMethod(self.name, checkpoint=self.checkpoint, input_scale=self.input_scale, column_scales=column_scales)
 
     def create_weights(
         self,

@@ -42,7 +42,9 @@ class PatchedFolder:
                 found, expected = f"one on {delta.base_version}", f"a delta on version {before.version}"
                 raise DeltaError("the delta applies to another version", name=str(delta.path), expected=expected, found=found)
             if unknown := sorted(set(delta.checksums) - set(self.base.tensors)):
-                raise DeltaError("the delta names tensors that the base lacks", name=str(delta.path), found=", ".join(unknown[:5]))
+                raise DeltaError(
+                    "the delta names tensors that the base lacks", name=str(delta.path), found=", ".join(unknown[:5])
+                )
 
     def verify(self) -> None:
         """Apply every delta in scratch and hold what it gives against its checksums: so a wrong base is found before a write.
