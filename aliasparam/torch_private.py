@@ -15,6 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+#: The code of every module call, compiled ones too: a frame of it is a forward that runs, and ``self`` there is the module.
+FORWARD = torch.nn.Module._wrapped_call_impl.__code__
+
 
 def refused_when_traced(function: Any, reason: str) -> None:
     """With ``fullgraph=True`` torch.compile refuses a caller of ``function`` with ``reason``; else the call leaves the graph."""

@@ -39,6 +39,10 @@ def guard(module: nn.Module, args: Any) -> None:
 
 
 def _refuse(registry: AliasRegistry) -> None:
+    if registry.readiness is Readiness.CLOSED and registry.holder is not None:
+        session = registry.holder()
+        if session is not None and session.drain.lets_through():
+            return
     registry.close_if_unchanged()
     replaced = registry.replaced_names()
     if (registry.readiness is Readiness.READY and not replaced) or not registry.kernel_names():

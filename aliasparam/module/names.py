@@ -18,9 +18,11 @@ from .watch import put, put_buffer, watch
 
 
 class Readiness(Enum):
-    """Whether a module may run. OPENING: on the way from one to the other, so that an interrupt between is none of both."""
+    """Whether a module may run. CLOSED: a reload is about to write, and waits for forwards that began before. OPENING: on the way
+    from one to the other, so that an interrupt between is none of both."""
 
     READY = "ready"
+    CLOSED = "closed"
     OPENING = "opening"
     OPEN = "open"
 
@@ -150,6 +152,9 @@ class ModuleNames:
 
     def close_if_unchanged(self) -> None:
         """Close again where nothing changed after all: a name was replaced in passing."""
+        session = None if self.holder is None else self.holder()
+        if session is not None and session.drain.holds(self):
+            return
         if self.readiness is not Readiness.READY and self._committed and not self.replaced_names() and not self.stale_names():
             self._commit(self._versions())
 

@@ -17,6 +17,7 @@ def reload(
     policy: PolicyName = "write-through",
     source: str = "tensors",
     hooks: Hooks | None = None,
+    drain_seconds: float = 30.0,
 ) -> ReloadSession:
     """A transaction that replaces weights of a serving model: ``with reload(model) as r: r.load(tensors)``.
 
@@ -31,9 +32,11 @@ def reload(
             "staged-journal": both, so that a commit can be taken back too. Device scratch is at most 32 MiB.
         source: where the values come from, for the log and metrics.
         hooks: called at the begin, before the new weights serve, and after an abort.
+        drain_seconds: the longest that a write waits for forwards that other threads began before it.
 
     Raises (at the end of the block, or from the steps):
-        ReloadError: missing, unexpected, duplicate or ill-fitting tensors; a scope or policy that is none.
+        ReloadError: missing, unexpected, duplicate or ill-fitting tensors; a scope or policy that is none; a forward that did not
+            end in time.
     """
     if isinstance(scope, str) and scope not in ("all", "partial"):
         raise ReloadError(
@@ -43,4 +46,4 @@ def reload(
             found=repr(scope),
             remedy="'all' is the default.",
         )
-    return ReloadSession(model, scope, policy, source, hooks or Hooks())
+    return ReloadSession(model, scope, policy, source, hooks or Hooks(), drain_seconds)

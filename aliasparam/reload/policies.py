@@ -62,6 +62,9 @@ class WriteThrough:
     def flush(self) -> None:
         pass
 
+    def begin(self, targets: list[Target]) -> None:
+        self._written.begin(targets)
+
     def restore(self) -> bool:
         return not self._written.any
 
@@ -76,6 +79,11 @@ class Journalled(WriteThrough):
     @property
     def nbytes(self) -> int:  # type: ignore[override]
         return self.journal.nbytes
+
+    def begin(self, targets: list[Target]) -> None:
+        for target in targets:
+            self.journal.touch(target)
+        super().begin(targets)
 
     def update(self, target: Target, box: Box, value: Tensor) -> None:
         self.journal.keep(target, box, value)
@@ -103,6 +111,7 @@ class Staged:
         self._held.append((target, box, held.copy_(value.detach())))
 
     def flush(self) -> None:
+        self._then.begin([target for target, _, _ in self._held])
         for target, box, value in self._held:
             self._then.update(target, box, value)
 
@@ -137,9 +146,11 @@ class Patched:
             for target, _, live, version in self._held:
                 if live.version != version:
                     raise ReloadError("the tensor changed since the delta was checked against it", name=target.label)
+        for target, _, _, _ in self._held:
+            self.journal.touch(target)
+        self._written.begin([target for target, _, _, _ in self._held])
         for target, patches, _, _ in self._held:
             self.journal.add(target, patches)
-            self._written.begin(target)
             for patch in patches:
                 patch.put_new()
 

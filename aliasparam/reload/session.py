@@ -26,7 +26,8 @@ from ..spec import TensorSpec
 from ..storage.coverage import Box, Coverage
 from .claims import claim, release
 from .collector import collector_paused
-from .fit import box_of, need_fit, need_whole, shown
+from .drain import Drain
+from .fit import box_of, need_fit, need_whole, no_such_name, out_of_scope, shown
 from .live import Live
 from .observe import Hook, Hooks, Observed, call_abort_hooks, phase
 from .patch import Patch
@@ -55,7 +56,9 @@ class ReloadSession:
         failed_hooks: (hook, error) of ``on_abort`` hooks that failed twice.
     """
 
-    def __init__(self, model: nn.Module, scope: Scope, policy: AnyPolicy, source: str, hooks: Hooks) -> None:
+    def __init__(
+        self, model: nn.Module, scope: Scope, policy: AnyPolicy, source: str, hooks: Hooks, drain_seconds: float = 30.0
+    ) -> None:
         self.model = model
         self.scope = scope if isinstance(scope, str) else tuple(scope)
         self.phase = Phase.NEW
@@ -65,7 +68,8 @@ class ReloadSession:
         self._hooks, self._to_call = hooks, list(hooks.on_commit)
         self._targets: dict[str, Target] = {}
         self._arrived: dict[int, Coverage] = {}
-        self._written = Written(type(model).__name__)
+        self.drain = Drain(model, drain_seconds)
+        self._written = Written(type(model).__name__, self.drain)
         self._policy: Policy = policy_of(policy, self._written)
 
     # -- the transaction -----------------------------------------------------------------------------------------------
@@ -84,6 +88,7 @@ class ReloadSession:
         claim(self.model, self)
         with collector_paused():
             self._targets = find_targets(self.model)
+        self.drain.begin()
         self.phase = Phase.OPEN
         weakref.finalize(self, self._written.poison)  # an abandoned session leaves a refusal
         try:
@@ -128,6 +133,8 @@ class ReloadSession:
             self._need(Phase.PREPARED, "commit")
         started = time.perf_counter()
         self._put_in_place()
+        if self._written.any:
+            self.drain.wait_for_devices()
         self._written.commit(whole=self.scope == "all")
         self.phase = Phase.ENDED
         self.observed.pause_seconds = time.perf_counter() - started
@@ -265,23 +272,9 @@ class ReloadSession:
     def _target(self, name: str) -> Target:
         target = self._targets.get(name)
         if target is None:
-            raise ReloadError(
-                "the model has no tensor of this name",
-                module=self._label,
-                name=name,
-                expected=f"one of its {len(self._targets)} names",
-                found=name,
-                remedy="r.expected lists them. Map the sender's names to those first.",
-            )
+            raise no_such_name(self._label, name, len(self._targets))
         if not isinstance(self.scope, str) and not is_under(name, self.scope):
-            raise ReloadError(
-                "this tensor is outside the scope of the reload",
-                module=self._label,
-                name=name,
-                expected=f"names under {', '.join(self.scope)}",
-                found=name,
-                remedy="Open the reload with a scope that has it.",
-            )
+            raise out_of_scope(self._label, name, self.scope)
         return target
 
     def _need(self, phase: Phase, doing: str) -> None:

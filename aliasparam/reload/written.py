@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
+from ..module.names import ModuleNames
 from ..storage.coverage import Box
 from ..tensors.faces import _Aliased
+from .drain import Drain
 from .plain import PlainName
 from .targets import Target
 
@@ -14,8 +18,8 @@ from .targets import Target
 class Written:
     """The tensors that were begun: declared names, and plain ones behind their refusing twins."""
 
-    def __init__(self, label: str) -> None:
-        self.label = label
+    def __init__(self, label: str, drain: Drain) -> None:
+        self.label, self._drain = label, drain
         self._declared: dict[int, _Aliased] = {}
         self._plain: dict[int, tuple[PlainName, Target]] = {}
         self._ended = False
@@ -27,22 +31,39 @@ class Written:
 
     def write(self, target: Target, box: Box, value: Tensor) -> None:
         """Write ``value`` in place; from now on the tensor refuses."""
-        self.begin(target)
+        self.begin([target])
         live = target.tensor
         part = live[tuple(slice(start, stop) for start, stop in box)] if box else live
         with torch.no_grad():
             part.copy_(value)
 
-    def begin(self, target: Target) -> None:
-        """The tensor is about to be written: it refuses from now on."""
-        live = target.tensor
-        if isinstance(live, _Aliased):
-            self._declared[id(live)] = live
-        elif id(live) not in self._plain:
-            name = PlainName(target.label, live)
-            self._plain[id(live)] = name, target
-            for holder, key in target.places:
+    def begin(self, targets: Iterable[Target]) -> None:
+        """The tensors are about to be written: they refuse from now on, and nobody reads them any more.
+
+        Raises:
+            ReloadError: a forward that began before did not end in time. They serve on.
+        """
+        new = {id(t.tensor): t for t in targets if id(t.tensor) not in self._declared and id(t.tensor) not in self._plain}
+        declared = {key: t.tensor for key, t in new.items() if isinstance(t.tensor, _Aliased)}
+        plain = {key: (PlainName(t.label, t.tensor), t) for key, t in new.items() if key not in declared}
+        if not new:
+            return
+        names = {id(one): one for tensor in declared.values() for one in tensor._alias_storage.listeners()}
+        registries = [one for one in names.values() if isinstance(one, ModuleNames)]
+        places = [(holder, key, name) for name, target in plain.values() for holder, key in target.places]
+        shown = [(holder, key, holder.get(key)) for holder, key, _ in places]  # a twin, where an earlier reload failed
+
+        def hide() -> None:
+            for holder, key, name in places:
                 dict.__setitem__(holder, key, name.refusing)
+
+        def show() -> None:
+            for holder, key, tensor in shown:
+                dict.__setitem__(holder, key, tensor)
+
+        self._drain.close(registries, hide, show)
+        self._declared |= declared
+        self._plain |= plain
 
     def reopen(self) -> None:
         """What was processed refuses again, with its new weights in place."""

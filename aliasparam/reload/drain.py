@@ -1,0 +1,125 @@
+"""Forwards in flight: what they read is not written before they have ended, and new ones refuse meanwhile.
+
+[Note: no cost] Nothing is counted while no reload runs: no hook, no lock. A reload looks at the stacks of the other threads,
+which say whether a forward of the model is running there. First modules are closed: their hooks let through who is in flight.
+Compiled callers run no such hooks; those that come meanwhile are waited for, when refusing twins stand in the place of all names.
+On CUDA the devices are waited for too.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable
+from types import FrameType
+
+import torch
+from torch import nn
+
+from ..errors import ReloadError
+from ..module.names import ModuleNames, Readiness
+from ..torch_private import FORWARD
+
+_LOOK_AGAIN = 0.0005
+
+
+class Drain:
+    """
+    Args:
+        model: whose forwards are waited for.
+        seconds: the longest that a write waits.
+    """
+
+    def __init__(self, model: nn.Module, seconds: float) -> None:
+        self._model, self._seconds = model, seconds
+        self._modules: frozenset[int] = frozenset()
+        self._may_go_on: frozenset[int] = frozenset()
+        self._held: set[int] = set()
+        self._waited_for_devices = False
+
+    def begin(self) -> None:
+        self._modules = frozenset(id(module) for module in self._model.modules())
+
+    def lets_through(self) -> bool:
+        """Whether this thread runs a forward that began before what is waiting to be written was closed."""
+        return threading.get_ident() in self._may_go_on
+
+    def holds(self, names: ModuleNames) -> bool:
+        """Whether the module stays closed until the reload has ended, also where nothing of it was written yet."""
+        return id(names) in self._held
+
+    def close(self, names: Iterable[ModuleNames], hide: Callable[[], None], show: Callable[[], None]) -> None:
+        """New forwards of these modules refuse; those in flight end.
+
+        Args:
+            names: modules that are about to be written, which stay closed.
+            hide: puts the refusing twins of plain tensors in place, ``show`` takes them off again.
+
+        Raises:
+            ReloadError: a forward did not end in time. Everything is as before.
+        """
+        until = time.monotonic() + self._seconds
+        running = self._in_flight()
+        self._may_go_on = frozenset(running)
+        closed = [one for one in names if one.readiness is Readiness.READY]
+        self._held |= {id(one) for one in closed}
+        try:
+            for one in closed:
+                one.readiness = Readiness.CLOSED
+            self._wait_for(running, until)
+            for one in closed:
+                one.open()
+            hide()
+            self._wait_for(self._in_flight(), until)  # who came in between ends; who comes now is refused
+        except BaseException:
+            show()
+            self._held -= {id(one) for one in closed}
+            for one in closed:
+                if one.readiness is Readiness.CLOSED:
+                    one.readiness = Readiness.READY
+                one.close_if_unchanged()
+            raise
+        finally:
+            self._may_go_on = frozenset()
+        if not self._waited_for_devices:
+            self.wait_for_devices()
+            self._waited_for_devices = True
+
+    def wait_for_devices(self) -> None:
+        """What other threads have launched has run; what they launch from now on sees what was written."""
+        if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            for device in {p.device for p in self._model.parameters() if p.is_cuda}:
+                torch.cuda.synchronize(device)
+
+    def _wait_for(self, forwards: dict[int, FrameType], until: float) -> None:
+        while forwards:
+            now = self._in_flight()
+            forwards = {thread: frame for thread, frame in forwards.items() if now.get(thread) is frame}
+            if forwards and time.monotonic() > until:
+                names = {thread.ident: thread.name for thread in threading.enumerate()}
+                raise ReloadError(
+                    "forwards are in flight, and did not end in time",
+                    module=type(self._model).__name__,
+                    expected=f"none within {self._seconds:g} s",
+                    found=", ".join(names.get(thread) or str(thread) for thread in forwards),
+                    remedy="Nothing was written. Commit again when they have ended, or give the reload more drain_seconds.",
+                )
+            if forwards:
+                time.sleep(_LOOK_AGAIN)
+
+    def _in_flight(self) -> dict[int, FrameType]:
+        """Thread -> the outermost call of the model, of a module in it, or of one that has it, in other threads than this one."""
+        found: dict[int, FrameType] = {}
+        for thread, top in sys._current_frames().items():
+            frame: FrameType | None = top if thread != threading.get_ident() else None
+            while frame is not None:
+                if frame.f_code is FORWARD and self._is_ours(frame.f_locals.get("self")):
+                    found[thread] = frame
+                frame = frame.f_back
+        return found
+
+    def _is_ours(self, module: object) -> bool:
+        if not isinstance(module, nn.Module):
+            return False
+        return id(module) in self._modules or any(inner is self._model for inner in module.modules())
