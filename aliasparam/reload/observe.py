@@ -19,6 +19,9 @@ from torch import nn
 _log = logging.getLogger("aliasparam.reload")
 _generations: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 
+#: Upper bounds of the pause's histogram, seconds.
+_PAUSES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+
 Hook = Callable[[Any], None]
 
 
@@ -112,12 +115,13 @@ def phase(name: str) -> Iterator[None]:
 
 @cache
 def _metrics() -> Any:
-    """(histogram of seconds, counter of bytes, counter of outcomes, gauge of the generation), or None."""
+    """(histograms of seconds and of the pause, counters of bytes and of outcomes, gauge of the generation), or None."""
     if find_spec("prometheus_client") is None:
         return None
     prometheus = import_module("prometheus_client")
     return (
         prometheus.Histogram("weight_load_duration_seconds", "Seconds from begin to end of a reload", ["source"]),
+        prometheus.Histogram("weight_load_pause_seconds", "Seconds of the commit of a reload", ["source"], buckets=_PAUSES),
         prometheus.Counter("weight_load_bytes", "Bytes of values handed to reloads", ["source"]),
         prometheus.Counter("weight_loads", "Reloads that ended", ["source", "outcome"]),
         prometheus.Gauge("weight_generation", "Commits of the model that was reloaded last"),
@@ -127,8 +131,10 @@ def _metrics() -> Any:
 def _count(observed: Observed, seconds: float) -> None:
     found = _metrics()
     if found is not None:
-        duration, count, outcomes, generation = found
+        duration, pause, count, outcomes, generation = found
         duration.labels(observed.source).observe(seconds)
+        if observed.outcome == "committed":
+            pause.labels(observed.source).observe(observed.pause_seconds)
         count.labels(observed.source).inc(observed.bytes)
         outcomes.labels(observed.source, observed.outcome).inc()
         generation.set(observed.generation)
