@@ -48,7 +48,7 @@ class Written:
         plain = {key: (PlainName(t.label, t.tensor), t) for key, t in new.items() if key not in declared}
         if not new:
             return
-        names = {id(one): one for tensor in declared.values() for one in tensor._alias_storage.listeners()}
+        names = {id(one): one for tensor in declared.values() for one in tensor._alias_storage.listeners}
         registries = [one for one in names.values() if isinstance(one, ModuleNames)]
         places = [(holder, key, name) for name, target in plain.values() for holder, key in target.places]
         shown = [(holder, key, holder.get(key)) for holder, key, _ in places]  # a twin, where an earlier reload failed
