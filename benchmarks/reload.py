@@ -13,17 +13,14 @@ import argparse
 import json
 import statistics
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 from reload_cases import Model, TwoCopies, forget_cached, values_of, write_delta, write_folder
-from rich.console import Console
-from rich.table import Table
+from reload_measure import Meter, Row
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -37,60 +34,10 @@ from aliasparam.reload.sources import SafetensorsFolder
 _MIB = 1 << 20
 
 
-@dataclass
-class Row:
-    """Seconds and bytes."""
-
-    what: str
-    policy: str
-    prepare: float
-    pause: float
-    held: int | None
-    host: int | None
-    device: int | None
-    nbytes: int
-
-    def cells(self) -> list[str]:
-        rate = self.nbytes / (self.prepare + self.pause) / 1e9
-        sizes = ["-" if n is None else f"{n / _MIB:.1f}" for n in (self.held, self.host, self.device)]
-        return [self.what, self.policy, f"{self.prepare:.3f}", f"{self.pause:.4f}", *sizes, f"{rate:.2f}"]
-
-
-class Bench:
+class Bench(Meter):
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
-        self.options, self.folder, self.device = options, folder, options.device
-        self.console, self.figures = Console(width=120, highlight=False), {}
-        self.cuda = self.device == "cuda"
-
-    # -- measuring -----------------------------------------------------------------------------------------------------
-
-    def now(self) -> float:
-        if self.cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    @contextmanager
-    def peaks(self, row: Row) -> Iterator[None]:
-        before = _host(reset=True)
-        if self.cuda:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            device = torch.cuda.memory_allocated()
-        yield
-        after = _host()
-        row.host = None if before is None or after is None else max(after - before, 0)
-        row.device = torch.cuda.max_memory_allocated() - device if self.cuda else None
-
-    def show(self, title: str, rows: list[Row]) -> None:
-        table = Table("source", "policy", "prepare, s", "pause, s", "held, MiB", "host, MiB", "device, MiB", "GB/s", title=title)
-        for row in rows:
-            table.add_row(*row.cells())
-        self.console.print(table)
-        self.figures[title] = [asdict(row) for row in rows]
-
-    def say(self, key: str, text: str, **figures: float) -> None:
-        self.console.print(f"{key}: {text}")
-        self.figures[key] = figures
+        super().__init__(options.device)
+        self.options, self.folder = options, folder
 
     # -- sessions ------------------------------------------------------------------------------------------------------
 
@@ -178,8 +125,8 @@ class Bench:
         few = max(1, len(model.layers) // 100)
         scope = [f"layers.{number}" for number in range(few)]
         part = {n: v for n, v in values.items() if any(n.startswith(f"{p}.") for p in scope)}
-        total = self._seconds(lambda: self._reload(model, values))
-        some = self._seconds(lambda: self._reload(model, part, scope=scope))
+        total = self.seconds(lambda: self._reload(model, values))
+        some = self.seconds(lambda: self._reload(model, part, scope=scope))
         share = few / len(model.layers)
         self.say("part of the tensors", f"{share:.2%} cost {some / total:.2%} of all", share=share, seconds=some, whole=total)
 
@@ -187,14 +134,6 @@ class Bench:
     def _reload(model: nn.Module, values: dict[str, Tensor], **how: Any) -> None:
         with reload(model, **how) as session:
             session.load(values)
-
-    def _seconds(self, do: Callable[[], Any], rounds: int = 5) -> float:
-        found = []
-        for _ in range(rounds):
-            begun = self.now()
-            do()
-            found.append(self.now() - begun)
-        return statistics.median(found)
 
     def disk(self, model: Model, folders: dict[str, Path]) -> None:
         """Ours and load_file + copy in turn, files in the page cache, and dropped from it."""
@@ -226,10 +165,10 @@ class Bench:
     def digest(self, model: nn.Module) -> None:
         memories = [memory for t in checkpoint_names(model).values() if (memory := Live(t).memory()) is not None]
         words = [memory[: memory.numel() // 8 * 8].view(torch.int64) for memory in memories]
-        read = self._seconds(lambda: [word.sum() for word in words])
+        read = self.seconds(lambda: [word.sum() for word in words])
         total = sum(memory.numel() for memory in memories)
         for kind in self.options.digests:
-            mine = self._seconds(lambda kind=kind: checkpoint_digest(model, kind), 3)  # type: ignore[misc]
+            mine = self.seconds(lambda kind=kind: checkpoint_digest(model, kind), 3)  # type: ignore[misc]
             text = f"{total / mine / 1e9:.2f} GB/s, {read / mine:.2f} of reading ({total / read / 1e9:.0f} GB/s)"
             self.say(f"digest {kind}", text, seconds=mine, read=read, nbytes=total)
 
@@ -249,7 +188,7 @@ class Bench:
             session.begin()
             session.abort()
 
-        seconds = self._seconds(begin, 3)
+        seconds = self.seconds(begin, 3)
         self.say("names of 18000 tensors", f"{seconds:.3f} s from begin to abort", seconds=seconds)
 
     def large_delta(self) -> None:
@@ -293,17 +232,6 @@ def _few_changed(value: Tensor, share: float) -> Tensor:
     if new.dtype is torch.uint8:
         new.view(-1)[:: round(1 / share)] ^= 5
     return new
-
-
-def _host(*, reset: bool = False) -> int | None:
-    """Peak of resident memory since the last reset, in bytes."""
-    try:
-        if reset:
-            Path("/proc/self/clear_refs").write_text("5")
-        text = Path("/proc/self/status").read_text()
-        return int(text.partition("VmHWM:")[2].split()[0]) << 10
-    except (OSError, ValueError, IndexError):
-        return None
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -21,6 +22,8 @@ _generations: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDiction
 
 #: Upper bounds of the pause's histogram, seconds.
 _PAUSES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+
+_registering = threading.Lock()
 
 Hook = Callable[[Any], None]
 
@@ -119,6 +122,14 @@ def _metrics() -> Any:
     if find_spec("prometheus_client") is None:
         return None
     prometheus = import_module("prometheus_client")
+    try:
+        return _registered(prometheus)
+    except ValueError as error:  # other code has a metric of one of these names
+        _log.error("no metrics of reloads: %s", error)
+        return None
+
+
+def _registered(prometheus: Any) -> tuple[Any, ...]:
     return (
         prometheus.Histogram("weight_load_duration_seconds", "Seconds from begin to end of a reload", ["source"]),
         prometheus.Histogram("weight_load_pause_seconds", "Seconds of the commit of a reload", ["source"], buckets=_PAUSES),
@@ -129,7 +140,8 @@ def _metrics() -> Any:
 
 
 def _count(observed: Observed, seconds: float) -> None:
-    found = _metrics()
+    with _registering:  # two reloads may end at once
+        found = _metrics()
     if found is not None:
         duration, pause, count, outcomes, generation = found
         duration.labels(observed.source).observe(seconds)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from aliasparam import checkpoint_digest, checkpoint_state_dict, process, registry_of, reload
 from aliasparam.errors import AliasError, ReloadError
+from aliasparam.reload import observe
 from aliasparam.reload.observe import Hooks
 from aliasparam.reload.policies import PolicyName
 from aliasparam.testing import same_bytes
@@ -285,3 +286,5 @@ def test_one_log_line_and_metrics(caplog: pytest.LogCaptureFixture) -> None:
     assert after["weight_generation"] == 2
     record = caplog.records[0]
     assert record.__dict__["reload"]["bytes"] == total and "outcome=committed source=stream" in record.getMessage()
+    assert observe._metrics.__wrapped__() is None  # names that are taken: no metrics, and no reload fails for it
+    assert "no metrics of reloads: Duplicated" in caplog.text
