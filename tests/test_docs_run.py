@@ -127,5 +127,5 @@ def pages_with_code() -> Iterator[str]:
 
 def test_no_page_is_forgotten() -> None:
     """What is not here is run whole by test_docs.py, or is the kit's own page, whose blocks are tests."""
-    whole = {f"docs/{name}.md" for name in ("tutorial", "pwal", "layouts", "seeing")}
+    whole = {f"docs/{name}.md" for name in ("tutorial", "pwal", "layouts", "seeing", "own-method")}
     assert set(pages_with_code()) - set(PAGES) - whole <= {"docs/testing.md", "docs/porting-0.1.md", "CONTRIBUTING.md"}

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ..errors import DeclarationError
 from .declarations import Alias, Derivation, Keep
@@ -55,7 +56,7 @@ def _fields(declaration: Alias | Derivation | Keep) -> Iterator[tuple[str, Any, 
 def warn_of_trained(module: nn.Module, declarations: Sequence[Alias | Derivation | Keep]) -> None:
     """A Parameter that asks for gradients gets none any more: its kernel bytes are no function of autograd."""
     sources = {s for d in declarations for s in (d.sources if isinstance(d, Derivation) else (d.source,))}
-    trained = sorted(n for n in sources if (p := module._parameters.get(n)) is not None and p.requires_grad)
+    trained = sorted(n for n in sources if (p := module._parameters.get(n)) is not None and p.requires_grad and not is_lazy(p))
     if trained:
         warnings.warn(
             f"{type(module).__name__}: {', '.join(trained)} had requires_grad=True and will have no gradients: declared "
