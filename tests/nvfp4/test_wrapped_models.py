@@ -22,8 +22,8 @@ KIND = "GLM-4.5"
 
 
 def data_parallel(model: Any) -> Any:
-    # gloo has no FP8, so parameters cannot be sent around at the start; every process has read the same folder.
-    return torch.nn.parallel.DistributedDataParallel(model, init_sync=False)
+    # gloo has no FP8, and kernel names are nobody's to send around; every process has read the same folder.
+    return torch.nn.parallel.DistributedDataParallel(model, init_sync=False, broadcast_buffers=False)
 
 
 def sharded_around(model: Any) -> Any:
