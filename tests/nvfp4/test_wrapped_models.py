@@ -12,11 +12,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 transformers = pytest.importorskip("transformers")
-from aliasparam import AliasedParameter
-from aliasparam_nvfp4.checkpoint import CheckpointError
-from aliasparam_nvfp4.integrations.transformers import reload_folder
+from aliasparam import AliasedParameter  # noqa: E402
+from aliasparam_nvfp4.checkpoint import CheckpointError  # noqa: E402
+from aliasparam_nvfp4.integrations.transformers import reload_folder  # noqa: E402
 
-from .test_real_folders import folders, load, logits
+from .test_real_folders import folders, load, logits  # noqa: E402
 
 KIND = "GLM-4.5"
 
