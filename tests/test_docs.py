@@ -12,7 +12,9 @@ import pytest
 DOCS = Path(__file__).parent.parent / "docs"
 
 
-@pytest.mark.parametrize(("page", "blocks"), [("tutorial.md", 4), ("pwal.md", 5), ("layouts.md", 5)])
+@pytest.mark.parametrize(
+    ("page", "blocks"), [("tutorial.md", 4), ("pwal.md", 5), ("layouts.md", 5), ("seeing.md", 4), ("own-method.md", 5)]
+)
 def test_the_page_runs_as_written(page: str, blocks: int) -> None:
     found = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
     assert len(found) == blocks

@@ -14,6 +14,7 @@ from .declarations import Declaration
 from .guard import guard
 from .registry import AliasRegistry
 from .registry_of import ATTRIBUTE, registry_of
+from .wellformed import need_wellformed, warn_of_trained
 
 
 def declare(module: nn.Module, *declarations: Declaration, loaded: bool = True, aliasing: bool = True) -> AliasRegistry:
@@ -22,6 +23,8 @@ def declare(module: nn.Module, *declarations: Declaration, loaded: bool = True, 
     Parameters named as sources become :class:`AliasedParameter`; kernel names become non-persistent buffers. On the meta
     device only the plan is made: memory is bound when :func:`process` finds a tensor under the name, and whatever it finds counts
     as loaded (also the uninitialized memory that ``Module.to_empty()`` makes: load it before processing).
+
+    Of a Parameter with ``requires_grad=True`` a UserWarning says that it gets no gradients any more.
 
     Args:
         module: the module that owns the Parameters.
@@ -33,10 +36,12 @@ def declare(module: nn.Module, *declarations: Declaration, loaded: bool = True, 
         The module's registry.
 
     Raises:
-        DeclarationError: an unknown source, a name declared twice, a cycle, or a repack function that is no layout. The module
-            is unchanged then.
+        DeclarationError: a field of another kind, an unknown source, a name declared twice, a cycle, or a repack function that is
+            no layout. The module is unchanged then.
         LayoutError: the layout does not exist for this shape or dtype.
     """
+    need_wellformed(module, declarations)
+    warn_of_trained(module, declarations)
     registry = registry_of(module)
     if registry is not None:
         registry.add(declarations, loaded=loaded, aliasing=aliasing)

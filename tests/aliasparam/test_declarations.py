@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from aliasparam import Alias, Derivation, Reencoding, TensorSpec, declare, explain, memory_report, process, registry_of
+from aliasparam import Alias, Derivation, Keep, Reencoding, TensorSpec, declare, explain, memory_report, process, registry_of
 from aliasparam.errors import DeclarationError
 
 from .small import PAD8
@@ -182,3 +182,38 @@ def test_the_same_parameter_under_two_names_is_a_tie_and_not_an_overlap() -> Non
     declare(module, Alias("a", "x"))
 
     assert module.tied is module.a
+
+
+@pytest.mark.parametrize(
+    ("declaration", "field"),
+    [
+        ("weight", "no declaration"),
+        (Alias(3, "k"), "Alias.source"),  # type: ignore[arg-type]
+        (Alias("weight", None), "Alias.derived"),  # type: ignore[arg-type]
+        (Alias("weight", "k", dtype="uint8"), "Alias.dtype"),  # type: ignore[arg-type]
+        (Alias("weight", "k", room_for=3), "Alias.room_for"),  # type: ignore[arg-type]
+        (Keep(3), "Keep.source"),  # type: ignore[arg-type]
+        (Derivation("d", "weight", torch.sum, (1,), torch.float32), "Derivation.sources"),  # type: ignore[arg-type]
+        (Derivation("d", None, torch.sum, (1,), torch.float32), "Derivation.sources"),  # type: ignore[arg-type]
+        (Derivation("d", ("weight",), None, (1,), torch.float32), "Derivation.function"),  # type: ignore[arg-type]
+        (Derivation("d", ("weight",), torch.sum, 1, torch.float32), "Derivation.shape"),  # type: ignore[arg-type]
+        (Derivation("d", ("weight",), torch.sum, (1,), "float32"), "Derivation.dtype"),  # type: ignore[arg-type]
+    ],
+)
+def test_a_field_of_another_kind_is_named(declaration: object, field: str) -> None:
+    module = nn.Module()
+    module.register_parameter("weight", nn.Parameter(torch.zeros(4, 4), requires_grad=False))
+
+    with pytest.raises(DeclarationError, match=field):
+        declare(module, declaration)  # type: ignore[arg-type]
+    assert type(module.weight) is nn.Parameter and not module._buffers
+    with pytest.raises(DeclarationError, match="declarations are of a module"):
+        declare("module", Alias("weight", "k"))  # type: ignore[arg-type]
+
+
+def test_a_trainable_parameter_is_warned_of() -> None:
+    module = nn.Linear(4, 4)
+
+    with pytest.warns(UserWarning, match=r"Linear: weight had requires_grad=True and will have no gradients"):
+        declare(module, Alias("weight", "k"))
+    assert not module.weight.requires_grad

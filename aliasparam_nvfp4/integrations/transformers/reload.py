@@ -29,7 +29,7 @@ from .fused_experts import check_scalars
 from .modules import FusedLinear, Projection
 from .names import Names
 from .source import castable
-from .unwrap import plain_name, unwrapped
+from .unwrap import need_whole, plain_name, unwrapped
 
 
 def reload_folder(
@@ -121,6 +121,7 @@ class _Plan:
         results = {name for conversion in conversions for name in conversion.targets}
         converted = {plain_name(name): name for name in names if plain_name(name) in results}
         live = {name: tensor for name, tensor in names.items() if name not in converted.values()}
+        need_whole(live)
         parts, others = check_experts(model, source, {plain_name(name): name for name in live})
         specs = {plain_name(n): TensorSpec.of(t) for n, t in live.items() if n not in parts}
         expected = {name: castable(name, spec, source.tensors) for name, spec in specs.items()}

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import re
+import sys
+from collections.abc import Mapping
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+
+from ...checkpoint import CheckpointError
 
 #: torch.compile, FSDP, activation checkpointing.
 _WORDS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -26,3 +31,17 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def plain_name(name: str) -> str:
     """A parameter's or module's name without the words of wrappers inside the model."""
     return _WORDS.sub("", f"{name}.").removesuffix(".")
+
+
+def need_whole(live: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError for parameters of which this process has a part (FSDP2): a folder holds whole tensors."""
+    tensors: Any = sys.modules.get("torch.distributed.tensor")  # who has a DTensor has imported it
+    divided = [name for name, tensor in live.items() if tensors is not None and isinstance(tensor, tensors.DTensor)]
+    if divided:
+        raise CheckpointError(
+            "parameters of this model are divided among ranks, and a folder is reloaded into whole ones",
+            name=f"{divided[0]}{f' and {len(divided) - 1} more' if len(divided) > 1 else ''}",
+            expected="tensors that are whole in every process",
+            found="DTensor",
+            remedy="Wrap with fully_shard(model, ignored_params=set(model.parameters())).",
+        )
