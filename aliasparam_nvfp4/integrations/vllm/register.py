@@ -21,6 +21,7 @@ def register() -> None:
     if reason is not None:
         logger.warning("aliasparam_nvfp4 is not in place: %s", reason)
         return
+    from .answers import read_every_answer
     from .balance import balance_in_kernel_order
     from .experts import replace_experts
     from .failed_step import fail_requests_of_refused_steps
@@ -36,4 +37,5 @@ def register() -> None:
     sleep_without_kernel_names()
     balance_in_kernel_order()
     register_transfer()
+    read_every_answer()
     _done = True
