@@ -23,6 +23,7 @@ def register() -> None:
         return
     from .answers import read_every_answer
     from .balance import balance_in_kernel_order
+    from .check import missing_seams, say_what_serves
     from .experts import replace_experts
     from .failed_step import fail_requests_of_refused_steps
     from .linear import replace_linear
@@ -38,4 +39,7 @@ def register() -> None:
     balance_in_kernel_order()
     register_transfer()
     read_every_answer()
+    say_what_serves()
+    if missing := missing_seams():
+        logger.error("aliasparam_nvfp4 is in place in part only; missing: %s", ", ".join(missing))
     _done = True

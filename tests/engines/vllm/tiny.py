@@ -35,6 +35,21 @@ def tiny_dense(folder: Path, seed: int) -> Path:
     return _written(folder, Qwen2ForCausalLM, config, seed, apart=True)
 
 
+def tiny_plain(folder: Path, seed: int) -> Path:
+    """Qwen2 in bf16, not quantized."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    shape = {name: value for name, value in _COMMON.items() if name != "head_dim"}
+    torch.manual_seed(seed)
+    config = Qwen2Config(**{**shape, "num_attention_heads": 2, "num_key_value_heads": 2}, intermediate_size=160)
+    model = Qwen2ForCausalLM(config).to(torch.bfloat16)
+    folder.mkdir(parents=True)
+    save_file({n: p.detach() for n, p in model.named_parameters()}, folder / "model.safetensors", metadata={"format": "pt"})
+    fields = {**config.to_dict(), "architectures": ["Qwen2ForCausalLM"], "dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps(fields))
+    return folder
+
+
 def _written(folder: Path, kind: Any, config: Any, seed: int, *, apart: bool = False) -> Path:
     from aliasparam_nvfp4.demo.export import nvfp4_tensors
 
