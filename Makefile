@@ -14,7 +14,7 @@ TORCH := $(if $(CONSTRAINTS),$(shell grep '^torch==' $(CONSTRAINTS)),torch)
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 #: Engines, each in a virtual environment of its own: targets engine-NAME and test-NAME.
-ENGINES ?= vllm
+ENGINES ?= vllm sglang
 VLLM ?= .venv-vllm
 VLLM_PINS ?= constraints/vllm.txt
 VLLM_INSTALL = $(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check
@@ -67,6 +67,9 @@ $(VENV)/.dev: $(VENV)/.test
 engines: $(ENGINES:%=engine-%)
 
 test-engines: $(ENGINES:%=test-%)
+
+engine-% test-%:
+	@echo "$*: not in this tree yet"
 
 engines-newest:
 	$(MAKE) test-engines VLLM=.venv-vllm-newest VLLM_PINS= SGLANG=.venv-sglang-newest SGLANG_PINS=

@@ -1,7 +1,8 @@
 """Every rank's answer to a call is read, also after one that failed.
 
-vLLM stops reading at the first rank that failed, and takes what the others had answered for their answers to the next call. Seam:
-``MultiprocExecutor.collective_rpc`` of vllm/v1/executor/multiproc_executor.py, which goes through ``self.response_mqs``; tried on 0.32.0.
+vLLM stops reading at the first rank that failed, and takes what the others had answered for their answers to the next call.
+Seam: ``MultiprocExecutor.collective_rpc`` of vllm/v1/executor/multiproc_executor.py, which goes through ``self.response_mqs``;
+tried on 0.32.0.
 """
 
 from __future__ import annotations

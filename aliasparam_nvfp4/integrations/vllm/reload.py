@@ -1,8 +1,9 @@
 """One reload of one vLLM model as one transaction over all its layers.
 
 Seams, tried on 0.32.0 (the same text in 0.33.0): ``initialize_layerwise_reload`` and ``finalize_layerwise_reload`` of
-vllm/model_executor/model_loader/reload/layerwise.py, between which both ``reload_weights`` and vLLM's weight-transfer engines call
-``model.load_weights``; and ``reload_weights`` of vllm/model_executor/model_loader/reload/inplace.py, which knows when it failed.
+vllm/model_executor/model_loader/reload/layerwise.py, between which both ``reload_weights`` and vLLM's weight-transfer engines
+call ``model.load_weights``; and ``reload_weights`` of vllm/model_executor/model_loader/reload/inplace.py, which knows when it
+failed.
 """
 
 from __future__ import annotations

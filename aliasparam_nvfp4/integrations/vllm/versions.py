@@ -30,7 +30,8 @@ def out_of_range(version: str) -> str | None:
         return f"vLLM {version}: not a version of the form X.Y"
     if FIRST <= (major, minor) < BELOW:
         return None
-    return f"vLLM {version} is not in {_spelled(FIRST)} to {_spelled((BELOW[0], BELOW[1] - 1))} (tried: {TRIED}); vLLM's own NVFP4 serves"
+    known = f"{_spelled(FIRST)} to {_spelled((BELOW[0], BELOW[1] - 1))} (tried: {TRIED})"
+    return f"vLLM {version} is not in {known}; vLLM's own NVFP4 serves"
 
 
 def verdict() -> str:

@@ -58,7 +58,7 @@ def test_compiled_code_serves_new_weights(dense: tuple[Path, Path], monkeypatch:
     stop(fresh)
     llm = start(dense[0], **compiled)
     a = tokens(llm)
-    assert llm.llm_engine.vllm_config.compilation_config.mode.name == "VLLM_COMPILE"
+    assert llm.llm_engine.vllm_config.compilation_config.mode.name != "NONE"
     reload(llm, weights_path=str(dense[1]))
     assert (digest(llm), tokens(llm)) == of_b and a != of_b[1]
     stop(llm)

@@ -19,9 +19,7 @@ def tiny_moe(folder: Path, seed: int, experts: int = 8) -> Path:
     """Qwen3-MoE; experts of 96 neurons, which TRT-LLM's layout pads."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-    config = Qwen3MoeConfig(
-        **_COMMON, moe_intermediate_size=96, num_experts=experts, num_experts_per_tok=2, norm_topk_prob=True
-    )
+    config = Qwen3MoeConfig(**_COMMON, moe_intermediate_size=96, num_experts=experts, num_experts_per_tok=2, norm_topk_prob=True)
     return _written(folder, Qwen3MoeForCausalLM, config, seed)
 
 
