@@ -24,6 +24,7 @@ def register() -> None:
     from .answers import read_every_answer
     from .balance import balance_in_kernel_order
     from .check import missing_seams, say_what_serves
+    from .compressed import replace_compressed_tensors
     from .experts import replace_experts
     from .failed_step import fail_requests_of_refused_steps
     from .linear import replace_linear
@@ -33,6 +34,7 @@ def register() -> None:
 
     replace_linear()
     replace_experts()
+    replace_compressed_tensors()
     replace_reload()
     fail_requests_of_refused_steps()
     sleep_without_kernel_names()
