@@ -106,7 +106,7 @@ class Aside:
 
     def __init__(self, model: nn.Module, begins: Callable[[], None] | None = None) -> None:
         self._model, self._fresh = model, dict[nn.Module, tuple[dict[str, Any], dict[str, Any], set[str]]]()
-        original = model.load_weights  # type: ignore[operator]
+        original: Any = model.load_weights
 
         @functools.wraps(original)
         def load_weights(*args: Any, **kwargs: Any) -> Any:

@@ -101,7 +101,7 @@ class Reloading:
     def _need_all(self) -> None:
         everything = self.options.scope == "all"
         begun = self.receiver.begun | {name for name, beside in self.beside.items() if beside.begun}
-        wanted = self.receiver.names | set(self.beside)
+        wanted = {*self.receiver.names, *self.beside}
         if not everything:
             layers = {name.rpartition(".")[0] for name in begun}
             wanted = {name for name in wanted if name.rpartition(".")[0] in layers}

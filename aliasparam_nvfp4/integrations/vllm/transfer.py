@@ -65,7 +65,7 @@ class FolderEngine(WeightTransferEngine[InitInfo, UpdateInfo]):  # type: ignore[
         super().__init__(*args)
         #: The folder and the deltas on it that serve; None where it came in buckets.
         self.serving: tuple[str, ...] | None = (self.model_config.model,)
-        self._next = self.serving
+        self._next: tuple[str, ...] | None = self.serving
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         pass

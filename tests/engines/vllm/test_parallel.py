@@ -76,7 +76,7 @@ def move_experts(worker: Any, back: bool) -> bool:
     def everyone(layer: Any) -> dict[str, Any]:
         parts: dict[str, Any] = {}
         for name in names:
-            values = getattr(layer, name).clone().view(torch.uint8)
+            values = getattr(layer, name).clone().reshape(ours, -1).view(torch.uint8)
             gathered = [torch.empty_like(values) for _ in range(2)]
             torch.distributed.all_gather(gathered, values, group=group.cpu_group)
             parts[name] = torch.cat(gathered)
