@@ -1,4 +1,5 @@
 # make demo    the main job on real weights        make test    all tests, in JOBS processes (JOBS=2)
+# make test-vllm     tests inside vLLM, in .venv-vllm     make test-engines   of every engine     make engines-newest   newest versions
 # make lint    ruff and mypy                       make docs    the docs site, strictly
 # make matrix  the core's tests on torch 2.8, 2.11, 2.13 and the newest
 # make CONSTRAINTS=   with the newest versions     make PYTHON=python3.12   with another Python
@@ -12,6 +13,13 @@ PIN := $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 TORCH := $(if $(CONSTRAINTS),$(shell grep '^torch==' $(CONSTRAINTS)),torch)
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
+#: Engines, each in a virtual environment of its own: targets engine-NAME and test-NAME.
+ENGINES ?= vllm sglang
+VLLM ?= .venv-vllm
+VLLM_PINS ?= constraints/vllm.txt
+VLLM_INSTALL = $(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: engines test-engines engines-newest engine-vllm test-vllm
 .PHONY: demo test lint docs matrix clean
 .DELETE_ON_ERROR:
 
@@ -56,5 +64,29 @@ $(VENV)/.dev: $(VENV)/.test
 	@$(INSTALL) $(PIN) -e '.[dev]'
 	@touch $@
 
+engines: $(ENGINES:%=engine-%)
+
+test-engines: $(ENGINES:%=test-%)
+
+engine-% test-%:
+	@echo "$*: not in this tree yet"
+
+engines-newest:
+	$(MAKE) test-engines VLLM=.venv-vllm-newest VLLM_PINS= SGLANG=.venv-sglang-newest SGLANG_PINS=
+
+# vLLM. Where it cannot be installed, that is said, and its tests are left out.
+engine-vllm: $(VLLM)/.engine
+
+$(VLLM)/.engine: constraints/vllm.txt pyproject.toml
+	@echo "installing vLLM for a CPU into $(VLLM): some minutes, 2 GB ..."
+	@wanted=$$(sed '/^#/d; $(if $(VLLM_PINS),,s/==.*//)' constraints/vllm.txt); \
+	  $(PYTHON) -m venv $(VLLM) && $(VLLM_INSTALL) --upgrade pip 'setuptools>=77' wheel && $(VLLM_INSTALL) $${wanted%%[[:space:]]*} \
+	  && $(VLLM_INSTALL) --no-deps $$wanted && $(VLLM_INSTALL) --no-deps -e . && touch $@ \
+	  || echo "vLLM cannot be installed here, for the reason above; its tests are left out"
+
+test-vllm: engine-vllm
+	@if [ -f $(VLLM)/.engine ]; then OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} \
+	  $(VLLM)/bin/python -m pytest -p no:warnings -n $(JOBS) --dist loadfile tests/engines/vllm; fi
+
 clean:
-	rm -rf $(VENV) build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,7 +1,7 @@
 """Backends and runners whose kernel does not run on a CPU, computed there by their emulator.
 
-So an engine on a CPU loads, reloads and answers from the very bytes that the kernel reads on its GPU. Slow (every weight is decoded
-at every forward, in float64): for tests and for looking.
+So an engine on a CPU loads, reloads and answers from the very bytes that the kernel reads on its GPU. Slow (every weight is
+decoded at every forward, in float64): for tests and for looking.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def emulated_runner(runner: MoERunner) -> EmulatedRunner:
 
 
 def emulate_on_cpu(layer: nn.Module) -> bool:
-    """Have the emulator serve ``layer`` (made by a method of this package) where its kernel does not run on the CPU; whether it does."""
+    """Have the emulator serve ``layer`` (made by a method of this package) where its kernel does not run on the CPU; whether it
+    does."""
     state, cpu = layer.__dict__, torch.device("cpu")
     backend, runner = state.get("nvfp4_backend"), state.get("nvfp4_runner")
     if backend is not None and backend.unavailable(cpu) is not None:

@@ -73,7 +73,7 @@ def _delivered(part: Part) -> bool:
         return delivered(part.storage, part.box, part.value)
     origin = [start for start, _ in part.box]
     inside = [tuple(slice(a - o, b - o) for (a, b), o in zip(box, origin, strict=True)) for box in part.arrived]
-    return all([delivered(part.storage, box, part.value[cut]) for box, cut in zip(part.arrived, inside, strict=True)])
+    return all(delivered(part.storage, box, part.value[cut]) for box, cut in zip(part.arrived, inside, strict=True))
 
 
 def _scatter(part: Part) -> None:

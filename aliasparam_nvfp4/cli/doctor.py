@@ -29,6 +29,7 @@ def doctor(json: AsJson = False) -> None:
     where = f"{device['name']}, compute capability {device['capability']}" if device["capability"] else device["name"]
     say(f"python {found['python']} on {found['system']}; {where}")
     table(("package", "version", "extra"), ((p["name"], p["version"] or "not installed", p["extra"]) for p in found["packages"]))
+    table(("engine", "here"), found["engines"].items())
     for title, key in (("linear backend", "linear_backends"), ("MoE runner", "moe_runners")):
         auto = found["auto"][key]
         here = {name: "auto takes it" if name == auto else "runs here" for name in found[key]}
@@ -36,10 +37,11 @@ def doctor(json: AsJson = False) -> None:
 
 
 def findings() -> dict[str, Any]:
-    """Versions, the device, and for every backend and runner what it lacks here (None where it runs)."""
+    """Versions, the device, and engines, and for every backend and runner what it lacks here (None where it runs)."""
     import torch
 
     from ..backends import linear_backend, linear_backends
+    from ..integrations.vllm.versions import verdict as of_vllm
     from ..moe.runners import moe_runner, moe_runners
 
     cuda = torch.cuda.is_available()
@@ -51,6 +53,7 @@ def findings() -> dict[str, Any]:
         "device": {"name": torch.cuda.get_device_name() if cuda else "no CUDA device", "capability": capability},
         "cuda": torch.version.cuda,
         "packages": [{"name": name, "version": version(name), "extra": extra} for name, extra in PACKAGES.items()],
+        "engines": {"vllm": of_vllm()},
         "auto": {"linear_backends": linear_backend("auto", device).name, "moe_runners": moe_runner("auto", device).name},
         "linear_backends": _lacks(linear_backends().values(), device),
         "moe_runners": _lacks(moe_runners().values(), device),

@@ -1,5 +1,5 @@
-"""The ranks of one engine change generation together: each says yes or no in a ``torch.distributed`` Store, never by a collective,
-so that one which failed does not leave the others waiting in one."""
+"""The ranks of one engine change generation together: each says yes or no in a ``torch.distributed`` Store, never by a
+collective, so that one which failed does not leave the others waiting in one."""
 
 from __future__ import annotations
 

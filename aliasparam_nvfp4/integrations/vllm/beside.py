@@ -1,4 +1,5 @@
-"""Plain parameters beside declared ones on a layer, a bias: held until the commit, because layerwise reload leaves the layer out."""
+"""Plain parameters beside declared ones on a layer, a bias: held until the commit, because layerwise reload leaves the layer
+out."""
 
 from __future__ import annotations
 

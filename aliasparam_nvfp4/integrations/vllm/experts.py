@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.quantization import modelopt
 
+from ...checkpoint_format import MODELOPT
 from ...errors import BackendError, ShapeError
 from ...moe import NvFp4MoEMethod
 from ...moe.activation import GEGLU, RELU2, SWIGLU, ExpertActivation
@@ -27,6 +28,7 @@ class ModelOptNvFp4Experts(FusedMoEMethodBase):  # type: ignore[misc]
     #: Input scales are of all experts, as the kernels want one for all.
     use_global_sf = True
     supports_eplb = True
+    checkpoint = MODELOPT
 
     def __init__(self, quant_config: Any, moe_config: Any) -> None:
         super().__init__(moe_config)
@@ -55,7 +57,13 @@ class ModelOptNvFp4Experts(FusedMoEMethodBase):  # type: ignore[misc]
         parallel = self.moe.moe_parallel_config
         ranks = {"ep_rank": parallel.ep_rank, "ep_size": parallel.ep_size} if parallel.use_ep else {}
         self.method = NvFp4MoEMethod(
-            options().moe_backend, activation=activation_of(layer), input_scale=self.input_scale, **ranks
+            options().moe_backend,
+            activation=activation_of(layer),
+            checkpoint=self.checkpoint,
+            input_scale=self.input_scale,
+            tp_rank=parallel.tp_rank,
+            tp_size=parallel.tp_size,
+            **ranks,
         )
         if parallel.enable_eplb and self.method.backend.input_scales is InputScales.EACH:
             raise BackendError(
@@ -64,7 +72,8 @@ class ModelOptNvFp4Experts(FusedMoEMethodBase):  # type: ignore[misc]
             )
         _need_even(layer, num_experts, self.method.ep_rank, self.method.ep_size)
         sizes = num_experts, hidden_size, intermediate_size_per_partition
-        loader = {} if weight_loader is None or not self.method.activation.gated else {"weight_loader": weight_loader}
+        by_vllm = weight_loader is not None and self.checkpoint is MODELOPT and self.method.activation.gated
+        loader = {"weight_loader": weight_loader} if by_vllm else {}
         self.method.create_weights(layer, *sizes, params_dtype, **loader)
         layer.num_experts, layer.quant_config = num_experts, self.quant_config  # type: ignore[assignment]
         serve_here(layer)

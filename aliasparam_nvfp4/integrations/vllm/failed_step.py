@@ -1,7 +1,7 @@
 """A forward that refuses fails its requests, not the engine.
 
-After a reload that failed without its old weights the model refuses until a whole reload. Left alone, vLLM's engine process dies of
-it, and in-process the request stays scheduled and fails at every later step. Seams: ``EngineCore.step`` and
+After a reload that failed without its old weights the model refuses until a whole reload. Left alone, vLLM's engine process
+dies of it, and in-process the request stays scheduled and fails at every later step. Seams: ``EngineCore.step`` and
 ``step_with_batch_queue`` of vllm/v1/engine/core.py; tried on 0.32.0.
 """
 

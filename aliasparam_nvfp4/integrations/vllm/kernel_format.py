@@ -1,7 +1,7 @@
 """``reload_weights(..., is_checkpoint_format=False)``: tensors under the names of this rank's own model, fused and sharded.
 
-A checkpoint name (``model.layers.0.self_attn.qkv_proj.weight``) takes checkpoint order; a kernel name (``...weight_prepared``) takes the
-kernel's own, as another rank with the same layout has it.
+A checkpoint name (``model.layers.0.self_attn.qkv_proj.weight``) takes checkpoint order; a kernel name (``...weight_prepared``)
+takes the kernel's own, as another rank with the same layout has it.
 """
 
 from __future__ import annotations

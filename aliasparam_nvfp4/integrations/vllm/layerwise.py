@@ -1,9 +1,9 @@
 """vLLM's layerwise reload (vllm/model_executor/model_loader/reload/), for what this package did not declare.
 
-Layerwise reload puts fresh checkpoint-shaped tensors in place, runs ``process_weights_after_loading`` on them and copies the results
-into the old memory. Declared layers need none of it: their names are written as they are. Seams, all in ``layerwise.py``, tried on
-0.32.0 (the same text in 0.33.0): ``capture_layer_to_meta``, ``restore_layer_on_meta``, ``initialize_online_processing`` and
-``make_online_process_loader``.
+Layerwise reload puts fresh checkpoint-shaped tensors in place, runs ``process_weights_after_loading`` on them and copies the
+results into the old memory. Declared layers need none of it: their names are written as they are. Seams, all in
+``layerwise.py``, tried on 0.32.0 (the same text in 0.33.0): ``capture_layer_to_meta``, ``restore_layer_on_meta``,
+``initialize_online_processing`` and ``make_online_process_loader``.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ def leave_declared_out() -> None:
 
 
 def _owning(original: Any) -> Any:
-    """A layer waits with the tensors it was given until it has all, while senders use their buffers again: it waits with copies."""
+    """A layer waits with the tensors it was given until it has all, while senders use their buffers again: it waits with
+    copies."""
 
     def make(layer: nn.Module, name: str) -> Any:
         inner = original(layer, name)
@@ -94,7 +95,8 @@ def put_back(model: nn.Module) -> None:
 
 
 class Aside:
-    """Between two chunks of an update layers that wait have their old tensors, so that forwards find weights and not placeholders.
+    """Between two chunks of an update layers that wait have their old tensors, so that forwards find weights and not
+    placeholders.
 
     Only where all that comes passes ``model.load_weights``, which puts the placeholders in place while it runs.
 
@@ -104,7 +106,7 @@ class Aside:
 
     def __init__(self, model: nn.Module, begins: Callable[[], None] | None = None) -> None:
         self._model, self._fresh = model, dict[nn.Module, tuple[dict[str, Any], dict[str, Any], set[str]]]()
-        original = model.load_weights  # type: ignore[operator]
+        original: Any = model.load_weights
 
         @functools.wraps(original)
         def load_weights(*args: Any, **kwargs: Any) -> Any:

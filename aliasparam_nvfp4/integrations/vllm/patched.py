@@ -81,12 +81,14 @@ class PatchedFolder:
         """
         for name in self.base.tensors:
             yield name, self.read(name)
-        for part in (self.base, *self.deltas):
-            part.check_unchanged()
+        self.base.check_unchanged()
+        for delta in self.deltas:
+            delta.check_unchanged()
 
     def close(self) -> None:
-        for part in (self.base, *self.deltas):
-            part.close()
+        self.base.close()
+        for delta in self.deltas:
+            delta.close()
 
     def __enter__(self) -> Self:
         return self

@@ -22,7 +22,7 @@ def replace(module: Any, name: str, make: Callable[[Any], Any]) -> None:
     original = getattr(module, name)
     if hasattr(original, "_aliasparam_original"):
         return
-    new = functools.wraps(original)(make(original))
+    new: Any = functools.wraps(original)(make(original))
     new._aliasparam_original = original
     setattr(module, name, new)
     if isinstance(module, type):

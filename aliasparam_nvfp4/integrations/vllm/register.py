@@ -21,7 +21,10 @@ def register() -> None:
     if reason is not None:
         logger.warning("aliasparam_nvfp4 is not in place: %s", reason)
         return
+    from .answers import read_every_answer
     from .balance import balance_in_kernel_order
+    from .check import missing_seams, say_what_serves
+    from .compressed import replace_compressed_tensors
     from .experts import replace_experts
     from .failed_step import fail_requests_of_refused_steps
     from .linear import replace_linear
@@ -31,9 +34,14 @@ def register() -> None:
 
     replace_linear()
     replace_experts()
+    replace_compressed_tensors()
     replace_reload()
     fail_requests_of_refused_steps()
     sleep_without_kernel_names()
     balance_in_kernel_order()
     register_transfer()
+    read_every_answer()
+    say_what_serves()
+    if missing := missing_seams():
+        logger.error("aliasparam_nvfp4 is in place in part only; missing: %s", ", ".join(missing))
     _done = True

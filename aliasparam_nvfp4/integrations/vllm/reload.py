@@ -1,8 +1,9 @@
 """One reload of one vLLM model as one transaction over all its layers.
 
 Seams, tried on 0.32.0 (the same text in 0.33.0): ``initialize_layerwise_reload`` and ``finalize_layerwise_reload`` of
-vllm/model_executor/model_loader/reload/layerwise.py, between which both ``reload_weights`` and vLLM's weight-transfer engines call
-``model.load_weights``; and ``reload_weights`` of vllm/model_executor/model_loader/reload/inplace.py, which knows when it failed.
+vllm/model_executor/model_loader/reload/layerwise.py, between which both ``reload_weights`` and vLLM's weight-transfer engines
+call ``model.load_weights``; and ``reload_weights`` of vllm/model_executor/model_loader/reload/inplace.py, which knows when it
+failed.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ class Reloading:
     def _need_all(self) -> None:
         everything = self.options.scope == "all"
         begun = self.receiver.begun | {name for name, beside in self.beside.items() if beside.begun}
-        wanted = self.receiver.names | set(self.beside)
+        wanted = {*self.receiver.names, *self.beside}
         if not everything:
             layers = {name.rpartition(".")[0] for name in begun}
             wanted = {name for name in wanted if name.rpartition(".")[0] in layers}

@@ -1,5 +1,5 @@
-"""Sleep. Level 1 brings every byte back to its address, which needs nothing. Level 2 throws weights away and saves all buffers, kernel
-names among them: as many bytes as the weights, and of no use, for they come back by a reload.
+"""Sleep. Level 1 brings every byte back to its address, which needs nothing. Level 2 throws weights away and saves all buffers,
+kernel names among them: as many bytes as the weights, and of no use, for they come back by a reload.
 
 Seam: ``Worker.sleep`` of vllm/v1/worker/gpu_worker.py; tried on 0.32.0 with a stand-in for the allocator, which is CUDA's.
 """

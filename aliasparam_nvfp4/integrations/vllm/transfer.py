@@ -8,9 +8,9 @@
 | ``{"delta": path}`` | a delta folder on what serves, which is a local folder, or one and deltas |
 | ``{"bucket": text}`` | the bytes of a safetensors file (names, shapes and dtypes in front), base64 |
 
-Seams: ``WeightTransferEngine.reset_weight_update_target`` of vllm/distributed/weight_transfer/base.py, which vLLM calls whenever an
-update ends or fails; ``Worker._start_weight_update`` and ``Worker.finish_weight_update`` of vllm/v1/worker/gpu_worker.py, which otherwise
-stays in an update that failed. Tried on 0.32.0.
+Seams: ``WeightTransferEngine.reset_weight_update_target`` of vllm/distributed/weight_transfer/base.py, which vLLM calls
+whenever an update ends or fails; ``Worker._start_weight_update`` and ``Worker.finish_weight_update`` of
+vllm/v1/worker/gpu_worker.py, which otherwise stays in an update that failed. Tried on 0.32.0.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class FolderEngine(WeightTransferEngine[InitInfo, UpdateInfo]):  # type: ignore[
         super().__init__(*args)
         #: The folder and the deltas on it that serve; None where it came in buckets.
         self.serving: tuple[str, ...] | None = (self.model_config.model,)
-        self._next = self.serving
+        self._next: tuple[str, ...] | None = self.serving
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         pass

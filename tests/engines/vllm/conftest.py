@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from .tiny import tiny_dense, tiny_moe
+from .tiny import tiny_compressed, tiny_dense, tiny_moe
 
 
 @pytest.fixture(scope="session")
@@ -31,3 +31,10 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """With biases of q, k and v, and global scales of its own for each of them."""
     folder = tmp_path_factory.mktemp("dense")
     return tiny_dense(folder / "a", 0), tiny_dense(folder / "b", 1)
+
+
+@pytest.fixture(scope="session")
+def compressed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """compressed-tensors' names, dense and experts."""
+    folder = tmp_path_factory.mktemp("compressed")
+    return tiny_compressed(folder / "a", 0), tiny_compressed(folder / "b", 1)

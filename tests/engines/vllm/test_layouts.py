@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import pytest
 
 from .engine import addresses, digest, model_of, reload, start, stop, tokens  # skips without vLLM
@@ -10,11 +9,10 @@ from .engine import addresses, digest, model_of, reload, start, stop, tokens  # 
 LAYOUTS = ["reference", "flashinfer_trtllm", "flashinfer_cutlass"]
 
 
-@pytest.mark.parametrize("backend", LAYOUTS)
-@pytest.mark.parametrize("kind", ["dense", "moe"])
-def test_law_9_every_layout(
-    kind: str, backend: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(
+    ("kind", "backend"), [*((kind, name) for kind in ("dense", "moe") for name in LAYOUTS), ("compressed", "flashinfer_trtllm")]
+)
+def test_law_9_every_layout(kind: str, backend: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = request.getfixturevalue(kind)
     monkeypatch.setenv("ALIASPARAM_NVFP4_BACKEND", backend)
     monkeypatch.setenv("ALIASPARAM_NVFP4_MOE_BACKEND", backend)

@@ -70,7 +70,7 @@ def test_law_10_what_fails_is_refused_or_leaves_the_old_weights_and_the_engine_g
     faults = list(FAULTS) if policy == "write-through" else ["a broken stream", "the embedding"]
 
     for fault in faults:
-        with pytest.raises(Exception, match="stream broke|did not arrive whole"):
+        with pytest.raises(Exception, match=r"stream broke|did not arrive whole"):
             reload(llm, weights_iterator=FAULTS[fault](new))
         if policy == "write-through":
             assert said(llm) == "(error)", fault

@@ -19,9 +19,7 @@ def tiny_moe(folder: Path, seed: int, experts: int = 8) -> Path:
     """Qwen3-MoE; experts of 96 neurons, which TRT-LLM's layout pads."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-    config = Qwen3MoeConfig(
-        **_COMMON, moe_intermediate_size=96, num_experts=experts, num_experts_per_tok=2, norm_topk_prob=True
-    )
+    config = Qwen3MoeConfig(**_COMMON, moe_intermediate_size=96, num_experts=experts, num_experts_per_tok=2, norm_topk_prob=True)
     return _written(folder, Qwen3MoeForCausalLM, config, seed)
 
 
@@ -33,6 +31,58 @@ def tiny_dense(folder: Path, seed: int) -> Path:
     shape["num_key_value_heads"] = 2
     config = Qwen2Config(**shape, intermediate_size=160)
     return _written(folder, Qwen2ForCausalLM, config, seed, apart=True)
+
+
+def tiny_compressed(folder: Path, seed: int) -> Path:
+    """Qwen3-MoE by compressed-tensors' own packing, with the names and the config of llm-compressor."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    from ...nvfp4.moe_models import packed_by_compressed_tensors
+
+    config = Qwen3MoeConfig(**_COMMON, moe_intermediate_size=96, num_experts=4, num_experts_per_tok=2, norm_topk_prob=True)
+    torch.manual_seed(seed)
+    model = Qwen3MoeForCausalLM(config).to(torch.bfloat16)
+    plain, linears = {}, {}
+    for name, tensor in model.state_dict().items():
+        prefix = name.rpartition(".")[0]
+        if name.endswith("experts.gate_up_proj"):
+            for expert, weight in enumerate(tensor):
+                linears[f"{prefix}.{expert}.gate_proj"], linears[f"{prefix}.{expert}.up_proj"] = weight.chunk(2)
+        elif name.endswith("experts.down_proj"):
+            linears |= {f"{prefix}.{expert}.down_proj": weight for expert, weight in enumerate(tensor)}
+        elif name.endswith("_proj.weight"):
+            linears[prefix] = tensor
+        else:
+            plain[name] = tensor
+    tensors = plain | packed_by_compressed_tensors(linears, activations=True)
+    tensors |= {f"{name}.input_global_scale": torch.tensor([90.0]) for name in linears}
+    folder.mkdir(parents=True)
+    save_file({n: t.contiguous() for n, t in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    weights = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "symmetric": True, "dynamic": False}
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": {**weights, "dynamic": "local"}}
+    quantization = {
+        "quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized", "quantization_status": "compressed",
+        "config_groups": {"group_0": {"format": "nvfp4-pack-quantized", **group}},
+        "ignore": ["lm_head", *(name.rpartition(".")[0] for name in plain if name.endswith("mlp.gate.weight"))],
+    }  # fmt: skip
+    fields = {**config.to_dict(), "architectures": ["Qwen3MoeForCausalLM"], "dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps({**fields, "quantization_config": quantization}))
+    return folder
+
+
+def tiny_plain(folder: Path, seed: int) -> Path:
+    """Qwen2 in bf16, not quantized."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    shape = {name: value for name, value in _COMMON.items() if name != "head_dim"}
+    torch.manual_seed(seed)
+    config = Qwen2Config(**{**shape, "num_attention_heads": 2, "num_key_value_heads": 2}, intermediate_size=160)
+    model = Qwen2ForCausalLM(config).to(torch.bfloat16)
+    folder.mkdir(parents=True)
+    save_file({n: p.detach() for n, p in model.named_parameters()}, folder / "model.safetensors", metadata={"format": "pt"})
+    fields = {**config.to_dict(), "architectures": ["Qwen2ForCausalLM"], "dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps(fields))
+    return folder
 
 
 def _written(folder: Path, kind: Any, config: Any, seed: int, *, apart: bool = False) -> Path:

@@ -1,0 +1,56 @@
+"""Every rank's answer to a call is read, also after one that failed.
+
+vLLM stops reading at the first rank that failed, and takes what the others had answered for their answers to the next call.
+Seam: ``MultiprocExecutor.collective_rpc`` of vllm/v1/executor/multiproc_executor.py, which goes through ``self.response_mqs``;
+tried on 0.32.0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from typing import Any
+
+from vllm.v1.executor.multiproc_executor import MultiprocExecutor, WorkerProc
+
+from .agreement import PATIENCE
+from .patching import replace
+
+
+class _Queue:
+    """One rank's queue in one pass over all."""
+
+    def __init__(self, queue: Any, later: Sequence[Any]) -> None:
+        self._queue, self._later = queue, later
+
+    def dequeue(self, *args: Any, **kwargs: Any) -> Any:
+        answer = self._queue.dequeue(*args, **kwargs)
+        if answer[0] != WorkerProc.ResponseStatus.SUCCESS:
+            for queue in self._later:
+                with suppress(TimeoutError):
+                    queue.dequeue(timeout=PATIENCE.total_seconds())
+        return answer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._queue, name)
+
+
+class Answers(list[Any]):
+    """The queues of all ranks."""
+
+    def __iter__(self) -> Iterator[Any]:
+        queues = [self[rank] for rank in range(len(self))]
+        return iter([_Queue(queue, queues[rank + 1 :]) for rank, queue in enumerate(queues)])
+
+
+def read_every_answer() -> None:
+    replace(MultiprocExecutor, "collective_rpc", _calling)
+
+
+def _calling(original: Any) -> Any:
+    def collective_rpc(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(self.response_mqs, Answers):
+            self.response_mqs = Answers(self.response_mqs)
+        return original(self, *args, **kwargs)
+
+    return collective_rpc
