@@ -59,6 +59,8 @@ class Places:
     """
     Attributes:
         names: name in the files -> name in the model, where they differ.
+        inside: the same for a tensor that lies whole, row by row, in larger ones: (name, rectangle of it) of each place. For
+            deltas that begin with no full version.
         parts: by the files' names, what is not whole here.
         divided: the files' names of all that is held in parts, the same in every process.
         elsewhere: the files' names of what this process holds nothing of, or nobody does.
@@ -67,6 +69,7 @@ class Places:
     """
 
     names: Mapping[str, str] = field(default_factory=dict)
+    inside: Mapping[str, Sequence[tuple[str, Box]]] = field(default_factory=dict)
     parts: Mapping[str, Part] = field(default_factory=dict)
     divided: Collection[str] = ()
     elsewhere: Collection[str] = ()
@@ -75,6 +78,10 @@ class Places:
 
     def here(self, stored: str) -> str:
         return self.names.get(stored, stored)
+
+    def where(self, stored: str) -> Sequence[tuple[str, Box | None]]:
+        """(name in the model, rectangle of it or None) of every place."""
+        return self.inside.get(stored) or [(self.here(stored), None)]
 
 
 class Span(NamedTuple):
