@@ -1,5 +1,6 @@
 # make demo    the main job on real weights        make test    all tests, in JOBS processes (JOBS=2)
 # make lint    ruff and mypy                       make docs    the docs site, strictly
+# make test-sglang   tests inside SGLang, in .venv-sglang (SGLANG_PINS=: its newest version)
 # make matrix  the core's tests on torch 2.8, 2.11, 2.13 and the newest
 # make CONSTRAINTS=   with the newest versions     make PYTHON=python3.12   with another Python
 
@@ -12,7 +13,11 @@ PIN := $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 TORCH := $(if $(CONSTRAINTS),$(shell grep '^torch==' $(CONSTRAINTS)),torch)
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint docs matrix clean
+SGLANG ?= .venv-sglang
+SGLANG_PINS ?= constraints/sglang.txt
+SGLANG_INSTALL = $(SGLANG)/bin/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test lint docs matrix clean engine-sglang test-sglang
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -56,5 +61,19 @@ $(VENV)/.dev: $(VENV)/.test
 	@$(INSTALL) $(PIN) -e '.[dev]'
 	@touch $@
 
+# SGLang in an environment of its own. Where it cannot be installed, that is said, and its tests are left out.
+engine-sglang: $(SGLANG)/.engine
+
+$(SGLANG)/.engine: constraints/sglang.txt pyproject.toml
+	@echo "installing SGLang for a CPU into $(SGLANG): some minutes, 2 GB ..."
+	@wanted=$$(sed '/^#/d; $(if $(SGLANG_PINS),,s/==.*//)' constraints/sglang.txt); \
+	  $(PYTHON) -m venv $(SGLANG) && $(SGLANG_INSTALL) --upgrade pip 'setuptools>=77' wheel \
+	  && $(SGLANG_INSTALL) $${wanted%%[[:space:]]*} && $(SGLANG_INSTALL) --no-deps $$wanted && $(SGLANG_INSTALL) --no-deps -e . && touch $@ \
+	  || echo "SGLang cannot be installed here, for the reason above; its tests are left out"
+
+test-sglang: engine-sglang
+	@if [ -f $(SGLANG)/.engine ]; then OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} \
+	  $(SGLANG)/bin/python -m pytest -p no:warnings -n $(JOBS) --dist loadfile tests/engines/sglang; fi
+
 clean:
-	rm -rf $(VENV) build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(SGLANG) build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
