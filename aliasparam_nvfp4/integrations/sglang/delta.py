@@ -1,7 +1,7 @@
 """Published deltas (docs/reload.md) applied inside kernel bytes, with no copy of the checkpoint on the host.
 
-``update_weights_from_disk`` of ``SOURCE/weight_v000007``, a folder whose index says ``delta_encoding``, applies the chain of deltas
-from the version that serves, or from the newest full version on the way.
+``update_weights_from_disk`` of ``SOURCE/weight_v000007``, a folder whose index says ``delta_encoding``, applies the chain of
+deltas from the version that serves, or from the newest full version on the way.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from aliasparam.reload.loading import stand_ins
 from aliasparam.reload.targets import find_targets
 from aliasparam.storage.coverage import Box
 
-from .ranks import agree, attempt, rank_of
+from .ranks import rank_of
 from .served import served
 
 Parts = Mapping[str, list[tuple[str, Box]]]
@@ -77,8 +77,9 @@ def _chain(path: str, serving: int) -> Chain:
 
 
 def parts_of(model: Any, tensors: Mapping[str, TensorSpec]) -> Parts:
-    """Name in the checkpoint -> (the model's tensor, rectangle of it) where it lies whole: the model's own ``load_weights``, run on
-    tensors without memory before stand-ins (aliasparam/reload/loading.py)."""
+    """Name in the checkpoint -> (the model's tensor, rectangle of it) wherever it lies whole.
+
+    The model's own ``load_weights`` is run with tensors without memory, on stand-ins (aliasparam/reload/loading.py)."""
     rehearsal = _Rehearsal(tensors)
     with stand_ins(find_targets(model), rehearsal.write), torch.no_grad():
         model.load_weights(iter(rehearsal))

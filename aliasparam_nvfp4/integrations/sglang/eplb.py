@@ -15,7 +15,9 @@ class _Mover:
     writer = "SGLang's ExpertLocationUpdater"
 
 
-def update(original: Any, updater: Any, routed_experts_weights_of_layer: dict[int, list[Tensor]], *args: Any, **kwargs: Any) -> Any:
+def update(
+    original: Any, updater: Any, routed_experts_weights_of_layer: dict[int, list[Tensor]], *args: Any, **kwargs: Any
+) -> Any:
     """AROUND ``ExpertLocationUpdater.update`` (``sglang/srt/eplb/expert_location_updater.py``, 0.5.23).
 
     It sends and writes ``tensor[expert]`` of every tensor of a layer. All ranks have one layout, so bytes fit as they lie. A move

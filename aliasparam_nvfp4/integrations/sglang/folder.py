@@ -19,9 +19,10 @@ from .served import same
 
 #: Entries of config.json that decide what tensors mean.
 _MEANING = (
-    "architectures", "model_type", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "vocab_size", "num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok",
-    "hidden_act", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "tie_word_embeddings", "norm_topk_prob",
+    "architectures", "model_type", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers",
+    "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size", "num_experts", "num_local_experts",
+    "n_routed_experts", "num_experts_per_tok", "hidden_act", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters",
+    "tie_word_embeddings", "norm_topk_prob",
 )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """NVFP4 experts of SGLang on :class:`NvFp4MoEMethod`.
 
-A subclass of ``ModelOptNvFp4FusedMoEMethod`` (``sglang/srt/layers/quantization/modelopt_quant.py``, 0.5.23), because the loader in
-``layers/moe/fused_moe_triton/layer.py`` asks for it; nothing of its weights, processing or kernels is used.
+A subclass of ``ModelOptNvFp4FusedMoEMethod`` (``sglang/srt/layers/quantization/modelopt_quant.py``, 0.5.23), because the loader
+in ``layers/moe/fused_moe_triton/layer.py`` asks for it; nothing of its weights, processing or kernels is used.
 """
 
 from __future__ import annotations

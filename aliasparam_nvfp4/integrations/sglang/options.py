@@ -18,7 +18,7 @@ _RUNNERS = ("auto", "flashinfer_trtllm", "flashinfer_trtllm_routed", "flashinfer
 def linear_backend() -> str | None:
     """The backend's name, or None where the user asked for one that is SGLang's alone.
 
-    ``--fp4-gemm-backend`` as it was said (``sglang/srt/layers/quantization/fp4_utils.py`` resolves "auto" to SGLang's own choice).
+    ``--fp4-gemm-backend`` as it was said: ``sglang/srt/layers/quantization/fp4_utils.py`` makes SGLang's own choice of "auto".
     """
     from sglang.srt.runtime_context import get_exec
 

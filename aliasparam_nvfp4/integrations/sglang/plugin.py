@@ -37,7 +37,7 @@ def hooks() -> dict[str, Callable[..., Any]]:
 
 
 def register() -> None:
-    """Hook our methods and updates in; SGLang's registry applies them (``sglang/srt/plugins/hook_registry.py``). May be called again."""
+    """Hook our methods and updates in, which ``sglang/srt/plugins/hook_registry.py`` then applies. May be called again."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     from .versions import doubt

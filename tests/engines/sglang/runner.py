@@ -1,4 +1,4 @@
-"""SGLang's model runner in this process, as its own ``sglang.benchmark.one_batch`` starts it: real loaders, real forward, real updater."""
+"""SGLang's model runner in this process, as ``sglang.benchmark.one_batch`` starts it: its loaders, its forward, its updater."""
 
 from __future__ import annotations
 
