@@ -137,7 +137,7 @@ def _stand_in(whole: Whole) -> StandIn:
 def _shown(whole: Whole, view: Tensor) -> StandIn:
     size, strides, offset = view.shape, view.stride(), view.storage_offset()
     device = whole.target.tensor.device
-    found: Any = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+    found: Any = Tensor._make_wrapper_subclass(
         StandIn, size, strides=strides, storage_offset=offset, dtype=view.dtype, device=device, requires_grad=False
     )
     found._whole, found._view = whole, view

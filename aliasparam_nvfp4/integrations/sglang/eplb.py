@@ -41,7 +41,7 @@ def update(
     answer = original(updater, layers, *args, **kwargs)
     for storage in moved:
         storage.accept()
-    for listener in {id(one): one for storage in involved for one in storage.listeners()}.values():
+    for listener in {id(one): one for storage in involved for one in storage.listeners}.values():
         if isinstance(listener, AliasRegistry):
             listener.process()
     return answer
