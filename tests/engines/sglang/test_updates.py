@@ -61,7 +61,8 @@ def dense() -> Dense:
 @pytest.fixture(autouse=True)
 def _serving_a(dense: Dense) -> Iterator[None]:
     yield
-    assert dense.update(DENSE["a"])[0] and dense.serves("a")
+    if not dense.serves("a"):
+        assert dense.update(DENSE["a"])[0] and dense.serves("a")
 
 
 def test_the_plugin_is_in_place_and_says_so(dense: Dense, monkeypatch: pytest.MonkeyPatch) -> None:
