@@ -59,22 +59,22 @@ class Places:
     """
     Attributes:
         names: name in the files -> name in the model, where they differ.
-        inside: the same for a tensor that lies whole, row by row, in larger ones: (name, rectangle of it) of each place. For
-            deltas that begin with no full version.
         parts: by the files' names, what is not whole here.
         divided: the files' names of all that is held in parts, the same in every process.
         elsewhere: the files' names of what this process holds nothing of, or nobody does.
         converted: tensors that are others in the model.
         add_up: how the digests of parts become those of tensors.
+        inside: by the files' names, what lies whole, row by row, in larger tensors: (name in the model, rectangle of it) of each
+            place. For deltas that begin with no full version.
     """
 
     names: Mapping[str, str] = field(default_factory=dict)
-    inside: Mapping[str, Sequence[tuple[str, Box]]] = field(default_factory=dict)
     parts: Mapping[str, Part] = field(default_factory=dict)
     divided: Collection[str] = ()
     elsewhere: Collection[str] = ()
     converted: Sequence[Converted] = ()
     add_up: AddUp | None = None
+    inside: Mapping[str, Sequence[tuple[str, Box]]] = field(default_factory=dict)
 
     def here(self, stored: str) -> str:
         return self.names.get(stored, stored)

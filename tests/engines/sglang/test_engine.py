@@ -65,8 +65,11 @@ def experts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {tag: moe(where / tag, seed) for seed, tag in enumerate("ab")}
 
 
-def test_two_ranks_update_together_or_not_at_all(experts: dict[str, Path], tmp_path: Path) -> None:
+def test_two_ranks_update_together_or_not_at_all(
+    experts: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """TP=2 over gloo: A, B, a folder that is refused, A by a session; tokens, digests and addresses of both ranks."""
+    monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "0|1")  # SGLang asks for a NUMA node a rank otherwise
     with engine(experts["b"], tp_size=2) as fresh:
         cold = tokens(fresh), [rank["digest"] for rank in served(fresh, tmp_path / "cold", 2)]
     with engine(experts["a"], tp_size=2) as warm:
