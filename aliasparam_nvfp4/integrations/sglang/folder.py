@@ -14,7 +14,8 @@ from aliasparam import TensorSpec
 
 from ...checkpoint import CheckpointError, CheckpointFolder
 from ...errors import ScaleError
-from ...scales import are_scales, need_block_scales
+from ...global_scale import EXPECTED, are_scales
+from ...scales import need_block_scales
 from .served import same
 
 #: Entries of config.json that decide what tensors mean.
@@ -122,7 +123,8 @@ def _check_scales(folder: CheckpointFolder, rank: int, ranks: int) -> None:
         if name.endswith("weight_scale_2") or (name.endswith("input_scale") and ".experts." not in name):
             value = folder.read(name)
             if not bool(are_scales(value).all()):
-                raise ScaleError("a global scale is not a scale", name=f"{folder.path}: {name}", found=value.tolist())
+                found = value.tolist()
+                raise ScaleError("a global scale is not a scale", name=f"{folder.path}: {name}", expected=EXPECTED, found=found)
     block_scales = [n for n, entry in folder.tensors.items() if n.endswith("weight_scale") and entry.dtype.itemsize == 1]
     for name in block_scales[rank::ranks]:
         for _, piece in folder.chunks(name):
