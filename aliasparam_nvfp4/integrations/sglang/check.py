@@ -1,0 +1,56 @@
+"""Whether the plugin is in place. SGLang only logs a plugin or a hook that fails, and then serves with its own classes."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from .versions import doubt, installed
+
+
+def status() -> str:
+    """One line for ``aliasparam-nvfp4 doctor``: what SGLang would do here, and what is wrong. Loads SGLang's plugins."""
+    if installed() is None:
+        return "SGLang is not installed"
+    try:
+        missing = missing_hooks()
+    except Exception as error:  # another engine's import may fail in any way
+        return f"SGLang {installed()} cannot be imported: {error}"
+    if missing:
+        return f"SGLang {installed()}: the plugin is not in place at {', '.join(missing)}"
+    return doubt() or f"SGLang {installed()}: the plugin is in place"
+
+
+def check_installed() -> None:
+    """
+    Raises:
+        RuntimeError: the plugin is not in place everywhere.
+    """
+    if missing := missing_hooks():
+        raise RuntimeError(f"this library's SGLang plugin is not in place at {', '.join(missing)}; SGLang's log says why")
+
+
+def missing_hooks() -> list[str]:
+    """Targets that do not lead to our hooks, after SGLang's plugins were loaded."""
+    from sglang.srt.plugins import load_plugins
+
+    from .plugin import hooks
+
+    load_plugins()
+    return [target for target in hooks() if not _is_hooked(target)]
+
+
+def _is_hooked(target: str) -> bool:
+    try:
+        where, _, name = target.rpartition(".")
+        found: Any = getattr(_resolved(where), name)
+    except (AttributeError, ImportError):
+        return False
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    return target in HookRegistry._patched and hasattr(found, "__wrapped__")
+
+
+def _resolved(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name) if name[:1].isupper() else importlib.import_module(path)

@@ -1,0 +1,111 @@
+"""Loaders that know of no session: what they write to a model's tensors is checked, kept and taken back like any update."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from aliasparam import Alias, checkpoint_state_dict, declare, process, reload
+from aliasparam.errors import ReloadError
+from aliasparam.reload.loading import loading
+from aliasparam.testing import same_bytes
+
+from ..small import SWAP
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.arange(96, dtype=torch.uint8).view(12, 8), requires_grad=False)
+        self.scale = nn.Parameter(torch.ones(12, 4).to(torch.float8_e4m3fn), requires_grad=False)
+        self.scales = nn.Parameter(torch.ones(4, 2), requires_grad=False)
+        self.norm = nn.Parameter(torch.ones(8, dtype=torch.bfloat16), requires_grad=False)
+        self.tied = nn.Module()
+        self.tied.norm = self.norm
+        self.weight.weight_loader = "an engine's"
+        declare(self, Alias("weight", "prepared", SWAP), Alias("scale", "scale_prepared", SWAP))
+        process(self)
+
+
+def new_values() -> dict[str, Tensor]:
+    random = torch.Generator().manual_seed(0)
+    return {
+        "weight": torch.randint(0, 256, (12, 8), dtype=torch.uint8, generator=random),
+        "scale": torch.rand(12, 4, generator=random).to(torch.float8_e4m3fn),
+        "scales": torch.rand(4, 2, generator=random),
+        "norm": torch.rand(8, generator=random).to(torch.bfloat16),
+    }
+
+
+def engine_loads(model: nn.Module, new: dict[str, Tensor]) -> None:
+    """As weight loaders of SGLang and vLLM write: slices of ``.data``, single elements, fills, other dtypes."""
+    names = dict(model.named_parameters())
+    assert names["weight"].weight_loader == "an engine's" and isinstance(names["weight"], nn.Parameter)
+    assert names["norm"].device == new["norm"].device and len(names) == 4  # tied names are one tensor
+    names["weight"].data.narrow(0, 6, 6).copy_(new["weight"][6:])
+    names["weight"].data[:6, :4] = new["weight"][:6, :4]
+    names["weight"].data[:6, 4:] = new["weight"][:6, 4:]
+    names["scale"].data.view(torch.uint8).copy_(new["scale"].view(torch.uint8))
+    for row, column in torch.cartesian_prod(torch.arange(4), torch.arange(2)).tolist():
+        names["scales"].data[row][column].fill_(new["scales"][row, column].item())
+    names["norm"].data = new["norm"].float()
+
+
+def test_a_loader_writes_through_a_session() -> None:
+    model, new = Model(), new_values()
+    where = [parameter.data_ptr() for parameter in model.parameters()]
+    with reload(model) as session, loading(session):
+        engine_loads(model, new)
+    assert all(same_bytes(found, new[name]) for name, found in checkpoint_state_dict(model).items() if name in new)
+    assert [parameter.data_ptr() for parameter in model.parameters()] == where and model.tied.norm is model.norm
+
+
+def test_a_loader_that_fails_half_way_has_changed_nothing() -> None:
+    model = Model()
+    before = {name: value.clone() for name, value in checkpoint_state_dict(model).items()}
+    with pytest.raises(KeyError), reload(model, policy="journal") as session, loading(session):
+        engine_loads(model, new_values())
+        raise KeyError("a name that the model does not have")
+    assert all(same_bytes(found, before[name]) for name, found in checkpoint_state_dict(model).items())
+    assert type(model.norm) is nn.Parameter and model.prepared.sum() > 0
+
+
+def test_what_a_loader_reads_is_live() -> None:
+    model = Model()
+    with reload(model, scope="partial", policy="journal") as session, loading(session):
+        names = dict(model.named_parameters())
+        assert torch.equal(names["scales"].data[1:] + 1, torch.full((3, 2), 2.0)) and names["weight"][0, 3].item() == 3
+        names["scales"].data.mul_(3)
+    assert torch.equal(model.scales, torch.full((4, 2), 3.0))
+
+
+def test_what_would_be_garbage_is_refused() -> None:
+    model, new = Model(), new_values()
+    with reload(model, scope="partial", policy="journal") as session, loading(session):
+        weight = dict(model.named_parameters())["weight"]
+        for write, match in (
+            (lambda: weight.data.copy_(new["weight"].float()), "another dtype"),
+            (lambda: weight.data.view(-1)[3:11].copy_(new["weight"][0]), "no rectangle"),
+            (lambda: weight.data[:2].copy_(new["weight"][:3]), "must match"),
+        ):
+            with pytest.raises((ReloadError, RuntimeError), match=match):
+                write()
+        weight.data[:6].copy_(new["weight"][:6])
+        with pytest.raises(ReloadError, match="arrived twice"):
+            weight.data[5].copy_(new["weight"][5])
+        weight.data[6:].copy_(new["weight"][6:])
+
+
+def test_threads_may_load() -> None:
+    model, new = Model(), new_values()
+    with reload(model, scope="partial") as session, loading(session):
+        weight = dict(model.named_parameters())["weight"]
+        rows = [threading.Thread(target=weight.data[row].copy_, args=(new["weight"][row],)) for row in range(12)]
+        for thread in rows:
+            thread.start()
+        for thread in rows:
+            thread.join()
+    assert torch.equal(model.weight.clone(), new["weight"])

@@ -1,0 +1,32 @@
+"""What the tests look at inside a scheduler process: a plugin like any other, called by ``Engine.collective_rpc``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def register() -> None:
+    from sglang.srt.managers.scheduler import Scheduler
+
+    Scheduler.probe = probe
+
+
+def probe(scheduler: Any, path: str) -> None:
+    """Write what this rank serves to ``path``."""
+    from sglang.srt.runtime_context import get_parallel
+
+    from aliasparam import checkpoint_digest
+
+    runner = scheduler.tp_worker.model_runner
+    model = runner.model
+    names = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    found = {
+        "digest": checkpoint_digest(model).whole,
+        "tensors": dict(checkpoint_digest(model).tensors),
+        "addresses": {name: tensor.data_ptr() for name, tensor in names},
+        "methods": sorted({type(m.quant_method).__name__ for m in model.modules() if getattr(m, "quant_method", None)}),
+        "model_path": runner.model_config.model_path,
+    }
+    Path(f"{path}.{get_parallel().tp_rank}.json").write_text(json.dumps(found))
