@@ -81,7 +81,7 @@ def launch(copy: Copy, *, write: bool, columns: str = "value") -> tuple[int, dic
     m, n = (math.prod(a.size for a in axes) for axes in (rows, across))
     runs = across[-1].kernel == across[-1].value == 1 and across[-1].size >= _COLUMNS
     bm = min(_power(m), _RUNS if runs else _ROWS)
-    bn = min(_power(n), _TILE // bm if runs else _COLUMNS)
+    bn = min(_power(n), _TILE // bm)
     constants: dict[str, Any] = {"M": m, "N": n, "BM": bm, "BN": bn}
     for letter, axes in (("G", grid), ("R", rows), ("C", across)):
         for at, side in zip("TS", sides, strict=True):  # target, source

@@ -41,6 +41,7 @@ def findings() -> dict[str, Any]:
     import torch
 
     from ..backends import linear_backend, linear_backends
+    from ..integrations.sglang.versions import verdict as of_sglang
     from ..integrations.vllm.versions import verdict as of_vllm
     from ..moe.runners import moe_runner, moe_runners
 
@@ -53,7 +54,7 @@ def findings() -> dict[str, Any]:
         "device": {"name": torch.cuda.get_device_name() if cuda else "no CUDA device", "capability": capability},
         "cuda": torch.version.cuda,
         "packages": [{"name": name, "version": version(name), "extra": extra} for name, extra in PACKAGES.items()],
-        "engines": {"vllm": of_vllm()},
+        "engines": {"sglang": of_sglang(), "vllm": of_vllm()},
         "auto": {"linear_backends": linear_backend("auto", device).name, "moe_runners": moe_runner("auto", device).name},
         "linear_backends": _lacks(linear_backends().values(), device),
         "moe_runners": _lacks(moe_runners().values(), device),

