@@ -37,6 +37,7 @@ class NaiveLinear(nn.Module):
         self.method, self.way, self.members = fused.quant_method, way, members
         self.nvfp4_shape: LinearShape = fused.__dict__["nvfp4_shape"]
         self.nvfp4_backend = fused.__dict__["nvfp4_backend"]
+        self.run_time_scales = None
         self.processed = False
 
     def load(self, folder: CheckpointFolder) -> None:
