@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from json import loads
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,12 +19,25 @@ def verify(
     folder: Annotated[Path | None, typer.Option(help="Instead: does this folder serve?", parser=existing, metavar="B")] = None,
     server: Annotated[str | None, typer.Option(help="With --folder: whose /digest to ask, such as http://HOST:PORT.")] = None,
     digest: Annotated[str, typer.Option(help="With --folder: adler32, xxh3-128 or blake3.")] = "adler32",
+    engine: Annotated[str | None, typer.Option(help="Instead: vllm or sglang, with --model.")] = None,
+    model: Annotated[Path | None, typer.Option(help="With --engine: a folder.", parser=existing, metavar="A")] = None,
+    other: Annotated[
+        Path | None, typer.Option(help="With --engine: another to load between.", parser=existing, metavar="B")
+    ] = None,
+    tp: Annotated[int, typer.Option(help="With --engine: tensor-parallel ranks.", min=1)] = 1,
+    engine_option: Annotated[
+        list[str] | None, typer.Option(help="With --engine: an argument of the engine, its value as JSON.", metavar="NAME=VALUE")
+    ] = None,
     json: AsJson = False,
 ) -> None:
-    """Run a kernel against its emulator on this machine's GPU (or CPU), or compare what serves with a folder.
+    """Run a kernel against its emulator on this machine's GPU (or CPU); or compare what serves with a folder; or reload a real
+    engine from disk, twice, and compare what it decodes.
 
-    Exit code 1 if a shape is wrong, or a tensor differs. Without --server the folder is loaded here.
+    Exit code 1 if a shape is wrong, a tensor differs or logprobs changed. Without --server the folder is loaded here.
     """
+    if engine is not None:
+        _verify_engine(engine, model, other, tp, engine_option or [], json=json)
+        return
     if folder is not None:
         _verify_folder(folder, server, digest, json=json)
         return
@@ -51,6 +65,34 @@ def verify(
         say_json({"backend": chosen.name, "device": where, "torch": torch.__version__, "held": held, "rows": rows})
     if not held:
         raise typer.Exit(1)
+
+
+def _verify_engine(name: str, model: Path | None, other: Path | None, tp: int, options: list[str], *, json: bool) -> None:
+    from .verify_engine import accept
+
+    if model is None:
+        raise typer.BadParameter("--engine needs --model, a folder")
+    found = accept(name, model, other, tp, dict(map(_option, options)))
+    if json:
+        say_json(found)
+    else:
+        for row in found["rows"]:
+            apart = (
+                "other tokens" if row["apart"] is None else f"logprobs {row['apart']:.3g} apart" if row["apart"] else "bit-equal"
+            )
+            say(f"{row['loaded']}: {apart}, {'right' if row['held'] else 'WRONG'}")
+    if not found["held"]:
+        raise typer.Exit(1)
+
+
+def _option(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise typer.BadParameter(f"--engine-option {text}: not of the form NAME=VALUE")
+    try:
+        return name, loads(value)
+    except ValueError:
+        return name, value  # a plain word
 
 
 def _verify_folder(folder: Path, server: str | None, digest: str, *, json: bool) -> None:
