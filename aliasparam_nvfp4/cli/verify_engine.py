@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -58,6 +59,10 @@ def sglang(model: Path, tp: int, options: Mapping[str, Any]) -> Engine:
         return Decoded([step[1] for step in steps], [step[0] for step in steps])
 
     def reload(folder: Path) -> None:
+        for _ in range(100):  # a request that was answered is held for another step, and with it the cache
+            if getattr(started.flush_cache(), "success", True):
+                break
+            time.sleep(0.1)
         success, message, *_ = started.update_weights_from_disk(str(folder))
         if not success:
             raise AliasError("SGLang refused the update", found=message)
