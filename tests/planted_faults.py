@@ -19,13 +19,17 @@ ROOT = Path(__file__).parents[1]
 
 
 class Planted(NamedTuple):
-    """``old`` becomes ``new`` in ``file``; ``tests`` (pytest arguments, below tests/aliasparam) must fail."""
+    """``old`` becomes ``new`` in ``file`` (below aliasparam/, or with ``of`` below that package); ``tests`` (files below the
+    package's tests) must fail."""
 
     file: str
     old: str
     new: str
     tests: str
+    of: str = "aliasparam"
 
+
+_NVFP4 = "aliasparam_nvfp4"
 
 FAULTS = [
     # storage: who is told, what is counted
@@ -107,7 +111,7 @@ FAULTS = [
     Planted("module/registry.py", "            self.need_loaded()\n", "", "test_errors.py"),
     Planted(
         "module/registry.py",
-        "all(kernel.is_untouched for kernel in self._bound)",
+        "all(k.is_untouched for k in self._bound)",
         "True",
         "test_law_08_no_silent_garbage.py",
     ),
@@ -159,6 +163,45 @@ FAULTS = [
         "kit/test_kit.py",
     ),
     Planted("testing/_run.py", "        self._addresses_stay()\n", "", "kit/test_kit.py"),
+    # layouts and how they are executed
+    Planted("layout/triton_sum.py", "inner += byte * i", "inner += byte", "test_triton_copy.py"),
+    Planted(
+        "layout/triton_copy.py",
+        "row = program % ((M + BM - 1) // BM) * BM",
+        "row = program % (M // BM) * BM",
+        "test_triton_copy.py",
+    ),
+    Planted(
+        "layout/compose.py", "(high.source, high.kernel, high.flipped) == step", "high.source == step[0]", "test_law_11_layout.py"
+    ),
+    # sources and streams
+    Planted("reload/sources.py", "        self.bytes_read += values.nbytes\n", "", "reload/test_sources.py"),
+    Planted("reload/sources.py", "if len(coming) == _AHEAD:", "if len(coming) == _AHEAD + 1:", "reload/test_sources.py"),
+    # NVFP4
+    Planted(
+        "scales.py",
+        "        if low < 0 or high == 0x7F:",
+        "        if high == 0x7F:",
+        "test_linear.py test_moe_hazards.py",
+        _NVFP4,
+    ),
+    Planted("global_scale.py", " & torch.isfinite(1 / values)", "", "cli/test_inspect.py test_linear.py", _NVFP4),
+    Planted("layouts/lines.py", "-> ~h i a k c", "-> h i a k c", "test_lines.py", _NVFP4),
+    Planted(
+        "integrations/transformers/shared_call.py",
+        "    if of is not x or when != state or index not in parts:",
+        "    if of is not x or index not in parts:",
+        "test_fused_projections.py",
+        _NVFP4,
+    ),
+    Planted(
+        "integrations/transformers/shared_call.py",
+        "        frame = _running.get()\n        if frame is not None",
+        "        frame = None\n        if frame is not None",
+        "test_fused_projections.py",
+        _NVFP4,
+    ),
+    Planted("cli/verify_engine.py", '"held": same != differs', '"held": same', "cli/test_verify_engine.py", _NVFP4),
 ]
 
 
@@ -166,17 +209,18 @@ def caught(fault: Planted) -> str | None:
     """Plant the fault in a copy and run its tests: None where they fail, else what is wrong."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
-        for name in ("aliasparam", "tests"):
-            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "nvfp4"))
+        for name in ("aliasparam", "aliasparam_nvfp4", "tests"):
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
         for name in ("pyproject.toml", "pytest_aliasparam.py"):
             shutil.copy(ROOT / name, copy / name)
         shutil.copytree(ROOT / "docs", copy / "docs")
-        file = copy / "aliasparam" / fault.file
+        file = copy / fault.of / fault.file
         text = file.read_text()
         if text.count(fault.old) < 1:
             return "the text it replaces is not there"
         file.write_text(text.replace(fault.old, fault.new))
-        tests = [f"tests/aliasparam/{name}" for name in fault.tests.split()]
+        below = fault.of.removeprefix("aliasparam_")
+        tests = [f"tests/{below}/{name}" for name in fault.tests.split()]
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider", *tests]
         environment = {**os.environ, "PYTHONPATH": str(copy), "HYPOTHESIS_PROFILE": "planted"}
         run = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)

@@ -93,7 +93,7 @@ class SafetensorsFolder:
         with ThreadPoolExecutor(_AHEAD - 1) as readers:
             coming: deque[tuple[Box, Future[Tensor]]] = deque()
             for piece in split(box, part // itemsize):
-                if len(coming) == _AHEAD - 1:
+                if len(coming) == _AHEAD:  # the first is used before its buffer takes the next
                     first, values = coming.popleft()
                     yield first, self._counted(values.result())
                 coming.append((piece, readers.submit(_into, entry, piece, next(buffers))))
