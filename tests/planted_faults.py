@@ -182,7 +182,7 @@ FAULTS = [
         "scales.py",
         "        if low < 0 or high == 0x7F:",
         "        if high == 0x7F:",
-        "test_linear.py test_moe_hazards.py",
+        "test_scales.py",
         _NVFP4,
     ),
     Planted("global_scale.py", " & torch.isfinite(1 / values)", "", "cli/test_inspect.py test_linear.py", _NVFP4),

@@ -19,11 +19,12 @@ LOCKS = [threading.RLock() for _ in range(_COUNT)]
 _numbers = itertools.count()
 
 
-def _renew() -> None:
+def renew() -> None:
+    """Whoever held a lock holds it no more."""
     LOCKS[:] = [threading.RLock() for _ in range(_COUNT)]
 
 
-os.register_at_fork(after_in_child=_renew)
+os.register_at_fork(after_in_child=renew)
 
 
 def lock_number() -> int:

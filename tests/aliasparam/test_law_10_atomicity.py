@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import aliasparam
 from aliasparam import Alias, Layout, State, apply_delta, declare, expose_for_writing, invalidate, process, registry_of, reload
 from aliasparam.errors import AliasError, DeclarationError, StaleKernelError, StateError
+from aliasparam.storage import locks
 from aliasparam.tensors import dispatch
 from aliasparam.testing import expected_kernel_names, same_bytes
 from aliasparam.testing._faults import FailingAt
@@ -184,7 +185,9 @@ def lines_of(do: Callable[[], Any], at: int | None = None) -> list[str]:
     try:
         do()
     except KeyboardInterrupt:
-        pass
+        # The line of a ``with`` is traced once more before its end runs. An interrupt there, where no signal is delivered, keeps
+        # the lock, and a later test's thread would wait for it for ever.
+        locks.renew()
     finally:
         sys.settrace(tracing)
     return lines
