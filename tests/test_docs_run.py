@@ -20,7 +20,11 @@ ELSEWHERE = "# against a running server"
 #: Blocks of an exchange between processes, which have tests of their own.
 TESTED = {
     ("docs/reload.md", 4): "aliasparam/reload/test_law_12_apply_delta.py",
-    ("docs/reload.md", 5): "aliasparam/reload/test_member.py",
+    ("docs/reload.md", 5): "aliasparam/reload/test_published.py",
+    ("docs/reload.md", 6): "aliasparam/reload/test_member.py",
+    **{("docs/rl-loop.md", block): "examples/test_rl_loop.py" for block in range(5)},
+    **{("docs/nvfp4/vllm.md", block): "engines/vllm/test_updates.py" for block in range(2)},
+    ("docs/nvfp4/sglang.md", 0): "engines/sglang/test_engine.py",
 }
 
 
@@ -94,7 +98,10 @@ def folders() -> dict[str, Any]:
 PAGES: dict[str, list[Callable[[], dict[str, Any]] | None]] = {
     "README.md": [reloading, declaring],
     "docs/concepts.md": [declaring],
-    "docs/reload.md": [reloading, folders, reloading, reloading, None, None],
+    "docs/reload.md": [reloading, folders, reloading, reloading, None, None, None],
+    "docs/rl-loop.md": [None] * 5,
+    "docs/nvfp4/vllm.md": [None] * 2,
+    "docs/nvfp4/sglang.md": [None],
     "docs/nvfp4/moe.md": [experts, None],
     "docs/nvfp4/transformers.md": [folders],
     "docs/nvfp4/serve.md": [None],

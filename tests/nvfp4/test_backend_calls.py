@@ -173,7 +173,7 @@ def test_explain_says_what_auto_passed_over_and_why(gpu: Any) -> None:
 
     text = explain(layer)
 
-    assert "not flashinfer_b12x (the checkpoint has no activation scales)" in text
+    assert "not flashinfer_b12x (this backend quantizes activations, and the checkpoint has no activation scales)" in text
     assert "not flashinfer_cutedsl_w4a16_sm12x (expects N % 64 == 0, found N=608, K=64)" in text
 
 
