@@ -17,8 +17,8 @@ from aliasparam import registry_of
 from ... import emulate
 from ...backends import KernelNames, LinearBackend, LinearShape
 from ...codec import quantize_activation, scaled_codes
-from ...moe import emulate as emulate_moe
-from ...moe.runners import MoENames, MoERunner, MoEShape
+from ...emulated import emulated_runner
+from ...moe.runners import MoERunner
 
 _CPU = torch.device("cpu")
 _logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ def emulated_moe(layer: nn.Module) -> None:
     state = layer.__dict__
     runner: MoERunner = state["nvfp4_runner"]
     if next(layer.parameters()).device == _CPU and runner.unavailable(_CPU) is not None:
-        state["nvfp4_runner"] = EmulatedMoE(runner)
+        state["nvfp4_runner"] = emulated_runner(runner)
         _say(runner.name)
 
 
@@ -77,13 +77,3 @@ class EmulatedLinear(LinearBackend):
             values = reader(layer.weight_prepared, layer.weight_scale_interleaved, shape.n, shape.k)
             held = self._values[layer] = versions, values.to(torch.bfloat16)
         return held[1]
-
-
-class EmulatedMoE(MoERunner):
-    """``real``'s format, without its kernel."""
-
-    def __init__(self, real: MoERunner) -> None:
-        self.real, self.name, self.layout, self.input_scales = real, real.name, real.layout, real.input_scales
-
-    def apply(self, layer: MoENames, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, shape: MoEShape) -> Tensor:
-        return emulate_moe.layer_output(layer, self.real, shape, x, topk_weights, topk_ids).to(x.dtype)
