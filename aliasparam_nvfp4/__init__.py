@@ -9,22 +9,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .checkpoint_format import COMPRESSED_TENSORS as COMPRESSED_TENSORS
-    from .checkpoint_format import MODELOPT as MODELOPT
-    from .checkpoint_format import CheckpointFormat as CheckpointFormat
+    from .checkpoint.format import COMPRESSED_TENSORS as COMPRESSED_TENSORS
+    from .checkpoint.format import MODELOPT as MODELOPT
+    from .checkpoint.format import CheckpointFormat as CheckpointFormat
     from .linear import NvFp4LinearMethod as NvFp4LinearMethod
+    from .linear import ShardedLoader as ShardedLoader
+    from .linear import load_partition as load_partition
     from .linear import retarget as retarget
-    from .loaders import ShardedLoader as ShardedLoader
-    from .loaders import load_partition as load_partition
     from .moe import ExpertActivation as ExpertActivation
     from .moe import ExpertLoader as ExpertLoader
     from .moe import NvFp4MoEMethod as NvFp4MoEMethod
     from .moe import retarget_experts as retarget_experts
 
 _MODULES = {
-    ".checkpoint_format": ("COMPRESSED_TENSORS", "MODELOPT", "CheckpointFormat"),
-    ".linear": ("NvFp4LinearMethod", "retarget"),
-    ".loaders": ("ShardedLoader", "load_partition"),
+    ".checkpoint.format": ("COMPRESSED_TENSORS", "MODELOPT", "CheckpointFormat"),
+    ".linear": ("NvFp4LinearMethod", "ShardedLoader", "load_partition", "retarget"),
     ".moe": ("ExpertActivation", "ExpertLoader", "NvFp4MoEMethod", "retarget_experts"),
 }
 _WHERE = {name: module for module, names in _MODULES.items() for name in names}

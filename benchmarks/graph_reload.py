@@ -22,7 +22,7 @@ from transformers import StaticCache
 from aliasparam_nvfp4.demo.finetune import PROMPT
 from aliasparam_nvfp4.integrations.transformers import load_model, reload_folder
 from aliasparam_nvfp4.integrations.transformers.load import chat_ids, logits
-from aliasparam_nvfp4.verify import signal_to_noise
+from aliasparam_nvfp4.linear.verify import signal_to_noise
 
 _LENGTH = 192
 

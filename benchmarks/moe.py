@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from aliasparam_nvfp4 import NvFp4MoEMethod
-from aliasparam_nvfp4.codec import dequantize
 from aliasparam_nvfp4.errors import BackendError
+from aliasparam_nvfp4.quantize.codec import dequantize
 from benchmarks.linear import copy_bandwidth, microseconds
 
 #: (what, E, H, I of one rank, k, tokens).

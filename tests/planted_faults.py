@@ -179,13 +179,13 @@ FAULTS = [
     Planted("reload/sources.py", "if len(coming) == _AHEAD:", "if len(coming) == _AHEAD + 1:", "reload/test_sources.py"),
     # NVFP4
     Planted(
-        "scales.py",
+        "quantize/block_scales.py",
         "        if low < 0 or high == 0x7F:",
         "        if high == 0x7F:",
         "test_scales.py",
         _NVFP4,
     ),
-    Planted("global_scale.py", " & torch.isfinite(1 / values)", "", "cli/test_inspect.py test_linear.py", _NVFP4),
+    Planted("quantize/global_scale.py", " & torch.isfinite(1 / values)", "", "cli/test_inspect.py test_linear.py", _NVFP4),
     Planted("layouts/lines.py", "-> ~h i a k c", "-> h i a k c", "test_lines.py", _NVFP4),
     Planted(
         "integrations/transformers/shared_call.py",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from aliasparam_nvfp4 import NvFp4LinearMethod
-from aliasparam_nvfp4.verify import random_weights
+from aliasparam_nvfp4.linear.verify import random_weights
 
 ROOT = Path(__file__).parents[1]
 #: Blocks that say they need more than this machine, by their first line.

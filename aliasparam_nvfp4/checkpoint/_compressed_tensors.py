@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..checkpoint_format import COMPRESSED_TENSORS
-from ..format import BLOCK_SIZE
+from ..quantize.format import BLOCK_SIZE
 from ._entries import kv_cache_algo, mapping, mappings, patterns
 from ._modelopt import unsupported
 from .errors import UnsupportedFormatError
+from .format import COMPRESSED_TENSORS
 from .patterns import Patterns
 from .quant_config import QuantConfig, Rules
 from .scheme import NVFP4, W4A16, Inputs, Scheme

@@ -6,10 +6,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..checkpoint_format import MODELOPT
-from ..format import BLOCK_SIZE
+from ..quantize.format import BLOCK_SIZE
 from ._entries import kv_cache_algo, mapping, mappings, patterns, text, whole_number
 from .errors import UnsupportedFormatError
+from .format import MODELOPT
 from .patterns import Patterns
 from .quant_config import QuantConfig, Rules
 from .scheme import BY_ALGO, W4A16, Scheme

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint_format import MODELOPT, CheckpointFormat
-from ..format import BLOCK_SIZE
+from ..quantize.format import BLOCK_SIZE
 from .errors import CheckpointError, UnsupportedFormatError
+from .format import MODELOPT, CheckpointFormat
 from .patterns import Patterns
 from .scheme import Scheme, fitting
 from .special import need_plain_files

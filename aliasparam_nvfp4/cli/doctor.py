@@ -40,9 +40,9 @@ def findings() -> dict[str, Any]:
     """Versions, the device, and engines, and for every backend and runner what it lacks here (None where it runs)."""
     import torch
 
-    from ..backends import linear_backend, linear_backends
     from ..integrations.sglang.versions import verdict as of_sglang
     from ..integrations.vllm.versions import verdict as of_vllm
+    from ..linear.backends import linear_backend, linear_backends
     from ..moe.runners import moe_runner, moe_runners
 
     cuda = torch.cuda.is_available()

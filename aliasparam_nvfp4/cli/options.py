@@ -54,9 +54,9 @@ def need_backends(backend: str, moe_backend: str, missing: str = "refuse") -> No
         BackendError: no such linear backend, or no such MoE runner.
         ScaleError: no such policy for missing input scales.
     """
-    from ..backends import linear_backend
-    from ..missing import need_policy
+    from ..linear.backends import linear_backend
     from ..moe.runners import moe_runner
+    from ..quantize.missing import need_policy
 
     need_policy(missing)
     linear_backend(backend)

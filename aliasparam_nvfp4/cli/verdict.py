@@ -10,9 +10,10 @@ from typing import Any, cast
 from aliasparam.errors import AliasError
 
 from ..checkpoint import CheckpointFolder, QuantConfig, TensorEntry
-from ..global_scale import EXPECTED, are_scales
-from ..missing import Missing
-from ..scales import GlobalScales, need_block_scales
+from ..linear.scales import GlobalScales
+from ..quantize.block_scales import need_block_scales
+from ..quantize.global_scale import EXPECTED, are_scales
+from ..quantize.missing import Missing
 
 #: How many reasons are listed.
 _SHOWN = 8

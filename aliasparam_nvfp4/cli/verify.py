@@ -43,10 +43,10 @@ def verify(
         return
     import torch
 
-    from ..backends import linear_backend
+    from ..linear.backends import linear_backend
+    from ..linear.verify import verify as run_linear
     from ..moe.runners import moe_runner
     from ..moe.verify import verify as run_moe
-    from ..verify import verify as run_linear
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     chosen, run = (moe_runner(backend, device), run_moe) if moe else (linear_backend(backend, device), run_linear)

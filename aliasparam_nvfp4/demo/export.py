@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from ..codec import quantize
-from ..format import E2M1_MAX, E4M3_MAX
+from ..quantize.codec import quantize
+from ..quantize.format import E2M1_MAX, E4M3_MAX
 from ._quiet import quiet
 
 CALIBRATION = (

@@ -13,8 +13,8 @@ from torch import nn
 
 from aliasparam import Alias, MemoryReport, declare, memory_report
 
-from ..format import BLOCK_SIZE
 from ..layouts import swizzle
+from ..quantize.format import BLOCK_SIZE
 
 
 @dataclass(frozen=True)

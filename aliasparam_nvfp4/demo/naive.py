@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backends import LinearShape
 from ..checkpoint import CheckpointFolder
 from ..integrations.transformers.modules import FusedLinear
 from ..layouts import swizzle
-from ..scales import GlobalScales
+from ..linear.backends import LinearShape
+from ..linear.scales import GlobalScales
 
 _NAMES = ("weight", "weight_scale", "weight_scale_2", "input_scale")
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from aliasparam import Reencoding, TensorSpec
 
-from ..scales import need_block_scales
+from ..quantize.block_scales import need_block_scales
 
 
 def scales_to_s0e5m3(scales: Tensor) -> Tensor:

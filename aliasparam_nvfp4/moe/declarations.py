@@ -11,9 +11,9 @@ from torch import Tensor
 
 from aliasparam import Alias, Derivation, Layout
 
-from ..checkpoint_format import CheckpointFormat
+from ..checkpoint.format import CheckpointFormat
 from ..errors import BackendError
-from ..format import BLOCK_SIZE
+from ..quantize.format import BLOCK_SIZE
 from .layouts import MoELayout
 from .runners import MoEShape
 from .stored import Stored

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..codec import quantize_activation, scaled_codes
-from ..emulate import _code, _e4m3, _grid, _swizzled_scale
-from ..format import BLOCK_SIZE
-from ..missing import RunTimeScales
+from ..linear.emulate import _code, _e4m3, _grid, _swizzled_scale
+from ..quantize.codec import quantize_activation, scaled_codes
+from ..quantize.format import BLOCK_SIZE
+from ..quantize.missing import RunTimeScales
 from .activation import ExpertActivation
 from .runners import MoENames, MoEShape
 from .runners._base import MoERunner

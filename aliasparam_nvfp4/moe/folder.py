@@ -12,11 +12,11 @@ from aliasparam import TensorSpec, reload
 
 from ..checkpoint import WHOLE, CheckpointError, CheckpointFolder, ExpertTensors, expert_layers
 from ..checkpoint.experts import ExpertKey
-from ..checkpoint_format import CheckpointFormat
+from ..checkpoint.format import CheckpointFormat
 from ..errors import ScaleError
-from ..format import BLOCK_SIZE
-from ..global_scale import need_stored_scales
-from ..missing import Missing
+from ..quantize.format import BLOCK_SIZE
+from ..quantize.global_scale import need_stored_scales
+from ..quantize.missing import Missing
 from .method import NvFp4MoEMethod
 from .ranks import ExpertRanks
 from .runners import MoEShape

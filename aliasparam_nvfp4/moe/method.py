@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from aliasparam import AliasRegistry, Keep, declare, registry_of
 from aliasparam.errors import StateError
 
-from ..availability import need_running
-from ..checkpoint_format import MODELOPT, CheckpointFormat
-from ..checks import FiniteBlockScales
+from ..checkpoint.format import MODELOPT, CheckpointFormat
 from ..errors import ShapeError
-from ..format import BLOCK_SIZE
-from ..missing import Missing, RunTimeScales, is_dynamic, need_policy
+from ..kernels.choice import need_running
+from ..quantize.block_scales import FiniteBlockScales
+from ..quantize.format import BLOCK_SIZE
+from ..quantize.missing import Missing, RunTimeScales, is_dynamic, need_policy
 from .activation import SWIGLU, ExpertActivation
 from .declarations import Parameters, aliases, biases, parameters, scalars
 from .loader import ExpertLoader

@@ -8,9 +8,9 @@ from torch import nn
 
 from aliasparam import Derivation, Layout, registry_of
 
-from ..checkpoint_format import CheckpointFormat
+from ..checkpoint.format import CheckpointFormat
 from ..errors import BackendError
-from ..missing import Missing, is_dynamic
+from ..quantize.missing import Missing, is_dynamic
 from .declarations import formats, unread
 from .runners import MoERunner, MoEShape, moe_runner
 from .stored import Stored

@@ -50,11 +50,11 @@ from torch import Tensor
 
 from aliasparam import Derivation
 
-from ..checkpoint_format import MODELOPT, CheckpointFormat
+from ..checkpoint.format import MODELOPT, CheckpointFormat
 from ..errors import ScaleError
-from ..global_scale import EXPECTED, are_scales
-from ..missing import Missing as Missing
-from ..missing import completed, is_dynamic
+from ..quantize.global_scale import EXPECTED, are_scales
+from ..quantize.missing import Missing as Missing
+from ..quantize.missing import completed, is_dynamic
 from .activation import SWIGLU, ExpertActivation
 
 

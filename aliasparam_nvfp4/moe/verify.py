@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from aliasparam import reload
 
-from ..codec import quantize
 from ..errors import BackendError
-from ..verify import Verdict, signal_to_noise
+from ..linear.verify import Verdict, signal_to_noise
+from ..quantize.codec import quantize
 from .activation import RELU2, ExpertActivation
 from .emulate import layer_output
 from .method import NvFp4MoEMethod

@@ -9,7 +9,7 @@ import pytest
 
 from aliasparam import reload
 from aliasparam_nvfp4 import NvFp4LinearMethod
-from aliasparam_nvfp4.backends import LinearBackend, linear_backends
+from aliasparam_nvfp4.linear.backends import LinearBackend, linear_backends
 
 from .test_linear import Layer, tensors
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from aliasparam_nvfp4.codec import dequantize, quantize
+from aliasparam_nvfp4.quantize.codec import dequantize, quantize
 
 IDS = torch.arange(2, 26).view(2, 12)
 _SMALL: dict[str, Any] = {

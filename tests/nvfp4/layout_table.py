@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 
 from aliasparam import Layout, Reencoding
-from aliasparam_nvfp4.backends import linear_backends
 from aliasparam_nvfp4.layouts import lines
+from aliasparam_nvfp4.linear.backends import linear_backends
 from aliasparam_nvfp4.moe.layouts import MOE_LAYOUTS
 from aliasparam_nvfp4.moe.runners import moe_runners
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from aliasparam_nvfp4 import NvFp4MoEMethod
-from aliasparam_nvfp4.codec import dequantize, quantize, quantize_activation, scaled_codes
+from aliasparam_nvfp4.quantize.codec import dequantize, quantize, quantize_activation, scaled_codes
 
 SUFFIXES = ("weight", "weight_scale", "weight_scale_2", "input_scale")
 #: (E, H, I): aligned; SmolLM2's experts; ragged in everything.

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aliasparam_nvfp4.codec import dequantize, quantize_activation
 from aliasparam_nvfp4.demo._quiet import quiet
+from aliasparam_nvfp4.quantize.codec import dequantize, quantize_activation
 
 IDS = torch.arange(1, 25).view(2, 12)
 _COMMON: dict[str, Any] = {

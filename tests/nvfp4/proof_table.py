@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from aliasparam_nvfp4.backends import LinearBackend, linear_backends
+from aliasparam_nvfp4.linear.backends import LinearBackend, linear_backends
 from aliasparam_nvfp4.moe.activation import RELU2
 from aliasparam_nvfp4.moe.runners import MoERunner, moe_runners
 from aliasparam_nvfp4.moe.scales import InputScales

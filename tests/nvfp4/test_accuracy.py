@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from aliasparam_nvfp4.backends import linear_backends
-from aliasparam_nvfp4.verify import signal_to_noise
+from aliasparam_nvfp4.linear.backends import linear_backends
+from aliasparam_nvfp4.linear.verify import signal_to_noise
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("modelopt")

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from aliasparam import explain, reload
-from aliasparam_nvfp4 import NvFp4LinearMethod, emulate, retarget
-from aliasparam_nvfp4.backends import LinearBackend, LinearShape, linear_backends
+from aliasparam_nvfp4 import NvFp4LinearMethod, retarget
 from aliasparam_nvfp4.errors import BackendError, ShapeError
+from aliasparam_nvfp4.linear import emulate
+from aliasparam_nvfp4.linear.backends import LinearBackend, LinearShape, linear_backends
 
 from .backend_cases import BACKENDS, flashinfer, made
 from .proofs import proves
@@ -61,7 +62,7 @@ def test_the_call_binds_to_flashinfers_signature_and_passes_its_checks(
     monkeypatch.setattr(fi, "fp4_quantize", fp4_quantize)
     for name in ("mm_fp4", "mm_bf16_fp4"):
         monkeypatch.setattr(fi, name, recorder(name))
-    monkeypatch.setattr("aliasparam_nvfp4.linear._need_running", lambda backend, device: None)
+    monkeypatch.setattr("aliasparam_nvfp4.linear.method.need_running", lambda backend, device: None)
 
     out = layer(torch.randn(tokens, 2 * k, dtype=torch.bfloat16)[:, :k])
 

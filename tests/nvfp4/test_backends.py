@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from aliasparam import checkpoint_state_dict, reload
-from aliasparam_nvfp4 import NvFp4LinearMethod, emulate
-from aliasparam_nvfp4.backends import LinearBackend, linear_backends
-from aliasparam_nvfp4.codec import dequantize
+from aliasparam_nvfp4 import NvFp4LinearMethod
 from aliasparam_nvfp4.errors import ScaleError
 from aliasparam_nvfp4.layouts import mma_view, swizzle
+from aliasparam_nvfp4.linear import emulate
+from aliasparam_nvfp4.linear.backends import LinearBackend, linear_backends
+from aliasparam_nvfp4.quantize.codec import dequantize
 
 from .backend_cases import BACKENDS, CASES, RAGGED, SHAPES, flashinfer, made, takes
 from .ordered import ordered

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from aliasparam import checkpoint_state_dict
 from aliasparam_nvfp4.checkpoint import QuantConfig, UnsupportedFormatError
-from aliasparam_nvfp4.codec import dequantize, quantize_activation
-from aliasparam_nvfp4.verify import signal_to_noise
+from aliasparam_nvfp4.linear.verify import signal_to_noise
+from aliasparam_nvfp4.quantize.codec import dequantize, quantize_activation
 
 transformers = pytest.importorskip("transformers")
 from aliasparam_nvfp4.demo._quiet import quiet  # noqa: E402

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aliasparam_nvfp4.codec import (
+from aliasparam_nvfp4.errors import ShapeError
+from aliasparam_nvfp4.quantize.codec import (
     dequantize,
     pack_codes,
     quantize,
@@ -18,8 +19,7 @@ from aliasparam_nvfp4.codec import (
     scaled_codes,
     unpack_codes,
 )
-from aliasparam_nvfp4.errors import ShapeError
-from aliasparam_nvfp4.format import E2M1_VALUES
+from aliasparam_nvfp4.quantize.format import E2M1_VALUES
 
 SEEDS = st.integers(0, 1 << 20)
 

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from aliasparam import reload
 from aliasparam.testing import same_bytes
 from aliasparam_nvfp4 import NvFp4MoEMethod
-from aliasparam_nvfp4.codec import dequantize, quantize
 from aliasparam_nvfp4.errors import BackendError, ScaleError, ShapeError
+from aliasparam_nvfp4.linear.verify import signal_to_noise
 from aliasparam_nvfp4.moe import GPT_OSS, RELU2, ExpertActivation, retarget_experts
 from aliasparam_nvfp4.moe.emulate import layer_output
 from aliasparam_nvfp4.moe.runners import MoENames, moe_runners
-from aliasparam_nvfp4.verify import signal_to_noise
+from aliasparam_nvfp4.quantize.codec import dequantize, quantize
 
 transformers = pytest.importorskip("transformers")
 from aliasparam_nvfp4.integrations.transformers import reload_folder  # noqa: E402

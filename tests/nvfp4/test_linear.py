@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from aliasparam import checkpoint_state_dict, reload
 from aliasparam.errors import StaleKernelError, StateError
 from aliasparam_nvfp4 import NvFp4LinearMethod
-from aliasparam_nvfp4.backends import linear_backends
-from aliasparam_nvfp4.codec import dequantize, quantize, quantize_activation
 from aliasparam_nvfp4.errors import BackendError, ScaleError, ShapeError
+from aliasparam_nvfp4.linear.backends import linear_backends
+from aliasparam_nvfp4.quantize.codec import dequantize, quantize, quantize_activation
 
 SHAPES = [((576, 192, 192), 576), ((1536, 1536), 576), ((576,), 1536), ((128, 128), 64), ((40,), 48), ((17, 5), 16)]
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from aliasparam import reload
 from aliasparam_nvfp4 import COMPRESSED_TENSORS, NvFp4LinearMethod
-from aliasparam_nvfp4.backends import KernelNames, LinearBackend, LinearShape, linear_backends
 from aliasparam_nvfp4.errors import ScaleError, ShapeError
+from aliasparam_nvfp4.linear.backends import KernelNames, LinearBackend, LinearShape, linear_backends
 
 from .test_linear import Layer, tensors
 
@@ -50,7 +50,7 @@ def test_activations_that_are_no_floats_are_refused(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("backend", list(linear_backends().values()), ids=lambda b: b.name)
 def test_every_backend_refuses_what_it_does_not_take(backend: LinearBackend, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("aliasparam_nvfp4.linear._need_running", lambda backend, device: None)
+    monkeypatch.setattr("aliasparam_nvfp4.linear.method.need_running", lambda backend, device: None)
     layer = Layer(NvFp4LinearMethod(backend.name), (64,), 64)
     with reload(layer) as session:
         session.load(tensors((64,), 64))

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from aliasparam import checkpoint_state_dict
-from aliasparam_nvfp4.verify import signal_to_noise
+from aliasparam_nvfp4.linear.verify import signal_to_noise
 
 transformers = pytest.importorskip("transformers")
 from aliasparam_nvfp4.integrations.transformers import Experts, answer, load_model, logits, reload_folder  # noqa: E402

@@ -10,15 +10,15 @@ from torch import Tensor, nn
 
 from aliasparam import process, registry_of, reload
 from aliasparam_nvfp4 import NvFp4LinearMethod, NvFp4MoEMethod, retarget
-from aliasparam_nvfp4.backends import linear_backends
-from aliasparam_nvfp4.checkpoint_format import COMPRESSED_TENSORS, MODELOPT, CheckpointFormat
-from aliasparam_nvfp4.codec import dequantize, quantize_activation, scaled_codes
-from aliasparam_nvfp4.emulate import linear as emulated
+from aliasparam_nvfp4.checkpoint.format import COMPRESSED_TENSORS, MODELOPT, CheckpointFormat
 from aliasparam_nvfp4.errors import BackendError, ScaleError
+from aliasparam_nvfp4.linear.backends import linear_backends
+from aliasparam_nvfp4.linear.emulate import linear as emulated
+from aliasparam_nvfp4.linear.verify import random_weights, signal_to_noise
 from aliasparam_nvfp4.moe import retarget_experts
 from aliasparam_nvfp4.moe.emulate import layer_output
 from aliasparam_nvfp4.moe.runners import MoENames, moe_runners
-from aliasparam_nvfp4.verify import random_weights, signal_to_noise
+from aliasparam_nvfp4.quantize.codec import dequantize, quantize_activation, scaled_codes
 
 from .interpreter import interpreted
 from .moe_layers import SHAPES, checkpoint, choices, load

@@ -13,15 +13,15 @@ from torch import Tensor
 from aliasparam import TensorSpec
 from aliasparam.testing import check_method
 from aliasparam_nvfp4 import NvFp4MoEMethod
-from aliasparam_nvfp4.codec import dequantize, scaled_codes
 from aliasparam_nvfp4.errors import BackendError
+from aliasparam_nvfp4.linear.verify import signal_to_noise
 from aliasparam_nvfp4.moe.activation import RELU2, ExpertActivation
 from aliasparam_nvfp4.moe.emulate import layer_output
 from aliasparam_nvfp4.moe.emulate import weights as emulated
 from aliasparam_nvfp4.moe.runners import moe_runner
 from aliasparam_nvfp4.moe.runners._base import MoERunner
 from aliasparam_nvfp4.moe.scales import InputScales
-from aliasparam_nvfp4.verify import signal_to_noise
+from aliasparam_nvfp4.quantize.codec import dequantize, scaled_codes
 
 from .moe_experts import ACTIVATIONS, OAI, Dims, Experts, rows_of, serving, stored
 from .moe_layers import SHAPES, SUFFIXES, Checkpoint, choices, load

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from aliasparam_nvfp4.codec import quantize_activation, scaled_codes
+from aliasparam_nvfp4.linear.verify import signal_to_noise
 from aliasparam_nvfp4.moe.activation import ExpertActivation
 from aliasparam_nvfp4.moe.runners import MoEShape, moe_runner
-from aliasparam_nvfp4.verify import signal_to_noise
+from aliasparam_nvfp4.quantize.codec import quantize_activation, scaled_codes
 
 from .moe_layers import SHAPES, MoE, checkpoint, choices, dense, load
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from aliasparam_nvfp4.codec import scaled_codes
+from aliasparam_nvfp4.linear.verify import signal_to_noise
 from aliasparam_nvfp4.moe.runners import MoEShape, _cutile, moe_runner
 from aliasparam_nvfp4.moe.runners._base import own_choices
 from aliasparam_nvfp4.moe.runners._cutile import CuTile
-from aliasparam_nvfp4.verify import signal_to_noise
+from aliasparam_nvfp4.quantize.codec import scaled_codes
 
 from .moe_layers import SHAPES, MoE, checkpoint, choices, dense, load, load_whole, stacked
 

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from aliasparam import checkpoint_state_dict, memory_report, process, registry_of, reload
 from aliasparam.errors import ReloadError
-from aliasparam_nvfp4.checks import STEP_BYTES
 from aliasparam_nvfp4.errors import ScaleError
 from aliasparam_nvfp4.moe.activation import ExpertActivation
 from aliasparam_nvfp4.moe.declarations import formats
 from aliasparam_nvfp4.moe.runners import moe_runner
 from aliasparam_nvfp4.moe.scales import SwigluNumbers
 from aliasparam_nvfp4.moe.stored import ROWS
+from aliasparam_nvfp4.quantize.block_scales import STEP_BYTES
 
 from ..aliasparam.peak import peak_bytes
 from .moe_experts import ACTIVATIONS, OAI, RUNNERS, Dims, Experts, pointers, rows_of, serving, stored

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from aliasparam_nvfp4.codec import quantize_activation, scaled_codes
+from aliasparam_nvfp4.linear.verify import signal_to_noise
 from aliasparam_nvfp4.moe.activation import SWIGLU
 from aliasparam_nvfp4.moe.emulate import layer_output, weights
 from aliasparam_nvfp4.moe.runners import moe_runner, moe_runners
 from aliasparam_nvfp4.moe.scales import InputScales
-from aliasparam_nvfp4.verify import signal_to_noise
+from aliasparam_nvfp4.quantize.codec import quantize_activation, scaled_codes
 
 from .moe_layers import SHAPES, MoE, checkpoint, choices, dense, load, load_whole, stacked
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from aliasparam_nvfp4.backends import LinearBackend, linear_backends
+from aliasparam_nvfp4.linear.backends import LinearBackend, linear_backends
 
 from . import proofs
 from .proof_table import DOCS, LINEAR_RAN, proofs_of, render

@@ -16,7 +16,7 @@ from aliasparam.reload.delta_writer import diff
 from aliasparam.reload.errors import DeltaError
 from aliasparam.reload.sources import SafetensorsFolder
 from aliasparam_nvfp4.checkpoint import CheckpointError
-from aliasparam_nvfp4.verify import signal_to_noise
+from aliasparam_nvfp4.linear.verify import signal_to_noise
 
 transformers = pytest.importorskip("transformers")
 from aliasparam_nvfp4.integrations.transformers import apply_delta_folder, reload_folder, use_backend  # noqa: E402

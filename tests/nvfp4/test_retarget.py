@@ -8,8 +8,8 @@ import torch
 from aliasparam import explain, memory_report
 from aliasparam.errors import PointerError
 from aliasparam_nvfp4 import retarget
-from aliasparam_nvfp4.backends import linear_backends
 from aliasparam_nvfp4.errors import BackendError, ShapeError
+from aliasparam_nvfp4.linear.backends import linear_backends
 
 from .backend_cases import BACKENDS, made
 

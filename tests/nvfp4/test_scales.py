@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aliasparam_nvfp4.errors import ScaleError
-from aliasparam_nvfp4.scales import first_nan, need_block_scales
+from aliasparam_nvfp4.quantize.block_scales import first_nan, need_block_scales
 
 CODES = st.lists(st.one_of(st.integers(0, 255), st.sampled_from([0x7F, 0xFF, 0x7E, 0xFE, 0x80, 0])), max_size=40)
 

@@ -17,9 +17,9 @@ from torch import Tensor
 from aliasparam import checkpoint_state_dict, process
 from aliasparam.errors import AliasError, StaleKernelError
 from aliasparam_nvfp4.checkpoint import CheckpointError, UnsupportedFormatError
-from aliasparam_nvfp4.codec import quantize
 from aliasparam_nvfp4.demo.run import addresses, fingerprints
 from aliasparam_nvfp4.errors import BackendError, ScaleError
+from aliasparam_nvfp4.quantize.codec import quantize
 
 transformers = pytest.importorskip("transformers")
 from aliasparam_nvfp4.integrations.transformers import answer, load_model, logits, reload_folder, use_backend  # noqa: E402
@@ -265,7 +265,7 @@ def test_real_files_hold_what_modelopt_dequantizes(checkpoints: tuple[Path, Path
     """The fused, swizzled bytes that the kernel reads, against ModelOpt's own dequantization of the file."""
     from modelopt.torch.quantization.qtensor.nvfp4_tensor import NVFP4QTensor
 
-    from aliasparam_nvfp4.reference import kernel_weight
+    from aliasparam_nvfp4.linear.reference import kernel_weight
 
     model, _ = load_model(checkpoints[0], "reference")
     files = load_file(checkpoints[0] / "model.safetensors")

@@ -19,8 +19,8 @@ from aliasparam.errors import AliasError, StaleKernelError
 from aliasparam_nvfp4.checkpoint import CheckpointError, UnsupportedFormatError
 from aliasparam_nvfp4.demo.run import addresses, fingerprints
 from aliasparam_nvfp4.errors import BackendError, ScaleError
+from aliasparam_nvfp4.linear.verify import signal_to_noise
 from aliasparam_nvfp4.moe import retarget_experts
-from aliasparam_nvfp4.verify import signal_to_noise
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("modelopt")

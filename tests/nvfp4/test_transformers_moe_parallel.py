@@ -22,8 +22,8 @@ from aliasparam.errors import AliasError
 from aliasparam.reload.delta_writer import diff
 from aliasparam.reload.sources import SafetensorsFolder
 from aliasparam_nvfp4.checkpoint import CheckpointError, CheckpointFolder, ExpertTensorName
+from aliasparam_nvfp4.linear.verify import signal_to_noise
 from aliasparam_nvfp4.moe import ExpertRanks
-from aliasparam_nvfp4.verify import signal_to_noise
 
 from .moe_models import IDS, by_modelopt, logits
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from aliasparam_nvfp4 import emulate
-from aliasparam_nvfp4.backends import linear_backends
-from aliasparam_nvfp4.codec import pack_codes
+from aliasparam_nvfp4.linear import emulate
+from aliasparam_nvfp4.linear.backends import linear_backends
+from aliasparam_nvfp4.quantize.codec import pack_codes
 
 from .interpreter import interpreted
 from .ordered import ordered

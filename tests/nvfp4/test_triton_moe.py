@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from aliasparam_nvfp4.verify import signal_to_noise
+from aliasparam_nvfp4.linear.verify import signal_to_noise
 
 from .interpreter import interpreted
 from .moe_layers import SHAPES, MoE, checkpoint, choices, dense, load

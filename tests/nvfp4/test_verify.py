@@ -6,10 +6,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from aliasparam_nvfp4 import verify
-from aliasparam_nvfp4.backends import linear_backends
 from aliasparam_nvfp4.cli.app import app
 from aliasparam_nvfp4.errors import BackendError
+from aliasparam_nvfp4.linear import verify
+from aliasparam_nvfp4.linear.backends import linear_backends
 
 
 @pytest.fixture(autouse=True)

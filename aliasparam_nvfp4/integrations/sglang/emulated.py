@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from aliasparam import registry_of
 
-from ... import emulate
-from ...backends import KernelNames, LinearBackend, LinearShape
-from ...codec import quantize_activation, scaled_codes
-from ...emulated import emulated_runner
+from ...linear import emulate
+from ...linear.backends import KernelNames, LinearBackend, LinearShape
 from ...moe.runners import MoERunner
+from ...quantize.codec import quantize_activation, scaled_codes
+from ..emulated import emulated_runner
 
 _CPU = torch.device("cpu")
 _logger = logging.getLogger(__name__)

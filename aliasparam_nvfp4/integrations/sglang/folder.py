@@ -14,8 +14,8 @@ from aliasparam import TensorSpec
 
 from ...checkpoint import CheckpointError, CheckpointFolder
 from ...errors import ScaleError
-from ...global_scale import EXPECTED, are_scales
-from ...scales import need_block_scales
+from ...quantize.block_scales import need_block_scales
+from ...quantize.global_scale import EXPECTED, are_scales
 from .served import same
 
 #: Entries of config.json that decide what tensors mean.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ...missing import Missing
 from ...moe import ExpertRanks
+from ...quantize.missing import Missing
 
 
 @dataclass(frozen=True)

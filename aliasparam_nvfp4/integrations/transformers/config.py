@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoTokenizer
 from aliasparam.errors import AliasError
 
 from ...checkpoint import CheckpointError, CheckpointFolder, QuantConfig
+from ...checkpoint.format import COMPRESSED_TENSORS
 from ...checkpoint.layer_count import need_layers
-from ...checkpoint_format import COMPRESSED_TENSORS
 
 
 @contextmanager

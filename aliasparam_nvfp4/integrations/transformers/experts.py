@@ -19,8 +19,8 @@ from aliasparam import Alias, AliasRegistry, declare, registry_of
 
 from ...checkpoint import CheckpointFolder, ExpertTensors, TensorEntry, UnsupportedFormatError
 from ...checkpoint.experts import ExpertKey
+from ...checkpoint.format import CheckpointFormat
 from ...checkpoint.scheme import Scheme
-from ...checkpoint_format import CheckpointFormat
 from ...moe import ExpertActivation, NvFp4MoEMethod
 from ...moe.folder import SHARDS, ExpertSource, expert_source, expert_specs, load_from
 from .activation import by_columns, expert_activation

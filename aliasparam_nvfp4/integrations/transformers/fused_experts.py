@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from aliasparam import registry_of
 
 from ...checkpoint import CheckpointFolder, TensorEntry, UnsupportedFormatError
+from ...checkpoint.format import MODELOPT, CheckpointFormat
 from ...checkpoint.scheme import Scheme
-from ...checkpoint_format import MODELOPT, CheckpointFormat
-from ...global_scale import need_stored_scales
-from ...missing import is_dynamic
 from ...moe import GPT_OSS, ExpertActivation, NvFp4MoEMethod
 from ...moe.declarations import parameters
 from ...moe.runners import MoEShape
+from ...quantize.global_scale import need_stored_scales
+from ...quantize.missing import is_dynamic
 from .choice import ExpertChoice
 from .unwrap import plain_name
 

@@ -11,7 +11,7 @@ from aliasparam import TensorSpec
 
 from ...checkpoint import CheckpointError, QuantConfig, UnsupportedFormatError
 from ...checkpoint.scheme import Scheme
-from ...missing import Missing, is_dynamic
+from ...quantize.missing import Missing, is_dynamic
 from .fp8 import Fp8Linear
 from .modules import Projection, ProjectionKind
 from .source import Source

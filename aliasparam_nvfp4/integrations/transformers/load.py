@@ -11,10 +11,10 @@ from torch import Tensor
 
 from aliasparam.errors import AliasError
 
-from ...backends import linear_backend
 from ...checkpoint import CheckpointFolder, QuantConfig
-from ...missing import Missing
+from ...linear.backends import linear_backend
 from ...moe.runners import moe_runner
+from ...quantize.missing import Missing
 from .config import model_config, readable, tokenizer_of
 from .quantizer import compressed_tensors_here, use_backend
 

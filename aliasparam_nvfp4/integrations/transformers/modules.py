@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ...checkpoint.format import MODELOPT, CheckpointFormat
 from ...checkpoint.scheme import NVFP4, Scheme
-from ...checkpoint_format import MODELOPT, CheckpointFormat
-from ...format import BLOCK_SIZE
 from ...linear import NvFp4LinearMethod
-from ...missing import Missing
+from ...quantize.format import BLOCK_SIZE
+from ...quantize.missing import Missing
 from .shared_call import partition
 
 

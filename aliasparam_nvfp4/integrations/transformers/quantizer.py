@@ -24,11 +24,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from aliasparam import checkpoint_state_dict, process
 
-from ...backends import linear_backend
 from ...checkpoint import QuantConfig
-from ...missing import Missing, need_policy
+from ...linear.backends import linear_backend
 from ...moe import ExpertRanks
 from ...moe.runners import moe_runner
+from ...quantize.missing import Missing, need_policy
 from .carried import carry
 from .experts import ExpertChoice, Experts, replace_experts, show_apart
 from .fuse import fuse_projections

@@ -18,8 +18,9 @@ from aliasparam.reload.policies import PolicyName
 
 from ...checkpoint import WHOLE, CheckpointError, CheckpointFolder, check_tensors, expert_layers
 from ...errors import ScaleError
-from ...global_scale import need_stored_scales
-from ...scales import GlobalScales, need_block_scales
+from ...linear.scales import GlobalScales
+from ...quantize.block_scales import need_block_scales
+from ...quantize.global_scale import need_stored_scales
 from .config_match import check_config, check_schemes
 from .conversions import Conversion
 from .dropped import dropping_rule

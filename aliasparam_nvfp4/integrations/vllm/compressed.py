@@ -16,7 +16,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 )
 from vllm.model_executor.layers.quantization.compressed_tensors.schemes import CompressedTensorsScheme
 
-from ...checkpoint_format import COMPRESSED_TENSORS
+from ...checkpoint.format import COMPRESSED_TENSORS
 from ...errors import BackendError
 from .experts import ModelOptNvFp4Experts
 from .linear import NvFp4Linear

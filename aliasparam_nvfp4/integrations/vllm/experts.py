@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.quantization import modelopt
 
-from ...checkpoint_format import MODELOPT
+from ...checkpoint.format import MODELOPT
 from ...errors import BackendError, ShapeError
 from ...moe import NvFp4MoEMethod
 from ...moe.activation import GEGLU, RELU2, SWIGLU, ExpertActivation

@@ -16,9 +16,9 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import LinearMethodBase
 from vllm.model_executor.layers.quantization import modelopt
 
-from ...checkpoint_format import MODELOPT, CheckpointFormat
-from ...emulated import emulate_on_cpu
+from ...checkpoint.format import MODELOPT, CheckpointFormat
 from ...linear import NvFp4LinearMethod
+from ..emulated import emulate_on_cpu
 from .options import options
 
 logger = init_logger("vllm.aliasparam_nvfp4")

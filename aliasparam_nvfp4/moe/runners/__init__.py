@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from ...choice import choose
 from ...errors import BackendError
+from ...kernels.choice import choose
 from ..activation import SWIGLU, ExpertActivation
 from ._base import MoENames as MoENames
 from ._base import MoERunner as MoERunner

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ...checkpoint_format import MODELOPT, CheckpointFormat
+from ...checkpoint.format import MODELOPT, CheckpointFormat
 from ...errors import BackendError
-from ...format import BLOCK_SIZE
-from ...missing import RunTimeScales
+from ...quantize.format import BLOCK_SIZE
+from ...quantize.missing import RunTimeScales
 from ..activation import SWIGLU, ExpertActivation
 from ..layouts import MoELayout
 from ..routing import Routing

@@ -11,8 +11,8 @@ import sys
 import torch
 from torch import Tensor
 
-from ...format import BLOCK_SIZE
 from ...layouts import mma_view
+from ...quantize.format import BLOCK_SIZE
 from ..layouts import UP_GATE_256
 from ..scales import InputScales, SwigluNumbers
 from ._base import MoENames, MoERunner, MoEShape, own_choices, padded_input

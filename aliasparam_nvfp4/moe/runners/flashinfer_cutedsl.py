@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...format import BLOCK_SIZE
 from ...layouts import mma_view
+from ...quantize.format import BLOCK_SIZE
 from ..activation import ExpertActivation
 from ..layouts import INTERLEAVED
 from ..scales import SwigluNumbers

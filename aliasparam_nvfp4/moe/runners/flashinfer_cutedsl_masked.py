@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...format import BLOCK_SIZE
 from ...layouts import mma_view
+from ...quantize.format import BLOCK_SIZE
 from ..layouts import GATE_UP
 from ..scales import InputScales
 from ._base import MoENames, MoERunner, MoEShape, padded_input

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...codec import quantize_activation, scaled_codes
-from ...missing import RunTimeScales
+from ...quantize.codec import quantize_activation, scaled_codes
+from ...quantize.missing import RunTimeScales
 from ..layouts import CHECKPOINT
 from ..scales import SwigluNumbers
 from ._base import MoENames, MoERunner, MoEShape

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...backends.triton import kernel_input, no_triton
+from ...linear.backends.triton import kernel_input, no_triton
 from ..layouts import GATE_UP
 from ..scales import InputScales, SwigluNumbers
 from ._base import MoENames, MoERunner, MoEShape

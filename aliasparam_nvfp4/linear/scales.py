@@ -12,55 +12,14 @@ and not at all where the ratio is a power of two. Engines take the largest and l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .errors import ScaleError
-from .global_scale import EXPECTED, are_scales
-from .missing import Missing, completed, is_dynamic
-
-
-def need_block_scales(block_scale: Tensor, name: str = "weight_scale", *, signed: bool = True) -> None:
-    """Raise ScaleError where a block scale (e4m3, any shape) is NaN, or negative for a kernel format that has no sign."""
-    codes = block_scale.view(torch.uint8)
-    if first_nan([codes]) is not None:
-        raise ScaleError(
-            "block scales are NaN",
-            name=name,
-            expected="finite e4m3 values",
-            found="NaN, as ModelOpt writes for a tensor of zeros",
-            remedy="Exclude this module from quantization and export again.",
-        )
-    if not signed and codes.numel() and (negative := int((codes > 0x80).sum())):  # -0 is none
-        raise ScaleError(
-            "block scales are negative, and this kernel format has no sign",
-            name=name,
-            expected="scales which are 0 or positive",
-            found=f"{negative} negative ones",
-            remedy="Use another backend, or export the checkpoint with positive scales.",
-        )
-
-
-def first_nan(pieces: Sequence[Tensor]) -> tuple[int, int] | None:
-    """(index of the piece, element in it) of the first NaN among e4m3 codes (u8); None where there is none.
-
-    As int8 the two NaNs are 127, which is the largest value, and -1: only pieces with that largest value, or with signs, are
-    looked at twice. Two reductions without a temporary, and one transfer from the device, whatever the number of pieces.
-    """
-    ends = [torch.stack(torch.aminmax(piece.view(torch.int8))) for piece in pieces if piece.numel()]
-    if not ends:
-        return None
-    found = iter(torch.stack(ends).tolist())
-    for index, piece in enumerate(pieces):
-        low, high = next(found) if piece.numel() else (0, 0)
-        if low < 0 or high == 0x7F:
-            nan = (piece.reshape(-1) & 0x7F).view(torch.int8) == 0x7F
-            if bool(nan.any()):
-                return index, int(nan.view(torch.uint8).argmax())
-    return None
+from ..errors import ScaleError
+from ..quantize.global_scale import EXPECTED, are_scales
+from ..quantize.missing import Missing, completed, is_dynamic
 
 
 @dataclass(frozen=True)

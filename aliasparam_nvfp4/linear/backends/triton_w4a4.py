@@ -22,8 +22,8 @@ class TritonW4A4(Triton):
     rank = -1
 
     def apply(self, layer: KernelNames, x: Tensor, shape: LinearShape) -> Tensor:
-        from ..codec import quantize_activation, scaled_codes
-        from ..kernels.triton_linear import linear
+        from ...kernels.triton_linear import linear
+        from ...quantize.codec import quantize_activation, scaled_codes
 
         inverse, alpha = quantizer_scales(layer, x)
         codes = scaled_codes(*quantize_activation(kernel_input(x), inverse))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..format import BLOCK_SIZE
-from ..layouts import mma_view
+from ...layouts import mma_view
+from ...quantize.format import BLOCK_SIZE
 from ._base import KernelNames, LinearShape
 from ._layouts import SWIZZLED
 from ._mm_bf16_fp4 import MmBf16Fp4

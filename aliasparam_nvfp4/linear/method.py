@@ -8,18 +8,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from aliasparam import Alias, AliasRegistry, Declaration, Derivation, Layout, Reencoding, declare, registry_of
-from aliasparam.errors import PointerError, StateError
-from aliasparam.module.verdict import plan_storage
+from aliasparam import Alias, AliasRegistry, Declaration, Derivation, declare, registry_of
+from aliasparam.errors import StateError
 
-from .availability import need_running as _need_running
+from ..checkpoint.format import MODELOPT, CheckpointFormat
+from ..errors import ShapeError
+from ..kernels.choice import need_running
+from ..quantize.block_scales import FiniteBlockScales
+from ..quantize.format import BLOCK_SIZE
+from ..quantize.missing import Missing, RunTimeScales, is_dynamic, need_policy
 from .backends import KernelNames, LinearBackend, LinearLayout, LinearShape, chosen, linear_backend
-from .checkpoint_format import MODELOPT, CheckpointFormat
-from .checks import FiniteBlockScales
-from .errors import BackendError, ShapeError
-from .format import BLOCK_SIZE
 from .loaders import load_partition
-from .missing import Missing, RunTimeScales, is_dynamic, need_policy
 from .scales import GlobalScales, PartitionRatios
 
 
@@ -180,7 +179,7 @@ class NvFp4LinearMethod:
             raise ShapeError(
                 "the input does not fit", module=type(layer).__name__, expected=f"[..., {shape.k}]", found=list(x.shape)
             )
-        _need_running(backend, x.device)
+        need_running(backend, x.device)
         backend.check_dtype(x.dtype)
         rows = x.reshape(-1, shape.k)
         if rows.shape[0] == 0:
@@ -201,70 +200,6 @@ class NvFp4LinearMethod:
             out = (out * layer.get_buffer("output_scale")).to(out.dtype)  # float32 in between
         out = out.reshape(*x.shape[:-1], shape.n)
         return out if bias is None else out + bias.to(out.dtype)
-
-
-def retarget(module: nn.Module, backend: str) -> int:
-    """Move every NVFP4 linear layer under ``module`` to the kernel format of another backend, in place; returns how many.
-
-    By blocks that both orders keep together: no reload, no second copy, the same addresses. Between backends of
-    one format (cutlass, cudnn, cute-dsl, b12x, triton) nothing moves.
-
-    Raises:
-        BackendError: no such backend, one that needs activation scales the checkpoint does not have, or a format that cannot be
-            had in place. Nothing was moved.
-        ShapeError: dims that the backend cannot take. Nothing was moved.
-        PointerError: the new format needs more padding than a layer has room for (see ``retarget_to``). Nothing was moved.
-    """
-    target = linear_backend(backend)
-    layers = [(path, m) for path, m in module.named_modules() if m.__dict__.get("nvfp4_backend", target) is not target]
-    moves = [(registry, _new_formats(path, registry, target)) for path, m in layers if (registry := registry_of(m)) is not None]
-    for registry, formats in moves:
-        if formats:
-            loaded = not registry.stale_names()
-            registry.retarget(formats)
-            if loaded:
-                registry.process()
-        registry.module.__dict__["nvfp4_backend"] = target
-        registry.about = f"{target.name}: moved by retarget"
-    return len(moves)
-
-
-def _new_formats(path: str, registry: AliasRegistry, target: LinearBackend) -> dict[str, Layout]:
-    """Checkpoint name to the kernel format that it must be brought to; raises where that cannot be."""
-    state, layout, where = registry.module.__dict__, target.layout, path or registry.label
-    try:
-        target.check_scales(input_scale="input_scale_inv" in registry.derived, dynamic=state["run_time_scales"] is not None)
-    except BackendError as error:
-        raise error.located(module=where) from None
-    target.check_shape(state["nvfp4_shape"])
-    if state["nvfp4_backend"].layout is layout:
-        return {}
-    formats = {"weight_prepared": layout.weight, "weight_scale_interleaved": layout.weight_scale}
-    orders = {name: order for name, order in formats.items() if not isinstance(order, Reencoding)}
-    wanted = {s.name: orders[s.derived] for s in registry.sources.values() if s.derived in orders}
-    copies = sorted(formats.keys() - {s.derived for s in registry.sources.values() if s.derived in orders})
-    if copies:
-        raise BackendError(
-            "one of the two formats re-encodes values and has memory of its own, so the layer cannot change in place",
-            module=where,
-            name=target.name,
-            expected="formats that are orders of the checkpoint's bytes",
-            found=f"{', '.join(copies)} from {state['nvfp4_backend'].layout.name} to {layout.name}",
-            remedy="Create the layer with the backend it shall have.",
-        )
-    for name, order in wanted.items():
-        plan, old = plan_storage(registry.sources[name].plan.source, order), registry.sources[name].plan
-        if plan.capacity > old.capacity:
-            raise PointerError(
-                "this backend's format needs more padding than the layer has room for",
-                module=where,
-                name=name,
-                expected=f"at most {old.nbytes} bytes",
-                found=f"{plan.nbytes} bytes ({plan.kernel}) for {target.name}",
-                remedy=f'Plan room when the layer is made: retarget_to=("{target.name}",) of NvFp4LinearMethod, use_backend or '
-                "load_model.",
-            )
-    return wanted
 
 
 def _end_of_load(registry: AliasRegistry) -> None:

@@ -3,7 +3,7 @@ weights as they are and the 128x4-swizzled scales, where ``cute-dsl`` wants both
 
 from __future__ import annotations
 
-from ..errors import ShapeError
+from ...errors import ShapeError
 from ._base import LinearShape
 from ._layouts import SWIZZLED
 from ._mm_bf16_fp4 import MmBf16Fp4

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from aliasparam import Layout, Reencoding
 
-from ..errors import BackendError, ShapeError
-from ..missing import RunTimeScales
+from ...errors import BackendError, ShapeError
+from ...quantize.missing import RunTimeScales
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from functools import cache
 
 import torch
 
-from ..choice import choose
-from ..errors import BackendError, ShapeError
+from ...errors import BackendError, ShapeError
+from ...kernels.choice import choose
 from ._base import KernelNames as KernelNames
 from ._base import LinearBackend as LinearBackend
 from ._base import LinearLayout as LinearLayout

@@ -22,7 +22,7 @@ class Reference(LinearBackend):
     dynamic_scales = True
     dtypes = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
     rank = 0
-    call = "aliasparam_nvfp4.reference"
+    call = "aliasparam_nvfp4.linear.reference"
 
     def apply(self, layer: KernelNames, x: Tensor, shape: LinearShape) -> Tensor:
         weight, scales = layer.weight_prepared, layer.weight_scale_interleaved

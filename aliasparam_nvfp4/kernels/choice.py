@@ -1,4 +1,4 @@
-"""Choosing a linear backend or an MoE runner by name, or the best that fits."""
+"""Choosing a linear backend or an MoE runner by name, or the best that fits; and whether it runs on a device."""
 
 from __future__ import annotations
 
@@ -7,8 +7,16 @@ from typing import Protocol, TypeVar
 
 import torch
 
-from .availability import Runnable
-from .errors import BackendError
+from ..errors import BackendError
+
+
+class Runnable(Protocol):
+    """A linear backend or an MoE runner."""
+
+    name: str
+
+    def unavailable(self, device: torch.device) -> str | None:
+        """Why it cannot run on ``device``, or None where it can."""
 
 
 class Ranked(Runnable, Protocol):
@@ -56,3 +64,18 @@ def _called(device: torch.device) -> str:
     if device.type != "cuda":
         return f"the {device.type.upper()}"
     return "compute capability {}.{}".format(*torch.cuda.get_device_capability(device))
+
+
+#: Found out once, because every forward asks.
+_reasons: dict[tuple[Runnable, torch.device], str | None] = {}
+
+
+def need_running(runnable: Runnable, device: torch.device, what: str = "backend") -> None:
+    """Raise BackendError where ``runnable`` (called ``what`` in the message) cannot run on ``device``."""
+    key = (runnable, device)
+    if key not in _reasons:
+        _reasons[key] = runnable.unavailable(device)
+    if (reason := _reasons[key]) is not None:
+        raise BackendError(
+            f"this {what} cannot run here", name=runnable.name, found=reason, remedy='Use backend="reference" or "auto".'
+        )

@@ -13,7 +13,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from .errors import ScaleError
+from ..errors import ScaleError
 from .format import E2M1_MAX, E4M3_MAX
 from .global_scale import are_scales
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .errors import ScaleError
+from ..errors import ScaleError
 
 EXPECTED = "finite, > 0, and so its reciprocal"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from aliasparam import Layout
 
-from ..layouts import S0E5M3, lines
+from ...layouts import S0E5M3, lines
 from ._base import LinearLayout
 
 _SAME = Layout.identity(2)

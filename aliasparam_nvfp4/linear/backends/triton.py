@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import ShapeError
+from ...errors import ShapeError
 from ._base import KernelNames, LinearBackend, LinearShape
 from ._layouts import PLAIN
 
@@ -24,7 +24,7 @@ class Triton(LinearBackend):
         return super().unavailable(device) or no_triton(device)
 
     def apply(self, layer: KernelNames, x: Tensor, shape: LinearShape) -> Tensor:
-        from ..kernels.triton_linear import linear
+        from ...kernels.triton_linear import linear
 
         return linear(
             kernel_input(x),

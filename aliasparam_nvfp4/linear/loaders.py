@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .errors import ShapeError
+from ..errors import ShapeError
 
 _SHARD_INDEX = {"q": 0, "k": 1, "v": 2}
 

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from aliasparam import reload
 
+from ..errors import BackendError, ShapeError
+from ..quantize.codec import quantize
 from . import emulate
 from .backends import LinearShape, linear_backend
-from .codec import quantize
-from .errors import BackendError, ShapeError
-from .linear import NvFp4LinearMethod
+from .method import NvFp4LinearMethod
 
 #: (what, partitions, K): SmolLM2-135M, Qwen3-30B-A3B, Kimi-K2.5, and dims that need padding.
 SHAPES: tuple[tuple[str, tuple[int, ...], int], ...] = (

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .codec import quantize_activation, scaled_codes
-from .format import BLOCK_SIZE
-from .layouts.mma_view import unswizzled
+from ..layouts.mma_view import unswizzled
+from ..quantize.codec import quantize_activation, scaled_codes
+from ..quantize.format import BLOCK_SIZE
 
 
 def linear_from_kernel_format(

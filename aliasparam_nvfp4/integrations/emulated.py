@@ -11,10 +11,10 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from . import emulate
-from .backends import KernelNames, LinearBackend, LinearShape
-from .moe import emulate as moe_emulate
-from .moe.runners import MoENames, MoERunner, MoEShape
+from ..linear import emulate
+from ..linear.backends import KernelNames, LinearBackend, LinearShape
+from ..moe import emulate as moe_emulate
+from ..moe.runners import MoENames, MoERunner, MoEShape
 
 
 class EmulatedBackend(LinearBackend):

@@ -11,8 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .codec import quantize_activation, scaled_codes
-from .format import BLOCK_SIZE, E2M1_VALUES
+from ..quantize.codec import quantize_activation, scaled_codes
+from ..quantize.format import BLOCK_SIZE, E2M1_VALUES
 
 Reader = Callable[[Tensor, Tensor, int, int], Tensor]
 
@@ -23,7 +23,7 @@ def linear(
     """``[M, K] -> [M, n]`` float64 from kernel bytes.
 
     Args:
-        layout: name of a :class:`~aliasparam_nvfp4.backends.LinearLayout`.
+        layout: name of a :class:`~aliasparam_nvfp4.linear.backends.LinearLayout`.
         x: activations ``[M, K]``.
         weight: the kernel name of the weight.
         scales: the kernel name of its block scales.

@@ -1,0 +1,1 @@
+"""NVFP4 numbers: codes, block scales, global scales."""
