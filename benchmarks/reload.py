@@ -101,6 +101,7 @@ class Bench(Meter):
         rows += self.peers(model, values)
         self.show("Source and policy", rows)
         self.one_percent(model, values["b"])
+        self.pinned_rate(model)
         self.disk(model, {"a": a, "b": b})
         self.digest(model)
 
@@ -129,6 +130,23 @@ class Bench(Meter):
         some = self.seconds(lambda: self._reload(model, part, scope=scope))
         share = few / len(model.layers)
         self.say("part of the tensors", f"{share:.2%} cost {some / total:.2%} of all", share=share, seconds=some, whole=total)
+
+    def pinned_rate(self, model: Model) -> None:
+        """The pass of a staged commit beside copies of pinned memory, piece by piece: of this model, and of one of experts."""
+        if not self.cuda:
+            return
+        experts = self.model(self.options.table_gib, experts=True)
+        landing = torch.empty(64 * _MIB, dtype=torch.uint8, device=self.device)
+        pinned = torch.empty(64 * _MIB, dtype=torch.uint8, pin_memory=True)
+        copy = self.seconds(lambda: [landing.copy_(pinned, non_blocking=True) for _ in range(32)]) / 32 / 64 / _MIB
+        for kind, one in (("dense layers", model), ("experts", experts)):
+            values = dict(values_of(one, 1))
+            pauses = [self.session("", "staged", one, lambda s, v=values: s.load(v)).pause for _ in range(3)]  # type: ignore[misc]
+            rate, pause = 1 / copy, statistics.median(pauses)
+            text = (
+                f"{one.nbytes / pause / 1e9:.1f} GB/s, {one.nbytes / pause / rate:.2f} of pinned copies ({rate / 1e9:.1f} GB/s)"
+            )
+            self.say(f"staged commit, {kind}", text, seconds=pause, nbytes=one.nbytes, pinned_bytes_per_second=rate)
 
     @staticmethod
     def _reload(model: nn.Module, values: dict[str, Tensor], **how: Any) -> None:
@@ -219,11 +237,11 @@ class Bench(Meter):
 
 def load_folder(session: ReloadSession, folder: Path, pinned: bool) -> None:
     """Piece by piece through one buffer."""
-    buffer = torch.empty(16 * _MIB, dtype=torch.uint8, pin_memory=pinned)
+    buffer = torch.empty(64 * _MIB, dtype=torch.uint8, pin_memory=pinned)
     with SafetensorsFolder(folder) as opened:
-        for name in opened.tensors:
-            for box, value in opened.pieces(name, buffer):
-                session.update(name, value, box=box)
+        names = list(opened.tensors)
+        for index, box, value in opened.stream([(name, None) for name in names], buffer):
+            session.update(names[index], value, box=box)
         opened.check_unchanged()
 
 

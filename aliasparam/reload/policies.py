@@ -56,8 +56,9 @@ class WriteThrough:
     def __init__(self, written: Written) -> None:
         self._written = written
 
-    def update(self, target: Target, box: Box, value: Tensor) -> None:
-        self._written.write(target, box, value)
+    def update(self, target: Target, box: Box, value: Tensor, *, non_blocking: bool = False) -> None:
+        """``non_blocking``: the value stays as it is until the commit."""
+        self._written.write(target, box, value, non_blocking=non_blocking)
 
     def flush(self) -> None:
         pass
@@ -85,9 +86,9 @@ class Journalled(WriteThrough):
             self.journal.touch(target)
         super().begin(targets)
 
-    def update(self, target: Target, box: Box, value: Tensor) -> None:
+    def update(self, target: Target, box: Box, value: Tensor, *, non_blocking: bool = False) -> None:
         self.journal.keep(target, box, value)
-        super().update(target, box, value)
+        super().update(target, box, value, non_blocking=non_blocking)
 
     def restore(self) -> bool:
         if self._written.any:
@@ -113,7 +114,7 @@ class Staged:
     def flush(self) -> None:
         self._then.begin([target for target, _, _ in self._held])
         for target, box, value in self._held:
-            self._then.update(target, box, value)
+            self._then.update(target, box, value, non_blocking=True)
 
     def restore(self) -> bool:
         return self._then.restore()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,7 +22,7 @@ from .ranges import Box, checked_box, read_box, sizes, split
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 #: Parts of a buffer: one piece is used while the others are read, as one thread reads slower than a disk or a GPU takes.
-_AHEAD = 4
+_SLOTS = 4
 #: Each begins at a multiple of this, which every element width divides.
 _ALIGNED = 64
 
@@ -64,41 +64,35 @@ class SafetensorsFolder:
         """
         entry = self.entry(name)
         box = checked_box(entry, box)
-        return self._counted(_into(entry, box, torch.empty(math.prod(sizes(box)) * entry.dtype.itemsize, dtype=torch.uint8)))
+        values = _into(entry, box, torch.empty(math.prod(sizes(box)) * entry.dtype.itemsize, dtype=torch.uint8))
+        self.bytes_read += values.nbytes
+        return values
 
-    def pieces(self, name: str, buffer: Tensor, box: Box | None = None) -> Iterator[tuple[Box, Tensor]]:
-        """(box, its values) in order, each read into ``buffer``: use a piece before asking for the next.
+    def stream(self, parts: Iterable[tuple[str, Box | None]], buffer: Tensor) -> Iterator[tuple[int, Box, Tensor]]:
+        """(index in ``parts``, box, its values) of many tensors, or boxes of them, in order and read ahead.
+
+        Use a piece before asking for the next one: its memory is read into again.
 
         Args:
-            buffer: uint8 [n], contiguous, on the host (pinned, for copies to a device); n at least one element. A tensor of half
-                its size is one piece; pieces of a larger one take a quarter each, and three are read ahead at once.
+            parts: (name, box; None: the whole tensor). All are checked before the first is read.
+            buffer: uint8 [n], contiguous, on the host (pinned, for copies to a device); n at least one element. A piece is at
+                most a quarter of it, and three are read while one is used; of less than 256 bytes, all of it.
 
         Raises:
             SourceError: as :meth:`read`; the buffer is something else.
         """
-        entry = self.entry(name)
-        itemsize = entry.dtype.itemsize
-        if buffer.dtype != torch.uint8 or buffer.dim() != 1 or not buffer.is_contiguous() or buffer.device.type != "cpu":
-            found = f"{buffer.dtype} {list(buffer.shape)} on {buffer.device}"
-            raise SourceError("a buffer for pieces is contiguous bytes", expected="uint8 [n] on the host", found=found)
-        if buffer.numel() < itemsize or buffer.data_ptr() % itemsize:
-            raise SourceError("the buffer is too small for one element, or not aligned", expected=f"{itemsize} bytes", name=name)
-        box = checked_box(entry, box)
-        part = buffer.numel() // _AHEAD // _ALIGNED * _ALIGNED
-        if math.prod(sizes(box)) * itemsize <= buffer.numel() // 2 or part < itemsize:
-            for piece in split(box, buffer.numel() // itemsize):
-                yield piece, self._counted(_into(entry, piece, buffer))
-            return
-        buffers = itertools.cycle(buffer[i * part : (i + 1) * part] for i in range(_AHEAD))
-        with ThreadPoolExecutor(_AHEAD - 1) as readers:
-            coming: deque[tuple[Box, Future[Tensor]]] = deque()
-            for piece in split(box, part // itemsize):
-                if len(coming) == _AHEAD:  # the first is used before its buffer takes the next
-                    first, values = coming.popleft()
-                    yield first, self._counted(values.result())
-                coming.append((piece, readers.submit(_into, entry, piece, next(buffers))))
-            for first, values in coming:
-                yield first, self._counted(values.result())
+        wanted = [(entry := self.entry(name), checked_box(entry, box)) for name, box in parts]
+        _check_buffer(buffer, [entry for entry, _ in wanted])
+        each = buffer.numel() // _SLOTS // _ALIGNED * _ALIGNED
+        slots = [buffer[i * each : (i + 1) * each] for i in range(_SLOTS)] if each else [buffer]
+        coming: deque[tuple[int, Box, Future[Tensor]]] = deque()
+        with ThreadPoolExecutor(len(slots)) as readers:
+            for slot, (index, entry, piece) in zip(itertools.cycle(slots), _pieces(wanted, slots[0].numel()), strict=False):
+                if len(coming) == len(slots):  # the first is used before its slot takes the next
+                    yield self._counted(*coming.popleft())
+                coming.append((index, piece, readers.submit(_into, entry, piece, slot)))
+            while coming:
+                yield self._counted(*coming.popleft())
 
     def raw(self, name: str, start: int, out: Tensor) -> None:
         """Fill ``out`` (uint8 [n], on the host) with bytes ``start`` to ``start + n`` of the tensor."""
@@ -138,9 +132,10 @@ class SafetensorsFolder:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _counted(self, values: Tensor) -> Tensor:
+    def _counted(self, index: int, box: Box, coming: Future[Tensor]) -> tuple[int, Box, Tensor]:
+        values = coming.result()
         self.bytes_read += values.nbytes
-        return values
+        return index, box, values
 
     # -- opening -------------------------------------------------------------------------------------------------------
 
@@ -196,6 +191,24 @@ class SafetensorsFolder:
                     "a shard's name is not a plain file name", name=where, expected="a file in the folder", found=found
                 )
         return weight_map
+
+
+def _check_buffer(buffer: Tensor, entries: list[Entry]) -> None:
+    if buffer.dtype != torch.uint8 or buffer.dim() != 1 or not buffer.is_contiguous() or buffer.device.type != "cpu":
+        found = f"{buffer.dtype} {list(buffer.shape)} on {buffer.device}"
+        raise SourceError("a buffer for pieces is contiguous bytes", expected="uint8 [n] on the host", found=found)
+    for entry in entries:
+        size = entry.dtype.itemsize
+        if buffer.numel() < size or buffer.data_ptr() % size:
+            raise SourceError(
+                "the buffer is too small for one element, or not aligned", expected=f"{size} bytes", name=entry.name
+            )
+
+
+def _pieces(wanted: Iterable[tuple[Entry, Box]], most_bytes: int) -> Iterator[tuple[int, Entry, Box]]:
+    for index, (entry, box) in enumerate(wanted):
+        for piece in split(box, most_bytes // entry.dtype.itemsize):
+            yield index, entry, piece
 
 
 def _into(entry: Entry, box: Box, buffer: Tensor) -> Tensor:

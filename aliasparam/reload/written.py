@@ -11,6 +11,7 @@ from ..module.names import ModuleNames
 from ..storage.coverage import Box
 from ..tensors.faces import _Aliased
 from .drain import Drain
+from .live import Live
 from .plain import PlainName
 from .targets import Target
 
@@ -29,13 +30,11 @@ class Written:
         """Whether a tensor was begun."""
         return bool(self._declared or self._plain)
 
-    def write(self, target: Target, box: Box, value: Tensor) -> None:
-        """Write ``value`` in place; from now on the tensor refuses."""
+    def write(self, target: Target, box: Box, value: Tensor, *, non_blocking: bool = False) -> None:
+        """Write ``value`` in place, as ``copy_`` does; from now on the tensor refuses."""
         self.begin([target])
-        live = target.tensor
-        part = live[tuple(slice(start, stop) for start, stop in box)] if box else live
         with torch.no_grad():
-            part.copy_(value)
+            Live(target.tensor).part(box).copy_(value, non_blocking)
 
     def begin(self, targets: Iterable[Target]) -> None:
         """The tensors are about to be written: they refuse from now on, and nobody reads them any more.

@@ -26,6 +26,7 @@ from .delivery import delivered
 from .kernel_name import KernelName
 from .listeners import Listeners, RawWriter
 from .locks import LOCKS, lock_number
+from .scatter import scatter
 from .states import RegionStates, State
 
 
@@ -152,8 +153,8 @@ class AliasedStorage:
             if region is not None:
                 raise self.not_loaded("reading elements that hold no weights", region)
 
-    def write(self, box: Box, value: Tensor) -> None:
-        """Scatter ``value``, of the box's shape and of this storage's dtype and device.
+    def write(self, box: Box, value: Tensor, non_blocking: bool = False) -> None:
+        """Scatter ``value``, of the box's shape and of a dtype and device that ``copy_`` takes.
 
         Raises:
             StateError: the bytes are being written from outside. Nothing has changed then.
@@ -163,7 +164,7 @@ class AliasedStorage:
         with LOCKS[self.lock_number]:
             self.before_write()
             before = self.states.begin(box)
-            self.bound.write(self.elements, box, value)
+            scatter(self.bound, self.elements, box, value, non_blocking)
             self.states.arrived(box, before)
 
     def before_write(self) -> None:

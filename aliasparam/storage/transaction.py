@@ -16,16 +16,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..layout.blocks import tiles
 from .coverage import Box
 from .delivery import delivered
 from .locks import all_locked
+from .scatter import scatter
 from .storage import AliasedStorage
-
-#: Values that come from another device, or in another dtype, pass memory of at most this many bytes.
-STAGING_BYTES = 16 << 20
-#: Pageable host memory goes to a GPU through pinned pieces of this many bytes; less is as fast without.
-_PINNED_BYTES = 4 << 20
 
 
 class Part(NamedTuple):
@@ -58,7 +53,7 @@ def write_all(parts: Sequence[Part]) -> None:
             part.storage.changing()
         begun = [(part.storage, part.storage.states.begin(part.box)) for part in parts]
         for part in parts:
-            _scatter(part)
+            scatter(part.storage.bound, part.storage.elements, part.box, part.value)
         for storage, before in reversed(begun):  # the first of two parts of one storage knows what it was before both
             storage.states.rollback(before)
         for part in parts:
@@ -74,24 +69,3 @@ def _delivered(part: Part) -> bool:
     origin = [start for start, _ in part.box]
     inside = [tuple(slice(a - o, b - o) for (a, b), o in zip(box, origin, strict=True)) for box in part.arrived]
     return all(delivered(part.storage, box, part.value[cut]) for box, cut in zip(part.arrived, inside, strict=True))
-
-
-def _scatter(part: Part) -> None:
-    storage, value = part.storage, part.value
-    memory = storage.elements
-    if value.dtype is memory.dtype and value.device == memory.device:
-        storage.bound.write(memory, part.box, value)
-        return
-    if not value.numel():
-        return
-    pinned = value.device.type == "cpu" and memory.is_cuda and value.nbytes >= _PINNED_BYTES and not value.is_pinned()
-    most = (_PINNED_BYTES if pinned else STAGING_BYTES) // memory.element_size()
-    staging = torch.empty(min(value.numel(), most), dtype=memory.dtype, device=memory.device)
-    for box in tiles(part.box, staging.numel()):
-        inside = tuple(slice(a - r, b - r) for (a, b), (r, _) in zip(box, part.box, strict=True))
-        source = value[inside]
-        piece = staging[: source.numel()].view(source.shape)
-        if pinned:  # torch keeps such memory until the copy has run; the next piece is brought meanwhile
-            source = torch.empty(source.shape, dtype=memory.dtype, pin_memory=True).copy_(source)
-        piece.copy_(source, non_blocking=pinned)
-        storage.bound.write(memory, box, piece)

@@ -48,8 +48,8 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return handler(func, args, kwargs)
 
 
-def write_one(target: Any, value: Tensor) -> None:
-    """``target.copy_(value)`` for a plain value: converted and broadcast as ``copy_`` does it.
+def write_one(target: Any, value: Tensor, non_blocking: bool = False) -> None:
+    """``target.copy_(value, non_blocking)`` for a plain value: converted and broadcast as ``copy_`` does it.
 
     Raises:
         RuntimeError: torch's own, where the shapes do not fit. Nothing is written then.
@@ -59,13 +59,14 @@ def write_one(target: Any, value: Tensor) -> None:
     if value.shape != view.shape:
         value = value.expand(view.shape)
     place = place_of(storage, view)
-    if place is not None and value.dtype is storage.bound.dtype and value.device == view.device and view.dtype is value.dtype:
+    if place is not None and value.dtype is storage.bound.dtype and view.dtype is value.dtype:
         if isinstance(value, RefusingName):
             raise value.refusal()
-        if storage.kernel_name is not None and shares_memory(value, storage.buffer):
-            value = value.clone()  # a kernel name of this very memory
-        storage.write(place.box, place.to_box(value))
-        return
+        if value.device == view.device or value.device.type == "cpu":
+            if storage.kernel_name is not None and shares_memory(value, storage.buffer):
+                value = value.clone()  # a kernel name of this very memory
+            storage.write(place.box, place.to_box(value), non_blocking)
+            return
     _land([(target, value)])
 
 
@@ -129,7 +130,8 @@ def _writer(func: Any) -> _Handler:
         originals = [args[i] if i < len(args) else kwargs.get(n) for i, n in zip(positions, names, strict=True)]
         written = list(aliased_in(originals))
         if func is torch.ops.aten.copy_.default and written:
-            write_one(written[0], values_of(args[1]) if isinstance(args[1], Types.aliased) else args[1])
+            value = values_of(args[1]) if isinstance(args[1], Types.aliased) else args[1]
+            write_one(written[0], value, args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
             return args[0]
         plain = _plain(written, overwrites)
 

@@ -59,7 +59,8 @@ class _Aliased(Tensor):
             if isinstance(other, _Aliased) and is_same_view(other, self):
                 return self  # onto itself: nothing changes, nothing opens
             return super().copy_(other, non_blocking)  # engines patch Tensor.copy_ to count or to mask
-        write_one(self, other.detach() if other.requires_grad else other)  # values of a trained Parameter, and no gradient
+        value = other.detach() if other.requires_grad else other  # values of a trained Parameter, and no gradient
+        write_one(self, value, non_blocking)
         return self
 
     # -- faces of Tensor that do not come through the dispatcher -------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,19 +114,19 @@ class CheckpointFolder:
         for first in range(0, max(count, 1), step):
             yield first, self.read(name, slice(begin + first, begin + min(first + step, count)), columns)
 
-    def pieces(self, name: str, buffer: Tensor, rows: slice = WHOLE, columns: slice = WHOLE) -> Iterator[tuple[Box, Tensor]]:
-        """(box, values) of one tensor or of a part of it, in ``buffer`` (uint8 [n], on the host, pinned for a GPU).
+    def stream(self, parts: Iterable[tuple[str, slice, slice]], buffer: Tensor) -> Iterator[tuple[int, Box, Tensor]]:
+        """(index in ``parts``, box, values) of many tensors, or (name, rows, columns) of them, read ahead into ``buffer``.
 
-        Boxes are counted from where the part begins. Use a piece before asking for the next, which is read meanwhile.
+        Boxes are counted from where the part begins. Otherwise as :meth:`aliasparam.reload.sources.SafetensorsFolder.stream`.
 
         Raises:
             CheckpointError: as :meth:`read`.
         """
-        entry = self._entry(name)
-        box = self._box(entry, rows, columns)
+        boxes = [(name, self._box(self._entry(name), rows, columns)) for name, rows, columns in parts]
         with _as_checkpoint_error():
-            for piece, values in self._source.pieces(name, buffer, box):
-                yield tuple((a - first, b - first) for (a, b), (first, _) in zip(piece, box, strict=True)), values
+            for index, piece, values in self._source.stream(boxes, buffer):
+                begin = boxes[index][1]
+                yield index, tuple((a - first, b - first) for (a, b), (first, _) in zip(piece, begin, strict=True)), values
 
     def check_unchanged(self) -> None:
         """To be called after the last read, before what was read is served.

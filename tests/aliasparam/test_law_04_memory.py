@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from aliasparam import process
-from aliasparam.storage import reorder, transaction
+from aliasparam.storage import reorder, scatter
 
 from .peak import peak_bytes
 from .small import INTERLEAVE, PAD8, SWAP, Layer, kernel, storage_of, the_registry
@@ -30,7 +30,7 @@ WITHIN: dict[str, tuple[int, Callable[[Any, Any], Any]]] = {
     "a write of the same dtype": (1 << 16, lambda w, v: w.copy_(v)),
     "a write of strided values": (1 << 16, lambda w, v: w.copy_(v.expand(LARGE).transpose(0, 1).transpose(0, 1))),
     "a shard": (1 << 16, lambda w, v: w[5:700, 3:9000].copy_(v[5:700, 3:9000])),
-    "values of another dtype": (transaction.STAGING_BYTES, lambda w, v: w.copy_(v.view(torch.int8))),
+    "values of another dtype": (scatter.STAGING_BYTES, lambda w, v: w.copy_(v.view(torch.int8))),
     "asking whether it is contiguous": (1 << 10, lambda w, v: w.is_contiguous()),
     "reading a few elements": (1 << 10, lambda w, v: w[5:7, 3:9].clone()),
     "writing every second row of four": (1 << 20, lambda w, v: w[:4:2].copy_(v[:4:2])),

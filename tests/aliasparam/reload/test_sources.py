@@ -90,7 +90,7 @@ def test_any_box_is_read_alone_and_in_pieces(files: tuple[Path, dict[str, Tensor
         got = torch.zeros_like(value.view(torch.uint8) if value.dim() else value[None].view(torch.uint8)).flatten()
         got = got.view(value.dtype).view(value.shape)
         seen = 0
-        for part, piece in folder.pieces(name, buffer, box):
+        for _, part, piece in folder.stream([(name, box)], buffer):
             assert piece.nbytes <= buffer.numel() and piece.untyped_storage().data_ptr() == buffer.data_ptr()
             cut(got, part).copy_(piece)
             seen += piece.numel()
@@ -149,7 +149,7 @@ def test_buffers_and_raw_ranges(files: tuple[Path, dict[str, Tensor]]) -> None:
             folder.raw("m", 7800, out)
         for bad in (out[:3], out[::2], out.float(), out.view(10, 10), out.to("meta"), out[1:]):
             with pytest.raises(SourceError, match="buffer"):
-                next(folder.pieces("m", bad))
+                next(folder.stream([("m", None)], bad))
     with pytest.raises(SourceError, match="the file was closed"):
         folder.read("m")
     with pytest.raises(SourceError, match="the file was closed"):
@@ -193,7 +193,7 @@ def test_law_8_a_file_that_changes_under_its_reader_is_refused(change: Callable[
     with SafetensorsFolder(tmp_path) as folder:
         buffer = torch.empty(1 << 16, dtype=torch.uint8)
         values = set()
-        for box, piece in folder.pieces("w", buffer):
+        for _, box, piece in folder.stream([("w", None)], buffer):
             values.update(piece.unique().tolist())
             if box[0][0] == 0:
                 change(tmp_path)
@@ -218,7 +218,7 @@ def test_law_8_a_file_as_young_as_a_tick_of_the_clock_is_looked_at_later(tmp_pat
 def test_law_10_a_truncated_file_is_an_error_not_a_signal(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(1 << 10), "b": torch.ones(1 << 20)}, tmp_path / "model.safetensors")
     with SafetensorsFolder(tmp_path) as folder:
-        pieces = folder.pieces("b", torch.empty(1 << 20, dtype=torch.uint8))
+        pieces = folder.stream([("b", None)], torch.empty(1 << 20, dtype=torch.uint8))
         next(pieces)
         os.truncate(tmp_path / "model.safetensors", 1 << 16)
         with pytest.raises(SourceError, match="the file was truncated while it was read"):
