@@ -10,8 +10,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .layout import Layout
-
 
 class Step(NamedTuple):
     """``size`` values, each ``place`` positions further (backwards where negative)."""
@@ -131,7 +129,3 @@ def _sides(right: list[list[str]], room: list[int], kernel_shape: tuple[int, ...
             return
     if not rest:
         yield " ".join(groups)
-
-
-def layout_of(text: str, bits: int | None) -> Layout:
-    return Layout(f"{text}{' ' if '=' in text else ', '}bits=4" if bits else text)

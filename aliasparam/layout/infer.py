@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ..errors import InferenceError, LayoutError
-from .factor import factor, layout_of, lines
+from . import lines as bind
+from .factor import factor, lines
 from .index import IndexLayout
-from .layout import Layout, bind
-from .pattern import Digit, Line, Side
+from .pattern import Digit, Line, Side, parse
 from .trace import Function, Trace, trace
 
 #: Bytes of the largest other shape that is tried to tell which digits are free.
@@ -23,31 +23,31 @@ _OTHER = 1 << 21
 _CANDIDATES = 100
 
 
+class Found(NamedTuple):
+    """Lines one after the other; ``bits``: 4 where they count nibbles."""
+
+    lines: tuple[Line, ...]
+    bits: int | None
+
+
 class _Sample(NamedTuple):
     trace: Trace
     axes: list[Tensor] | None  # positions along each dim; None where the position is no sum over dims
     dtype: torch.dtype
 
 
-def infer(function: Function, shape: Sequence[int], dtype: torch.dtype, device: str = "cpu") -> Layout | IndexLayout:
-    """The layout that ``function`` applies to a tensor of ``shape`` and ``dtype`` (a :class:`Layout` where digits say it).
-
-    ``function`` takes one tensor on ``device`` and returns one, of any shape and of the same bytes, padded or not. It is also
-    tried on a few other shapes, to tell digits of a fixed size from the free one; those that it refuses do not count.
-
-    Raises:
-        InferenceError: one of its subclasses says why the function is no layout, with the first place that shows it.
-    """
+def infer(function: Function, shape: Sequence[int], dtype: torch.dtype, device: str) -> Found | IndexLayout:
+    """See :meth:`aliasparam.Layout.infer`."""
     base = _sample(trace(function, shape, dtype, device), dtype)
     samples = [base, *_others(function, tuple(shape), dtype, device)]
     best, most = None, 0
     for sample in sorted(samples, key=lambda s: -s.trace.positions.numel()):
-        for layout, shaped in itertools.islice(_candidates(sample), _CANDIDATES):
-            fits = sum(_fits(layout, other, shaped=shaped) for other in samples) if _fits(layout, base, shaped=shaped) else 0
+        for found, shaped in itertools.islice(_candidates(sample), _CANDIDATES):
+            fits = sum(_fits(found, other, shaped=shaped) for other in samples) if _fits(found, base, shaped=shaped) else 0
             if fits == len(samples):
-                return _without_lead(layout)
+                return _without_lead(found)
             if fits > most:
-                best, most = layout, fits
+                best, most = found, fits
     return _without_lead(best) if best else _table(base.trace)
 
 
@@ -67,37 +67,37 @@ def _others(function: Function, shape: tuple[int, ...], dtype: torch.dtype, devi
                 continue
 
 
-def _candidates(sample: _Sample) -> Iterator[tuple[Layout, bool]]:
+def _candidates(sample: _Sample) -> Iterator[tuple[Found, bool]]:
     """Layouts that have this sample's digits, and whether their kernel shape is the function's; the most likely first."""
     found = sample.trace
     if sample.axes is None:
         return
     for shaped in (True, False):
-        yield from ((layout, shaped) for layout in _of_positions(found, found.positions))
+        yield from ((line, shaped) for line in _of_positions(found, found.positions))
         for dim, extent in enumerate(found.shape):
             if extent % 2 == 0 and found.bits is None:  # halves exchanged, then tiles that cut them
                 names = [f"d{i}" for i in range(len(found.shape))]
                 left = " ".join(f"(h {name})" if i == dim else name for i, name in enumerate(names))
                 right = " ".join(f"(~h {name})" if i == dim else name for i, name in enumerate(names))
-                swap = Layout(f"{left} -> {right}, h=2")
-                for layout in _of_positions(found, found.positions.roll(extent // 2, dim)):
-                    yield swap.then(layout), shaped
+                swap = parse(f"{left} -> {right}, h=2", {})[0]
+                for line in _of_positions(found, found.positions.roll(extent // 2, dim)):
+                    yield Found((swap, *line.lines), line.bits), shaped
 
 
-def _of_positions(found: Trace, positions: Tensor) -> Iterator[Layout]:
+def _of_positions(found: Trace, positions: Tensor) -> Iterator[Found]:
     dims = factor(positions)
     for ways in itertools.product(*dims) if dims else ():
         for text in lines(ways, math.prod(found.kernel_shape), found.kernel_shape):
             try:
-                yield layout_of(text, found.bits)
+                yield Found((parse(text, {})[0],), found.bits)
             except LayoutError:
                 continue
 
 
-def _fits(layout: Layout, sample: _Sample, *, shaped: bool) -> bool:
-    """Whether the layout puts every element where the function did; and, ``shaped``, gives the result the same shape."""
+def _fits(found: Found, sample: _Sample, *, shaped: bool) -> bool:
+    """Whether the lines put every element where the function did; and, ``shaped``, gives the result the same shape."""
     try:
-        bound = bind.__wrapped__(layout, sample.trace.shape, sample.dtype)  # most are wrong: not kept
+        bound = bind.bound(found.lines, found.bits, sample.trace.shape, sample.dtype)
     except LayoutError:
         return False
     many = 2 * sample.dtype.itemsize if sample.trace.bits else 1
@@ -128,18 +128,18 @@ def _axes(positions: Tensor) -> list[Tensor]:
     return [positions[tuple(slice(None) if d == dim else 0 for d in dims)] for dim in dims]
 
 
-def _without_lead(layout: Layout) -> Layout:
+def _without_lead(found: Found) -> Found:
     """Experts are regions, no digits: a first dim that stays outermost is left out."""
-    while len(layout.lines) == 1 and layout.core_dims > 2:
-        (line,) = layout.lines
+    while len(found.lines) == 1 and bind.core_dims(found.lines) > 2:
+        (line,) = found.lines
         first, *rest = line.left.dims
         digits = list(line.right.digits())
         alone = len(first.items) == 1 and isinstance(first.items[0], Digit) and first.items[0] == digits[0]
         if not alone or digits[0].name in dict(line.sizes) or not (line.right.flat or line.right.dims[0] == first):
             break
         right = Side((type(first)(tuple(digits[1:])),), flat=True) if line.right.flat else Side(line.right.dims[1:])
-        layout = Layout.of([Line(Side(tuple(rest)), right, line.sizes)], layout.bits)
-    return layout
+        found = Found((Line(Side(tuple(rest)), right, line.sizes),), found.bits)
+    return found
 
 
 def _table(found: Trace) -> IndexLayout:

@@ -14,12 +14,12 @@ from .bound import BoundLayout
 from .boxes import Piece, pieces
 from .canonical import canonical
 from .compose import compose
-from .digits import BoundLine, bind_line
 from .index import IndexLayout
-from .nibbles import NibbleLayout
+from .infer import infer
+from .lines import bound, core_dims, sized
 from .pattern import Line, parse
-from .strided import StridedLayout
 from .tile import tile_picture
+from .trace import Function
 
 _canonical = lru_cache(maxsize=1024)(canonical)
 
@@ -100,7 +100,7 @@ class Layout:
 
     def _repr_html_(self) -> str:
         """The line, and its tile coloured by source row, of a bounded size."""
-        return tile_picture(self) or f"<code>{escape(str(self))}</code>"
+        return tile_picture(str(self), self.lines, self.bits) or f"<code>{escape(str(self))}</code>"
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Layout) and self._key == other._key
@@ -111,14 +111,20 @@ class Layout:
     @property
     def core_dims(self) -> int:
         """How many of the last dims the layout orders."""
-        return len(self.lines[0].shape_side.dims)
+        return core_dims(self.lines)
 
-    @staticmethod
-    def infer(function: Any, shape: Sequence[int], dtype: torch.dtype, device: str = "cpu") -> Layout | IndexLayout:
-        """The layout that a repack function applies. See :func:`aliasparam.layout.infer.infer`."""
-        from .infer import infer  # it makes Layouts itself
+    @classmethod
+    def infer(cls, function: Function, shape: Sequence[int], dtype: torch.dtype, device: str = "cpu") -> Layout | IndexLayout:
+        """The layout that ``function`` applies to a tensor of ``shape`` and ``dtype``: an IndexLayout where no digits say it.
 
-        return infer(function, shape, dtype, device)
+        ``function`` takes one tensor on ``device`` and returns one, of any shape and of the same bytes, padded or not. It is also
+        tried on a few other shapes, to tell digits of a fixed size from the free one; those that it refuses do not count.
+
+        Raises:
+            InferenceError: one of its subclasses says why the function is no layout, with the first place that shows it.
+        """
+        found = infer(function, shape, dtype, device)
+        return found if isinstance(found, IndexLayout) else cls.of(found.lines, found.bits)
 
     def inverse(self) -> Layout:
         """From kernel order, padding included, to padded checkpoint order.
@@ -135,39 +141,24 @@ class Layout:
 
     def bind(self, shape: Sequence[int], dtype: torch.dtype) -> BoundLayout:
         """This layout for tensors of the full ``shape``. Raises LayoutError where the digits do not fit."""
-        return bind(self, tuple(shape), dtype)
+        return _bound(self, tuple(shape), dtype)
 
     def kernel_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Shape in kernel format of a tensor of ``shape``, lead dims in front. ``bits=4``: both count nibbles."""
-        return (*shape[: len(shape) - self.core_dims], *self._lines(shape)[-1].kernel_shape)
+        return (*shape[: len(shape) - self.core_dims], *sized(self.lines, shape)[-1].kernel_shape)
 
     def capacity(self, shape: Sequence[int]) -> int:
         """Elements of one region, padding included."""
-        return self._lines(shape)[-1].capacity
+        return sized(self.lines, shape)[-1].capacity
 
     def boxes(self, rows: tuple[int, int], columns: tuple[int, int], shape: Sequence[int]) -> list[Piece]:
         """The strided pieces of kernel memory that hold a rectangle (start, stop each) of a matrix of ``shape``."""
-        return pieces(compose(self._lines(shape)), shape, (rows, columns))
-
-    def _lines(self, shape: Sequence[int]) -> list[BoundLine]:
-        core = tuple(shape[len(shape) - self.core_dims :])
-        if len(shape) < self.core_dims:
-            expected = f"{self.core_dims} or more dims"
-            raise LayoutError(f"{self} takes {self.core_dims} dims", expected=expected, found=f"{list(shape)}")
-        bound = []
-        for line in self.lines:
-            bound.append(bind_line(line, core))
-            core = bound[-1].kernel_shape
-        return bound
+        return pieces(compose(sized(self.lines, shape)), shape, (rows, columns))
 
 
 @lru_cache(maxsize=4096)
-def bind(layout: Layout, shape: tuple[int, ...], dtype: torch.dtype) -> BoundLayout:
-    lead = len(shape) - layout.core_dims
-    if layout.bits is None:
-        return StridedLayout(layout._lines(shape), shape, lead, dtype)
-    core = (*shape[max(lead, 0) : -1], shape[-1] * 2 * dtype.itemsize) if shape else ()
-    return NibbleLayout(StridedLayout(layout._lines(core), core, 0, torch.uint8), shape, lead, dtype)
+def _bound(layout: Layout, shape: tuple[int, ...], dtype: torch.dtype) -> BoundLayout:
+    return bound(layout.lines, layout.bits, shape, dtype)
 
 
 IDENTITY = Layout.identity(1)

@@ -3,70 +3,69 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from ..errors import LayoutError
 from ..svg import box, page, text
-from .pattern import Digit, Group
-
-if TYPE_CHECKING:
-    from .layout import Layout
+from .lines import bound, sized
+from .pattern import Digit, Group, Line
 
 #: Elements of kernel memory that are drawn at most, and elements that a tile may have to be looked at.
 DRAWN, LARGEST = 1024, 1 << 18
 _SIDE = 12
 
 
-def tile_picture(layout: Layout) -> str | None:
+def tile_picture(name: str, lines: Sequence[Line], bits: int | None) -> str | None:
     """SVG of the smallest tensor that the layout takes whole, or None where that is larger than ``LARGEST`` elements.
 
     Cells are elements in the order of kernel memory, a line of cells a run of it. The hue is the row in the checkpoint, darker
     for columns further right; grey is padding. Of a large tile the first ``DRAWN`` elements are drawn.
     """
-    shape = tile_shape(layout)
+    shape = tile_shape(lines, bits)
     if shape is None:
         return None
-    dtype = torch.uint8
-    stored = (*shape[:-1], shape[-1] // 2) if layout.bits else shape
-    offsets = layout.bind(stored, dtype).offsets().reshape(shape)
-    capacity = layout.capacity(shape)
+    offsets = bound(lines, bits, _stored(shape, bits), torch.uint8).offsets().reshape(shape)
+    kernel = sized(lines, shape)[-1]
+    capacity = kernel.capacity
     source = torch.full((capacity,), -1, dtype=torch.int64)
     source[offsets.reshape(-1)] = torch.arange(offsets.numel())
     columns = shape[-1] if len(shape) > 1 else 1
-    wide = _line(layout.kernel_shape(shape)[-1], capacity)
+    wide = _line(kernel.kernel_shape[-1], capacity)
     shown = source[:DRAWN]
-    lines = math.ceil(len(shown) / wide)
     size = " × ".join(map(str, shape))
     more = f", the first {len(shown)} of {capacity} elements" if capacity > len(shown) else ""
     parts = [
-        text(10, 18, str(layout), "m"),
+        text(10, 18, name, "m"),
         text(10, 36, f"a tile of {size} in kernel memory, {wide} elements a line{more}; hue: row of the checkpoint", "s"),
         *_cells(shown, wide, columns, offsets.numel() // columns),
     ]
-    return page(max(20 + wide * _SIDE, 640), 56 + lines * _SIDE, f"A tile of {layout}", parts)
+    return page(max(20 + wide * _SIDE, 640), 56 + math.ceil(len(shown) / wide) * _SIDE, f"A tile of {name}", parts)
 
 
-def tile_shape(layout: Layout) -> tuple[int, ...] | None:
+def tile_shape(lines: Sequence[Line], bits: int | None) -> tuple[int, ...] | None:
     """The smallest shape that fills whole tiles: digits without a size count 1, or as little more as the layout takes."""
-    line = layout.lines[0]
-    sizes = dict(line.sizes)
+    sizes = dict(lines[0].sizes)
     for free in (1, 2, 4, 8, 16, 32, 64, 128):
-        shape = tuple(math.prod(_extents(dim, sizes, free)) for dim in line.shape_side.dims)
-        if layout.bits and shape[-1] % 2:
+        shape = tuple(math.prod(_extents(dim, sizes, free)) for dim in lines[0].shape_side.dims)
+        if bits and shape[-1] % 2:
             continue
         if math.prod(shape) > LARGEST:
             return None
         try:
-            if layout.capacity(shape) <= LARGEST:
-                layout.bind((*shape[:-1], shape[-1] // 2) if layout.bits else shape, torch.uint8)
+            if sized(lines, shape)[-1].capacity <= LARGEST:
+                bound(lines, bits, _stored(shape, bits), torch.uint8)
                 return shape
         except LayoutError:
             continue
     return None
+
+
+def _stored(shape: tuple[int, ...], bits: int | None) -> tuple[int, ...]:
+    """The shape in bytes of elements that are bytes, or nibbles."""
+    return (*shape[:-1], shape[-1] // 2) if bits else shape
 
 
 def _extents(dim: Group, sizes: dict[str, int], free: int) -> Iterator[int]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DeclarationError, StateError
+from ..report.explanation import Explanation, explained
 from ..spec import TensorSpec
 from ..tensors.processes import refuse_for_process
 from .adopt import adopt
@@ -163,9 +164,7 @@ class AliasRegistry(ModuleNames):
                 raise source.storage.not_loaded("cannot process")
 
     def _repr_html_(self) -> str:
-        from ..report.explain import Explanation, explained  # reports read registries
-
-        return Explanation.of([explained(self.label, self, set(), {})])._repr_html_()
+        return Explanation.of([explained(self.label, self, self.about, set(), {})])._repr_html_()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -32,7 +32,8 @@ class Written:
 
     def write(self, target: Target, box: Box, value: Tensor, *, non_blocking: bool = False) -> None:
         """Write ``value`` in place, as ``copy_`` does; from now on the tensor refuses."""
-        self.begin([target])
+        if not self._is_begun(target):
+            self.begin([target])
         with torch.no_grad():
             Live(target.tensor).part(box).copy_(value, non_blocking)
 
@@ -42,7 +43,7 @@ class Written:
         Raises:
             ReloadError: a forward that began before did not end in time. They serve on.
         """
-        new = {id(t.tensor): t for t in targets if id(t.tensor) not in self._declared and id(t.tensor) not in self._plain}
+        new = {id(t.tensor): t for t in targets if not self._is_begun(t)}
         declared = {key: t.tensor for key, t in new.items() if isinstance(t.tensor, _Aliased)}
         plain = {key: (PlainName(t.label, t.tensor), t) for key, t in new.items() if key not in declared}
         if not new:
@@ -63,6 +64,9 @@ class Written:
         self._drain.close(registries, hide, show)
         self._declared |= declared
         self._plain |= plain
+
+    def _is_begun(self, target: Target) -> bool:
+        return id(target.tensor) in self._declared or id(target.tensor) in self._plain
 
     def reopen(self) -> None:
         """What was processed refuses again, with its new weights in place."""
