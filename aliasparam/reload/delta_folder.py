@@ -14,7 +14,8 @@ from typing import Any, Self
 
 import torch
 
-from .delta import ENCODINGS, PIECE, Overwrite, XorRun, decode
+from . import delta
+from .delta import ENCODINGS, Change, decode
 from .errors import DeltaError
 from .hashers import FORMATS
 from .published import check_manifest, read_manifest, version_path
@@ -29,11 +30,14 @@ class DeltaFolder:
         encoding: "xor" or "overwrite".
         checksum_format: "adler32", "xxh3-128" or "blake3".
         checksums: tensor name -> hex digest of its new bytes, whole and in checkpoint order.
+        full: None, as of a :class:`Chain` that begins with no full version.
 
     Raises:
         DeltaError: not a delta, or its metadata, a tensor or a checksum is not what the format says.
         SourceError: as :class:`SafetensorsFolder`.
     """
+
+    full = None
 
     def __init__(self, folder: SafetensorsFolder | str | Path) -> None:
         with ExitStack() as undo:
@@ -50,10 +54,15 @@ class DeltaFolder:
             self.checksums: Mapping[str, str] = {name: self._checksum(name) for name in self.folder.tensors}
             undo.pop_all()
 
-    def pieces(self, name: str, nbytes: int, piece_bytes: int = PIECE) -> Iterator[XorRun | Overwrite]:
+    @property
+    def deltas(self) -> list[DeltaFolder]:
+        """Itself: a chain of one."""
+        return [self]
+
+    def pieces(self, name: str, nbytes: int, piece_bytes: int | None = None) -> Iterator[Change]:
         """The changes of one tensor, which has ``nbytes`` bytes (see :func:`aliasparam.reload.delta.decode`)."""
         where = f"{self.path}: {name}"
-        return decode(self.encoding, lambda: _Compressed(self.folder, name), nbytes, where, piece_bytes)
+        return decode(self.encoding, lambda: _Compressed(self.folder, name), nbytes, where, piece_bytes or delta.PIECE)
 
     def check(self, name: str, digest: str) -> None:
         """

@@ -7,7 +7,7 @@ import os
 import shutil
 import struct
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -157,7 +157,7 @@ def diff(
         DeltaError: the two do not have the same names, dtypes and shapes (then a full version is what to publish).
         SourceError: a file cannot be read, or changed meanwhile. Nothing is published then.
     """
-    _check_same_tensors(a, b)
+    check_same({str(one.path): {n: (e.dtype, e.shape) for n, e in one.tensors.items()} for one in (a, b)})
     old, new = (torch.empty(PIECE, dtype=torch.uint8) for _ in range(2))
 
     def chunks(name: str) -> Iterator[tuple[Tensor, Tensor]]:
@@ -175,19 +175,23 @@ def diff(
     return changed, len(b.tensors)
 
 
-def _check_same_tensors(a: SafetensorsFolder, b: SafetensorsFolder) -> None:
-    for name in sorted(a.tensors.keys() ^ b.tensors.keys()):
-        where = (a if name in a.tensors else b).path
-        raise DeltaError("a tensor is in one checkpoint only", name=name, found=f"in {where}", remedy="Publish a full version.")
-    for name, old in a.tensors.items():
-        new = b.tensors[name]
-        if (old.dtype, old.shape) != (new.dtype, new.shape):
+def check_same(checkpoints: Mapping[str, Mapping[str, tuple[torch.dtype, tuple[int, ...]]]]) -> None:
+    """
+    Args:
+        checkpoints: what two are called, and (dtype, shape) of their tensors by name.
+
+    Raises:
+        DeltaError: they do not have the same tensors.
+    """
+    (a, old), (b, new) = checkpoints.items()
+    for name in sorted(old.keys() ^ new.keys()):
+        found, remedy = f"in {a if name in old else b}", "Publish a full version."
+        raise DeltaError("a tensor is in one checkpoint only", name=name, found=found, remedy=remedy)
+    for name, spec in old.items():
+        if spec != new[name]:
+            expected, found = (f"{dtype} {list(shape)}" for dtype, shape in (spec, new[name]))
             raise DeltaError(
-                "a tensor has another dtype or shape",
-                name=name,
-                expected=f"{old.dtype} {list(old.shape)}",
-                found=f"{new.dtype} {list(new.shape)}",
-                remedy="Publish a full version.",
+                "a tensor has another dtype or shape", name=name, expected=expected, found=found, remedy="Publish a full version."
             )
 
 

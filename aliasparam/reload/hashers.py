@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .digest import PositionalAdler32
 from .errors import DeltaError
 from .held_file import memory_of
 from .sources import SafetensorsFolder
@@ -64,17 +65,43 @@ def hasher(checksum_format: str) -> Hasher:
     return FORMATS[checksum_format][0]()
 
 
-def folder_digest(folder: SafetensorsFolder, name: str, checksum_format: str, buffer: Tensor) -> str:
-    """Digest of one tensor's bytes as its file has them, read by way of ``buffer`` (uint8 [n])."""
-    state, nbytes = hasher(checksum_format), folder.entry(name).nbytes
-    for start in range(0, nbytes, buffer.numel()):
-        piece = buffer[: min(buffer.numel(), nbytes - start)]
-        folder.raw(name, start, piece)
-        state.update(memory_of(piece))
-    return state.hexdigest()
+class Digest:
+    """Of a tensor's bytes in order: adler32 on their device, the others on the host.
+
+    Attributes:
+        sums: of adler32, which may be added to in any order; None for the others.
+    """
+
+    def __init__(self, kind: str) -> None:
+        self._state = hasher(kind)
+        self.sums = PositionalAdler32() if kind == "adler32" else None
+
+    def add(self, run: Tensor, start: int) -> None:
+        """Bytes (uint8 [n]) from ``start`` on."""
+        if self.sums is not None:
+            self.sums.add_run(run, start)
+        else:
+            self._state.update(memory_of(run.cpu()))
+
+    def hexdigest(self, nbytes: int) -> str:
+        return self._state.hexdigest() if self.sums is None else self.sums.hexdigest(nbytes)
 
 
-def folder_digests(folder: SafetensorsFolder, checksum_format: str) -> dict[str, str]:
-    """Digest of every tensor of a folder, in 8 MiB of memory."""
-    buffer = torch.empty(8 << 20, dtype=torch.uint8)
-    return {name: folder_digest(folder, name, checksum_format, buffer) for name in folder.tensors}
+def digest_of(flat: Tensor, kind: str) -> str:
+    """Of all bytes of a tensor, uint8 [n]."""
+    digest = Digest(kind)
+    digest.add(flat, 0)
+    return digest.hexdigest(flat.numel())
+
+
+def folder_digests(folder: SafetensorsFolder, kind: str) -> dict[str, str]:
+    """Digest of every tensor of a folder as its file has it, in 8 MiB of memory."""
+    buffer, digests = torch.empty(8 << 20, dtype=torch.uint8), {}
+    for name, entry in folder.tensors.items():
+        digest = Digest(kind)
+        for start in range(0, entry.nbytes, buffer.numel()):
+            piece = buffer[: min(buffer.numel(), entry.nbytes - start)]
+            folder.raw(name, start, piece)
+            digest.add(piece, start)
+        digests[name] = digest.hexdigest(entry.nbytes)
+    return digests

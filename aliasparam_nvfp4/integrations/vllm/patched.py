@@ -6,13 +6,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Self
 
-import torch
 from torch import Tensor
 
 from aliasparam.reload.delta_folder import DeltaFolder
+from aliasparam.reload.delta_patches import changed
 from aliasparam.reload.errors import DeltaError
-from aliasparam.reload.hashers import hasher
-from aliasparam.reload.held_file import memory_of
 from aliasparam.reload.sources import SafetensorsFolder
 
 
@@ -61,17 +59,7 @@ class PatchedFolder:
         Raises:
             DeltaError: its bytes are not what the newest delta promised.
         """
-        value = self.base.read(name)
-        flat = value.reshape(-1).view(torch.uint8)
-        touching = [delta for delta in self.deltas if name in delta.checksums]
-        for delta in touching:
-            for change in delta.pieces(name, flat.numel()):
-                change.apply_(flat)
-        if touching:
-            digest = hasher(touching[-1].checksum_format)
-            digest.update(memory_of(flat))
-            touching[-1].check(name, str(digest.hexdigest()))
-        return value
+        return changed(name, self.base.read(name), self.deltas)
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) of all of them.
