@@ -94,38 +94,41 @@ def changed(name: str, value: Tensor, deltas: list[DeltaFolder]) -> Tensor:
 def _scattered(live: Live, name: str, deltas: list[DeltaFolder]) -> list[Patch] | None:
     """None where bytes have no places, or the checksum is no sum over them; or where so many change that pieces are less."""
     memory = live.memory()
-    if memory is None or live.positions(torch.empty(0, dtype=torch.int64, device=live.device)) is None:
+    if memory is None or not live.has_places or deltas[-1].checksum_format != "adler32":
         return None
-    sums = digest_live(live, "adler32").sums if deltas[-1].checksum_format == "adler32" else None
+    sums = digest_live(live, "adler32").sums
     if sums is None:
-        return None
+        raise AssertionError("adler32 without sums")
     cursors = [_Cursor(delta, name, live.nbytes) for delta in deltas]
     found: list[Patch] = []
     held = 0
-    for at, old, new in _changes(live, memory, cursors):
+    for at, places, old, new in _changes(live, memory, cursors):
         sums.add(old, at, sign=-1)
         sums.add(new, at)
-        patch = patch_at(live, live.box, at, old, new)
-        if patch is not None:
-            found.append(patch)
-            held += patch.nbytes
-            if held > 2 * live.nbytes:
-                return None
+        found.append(patch_at(live, live.box, places, old, new))
+        held += found[-1].nbytes
+        if held > 2 * live.nbytes:
+            return None
     deltas[-1].check(name, sums.hexdigest(live.nbytes))
     return joined(found)
 
 
-def _changes(live: Live, memory: Tensor, cursors: list[_Cursor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """(checkpoint byte positions, old bytes, new bytes) of what the deltas, one after another, make of the tensor."""
+def _changes(live: Live, memory: Tensor, cursors: list[_Cursor]) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """(checkpoint byte positions, places in memory, old bytes, new bytes) where the deltas in their order change the tensor."""
     while stops := [cursor.now.stop for cursor in cursors if cursor.now is not None]:
         changes = [(change, *change.scattered(live.device)) for one in cursors for change in one.take(min(stops))]
         at = changes[0][1] if len(changes) == 1 else torch.cat([positions for _, positions, _ in changes]).unique()
-        old = memory[live.positions(at)]
+        places = live.positions(at)
+        if places is None:
+            raise AssertionError("bytes without places")
+        old = memory[places]
         new = old.clone()
         for change, positions, values in changes:
             where = torch.searchsorted(at, positions) if positions is not at else slice(None)
             new[where] = change.of(new[where], values)
-        yield at, old, new
+        differs = (old != new).nonzero().view(-1)  # a delta may overwrite a byte with itself
+        if differs.numel():
+            yield at[differs], places[differs], old[differs], new[differs]
 
 
 class _Cursor:

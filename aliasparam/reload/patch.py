@@ -82,21 +82,13 @@ def patch_of(live: Live, box: Box, old: Tensor, new: Tensor, *, keep_new: bool) 
         where = differs.nonzero().view(-1)
         places = live.positions(_in_tensor(live, box, where))
         if places is not None:
-            return _at(live, box, places, old[where], new[where] if keep_new else None)
+            return patch_at(live, box, places, old[where], new[where] if keep_new else None)
     bound = None if live.storage is None else live.storage.bound
     return Patch(live, box, None, 0, on_host(old), on_host(new) if keep_new else None, bound)
 
 
-def patch_at(live: Live, box: Box, at: Tensor, old: Tensor, new: Tensor) -> Patch | None:
-    """Where ``old`` and ``new`` (uint8 [n]), at byte positions ``at`` of a tensor whose bytes have places, differ."""
-    where = (old != new).nonzero().view(-1)
-    places = live.positions(at[where])
-    if places is None or not where.numel():
-        return None
-    return _at(live, box, places, old[where], new[where])
-
-
-def _at(live: Live, box: Box, places: Tensor, old: Tensor, new: Tensor | None) -> Patch:
+def patch_at(live: Live, box: Box, places: Tensor, old: Tensor, new: Tensor | None) -> Patch:
+    """Of single bytes ``old`` and ``new`` (uint8 [n]) at ``places`` (int64 [n]) in memory."""
     base = int(places.min())
     bound = None if live.storage is None else live.storage.bound
     return Patch(live, box, on_host(_narrow(places - base)), base, on_host(old), None if new is None else on_host(new), bound)
