@@ -74,16 +74,20 @@ class Readable(Protocol):
     def read(self, count: int = -1, /) -> bytes: ...
 
 
-def decode(encoding: str, compressed: Callable[[], Readable], nbytes: int, name: str, piece_bytes: int) -> Iterator[Change]:
+def decode(
+    encoding: str, compressed: Callable[[], Readable], nbytes: int, name: str, piece_bytes: int | None = None
+) -> Iterator[Change]:
     """The changes of a tensor of ``nbytes`` bytes, in order. Runs in which nothing changes are left out.
 
     Args:
         compressed: opens the stream from its begin (twice for ``overwrite``, whose values come after all positions).
+        piece_bytes: :data:`PIECE`.
 
     Raises:
         DeltaError: not zstd, truncated, longer or shorter than the tensor asks for, or positions that are not ascending
             and within the tensor. What was yielded before may have been applied; the digest is what decides.
     """
+    piece_bytes = PIECE if piece_bytes is None else piece_bytes
     if encoding == "xor":
         return _xor_runs(_Stream(compressed(), name), nbytes, piece_bytes)
     if encoding == "overwrite":

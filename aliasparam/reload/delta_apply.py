@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import nn
 
-from .delta_folder import Chain, DeltaFolder
+from .delta_folder import Chain, DeltaFolder, need_order
 from .delta_held import Places
 from .delta_parts import PartDigests
 from .delta_patches import patch_converted, patches_of
@@ -68,7 +68,7 @@ def prepare_delta(
 ) -> ReloadSession:
     """A prepared session, all checksums verified; the old weights serve until it commits. Else as :func:`apply_delta`."""
     full, deltas = delta.full, delta.deltas
-    _need_order(deltas, None if full is not None else serving)
+    need_order(deltas, None if full is not None else serving)
     places = names if isinstance(names, Places) else Places(names or {})
     digests = PartDigests(places)
     session = ReloadSession(model, "partial", "delta", "delta", hooks or Hooks())
@@ -98,19 +98,6 @@ def version_of(delta: DeltaFolder | Chain, serving: int | None) -> int:
     if delta.deltas:
         return delta.deltas[-1].version
     return serving or 0 if delta.full is None else int(delta.full.path.name.rpartition("_v")[2])
-
-
-def _need_order(deltas: list[DeltaFolder], serving: int | None) -> None:
-    for delta in deltas:
-        if serving is not None and delta.base_version != serving:
-            raise DeltaError(
-                "the delta applies to another version",
-                name=str(delta.path),
-                expected=f"a delta on version {serving}, which serves or comes before",
-                found=f"one on version {delta.base_version}",
-                remedy="Apply the chain of deltas in order, or start from a full version.",
-            )
-        serving = delta.version
 
 
 def _need_all(session: ReloadSession, full: SafetensorsFolder, places: Places) -> None:

@@ -13,7 +13,7 @@ from ..module.adopt import adopt
 from ..module.registry_of import registries
 from ..module.verbs import checkpoint_names
 from .digest import PositionalAdler32, whole_digest
-from .hashers import Digest, folder_digests, hasher
+from .hashers import Digest, folder_digests
 from .live import Live
 from .sources import SafetensorsFolder
 
@@ -53,7 +53,7 @@ def checkpoint_digest(model: nn.Module, kind: str = "adler32") -> CheckpointDige
         StateError: a tensor holds no weights, or changed while it was read.
         StaleKernelError: a reload of the model is open, or failed.
     """
-    hasher(kind)
+    Digest(kind)  # before anything is read
     for _, registry in registries(model):
         if not registry.is_untouched:
             with torch.no_grad():

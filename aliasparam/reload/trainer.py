@@ -42,7 +42,7 @@ def diff_tensors(
         DeltaError: other names, dtypes or shapes (then a full version is what to publish), or as ``DeltaWriter``.
     """
     specs = ({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()} for tensors in (old, new))
-    check_same(dict(zip(("the old step", "the new step"), specs, strict=True)))
+    check_same(*zip(("the old step", "the new step"), specs, strict=True))
     with DeltaWriter(out, version, base_version, **options) as writer:
         return sum(writer.add(name, tensor.nbytes, _pairs(old[name], tensor)) for name, tensor in new.items())
 

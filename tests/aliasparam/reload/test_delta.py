@@ -17,7 +17,7 @@ from aliasparam.reload.delta import ENCODINGS
 from aliasparam.reload.delta_folder import Chain, DeltaFolder, open_version
 from aliasparam.reload.delta_writer import DeltaWriter, diff
 from aliasparam.reload.errors import DeltaError, SourceError
-from aliasparam.reload.hashers import FORMATS, folder_digests, hasher
+from aliasparam.reload.hashers import FORMATS, digest_of, folder_digests
 from aliasparam.reload.published import newest
 from aliasparam.reload.sources import SafetensorsFolder
 
@@ -38,9 +38,7 @@ def apply(delta: DeltaFolder, old: dict[str, bytes], piece_bytes: int) -> dict[s
         for piece in delta.pieces(name, len(old[name]), piece_bytes):
             piece.apply_(flat)
         new[name] = plain(flat)
-        state = hasher(delta.checksum_format)
-        state.update(new[name])
-        delta.check(name, state.hexdigest())
+        delta.check(name, digest_of(flat, delta.checksum_format))
     return new
 
 
