@@ -41,12 +41,14 @@ class Change(NamedTuple):
     def cut(self, at: int) -> tuple[Change, Change]:
         """What is before byte ``at``, between ``start`` and ``stop``, and what is not."""
         if self.positions is None:
-            count, halves = at - self.start, (None, None)
-        else:
-            count = int(torch.searchsorted(self.positions, at))
-            halves = self.positions[:count], self.positions[count:]
-        behind = at if halves[1] is None else int(halves[1][0])
-        return Change(self.start, at, self.values[:count], halves[0]), Change(behind, self.stop, self.values[count:], halves[1])
+            values = self.values[: at - self.start], self.values[at - self.start :]
+            return Change(self.start, at, values[0], None), Change(at, self.stop, values[1], None)
+        count = int(torch.searchsorted(self.positions, at))
+        before, behind = self.positions[:count], self.positions[count:]
+        return (
+            Change(self.start, at, self.values[:count], before),
+            Change(int(behind[0]), self.stop, self.values[count:], behind),
+        )
 
     def apply_(self, flat: Tensor, begin: int = 0) -> None:
         """To the tensor's bytes from ``begin`` on (uint8 [n], checkpoint order), in place."""

@@ -117,7 +117,7 @@ def _changes(live: Live, memory: Tensor, cursors: list[_Cursor]) -> Iterator[tup
     """(checkpoint byte positions, places in memory, old bytes, new bytes) where the deltas in their order change the tensor."""
     while stops := [cursor.now.stop for cursor in cursors if cursor.now is not None]:
         changes = [(change, *change.scattered(live.device)) for one in cursors for change in one.take(min(stops))]
-        at = changes[0][1] if len(changes) == 1 else torch.cat([positions for _, positions, _ in changes]).unique()
+        at = changes[0][1] if len(changes) == 1 else torch.unique(torch.cat([positions for _, positions, _ in changes]))
         places = live.positions(at)
         if places is None:
             raise AssertionError("bytes without places")
