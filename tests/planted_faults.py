@@ -175,6 +175,13 @@ FAULTS = [
         "layout/compose.py", "(high.source, high.kernel, high.flipped) == step", "high.source == step[0]", "test_law_11_layout.py"
     ),
     # sources and streams
+    Planted(
+        "reload/delta_patches.py",
+        "change.of(new[where], values)",
+        "change.of(old[where], values)",
+        "reload/test_law_12_apply_delta.py",
+    ),
+    Planted("reload/drain.py", "del tops[threading.get_ident()]", "pass", "reload/test_drain.py"),
     Planted("reload/sources.py", "        self.bytes_read += values.nbytes\n", "", "reload/test_sources.py"),
     Planted("reload/sources.py", "if len(coming) == _AHEAD:", "if len(coming) == _AHEAD + 1:", "reload/test_sources.py"),
     # NVFP4

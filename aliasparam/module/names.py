@@ -73,8 +73,9 @@ class ModuleNames:
                 with torch.inference_mode(False):
                     memory = torch.zeros(spec.shape, dtype=spec.dtype, device=device)
                 derived.kernel = KernelName(f"{self.label}.{spec.name}", memory)
-        self._bound = tuple(kernel for _, kernel in self.kernels())
-        for name, kernel in self.kernels():
+        kernels = self.kernels()
+        self._bound = tuple(kernel for _, kernel in kernels)
+        for name, kernel in kernels:
             put_buffer(self.module, name, self._shown(kernel), self)
 
     def rebind(self) -> None:

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -25,33 +24,50 @@ PIECE = 1 << 20
 _MAX_WINDOW = 1 << 27
 
 
-@dataclass(frozen=True)
-class XorRun:
-    """new[start : start + n] = old[start : start + n] ^ values. ``values``: uint8 [n], valid until the next piece."""
+class Change(NamedTuple):
+    """What a delta makes of some bytes of a tensor: of ``xor`` a run, of ``overwrite`` bytes anywhere.
+
+    Attributes:
+        start, stop: the first byte, and behind the last.
+        values: uint8 [n], valid until the next piece.
+        positions: int64 [n], ascending: new[positions] = values. None: new[start:stop] = old[start:stop] ^ values.
+    """
 
     start: int
+    stop: int
     values: Tensor
+    positions: Tensor | None
 
-    def apply_(self, flat: Tensor) -> None:
-        """To the tensor's bytes (uint8 [nbytes], checkpoint order) in place. Applied twice, it is undone."""
-        flat[self.start : self.start + self.values.numel()] ^= self.values.to(flat.device)
+    def cut(self, at: int) -> tuple[Change, Change]:
+        """What is before byte ``at``, between ``start`` and ``stop``, and what is not."""
+        if self.positions is None:
+            values = self.values[: at - self.start], self.values[at - self.start :]
+            return Change(self.start, at, values[0], None), Change(at, self.stop, values[1], None)
+        count = int(torch.searchsorted(self.positions, at))
+        before, behind = self.positions[:count], self.positions[count:]
+        return (
+            Change(self.start, at, self.values[:count], before),
+            Change(int(behind[0]), self.stop, self.values[count:], behind),
+        )
 
-    def changed(self) -> tuple[Tensor, Tensor]:
-        """(positions int64 [m], values uint8 [m]) of those bytes alone that change."""
-        where = self.values.nonzero().view(-1)
-        return where + self.start, self.values[where]
+    def apply_(self, flat: Tensor, begin: int = 0) -> None:
+        """To the tensor's bytes from ``begin`` on (uint8 [n], checkpoint order), in place."""
+        if self.positions is None:
+            flat[self.start - begin : self.stop - begin] ^= self.values.to(flat.device)
+        else:
+            flat[(self.positions - begin).to(flat.device)] = self.values.to(flat.device)
 
+    def scattered(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(positions int64 [m], values uint8 [m]) of those bytes alone that change, on ``device``."""
+        values = self.values.to(device)
+        if self.positions is not None:
+            return self.positions.to(device), values
+        where = values.nonzero().view(-1)
+        return where + self.start, values[where]
 
-@dataclass(frozen=True)
-class Overwrite:
-    """new[positions] = values. ``positions``: int64 [n], ascending; ``values``: uint8 [n]."""
-
-    positions: Tensor
-    values: Tensor
-
-    def apply_(self, flat: Tensor) -> None:
-        """To the tensor's bytes (uint8 [nbytes], checkpoint order) in place."""
-        flat[self.positions.to(flat.device)] = self.values.to(flat.device)
+    def of(self, old: Tensor, values: Tensor) -> Tensor:
+        """The new bytes where there were ``old`` ones."""
+        return old ^ values if self.positions is None else values
 
 
 class Readable(Protocol):
@@ -61,17 +77,19 @@ class Readable(Protocol):
 
 
 def decode(
-    encoding: str, compressed: Callable[[], Readable], nbytes: int, name: str, piece_bytes: int = PIECE
-) -> Iterator[XorRun | Overwrite]:
+    encoding: str, compressed: Callable[[], Readable], nbytes: int, name: str, piece_bytes: int | None = None
+) -> Iterator[Change]:
     """The changes of a tensor of ``nbytes`` bytes, in order. Runs in which nothing changes are left out.
 
     Args:
         compressed: opens the stream from its begin (twice for ``overwrite``, whose values come after all positions).
+        piece_bytes: :data:`PIECE`.
 
     Raises:
         DeltaError: not zstd, truncated, longer or shorter than the tensor asks for, or positions that are not ascending
             and within the tensor. What was yielded before may have been applied; the digest is what decides.
     """
+    piece_bytes = PIECE if piece_bytes is None else piece_bytes
     if encoding == "xor":
         return _xor_runs(_Stream(compressed(), name), nbytes, piece_bytes)
     if encoding == "overwrite":
@@ -79,17 +97,17 @@ def decode(
     raise DeltaError("unknown delta_encoding", name=name, expected=" or ".join(ENCODINGS), found=repr(encoding)[:80])
 
 
-def _xor_runs(stream: _Stream, nbytes: int, piece_bytes: int) -> Iterator[XorRun]:
+def _xor_runs(stream: _Stream, nbytes: int, piece_bytes: int) -> Iterator[Change]:
     buffer = torch.empty(min(piece_bytes, nbytes), dtype=torch.uint8)
     for start in range(0, nbytes, piece_bytes):
         piece = buffer[: min(piece_bytes, nbytes - start)]
         stream.fill(piece, f"{nbytes} bytes, as the tensor has")
         if piece.any():
-            yield XorRun(start, piece)
+            yield Change(start, start + piece.numel(), piece, None)
     stream.end(f"{nbytes} bytes, as the tensor has")
 
 
-def _overwrites(compressed: Callable[[], Readable], nbytes: int, name: str, step: int) -> Iterator[Overwrite]:
+def _overwrites(compressed: Callable[[], Readable], nbytes: int, name: str, step: int) -> Iterator[Change]:
     places, values = _Stream(compressed(), name), _Stream(compressed(), name)
     count = int(places.numbers(1, "a count of 4 bytes"))
     expected = f"{4 + 5 * count} bytes for {count} positions"
@@ -104,7 +122,7 @@ def _overwrites(compressed: Callable[[], Readable], nbytes: int, name: str, step
         last = int(positions[-1])
         changed = torch.empty(size, dtype=torch.uint8)
         values.fill(changed, expected)
-        yield Overwrite(positions, changed)
+        yield Change(int(positions[0]), last + 1, changed, positions)
     values.end(expected)
 
 

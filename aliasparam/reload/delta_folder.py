@@ -7,33 +7,60 @@ A delta is known by ``delta_encoding`` in the index's metadata. Its tensors are 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 
-from .delta import ENCODINGS, PIECE, Overwrite, XorRun, decode
+from .delta import ENCODINGS, Change, decode
 from .errors import DeltaError
 from .hashers import FORMATS
 from .published import check_manifest, read_manifest, version_path
 from .sources import SafetensorsFolder
 
 
-class DeltaFolder:
-    """One delta version, opened and checked; a context manager.
+class Opened(ABC):
+    """Folders that were opened together, and are checked and closed together; a context manager."""
+
+    @abstractmethod
+    def folders(self) -> list[SafetensorsFolder]:
+        """What is open."""
+
+    def check_unchanged(self) -> None:
+        """See :meth:`SafetensorsFolder.check_unchanged`."""
+        for folder in self.folders():
+            folder.check_unchanged()
+
+    def close(self) -> None:
+        for folder in self.folders():
+            folder.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+class DeltaFolder(Opened):
+    """One delta version, opened and checked.
 
     Attributes:
         version, base_version: it makes the one from the other, and applies to nothing else.
         encoding: "xor" or "overwrite".
         checksum_format: "adler32", "xxh3-128" or "blake3".
         checksums: tensor name -> hex digest of its new bytes, whole and in checkpoint order.
+        full: None, as of a :class:`Chain` that begins with no full version.
 
     Raises:
         DeltaError: not a delta, or its metadata, a tensor or a checksum is not what the format says.
         SourceError: as :class:`SafetensorsFolder`.
     """
+
+    full = None
 
     def __init__(self, folder: SafetensorsFolder | str | Path) -> None:
         with ExitStack() as undo:
@@ -50,7 +77,12 @@ class DeltaFolder:
             self.checksums: Mapping[str, str] = {name: self._checksum(name) for name in self.folder.tensors}
             undo.pop_all()
 
-    def pieces(self, name: str, nbytes: int, piece_bytes: int = PIECE) -> Iterator[XorRun | Overwrite]:
+    @property
+    def deltas(self) -> list[DeltaFolder]:
+        """Itself: a chain of one."""
+        return [self]
+
+    def pieces(self, name: str, nbytes: int, piece_bytes: int | None = None) -> Iterator[Change]:
         """The changes of one tensor, which has ``nbytes`` bytes (see :func:`aliasparam.reload.delta.decode`)."""
         where = f"{self.path}: {name}"
         return decode(self.encoding, lambda: _Compressed(self.folder, name), nbytes, where, piece_bytes)
@@ -69,18 +101,8 @@ class DeltaFolder:
                 remedy=f"The weights it was applied to are not version {self.base_version}, or the delta is damaged.",
             )
 
-    def check_unchanged(self) -> None:
-        """See :meth:`SafetensorsFolder.check_unchanged`."""
-        self.folder.check_unchanged()
-
-    def close(self) -> None:
-        self.folder.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
+    def folders(self) -> list[SafetensorsFolder]:
+        return [self.folder]
 
     def _one_of(self, key: str, fields: Mapping[str, Any], known: tuple[str, ...]) -> str:
         if fields.get(key) not in known:
@@ -101,7 +123,7 @@ class DeltaFolder:
             found = f"{entry.dtype} {list(entry.shape)}"
             raise DeltaError("no compressed delta", name=f"{self.path}: {name}", expected="bytes, uint8 [n]", found=found)
         checksum = self.folder.metadata[entry.file.path.name].get(name)
-        digits = FORMATS[self.checksum_format][1]
+        digits = FORMATS[self.checksum_format]
         if checksum is None or not re.fullmatch(f"[0-9a-fA-F]{{{digits}}}", checksum):
             raise DeltaError(
                 "no checksum of the tensor's new bytes",
@@ -150,10 +172,10 @@ def open_version(source: str | Path, version: int) -> SafetensorsFolder | DeltaF
     return found
 
 
-class Chain:
+class Chain(Opened):
     """What takes a receiver from the version it has to another: the newest full version on the way if there is one, then deltas.
 
-    All folders are opened at once and held until :meth:`close`, so that what was planned is what is read. A context manager.
+    All folders are opened at once and held until :meth:`close`, so that what was planned is what is read.
 
     Args:
         source: the folder of the versions, in any layout of published.py.
@@ -199,20 +221,22 @@ class Chain:
             self.deltas.append(found)
             version = found.base_version
 
-    def check_unchanged(self) -> None:
-        """See :meth:`SafetensorsFolder.check_unchanged`."""
-        for part in self._parts():
-            part.check_unchanged()
+    def folders(self) -> list[SafetensorsFolder]:
+        return [*([self.full] if self.full is not None else []), *(delta.folder for delta in self.deltas)]
 
-    def close(self) -> None:
-        for part in self._parts():
-            part.close()
 
-    def _parts(self) -> list[SafetensorsFolder | DeltaFolder]:
-        return [*([self.full] if self.full is not None else []), *self.deltas]
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
+def need_order(deltas: Iterable[DeltaFolder], serving: int | None) -> None:
+    """
+    Raises:
+        DeltaError: the first does not apply to version ``serving`` (None: nobody knows it), or one not to the one before it.
+    """
+    for delta in deltas:
+        if serving is not None and delta.base_version != serving:
+            raise DeltaError(
+                "the delta applies to another version",
+                name=str(delta.path),
+                expected=f"a delta on version {serving}, which serves or comes before",
+                found=f"one on version {delta.base_version}",
+                remedy="Apply the chain of deltas in order, or start from a full version.",
+            )
+        serving = delta.version

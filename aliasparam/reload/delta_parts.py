@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 import torch
 
-from .delta_cursor import Digest
 from .delta_folder import DeltaFolder
 from .delta_held import Part, Places, fits
 from .digest import PositionalAdler32
 from .errors import DeltaError
+from .hashers import Digest
 from .live import Live
 
 

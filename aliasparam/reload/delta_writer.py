@@ -7,7 +7,7 @@ import os
 import shutil
 import struct
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .delta import ENCODINGS, PIECE
 from .errors import DeltaError
-from .hashers import hasher, optional
+from .hashers import Digest, optional
 from .held_file import memory_of
 from .sources import SafetensorsFolder
 
@@ -52,7 +52,7 @@ class DeltaWriter:
         self.out = Path(out)
         if encoding not in ENCODINGS:
             raise DeltaError("unknown delta_encoding", expected=" or ".join(ENCODINGS), found=repr(encoding)[:80])
-        hasher(checksum_format)
+        Digest(checksum_format)  # refuses what is none
         if not 0 <= base_version < version:
             raise DeltaError("versions out of order", name=str(out), expected="0 <= base_version < version")
         if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
@@ -95,20 +95,20 @@ class DeltaWriter:
             raise DeltaError("a tensor is written twice", name=name)
         if self._data is None:
             self._data = tempfile.TemporaryFile(dir=self._made)  # noqa: SIM115 - closed with its shard
-        state = hasher(self._index["checksum_format"])
+        digest = Digest(self._index["checksum_format"])
         begin = self._data.tell()
         encode = _encode_xor if self._index["delta_encoding"] == "xor" else _encode_overwrite
         compressor = optional("zstandard").ZstdCompressor(level=self._level)
         changed = False
         try:
-            changed = encode(_checked(chunks, nbytes, name, state), nbytes, name, compressor, self._data)
+            changed = encode(_checked(chunks, nbytes, name, digest), nbytes, name, compressor, self._data)
         finally:
             if not changed:
                 self._data.seek(begin)
                 self._data.truncate()
         if not changed:
             return False
-        self._entries[name] = (begin, self._data.tell(), state.hexdigest())
+        self._entries[name] = (begin, self._data.tell(), digest.hexdigest(nbytes))
         if self._data.tell() >= self._max_shard_bytes:
             self._close_shard()
         return True
@@ -157,7 +157,7 @@ def diff(
         DeltaError: the two do not have the same names, dtypes and shapes (then a full version is what to publish).
         SourceError: a file cannot be read, or changed meanwhile. Nothing is published then.
     """
-    _check_same_tensors(a, b)
+    check_same(*((str(one.path), {n: (e.dtype, e.shape) for n, e in one.tensors.items()}) for one in (a, b)))
     old, new = (torch.empty(PIECE, dtype=torch.uint8) for _ in range(2))
 
     def chunks(name: str) -> Iterator[tuple[Tensor, Tensor]]:
@@ -175,27 +175,32 @@ def diff(
     return changed, len(b.tensors)
 
 
-def _check_same_tensors(a: SafetensorsFolder, b: SafetensorsFolder) -> None:
-    for name in sorted(a.tensors.keys() ^ b.tensors.keys()):
-        where = (a if name in a.tensors else b).path
-        raise DeltaError("a tensor is in one checkpoint only", name=name, found=f"in {where}", remedy="Publish a full version.")
-    for name, old in a.tensors.items():
-        new = b.tensors[name]
-        if (old.dtype, old.shape) != (new.dtype, new.shape):
+def check_same(*two: tuple[str, Mapping[str, tuple[torch.dtype, tuple[int, ...]]]]) -> None:
+    """
+    Args:
+        two: what a checkpoint is called, and (dtype, shape) of its tensors by name.
+
+    Raises:
+        DeltaError: they do not have the same tensors.
+    """
+    (a, old), (b, new) = two
+    for name in sorted(old.keys() ^ new.keys()):
+        found, remedy = f"in {a if name in old else b}", "Publish a full version."
+        raise DeltaError("a tensor is in one checkpoint only", name=name, found=found, remedy=remedy)
+    for name, spec in old.items():
+        if spec != new[name]:
+            expected, found = (f"{dtype} {list(shape)}" for dtype, shape in (spec, new[name]))
             raise DeltaError(
-                "a tensor has another dtype or shape",
-                name=name,
-                expected=f"{old.dtype} {list(old.shape)}",
-                found=f"{new.dtype} {list(new.shape)}",
-                remedy="Publish a full version.",
+                "a tensor has another dtype or shape", name=name, expected=expected, found=found, remedy="Publish a full version."
             )
 
 
-def _checked(chunks: Iterable[tuple[Tensor, Tensor]], nbytes: int, name: str, state: Any) -> Iterator[tuple[Tensor, Tensor]]:
+def _checked(chunks: Iterable[tuple[Tensor, Tensor]], nbytes: int, name: str, digest: Digest) -> Iterator[tuple[Tensor, Tensor]]:
     """The chunks, while their new bytes are hashed and their lengths counted."""
     count = 0
     for old, new in chunks:
-        state.update(memory_of(new))
+        memory_of(new)  # refuses what is not plain bytes
+        digest.add(new, count)
         count += new.numel()
         if old.numel() != new.numel() or count > nbytes:
             break

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -17,13 +18,12 @@ from torch import Tensor
 from ..layout import Layout
 from .errors import DeltaError
 from .header import DTYPES
+from .held_file import memory_of
 
 _MOD = 65521
 _PLAIN = Layout("n -> n")
-#: Bytes looked at in one step: scratch is 4 (a run) or 16 (scattered bytes) times as much.
+#: Bytes looked at in one step: scratch is 16 times as much.
 _PIECE = 1 << 20
-#: Bytes a row: the weighted sum of a row, 255 * (0 + .. + 255), is below 2**24, so float32 holds every partial sum exactly.
-_ROW = 256
 
 
 def sums_of_run(flat: Tensor) -> Tensor | None:
@@ -44,47 +44,32 @@ class PositionalAdler32:
 
     def __init__(self) -> None:
         self.count = 0
+        self._host = (0, 0)
         self._sums: dict[torch.device, Tensor] = {}
-
-    @classmethod
-    def of_digest(cls, digest: str, nbytes: int) -> PositionalAdler32:
-        """The sums of a tensor of ``nbytes`` bytes whose adler32 (hex) is known, to correct for what changes in it."""
-        value = int(digest, 16)
-        plain = (value & 0xFFFF) - 1
-        sums = cls()
-        sums.count = nbytes
-        sums._sums[torch.device("cpu")] = torch.tensor([plain % _MOD, (nbytes + nbytes * plain - (value >> 16)) % _MOD])
-        return sums
 
     def add(self, values: Tensor, positions: Tensor, *, sign: int = 1) -> None:
         """Bytes ``values`` (uint8, any shape) at checkpoint byte ``positions`` (int64, as many, on the same device)."""
-        self.count += sign * values.numel()
         flat, places = values.reshape(-1), positions.reshape(-1)
         for first in range(0, flat.numel(), _PIECE):
             wide = flat[first : first + _PIECE].to(torch.int64)
             # at most 2**20 * 255 * 65520 < 2**45
-            self._take(wide.sum(), (wide * (places[first : first + _PIECE] % _MOD)).sum(), sign)
+            weighted = (wide * (places[first : first + _PIECE] % _MOD)).sum()
+            self.add_sums(sign * wide.numel(), torch.stack((wide.sum(), weighted)) * sign)
 
-    def add_run(self, values: Tensor, start: int, *, sign: int = 1) -> None:
+    def add_run(self, values: Tensor, start: int) -> None:
         """Bytes ``values`` (uint8, any shape, contiguous in the checkpoint) from checkpoint byte ``start`` on."""
         flat = values.reshape(-1)
-        sums = sums_of_run(flat)
-        if sums is not None:
-            sums[1].add_(sums[0], alpha=start % _MOD)
-            self.add_sums(sign * flat.numel(), sums if sign == 1 else -sums)
+        if flat.device.type == "cpu":
+            digest, nbytes = zlib.adler32(memory_of(flat)), flat.numel()
+            plain = (digest & 0xFFFF) - 1
+            self.merge_sums(nbytes, (plain, nbytes + nbytes * plain - (digest >> 16) + start * plain))
             return
-        body = flat.numel() // _ROW * _ROW
-        self.count += sign * body
-        weights = torch.ones(_ROW, 2, device=flat.device)
-        weights[:, 1] = torch.arange(_ROW, device=flat.device)
-        for offset in range(0, body, _PIECE):
-            rows = flat[offset : min(offset + _PIECE, body)].view(-1, _ROW)
-            sums = (rows.to(torch.float32) @ weights).to(torch.int64)
-            begins = (torch.arange(len(rows), device=flat.device) * _ROW + (start + offset) % _MOD) % _MOD
-            self._take(sums[:, 0].sum(), (sums[:, 0] * begins + sums[:, 1]).sum(), sign)
-        if body < flat.numel():
-            rest = torch.arange(body, flat.numel(), device=flat.device)
-            self.add(flat[body:], rest + start, sign=sign)
+        sums = sums_of_run(flat)
+        if sums is None:
+            self.add(flat, torch.arange(start, start + flat.numel(), device=flat.device))
+            return
+        sums[1].add_(sums[0], alpha=start % _MOD)
+        self.add_sums(flat.numel(), sums)
 
     def add_sums(self, count: int, sums: Tensor) -> None:
         """``count`` bytes whose sums (int64 ``[2]``: of the bytes, of position times byte, mod 65521) were taken on a device."""
@@ -92,19 +77,15 @@ class PositionalAdler32:
         now = self._sums.get(sums.device)
         self._sums[sums.device] = sums if now is None else (now + sums) % _MOD
 
-    def merge(self, other: PositionalAdler32) -> None:
-        """Take in what ``other`` has added: other pieces, devices or ranks (a rank sends ``count`` and ``sums()``)."""
-        self.merge_sums(other.count, other.sums())
-
-    def merge_sums(self, count: int, sums: tuple[int, int]) -> None:
+    def merge_sums(self, count: int, sums: Sequence[int]) -> None:
+        """The same of sums on the host: of other pieces, devices or ranks (a rank sends ``count`` and ``sums()``)."""
         self.count += count
-        host = torch.device("cpu")
-        self._sums[host] = (self._sums.get(host, torch.zeros(2, dtype=torch.int64)) + torch.tensor(sums)) % _MOD
+        self._host = (self._host[0] + sums[0]) % _MOD, (self._host[1] + sums[1]) % _MOD
 
     def sums(self) -> tuple[int, int]:
         """(sum of the bytes, sum of position times byte), mod 65521. Waits for the devices."""
-        pairs = [value.tolist() for value in self._sums.values()]
-        return sum(pair[0] for pair in pairs) % _MOD, sum(pair[1] for pair in pairs) % _MOD
+        self.to_host([self])
+        return self._host
 
     def hexdigest(self, nbytes: int) -> str:
         """adler32 of the tensor of ``nbytes`` bytes, as eight hex digits (``f"{zlib.adler32(data):08x}"``).
@@ -117,13 +98,10 @@ class PositionalAdler32:
         plain, weighted = self.sums()
         return f"{(nbytes + nbytes * plain - weighted) % _MOD << 16 | (1 + plain) % _MOD:08x}"
 
-    def _take(self, plain: Tensor, weighted: Tensor, sign: int) -> None:
-        self.add_sums(0, torch.stack((plain, weighted)) * sign)
-
     @staticmethod
     def to_host(many: Sequence[PositionalAdler32]) -> None:
         """Bring the sums of all of them to the host, with one transfer from each device."""
-        for device in {device for one in many for device in one._sums if device.type != "cpu"}:
+        for device in {device for one in many for device in one._sums}:
             those = [one for one in many if device in one._sums]
             for one, pair in zip(those, torch.stack([one._sums.pop(device) for one in those]).tolist(), strict=True):
                 one.merge_sums(0, pair)

@@ -111,8 +111,12 @@ class Drain:
     def _in_flight(self) -> dict[int, FrameType]:
         """Thread -> the outermost call of the model, of a module in it, or of one that has it, in other threads than this one."""
         found: dict[int, FrameType] = {}
-        for thread, top in sys._current_frames().items():
-            frame: FrameType | None = top if thread != threading.get_ident() else None
+        tops = sys._current_frames()
+        del tops[
+            threading.get_ident()
+        ]  # a frame that has itself, and its callers' session, in a local lives until it is collected
+        for thread, top in tops.items():
+            frame: FrameType | None = top
             while frame is not None:
                 if frame.f_code is FORWARD and self._is_ours(frame.f_locals.get("self")):
                     found[thread] = frame

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import StateError
 from ..layout.blocks import tiles
+from ..layout.bound import BoundLayout
 from ..layout.boxes import row_major
 from ..storage.coverage import Box
 from ..storage.storage import AliasedStorage
@@ -98,7 +99,7 @@ class Live:
         return self if box is None else Live(self.part(box))
 
     def memory(self) -> Tensor | None:
-        """All bytes as they lie, uint8 [n]; None where :meth:`positions` is."""
+        """All bytes as they lie, uint8 [n]; None where a plain tensor is not contiguous."""
         if self.storage is not None:
             return self.storage.elements.view(torch.uint8)
         return flat_bytes(self.tensor.detach()) if self.tensor.is_contiguous() else None
@@ -118,16 +119,23 @@ class Live:
             yield memory
             self.storage.states.rollback(begun)
 
-    def positions(self, at: Tensor) -> Tensor | None:
-        """Checkpoint byte positions ``at`` (int64 [n]) as positions in :meth:`memory`; None where bytes have no such places."""
+    @property
+    def has_places(self) -> bool:
+        """Whether each byte has a place of its own in :meth:`memory`."""
         if self.storage is None:
-            return at if self.tensor.is_contiguous() else None
+            return self.tensor.is_contiguous()
         geometry, bound = self.tensor._alias_geometry, self.storage.bound  # type: ignore[attr-defined]
-        if not geometry.is_contiguous() or geometry.dtype is not bound.dtype or geometry.is_conj() or geometry.is_neg():
-            return None
+        plain = geometry.is_contiguous() and geometry.dtype is bound.dtype and not geometry.is_conj() and not geometry.is_neg()
+        return plain and type(bound).positions is not BoundLayout.positions
+
+    def positions(self, at: Tensor) -> Tensor | None:
+        """Checkpoint byte positions ``at`` (int64 [n]) as positions in :meth:`memory`; None unless :attr:`has_places`."""
+        if self.storage is None or not self.has_places:
+            return at if self.has_places else None
+        geometry, bound = self.tensor._alias_geometry, self.storage.bound  # type: ignore[attr-defined]
         size, first = bound.dtype.itemsize, geometry.storage_offset() - self.storage.geometry.storage_offset()
-        found = bound.positions(at // size + first)
-        return None if found is None else found * size + at % size
+        found = bound.positions(at + first if size == 1 else at // size + first)
+        return found if found is None or size == 1 else found * size + at % size
 
     @property
     def box(self) -> Box:

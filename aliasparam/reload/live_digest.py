@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Self
 
 import torch
 from torch import nn
@@ -12,8 +13,7 @@ from ..module.adopt import adopt
 from ..module.registry_of import registries
 from ..module.verbs import checkpoint_names
 from .digest import PositionalAdler32, whole_digest
-from .hashers import folder_digests, hasher
-from .held_file import memory_of
+from .hashers import Digest, folder_digests
 from .live import Live
 from .sources import SafetensorsFolder
 
@@ -35,6 +35,12 @@ class CheckpointDigest:
     whole: str
     tensors: Mapping[str, str] = field(repr=False)
 
+    @classmethod
+    def of(cls, kind: str, tensors: Iterable[tuple[str, torch.dtype, Sequence[int], str]]) -> Self:
+        """From (name, dtype, shape, digest) of each tensor."""
+        found = list(tensors)
+        return cls(kind, whole_digest(found), {name: digest for name, _, _, digest in found})
+
 
 def checkpoint_digest(model: nn.Module, kind: str = "adler32") -> CheckpointDigest:
     """Digest every tensor of the state dict from live kernel bytes, in checkpoint coordinates; tied names come once.
@@ -47,18 +53,15 @@ def checkpoint_digest(model: nn.Module, kind: str = "adler32") -> CheckpointDige
         StateError: a tensor holds no weights, or changed while it was read.
         StaleKernelError: a reload of the model is open, or failed.
     """
-    hasher(kind)
+    Digest(kind)  # before anything is read
     for _, registry in registries(model):
-        with torch.no_grad():
-            adopt(registry)
+        if not registry.is_untouched:
+            with torch.no_grad():
+                adopt(registry)
     live = {name: Live(tensor) for name, tensor in checkpoint_names(model).items()}
-    if kind == "adler32":
-        sums = {name: adler32_of(tensor, _PIECE) for name, tensor in live.items()}
-        PositionalAdler32.to_host(list(sums.values()))  # nothing waits for a device before
-        digests = {name: total.hexdigest(live[name].nbytes) for name, total in sums.items()}
-    else:
-        digests = {name: _hashed(tensor, kind) for name, tensor in live.items()}
-    return CheckpointDigest(kind, whole_digest((n, t.dtype, t.shape, digests[n]) for n, t in live.items()), digests)
+    digests = {name: digest_live(tensor, kind) for name, tensor in live.items()}
+    PositionalAdler32.to_host([digest.sums for digest in digests.values() if digest.sums is not None])
+    return CheckpointDigest.of(kind, ((n, t.dtype, t.shape, digests[n].hexdigest(t.nbytes)) for n, t in live.items()))
 
 
 def digest_of_folder(folder: SafetensorsFolder, kind: str = "adler32") -> CheckpointDigest:
@@ -69,24 +72,16 @@ def digest_of_folder(folder: SafetensorsFolder, kind: str = "adler32") -> Checkp
     """
     digests = folder_digests(folder, kind)
     folder.check_unchanged()
-    whole = whole_digest((n, e.dtype, e.shape, digests[n]) for n, e in folder.tensors.items())
-    return CheckpointDigest(kind, whole, digests)
+    return CheckpointDigest.of(kind, ((n, e.dtype, e.shape, digests[n]) for n, e in folder.tensors.items()))
 
 
-def adler32_of(live: Live, max_bytes: int) -> PositionalAdler32:
-    """The sums of a whole tensor."""
-    sums = PositionalAdler32()
-    in_place = live.positional_sums()
-    if in_place is not None:
-        sums.add_sums(live.nbytes, in_place)
-        return sums
-    for start, piece in live.runs(max_bytes):
-        sums.add_run(piece, start)
-    return sums
-
-
-def _hashed(live: Live, kind: str) -> str:
-    state = hasher(kind)
-    for _, piece in live.runs(_PIECE):
-        state.update(memory_of(piece.cpu()))
-    return state.hexdigest()
+def digest_live(live: Live, kind: str) -> Digest:
+    """Of a whole tensor; of adler32 on a GPU nothing has waited for it."""
+    digest = Digest(kind)
+    in_place = None if digest.sums is None else live.positional_sums()
+    if digest.sums is not None and in_place is not None:
+        digest.sums.add_sums(live.nbytes, in_place)
+        return digest
+    for start, piece in live.runs(_PIECE):
+        digest.add(piece, start)
+    return digest

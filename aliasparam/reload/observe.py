@@ -8,7 +8,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -72,17 +72,9 @@ class Observed:
         self.outcome = outcome
         self.generation = _generations[model] = _generations.get(model, 0) + (outcome == "committed")
         seconds = time.perf_counter() - self.started
-        facts = {
-            "model": type(model).__name__,
-            "outcome": outcome,
-            "source": self.source,
-            "policy": self.policy,
-            "tensors": self.tensors,
-            "bytes": self.bytes,
-            "seconds": round(seconds, 6),
-            "pause_seconds": round(self.pause_seconds, 6),
-            "generation": self.generation,
-        }
+        facts = {"model": type(model).__name__, "outcome": outcome, **asdict(self), "seconds": round(seconds, 6)}
+        facts["pause_seconds"] = round(self.pause_seconds, 6)
+        del facts["started"]
         level = logging.INFO if outcome != "refuses" else logging.ERROR
         _log.log(level, "reload %s", " ".join(f"{key}={value}" for key, value in facts.items()), extra={"reload": facts})
         _count(self, seconds)

@@ -29,7 +29,7 @@ class Patch(NamedTuple):
         live: the tensor.
         box: what was compared; all of it where ``at`` is None.
         at: int32 or int64 [n], byte positions in memory less ``base``.
-        old, new: uint8 [n], on the host; pinned where the tensor is on a CUDA device.
+        old, new: uint8 [n], on the host.
         bound: the layout that ``at`` is of.
     """
 
@@ -74,28 +74,36 @@ def patch_of(live: Live, box: Box, old: Tensor, new: Tensor, *, keep_new: bool) 
 
     Keeps positions and bytes (5 bytes of host memory a changed byte, 6 with the new ones), or all bytes if that is less.
     """
-    where = (old != new).nonzero().view(-1)
-    if not where.numel():
+    differs = old != new
+    count = int(differs.count_nonzero())
+    if not count:
         return None
-    bound = None if live.storage is None else live.storage.bound
-    places = None
-    if where.numel() * (5 + keep_new) < old.numel() * (1 + keep_new):
+    if count * (5 + keep_new) < old.numel() * (1 + keep_new):
+        where = differs.nonzero().view(-1)
         places = live.positions(_in_tensor(live, box, where))
-    if places is None:
-        return Patch(live, box, None, 0, on_host(old), on_host(new) if keep_new else None, bound)
+        if places is not None:
+            return patch_at(live, box, places, old[where], new[where] if keep_new else None)
+    bound = None if live.storage is None else live.storage.bound
+    return Patch(live, box, None, 0, on_host(old), on_host(new) if keep_new else None, bound)
+
+
+def patch_at(live: Live, box: Box, places: Tensor, old: Tensor, new: Tensor | None) -> Patch:
+    """Of single bytes ``old`` and ``new`` (uint8 [n]) at ``places`` (int64 [n]) in memory."""
     base = int(places.min())
-    return Patch(
-        live, box, on_host(_narrow(places - base)), base, on_host(old[where]), on_host(new[where]) if keep_new else None, bound
-    )
+    bound = None if live.storage is None else live.storage.bound
+    return Patch(live, box, on_host(_narrow(places - base)), base, on_host(old), None if new is None else on_host(new), bound)
 
 
-def joined(patches: Iterable[Patch]) -> list[Patch]:
-    """The patches of one tensor, joined up to :data:`JOINED` positions: a commit pays for each, whatever is in it."""
+def joined(patches: Iterable[Patch | None]) -> list[Patch]:
+    """The patches of one tensor, ready to be put: joined up to :data:`JOINED` positions, as a commit pays for each whatever is
+    in it; pinned where they go to a CUDA device, which costs a call of its own for each."""
     found: list[Patch] = []
     group: list[Patch] = []
     for patch in patches:
+        if patch is None:
+            continue
         if patch.at is None:
-            found.append(patch)
+            found.append(_pinned(patch))
             continue
         if group and sum(one.old.numel() for one in group) + patch.old.numel() > JOINED:
             found.append(_join(group))
@@ -106,27 +114,24 @@ def joined(patches: Iterable[Patch]) -> list[Patch]:
 
 def _join(group: list[Patch]) -> Patch:
     if len(group) == 1:
-        return group[0]
-    base, pinned = min(patch.base for patch in group), group[0].old.is_pinned()
+        return _pinned(group[0])
+    base = min(patch.base for patch in group)
     places = torch.cat([patch.at.to(torch.int64) + (patch.base - base) for patch in group if patch.at is not None])
     news = [patch.new for patch in group if patch.new is not None]
-    at = _narrow(places)
-    return group[0]._replace(
-        at=at.pin_memory() if pinned else at,
-        base=base,
-        old=_cat([patch.old for patch in group], pinned),
-        new=_cat(news, pinned) if news else None,
-    )
+    one = group[0]._replace(at=_narrow(places), base=base, old=torch.cat([patch.old for patch in group]))
+    return _pinned(one._replace(new=torch.cat(news) if news else None))
+
+
+def _pinned(patch: Patch) -> Patch:
+    if patch.live.device.type != "cuda":
+        return patch
+    at, new = (None if part is None else part.pin_memory() for part in (patch.at, patch.new))
+    return patch._replace(at=at, new=new)
 
 
 def _narrow(places: Tensor) -> Tensor:
     """int64 [n] as int32 where they fit."""
     return places.to(torch.int32) if int(places.max()) < 1 << 31 else places
-
-
-def _cat(values: list[Tensor], pinned: bool) -> Tensor:
-    size = sum(value.numel() for value in values)
-    return torch.cat(values, out=torch.empty(size, dtype=torch.uint8, pin_memory=pinned))
 
 
 def _in_tensor(live: Live, box: Box, at: Tensor) -> Tensor:
@@ -140,5 +145,5 @@ def _in_tensor(live: Live, box: Box, at: Tensor) -> Tensor:
 
 
 def on_host(values: Tensor) -> Tensor:
-    """A copy in host memory, pinned where the values come from a CUDA device."""
-    return torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda).copy_(values)
+    """A copy in host memory."""
+    return values.to("cpu", copy=True)

@@ -64,11 +64,6 @@ def newest(source: str | Path) -> Published:
     return Published(root, _highest(root))
 
 
-def newest_version(source: str | Path) -> int:
-    """The version of :func:`newest`."""
-    return newest(source).version
-
-
 def _highest(root: Path) -> int:
     versions = [0]
     try:

@@ -77,9 +77,9 @@ YES = "yes"
 class Plan:
     """One change of generation, as one rank sees it.
 
-    ``sequence`` is used once: keys of another attempt are other keys. ``ready_by``: when the first round ends, on the rank's
-    clock; ``done_within``: seconds from the rank's own commit to the end of the second. ``patience``: seconds after that, without
-    any reply, until a rank stops asking.
+    ``sequence`` is used once: keys of another attempt are other keys; all of them begin with ``prefix``. ``ready_by``: when the
+    first round ends, on the rank's clock; ``done_within``: seconds from the rank's own commit to the end of the second.
+    ``patience``: seconds after that, without any reply, until a rank stops asking.
     """
 
     rank: int
@@ -90,9 +90,10 @@ class Plan:
     ready_by: float
     done_within: float
     patience: float
+    prefix: str = ""
 
     def key(self, name: str) -> str:
-        return f"{self.sequence}/{name}"
+        return f"{self.prefix}{self.sequence}/{name}"
 
     def votes(self, name: str) -> tuple[str, ...]:
         return tuple(self.key(f"{name}/vote/{rank}") for rank in range(self.ranks))

@@ -11,8 +11,6 @@ from typing import Any, Protocol
 from .errors import RanksError
 from .ranks import LOST, YES, Act, Claim, Look, Outcome, Pause, Plan, Reply, Request, Write, ask_again, change
 
-_LAST = "last"
-
 
 class Store(Protocol):
     """What is used of ``torch.distributed.Store`` (TCPStore, HashStore, FileStore, PrefixStore)."""
@@ -60,7 +58,7 @@ class Ranks:
         done_seconds: float = 60.0,
         patience: float = 30.0,
     ) -> None:
-        self._store, self._rank, self._ranks, self._group = store, rank, ranks, group
+        self._store, self._rank, self._ranks, self._prefix = store, rank, ranks, f"{group}/"
         self._ready, self._done, self._patience = ready_seconds, done_seconds, patience
         self._doubt: Plan | None = None
 
@@ -107,7 +105,7 @@ class Ranks:
         Raises:
             RanksError: the store cannot be reached.
         """
-        last = self._carry_out(Look((self._key(_LAST),)))
+        last = self._carry_out(Look((self._last,)))
         if last is LOST:
             raise RanksError("the store cannot be reached", remedy="Start this rank again when it can.")
         if last[0] is None:
@@ -125,7 +123,7 @@ class Ranks:
         try:
             request = next(steps)
             while True:
-                reply = _act(member, request) if isinstance(request, Act) else self._carry_out(self._named(request))
+                reply = _act(member, request) if isinstance(request, Act) else self._carry_out(request)
                 request = steps.send((reply, time.monotonic()))
         except StopIteration as end:
             return end.value  # type: ignore[no-any-return]
@@ -149,10 +147,10 @@ class Ranks:
 
     def _announce(self, plan: Plan) -> None:
         """``last`` says which change was begun last, for those that are restarted; it only grows. Without it nothing begins."""
-        once, me = self._key(plan.key(f"begun/{plan.rank}")), uuid.uuid4().hex
+        once, me = plan.key(f"begun/{plan.rank}"), uuid.uuid4().hex
         mine, standing = json.dumps({"sequence": plan.sequence, "base": plan.base, "target": plan.target}), ""
         try:
-            while (found := self._store.compare_set(self._key(_LAST), standing, mine).decode()) != mine:
+            while (found := self._store.compare_set(self._last, standing, mine).decode()) != mine:
                 if json.loads(found)["sequence"] >= plan.sequence:
                     raise RanksError("a sequence is used once", expected=f"more than in {found}", found=mine)
                 standing = found
@@ -165,32 +163,21 @@ class Ranks:
         """Delete the keys of a change that every rank has settled. Left alone if the store says otherwise, or nothing."""
         plan = self._plan(sequence, "", "")
         begun = [plan.key(f"begun/{rank}") for rank in range(self._ranks)]
-        settled = [self._key(plan.key(f"settled/{rank}")) for rank in range(self._ranks)]
+        settled = [plan.key(f"settled/{rank}") for rank in range(self._ranks)]
         try:
             if self._rank == 0 and self._store.check(settled):
-                for key in (*plan.votes("ready"), *plan.votes("done"), plan.key("ready"), plan.key("done"), *begun):
-                    self._store.delete_key(self._key(key))
-                for key in settled:
+                for key in (*plan.votes("ready"), *plan.votes("done"), plan.key("ready"), plan.key("done"), *begun, *settled):
                     self._store.delete_key(key)
         except (RuntimeError, OSError):
             return
 
     def _plan(self, sequence: int, base: str, target: str) -> Plan:
         ready_by = time.monotonic() + self._ready
-        return Plan(self._rank, self._ranks, sequence, base, target, ready_by, self._done, self._patience)
+        return Plan(self._rank, self._ranks, sequence, base, target, ready_by, self._done, self._patience, self._prefix)
 
-    def _key(self, key: str) -> str:
-        return f"{self._group}/{key}"
-
-    def _named(self, request: Write | Claim | Look | Pause) -> Write | Claim | Look | Pause:
-        match request:
-            case Write(key, value):
-                return Write(self._key(key), value)
-            case Claim(key, value):
-                return Claim(self._key(key), value)
-            case Look(keys, all_or_none):
-                return Look(tuple(map(self._key, keys)), all_or_none)
-        return request
+    @property
+    def _last(self) -> str:
+        return f"{self._prefix}last"
 
     def _error(self, plan: Plan, outcome: Outcome) -> RanksError:
         if outcome.broken:

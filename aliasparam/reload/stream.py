@@ -13,8 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .errors import StreamError
+from .hashers import digest_of
 from .ranges import Box
-from .stream_frames import digest_of, parts_of
+from .stream_frames import parts_of
 from .stream_link import AGAIN, Link
 
 

@@ -20,9 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .digest import PositionalAdler32
 from .errors import SourceError, StreamError
-from .hashers import hasher
 from .header import DTYPES, is_sizes, parse_json
 from .held_file import memory_of
 from .ranges import Box, sizes
@@ -112,17 +110,6 @@ def parts_of(fields: dict[str, Any], where: str) -> list[Part]:
         end = part.offset + part.nbytes
         parts.append(part)
     return parts
-
-
-def digest_of(memory: Tensor, checksum: str) -> str:
-    """Of uint8 [n]; adler32 on their device, the others on the host."""
-    if checksum == "adler32" and memory.device.type != "cpu":
-        sums = PositionalAdler32()
-        sums.add_run(memory, 0)
-        return sums.hexdigest(memory.numel())
-    state = hasher(checksum)
-    state.update(memory_of(memory.cpu()))
-    return state.hexdigest()
 
 
 def _part(entry: Any) -> Part | None:

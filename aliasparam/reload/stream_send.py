@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ..layout.blocks import tiles
 from .errors import StreamError
+from .hashers import digest_of
 from .ranges import whole
-from .stream_frames import ALIGNMENT, Part, digest_of, room_for
+from .stream_frames import ALIGNMENT, Part, room_for
 from .stream_link import AGAIN, Link
 
 

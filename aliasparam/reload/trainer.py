@@ -10,12 +10,10 @@ import torch
 from torch import Tensor
 
 from .delta import PIECE
-from .delta_writer import DeltaWriter
-from .digest import whole_digest
-from .errors import DeltaError
+from .delta_writer import DeltaWriter, check_same
+from .hashers import digest_of
 from .live import flat_bytes
 from .live_digest import CheckpointDigest
-from .stream_frames import digest_of
 
 
 def digest_of_tensors(tensors: Mapping[str, Tensor], kind: str = "adler32") -> CheckpointDigest:
@@ -27,9 +25,8 @@ def digest_of_tensors(tensors: Mapping[str, Tensor], kind: str = "adler32") -> C
     Raises:
         DeltaError: an unknown kind, or its package is not installed.
     """
-    digests = {name: digest_of(flat_bytes(tensor.detach()), kind) for name, tensor in tensors.items()}
-    whole = whole_digest((name, tensor.dtype, tensor.shape, digests[name]) for name, tensor in tensors.items())
-    return CheckpointDigest(kind, whole, digests)
+    digests = ((n, t.dtype, t.shape, digest_of(flat_bytes(t.detach()), kind)) for n, t in tensors.items())
+    return CheckpointDigest.of(kind, digests)
 
 
 def diff_tensors(
@@ -44,13 +41,8 @@ def diff_tensors(
     Raises:
         DeltaError: other names, dtypes or shapes (then a full version is what to publish), or as ``DeltaWriter``.
     """
-    specs = [{name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()} for tensors in (old, new)]
-    differing = sorted(name for name in specs[0].keys() | specs[1].keys() if specs[0].get(name) != specs[1].get(name))
-    if differing:
-        found = f"{specs[0].get(differing[0])} and {specs[1].get(differing[0])}"
-        raise DeltaError(
-            "a tensor is not the same in both steps", name=differing[0], found=found, remedy="Publish a full version."
-        )
+    specs = ({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()} for tensors in (old, new))
+    check_same(*zip(("the old step", "the new step"), specs, strict=True))
     with DeltaWriter(out, version, base_version, **options) as writer:
         return sum(writer.add(name, tensor.nbytes, _pairs(old[name], tensor)) for name, tensor in new.items())
 

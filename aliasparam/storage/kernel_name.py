@@ -79,7 +79,7 @@ class KernelName:
         """Whether other code gave the tensor other memory (``name.data = ...``)."""
         tensor, memory = self.tensor, self.memory
         same_place = tensor.data_ptr() == memory.data_ptr() and tensor.stride() == memory.stride()
-        return not same_place or TensorSpec.of(tensor) != TensorSpec.of(memory)
+        return not same_place or tensor.shape != memory.shape or tensor.dtype is not memory.dtype
 
     def shows(self, tensor: Any) -> bool:
         """Whether ``tensor`` is this name, ready or refusing."""

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Self
 
-import torch
 from torch import Tensor
 
-from aliasparam.reload.delta_folder import DeltaFolder
+from aliasparam.reload.delta_folder import DeltaFolder, Opened, need_order
+from aliasparam.reload.delta_patches import changed
 from aliasparam.reload.errors import DeltaError
-from aliasparam.reload.hashers import hasher
-from aliasparam.reload.held_file import memory_of
 from aliasparam.reload.sources import SafetensorsFolder
 
 
-class PatchedFolder:
-    """A base checkpoint and deltas on it, held open; a context.
+class PatchedFolder(Opened):
+    """A base checkpoint and deltas on it, held open.
 
     vLLM fuses and shards what it loads, so a delta is applied to the files' tensors on their way, and not inside kernel bytes.
 
@@ -31,16 +28,14 @@ class PatchedFolder:
         try:
             for path in deltas:
                 self.deltas.append(DeltaFolder(path))
-            self._need_order()
+            need_order(self.deltas, None)
+            self._need_names()
         except BaseException:
             self.close()
             raise
 
-    def _need_order(self) -> None:
-        for before, delta in zip([None, *self.deltas], self.deltas, strict=False):
-            if before is not None and delta.base_version != before.version:
-                found, expected = f"one on {delta.base_version}", f"a delta on version {before.version}"
-                raise DeltaError("the delta applies to another version", name=str(delta.path), expected=expected, found=found)
+    def _need_names(self) -> None:
+        for delta in self.deltas:
             if unknown := sorted(set(delta.checksums) - set(self.base.tensors)):
                 raise DeltaError(
                     "the delta names tensors that the base lacks", name=str(delta.path), found=", ".join(unknown[:5])
@@ -61,17 +56,7 @@ class PatchedFolder:
         Raises:
             DeltaError: its bytes are not what the newest delta promised.
         """
-        value = self.base.read(name)
-        flat = value.reshape(-1).view(torch.uint8)
-        touching = [delta for delta in self.deltas if name in delta.checksums]
-        for delta in touching:
-            for change in delta.pieces(name, flat.numel()):
-                change.apply_(flat)
-        if touching:
-            digest = hasher(touching[-1].checksum_format)
-            digest.update(memory_of(flat))
-            touching[-1].check(name, str(digest.hexdigest()))
-        return value
+        return changed(name, self.base.read(name), self.deltas)
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) of all of them.
@@ -81,17 +66,7 @@ class PatchedFolder:
         """
         for name in self.base.tensors:
             yield name, self.read(name)
-        self.base.check_unchanged()
-        for delta in self.deltas:
-            delta.check_unchanged()
+        self.check_unchanged()
 
-    def close(self) -> None:
-        self.base.close()
-        for delta in self.deltas:
-            delta.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
+    def folders(self) -> list[SafetensorsFolder]:
+        return [self.base, *(delta.folder for delta in self.deltas)]

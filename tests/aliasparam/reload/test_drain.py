@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from collections.abc import Callable
@@ -217,3 +218,19 @@ def test_nothing_is_paid_while_no_reload_runs() -> None:
         drain.close([], lambda: None, lambda: None)
     assert (time.process_time() - started) / 100 < 0.01
     idle.set()
+
+
+def test_a_session_that_is_dropped_ends_at_once() -> None:
+    """Nothing that looked at the stacks keeps it: not until the garbage collector comes by."""
+    model = Whole()
+    gc.disable()
+    try:
+        session = reload(model, scope="partial")
+        session.begin()
+        session.update("norm", model.norm.detach() + 1)
+        del session
+        with reload(model) as again:
+            again.load(NEW)
+    finally:
+        gc.enable()
+    model()

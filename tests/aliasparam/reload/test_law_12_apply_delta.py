@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from aliasparam import Alias, Derivation, apply_delta, checkpoint_digest, checkpoint_state_dict, declare, process
 from aliasparam.errors import AliasError, ReloadError
 from aliasparam.layout.bound import BoundLayout
-from aliasparam.reload import delta_held, digest_of_folder, patch, prepare_delta
+from aliasparam.reload import delta as deltas
+from aliasparam.reload import delta_held, delta_patches, digest_of_folder, patch, prepare_delta
 from aliasparam.reload.delta_folder import Chain, DeltaFolder
 from aliasparam.reload.delta_writer import diff
 from aliasparam.reload.errors import DeltaError
@@ -51,6 +52,7 @@ SERVED = {"a": cold(Whole, A), "b": cold(Whole, B), "c": cold(Whole, C)}
 @pytest.mark.parametrize("piece", [24, 8 << 20])
 def test_law_12_there_and_back(encoding: str, checksum: str, piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(delta_held, "PIECE", piece)
+    monkeypatch.setattr(deltas, "PIECE", piece)
     monkeypatch.setattr(patch, "JOINED", 2 * piece)
     there = trainer_writes(tmp_path / "b", raw(A), raw(B), 1, encoding, checksum, files=2)
     back = trainer_writes(tmp_path / "a", raw(B), raw(A), 2, encoding, checksum)
@@ -91,6 +93,39 @@ def test_law_12_a_chain_is_one_commit(applied: int, target: int, served: str, tm
         version = apply_delta(model, chain, serving=applied, hooks=Hooks(on_commit=[commits.append]))
     assert version == target and len(commits) == 1
     assert same(model(), SERVED[served])
+
+
+@given(
+    shares=st.lists(st.sampled_from([0.01, 0.08, 0.3]), min_size=2, max_size=4),
+    pieces=st.sampled_from([7, 64, 1 << 20]),
+    encodings=st.lists(st.sampled_from(["xor", "overwrite"]), min_size=4, max_size=4),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=10)
+def test_law_12_deltas_of_the_same_bytes_one_after_another(
+    shares: list[float], pieces: int, encodings: list[str], seed: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    source, states = tmp_path_factory.mktemp("d"), [A]
+    for version, (share, encoding) in enumerate(zip(shares, encodings, strict=False), 1):
+        states.append(changed(states[-1], share, 2 * (seed + version)))  # the same tensors each time
+        trainer_writes(source / f"weight_v{version:06d}", raw(states[-2]), raw(states[-1]), version, encoding, "adler32")
+    model = Whole()
+    with pytest.MonkeyPatch.context() as patched, Chain(source, 0, len(shares)) as chain:
+        patched.setattr(deltas, "PIECE", pieces)
+        apply_delta(model, chain, serving=0)
+    assert raw(checkpoint_state_dict(model)) == raw(states[-1]) and same(model(), cold(Whole, states[-1]))
+
+
+def test_preparing_looks_at_what_changes_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the digest nothing of a tensor is gathered, unless most of it changes or its bytes have no places."""
+    compared: list[str] = []
+    real = delta_patches._compared
+    monkeypatch.setattr(delta_patches, "_compared", lambda live, name, *rest: compared.append(name) or real(live, name, *rest))
+    for share, expected in ((0.05, {"nibbles.weight", "turned.weight", "turned_plain"}), (1.0, set(A))):
+        new = changed(changed(A, share, 0), share, 1)
+        apply_delta(Whole(), trainer_writes(tmp_path / str(share), raw(A), raw(new), 1, "xor", "adler32"))
+        assert set(compared) == expected
+        compared.clear()
 
 
 WRONG = {

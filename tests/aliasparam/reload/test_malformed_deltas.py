@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 import zstandard
+from torch import nn
 
-from aliasparam.reload.delta import Overwrite
+from aliasparam import apply_delta
 from aliasparam.reload.delta_folder import DeltaFolder
 from aliasparam.reload.errors import DeltaError, SourceError
 
@@ -168,10 +169,15 @@ def test_malformed_bytes_are_refused_when_they_are_decoded(case: str, tmp_path: 
     start = time.process_time()
     with DeltaFolder(tmp_path) as opened, pytest.raises(DeltaError, match=message) as caught:
         for piece in opened.pieces("w", len(OLD), 8):
-            if isinstance(piece, Overwrite):
+            if piece.positions is not None:
                 assert int(piece.positions.max()) < len(OLD)
             piece.apply_(torch.zeros(10, dtype=torch.uint8))  # whatever is yielded can be applied without harm
     assert str(tmp_path) in str(caught.value) and time.process_time() - start < 2
+    model = nn.Module()
+    model.w = nn.Parameter(torch.arange(10, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(DeltaError, match=message):
+        apply_delta(model, tmp_path)
+    assert bytes(model.w.tolist()) == OLD and model.w._version == 0
 
 
 def test_a_wrong_digest_names_both_and_what_it_may_mean(tmp_path: Path) -> None:

@@ -1,0 +1,155 @@
+"""What a session allows when, what it is of, and that nothing of it stays on the model."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from aliasparam import checkpoint_state_dict, process, reload
+from aliasparam.errors import AliasError, ReloadError, StateError
+from aliasparam.reload.session import ReloadSession
+from aliasparam.testing import same_bytes
+
+from .live_models import Whole, changed, raw
+
+OLD = checkpoint_state_dict(Whole())
+NEW = changed(changed(OLD, 0.2, 0), 0.2, 1)
+
+
+def served(values: dict[str, Tensor]) -> list[Tensor]:
+    model = Whole()
+    with reload(model) as session:
+        session.load(values)
+    return model()
+
+
+def same(found: list[Tensor], expected: list[Tensor]) -> bool:
+    return all(same_bytes(a, b) for a, b in zip(found, expected, strict=True))
+
+
+STEPS: dict[str, Callable[[ReloadSession], Any]] = {
+    "begin": ReloadSession.begin,
+    "update": lambda session: session.update("norm", NEW["norm"]),
+    "prepare": ReloadSession.prepare,
+    "switch": ReloadSession.switch,
+    "commit": ReloadSession.commit,
+    "abort": ReloadSession.abort,
+}
+#: Phase and step -> the phase after it.
+ALLOWED = {
+    ("not begun", "begin"): "open", ("not begun", "abort"): "ended",
+    ("open", "update"): "open", ("open", "prepare"): "prepared", ("open", "abort"): "ended",
+    ("prepared", "switch"): "switched", ("prepared", "commit"): "ended", ("prepared", "abort"): "ended",
+    ("switched", "commit"): "ended", ("switched", "abort"): "ended",
+    ("ended", "abort"): "ended",
+}  # fmt: skip
+
+
+def test_only_the_order_of_the_steps_is_allowed() -> None:
+    """Every sequence of four; what is refused changes nothing, and says in which phase the reload is."""
+    for steps in itertools.product(STEPS, repeat=4):
+        session, phase, updated = reload(Few(), scope="partial", policy="staged-journal"), "not begun", False
+        for step in steps:
+            after, twice = ALLOWED.get((phase, step)), step == "update" and updated
+            if after is None or twice:
+                with pytest.raises(ReloadError) as caught:
+                    STEPS[step](session)
+                assert ("arrived twice" if after else f"cannot {step}: this reload is {phase}") in str(caught.value), steps
+            else:
+                STEPS[step](session)
+                phase, updated = after, updated or step == "update"
+            assert session.phase.value == phase, steps
+        session.abort()
+
+
+class Few(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.Parameter(OLD["norm"].clone(), requires_grad=False)
+
+
+@pytest.mark.parametrize("policy", ["write-through", "staged"])
+def test_process_is_refused_inside(policy: Any) -> None:
+    model = Whole()
+    with reload(model, policy=policy) as session:
+        session.load(NEW)
+        with pytest.raises(AliasError):  # of what was written; where nothing was, there is nothing to do
+            process(model)
+            raise StateError("nothing was written yet")
+    assert same(model(), served(NEW))
+
+
+class Hooked(Whole):
+    """Its state dict has other names, a tensor that a hook makes, and extra state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scratch", torch.zeros(3), persistent=False)
+        self.register_state_dict_post_hook(_rename)
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"steps": 3}
+
+    def set_extra_state(self, state: Any) -> None:
+        raise AssertionError("a reload sets no extra state")
+
+
+def _rename(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    state["normal"] = state.pop("norm")
+    del state["tied"]
+    state["norm_twice"] = state["normal"].detach() * 2
+
+
+def test_what_is_written_are_live_tensors_by_the_names_of_the_state_dict() -> None:
+    """A hook's new name counts; what a hook or extra state made for saving, and buffers that are not saved, do not."""
+    model = Hooked()
+    with reload(model, scope="partial") as session:
+        assert {*session.expected} == {"normal" if name == "norm" else name for name in OLD}
+        for name in ("norm_twice", "_extra_state", "scratch"):
+            with pytest.raises(ReloadError, match="no tensor of this name"):
+                session.update(name, torch.zeros(9))
+        session.update("normal", NEW["norm"])
+    assert torch.equal(model.norm, NEW["norm"])
+
+
+@pytest.mark.parametrize("policy", ["write-through", "journal", "staged", "staged-journal"])
+def test_a_copy_of_a_model_is_of_no_session(policy: Any) -> None:
+    """Taken before a write, it serves and is reloaded by itself; nothing in it knows the session of the first."""
+    model = Whole()
+    with reload(model, policy=policy) as session:
+        twin = copy.deepcopy(model)
+        process(twin)
+        assert same(twin(), served(OLD))
+        session.load(NEW)
+        with reload(twin, policy=policy) as other:
+            other.load(NEW)
+        assert same(twin(), served(NEW))
+    assert same(model(), served(NEW)) and raw(checkpoint_state_dict(twin)) == raw(NEW)
+
+
+SCOPES = {
+    "a layer": (["padded"], {"padded.weight", "padded.scale"}),
+    "a tensor": (["norm"], {"norm"}),
+    "two": (["q", "step"], {"q.weight", "step"}),
+}
+
+
+@pytest.mark.parametrize("case", SCOPES)
+def test_a_scope_is_all_of_it_and_nothing_else(case: str) -> None:
+    scope, names = SCOPES[case]
+    first, *rest = sorted(names)
+    with pytest.raises(ReloadError, match="outside the scope of the reload"), reload(Whole(), scope=scope) as session:
+        session.update("wide.weight", NEW["wide.weight"])
+    if rest:
+        with pytest.raises(ReloadError, match="1 of 2 tensors did not arrive whole"), reload(Whole(), scope=scope) as session:
+            session.update(first, NEW[first])
+    model = Whole()
+    with reload(model, scope=scope) as session:
+        session.load({name: NEW[name] for name in names})
+    assert raw(checkpoint_state_dict(model)) == raw({**OLD, **{name: NEW[name] for name in names}})
