@@ -41,8 +41,11 @@ class Live:
 
     def pieces(self, max_bytes: int) -> Iterator[tuple[int, Box]]:
         """(first checkpoint byte, box) of runs that lie together in the checkpoint, in order."""
+        if 0 < self.nbytes <= max_bytes:  # most tensors are small
+            yield 0, self.box
+            return
         strides = row_major(self.shape)
-        for box in tiles(tuple((0, n) for n in self.shape), max(max_bytes // self.dtype.itemsize, 1)):
+        for box in tiles(self.box, max(max_bytes // self.dtype.itemsize, 1)):
             yield sum(a * stride for (a, _), stride in zip(box, strides, strict=True)) * self.dtype.itemsize, box
 
     def bytes(self, box: Box) -> Tensor:
