@@ -7,6 +7,7 @@ import io
 import os
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 import aliasparam
 from aliasparam import Alias, Layout, State, apply_delta, declare, expose_for_writing, invalidate, process, registry_of, reload
 from aliasparam.errors import AliasError, DeclarationError, StaleKernelError, StateError
+from aliasparam.reload import observe
 from aliasparam.storage import locks
 from aliasparam.tensors import dispatch
 from aliasparam.testing import expected_kernel_names, same_bytes
@@ -186,8 +188,9 @@ def lines_of(do: Callable[[], Any], at: int | None = None) -> list[str]:
         do()
     except KeyboardInterrupt:
         # The line of a ``with`` is traced once more before its end runs. An interrupt there, where no signal is delivered, keeps
-        # the lock, and a later test's thread would wait for it for ever.
+        # the lock, and what comes later would wait for it for ever.
         locks.renew()
+        observe._registering = threading.Lock()
     finally:
         sys.settrace(tracing)
     return lines
