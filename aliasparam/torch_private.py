@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import types
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -60,6 +60,11 @@ def is_alone(memory: torch.UntypedStorage) -> bool:
     """
     uses = torch._C._storage_Use_Count(memory._cdata)  # the tensor, and ``memory``
     return uses <= 2 and memory.resizable() and not (memory.device.type == "cpu" and memory.is_shared())
+
+
+def outside_inference() -> AbstractContextManager[Any]:
+    """Tensors made inside can be written anywhere. Costs nothing where inference mode is off, as it is where models are made."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
 
 
 def is_traced_by_jit() -> bool:

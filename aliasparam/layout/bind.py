@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Protocol
 
 import torch
 
 from .bound import BoundLayout
 from .layout import Layout
+
+_identity = lru_cache(Layout.identity)
 
 
 class Bindable(Protocol):
@@ -21,4 +24,4 @@ def bound_to(layout: Bindable | None, shape: tuple[int, ...], dtype: torch.dtype
 
     The same object for the same arguments, so storages of one layout and shape share what is kept with it.
     """
-    return (Layout.identity(len(shape)) if layout is None else layout).bind(shape, dtype)
+    return (_identity(len(shape)) if layout is None else layout).bind(shape, dtype)

@@ -102,12 +102,22 @@ class BoundLayout(ABC):
         """Zero what no element of the tensor reaches. Scratch: a region."""
         if self.region_capacity == self.region_elements:
             return
-        by_region = memory[: self.regions * self.region_capacity].view(self.regions, self.region_capacity)
-        for region, index in enumerate(itertools.product(*(range(n) for n in self.shape[: self.lead]))):
-            box = (*((i, i + 1) for i in index), *self.whole[self.lead :])
+        for box in self.region_boxes():
             values = self.read(memory, box)
-            by_region[region].view(torch.uint8).zero_()
+            for region, _ in self.touched(memory, box):
+                region.view(torch.uint8).zero_()
             self.write(memory, box, values)
+
+    def region_boxes(self) -> Iterator[Box]:
+        """The box of every region, in order."""
+        for index in itertools.product(*(range(n) for n in self.shape[: self.lead])):
+            yield (*((i, i + 1) for i in index), *self.whole[self.lead :])
+
+    def touched(self, memory: Tensor, box: Box) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
+        """The memory of every region under ``box``, flat, and its index in the box: ``value[index]`` are its values."""
+        by_region = memory[: self.regions * self.region_capacity].view(*self.shape[: self.lead], self.region_capacity)
+        for index in itertools.product(*(range(stop - start) for start, stop in box[: self.lead])):
+            yield by_region[tuple(start + i for (start, _), i in zip(box, index, strict=False))], index
 
     def empty(self, memory: Tensor, box: Box) -> Tensor:
         return torch.empty([stop - start for start, stop in box], dtype=self.dtype, device=memory.device)

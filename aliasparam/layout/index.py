@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -93,15 +92,18 @@ class _Bound(BoundLayout):
     def write(self, memory: Tensor, box: Box, value: Tensor) -> None:
         self.check(memory, box, value)
         with torch.no_grad():
-            for region, plain, at in self._regions(memory, box, value):
-                region.index_copy_(0, at, plain.reshape(-1))
+            bits, at = _INTEGERS[self.dtype.itemsize], self._selected(box, memory.device).reshape(-1)
+            for region, index in self.touched(memory, box):
+                region.view(bits).index_copy_(0, at, value[index].view(bits).reshape(-1))
 
     def read(self, memory: Tensor, box: Box, out: Tensor | None = None) -> Tensor:
         out = self.empty(memory, box) if out is None else out
         self.check(memory, box, out)
         with torch.no_grad():
-            for region, plain, at in self._regions(memory, box, out):
-                plain.copy_(region.index_select(0, at).view(plain.shape))
+            bits, at = _INTEGERS[self.dtype.itemsize], self._selected(box, memory.device).reshape(-1)
+            for region, index in self.touched(memory, box):
+                plain = out[index].view(bits)
+                plain.copy_(region.view(bits).index_select(0, at).view(plain.shape))
         return out
 
     def offsets(self, box: Box | None = None) -> Tensor:
@@ -114,12 +116,3 @@ class _Bound(BoundLayout):
 
     def _selected(self, box: Box, device: torch.device) -> Tensor:
         return self._layout.table(device)[tuple(slice(*ends) for ends in box[self.lead :])]
-
-    def _regions(self, memory: Tensor, box: Box, value: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Memory, values and positions of every region that the box touches, as integers of the element's width."""
-        bits = _INTEGERS[self.dtype.itemsize]
-        by_region = memory[: self.regions * self.region_capacity].view(bits).view(*self.shape[: self.lead], self.region_capacity)
-        at = self._selected(box, memory.device).reshape(-1)
-        values = value.view(bits)
-        for index in itertools.product(*(range(stop - start) for start, stop in box[: self.lead])):
-            yield by_region[tuple(start + i for (start, _), i in zip(box, index, strict=False))], values[index], at

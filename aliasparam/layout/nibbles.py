@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
@@ -30,7 +27,7 @@ class NibbleLayout(BoundLayout):
     def write(self, memory: Tensor, box: Box, value: Tensor) -> None:
         self.check(memory, box, value)
         with torch.no_grad():
-            for index, region in self._touched(memory, box):
+            for region, index in self.touched(memory, box):
                 nibbles = unpack(region)
                 core = self._core(box)
                 plain = unpack(value[index]).view([stop - start for start, stop in core])
@@ -41,7 +38,7 @@ class NibbleLayout(BoundLayout):
         out = self.empty(memory, box) if out is None else out
         self.check(memory, box, out)
         with torch.no_grad():
-            for index, region in self._touched(memory, box):
+            for region, index in self.touched(memory, box):
                 plain = out[index]
                 nibbles = self.inner.read(unpack(region), self._core(box))
                 plain.copy_(pack(nibbles.view(-1)).view(self.dtype).view(plain.shape))
@@ -51,12 +48,6 @@ class NibbleLayout(BoundLayout):
         """Positions of nibbles; the last dim counts them."""
         box = box or self.whole
         return self.placed(box, self.inner.offsets(self._core(box)), self.region_capacity * self.many)
-
-    def _touched(self, memory: Tensor, box: Box) -> Iterator[tuple[tuple[int, ...], Tensor]]:
-        """Every region that the box touches: its index in the box, and its memory."""
-        by_region = memory[: self.regions * self.region_capacity].view(*self.shape[: self.lead], self.region_capacity)
-        for index in itertools.product(*(range(stop - start) for start, stop in box[: self.lead])):
-            yield index, by_region[tuple(start + i for (start, _), i in zip(box, index, strict=False))]
 
     def _core(self, box: Box) -> Box:
         *rest, (start, stop) = box[self.lead :]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -65,7 +64,7 @@ class _Bound(BoundLayout):
         whole = box[self.lead :] == self.whole[self.lead :]
         with torch.no_grad():
             encoded = []  # all of them before the first byte changes: a function that raises has written nothing
-            for region, index in self._regions(memory, box):
+            for region, index in self.touched(memory, box):
                 plain = value[index].contiguous()
                 if not whole:
                     patch, plain = plain, self._decoded(region)
@@ -79,7 +78,7 @@ class _Bound(BoundLayout):
         self.check(memory, box, out)
         core = tuple(slice(*ends) for ends in box[self.lead :])
         with torch.no_grad():
-            for region, index in self._regions(memory, box):
+            for region, index in self.touched(memory, box):
                 out[index] = self._decoded(region)[core]
         return out
 
@@ -95,11 +94,6 @@ class _Bound(BoundLayout):
     def _decoded(self, region: Tensor) -> Tensor:
         dtype, shape = self._kernel
         return self._layout.decode(region.view(torch.uint8).clone().view(dtype).view(shape))
-
-    def _regions(self, memory: Tensor, box: Box) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
-        by_region = memory[: self.regions * self.region_capacity].view(*self.shape[: self.lead], self.region_capacity)
-        for index in itertools.product(*(range(stop - start) for start, stop in box[: self.lead])):
-            yield by_region[tuple(start + i for (start, _), i in zip(box, index, strict=False))], index
 
 
 def _bytes(tensor: Tensor) -> Tensor:

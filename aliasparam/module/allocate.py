@@ -16,7 +16,7 @@ from ..storage.states import State
 from ..storage.storage import AliasedStorage
 from ..tensors.faces import _Aliased, loader_attributes
 from ..tensors.parameter import AliasedParameter, make_parameter, take_over
-from ..torch_private import is_alone
+from ..torch_private import is_alone, outside_inference
 from .declarations import Declaration, Derivation
 from .names import ModuleNames
 from .planning import Source
@@ -56,7 +56,7 @@ def adopt_memory(names: ModuleNames, source: Source, tensor: Tensor, *, loaded: 
         parameter.__dict__.update({k: v for k, v in source.attributes.items() if k not in parameter.__dict__})
         names.bind_storage(source, storage, parameter)
         if values is not None:
-            storage.write(tuple((0, n) for n in storage.bound.shape), values.to(storage.bound.dtype))
+            storage.write(storage.bound.whole, values.to(storage.bound.dtype))
         elif loaded:
             reorder(storage.elements, bound_to(None, storage.bound.shape, storage.bound.dtype), storage.bound)
             storage.states.put_all(State.LOADED)
@@ -68,14 +68,14 @@ def _memory_of(source: Source, tensor: Tensor) -> Tensor | None:
     fits = tensor.is_contiguous() and memory.nbytes() == plan.nbytes == plan.source.nbytes and tensor.storage_offset() == 0
     if not fits or not is_alone(memory):
         return None
-    with torch.inference_mode(False):  # a tensor made in inference mode could not be written outside it
+    with outside_inference():  # a tensor made in inference mode could not be written outside it
         return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(memory, 0, (plan.nbytes,), (1,))
 
 
 def _storage(label: str, source: Source, device: torch.device, memory: Tensor | None, state: State) -> AliasedStorage:
     plan = source.plan
     if memory is None:
-        with torch.inference_mode(False):
+        with outside_inference():
             memory = torch.zeros(plan.nbytes, dtype=torch.uint8, device=device)
     return AliasedStorage(label, plan.source, plan.layout, memory, state, plan.kernel.dtype if source.derived else None)
 

@@ -47,7 +47,7 @@ def value_of(registry: ModuleNames, name: str) -> Tensor:
         raise AssertionError(f"{registry.label}.{name}: read before it has memory")
     if name not in registry.sources and storage.kernel_name is not None:
         return storage.kernel_name.memory
-    return storage.read(tuple((0, n) for n in storage.bound.shape))
+    return storage.read(storage.bound.whole)
 
 
 def _copy_of(registry: ModuleNames, name: str) -> Tensor:

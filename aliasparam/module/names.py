@@ -13,6 +13,7 @@ from ..storage.kernel_name import KernelName
 from ..storage.locks import all_locked
 from ..storage.storage import AliasedStorage
 from ..tensors.parameter import AliasedParameter, is_same_name
+from ..torch_private import outside_inference
 from .planning import Binding, Derived, Separate, Source
 from .watch import put, put_buffer, watch
 
@@ -70,7 +71,7 @@ class ModuleNames:
         for derived in self.derived.values():
             if derived.kernel is None and device is not None:
                 spec = derived.declaration
-                with torch.inference_mode(False):
+                with outside_inference():
                     memory = torch.zeros(spec.shape, dtype=spec.dtype, device=device)
                 derived.kernel = KernelName(f"{self.label}.{spec.name}", memory)
         kernels = self.kernels()

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..errors import StaleKernelError
 from ..spec import TensorSpec
-from ..torch_private import never_traced, refused_when_traced
+from ..torch_private import never_traced, outside_inference, refused_when_traced
 
 _REMEDY = "Call aliasparam.process(model) after loading."
 
@@ -47,7 +47,7 @@ class KernelName:
         self.memory = memory
         self.owner = owner
         self._address = memory.data_ptr()
-        with torch.inference_mode(False):
+        with outside_inference():
             self.tensor = memory.data  # see [Note: foreign writes]
         self._twin: RefusingName | None = None
         # torch.utils.swap_tensors() exchanges what two objects are, unseen by anybody; it refuses tensors with weak references.
@@ -115,7 +115,7 @@ class KernelName:
             if self.owner is not None:
                 copy.deepcopy(self.owner, memo)  # which copies its name too
             else:
-                with torch.inference_mode(False):
+                with outside_inference():
                     self.copied_as(_copy(self.label, self.memory.clone(), self.was_written), memo)
         return memo[id(self)]  # type: ignore[no-any-return]
 

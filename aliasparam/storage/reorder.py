@@ -7,7 +7,6 @@ from torch import Tensor
 
 from ..layout import BoundLayout
 from ..layout.bind import Bindable, bound_to
-from .coverage import Box
 from .storage import AliasedStorage
 
 #: Values that are out of place at a time, where the two orders can be cut that fine.
@@ -39,13 +38,12 @@ def reorder(memory: Tensor, old: BoundLayout, new: BoundLayout) -> None:
         new.clear_padding(memory)
         return
     if old.lead != new.lead:
-        whole = tuple((0, n) for n in old.shape)
-        values_of_all = old.read(memory, whole)
+        everything = old.read(memory, old.whole)
         memory.zero_()
-        new.write(memory, whole, values_of_all)
+        new.write(memory, old.whole, everything)
         return
-    boxes = [_region(old, region) for region in range(old.regions)]
-    for region, box in reversed(list(enumerate(boxes))) if new.region_capacity > old.region_capacity else enumerate(boxes):
+    boxes = list(enumerate(old.region_boxes()))
+    for region, box in reversed(boxes) if new.region_capacity > old.region_capacity else boxes:
         value = old.read(memory, box)
         _bytes(memory[region * old.region_capacity : (region + 1) * old.region_capacity]).zero_()
         _bytes(memory[region * new.region_capacity : (region + 1) * new.region_capacity]).zero_()
@@ -54,14 +52,6 @@ def reorder(memory: Tensor, old: BoundLayout, new: BoundLayout) -> None:
 
 def _padded(bound: BoundLayout) -> bool:
     return bound.region_capacity != bound.region_elements
-
-
-def _region(bound: BoundLayout, region: int) -> Box:
-    box = [(0, n) for n in bound.shape]
-    for dim in reversed(range(bound.lead)):
-        index = region % bound.shape[dim]
-        box[dim], region = (index, index + 1), region // bound.shape[dim]
-    return tuple(box)
 
 
 def _bytes(memory: Tensor) -> Tensor:

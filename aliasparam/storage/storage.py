@@ -20,6 +20,7 @@ from ..errors import StateError
 from ..layout import BoundLayout
 from ..layout.bind import Bindable, bound_to
 from ..spec import TensorSpec
+from ..torch_private import outside_inference
 from . import refusals
 from .coverage import Box
 from .delivery import delivered
@@ -65,7 +66,7 @@ class AliasedStorage:
     layout: Bindable | None
     bound: BoundLayout
     buffer: Tensor
-    elements: Tensor
+    elements: Tensor  #: Of the checkpoint's dtype, flat, with a version counter of its own: a write is none to the geometry.
     _address: int
     #: What the checkpoint name looks like; its bytes are the checkpoint's where the layout is the identity.
     geometry: Tensor
@@ -75,14 +76,14 @@ class AliasedStorage:
     def _name(self, buffer: Tensor, layout: Bindable | None) -> None:
         """Make the views of ``buffer``: its elements, the checkpoint name's geometry, the kernel name; then show all at once."""
         spec, bound, kernel = self.spec, bound_to(layout, self.spec.shape, self.spec.dtype), None
-        with torch.inference_mode(False):
+        with outside_inference():
             elements = buffer.view(spec.dtype)
             geometry = elements[: spec.numel].view(spec.shape)
             if self.kernel_dtype is not None:
                 label = self.label if self.kernel_name is None else self.kernel_name.label
                 held = elements[: bound.regions * bound.region_capacity]  # room for other layouts lies behind it
                 kernel = KernelName(label, held.view(self.kernel_dtype).view(bound.kernel_shape), self)
-        shown = {"layout": layout, "bound": bound, "elements": elements, "geometry": geometry, "kernel_name": kernel}
+        shown = {"layout": layout, "bound": bound, "elements": elements.data, "geometry": geometry, "kernel_name": kernel}
         self.__dict__.update(shown, buffer=buffer, _address=buffer.data_ptr())
 
     @property
@@ -217,8 +218,7 @@ class AliasedStorage:
     # -- what other code does to the memory ----------------------------------------------------------------------------
 
     def _look_at_memory(self) -> None:
-        name = self.kernel_name
-        if name is not None and name.tensor._version != name.version:
+        if self.kernel_name is not None and self.kernel_name.was_written:
             self.notice()
         if self.buffer.data_ptr() != self._address:  # freed, or given other memory
             self.need_memory()
@@ -252,7 +252,7 @@ class AliasedStorage:
 
     def relocate(self, device: torch.device) -> None:
         """Follow the module to another device: the one legal change of address, made by the owner."""
-        with LOCKS[self.lock_number], torch.inference_mode(False):
+        with LOCKS[self.lock_number], outside_inference():
             self.notice()
             self.tell()
             self._name(self.buffer.to(device), self.layout)
@@ -269,7 +269,7 @@ class AliasedStorage:
         return {k: self.__dict__[k] for k in kept} | {"buffer": buffer, "states": copy.deepcopy(self.states), "kernel": label}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AliasedStorage:
-        with LOCKS[self.lock_number], torch.inference_mode(False):
+        with LOCKS[self.lock_number], outside_inference():
             self.notice()
             self.need_unexposed("copy")
             new = AliasedStorage.__new__(AliasedStorage)
@@ -280,7 +280,7 @@ class AliasedStorage:
         return new
 
     def __getstate__(self) -> dict[str, Any]:
-        with LOCKS[self.lock_number], torch.inference_mode(False):
+        with LOCKS[self.lock_number], outside_inference():
             self.notice()
             self.need_unexposed("save")
             return self._copied(self.buffer.clone())

@@ -219,9 +219,20 @@ def make_view(storage: AliasedStorage, geometry: Tensor) -> Tensor:
 
 def same_view(storage: AliasedStorage, geometry: Tensor) -> Tensor:
     """The view of ``storage`` which ``geometry`` is of another storage of the same shape."""
-    of = storage.geometry.view(geometry.dtype) if geometry.dtype.itemsize == storage.bound.dtype.itemsize else None
-    whole = storage.buffer.view(geometry.dtype) if of is None else of
-    return whole.as_strided(geometry.shape, geometry.stride(), geometry.storage_offset())
+    return view_at(storage, *place_in(geometry))
+
+
+Placed = tuple[torch.dtype, tuple[int, ...], tuple[int, ...], int]
+
+
+def place_in(geometry: Tensor) -> Placed:
+    """Dtype, shape, strides and offset: where a view lies, whatever storage it is of."""
+    return geometry.dtype, tuple(geometry.shape), geometry.stride(), int(geometry.storage_offset())
+
+
+def view_at(storage: AliasedStorage, dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...], offset: int) -> Tensor:
+    whole = storage.geometry if dtype.itemsize == storage.bound.dtype.itemsize else storage.buffer
+    return whole.view(dtype).as_strided(shape, strides, offset)
 
 
 def loader_attributes(tensor: Tensor) -> dict[str, Any]:

@@ -39,7 +39,8 @@ class Place(NamedTuple):
 
     def to_box(self, value: Tensor) -> Tensor:
         """A value of the view's shape in the box's."""
-        return (value if self.order is None else value.permute(self.order)).view(self.shape)
+        value = value if self.order is None else value.permute(self.order)
+        return value if value.shape == self.shape else value.view(self.shape)
 
     def to_view(self, value: Tensor) -> Tensor:
         """A value of the box's shape in the view's."""

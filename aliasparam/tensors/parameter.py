@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..storage.storage import AliasedStorage
-from .faces import _Aliased, is_same_view, loader_attributes, make
+from .faces import Placed, _Aliased, is_same_view, loader_attributes, make, place_in, view_at
 from .processes import reduce_for_process, refuse_for_process
 
 
@@ -63,8 +63,7 @@ class SavedName:
 
     def __reduce__(self) -> Any:
         parameter = self.parameter
-        geometry = parameter._alias_geometry
-        place = (geometry.dtype, tuple(geometry.shape), geometry.stride(), geometry.storage_offset())
+        place = place_in(parameter._alias_geometry)
         return _rebuild, (parameter._alias_storage, place, loader_attributes(parameter), plain_class(type(parameter)))
 
 
@@ -128,10 +127,8 @@ def _pin(parameter: Any) -> None:
     parameter._alias_pin = weakref.ref(parameter)
 
 
-def _rebuild(storage: AliasedStorage, place: Any, attributes: dict[str, Any], like: type[Any]) -> AliasedParameter:
-    dtype, shape, stride, offset = place
-    whole = storage.geometry if dtype.itemsize == storage.bound.dtype.itemsize else storage.buffer
-    parameter = make_parameter(storage, whole.view(dtype).as_strided(shape, stride, offset), like)
+def _rebuild(storage: AliasedStorage, place: Placed, attributes: dict[str, Any], like: type[Any]) -> AliasedParameter:
+    parameter = make_parameter(storage, view_at(storage, *place), like)
     parameter.__dict__.update(attributes)
     return parameter
 
