@@ -196,7 +196,7 @@ FAULTS = [
     ),
     Planted("reload/drain.py", "del tops[threading.get_ident()]", "pass", "reload/test_drain.py"),
     Planted("reload/sources.py", "        self.bytes_read += values.nbytes\n", "", "reload/test_sources.py"),
-    Planted("reload/sources.py", "if len(coming) == _AHEAD:", "if len(coming) == _AHEAD + 1:", "reload/test_sources.py"),
+    Planted("reload/sources.py", "if len(coming) == len(slots):", "if len(coming) == len(slots) + 1:", "reload/test_sources.py"),
     # NVFP4
     Planted(
         "quantize/block_scales.py",
