@@ -154,7 +154,7 @@ FAULTS = [
     Planted("module/verdict.py", "return Reason.LOSSY", "return Reason.SAME", "test_verdicts.py"),
     Planted("module/allocate.py", "not is_alone(memory)", "False", "test_verdicts.py"),
     Planted(
-        "report/memory.py",
+        "report/rows.py",
         "    held, capacity = (0, 0) if tied else",
         "    held, capacity = (0, 0) if False else",
         "test_verdicts.py test_derivations.py",
