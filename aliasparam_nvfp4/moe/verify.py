@@ -17,6 +17,7 @@ from .method import NvFp4MoEMethod
 from .routing import Routing
 from .runners import MoENames, MoERunner, moe_runner
 
+Dims = tuple[int, int, int]
 #: (what, E, H, I): aligned; SmolLM2's experts, ragged in H; ragged in I.
 SHAPES = (("8 x 512 x 256", 8, 512, 256), ("8 x 576 x 192", 8, 576, 192), ("4 x 256 x 80", 4, 256, 80))
 TOKENS = (1, 7, 130)
@@ -34,7 +35,8 @@ def verify(runner: str, device: torch.device) -> Iterator[Verdict]:
     """
     chosen = moe_runner(runner, device)
     need_its_gpu(chosen, device)
-    for what, *dims in SHAPES:
+    for what, *sizes in SHAPES:
+        dims = (sizes[0], sizes[1], sizes[2])
         method, layer = _layer(chosen, device, dims, SWIGLU)
         weights = partial(_weights, dims, device, chosen.separate_scales)
         yield from across_a_reload(layer, what, weights, partial(_answers, method, layer, TOKENS), LEAST_DB)
@@ -48,16 +50,14 @@ def verify(runner: str, device: torch.device) -> Iterator[Verdict]:
                 yield from across_a_reload(layer, f"{what}, {kind}", weights, answers, LEAST_DB)
 
 
-def _layer(
-    chosen: MoERunner, device: torch.device, dims: Sequence[int], activation: ExpertActivation
-) -> tuple[NvFp4MoEMethod, nn.Module]:
+def _layer(chosen: MoERunner, device: torch.device, dims: Dims, activation: ExpertActivation) -> tuple[NvFp4MoEMethod, nn.Module]:
     method, layer = NvFp4MoEMethod(chosen.name, activation=activation), nn.Module()
     with torch.device(device):
         method.create_weights(layer, *dims, torch.bfloat16)
     return method, layer
 
 
-def _weights(dims: Sequence[int], device: torch.device, separate: bool, seed: int, *, gated: bool = True) -> dict[str, Tensor]:
+def _weights(dims: Dims, device: torch.device, separate: bool, seed: int, *, gated: bool = True) -> dict[str, Tensor]:
     e, h, i = dims
     return {name: tensor.to(device) for name, tensor in random_experts(e, h, i, seed, separate, gated).items()}
 
