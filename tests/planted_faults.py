@@ -41,7 +41,12 @@ FAULTS = [
     ),
     Planted("storage/storage.py", "        self.tell()\n        self.version += 1", "        self.tell()", "test_derivations.py"),
     Planted("storage/storage.py", "            self.states.put_all(State.INVALID, why)\n", "", "test_errors.py"),
-    Planted("storage/states.py", "            missing[regions[0]] = State.INVALID\n", "", "test_law_10_atomicity.py"),
+    Planted(
+        "storage/states.py",
+        "            missing[regions[0]] = State.INVALID\n",
+        "",
+        "test_law_10_atomicity.py test_law_10_refusals.py",
+    ),
     Planted(
         "storage/kernel_name.py",
         "        self.version += 1  # what",
@@ -62,7 +67,12 @@ FAULTS = [
         "test_law_08_no_silent_garbage.py",
     ),
     # one transaction
-    Planted("storage/transaction.py", "            part.storage.need_writable()", "            pass", "test_law_10_atomicity.py"),
+    Planted(
+        "storage/transaction.py",
+        "            part.storage.need_writable()",
+        "            pass",
+        "test_law_10_atomicity.py test_law_10_refusals.py",
+    ),
     Planted("storage/transaction.py", "            part.storage.changing()", "            pass", "test_law_01_oracle.py"),
     Planted("storage/reorder.py", "    storage.rebind(layout)\n", "    storage.layout = layout\n", "test_retarget.py"),
     Planted("storage/reorder.py", "    reorder(storage.elements", "    0 and reorder(storage.elements", "test_retarget.py"),
@@ -104,7 +114,7 @@ FAULTS = [
     ),
     Planted("tensors/parameter.py", "    parameter._alias_pin = weakref.ref(parameter)", "    pass", "test_faces.py"),
     # modules
-    Planted("module/adopt.py", "        _finish_move(source)\n", "", "test_law_10_atomicity.py"),
+    Planted("module/adopt.py", "        _finish_move(source)\n", "", "test_law_10_atomicity.py test_law_10_refusals.py"),
     Planted("module/adopt.py", "            kernel.put_back()", "            pass", "test_adoption.py"),
     Planted("module/derive.py", "    derived.version += 1\n", "", "test_derivations.py test_retarget.py"),
     Planted("module/derive.py", "    derived.seen = versions\n", "", "test_engine_contracts.py test_law_08_no_silent_garbage.py"),
@@ -133,7 +143,7 @@ FAULTS = [
         "storage/storage.py",
         "            self.before_write()\n            self._writer",
         "            self._writer",
-        "test_exposures.py test_law_10_atomicity.py",
+        "test_exposures.py test_law_10_refusals.py test_law_10_atomicity.py",
     ),
     Planted(
         "module/watch.py",
@@ -144,7 +154,7 @@ FAULTS = [
     Planted("module/verdict.py", "return Reason.LOSSY", "return Reason.SAME", "test_verdicts.py"),
     Planted("module/allocate.py", "not is_alone(memory)", "False", "test_verdicts.py"),
     Planted(
-        "report/memory.py",
+        "report/rows.py",
         "    held, capacity = (0, 0) if tied else",
         "    held, capacity = (0, 0) if False else",
         "test_verdicts.py test_derivations.py",
@@ -172,7 +182,10 @@ FAULTS = [
         "test_triton_copy.py",
     ),
     Planted(
-        "layout/compose.py", "(high.source, high.kernel, high.flipped) == step", "high.source == step[0]", "test_law_11_layout.py"
+        "layout/compose.py",
+        "(high.source, high.kernel, high.flipped) == step",
+        "high.source == step[0]",
+        "test_law_11_layout.py test_law_11_elements.py",
     ),
     # sources and streams
     Planted(
@@ -183,7 +196,7 @@ FAULTS = [
     ),
     Planted("reload/drain.py", "del tops[threading.get_ident()]", "pass", "reload/test_drain.py"),
     Planted("reload/sources.py", "        self.bytes_read += values.nbytes\n", "", "reload/test_sources.py"),
-    Planted("reload/sources.py", "if len(coming) == _AHEAD:", "if len(coming) == _AHEAD + 1:", "reload/test_sources.py"),
+    Planted("reload/sources.py", "if len(coming) == len(slots):", "if len(coming) == len(slots) + 1:", "reload/test_sources.py"),
     # NVFP4
     Planted(
         "quantize/block_scales.py",

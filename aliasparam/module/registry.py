@@ -19,7 +19,7 @@ from .declarations import AnyLayout, Declaration, Derivation
 from .derive import refresh, value_of
 from .names import ModuleNames, Readiness
 from .planning import planned
-from .retarget import retarget
+from .retarget import plan_retarget, retarget
 from .shards import show
 from .watch import is_watched
 
@@ -90,6 +90,10 @@ class AliasRegistry(ModuleNames):
             PointerError: the new layout needs more memory than was planned (``Alias(room_for=...)``).
         """
         retarget(self, layouts)
+
+    def check_retarget(self, layouts: Mapping[str, AnyLayout | str | None]) -> None:
+        """Raise what :meth:`retarget` would raise, for whoever moves several modules or none."""
+        plan_retarget(self, layouts)
 
     def show_shards(self, name: str, shards: Iterable[tuple[nn.Module, str, Tensor]]) -> None:
         """Show the storage of ``name`` as several names, each a view of it (the q, k and v of a fused projection).

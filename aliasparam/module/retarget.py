@@ -16,10 +16,17 @@ from .names import ModuleNames
 from .planning import plan_for
 from .verdict import StoragePlan
 
+Plans = dict[str, tuple[AnyLayout | None, StoragePlan]]
+
+
+def plan_retarget(names: ModuleNames, layouts: Mapping[str, AnyLayout | str | None]) -> Plans:
+    """See :meth:`AliasRegistry.check_retarget`."""
+    return {name: _plan(names, name, layout) for name, layout in layouts.items()}
+
 
 def retarget(names: ModuleNames, layouts: Mapping[str, AnyLayout | str | None]) -> None:
     """See :meth:`AliasRegistry.retarget`."""
-    plans = {name: _plan(names, name, layout) for name, layout in layouts.items()}
+    plans = plan_retarget(names, layouts)
     with torch.no_grad():
         adopt(names)
         sources = [names.sources[name] for name in plans]

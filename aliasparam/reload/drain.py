@@ -112,9 +112,8 @@ class Drain:
         """Thread -> the outermost call of the model, of a module in it, or of one that has it, in other threads than this one."""
         found: dict[int, FrameType] = {}
         tops = sys._current_frames()
-        del tops[
-            threading.get_ident()
-        ]  # a frame that has itself, and its callers' session, in a local lives until it is collected
+        # A frame that has itself, and its callers' session, in a local lives until it is collected.
+        del tops[threading.get_ident()]
         for thread, top in tops.items():
             frame: FrameType | None = top
             while frame is not None:

@@ -11,6 +11,7 @@ from .folder import WHOLE as WHOLE
 from .folder import CheckpointFolder as CheckpointFolder
 from .folder import TensorEntry as TensorEntry
 from .quant_config import QuantConfig as QuantConfig
+from .rules import Quantization as Quantization
 from .scheme import Scheme as Scheme
 from .validate import check_tensors as check_tensors
 from .validate import fits as fits

@@ -17,7 +17,7 @@ from ._modelopt import unsupported
 from .errors import UnsupportedFormatError
 from .format import COMPRESSED_TENSORS
 from .patterns import Patterns
-from .quant_config import QuantConfig, Rules
+from .rules import Quantization, Rules
 from .scheme import NVFP4, W4A16, Inputs, Scheme
 
 METHOD = "compressed-tensors"
@@ -33,7 +33,7 @@ def wrote(config: Mapping[str, Any]) -> bool:
     return str(config.get("quant_method")).lower().replace("_", "-") == METHOD
 
 
-def read(config: Mapping[str, Any], where: str) -> QuantConfig:
+def read(config: Mapping[str, Any], where: str) -> Quantization:
     """Raises CheckpointError and UnsupportedFormatError, see :meth:`QuantConfig.from_dict`."""
     groups = mappings(config, "config_groups", where)
     odd = [key for key in ("sparsity_config", "transform_config") if any(_really(config, key, where).values())]
@@ -56,7 +56,7 @@ def read(config: Mapping[str, Any], where: str) -> QuantConfig:
     each = tuple((scheme,) for scheme in named.values())
     rules = Rules(Patterns(named, exact=True), each, whole, Patterns(exclude, exact=True))
     algo = "MIXED_PRECISION" if len(schemes) > 1 else next(iter(schemes)).algo
-    return QuantConfig(algo, BLOCK_SIZE, exclude, COMPRESSED_TENSORS, rules, kv_cache_algo(config, where), dict(config))
+    return Quantization(algo, BLOCK_SIZE, exclude, COMPRESSED_TENSORS, rules, kv_cache_algo(config, where), dict(config))
 
 
 def _really(config: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:

@@ -11,7 +11,7 @@ from ._entries import kv_cache_algo, mapping, mappings, patterns, text, whole_nu
 from .errors import UnsupportedFormatError
 from .format import MODELOPT
 from .patterns import Patterns
-from .quant_config import QuantConfig, Rules
+from .rules import Quantization, Rules
 from .scheme import BY_ALGO, W4A16, Scheme
 
 #: Algorithms of whole checkpoints that are read.
@@ -25,7 +25,7 @@ def wrote(config: Mapping[str, Any]) -> bool:
     return str(config.get("quant_method", METHODS[0])).lower() in METHODS
 
 
-def read(config: Mapping[str, Any], where: str) -> QuantConfig:
+def read(config: Mapping[str, Any], where: str) -> Quantization:
     """Raises CheckpointError and UnsupportedFormatError, see :meth:`QuantConfig.from_dict`."""
     body = {**config, **mapping(config, "quantization", where)}
     layers = mappings(body, "quantized_layers", where)
@@ -47,7 +47,7 @@ def read(config: Mapping[str, Any], where: str) -> QuantConfig:
         whole = BY_ALGO[algo]
         rules = Rules(whole=_perhaps_alone(whole) if alone else (whole,), ignored=Patterns(exclude))
     kv = text(body, "kv_cache_quant_algo", where) or kv_cache_algo(body, where)
-    return QuantConfig(algo, BLOCK_SIZE, exclude, MODELOPT, rules, kv, dict(config))
+    return Quantization(algo, BLOCK_SIZE, exclude, MODELOPT, rules, kv, dict(config))
 
 
 def merged(main: Mapping[str, Any], sidecar: Mapping[str, Any], where: str) -> dict[str, Any]:

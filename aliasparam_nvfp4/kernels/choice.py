@@ -3,38 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 
 from ..errors import BackendError
+from .base import Kernel
 
-
-class Runnable(Protocol):
-    """A linear backend or an MoE runner."""
-
-    name: str
-
-    def unavailable(self, device: torch.device) -> str | None:
-        """Why it cannot run on ``device``, or None where it can."""
-
-
-class Ranked(Runnable, Protocol):
-    """``auto`` takes the highest rank."""
-
-    rank: int
-
-
-_Ranked = TypeVar("_Ranked", bound=Ranked)
+_Kernel = TypeVar("_Kernel", bound=Kernel)
 
 
 def choose(
-    what: str,
-    known: Mapping[str, _Ranked],
-    name: str,
-    device: torch.device | None,
-    misfit: Callable[[_Ranked], str | None],
-) -> tuple[_Ranked, str]:
+    what: str, known: Mapping[str, _Kernel], name: str, device: torch.device | None, misfit: Callable[[_Kernel], str | None]
+) -> tuple[_Kernel, str]:
     """(the one called ``name``, why it is that one). ``auto`` takes the highest rank that runs on ``device`` and fits.
 
     Args:
@@ -67,15 +48,15 @@ def _called(device: torch.device) -> str:
 
 
 #: Found out once, because every forward asks.
-_reasons: dict[tuple[Runnable, torch.device], str | None] = {}
+_reasons: dict[tuple[Kernel, torch.device], str | None] = {}
 
 
-def need_running(runnable: Runnable, device: torch.device, what: str = "backend") -> None:
-    """Raise BackendError where ``runnable`` (called ``what`` in the message) cannot run on ``device``."""
-    key = (runnable, device)
+def need_running(kernel: Kernel, device: torch.device) -> None:
+    """Raise BackendError where ``kernel`` cannot run on ``device``."""
+    key = (kernel, device)
     if key not in _reasons:
-        _reasons[key] = runnable.unavailable(device)
+        _reasons[key] = kernel.unavailable(device)
     if (reason := _reasons[key]) is not None:
         raise BackendError(
-            f"this {what} cannot run here", name=runnable.name, found=reason, remedy='Use backend="reference" or "auto".'
+            f"this {kernel.what} cannot run here", name=kernel.name, found=reason, remedy='Use backend="reference" or "auto".'
         )

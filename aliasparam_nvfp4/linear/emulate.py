@@ -38,25 +38,36 @@ def linear(
     return (x.double() @ values.T) * alpha.double()
 
 
-def _plain(weight: Tensor, scales: Tensor, n: int, k: int) -> Tensor:
-    row, column = _grid(n, k, weight.device)
-    return _code(weight.reshape(-1), row * weight.shape[1] + column // 2, column) * _swizzled_scale(scales, row, column)
+def read(weight: Tensor, scales: Tensor, place: Tensor, column: Tensor, *, swizzled: bool) -> Tensor:
+    """``code * block scale``, float64, of the elements (kernel row ``place``, ``column``) of row-major codes.
+
+    Block scales are row-major too, or in 128x4 tiles.
+    """
+    code = _code(weight.reshape(-1), place * weight.shape[-1] + column // 2, column)
+    if swizzled:
+        return code * _swizzled_scale(scales, place, column)
+    return code * _e4m3(scales.view(torch.uint8).reshape(-1)[place * scales.shape[-1] + column // BLOCK_SIZE])
 
 
-def _shuffled(weight: Tensor, scales: Tensor, n: int, k: int) -> Tensor:
-    row, column = _grid(n, k, weight.device)
-    place = 32 * (row // 32) + 8 * (row % 4) + (row % 32) // 4  # where the shuffle puts a row
-    return _code(weight.reshape(-1), place * weight.shape[1] + column // 2, column) * _swizzled_scale(scales, place, column)
+def shuffled(row: Tensor) -> Tensor:
+    """Where the shuffle of 32 rows puts a row."""
+    return 32 * (row // 32) + 8 * (row % 4) + (row % 32) // 4
 
 
-def _checkpoint(weight: Tensor, scales: Tensor, n: int, k: int) -> Tensor:
-    row, column = _grid(n, k, weight.device)
-    scale = scales.view(torch.uint8).reshape(-1)[row * scales.shape[1] + column // BLOCK_SIZE]
-    return _code(weight.reshape(-1), row * weight.shape[1] + column // 2, column) * _e4m3(scale)
+def _by_rows(place: Callable[[Tensor], Tensor], *, swizzled: bool) -> Reader:
+    def reader(weight: Tensor, scales: Tensor, n: int, k: int) -> Tensor:
+        row, column = grid(n, k, weight.device)
+        return read(weight, scales, place(row), column, swizzled=swizzled)
+
+    return reader
+
+
+def _same(row: Tensor) -> Tensor:
+    return row
 
 
 def _fragments(weight: Tensor, scales: Tensor, n: int, k: int) -> Tensor:
-    row, column = _grid(n, k, weight.device)
+    row, column = grid(n, k, weight.device)
     half_k, r = (column % 16) // 2, row % 64
     lane = 4 * (r % 8) + half_k % 4
     word = 64 * ((r // 8) % 2) + 2 * lane + r // 32
@@ -68,15 +79,16 @@ def _fragments(weight: Tensor, scales: Tensor, n: int, k: int) -> Tensor:
 
 #: How the bytes of each layout are read: (weight, scales, n, k) to ``code * block scale``, float64 ``[n, k]``.
 READERS: dict[str, Reader] = {
-    "plain": _plain,
-    "shuffled": _shuffled,
-    "swizzled": _plain,
-    "checkpoint": _checkpoint,
+    "plain": _by_rows(_same, swizzled=True),
+    "shuffled": _by_rows(shuffled, swizzled=True),
+    "swizzled": _by_rows(_same, swizzled=True),
+    "checkpoint": _by_rows(_same, swizzled=False),
     "fragments": _fragments,
 }
 
 
-def _grid(n: int, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def grid(n: int, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(row, column) of every element, ``[n, k]`` each."""
     row, column = torch.meshgrid(torch.arange(n, device=device), torch.arange(k, device=device), indexing="ij")
     return row, column
 

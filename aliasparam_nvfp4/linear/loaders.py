@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..checkpoint.shards import Pair, Share, fill
 from ..errors import ShapeError
 
 _SHARD_INDEX = {"q": 0, "k": 1, "v": 2}
@@ -75,39 +76,31 @@ class ShardedLoader:
             load_partition(param, loaded_weight, loaded_shard_id)  # the same on every rank
             return
         dim = 0 if factor or self.style == "column" else 1
-        if loaded_shard_id is None and dim == 0 and len(sizes := _sizes(param)) > 1 and not factor:
-            self._fused(param, loaded_weight, sizes)
+        if loaded_shard_id is None and dim == 0 and not factor:
+            _fill(param, self._partitions(param, loaded_weight))
             return
         index = 0 if loaded_shard_id is None or factor else _index(loaded_shard_id, len(_sizes(param)))
-        load_partition(param, self._own(loaded_weight, dim, index), loaded_shard_id)
+        load_partition(param, self._share(index).of(loaded_weight, dim), loaded_shard_id)
 
-    def _fused(self, param: Tensor, loaded_weight: Tensor, sizes: Sequence[int]) -> None:
-        """A tensor that holds all partitions in the file too. All is checked before the first is written."""
-        whole = [s * self.size // self._replicas(i) for i, s in enumerate(sizes)]
-        if loaded_weight.shape[0] != sum(whole):
+    def _partitions(self, param: Tensor, loaded_weight: Tensor) -> list[Pair]:
+        """This rank's rows of every partition of a tensor that holds all of them in the file too."""
+        sizes = _sizes(param)
+        shares = [self._share(index) for index in range(len(sizes))]
+        whole = [size * share.count for size, share in zip(sizes, shares, strict=True)]
+        if len(sizes) > 1 and loaded_weight.shape[0] != sum(whole):
             raise ShapeError(
                 "this tensor does not hold the partitions",
                 expected=f"{sum(whole)} rows, partitions of {whole}",
                 found=list(loaded_weight.shape),
             )
-        own = [self._own(part, 0, index) for index, part in enumerate(torch.split(loaded_weight, whole))]
-        load_partition(param, torch.cat([p.view(torch.uint8) for p in own]).view(loaded_weight.dtype))
+        parts = torch.split(loaded_weight, whole) if len(sizes) > 1 else (loaded_weight,)
+        own = [share.of(part, 0) for share, part in zip(shares, parts, strict=True)]
+        return list(zip(torch.split(param, list(sizes)), own, strict=True))
 
-    def _replicas(self, index: int) -> int:
-        return self.replicas[index] if index < len(self.replicas) else 1
-
-    def _own(self, whole: Tensor, dim: int, index: int) -> Tensor:
-        """This rank's part of one partition."""
-        parts = self.size // self._replicas(index)
-        if whole.shape[dim] % parts:
-            raise ShapeError(
-                "this tensor cannot be divided among the ranks",
-                expected=f"dim {dim} a multiple of {parts}",
-                found=list(whole.shape),
-                remedy="Use a tensor-parallel size which divides it (blocks of 16 stay whole).",
-            )
-        width = whole.shape[dim] // parts
-        return whole.narrow(dim, self.rank // self._replicas(index) * width, width)
+    def _share(self, index: int) -> Share:
+        """Of a partition: ranks in a row hold the same part where it is replicated."""
+        replicas = self.replicas[index] if index < len(self.replicas) else 1
+        return Share(self.rank // replicas, self.size // replicas)
 
 
 def _is_input_factor(param: Tensor) -> bool:
@@ -145,16 +138,11 @@ def _copy_factor(param: Tensor, loaded: Tensor, index: int) -> None:
     seen.add(index)
 
 
+def _fill(param: Tensor, pairs: Sequence[Pair]) -> None:
+    # Factors are not quantized: a model served in another dtype casts them as it casts its norms.
+    fill(pairs, cast=_is_input_factor(param))
+
+
 def _copy(param: Tensor, target: Tensor, loaded: Tensor) -> None:
     scalars = getattr(param, "needs_scalar_to_array", False)
-    value = loaded.reshape(1).expand(target.shape) if scalars and loaded.numel() == 1 else loaded
-    # Factors are not quantized: a model served in another dtype casts them as it casts its norms.
-    cast = _is_input_factor(param) and value.is_floating_point() and value.element_size() > 1
-    if value.shape != target.shape or (value.dtype != target.dtype and not cast):
-        raise ShapeError(
-            "the loaded shard does not fit",
-            expected=f"{target.dtype} {list(target.shape)}",
-            found=f"{loaded.dtype} {list(loaded.shape)}",
-        )
-    with torch.no_grad():
-        target.copy_(value)
+    _fill(param, [(target, loaded.reshape(1).expand(target.shape) if scalars and loaded.numel() == 1 else loaded)])

@@ -5,10 +5,9 @@ from __future__ import annotations
 from torch import nn
 
 from aliasparam import AliasRegistry, Layout, Reencoding, registry_of
-from aliasparam.errors import PointerError
-from aliasparam.module.verdict import plan_storage
 
 from ..errors import BackendError
+from ..kernels.room import need_room
 from .backends import LinearBackend, linear_backend
 
 
@@ -61,16 +60,5 @@ def _new_formats(path: str, registry: AliasRegistry, target: LinearBackend) -> d
             found=f"{', '.join(copies)} from {state['nvfp4_backend'].layout.name} to {layout.name}",
             remedy="Create the layer with the backend it shall have.",
         )
-    for name, order in wanted.items():
-        plan, old = plan_storage(registry.sources[name].plan.source, order), registry.sources[name].plan
-        if plan.capacity > old.capacity:
-            raise PointerError(
-                "this backend's format needs more padding than the layer has room for",
-                module=where,
-                name=name,
-                expected=f"at most {old.nbytes} bytes",
-                found=f"{plan.nbytes} bytes ({plan.kernel}) for {target.name}",
-                remedy=f'Plan room when the layer is made: retarget_to=("{target.name}",) of NvFp4LinearMethod, use_backend or '
-                "load_model.",
-            )
+    need_room(target, registry, wanted, where, "NvFp4LinearMethod, use_backend or load_model")
     return wanted

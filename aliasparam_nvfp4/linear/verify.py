@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from aliasparam import reload
-
-from ..errors import BackendError, ShapeError
+from ..errors import ShapeError
+from ..kernels.acceptance import Answer, across_a_reload, need_its_gpu
+from ..kernels.acceptance import Verdict as Verdict
+from ..kernels.acceptance import signal_to_noise as signal_to_noise
 from ..quantize.codec import quantize
 from . import emulate
 from .backends import LinearShape, linear_backend
@@ -30,17 +30,6 @@ TOKENS = (1, 7, 64)
 LEAST_DB = 35.0
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """One shape and batch: signal-to-noise of the kernel against the emulator."""
-
-    shape: str
-    tokens: int
-    decibel: float
-    held: bool
-    detail: str = ""
-
-
 def verify(backend: str, device: torch.device) -> Iterator[Verdict]:
     """Run the backend's kernel on every shape, load other weights into the same memory, and run it again.
 
@@ -48,28 +37,22 @@ def verify(backend: str, device: torch.device) -> Iterator[Verdict]:
         BackendError: unknown, or it cannot run on ``device``.
     """
     chosen = linear_backend(backend)
-    if (reason := chosen.unavailable(device)) is not None:
-        raise BackendError("this backend cannot run here", name=chosen.name, found=reason, remedy="Run this on its GPU.")
+    need_its_gpu(chosen, device)
     for what, partitions, k in SHAPES:
         try:
             chosen.check_shape(LinearShape(sum(partitions), k, partitions))
         except ShapeError:
             continue
-        layer = nn.Module()
-        method = NvFp4LinearMethod(chosen.name)
+        layer, method = nn.Module(), NvFp4LinearMethod(chosen.name)
         with torch.device(device):
             method.create_weights(layer, k, partitions, k, sum(partitions), torch.bfloat16)
-        addresses: set[tuple[str, int]] = set()
-        for seed in (1, 2):
-            tensors = random_weights(partitions, k, seed, device)
-            with reload(layer) as session:
-                session.load(tensors)
-            addresses |= {(n, t.data_ptr()) for n, t in layer.named_buffers()}
-            for tokens in TOKENS:
-                label = what if seed == 1 else f"{what}, reloaded"
-                yield _one(method, layer, tensors, tokens, label)
-        moved = len(addresses) != len(list(layer.named_buffers()))
-        yield Verdict(f"{what}, addresses", 0, math.inf, not moved, "moved" if moved else "as they were")
+        yield from across_a_reload(
+            layer,
+            what,
+            partial(random_weights, partitions, k, device=device),
+            partial(_answers, method, layer),
+            LEAST_DB,
+        )
 
 
 def random_weights(partitions: tuple[int, ...], k: int, seed: int, device: torch.device) -> dict[str, Tensor]:
@@ -85,21 +68,11 @@ def random_weights(partitions: tuple[int, ...], k: int, seed: int, device: torch
     return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
-def _one(method: NvFp4LinearMethod, layer: nn.Module, tensors: dict[str, Tensor], tokens: int, label: str) -> Verdict:
-    backend = layer.__dict__["nvfp4_backend"]
-    k = tensors["weight"].shape[1] * 2
-    x = torch.randn(tokens, k, generator=torch.Generator().manual_seed(tokens)).to(tensors["weight"].device, torch.bfloat16)
+def _answers(method: NvFp4LinearMethod, layer: nn.Module, tensors: dict[str, Tensor]) -> Iterator[Answer]:
+    backend, (n, half_k) = layer.__dict__["nvfp4_backend"], tensors["weight"].shape
     quantized = None if backend.weight_only else layer.get_buffer("input_scale_inv")
     alpha = layer.get_buffer("weight_alpha" if backend.weight_only else "alpha")
-    expected = emulate.linear(
-        "checkpoint", x.float(), tensors["weight"], tensors["weight_scale"], alpha, quantized, n=tensors["weight"].shape[0]
-    )
-    found = method.apply(layer, x).double()
-    decibel = signal_to_noise(found, expected)
-    return Verdict(label, tokens, decibel, decibel >= LEAST_DB)
-
-
-def signal_to_noise(found: Tensor, expected: Tensor) -> float:
-    """Signal-to-quantization-noise ratio in dB."""
-    noise = float((found - expected).square().sum())
-    return 10 * math.log10(float(expected.square().sum()) / noise) if noise else math.inf
+    for tokens in TOKENS:
+        x = torch.randn(tokens, 2 * half_k, generator=torch.Generator().manual_seed(tokens)).to(alpha.device, torch.bfloat16)
+        stored = tensors["weight"], tensors["weight_scale"]
+        yield tokens, method.apply(layer, x), emulate.linear("checkpoint", x.float(), *stored, alpha, quantized, n=n)

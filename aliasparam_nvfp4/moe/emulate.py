@@ -10,9 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..linear.emulate import _code, _e4m3, _grid, _swizzled_scale
+from ..linear.emulate import grid, read, shuffled
 from ..quantize.codec import quantize_activation, scaled_codes
-from ..quantize.format import BLOCK_SIZE
 from ..quantize.missing import RunTimeScales
 from .activation import ExpertActivation
 from .runners import MoENames, MoEShape
@@ -83,20 +82,13 @@ def weights(layer: MoENames, runner: MoERunner, shape: MoEShape, expert: int) ->
     hidden, intermediate = shape.padded(runner.layout)
     w13_place, w2_place, swizzled = PLACES[runner.layout.of(shape.expert_activation).name]
     i, h = shape.intermediate, shape.hidden
-    row, column = _grid(shape.w13_rows, h, layer.w13_weight_prepared.device)
-    w13 = _read(layer.w13_weight_prepared[expert], layer.w13_blockscale_swizzled[expert], column, swizzled,
-                w13_place(row // i, row % i, intermediate))  # fmt: skip
-    row, column = _grid(h, i, layer.w13_weight_prepared.device)
-    w2 = _read(layer.w2_weight_prepared[expert], layer.w2_blockscale_swizzled[expert], column, swizzled,
-               w2_place(torch.zeros_like(row), row, hidden))  # fmt: skip
+    row, column = grid(shape.w13_rows, h, layer.w13_weight_prepared.device)
+    place = w13_place(row // i, row % i, intermediate)
+    w13 = read(layer.w13_weight_prepared[expert], layer.w13_blockscale_swizzled[expert], place, column, swizzled=swizzled)
+    row, column = grid(h, i, layer.w13_weight_prepared.device)
+    place = w2_place(torch.zeros_like(row), row, hidden)
+    w2 = read(layer.w2_weight_prepared[expert], layer.w2_blockscale_swizzled[expert], place, column, swizzled=swizzled)
     return w13, w2
-
-
-def _read(weight: Tensor, scales: Tensor, column: Tensor, swizzled: bool, place: Tensor) -> Tensor:
-    code = _code(weight.reshape(-1), place * weight.shape[-1] + column // 2, column)
-    if swizzled:
-        return code * _swizzled_scale(scales, place, column)
-    return code * _e4m3(scales.view(torch.uint8).reshape(-1)[place * scales.shape[-1] + column // BLOCK_SIZE])
 
 
 def _gate_up(half: Tensor, row: Tensor, rows: int) -> Tensor:
@@ -112,7 +104,7 @@ def _blocks(half: Tensor, row: Tensor, rows: int) -> Tensor:
 
 
 def _shuffled_rows(half: Tensor, row: Tensor, rows: int) -> Tensor:
-    return 32 * (row // 32) + 8 * (row % 4) + (row % 32) // 4
+    return shuffled(row)
 
 
 def _shuffled_pairs(half: Tensor, row: Tensor, rows: int) -> Tensor:

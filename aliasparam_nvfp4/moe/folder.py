@@ -172,13 +172,12 @@ def expert_specs(
 
 def expert_source(method: NvFp4MoEMethod, layer: nn.Module, folder: CheckpointFolder, tensors: ExpertTensors) -> ExpertSource:
     """``tensors`` of ``folder``, for a layer made by ``method``."""
-    ranks = ExpertRanks(method.ep_rank, method.ep_size, method.tp_rank, method.tp_size)
     shape: MoEShape = layer.__dict__["nvfp4_moe_shape"]
     separate: bool = layer.__dict__["nvfp4_runner"].separate_scales  # which may have been retargeted
     own = tensors if method.activation.gated else tensors.without_gate()
     missing = method.missing_input_scale
     return ExpertSource(
-        folder, own, shape, ranks, method.checkpoint, method.input_scale, separate_scales=separate, missing=missing
+        folder, own, shape, method.ranks, method.checkpoint, method.input_scale, separate_scales=separate, missing=missing
     )
 
 

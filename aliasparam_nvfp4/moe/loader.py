@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import cast
 
-import torch
 from torch import Tensor
 
+from ..checkpoint.shards import Pair, Share, fill
 from ..errors import ShapeError
 
 
@@ -62,7 +62,7 @@ class ExpertLoader:
                 then.
         """
         if shard_id is None and expert_id is None:
-            return _copy(param, loaded_weight, weight_name or "the whole tensor")
+            return _write([(param, loaded_weight)], weight_name or "the whole tensor")
         shards = ("w1", "w3", "w13", "w2") if self.gated else ("w1", "w13", "w2")
         if shard_id is None or shard_id not in shards or not 0 <= (expert_id or 0) < self.all_experts:
             raise ShapeError(
@@ -77,11 +77,13 @@ class ExpertLoader:
         of_all = cast(bool, getattr(param, "of_all_experts", False))
         if expert_id is None:
             own = loaded_weight if of_all else self._own_experts(loaded_weight, weight_name)
-            return self._write(param, own, shard_id, f"{weight_name}: {shard_id} of all experts", lead=1)
+            what = f"{weight_name}: {shard_id} of all experts"
+            return _write(self._pairs(param, own, shard_id, what, lead=1), what)
         row = expert_id if of_all else expert_id - self.first_expert
         if not 0 <= row < param.shape[0]:
             return False
-        return self._write(param[row], loaded_weight, shard_id, f"{weight_name}: {shard_id} of expert {expert_id}", lead=0)
+        what = f"{weight_name}: {shard_id} of expert {expert_id}"
+        return _write(self._pairs(param[row], loaded_weight, shard_id, what, lead=0), what)
 
     def _own_experts(self, loaded: Tensor, name: str) -> Tensor:
         if loaded.dim() == 0 or loaded.shape[0] != self.all_experts:
@@ -94,47 +96,29 @@ class ExpertLoader:
             )
         return loaded.narrow(0, self.first_expert, self.experts)
 
-    def _write(self, target: Tensor, loaded: Tensor, shard: str, what: str, *, lead: int) -> bool:
+    def _pairs(self, target: Tensor, loaded: Tensor, shard: str, what: str, *, lead: int) -> list[Pair]:
         """``target`` is this rank's part of ``lead`` stacked dims, then a matrix, two scales, or one."""
         half_of = {"w1": 0, "w3": 1}.get(shard) if self.gated else None
         if target.dim() - lead < 2:
             target = target if half_of is None else target[..., half_of]
-            return _copy(target, _scales(loaded, target, lead), what)
-        if shard == "w2":
-            return _copy(target, self._own_part(loaded, -1, what), what)
-        if not self.gated:
-            return _copy(target, self._own_part(loaded, -2, what), what)
-        rows = target.shape[-2] // 2
-        halves = target[..., :rows, :], target[..., rows:, :]
+            return [(target, _scales(loaded, target, lead))]
+        if shard == "w2" or not self.gated:
+            return [(target, self._share(loaded, -1 if shard == "w2" else -2, what))]
+        halves = target.chunk(2, -2)
         if half_of is not None:
-            return _copy(halves[half_of], self._own_part(loaded, -2, what), what)
-        parts = self._gate_up(loaded, what)
-        for half, part in zip(halves, parts, strict=True):
-            _need_fit(half, part, what)
-        return all(_copy(half, part, what) for half, part in zip(halves, parts, strict=True))
-
-    def _gate_up(self, loaded: Tensor, what: str) -> tuple[Tensor, Tensor]:
-        """Views of this rank's gate and up rows of a fused w13."""
+            return [(halves[half_of], self._share(loaded, -2, what))]
         if loaded.dim() < 2 or loaded.shape[-2] % 2:
             raise ShapeError("a fused w13 has gate and up rows", name=what, expected="[..., 2I, C]", found=list(loaded.shape))
-        if self.interleaved:
-            return self._own_part(loaded[..., 0::2, :], -2, what), self._own_part(loaded[..., 1::2, :], -2, what)
-        gate, up = loaded.chunk(2, -2)
-        return self._own_part(gate, -2, what), self._own_part(up, -2, what)
+        gate_up = (loaded[..., 0::2, :], loaded[..., 1::2, :]) if self.interleaved else loaded.chunk(2, -2)
+        return [(half, self._share(part, -2, what)) for half, part in zip(halves, gate_up, strict=True)]
 
-    def _own_part(self, loaded: Tensor, dim: int, what: str) -> Tensor:
-        if loaded.dim() < 2 or self.tp_size == 1:
-            return loaded
-        if loaded.shape[dim] % self.tp_size:
-            raise ShapeError(
-                "this tensor cannot be divided among the ranks",
-                name=what,
-                expected=f"dim {loaded.dim() + dim} a multiple of {self.tp_size}",
-                found=list(loaded.shape),
-                remedy="Use a tensor-parallel size which divides it (blocks of 16 stay whole).",
-            )
-        width = loaded.shape[dim] // self.tp_size
-        return loaded.narrow(dim, self.tp_rank * width, width)
+    def _share(self, loaded: Tensor, dim: int, what: str) -> Tensor:
+        return loaded if loaded.dim() < 2 else Share(self.tp_rank, self.tp_size).of(loaded, dim, what)
+
+
+def _write(pairs: list[Pair], what: str) -> bool:
+    fill(pairs, what)
+    return True
 
 
 def _scales(loaded: Tensor, target: Tensor, lead: int) -> Tensor:
@@ -143,20 +127,3 @@ def _scales(loaded: Tensor, target: Tensor, lead: int) -> Tensor:
     if own != target.shape[:lead] or math.prod(loaded.shape[lead:]) != 1:
         return loaded
     return loaded.reshape((*own, *[1] * (target.dim() - lead))).expand(target.shape)
-
-
-def _need_fit(target: Tensor, value: Tensor, what: str) -> None:
-    if value.shape != target.shape or value.dtype != target.dtype:
-        raise ShapeError(
-            "the loaded shard does not fit",
-            name=what,
-            expected=f"{target.dtype} {list(target.shape)}",
-            found=f"{value.dtype} {list(value.shape)}",
-        )
-
-
-def _copy(target: Tensor, value: Tensor, what: str) -> bool:
-    _need_fit(target, value, what)
-    with torch.no_grad():
-        target.copy_(value)
-    return True

@@ -20,8 +20,9 @@ from ..quantize.missing import Missing, RunTimeScales, is_dynamic, need_policy
 from .activation import SWIGLU, ExpertActivation
 from .declarations import Parameters, aliases, biases, parameters, scalars
 from .loader import ExpertLoader
+from .ranks import ExpertRanks
 from .routing import Routing
-from .runners import MoENames, MoERunner, MoEShape, chosen, moe_runner
+from .runners import MoENames, MoERunner, MoEShape, Needs, chosen, moe_runner
 from .stored import ROWS, Stored
 
 
@@ -79,9 +80,7 @@ class NvFp4MoEMethod:
         tp_rank: int = 0,
         tp_size: int = 1,
     ) -> None:
-        for what, rank, size in (("ep", ep_rank, ep_size), ("tp", tp_rank, tp_size)):
-            if not 0 <= rank < size:
-                raise ShapeError(f"no such {what} rank", expected=f"0 to {size - 1}", found=rank)
+        self.ranks = ExpertRanks(ep_rank, ep_size, tp_rank, tp_size)
         if interleaved and not activation.gated:
             raise ShapeError("without a gate there is nothing to interleave", expected="interleaved=False", found=activation.kind)
         if (interleaved and stored.columns) or (tp_size > 1 and (bias or stored.columns)):
@@ -92,8 +91,8 @@ class NvFp4MoEMethod:
                 remedy="Divide the experts among ranks by their number: ep_size.",
             )
         need_policy(missing_input_scale)
-        needs: dict[str, Any] = {"activation": activation, "input_scale": input_scale, "bias": bias}
-        needs["dynamic"] = is_dynamic(missing_input_scale)
+        dynamic = is_dynamic(missing_input_scale)
+        needs: Needs = {"activation": activation, "input_scale": input_scale, "dynamic": dynamic, "bias": bias}
         self.name = backend
         self.backend = moe_runner(backend, **needs)
         self.retarget_to = tuple(moe_runner(n, **needs) for n in retarget_to)
@@ -217,7 +216,7 @@ class NvFp4MoEMethod:
                 found=f"{list(x.shape)}, {list(topk_weights.shape)}, {list(topk_ids.shape)}",
             )
         _need_experts(layer, topk_weights, topk_ids, shape.all_experts)
-        need_running(runner, x.device, "runner")
+        need_running(runner, x.device)
         if rows.shape[0] == 0:
             return torch.empty_like(x)
         return runner.apply(cast(MoENames, layer), rows, topk_weights, topk_ids, shape).reshape(x.shape)
@@ -245,7 +244,7 @@ class NvFp4MoEMethod:
                 expected=f"x [T, {shape.hidden}], router_logits [T, {shape.all_experts}]",
                 found=f"{list(x.shape)}, {list(router_logits.shape)}",
             )
-        need_running(runner, x.device, "runner")
+        need_running(runner, x.device)
         if rows.shape[0] == 0:
             return torch.empty_like(x)
         return runner.apply_logits(cast(MoENames, layer), rows, router_logits, routing, shape).reshape(x.shape)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
 from aliasparam import Derivation, Layout, registry_of
 
 from ..checkpoint.format import CheckpointFormat
 from ..errors import BackendError
+from ..kernels.room import need_room
 from ..quantize.missing import Missing, is_dynamic
 from .declarations import formats, unread
-from .runners import MoERunner, MoEShape, moe_runner
+from .runners import MoERunner, MoEShape, Needs, moe_runner
 from .stored import Stored
 
 
@@ -26,9 +25,10 @@ def retarget_experts(module: nn.Module, runner: str) -> int:
     Raises:
         BackendError: no such runner; one which cannot serve such experts; or one that reads scalars for which the layer has no
             memory (see ``retarget_to``).
-        ScaleError: scales that the new runner cannot express. In both cases no layer has been moved.
-        PointerError: the new format needs more padding than a layer has room for (see ``retarget_to``). Layers before it have
-            been moved; all of them are right.
+        ScaleError: scales that the new runner cannot express.
+        PointerError: the new format needs more padding than a layer has room for (see ``retarget_to``).
+
+    Nothing was moved then.
     """
     target = moe_runner(runner)
     found = [_Experts(layer) for layer in module.modules() if "nvfp4_runner" in layer.__dict__]
@@ -66,11 +66,20 @@ class _Experts:
         found = formats(self.checkpoint, layout, self.stored, gated=self.shape.expert_activation.gated)
         return {source: order for source, (_, order) in found.items()}
 
+    def _new_formats(self, target: MoERunner) -> dict[str, Layout]:
+        old = self.formats(self.runner)
+        return {source: order for source, order in self.formats(target).items() if order != old[source]}
+
     def need_movable_to(self, target: MoERunner) -> None:
         """Raise what would go wrong. Nothing is changed."""
         label = self.registry.label
-        needs: dict[str, Any] = {"input_scale": self.input_scale, "dynamic": is_dynamic(self.missing), "bias": self.bias}
-        if (reason := target.refusal(self.shape.expert_activation, **needs)) is not None:
+        needs: Needs = {
+            "activation": self.shape.expert_activation,
+            "input_scale": self.input_scale,
+            "dynamic": is_dynamic(self.missing),
+            "bias": self.bias,
+        }
+        if (reason := target.refusal(**needs)) is not None:
             raise BackendError(f"this runner cannot serve these experts: {reason}", module=label, name=target.name)
         if copies := [n for n in self.formats(target) if not self.registry.sources[n].derived]:
             raise BackendError(
@@ -80,6 +89,7 @@ class _Experts:
                 found=f"copies of {copies}",
                 remedy="Create the layer with the runner it shall have.",
             )
+        need_room(target, self.registry, self._new_formats(target), label, "NvFp4MoEMethod")
         scalars = self.scalars(target)
         memory = {n: (d.declaration.shape, d.declaration.dtype) for n, d in self.registry.derived.items()}
         if lacking := [d.name for d in scalars if memory.get(d.name) != (d.shape, d.dtype)]:
@@ -96,8 +106,7 @@ class _Experts:
 
     def move_to(self, target: MoERunner) -> None:
         loaded = not self.registry.stale_names()
-        old, new = self.formats(self.runner), self.formats(target)
-        self.registry.retarget({source: order for source, order in new.items() if order != old[source]})
+        self.registry.retarget(self._new_formats(target))
         scalars = self.scalars(target)
         read = {d.name for d in scalars}
         self.registry.rederive([*scalars, *(unread(d) for d in self.scalars(self.runner) if d.name not in read)])

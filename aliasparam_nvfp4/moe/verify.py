@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from aliasparam import reload
-
-from ..errors import BackendError
-from ..linear.verify import Verdict, signal_to_noise
+from ..kernels.acceptance import Answer, Verdict, across_a_reload, judged, need_its_gpu
 from ..quantize.codec import quantize
-from .activation import RELU2, ExpertActivation
+from .activation import RELU2, SWIGLU, ExpertActivation
 from .emulate import layer_output
 from .method import NvFp4MoEMethod
 from .routing import Routing
 from .runners import MoENames, MoERunner, moe_runner
 
+Dims = tuple[int, int, int]
 #: (what, E, H, I): aligned; SmolLM2's experts, ragged in H; ragged in I.
 SHAPES = (("8 x 512 x 256", 8, 512, 256), ("8 x 576 x 192", 8, 576, 192), ("4 x 256 x 80", 4, 256, 80))
 TOKENS = (1, 7, 130)
@@ -36,50 +34,51 @@ def verify(runner: str, device: torch.device) -> Iterator[Verdict]:
         BackendError: unknown, or it cannot run on ``device``.
     """
     chosen = moe_runner(runner, device)
-    if (reason := chosen.unavailable(device)) is not None:
-        raise BackendError("this runner cannot run here", name=chosen.name, found=reason, remedy="Run this on its GPU.")
-    for what, e, h, i in SHAPES:
-        method, layer = NvFp4MoEMethod(chosen.name), nn.Module()
-        with torch.device(device):
-            method.create_weights(layer, e, h, i, torch.bfloat16)
-        names, shape = cast(MoENames, layer), layer.__dict__["nvfp4_moe_shape"]
-        addresses: set[tuple[str, int]] = set()
-        for seed in (1, 2):
-            tensors = {name: tensor.to(device) for name, tensor in random_experts(e, h, i, seed, chosen.separate_scales).items()}
-            with reload(layer) as session:
-                session.load(tensors)
-            addresses |= {(n, t.data_ptr()) for n, t in layer.named_buffers()}
-            for tokens in TOKENS:
-                x, weights, ids = (t.to(device) for t in _choices(tokens, e, h))
-                expected = layer_output(names, chosen, shape, x, weights, ids)
-                decibel = signal_to_noise(method.apply(layer, x, weights, ids).double(), expected)
-                yield Verdict(what if seed == 1 else f"{what}, reloaded", tokens, decibel, decibel >= LEAST_DB)
-        for routing in _routings(e, device):
-            x, logits = (t.to(device) for t in _routed(e, h))
-            expected = layer_output(names, chosen, shape, x, *routing.choose(logits))
-            decibel = signal_to_noise(method.apply_logits(layer, x, logits, routing).double(), expected)
-            yield Verdict(f"{what}, {routing.kind}", x.shape[0], decibel, decibel >= LEAST_DB)
+    need_its_gpu(chosen, device)
+    for what, *sizes in SHAPES:
+        dims = (sizes[0], sizes[1], sizes[2])
+        method, layer = _layer(chosen, device, dims, SWIGLU)
+        weights = partial(_weights, dims, device, chosen.separate_scales)
+        yield from across_a_reload(layer, what, weights, partial(_answers, method, layer, TOKENS), LEAST_DB)
+        for routing in _routings(dims[0], device):
+            yield from judged(f"{what}, {routing.kind}", [_routed(method, layer, routing)], LEAST_DB)
         for kind, activation in ACTIVATIONS.items():
             if chosen.refusal(activation) is None:
-                yield from _with_activation(chosen, device, f"{what}, {kind}", (e, h, i), activation)
-        moved = len(addresses) != len(list(layer.named_buffers()))
-        yield Verdict(f"{what}, addresses", 0, math.inf, not moved, "moved" if moved else "as they were")
+                method, layer = _layer(chosen, device, dims, activation)
+                weights = partial(_weights, dims, device, False, gated=activation.gated)
+                answers = partial(_answers, method, layer, TOKENS[-1:])
+                yield from across_a_reload(layer, f"{what}, {kind}", weights, answers, LEAST_DB)
 
 
-def _with_activation(
-    chosen: MoERunner, device: torch.device, what: str, dims: tuple[int, int, int], activation: ExpertActivation
-) -> Iterator[Verdict]:
+def _layer(chosen: MoERunner, device: torch.device, dims: Dims, activation: ExpertActivation) -> tuple[NvFp4MoEMethod, nn.Module]:
     method, layer = NvFp4MoEMethod(chosen.name, activation=activation), nn.Module()
     with torch.device(device):
         method.create_weights(layer, *dims, torch.bfloat16)
-    names, shape = cast(MoENames, layer), layer.__dict__["nvfp4_moe_shape"]
-    for seed in (1, 2):
-        with reload(layer) as session:
-            session.load({n: t.to(device) for n, t in random_experts(*dims, seed, gated=activation.gated).items()})
-        x, weights, ids = (t.to(device) for t in _choices(TOKENS[-1], *dims[:2]))
-        expected = layer_output(names, chosen, shape, x, weights, ids)
-        decibel = signal_to_noise(method.apply(layer, x, weights, ids).double(), expected)
-        yield Verdict(what if seed == 1 else f"{what}, reloaded", TOKENS[-1], decibel, decibel >= LEAST_DB)
+    return method, layer
+
+
+def _weights(dims: Dims, device: torch.device, separate: bool, seed: int, *, gated: bool = True) -> dict[str, Tensor]:
+    e, h, i = dims
+    return {name: tensor.to(device) for name, tensor in random_experts(e, h, i, seed, separate, gated).items()}
+
+
+def _answers(method: NvFp4MoEMethod, layer: nn.Module, batches: Sequence[int], _: dict[str, Tensor]) -> Iterator[Answer]:
+    for tokens in batches:
+        x, weights, ids = _choices(tokens, layer)
+        yield tokens, method.apply(layer, x, weights, ids), _emulated(layer, x, weights, ids)
+
+
+def _routed(method: NvFp4MoEMethod, layer: nn.Module, routing: Routing) -> Answer:
+    shape, random = layer.__dict__["nvfp4_moe_shape"], torch.Generator().manual_seed(0)
+    device = layer.get_buffer("g1_alphas").device
+    x = torch.randn(7, shape.hidden, generator=random).to(device, torch.bfloat16)
+    logits = torch.randn(7, shape.experts, generator=random).to(device)
+    return 7, method.apply_logits(layer, x, logits, routing), _emulated(layer, x, *routing.choose(logits))
+
+
+def _emulated(layer: nn.Module, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+    state = layer.__dict__
+    return layer_output(cast(MoENames, layer), state["nvfp4_runner"], state["nvfp4_moe_shape"], x, weights, ids)
 
 
 def random_experts(e: int, h: int, i: int, seed: int, separate: bool = False, gated: bool = True) -> dict[str, Tensor]:
@@ -100,16 +99,12 @@ def random_experts(e: int, h: int, i: int, seed: int, separate: bool = False, ga
     return tensors
 
 
-def _choices(tokens: int, e: int, h: int) -> tuple[Tensor, Tensor, Tensor]:
-    random = torch.Generator().manual_seed(tokens)
-    x = torch.randn(tokens, h, generator=random).to(torch.bfloat16)
-    weights, ids = torch.randn(tokens, e, generator=random).softmax(-1).topk(2)
-    return x, weights, ids.int()
-
-
-def _routed(e: int, h: int) -> tuple[Tensor, Tensor]:
-    random = torch.Generator().manual_seed(0)
-    return torch.randn(7, h, generator=random).to(torch.bfloat16), torch.randn(7, e, generator=random)
+def _choices(tokens: int, layer: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+    shape, random = layer.__dict__["nvfp4_moe_shape"], torch.Generator().manual_seed(tokens)
+    device = layer.get_buffer("g1_alphas").device
+    x = torch.randn(tokens, shape.hidden, generator=random).to(device, torch.bfloat16)
+    weights, ids = torch.randn(tokens, shape.experts, generator=random).softmax(-1).topk(2)
+    return x, weights.to(device), ids.int().to(device)
 
 
 def _routings(e: int, device: torch.device) -> tuple[Routing, ...]:

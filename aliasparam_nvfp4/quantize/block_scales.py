@@ -17,13 +17,7 @@ def need_block_scales(block_scale: Tensor, name: str = "weight_scale", *, signed
     """Raise ScaleError where a block scale (e4m3, any shape) is NaN, or negative for a kernel format that has no sign."""
     codes = block_scale.view(torch.uint8)
     if first_nan([codes]) is not None:
-        raise ScaleError(
-            "block scales are NaN",
-            name=name,
-            expected="finite e4m3 values",
-            found="NaN, as ModelOpt writes for a tensor of zeros",
-            remedy="Exclude this module from quantization and export again.",
-        )
+        raise _nan(None, name, None)
     if not signed and codes.numel() and (negative := int((codes > 0x80).sum())):  # -0 is none
         raise ScaleError(
             "block scales are negative, and this kernel format has no sign",
@@ -83,7 +77,7 @@ class FiniteBlockScales:
             if place is not None:
                 bound = storage.bound
                 expert = place // (bound.regions * bound.region_capacity // bound.shape[0])
-                raise _refusal(registry.label, name, None if self.first_expert is None else self.first_expert + expert)
+                raise _nan(registry.label, name, None if self.first_expert is None else self.first_expert + expert)
             self._passed[name] = writes
 
 
@@ -110,7 +104,7 @@ def _runs(flags: list[bool]) -> Iterator[tuple[int, int]]:
             first = None
 
 
-def _refusal(module: str, name: str, expert: int | None) -> ScaleError:
+def _nan(module: str | None, name: str, expert: int | None) -> ScaleError:
     whose = "a tensor" if expert is None else "an expert"
     return ScaleError(
         "block scales are NaN",

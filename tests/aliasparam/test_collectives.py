@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 from aliasparam import Alias, declare, process
 
+from ..processes import run_ranks
 from .small import SWAP, kernel
 
 
@@ -61,4 +61,4 @@ def store() -> Iterator[Path]:
 
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="no gloo")
 def test_law_1_collectives_read_and_write_checkpoint_values(store: Path) -> None:
-    mp.spawn(ranks, args=(str(store),), nprocs=2)
+    run_ranks(ranks, (str(store),), 2)

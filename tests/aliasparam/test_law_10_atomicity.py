@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import io
 import os
 import sys
 import tempfile
@@ -18,17 +16,16 @@ import torch
 from torch import Tensor, nn
 
 import aliasparam
-from aliasparam import Alias, Layout, State, apply_delta, declare, expose_for_writing, invalidate, process, registry_of, reload
-from aliasparam.errors import AliasError, DeclarationError, StaleKernelError, StateError
+from aliasparam import Layout, apply_delta, expose_for_writing, invalidate, process, reload
+from aliasparam.errors import AliasError
 from aliasparam.reload import observe
 from aliasparam.storage import locks
-from aliasparam.tensors import dispatch
 from aliasparam.testing import expected_kernel_names, same_bytes
 from aliasparam.testing._faults import FailingAt
 
 from .reload.delta_cases import trainer_writes
 from .reload.folders import plain
-from .small import INTERLEAVE, SWAP, SWAP_PAD16, Layer, counting, is_ready, kernel, storage_of, the_registry
+from .small import INTERLEAVE, SWAP, SWAP_PAD16, Layer, kernel, storage_of, the_registry
 
 LIBRARY = str(Path(aliasparam.__file__).parent) + "/"
 SHAPE = (2, 6, 8)
@@ -224,167 +221,3 @@ def test_law_10_an_interrupt_at_any_line(action: str) -> None:
         except Exception as error:
             failed[lines[at]] = f"{type(error).__name__} {str(error).splitlines()[0]}"
     assert not failed, f"{len(failed)} of {len(first)} lines: {failed}"
-
-
-# -- what is refused touches nothing -------------------------------------------------------------------------------------
-
-
-def refuses_and_changes_nothing(layers: list[Layer], do: Callable[[], Any], error: Any) -> None:
-    before = [layer.weight.clone() for layer in layers]
-    with pytest.raises(error):
-        do()
-    for layer, values in zip(layers, before, strict=True):
-        assert is_ready(layer)
-        assert torch.equal(layer.weight, values)
-        assert torch.equal(layer(), kernel(SWAP, values))
-
-
-@pytest.fixture
-def two() -> list[Layer]:
-    layers = [Layer(), Layer()]
-    process(nn.ModuleList(layers))
-    return layers
-
-
-WRONG: dict[str, Callable[[list[Any]], Any]] = {
-    "copy_ of another shape": lambda w: w[0].copy_(torch.zeros(5, 7)),
-    "add_ of another shape": lambda w: w[0].add_(torch.zeros(5, 7, dtype=torch.uint8)),
-    "masked_fill_ of another shape": lambda w: w[0].masked_fill_(torch.zeros(5, 7).bool(), 1),
-    "an index out of range": lambda w: w[0].index_copy_(0, torch.tensor([0, 99]), torch.full((2, 8), 9, dtype=torch.uint8)),
-    "two tensors of which the second does not fit": lambda w: torch._foreach_copy_(w, [torch.full((6, 8), 9), torch.zeros(5, 7)]),
-    "copy_ of a complex value": lambda w: w[0].copy_(torch.zeros(6, 8, 1)),
-}
-
-
-@pytest.mark.parametrize("wrong", WRONG)
-def test_law_10_an_operator_that_raises_has_written_nothing(wrong: str, two: list[Layer]) -> None:
-    refuses_and_changes_nothing(two, lambda: WRONG[wrong]([layer.weight for layer in two]), (RuntimeError, IndexError))
-
-
-def test_law_10_a_refused_write_of_several_loses_no_other_tensor(two: list[Layer]) -> None:
-    exposure = expose_for_writing(two[1], "weight", order="kernel")
-    new = torch.zeros(6, 8, dtype=torch.uint8)
-
-    refuses_and_changes_nothing(two[:1], lambda: torch._foreach_copy_([layer.weight for layer in two], [new, new]), StateError)
-    exposure.abandon()
-
-
-class DyingAllGather:
-    """A collective whose peer dies when ten bytes have arrived."""
-
-    real = torch.ops.c10d._allgather_base_.default
-    _schema, tags = real._schema, real.tags
-
-    def __call__(self, **given: Any) -> None:
-        given["output_tensor"].view(-1)[:10].fill_(222)
-        raise RuntimeError("peer died")
-
-
-def test_law_10_a_collective_that_fails_midway_has_written_nothing(two: list[Layer]) -> None:
-    operator: Any = DyingAllGather()
-    arguments = (two[0].weight.data, torch.zeros(6, 8, dtype=torch.uint8), None)
-
-    refuses_and_changes_nothing(two, lambda: dispatch._handler_for(operator)(operator, arguments, {}), RuntimeError)
-
-
-def test_law_10_a_declaration_refused_for_a_tie_changes_nothing() -> None:
-    a, b = nn.Module(), nn.Module()
-    a.w = b.w = nn.Parameter(counting(4, 2), requires_grad=False)
-    b.v = nn.Parameter(counting(4, 2), requires_grad=False)
-    declare(a, Alias("w", "k", SWAP))
-
-    with pytest.raises(DeclarationError, match="two different kernel"):
-        declare(b, Alias("v", "vk", SWAP), Alias("w", "k", INTERLEAVE))
-
-    assert type(b.v) is nn.Parameter
-    assert registry_of(b) is None
-
-
-# -- raw memory that a writer left in pieces ------------------------------------------------------------------------------
-
-
-def test_law_10_rows_written_before_a_writer_failed_must_arrive_again() -> None:
-    layer = Layer(loaded=False)
-    layer.weight[:3] = 1
-    exposure = expose_for_writing(layer, "weight", order="kernel")
-    exposure.memory.fill_(99)
-    exposure.abandon()
-
-    layer.weight[3:] = 1
-    with pytest.raises(StateError):
-        process(layer)
-    layer.weight[:3] = 1
-    process(layer)
-
-    assert layer().unique().tolist() == [1]
-
-
-def test_law_10_what_arrived_long_ago_does_not_count_when_a_region_is_begun_again() -> None:
-    layer = Layer((2, 6, 8), loaded=False)
-    layer.weight[0] = 1
-    assert storage_of(layer).states.each == [State.LOADED, State.EMPTY]
-    expose_for_writing(layer, "weight", slice(0, 1), order="kernel").abandon()
-
-    layer.weight[0, :3] = 2
-    layer.weight[1] = 2
-
-    with pytest.raises(StateError, match=r"region 0 of 2.*partly"):
-        process(layer)
-
-
-@pytest.mark.parametrize("by", ["deepcopy", "save", "retarget"])
-def test_law_10_a_module_is_not_copied_nor_reordered_while_somebody_writes_its_bytes(by: str) -> None:
-    layer = Layer()
-    actions = {
-        "deepcopy": lambda: copy.deepcopy(layer),
-        "save": lambda: torch.save(layer, io.BytesIO()),
-        "retarget": lambda: the_registry(layer).retarget({"weight": INTERLEAVE}),
-    }
-
-    with expose_for_writing(layer, "weight", order="kernel"):
-        with pytest.raises(StateError, match="exposed"):
-            actions[by]()
-        with pytest.raises(StaleKernelError):
-            layer()
-
-    process(layer)
-    assert torch.equal(layer(), kernel(SWAP, counting(6, 8)))
-    assert torch.equal(copy.deepcopy(layer).weight, counting(6, 8))
-
-
-def test_law_10_a_check_that_raises_leaves_everything_as_it_was_and_a_hook_that_raises_is_called_again() -> None:
-    layer, seen = Layer(scale=True), []
-
-    def check(registry: Any) -> None:
-        if registry.module.weight[0, 0] == 13:
-            raise ValueError("unlucky")
-
-    def hook(registry: Any) -> None:
-        seen.append(registry)
-        if len(seen) == 2:
-            raise ValueError("a cache is full")
-
-    the_registry(layer).checks.append(check)
-    the_registry(layer).on_processed.append(hook)
-    process(layer)
-    process(layer)
-    assert len(seen) == 1, "nothing was new"
-    layer.weight[0, 0], layer.scale[0] = 13, 50.0
-    alpha = storage_alpha(layer)
-
-    for _ in range(2):
-        with pytest.raises(ValueError, match="unlucky"):
-            process(layer)
-        assert torch.equal(storage_alpha(layer), alpha) and layer.weight[0, 0] == 13
-    layer.weight[0, 0] = 5
-    with pytest.raises(ValueError, match="full"):
-        process(layer)
-    with pytest.raises(StaleKernelError):
-        layer()
-    process(layer)
-
-    assert layer().shape == (6, 8) and layer.alpha.item() == 50 and len(seen) == 3
-
-
-def storage_alpha(layer: Layer) -> Tensor:
-    return the_registry(layer).value("alpha").clone()

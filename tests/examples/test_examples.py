@@ -44,7 +44,7 @@ def loaded(make: Callable[[], nn.Module], seed: int = 0) -> tuple[Any, dict[str,
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_laws_1_to_9_hold(name: str) -> None:
-    report = check_method(LAYERS[name], values=values, name=name, examples=15)
+    report = check_method(LAYERS[name], values=values, name=name, examples=8)
 
     assert report.broken is None
 

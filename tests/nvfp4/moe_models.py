@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from aliasparam_nvfp4.demo._quiet import quiet
 from aliasparam_nvfp4.quantize.codec import dequantize, quantize_activation
 
+#: As for dense models (test_checkpoint_kinds.py): an activation on the edge between two codes may fall to the other side.
+LEAST_DB = 10.0
 IDS = torch.arange(1, 25).view(2, 12)
 _COMMON: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -225,3 +227,12 @@ class _Exact(nn.Module):
             hidden = quantized(hidden, self.scales[1]) if self.scales else hidden
             out[token] += top_k_weights[token, choice] * (down @ hidden[0].double()).float()
         return out
+
+
+def load(folder: Path, dtype: torch.dtype = torch.bfloat16, runner: str = "reference") -> Any:
+    import transformers
+
+    from aliasparam_nvfp4.integrations.transformers import use_backend
+
+    with use_backend("reference", moe=runner):
+        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()

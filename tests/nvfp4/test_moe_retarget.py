@@ -154,13 +154,14 @@ def test_runners_that_need_activation_scales_are_refused_without_them() -> None:
     unmoved(layer, "flashinfer_cutlass", BackendError, "activation scales")
 
 
-def test_padding_without_room_is_refused_by_name() -> None:
-    layer = Experts("reference", SHAPES[2])
-    load(layer, stored(SHAPES[2]))
-    before = names(layer)
-    with pytest.raises(PointerError, match=r"(?s)w13_weight.*room"):
-        retarget_experts(layer, "flashinfer_cutlass")
-    assert names(layer) == before
+def test_padding_without_room_is_refused_by_name_and_no_layer_is_moved() -> None:
+    layers = [Experts("reference", SHAPES[2], retarget_to=room) for room in (("flashinfer_cutlass",), ())]
+    for layer in layers:
+        load(layer, stored(SHAPES[2]))
+    before = [names(layer) for layer in layers]
+    with pytest.raises(PointerError, match=r'(?s)w13_weight.*room.*retarget_to=\("flashinfer_cutlass",\) of NvFp4MoEMethod'):
+        retarget_experts(nn.ModuleList(layers), "flashinfer_cutlass")
+    assert [names(layer) for layer in layers] == before
 
 
 def test_what_no_kernel_reads_refuses_nothing() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,41 +14,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from aliasparam import checkpoint_state_dict, process
-from aliasparam.errors import AliasError, StaleKernelError
-from aliasparam_nvfp4.checkpoint import CheckpointError, UnsupportedFormatError
+from aliasparam.errors import StaleKernelError
 from aliasparam_nvfp4.demo.run import addresses, fingerprints
-from aliasparam_nvfp4.errors import BackendError, ScaleError
 from aliasparam_nvfp4.linear.verify import signal_to_noise
 from aliasparam_nvfp4.moe import retarget_experts
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("modelopt")
 pytest.importorskip("compressed_tensors")
-from aliasparam_nvfp4.integrations.transformers import compressed_tensors_here, load_model, reload_folder, use_backend  # noqa: E402
+from aliasparam_nvfp4.integrations.transformers import compressed_tensors_here, reload_folder  # noqa: E402
 
-from .moe_models import MODELS, by_compressed_tensors, by_modelopt, exact, logits  # noqa: E402
+from .moe_models import LEAST_DB, MODELS, by_compressed_tensors, by_modelopt, exact, load, logits  # noqa: E402
 from .test_checkpoint_kinds import by_transformers_itself  # noqa: E402
 
-#: As for dense models (test_checkpoint_kinds.py): an activation on the edge between two codes may fall to the other side.
-LEAST_DB = 10.0
 KINDS = sorted(MODELS)
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    made: dict[tuple[str, int], Path] = {}
-
-    def folder(kind: str, seed: int = 0) -> Path:
-        if (kind, seed) not in made:
-            made[kind, seed] = by_modelopt(tmp_path_factory.mktemp(f"{kind}-{seed}"), kind, seed)
-        return made[kind, seed]
-
-    return folder
-
-
-def load(folder: Path, dtype: torch.dtype = torch.bfloat16, runner: str = "reference") -> Any:
-    with use_backend("reference", moe=runner):
-        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
 
 def same_bytes(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -58,16 +36,16 @@ def same_bytes(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_logits_are_those_of_exact_arithmetic_on_the_files_bytes(kind: str, folders: Callable[..., Path]) -> None:
-    folder = folders(kind)
+def test_logits_are_those_of_exact_arithmetic_on_the_files_bytes(kind: str, moe_folders: Callable[..., Path]) -> None:
+    folder = moe_folders(kind)
 
     assert signal_to_noise(logits(load(folder, torch.float32)).double(), logits(exact(folder)).double()) >= LEAST_DB
 
 
 @pytest.mark.parametrize("runner", ["reference", "flashinfer_cutlass", "flashinfer_trtllm_routed"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_law_5_the_state_dict_is_the_file_by_name_and_byte(kind: str, runner: str, folders: Callable[..., Path]) -> None:
-    model, files = load(folders(kind), runner=runner), load_file(folders(kind) / "model.safetensors")
+def test_law_5_the_state_dict_is_the_file_by_name_and_byte(kind: str, runner: str, moe_folders: Callable[..., Path]) -> None:
+    model, files = load(moe_folders(kind), runner=runner), load_file(moe_folders(kind) / "model.safetensors")
 
     assert same_bytes(checkpoint_state_dict(model), files)
     assert {n for n in model.state_dict() if n != "lm_head.weight"} == files.keys()
@@ -75,8 +53,8 @@ def test_law_5_the_state_dict_is_the_file_by_name_and_byte(kind: str, runner: st
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_law_9_warm_equals_cold_and_back(kind: str, folders: Callable[..., Path]) -> None:
-    a, b = folders(kind), folders(kind, 1)
+def test_law_9_warm_equals_cold_and_back(kind: str, moe_folders: Callable[..., Path]) -> None:
+    a, b = moe_folders(kind), moe_folders(kind, 1)
     model = load(a)
     first, where = logits(model), addresses(model)
 
@@ -95,21 +73,21 @@ def test_law_9_warm_equals_cold_and_back(kind: str, folders: Callable[..., Path]
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_folder_written_by_save_pretrained_is_the_folder_that_was_read(
-    kind: str, folders: Callable[..., Path], tmp_path: Path
+    kind: str, moe_folders: Callable[..., Path], tmp_path: Path
 ) -> None:
-    model = load(folders(kind))
+    model = load(moe_folders(kind))
     model.save_pretrained(tmp_path)
 
-    assert same_bytes(load_file(tmp_path / "model.safetensors"), load_file(folders(kind) / "model.safetensors"))
+    assert same_bytes(load_file(tmp_path / "model.safetensors"), load_file(moe_folders(kind) / "model.safetensors"))
     assert torch.equal(logits(load(tmp_path)), logits(model))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_load_state_dict_takes_the_files_names(kind: str, folders: Callable[..., Path]) -> None:
-    model, cold = load(folders(kind)), load(folders(kind, 1))
+def test_load_state_dict_takes_the_files_names(kind: str, moe_folders: Callable[..., Path]) -> None:
+    model, cold = load(moe_folders(kind)), load(moe_folders(kind, 1))
     where = addresses(model)
 
-    found = model.load_state_dict(load_file(folders(kind, 1) / "model.safetensors"), strict=False)
+    found = model.load_state_dict(load_file(moe_folders(kind, 1) / "model.safetensors"), strict=False)
     assert set(found.missing_keys) <= {"lm_head.weight"} and not found.unexpected_keys
     with pytest.raises(StaleKernelError):
         logits(model)
@@ -119,32 +97,32 @@ def test_load_state_dict_takes_the_files_names(kind: str, folders: Callable[...,
     assert addresses(model) == where
 
 
-def test_a_deep_copy_is_a_model_of_its_own_with_the_same_names(folders: Callable[..., Path]) -> None:
-    model = load(folders("mixtral"))
+def test_a_deep_copy_is_a_model_of_its_own_with_the_same_names(moe_folders: Callable[..., Path]) -> None:
+    model = load(moe_folders("mixtral"))
     first, twin = logits(model), copy.deepcopy(model)
 
-    reload_folder(model, folders("mixtral", 1))
+    reload_folder(model, moe_folders("mixtral", 1))
 
     assert torch.equal(logits(twin), first)
-    assert same_bytes(checkpoint_state_dict(twin), load_file(folders("mixtral") / "model.safetensors"))
+    assert same_bytes(checkpoint_state_dict(twin), load_file(moe_folders("mixtral") / "model.safetensors"))
 
 
-def test_loaded_experts_move_to_another_runner_and_reload_there(folders: Callable[..., Path]) -> None:
-    model = load(folders("qwen2"), runner="flashinfer_trtllm_routed")
+def test_loaded_experts_move_to_another_runner_and_reload_there(moe_folders: Callable[..., Path]) -> None:
+    model = load(moe_folders("qwen2"), runner="flashinfer_trtllm_routed")
     where = addresses(model)
 
     assert retarget_experts(model, "reference") == 2
-    assert torch.equal(logits(model), logits(load(folders("qwen2"))))
-    reload_folder(model, folders("qwen2", 1))
+    assert torch.equal(logits(model), logits(load(moe_folders("qwen2"))))
+    reload_folder(model, moe_folders("qwen2", 1))
 
-    assert torch.equal(logits(model), logits(load(folders("qwen2", 1))))
+    assert torch.equal(logits(model), logits(load(moe_folders("qwen2", 1))))
     assert addresses(model) == where
-    assert same_bytes(checkpoint_state_dict(model), load_file(folders("qwen2", 1) / "model.safetensors"))
+    assert same_bytes(checkpoint_state_dict(model), load_file(moe_folders("qwen2", 1) / "model.safetensors"))
 
 
-def test_both_spellings_of_mixtrals_experts_are_read_and_kept(folders: Callable[..., Path], tmp_path: Path) -> None:
+def test_both_spellings_of_mixtrals_experts_are_read_and_kept(moe_folders: Callable[..., Path], tmp_path: Path) -> None:
     """llm-compressor writes gate_proj, up_proj and down_proj where Mixtral has w1, w3 and w2."""
-    folder = Path(shutil.copytree(folders("mixtral"), tmp_path / "spelled"))
+    folder = Path(shutil.copytree(moe_folders("mixtral"), tmp_path / "spelled"))
     spelled = {}
     for name, tensor in load_file(folder / "model.safetensors").items():
         for old, new in {".w1.": ".gate_proj.", ".w3.": ".up_proj.", ".w2.": ".down_proj."}.items():
@@ -152,13 +130,13 @@ def test_both_spellings_of_mixtrals_experts_are_read_and_kept(folders: Callable[
         spelled[name] = tensor
     save_file(spelled, folder / "model.safetensors", metadata={"format": "pt"})
 
-    model, other = load(folder), load(folders("mixtral"))
+    model, other = load(folder), load(moe_folders("mixtral"))
 
     assert torch.equal(logits(model), logits(other))
     assert same_bytes(checkpoint_state_dict(model), spelled)
-    reload_folder(model, folders("mixtral", 1))  # the names stay those of the first folder
+    reload_folder(model, moe_folders("mixtral", 1))  # the names stay those of the first folder
     reload_folder(other, folder)
-    assert torch.equal(logits(model), logits(load(folders("mixtral", 1))))
+    assert torch.equal(logits(model), logits(load(moe_folders("mixtral", 1))))
     assert checkpoint_state_dict(model).keys() == spelled.keys()
 
 
@@ -227,109 +205,3 @@ def test_modelopts_experts_with_weights_alone_quantized(tmp_path: Path) -> None:
 
     assert signal_to_noise(logits(load(folder, torch.float32)).double(), logits(exact(folder)).double()) >= 60
     assert same_bytes(checkpoint_state_dict(load(folder)), load_file(folder / "model.safetensors"))
-
-
-# -- what does not fit ---------------------------------------------------------------------------------------------------
-
-EXPERT = "model.layers.1.block_sparse_moe.experts.2"
-
-
-def edit(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], None]:
-    def apply(folder: Path) -> None:
-        tensors = load_file(folder / "model.safetensors")
-        change(tensors)
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-    return apply
-
-
-def truncate(folder: Path) -> None:
-    file = folder / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-
-
-def drop_expert(tensors: dict[str, Tensor]) -> None:
-    for name in [n for n in tensors if n.startswith(f"{EXPERT}.")]:
-        del tensors[name]
-
-
-BAD: dict[str, tuple[Callable[[Path], None], type[AliasError], str]] = {
-    "a truncated file": (truncate, CheckpointError, "truncated"),
-    "a missing expert": (edit(drop_expert), CheckpointError, "expert 2 is missing"),
-    "a missing tensor": (edit(lambda t: t.pop(f"{EXPERT}.w3.input_scale")), CheckpointError, "expert 2 lacks w3 input_scale"),
-    "an expert too many": (
-        edit(lambda t: t.update({f"{EXPERT[:-1]}4.w1.weight": t[f"{EXPERT}.w1.weight"].clone()})), CheckpointError,
-        "expert 4 is unexpected"),
-    "an expert twice": (
-        edit(lambda t: t.update({f"{EXPERT}.up_proj.weight": t[f"{EXPERT}.w3.weight"].clone()})), CheckpointError, "twice"),
-    "mixed dtypes": (
-        edit(lambda t: t.update({f"{EXPERT}.w2.weight": torch.ones(64, 96, dtype=torch.bfloat16)})), CheckpointError,
-        "different dtypes of w2 weight"),
-    "a wrong shape": (
-        edit(lambda t: t.update({f"{EXPERT}.w2.weight": t[f"{EXPERT}.w2.weight"][:, :-1].contiguous()})), CheckpointError,
-        f"{EXPERT}.w2.weight: expected"),
-    "another router": (
-        edit(lambda t: t.pop("model.layers.0.block_sparse_moe.gate.weight")), CheckpointError,
-        "missing: model.layers.0.block_sparse_moe.gate.weight"),
-    "a scale that is none": (edit(lambda t: t[f"{EXPERT}.w1.weight_scale_2"].fill_(0)), ScaleError, "not a scale"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_law_10_a_bad_folder_is_one_clear_error_warm_and_cold(case: str, folders: Callable[..., Path], tmp_path: Path) -> None:
-    poison, kind, message = BAD[case]
-    model = load(folders("mixtral"))
-    first, held = logits(model), fingerprints(model)
-    bad = Path(shutil.copytree(folders("mixtral", 1), tmp_path / "bad"))
-    poison(bad)
-
-    with pytest.raises(kind) as error:
-        reload_folder(model, bad)
-
-    assert message in str(error.value)
-    assert torch.equal(logits(model), first)
-    assert fingerprints(model) == held
-    with pytest.raises((kind, OSError)):
-        load(bad)
-
-
-def test_gate_and_up_scales_that_differ_are_refused_by_a_runner_with_one_factor(
-    folders: Callable[..., Path], tmp_path: Path
-) -> None:
-    folder = Path(shutil.copytree(folders("mixtral"), tmp_path / "untied"))
-    edit(lambda t: t[f"{EXPERT}.w1.weight_scale_2"].mul_(1.5))(folder)
-    model = load(folders("mixtral"), runner="flashinfer_cutlass")
-    held = fingerprints(model)
-
-    with pytest.raises(ScaleError, match="one factor"):
-        reload_folder(model, folder)
-
-    assert fingerprints(model) == held
-    assert signal_to_noise(logits(load(folder, torch.float32)).double(), logits(exact(folder)).double()) >= LEAST_DB
-
-
-def test_an_unknown_runner_is_refused_and_a_known_one_without_its_gpu_at_the_forward(folders: Callable[..., Path]) -> None:
-    with pytest.raises(BackendError, match="unknown MoE runner"):
-        load_model(folders("qwen3"), "reference", moe_backend="cutlas")
-    if not torch.cuda.is_available():
-        with pytest.raises(BackendError, match="cannot run here"):
-            logits(load(folders("qwen3"), runner="flashinfer_cutlass"))
-
-
-def config(folder: Path, **entries: Any) -> None:
-    file = folder / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | entries))
-
-
-def test_experts_with_another_activation_or_quantized_in_part_are_refused_by_name(
-    folders: Callable[..., Path], tmp_path: Path
-) -> None:
-    gelu = Path(shutil.copytree(folders("qwen3"), tmp_path / "gelu"))
-    config(gelu, hidden_act="gelu")
-    part = Path(shutil.copytree(folders("qwen3"), tmp_path / "part"))
-    quantization = json.loads((part / "config.json").read_text())["quantization_config"]
-    config(part, quantization_config={**quantization, "ignore": [*quantization["ignore"], "*.experts.3.up_proj"]})
-
-    for folder in (gelu, part):
-        with pytest.raises(UnsupportedFormatError, match=r"model\.layers\.0\.mlp\.experts"):
-            load(folder)

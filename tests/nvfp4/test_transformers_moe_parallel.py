@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 pytest.importorskip("transformers")
@@ -25,6 +24,7 @@ from aliasparam_nvfp4.checkpoint import CheckpointError, CheckpointFolder, Exper
 from aliasparam_nvfp4.linear.verify import signal_to_noise
 from aliasparam_nvfp4.moe import ExpertRanks
 
+from ..processes import run_ranks
 from .moe_models import IDS, by_modelopt, logits
 
 EXPERTS, LEAST_DB = 8, 10.0
@@ -69,19 +69,12 @@ def own_bytes(folder: Path, ranks: ExpertRanks) -> int:
     return total
 
 
-#: Four processes: each expert's I divided by four; and experts divided by two, each one's I by two.
-LAYOUTS = [
-    lambda rank: ExpertRanks(tp_rank=rank, tp_size=4),
-    lambda rank: ExpertRanks(tp_rank=rank % 2, tp_size=2, ep_rank=rank // 2, ep_size=2),
-]
-
-
 def serve(rank: int, a: Path, b: Path, broken: Path, store: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=4)
     try:
-        for layout in LAYOUTS:
-            serve_as(rank, layout(rank), a, b, broken)
+        # Experts are divided by two, and each one's I by two. Each by four alone: test_moe_parallel.py.
+        serve_as(rank, ExpertRanks(tp_rank=rank % 2, tp_size=2, ep_rank=rank // 2, ep_size=2), a, b, broken)
     finally:
         dist.destroy_process_group()
 
@@ -153,4 +146,4 @@ def test_decode_logprobs_are_bit_equal_after_each_reload(folders: tuple[Path, Pa
     weights = (broken / "model.safetensors").read_bytes()
     (broken / "model.safetensors").write_bytes(weights[:-100])
     publish(*folders, tmp_path)
-    mp.spawn(serve, args=(*folders, broken, tmp_path / "store"), nprocs=4)
+    run_ranks(serve, (*folders, broken, tmp_path / "store"), 4)

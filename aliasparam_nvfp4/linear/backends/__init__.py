@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
-from functools import cache
-
 import torch
 
 from ...errors import BackendError, ShapeError
+from ...kernels.base import kernels_in
 from ...kernels.choice import choose
 from ._base import KernelNames as KernelNames
 from ._base import LinearBackend as LinearBackend
@@ -16,12 +13,9 @@ from ._base import LinearLayout as LinearLayout
 from ._base import LinearShape as LinearShape
 
 
-@cache
 def linear_backends() -> dict[str, LinearBackend]:
     """All linear backends by public name."""
-    names = sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
-    modules = [importlib.import_module(f"{__name__}.{name}") for name in names]
-    return {m.BACKEND.name: m.BACKEND for m in modules}
+    return kernels_in(LinearBackend.folder, LinearBackend.constant)
 
 
 def linear_backend(

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from torch import Tensor
 from aliasparam import Layout, Reencoding
 
 from ...errors import BackendError, ShapeError
+from ...kernels.base import Kernel
 from ...quantize.missing import RunTimeScales
 
 
@@ -71,44 +71,16 @@ def quantizer_scales(layer: KernelNames, x: Tensor) -> tuple[Tensor, Tensor]:
     return inverse, own if stored is None else torch.where(stored > 0, layer.alpha, own)
 
 
-class LinearBackend(ABC):
-    """One GEMM path for NVFP4 linear layers. A file in this folder defines one, as ``BACKEND``."""
+class LinearBackend(Kernel):
+    """One GEMM path for NVFP4 linear layers."""
 
-    #: Public name, see the fixed list in the docs.
-    name: str
+    what, folder, constant = "backend", __package__, "BACKEND"
+
     layout: LinearLayout
     #: True where activations are not quantized (W4A16).
     weight_only: bool = False
     #: True where the checkpoint must have activation scales, unless they are computed at run time.
     needs_input_scale: bool = True
-    #: Whether it quantizes activations with scales that are computed at run time, where asked for.
-    dynamic_scales: bool = False
-    #: Compute capabilities it runs on; empty for any device.
-    capabilities: frozenset[tuple[int, int]] = frozenset()
-    #: Dtypes of activations.
-    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32)
-    #: Packages it needs, besides torch.
-    packages: tuple[str, ...] = ()
-    #: ``auto`` takes the runnable backend with the highest rank on a device.
-    rank: int = 0
-    #: What is proven without the hardware; rows of the table in docs/nvfp4/backends.md.
-    call: str = ""
-
-    def unavailable(self, device: torch.device) -> str | None:
-        """Why this backend cannot run on ``device``, or None where it can."""
-        if self.capabilities:
-            wanted = ", ".join(f"{major}.{minor}" for major, minor in sorted(self.capabilities))
-            if device.type != "cuda":
-                return f"needs a GPU of compute capability {wanted}"
-            found = torch.cuda.get_device_capability(device)
-            if found not in self.capabilities:
-                return f"needs a GPU of compute capability {wanted}; this one has {found[0]}.{found[1]}"
-        missing = [p for p in self.packages if importlib.util.find_spec(p) is None]
-        return f"{', '.join(missing)} is not installed" if missing else None
-
-    def __reduce__(self) -> Any:
-        """By name: a layer that is copied or saved names the same backend."""
-        return _called, (self.name,)
 
     def check_shape(self, shape: LinearShape) -> None:
         """Raise ShapeError for dims the kernel cannot take. Default: those its layout does not have."""
@@ -119,17 +91,6 @@ class LinearBackend(ABC):
                 expected=f"N % {self.layout.whole_rows} == 0",
                 found=f"N={shape.n}, K={shape.k}",
                 remedy='Use another backend, or "auto".',
-            )
-
-    def check_dtype(self, dtype: torch.dtype) -> None:
-        """Raise ShapeError for activations the kernel cannot take."""
-        if dtype not in self.dtypes:
-            raise ShapeError(
-                "this backend does not take activations of this dtype",
-                name=self.name,
-                expected=" or ".join(str(d).removeprefix("torch.") for d in self.dtypes),
-                found=dtype,
-                remedy="Cast the activations, or use another backend.",
             )
 
     def check_scales(self, *, input_scale: bool, dynamic: bool) -> None:
@@ -156,9 +117,3 @@ class LinearBackend(ABC):
     @abstractmethod
     def apply(self, layer: KernelNames, x: Tensor, shape: LinearShape) -> Tensor:
         """``x [M, K] -> [M, N]`` from the layer's kernel-format names, in ``x.dtype``, without bias. M is not 0."""
-
-
-def _called(name: str) -> LinearBackend:
-    from . import linear_backends
-
-    return linear_backends()[name]

@@ -2,76 +2,50 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
-from functools import cache
-from typing import Any
+from typing import Unpack
 
 import torch
 
 from ...errors import BackendError
+from ...kernels.base import kernels_in
 from ...kernels.choice import choose
-from ..activation import SWIGLU, ExpertActivation
+from ..activation import SWIGLU
 from ._base import MoENames as MoENames
 from ._base import MoERunner as MoERunner
 from ._base import MoEShape as MoEShape
+from ._base import Needs as Needs
 
 
-@cache
 def moe_runners() -> dict[str, MoERunner]:
     """All MoE runners by public name."""
-    names = sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
-    modules = [importlib.import_module(f"{__name__}.{name}") for name in names]
-    return {m.RUNNER.name: m.RUNNER for m in modules}
+    return kernels_in(MoERunner.folder, MoERunner.constant)
 
 
-def moe_runner(
-    name: str,
-    device: torch.device | None = None,
-    *,
-    activation: ExpertActivation = SWIGLU,
-    input_scale: bool = True,
-    dynamic: bool = False,
-    bias: bool = False,
-) -> MoERunner:
+def moe_runner(name: str, device: torch.device | None = None, **needs: Unpack[Needs]) -> MoERunner:
     """The runner called ``name``; ``auto`` takes the highest-ranked that serves such experts on ``device`` (default: what
     this process has).
 
     Raises:
         BackendError: no such runner, or one which cannot serve such experts.
     """
-    return chosen(name, device, activation=activation, input_scale=input_scale, dynamic=dynamic, bias=bias)[0]
+    return chosen(name, device, **needs)[0]
 
 
 def chosen(
-    name: str,
-    device: torch.device | None = None,
-    *,
-    activation: ExpertActivation = SWIGLU,
-    input_scale: bool = True,
-    dynamic: bool = False,
-    bias: bool = False,
-    dtype: torch.dtype | None = None,
+    name: str, device: torch.device | None = None, dtype: torch.dtype | None = None, **needs: Unpack[Needs]
 ) -> tuple[MoERunner, str]:
     """(runner, why it is that one). Dims do not matter: runners pad what their kernels want in whole tiles.
 
     Raises:
         BackendError: no such runner, or one which cannot serve such experts.
     """
-
-    needs: dict[str, Any] = {"input_scale": input_scale, "dynamic": dynamic, "bias": bias}
-
-    def misfit(runner: MoERunner) -> str | None:
-        return runner.refusal(activation, dtype=dtype, **needs)
-
-    runner, reason = choose("MoE runner", moe_runners(), name, device, misfit)
-    if (refusal := runner.refusal(activation, **needs)) is not None:
-        known = moe_runners().items()
-        fit = [n for n, r in known if r.refusal(activation, **needs) is None]
+    wanted: Needs = {"activation": SWIGLU, **needs}
+    runner, reason = choose("MoE runner", moe_runners(), name, device, lambda r: r.refusal(**wanted, dtype=dtype))
+    if (refusal := runner.refusal(**wanted)) is not None:
         raise BackendError(
             f"this runner cannot serve these experts: {refusal}",
             name=name,
-            expected=f"auto or one of {fit}",
-            found=activation,
+            expected=f"auto or one of {[n for n, r in moe_runners().items() if r.refusal(**wanted) is None]}",
+            found=wanted["activation"],
         )
     return runner, reason

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, Protocol
+from typing import Protocol, TypedDict
 
 import torch
 from torch import Tensor
@@ -14,6 +12,7 @@ from torch.nn import functional
 
 from ...checkpoint.format import MODELOPT, CheckpointFormat
 from ...errors import BackendError
+from ...kernels.base import Kernel
 from ...quantize.format import BLOCK_SIZE
 from ...quantize.missing import RunTimeScales
 from ..activation import SWIGLU, ExpertActivation
@@ -84,14 +83,29 @@ class MoENames(Protocol):
     gemm2_bias: Tensor
 
 
-class MoERunner(ABC):
-    """One fused-MoE path. A file in this folder defines one, as ``RUNNER``."""
+class Needs(TypedDict, total=False):
+    """What experts ask of a runner.
 
-    name: str
+    Attributes:
+        activation: between the two GEMMs.
+        input_scale: whether the checkpoint has scales of activations.
+        dynamic: whether those that are missing are to be computed at run time.
+        bias: whether experts have biases.
+    """
+
+    activation: ExpertActivation
+    input_scale: bool
+    dynamic: bool
+    bias: bool
+
+
+class MoERunner(Kernel):
+    """One fused-MoE path."""
+
+    what, folder, constant = "runner", __package__, "RUNNER"
+
     layout: MoELayout
     input_scales: InputScales = InputScales.ONE
-    #: Whether it quantizes activations with scales that are computed at run time, where asked for.
-    dynamic_scales: bool = False
     #: Whether it adds biases of experts: ``gemm1_bias`` ``[E, 2I]``, gate above up, and ``gemm2_bias`` ``[E, H]``.
     biases: bool = False
     #: Whether gate and up of an expert may have different weight scales.
@@ -100,27 +114,6 @@ class MoERunner(ABC):
     activations: frozenset[str] = frozenset({"swiglu"})
     #: How its call takes alpha, beta and limit of SwiGLU, see scales.py. None: it has none.
     swiglu_numbers: SwigluNumbers | None = None
-    capabilities: frozenset[tuple[int, int]] = frozenset()
-    #: Dtypes of activations.
-    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32)
-    packages: tuple[str, ...] = ()
-    rank: int = 0
-    #: The function it calls, for the table in the docs.
-    call: str = ""
-
-    def unavailable(self, device: torch.device) -> str | None:
-        """Why this runner cannot run on ``device``, or None where it can."""
-        if self.capabilities:
-            wanted = ", ".join(f"{major}.{minor}" for major, minor in sorted(self.capabilities))
-            found = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-            if found not in self.capabilities:
-                return f"needs a GPU of compute capability {wanted}"
-        missing = [p for p in self.packages if not _installed(p)]
-        return f"{', '.join(missing)} is not installed" if missing else None
-
-    def __reduce__(self) -> Any:
-        """By name: a layer that is copied or saved names the same runner."""
-        return _called, (self.name,)
 
     @property
     def needs_input_scale(self) -> bool:
@@ -152,15 +145,7 @@ class MoERunner(ABC):
         bias: bool = False,
         dtype: torch.dtype | None = None,
     ) -> str | None:
-        """Why it cannot serve experts like these, or None where it can.
-
-        Args:
-            activation: between the two GEMMs.
-            input_scale: whether the checkpoint has scales of activations.
-            dynamic: whether those that are missing are to be computed at run time.
-            bias: whether experts have biases.
-            dtype: of activations.
-        """
+        """Why it cannot serve experts that are (:class:`Needs`), or None where it can."""
         if bias and not self.biases:
             return "it adds no biases of experts"
         if dynamic and self.input_scales is not InputScales.NONE and not self.dynamic_scales:
@@ -194,7 +179,7 @@ class MoERunner(ABC):
             return self.apply(layer, (x * weights).to(x.dtype), torch.ones_like(weights), ids, shape)
         return self.apply(layer, x, weights, ids, shape)
 
-    def weights_changed(self) -> None:  # noqa: B027  (optional, not abstract)
+    def weights_changed(self) -> None:
         """Called after a layer was processed: drop what a library keeps by address."""
 
     def check_activation(self, activation: ExpertActivation) -> None:
@@ -208,17 +193,6 @@ class MoERunner(ABC):
                 found=activation,
                 remedy="Choose another runner; reference computes every activation.",
             )
-
-
-def _called(name: str) -> MoERunner:
-    from . import moe_runners
-
-    return moe_runners()[name]
-
-
-@cache
-def _installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
 
 
 def own_choices(topk_ids: Tensor, topk_weights: Tensor, shape: MoEShape) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 from datetime import timedelta
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from aliasparam.errors import AliasError, ReloadError
 from aliasparam.reload.member import SessionMember
 from aliasparam.reload.session import ReloadSession
 
+from ...processes import imported_context
 from . import rank_models
 from .delta_cases import trainer_writes
 from .live_models import Few, Whole, raw
@@ -32,7 +32,7 @@ def digests(*models: Whole, new: bool) -> list[str]:
 def test_law_10_two_processes_two_models_one_commit(fails: bool, tmp_path: Path) -> None:
     draft = Few()
     delta = trainer_writes(tmp_path / "d", raw(checkpoint_state_dict(draft)), raw(new_of(draft)), 1, "xor", "adler32")
-    context = multiprocessing.get_context("spawn")
+    context = imported_context()
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=30))
     out = [tmp_path / str(rank) for rank in range(2)]
     running = [
