@@ -22,7 +22,6 @@ from ..layout.bind import Bindable, bound_to
 from ..spec import TensorSpec
 from . import refusals
 from .coverage import Box
-from .delivery import delivered
 from .kernel_name import KernelName
 from .listeners import Listeners, RawWriter
 from .locks import LOCKS, lock_number
@@ -159,8 +158,6 @@ class AliasedStorage:
         Raises:
             StateError: the bytes are being written from outside. Nothing has changed then.
         """
-        if delivered(self, box, value):
-            return
         with LOCKS[self.lock_number]:
             self.before_write()
             before = self.states.begin(box)
