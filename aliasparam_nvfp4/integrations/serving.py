@@ -1,4 +1,5 @@
-"""What serves a model that an engine has loaded: engines only log plugins that fail, and serve by their own classes then."""
+"""What serves a model that an engine has loaded, and which of its buffers are this package's. Engines only log plugins that fail,
+and serve by their own classes then."""
 
 from __future__ import annotations
 
@@ -18,3 +19,8 @@ def said_of(model: nn.Module) -> str | None:
     """The same as a line, or None."""
     layers = ", ".join(f"{count} layers by {name}" for name, count in sorted(serving(model).items()))
     return f"aliasparam_nvfp4 serves {layers}" if layers else None
+
+
+def kernel_names(model: nn.Module) -> set[str]:
+    """Dotted names of the buffers that hold weights in kernel order or derive from them: no other code saves or writes them."""
+    return {f"{path}.{name}".lstrip(".") for path, registry in registries(model) for name in registry.kernel_names()}
