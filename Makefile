@@ -81,9 +81,10 @@ engine-%: constraints/%.txt
 	  && $$pip --no-deps $$wanted && $$pip --no-deps -e . && touch $(ENGINE_VENV)/.engine \
 	  || echo "$* cannot be installed here, for the reason above; its tests are left out"; }
 
+# A process for each file: engines keep state of their process (groups of ranks, what they serve with).
 test-%: engine-%
-	@if [ -f $(ENGINE_VENV)/.engine ]; then OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} \
-	  $(ENGINE_VENV)/bin/python -m pytest -p no:warnings -n $(JOBS) --dist loadfile tests/engines/$*; fi
+	@if [ -f $(ENGINE_VENV)/.engine ]; then printf '%s\n' tests/engines/$*/test_*.py | OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} \
+	  xargs -P $(JOBS) -n 1 $(ENGINE_VENV)/bin/python -m pytest -q -p no:warnings; fi
 
 clean:
 	rm -rf .venv* build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

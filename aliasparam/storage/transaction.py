@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from .coverage import Box
-from .delivery import delivered
 from .locks import all_locked
 from .scatter import scatter
 from .storage import AliasedStorage
@@ -45,7 +44,6 @@ def write_all(parts: Sequence[Part]) -> None:
     Raises:
         StateError: a storage is exposed to an outside writer. Nothing has changed then.
     """
-    parts = [part for part in parts if not _delivered(part)]
     with all_locked(part.storage.lock_number for part in parts), torch.no_grad():
         for part in parts:
             part.storage.need_writable()
@@ -60,12 +58,3 @@ def write_all(parts: Sequence[Part]) -> None:
             states = part.storage.states
             for box in [part.box] if part.arrived is None else part.arrived:
                 states.arrived(box, states.begin(box))
-
-
-def _delivered(part: Part) -> bool:
-    """Whether a receiver took all of it over: it gets what arrived, not what stands beside it."""
-    if part.arrived is None:
-        return delivered(part.storage, part.box, part.value)
-    origin = [start for start, _ in part.box]
-    inside = [tuple(slice(a - o, b - o) for (a, b), o in zip(box, origin, strict=True)) for box in part.arrived]
-    return all(delivered(part.storage, box, part.value[cut]) for box, cut in zip(part.arrived, inside, strict=True))

@@ -40,8 +40,7 @@ def findings() -> dict[str, Any]:
     """Versions, the device, and engines, and for every backend and runner what it lacks here (None where it runs)."""
     import torch
 
-    from ..integrations.sglang.versions import verdict as of_sglang
-    from ..integrations.vllm.versions import verdict as of_vllm
+    from ..integrations.plugins import ENGINES
     from ..linear.backends import linear_backend, linear_backends
     from ..moe.runners import moe_runner, moe_runners
 
@@ -54,7 +53,7 @@ def findings() -> dict[str, Any]:
         "device": {"name": torch.cuda.get_device_name() if cuda else "no CUDA device", "capability": capability},
         "cuda": torch.version.cuda,
         "packages": [{"name": name, "version": version(name), "extra": extra} for name, extra in PACKAGES.items()],
-        "engines": {"sglang": of_sglang(), "vllm": of_vllm()},
+        "engines": {name: engine.verdict() for name, engine in ENGINES.items()},
         "auto": {"linear_backends": linear_backend("auto", device).name, "moe_runners": moe_runner("auto", device).name},
         "linear_backends": _lacks(linear_backends().values(), device),
         "moe_runners": _lacks(moe_runners().values(), device),

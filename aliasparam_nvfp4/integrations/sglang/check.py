@@ -5,20 +5,20 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from .versions import doubt, installed
+from ..plugins import SGLANG
 
 
 def status() -> str:
     """One line for ``aliasparam-nvfp4 doctor``: what SGLang would do here, and what is wrong. Loads SGLang's plugins."""
-    if installed() is None:
-        return "SGLang is not installed"
+    if (doubt := SGLANG.doubt()) is not None:
+        return doubt
     try:
         missing = missing_hooks()
     except Exception as error:  # another engine's import may fail in any way
-        return f"SGLang {installed()} cannot be imported: {error}"
+        return f"SGLang cannot be imported: {error}"
     if missing:
-        return f"SGLang {installed()}: the plugin is not in place at {', '.join(missing)}"
-    return doubt() or f"SGLang {installed()}: the plugin is in place"
+        return f"SGLang: the plugin is not in place at {', '.join(missing)}"
+    return f"SGLang {SGLANG.installed()}: the plugin is in place"
 
 
 def check_installed() -> None:
@@ -34,9 +34,14 @@ def missing_hooks() -> list[str]:
     """Targets that do not lead to our hooks, after SGLang's plugins were loaded."""
     from sglang.srt.plugins import load_plugins
 
+    load_plugins()
+    return unhooked()
+
+
+def unhooked() -> list[str]:
+    """The same as things are now."""
     from .plugin import hooks
 
-    load_plugins()
     return [target for target in hooks() if not _is_hooked(target)]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .names import kernel_names
+from ..serving import kernel_names
 
 
 def model_state(original: Any, checker: Any) -> Iterator[tuple[str, Tensor]]:

@@ -1,4 +1,5 @@
-"""Published deltas (docs/reload.md) applied inside kernel bytes, with no copy of the checkpoint on the host.
+"""Published deltas (docs/reload.md) applied inside kernel bytes, with no copy of the checkpoint on the host; on several ranks, to
+the tensors of the folder that was loaded first.
 
 ``update_weights_from_disk`` of ``SOURCE/weight_v000007``, a folder whose index says ``delta_encoding``, applies the chain of
 deltas from the version that serves, or from the newest full version on the way.
@@ -16,7 +17,6 @@ import torch
 from torch import Tensor
 
 from aliasparam import TensorSpec
-from aliasparam.errors import ReloadError
 from aliasparam.reload import ReloadSession, prepare_delta
 from aliasparam.reload.delta_folder import Chain
 from aliasparam.reload.delta_held import Places
@@ -24,7 +24,7 @@ from aliasparam.reload.loading import stand_ins
 from aliasparam.reload.targets import find_targets
 from aliasparam.storage.coverage import Box
 
-from .ranks import rank_of
+from ..patched import PatchedFolder
 from .served import served
 
 Parts = Mapping[str, list[tuple[str, Box]]]
@@ -51,21 +51,27 @@ def full_version(path: str, serving: int) -> str | None:
 
 
 def prepare(model: Any, path: str, stack: ExitStack) -> ReloadSession:
-    """A prepared session that brings the model to the version at ``path``, every checksum verified.
+    """A prepared session that brings a model of one rank to the version at ``path``, every checksum verified.
 
     Raises:
         DeltaError: wrong version or checksums, a malformed delta, or tensors that this rank does not hold whole.
     """
-    if rank_of()[1] > 1:
-        raise ReloadError(
-            "deltas are applied on one rank",
-            expected="--tp-size 1",
-            found=f"{rank_of()[1]} ranks",
-            remedy="A rank holds parts of tensors and cannot check their digests. Publish a full version.",
-        )
     chain = stack.enter_context(_chain(path, served(model).version))
     places = Places(inside=parts_of(model, served(model).tensors))
     return prepare_delta(model, chain, serving=served(model).version, names=places)
+
+
+def patched(model: Any, path: str, base: str, stack: ExitStack) -> PatchedFolder:
+    """For several ranks: the tensors of the version at ``path``, every checksum verified. ``base``: the folder that was loaded.
+
+    Raises:
+        DeltaError: as :func:`prepare`.
+        SourceError: ``base`` is no folder of safetensors.
+    """
+    chain = stack.enter_context(Chain(Path(path).parent, served(model).base, version_of(path)))
+    folder = stack.enter_context(PatchedFolder(base, [delta.path for delta in chain.deltas]))
+    folder.verify()
+    return folder
 
 
 def version_of(path: str) -> int:

@@ -14,8 +14,11 @@ from sglang.srt.layers.quantization.base_config import LinearMethodBase
 from torch import Tensor, nn
 
 from ...linear import NvFp4LinearMethod
-from .emulated import emulated_linear
+from ..emulated import emulate_on_cpu
+from ..leftover import pass_over
 from .options import linear_backend
+
+_W4A16 = "ModelOptNvFp4A16LinearMethod"
 
 
 class AliasedFp4LinearMethod(LinearMethodBase):  # type: ignore[misc]
@@ -27,9 +30,14 @@ class AliasedFp4LinearMethod(LinearMethodBase):  # type: ignore[misc]
 
     quant_mode = "aliased"  # models compare it with "w4a4" before they fuse
 
-    def __init__(self, quant_config: Any) -> None:
+    def __init__(self, quant_config: Any, *, input_scale: bool = True) -> None:
         self.quant_config = quant_config
-        self.method = NvFp4LinearMethod(linear_backend() or "auto", pre_quant_scale=quant_config.is_awq, column_scales=True)
+        self.method = NvFp4LinearMethod(
+            linear_backend() or "auto",
+            pre_quant_scale=quant_config.is_awq,
+            input_scale=input_scale,
+            column_scales=True,
+        )
 
     def create_weights(
         self,
@@ -48,7 +56,9 @@ class AliasedFp4LinearMethod(LinearMethodBase):  # type: ignore[misc]
         self.method.create_weights(
             layer, input_size_per_partition, output_partition_sizes, input_size, output_size, params_dtype, **kept
         )
-        emulated_linear(layer)
+        if not self.method.input_scale:
+            pass_over(layer, "input_scale")
+        emulate_on_cpu(layer)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         self.method.process_weights_after_loading(layer)
@@ -58,15 +68,15 @@ class AliasedFp4LinearMethod(LinearMethodBase):  # type: ignore[misc]
 
 
 def take_over(original: Any, method: Any, *args: Any, **kwargs: Any) -> None:
-    """AROUND ``ModelOptFp4LinearMethod.__init__``: an object of the very class becomes one of ours.
+    """AROUND the ``__init__`` of SGLang's NVFP4 and W4A16 methods: an object of the very class becomes one of ours.
 
     So every config that makes one (ModelOpt's, the mixed and the hybrid one) does. Subclasses, Marlin and weights that are
     quantized while they load stay SGLang's.
     """
-    config = args[0] if args else kwargs["quant_config"]
-    ours = type(method).__name__ == "ModelOptFp4LinearMethod" and config.is_checkpoint_nvfp4_serialized
+    config, stock = args[0] if args else kwargs["quant_config"], type(method).__name__
+    ours = stock in ("ModelOptFp4LinearMethod", _W4A16) and config.is_checkpoint_nvfp4_serialized
     if not ours or config.use_per_token_activation or linear_backend() is None:
         original(method, *args, **kwargs)
         return
     method.__class__ = AliasedFp4LinearMethod
-    method.__init__(config)
+    method.__init__(config, input_scale=stock != _W4A16)

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from ...errors import BackendError, ShapeError
 from ...moe import ExpertActivation, NvFp4MoEMethod
-from .emulated import emulated_moe
+from ..emulated import emulate_on_cpu
+from ..leftover import pass_over
 from .options import moe_backend
 
 
@@ -58,7 +59,8 @@ class AliasedModelOptNvFp4FusedMoEMethod(ModelOptNvFp4FusedMoEMethod):  # type: 
         self.method = NvFp4MoEMethod(
             moe_backend() or "auto",
             activation=_activation(layer.moe_runner_config),
-            missing_input_scale="max",  # as SGLang, which takes the largest of all experts
+            input_scale=not self.quant_config.is_w4a16,
+            missing_input_scale="refuse" if self.quant_config.is_w4a16 else "max",  # as SGLang: the largest of all experts
             ep_rank=layer.moe_ep_rank,
             ep_size=layer.moe_ep_size,
         )
@@ -66,10 +68,14 @@ class AliasedModelOptNvFp4FusedMoEMethod(ModelOptNvFp4FusedMoEMethod):  # type: 
         self.method.create_weights(
             layer, num_experts, hidden_size, intermediate_size_per_partition, params_dtype, weight_loader=loader
         )
-        for name in ("w13_input_scale", "w2_input_scale"):
-            layer.get_parameter(name)._sglang_require_global_experts = True
-        layer.w13_input_scale.weight_loader = _halves(loader)
-        emulated_moe(layer)
+        names = ("w13_input_scale", "w2_input_scale")
+        if self.method.input_scale:
+            for name in names:
+                layer.get_parameter(name)._sglang_require_global_experts = True
+            layer.w13_input_scale.weight_loader = _halves(loader)
+        else:
+            pass_over(layer, *names)
+        emulate_on_cpu(layer)
 
     def create_moe_runner(self, layer: nn.Module, moe_runner_config: Any) -> None:
         self.moe_runner_config = moe_runner_config

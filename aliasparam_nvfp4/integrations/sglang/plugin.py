@@ -6,6 +6,8 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+from ..plugins import SGLANG
+
 _logger = logging.getLogger(__name__)
 _MODELOPT = "sglang.srt.layers.quantization.modelopt_quant"
 _LOADER = "sglang.srt.model_loader.loader"
@@ -20,6 +22,7 @@ def hooks() -> dict[str, Callable[..., Any]]:
     manager = f"{_MANAGER}.SchedulerWeightUpdaterManager"
     return {
         f"{_MODELOPT}.ModelOptFp4LinearMethod.__init__": linear.take_over,
+        f"{_MODELOPT}.ModelOptNvFp4A16LinearMethod.__init__": linear.take_over,
         f"{_MODELOPT}.ModelOptNvFp4FusedMoEMethod.__init__": moe.take_over,
         f"{_LOADER}.DefaultModelLoader.load_weights_only": served.record,
         f"{_UPDATER}.update_weights_from_disk": update.from_disk,
@@ -37,13 +40,14 @@ def hooks() -> dict[str, Callable[..., Any]]:
 
 
 def register() -> None:
-    """Hook our methods and updates in, which ``sglang/srt/plugins/hook_registry.py`` then applies. May be called again."""
+    """Hook our methods and updates in, which ``sglang/srt/plugins/hook_registry.py`` then applies. May be called again.
+
+    Nothing but one line in the log with a version of SGLang that is not known."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from .versions import doubt
-
-    if (line := doubt()) is not None:
-        _logger.warning("%s", line)
+    if (reason := SGLANG.doubt()) is not None:
+        _logger.warning("aliasparam_nvfp4 is not in place: %s", reason)
+        return
     for target, hook in hooks().items():
         if all(registered is not hook for _, registered, _ in HookRegistry._hooks.get(target, ())):
             HookRegistry.register(target, hook, HookType.AROUND)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -13,7 +14,10 @@ from torch import Tensor, nn
 from aliasparam import TensorSpec
 from aliasparam.errors import ReloadError
 
-from ...checkpoint.validate import fits
+from ..folder import same
+from ..serving import said_of
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -21,10 +25,12 @@ class Served:
     """
     Attributes:
         tensors: as the first load brought them; empty where a loader went another way.
-        version: of the deltas that were applied since the checkpoint, which is 0.
+        base: version of the folder that was loaded last; 0 where it is none of a trainer's.
+        version: what serves: that, and the deltas that were applied since.
     """
 
     tensors: dict[str, TensorSpec] = field(default_factory=dict)
+    base: int = 0
     version: int = 0
 
 
@@ -44,6 +50,16 @@ def record(original: Any, model: nn.Module, weights: Iterable[tuple[str, Tensor]
     seen: dict[str, TensorSpec] = {}
     original(model, _noted(weights, seen), target_device)
     known.update(seen)
+    _say_what_serves(model)
+
+
+def _say_what_serves(model: nn.Module) -> None:
+    from .check import unhooked
+
+    if (line := said_of(model)) is not None:
+        _logger.info(line)
+        if missing := unhooked():
+            _logger.error("aliasparam_nvfp4 is in place in part only; missing: %s", ", ".join(missing))
 
 
 def _noted(weights: Iterable[tuple[str, Tensor]], seen: dict[str, TensorSpec]) -> Iterator[tuple[str, Tensor]]:
@@ -75,9 +91,3 @@ def checked(
             raise ReloadError("the tensor is not as the checkpoint has it", name=name, expected=wanted, found=found)
         seen.add(name)
         yield name, tensor
-
-
-def same(found: TensorSpec, wanted: TensorSpec) -> bool:
-    """Alike, but for floats of two bytes or more, which loaders convert."""
-    wide = all(spec.dtype.is_floating_point and spec.dtype.itemsize > 1 for spec in (found, wanted))
-    return fits(TensorSpec(found.shape, wanted.dtype) if wide else found, wanted)

@@ -13,7 +13,7 @@ from torch import nn
 
 from aliasparam.module.registry_of import registries
 
-from .names import kernel_names
+from ..serving import kernel_names
 
 
 def export_state(original: Any, model: nn.Module) -> Any:

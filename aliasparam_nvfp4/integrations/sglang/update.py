@@ -13,7 +13,7 @@ from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from aliasparam import reload
 from aliasparam.errors import AliasError, ReloadError
@@ -21,10 +21,12 @@ from aliasparam.reload import ReloadSession
 from aliasparam.reload.loading import loading
 from aliasparam.reload.session import Phase
 
-from . import delta, options
-from .folder import open_checked, stream
+from ..folder import open_checked, stream
+from ..options import policy
+from ..patched import PatchedFolder
+from . import delta
 from .models import finish, is_ours
-from .ranks import agree, attempt, rank_of
+from .ranks import agree, attempt, world
 from .served import checked, served
 
 #: The update session of each model, between ``begin_weight_update`` and ``end_weight_update``; or why it was aborted.
@@ -51,8 +53,8 @@ def from_disk(
     opened: list[Any] = []
 
     def check() -> None:
-        options.policy(options.DISK, "journal")
-        opened.append(open_checked(model_path, before, known.tensors, *rank_of()))
+        policy("policy", "journal")
+        opened.append(open_checked(model_path, before, known.tensors, world()))
 
     problem = agree(attempt(check))
     if problem is not None:
@@ -60,48 +62,67 @@ def from_disk(
             folder.close()
         return False, f"The update was refused, and the old weights serve: {problem}"
     (folder,) = opened
-    session = reload(model, scope="partial", policy=options.policy(options.DISK, "journal"), source="disk")
+    wanted = [n for n in known.tensors if n in folder.tensors and (weight_name_filter is None or weight_name_filter(n))]
+    kept = (pair for pair in stream(folder, known.tensors) if weight_name_filter is None or weight_name_filter(pair[0]))
+    with closing(folder):
+        problem = _replaced(updater, model, kept, wanted)
+    if problem is not None:
+        return False, f"Failed to update weights: {problem}"
+    known.base = known.version = 0
+    _tell_engine(updater, model, model_path, load_format, recapture_cuda_graph)
+    return True, "Succeeded to update model weights."
+
+
+def _replaced(updater: Any, model: Any, weights: Iterator[tuple[str, Tensor]], wanted: list[str]) -> str | None:
+    """One transaction; what went wrong, or None."""
+    session = reload(model, scope="partial", policy=policy("policy", "journal"), source="disk")
 
     def fill() -> None:
         session.begin()
         with _checked_loading(model, session, whole=True) as seen:
-            kept = (pair for pair in stream(folder, known.tensors) if weight_name_filter is None or weight_name_filter(pair[0]))
-            _load_weights(updater, model, kept)
-        wanted = [name for name in known.tensors if weight_name_filter is None or weight_name_filter(name)]
+            _load_weights(updater, model, weights)
         _need_all(wanted, seen)
 
-    with closing(folder):
-        problem = committed(model, session, fill)
-    if problem is not None:
-        return False, f"Failed to update weights: {problem}"
-    known.version = 0
-    _tell_engine(updater, model, model_path, load_format, recapture_cuda_graph)
-    return True, "Succeeded to update model weights."
+    return committed(model, session, fill)
 
 
 def _from_delta(original: Any, updater: Any, model_path: str, load_format: str) -> tuple[bool, str]:
     """A chain of deltas; a full version on the way is loaded first, and served if a delta on it is refused."""
     model = updater.get_model()
+    known = served(model)
     full: list[str | None] = []
-    problem = agree(attempt(lambda: full.append(delta.full_version(model_path, served(model).version))))
+    problem = agree(attempt(lambda: full.append(delta.full_version(model_path, known.version))))
     if problem is not None:
         return False, f"The delta was refused, and the old weights serve: {problem}"
     if full[0] is not None:
         success, message = from_disk(original, updater, full[0], load_format)
         if not success:
             return False, message
-        served(model).version = delta.version_of(full[0])
+        known.base = known.version = delta.version_of(full[0])
     with ExitStack() as stack:
-        sessions: list[ReloadSession] = []
-        problem = agree(attempt(lambda: sessions.append(delta.prepare(model, model_path, stack))))
-        if problem is None:
-            problem = committed(model, sessions[0], lambda: None)
-        elif sessions:
-            sessions[0].abort()
+        apply = _apply_delta if world().ranks == 1 else _load_patched
+        problem = apply(updater, model, model_path, stack)
     if problem is not None:
-        return False, f"The delta was refused, and version {served(model).version} serves: {problem}"
-    served(model).version = delta.version_of(model_path)
-    return True, f"Succeeded to apply deltas up to version {served(model).version}."
+        return False, f"The delta was refused, and version {known.version} serves: {problem}"
+    known.version = delta.version_of(model_path)
+    return True, f"Succeeded to apply deltas up to version {known.version}."
+
+
+def _apply_delta(updater: Any, model: Any, path: str, stack: ExitStack) -> str | None:
+    """Inside kernel bytes."""
+    sessions: list[ReloadSession] = []
+    problem = attempt(lambda: sessions.append(delta.prepare(model, path, stack)))
+    return committed(model, sessions[0], lambda: None) if problem is None else problem
+
+
+def _load_patched(updater: Any, model: Any, path: str, stack: ExitStack) -> str | None:
+    """Through the loaders, whose ranks divide tensors."""
+    found: list[PatchedFolder] = []
+    base, known = updater.model_config.model_path, served(model).tensors
+    problem = agree(attempt(lambda: found.append(delta.patched(model, path, base, stack))))
+    if problem is not None:
+        return problem
+    return _replaced(updater, model, (pair for pair in found[0] if pair[0] in known or not known), list(known))
 
 
 def begin(original: Any, updater: Any) -> None:
@@ -110,7 +131,7 @@ def begin(original: Any, updater: Any) -> None:
     if not is_ours(model):
         original(updater)
         return
-    session = reload(model, scope="partial", policy=options.policy(options.SESSION, "staged-journal"), source="session")
+    session = reload(model, scope="partial", policy=policy("session_policy", "staged-journal"), source="session")
     session.begin()
     _sessions[model] = session
 

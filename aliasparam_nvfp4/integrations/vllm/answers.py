@@ -13,7 +13,7 @@ from typing import Any
 
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor, WorkerProc
 
-from .agreement import PATIENCE
+from ..agreement import PATIENCE
 from .patching import replace
 
 

@@ -5,15 +5,12 @@ Seam: ``Worker.load_model`` of vllm/v1/worker/gpu_worker.py; tried on 0.32.0.
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
-from torch import nn
 from vllm.logger import init_logger
 from vllm.v1.worker.gpu_worker import Worker
 
-from aliasparam.module.registry_of import registries
-
+from ..serving import said_of
 from .patching import replace
 
 logger = init_logger("vllm.aliasparam_nvfp4")
@@ -25,18 +22,12 @@ def say_what_serves() -> None:
     replace(Worker, "load_model", _loading)
 
 
-def serving(model: nn.Module) -> dict[str, int]:
-    """How many layers each backend or runner of this package serves; empty where vLLM's own methods do."""
-    return dict(Counter(registry.about.partition(":")[0] for _, registry in registries(model)))
-
-
 def _loading(original: Any) -> Any:
     def load_model(self: Any, **kwargs: Any) -> None:
         original(self, **kwargs)
-        found, kind = serving(self.model_runner.get_model()), self.model_config.quantization
-        if found:
-            layers = ", ".join(f"{count} layers by {name}" for name, count in sorted(found.items()))
-            logger.info("aliasparam_nvfp4 serves %s", layers)
+        line, kind = said_of(self.model_runner.get_model()), self.model_config.quantization
+        if line is not None:
+            logger.info(line)
         elif kind in _NVFP4:
             logger.warning("aliasparam_nvfp4 serves none of this %s checkpoint: none of its layers are NVFP4 it knows", kind)
 

@@ -18,7 +18,8 @@ from ...errors import BackendError, ShapeError
 from ...moe import NvFp4MoEMethod
 from ...moe.activation import GEGLU, RELU2, SWIGLU, ExpertActivation
 from ...moe.scales import InputScales
-from .linear import serve_here
+from ..emulated import emulate_on_cpu
+from ..leftover import pass_over
 from .options import options
 
 
@@ -76,7 +77,9 @@ class ModelOptNvFp4Experts(FusedMoEMethodBase):  # type: ignore[misc]
         loader = {"weight_loader": weight_loader} if by_vllm else {}
         self.method.create_weights(layer, *sizes, params_dtype, **loader)
         layer.num_experts, layer.quant_config = num_experts, self.quant_config  # type: ignore[assignment]
-        serve_here(layer)
+        if not self.input_scale and self.checkpoint is MODELOPT:
+            pass_over(layer, "w13_input_scale", "w2_input_scale")
+        emulate_on_cpu(layer)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         assert self.method is not None

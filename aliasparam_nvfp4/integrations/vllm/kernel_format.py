@@ -16,8 +16,8 @@ from aliasparam import AliasedStorage, TensorSpec
 from aliasparam.errors import ReloadError
 from aliasparam.module.registry_of import registries
 
-from .agreement import Agreement
 from .options import Options
+from .ranks import agreement
 
 
 def load_runtime_tensors(model: nn.Module, tensors: Iterable[tuple[str, Tensor]], chosen: Options) -> None:
@@ -32,7 +32,7 @@ def load_runtime_tensors(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]
         for name, source in registry.sources.items()
         if source.derived and source.storage is not None and source.storage.kernel_name is not None
     }
-    agreement = Agreement()
+    votes = agreement()
     try:
         with aliasparam.reload(model, scope="partial", policy=chosen.policy, source="vllm") as session:
             for name, value in tensors:
@@ -40,11 +40,11 @@ def load_runtime_tensors(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]
                     name, value = kernels[name][0], checkpoint_values(name, kernels[name][1], value)
                 session.update(name, value)
             session.prepare()
-            agreement.agree()
+            votes.agree()
             session.switch()
-            agreement.agree()
+            votes.agree()
     except BaseException as error:
-        agreement.refuse(error)
+        votes.refuse(error)
         raise
 
 

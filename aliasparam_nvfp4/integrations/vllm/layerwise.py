@@ -96,9 +96,9 @@ def put_back(model: nn.Module) -> None:
 
 class Aside:
     """Between two chunks of an update layers that wait have their old tensors, so that forwards find weights and not
-    placeholders.
+    placeholders; entered while ``model.load_weights`` runs, which fills those.
 
-    Only where all that comes passes ``model.load_weights``, which puts the placeholders in place while it runs.
+    Only where all that comes passes ``model.load_weights``.
 
     Args:
         begins: called before anything is loaded.
@@ -106,19 +106,15 @@ class Aside:
 
     def __init__(self, model: nn.Module, begins: Callable[[], None] | None = None) -> None:
         self._model, self._fresh = model, dict[nn.Module, tuple[dict[str, Any], dict[str, Any], set[str]]]()
-        original: Any = model.load_weights
+        self._begins = begins
+        self.put_old()
 
-        @functools.wraps(original)
-        def load_weights(*args: Any, **kwargs: Any) -> Any:
-            if begins is not None:
-                begins()
-            self.put_fresh()
-            try:
-                return original(*args, **kwargs)
-            finally:
-                self.put_old()
+    def __enter__(self) -> None:
+        if self._begins is not None:
+            self._begins()
+        self.put_fresh()
 
-        model.__dict__["load_weights"] = load_weights
+    def __exit__(self, *error: object) -> None:
         self.put_old()
 
     def put_old(self) -> None:
@@ -135,9 +131,6 @@ class Aside:
             for name, buffer in buffers.items():
                 layer.register_buffer(name, buffer, persistent=name not in passing)
         self._fresh.clear()
-
-    def close(self) -> None:
-        self._model.__dict__.pop("load_weights", None)
 
 
 def some_complete(model: nn.Module) -> bool:

@@ -12,16 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import LinearMethodBase
 from vllm.model_executor.layers.quantization import modelopt
 
 from ...checkpoint.format import MODELOPT, CheckpointFormat
 from ...linear import NvFp4LinearMethod
 from ..emulated import emulate_on_cpu
+from ..leftover import pass_over
 from .options import options
-
-logger = init_logger("vllm.aliasparam_nvfp4")
 
 
 class NvFp4Linear(LinearMethodBase):  # type: ignore[misc]
@@ -57,19 +55,15 @@ class NvFp4Linear(LinearMethodBase):  # type: ignore[misc]
         layer.logical_widths = output_partition_sizes  # type: ignore[assignment]
         layer.input_size_per_partition = input_size_per_partition  # type: ignore[assignment]
         layer.output_size_per_partition = sum(output_partition_sizes)  # type: ignore[assignment]
-        serve_here(layer)
+        if not self.input_scale and self.checkpoint is MODELOPT:
+            pass_over(layer, "input_scale")
+        emulate_on_cpu(layer)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         self.method.process_weights_after_loading(layer)
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return self.method.apply(layer, x, bias)
-
-
-def serve_here(layer: nn.Module) -> None:
-    """On a CPU let the emulator stand in for a kernel that does not run there."""
-    if torch.get_default_device().type == "cpu" and emulate_on_cpu(layer):
-        logger.warning_once("aliasparam_nvfp4: the kernel does not run on a CPU; its emulator serves its bytes, slowly")
 
 
 def replace_linear() -> None:

@@ -1,27 +1,18 @@
 """What a user may say: ``--additional-config '{"aliasparam_nvfp4": {"backend": "triton"}}'``, or in the environment.
 
-| key | environment | |
-|---|---|---|
-| ``backend`` | ``ALIASPARAM_NVFP4_BACKEND`` | linear layers: a backend, or "auto" |
-| ``moe_backend`` | ``ALIASPARAM_NVFP4_MOE_BACKEND`` | experts: a runner, or "auto" |
-| ``policy`` | ``ALIASPARAM_NVFP4_POLICY`` | of reloads, as for :func:`aliasparam.reload` |
-| ``scope`` | ``ALIASPARAM_NVFP4_SCOPE`` | of weight updates: "all", or "layers": each layer that is begun must arrive whole |
+The table is in docs/nvfp4/engine-options.md.
 """
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
-from aliasparam.errors import AliasError
 from aliasparam.reload.policies import PolicyName
 
+from ..options import OptionError, need_known, said
+
 Scope = Literal["all", "layers"]
-
-
-class OptionError(AliasError):
-    """An option of the plugin that is none."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +23,8 @@ class Options:
     scope: Scope = "all"
 
     def __post_init__(self) -> None:
-        for name, known in (("policy", get_args(PolicyName)), ("scope", get_args(Scope))):
-            if getattr(self, name) not in known:
-                raise OptionError("no such option", name=name, expected=" or ".join(known), found=repr(getattr(self, name)))
+        need_known("policy", self.policy, get_args(PolicyName))
+        need_known("scope", self.scope, get_args(Scope))
 
 
 def options(vllm_config: Any = None) -> Options:
@@ -51,5 +41,4 @@ def options(vllm_config: Any = None) -> Options:
     names = [field.name for field in fields(Options)]
     if unknown := sorted(set(given) - set(names)):
         raise OptionError("no such option", name="additional_config['aliasparam_nvfp4']", expected=names, found=unknown)
-    environment = {n: v for n in names if (v := os.environ.get(f"ALIASPARAM_NVFP4_{n.upper()}"))}
-    return Options(**{**environment, **given})
+    return Options(**{**{name: value for name in names if (value := said(name))}, **given})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from .versions import installed, out_of_range
+from ..plugins import VLLM
 
 logger = logging.getLogger("vllm.aliasparam_nvfp4")
 _done = False
@@ -16,9 +16,7 @@ def register() -> None:
     global _done
     if _done:
         return
-    version = installed()
-    reason = "vLLM is not installed" if version is None else out_of_range(version)
-    if reason is not None:
+    if (reason := VLLM.doubt()) is not None:
         logger.warning("aliasparam_nvfp4 is not in place: %s", reason)
         return
     from .answers import read_every_answer

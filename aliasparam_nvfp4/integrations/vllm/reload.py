@@ -8,26 +8,31 @@ failed.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor, nn
 from vllm.model_executor.model_loader.reload import inplace, layerwise
+from vllm.model_executor.model_loader.reload.meta import SKIP_LOAD_TENSORS
 
 import aliasparam
-from aliasparam import registry_of
+from aliasparam import AliasedParameter, registry_of
 from aliasparam.errors import ReloadError
 from aliasparam.module.registry_of import registries
-from aliasparam.reload.receive import Receiver
+from aliasparam.reload.loading import stand_ins
+from aliasparam.reload.targets import Target, find_targets
+from aliasparam.storage.coverage import Box
 
+from ..folder import check_folder
+from ..leftover import is_passed_over
 from . import layerwise as plain
-from .agreement import Agreement
-from .beside import plain_beside
-from .folder import check_folder
 from .kernel_format import load_runtime_tensors
 from .options import Options, options
 from .patching import replace
+from .ranks import agreement, world
 
 #: The reload in progress of each model.
 _open: weakref.WeakKeyDictionary[nn.Module, Reloading] = weakref.WeakKeyDictionary()
@@ -42,19 +47,33 @@ class Declared(nn.Module):
 
 
 class Reloading:
-    """Between vLLM's initialize and finalize. What comes for declared layers arrives in a session; what comes for others is held
-    by vLLM, with policies that keep the old weights until the commit."""
+    """Between vLLM's initialize and finalize. What ``model.load_weights`` writes to declared layers arrives in a session; what it
+    writes to others is held by vLLM, with policies that keep the old weights until the commit."""
 
     def __init__(self, model: nn.Module, chosen: Options) -> None:
         self.model, self.options = model, chosen
-        self.agreement = Agreement()
+        self.agreement = agreement()
         self.declared = Declared(model)
-        names: Any = dict(self.declared._modules)
-        self.beside = plain_beside(names, [m for m in model.modules() if registry_of(m) is None])
         self.session = aliasparam.reload(self.declared, scope="partial", policy=chosen.policy, source="vllm")
         self.session.begin()
-        self.receiver = Receiver(self.session)
+        self.begun: set[str] = set()
+        self._own = _own(model, self.declared)
         self.aside: plain.Aside | None = None
+        self._wrap_load_weights()
+
+    def _wrap_load_weights(self) -> None:
+        original: Any = self.model.load_weights
+
+        @functools.wraps(original)
+        def load_weights(*args: Any, **kwargs: Any) -> Any:
+            with stand_ins(self._own, self._write), self.aside or nullcontext():
+                return original(*args, **kwargs)
+
+        self.model.__dict__["load_weights"] = load_weights
+
+    def _write(self, name: str, box: Box, value: Tensor) -> None:
+        self.begun.add(name)
+        self.session.update(name, value, box=box)
 
     def serve_between(self) -> None:
         """Forwards may come between the chunks of this update. With policies that keep the old weights they get those; otherwise
@@ -80,11 +99,7 @@ class Reloading:
         Raises:
             ReloadError: something did not come, here or on another rank.
         """
-        self.receiver.close()
         self._need_all()
-        values = {name: beside.values() for name, beside in self.beside.items() if beside.begun}
-        if torn := [name for name, value in values.items() if value is None]:
-            raise ReloadError("tensors did not arrive whole", name=", ".join(torn[:5]))
         self.session.prepare()
         self.agreement.agree()
         self.session.switch()
@@ -92,20 +107,17 @@ class Reloading:
             self.aside.put_fresh()
         plain.let_go(self.model)
         finalize()
-        for name, value in values.items():
-            self.beside[name].parameter.data.copy_(value)
         self.agreement.agree()
         self.session.commit()
         self._close()
 
     def _need_all(self) -> None:
         everything = self.options.scope == "all"
-        begun = self.receiver.begun | {name for name, beside in self.beside.items() if beside.begun}
-        wanted = {*self.receiver.names, *self.beside}
+        wanted = set(self._own)
         if not everything:
-            layers = {name.rpartition(".")[0] for name in begun}
+            layers = {name.rpartition(".")[0] for name in self.begun}
             wanted = {name for name in wanted if name.rpartition(".")[0] in layers}
-        missing = sorted(wanted - begun) + plain.incomplete(self.model, everything=everything)
+        missing = sorted(wanted - self.begun) + plain.incomplete(self.model, everything=everything)
         if missing:
             raise ReloadError(
                 f"{len(missing)} tensors or layers did not arrive whole",
@@ -121,7 +133,7 @@ class Reloading:
         processed = not self.keeps_old and plain.some_complete(self.model)
         plain.put_back(self.model)
         self.session.abort()
-        if processed or (self.receiver.begun and not self.keeps_old):
+        if processed or (self.begun and not self.keeps_old):
             # Layers of vLLM's own may have new weights and cannot refuse: a declared one does, the same on all ranks, or one
             # would wait for the others in a collective.
             aliasparam.invalidate(self._first())
@@ -129,11 +141,23 @@ class Reloading:
             aliasparam.process(self._first())
 
     def _close(self) -> None:
-        self.receiver.close()
-        if self.aside is not None:
-            self.aside.close()
-        for beside in self.beside.values():
-            beside.close()
+        self.model.__dict__.pop("load_weights", None)
+
+
+def _own(model: nn.Module, declared: Declared) -> dict[str, Target]:
+    """By name, what layerwise reload leaves out: parameters of declared layers, but for those that another layer loads (a
+    router's bias)."""
+    elsewhere = {id(p) for module in model.modules() if registry_of(module) is None for p in module._parameters.values()}
+    parameters = {
+        f"{path}.{name}"
+        for path, module in declared._modules.items()
+        if module is not None
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+        and not is_passed_over(parameter)
+        and (isinstance(parameter, AliasedParameter) or (name not in SKIP_LOAD_TENSORS and id(parameter) not in elsewhere))
+    }
+    return {name: target for name, target in find_targets(declared).items() if name in parameters}
 
 
 def open_reload(model: nn.Module) -> Reloading | None:
@@ -193,7 +217,7 @@ def _reloading(original: Any) -> Any:
                 load_runtime_tensors(model, weights_iterator, options(vllm_config))
                 return
             if weights_iterator is None and weights_path is not None:
-                _agree_on(lambda: check_folder(before["model"], weights_path))
+                _agree_on(lambda: check_folder(str(weights_path), before["model"], world()))
             original(vllm_config, model, weights_iterator, weights_path, is_checkpoint_format)
         except BaseException as error:
             give_up(model, error)
@@ -205,13 +229,13 @@ def _reloading(original: Any) -> Any:
 
 def _agree_on(check: Callable[[], None]) -> None:
     """What one rank refuses before the first write all refuse."""
-    agreement = Agreement(questions=1)
+    vote = agreement(questions=1)
     try:
         check()
     except Exception as error:
-        agreement.refuse(error)
+        vote.refuse(error)
         raise
-    agreement.agree()
+    vote.agree()
 
 
 def replace_reload() -> None:

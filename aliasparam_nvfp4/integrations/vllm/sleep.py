@@ -12,8 +12,8 @@ from torch import nn
 from vllm.v1.worker.gpu_worker import Worker
 
 from aliasparam import invalidate
-from aliasparam.module.registry_of import registries
 
+from ..serving import kernel_names
 from .patching import replace
 
 
@@ -41,7 +41,7 @@ def _sleeping(original: Any) -> Any:
 
 def _hide_kernel_names(model: nn.Module) -> None:
     """``model.named_buffers()`` leaves kernel names out, until the attribute is deleted."""
-    kernel = {f"{path}.{name}".lstrip(".") for path, registry in registries(model) for name in registry.kernel_names()}
+    kernel = kernel_names(model)
 
     def named_buffers(*args: Any, **kwargs: Any) -> Any:
         return ((n, b) for n, b in nn.Module.named_buffers(model, *args, **kwargs) if n not in kernel)

@@ -28,9 +28,10 @@ from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngin
 from vllm.model_executor.model_loader import reload as vllm_reload
 from vllm.v1.worker.gpu_worker import Worker
 
+from aliasparam import process
 from aliasparam.errors import ReloadError
 
-from .patched import PatchedFolder
+from ..patched import PatchedFolder
 from .patching import replace
 from .reload import give_up, open_reload
 
@@ -140,6 +141,7 @@ def _finishing(original: Any) -> Any:
         active = self._weight_update_active
         try:
             original(self)
+            process(self.weight_transfer_engine.model)  # what sparse patches wrote has had no reload
         except BaseException:
             if active:
                 self._weight_update_active = False

@@ -14,7 +14,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -24,6 +24,7 @@ pytest.importorskip("sglang", reason="SGLang is not installed: make test-sglang"
 
 from .folders import DENSE, moe, need_dense
 from .runner import CPU, PROMPT
+from .trainer import buckets
 
 GREEDY = {"temperature": 0, "max_new_tokens": 8}
 WEIGHT = "model.layers.1.self_attn.o_proj.weight"
@@ -66,33 +67,90 @@ def experts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {tag: moe(where / tag, seed) for seed, tag in enumerate("ab")}
 
 
-def test_two_ranks_update_together_or_not_at_all(
-    experts: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """TP=2 over gloo: A, B, a folder that is refused, A by a session; tokens, digests and addresses of both ranks."""
-    monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "0|1")  # SGLang asks for a NUMA node a rank otherwise
-    with engine(experts["b"], tp_size=2) as fresh:
-        cold = tokens(fresh), [rank["digest"] for rank in served(fresh, tmp_path / "cold", 2)]
-    with engine(experts["a"], tp_size=2) as warm:
-        first = tokens(warm)
-        before = served(warm, tmp_path / "before", 2)
-        assert all("AliasedModelOptNvFp4FusedMoEMethod" in rank["methods"] for rank in before)
-        assert warm.update_weights_from_disk(str(experts["b"]))[0]
-        after = served(warm, tmp_path / "after", 2)
-        assert (tokens(warm), [rank["digest"] for rank in after]) == cold and first != cold[0]
-        assert [rank["addresses"] for rank in after] == [rank["addresses"] for rank in before]
-        success, message, *_ = warm.update_weights_from_disk(str(cut(experts["a"], tmp_path / "bad")))
-        assert not success and "the old weights serve" in message and tokens(warm) == cold[0]
-        assert warm.begin_weight_update()[0]
-        assert warm.update_weights_from_tensor(list(load_file(experts["a"] / "model.safetensors").items()))[0]
-        assert tokens(warm) == cold[0]  # until the end the old weights serve
-        assert warm.end_weight_update()[0] and tokens(warm) == first
-        assert warm.begin_weight_update()[0]
-        assert not warm.update_weights_from_tensor([(WEIGHT, torch.zeros(3, 3, dtype=torch.uint8))])[0]
-        assert not warm.end_weight_update()[0] and tokens(warm) == first
-        warm.release_memory_occupation()
-        warm.resume_memory_occupation()
-        assert tokens(warm) == first
+class Pair(NamedTuple):
+    """An engine of A on two ranks over gloo, and what engines of either folder serve: tokens, and each rank's digest."""
+
+    engine: Any
+    a: tuple[list[int], list[str]]
+    b: tuple[list[int], list[str]]
+    where: Path
+
+    def serves(self) -> tuple[list[int], list[str]]:
+        return tokens(self.engine), [rank["digest"] for rank in served(self.engine, self.where, 2)]
+
+
+@pytest.fixture(scope="module")
+def pair(experts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    where = tmp_path_factory.mktemp("pair") / "served"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "0|1")  # SGLang asks for a NUMA node a rank otherwise
+        with engine(experts["b"], tp_size=2) as fresh:
+            cold = Pair(fresh, ([], []), ([], []), where).serves()
+        with engine(experts["a"], tp_size=2) as warm:
+            found = Pair(warm, Pair(warm, ([], []), cold, where).serves(), cold, where)
+            assert found.a[0] != cold[0] and not set(found.a[1]) & set(cold[1])
+            yield found
+
+
+def test_two_ranks_update_together_or_not_at_all(pair: Pair, experts: dict[str, Path], tmp_path: Path) -> None:
+    """A folder, one that is refused, a session, one that is refused, sleep: tokens, digests and addresses of both ranks."""
+    warm = pair.engine
+    before = served(warm, tmp_path / "before", 2)
+    assert all("AliasedModelOptNvFp4FusedMoEMethod" in rank["methods"] for rank in before)
+    assert warm.update_weights_from_disk(str(experts["b"]))[0]
+    assert pair.serves() == pair.b
+    success, message, *_ = warm.update_weights_from_disk(str(cut(experts["a"], tmp_path / "bad")))
+    assert not success and "the old weights serve" in message and pair.serves() == pair.b
+    assert warm.begin_weight_update()[0]
+    assert warm.update_weights_from_tensor(list(load_file(experts["a"] / "model.safetensors").items()))[0]
+    assert tokens(warm) == pair.b[0]  # until the end the old weights serve
+    assert warm.end_weight_update()[0] and pair.serves() == pair.a
+    assert warm.begin_weight_update()[0]
+    assert not warm.update_weights_from_tensor([(WEIGHT, torch.zeros(3, 3, dtype=torch.uint8))])[0]
+    assert not warm.end_weight_update()[0] and pair.serves() == pair.a
+    warm.release_memory_occupation()
+    warm.resume_memory_occupation()
+    after = served(warm, tmp_path / "after", 2)
+    assert pair.serves() == pair.a and [rank["addresses"] for rank in after] == [rank["addresses"] for rank in before]
+
+
+def test_two_ranks_take_deltas(pair: Pair, experts: dict[str, Path], tmp_path: Path) -> None:
+    """The tensors of the folder that was loaded are patched on their way; one whose checksums do not hold changes nothing."""
+    from aliasparam.reload.delta_writer import diff
+    from aliasparam.reload.sources import SafetensorsFolder
+
+    with SafetensorsFolder(experts["a"]) as a, SafetensorsFolder(experts["b"]) as b:
+        diff(a, b, tmp_path / "weight_v000001", 1, 0)
+        diff(b, a, tmp_path / "weight_v000002", 2, 1)
+        diff(b, a, tmp_path / "wrong" / "weight_v000001", 1, 0)
+    update = pair.engine.update_weights_from_disk
+    assert update(str(experts["a"]))[0]
+    success, message, *_ = update(str(tmp_path / "wrong" / "weight_v000001"))
+    assert not success and "checksum" in message and pair.serves() == pair.a
+    assert update(str(tmp_path / "weight_v000001"))[0] and pair.serves() == pair.b
+    assert update(str(tmp_path / "weight_v000002"))[0] and pair.serves() == pair.a
+
+
+def test_two_ranks_take_what_a_trainer_broadcasts(pair: Pair, experts: dict[str, Path]) -> None:
+    """A trainer's process, rank 0 of a gloo group of three, sends B in buckets, and then A without its last bucket."""
+    warm, port = pair.engine, free_port()
+    command = [sys.executable, "-m", "tests.engines.sglang.trainer", str(port), "2", str(experts["b"]), str(experts["a"])]
+    with subprocess.Popen(command) as trainer:
+        try:
+            assert warm.init_weights_update_group("127.0.0.1", port, 1, 3, "trainer", backend="gloo")[0]
+            for tag, torn in (("b", False), ("a", True)):
+                assert warm.begin_weight_update()[0]
+                for bucket in buckets(experts[tag])[: -1 if torn else None]:
+                    described = [[name for name, _ in bucket], [str(t.dtype)[6:] for _, t in bucket]]
+                    shapes = [list(tensor.shape) for _, tensor in bucket]
+                    sent = warm.update_weights_from_distributed(*described, shapes, "trainer", load_format="flattened_bucket")
+                    assert sent[0], sent
+                assert warm.end_weight_update()[0] is not torn
+                assert pair.serves() == pair.b
+            assert warm.destroy_weights_update_group("trainer")[0]
+        finally:
+            trainer.kill()
+    assert warm.update_weights_from_disk(str(experts["a"]))[0] and pair.serves() == pair.a
 
 
 def test_the_server_answers_before_and_after_updates(tmp_path: Path) -> None:
@@ -114,12 +172,16 @@ def test_the_server_answers_before_and_after_updates(tmp_path: Path) -> None:
         assert post("/generate", ask)["output_ids"] == first and first != second
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
 @contextmanager
 def server(folder: Path, log: Path) -> Iterator[Any]:
     """``python -m sglang.launch_server`` as a user starts it; gives a function that posts JSON."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     flags = [f"--{key.replace('_', '-')}" + ("" if value is True else f"={value}") for key, value in CPU.items()]
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(folder), "--port", str(port), *flags]
     with log.open("w") as output:

@@ -13,6 +13,7 @@ pytest.importorskip("sglang", reason="SGLang is not installed: make test-sglang"
 
 from aliasparam import checkpoint_digest
 
+from ..w4a16 import as_w4a16
 from .folders import moe
 
 RUNNERS = ["reference", "flashinfer_trtllm", "flashinfer_cutlass", "flashinfer_cutedsl"]
@@ -41,7 +42,7 @@ def test_experts_are_served_as_if_they_were_loaded_first(
 ) -> None:
     from .runner import Runner
 
-    monkeypatch.setenv("ALIASPARAM_MOE_BACKEND", backend)
+    monkeypatch.setenv("ALIASPARAM_NVFP4_MOE_BACKEND", backend)
     cold = {tag: served(Runner(folder)) for tag, folder in folders.items()}
     runner = Runner(folders["a"])
     where = runner.addresses()
@@ -51,6 +52,20 @@ def test_experts_are_served_as_if_they_were_loaded_first(
     assert runner.updater.update_weights_from_tensor(list(load_file(folders["a"] / "model.safetensors").items()))[0]
     runner.updater.end_weight_update(run_post_load=False)
     assert same(served(runner), cold["a"]) and runner.addresses() == where
+
+
+def test_input_scales_that_a_w4a16_folder_still_has_are_passed_over(folders: dict[str, Path], tmp_path: Path) -> None:
+    """They are no part of what is served: folders with and without them serve the same, and reload into each other."""
+    from .runner import Runner
+
+    made = {tag: as_w4a16(folder, tmp_path / tag) for tag, folder in folders.items()}
+    bare = as_w4a16(folders["b"], tmp_path / "bare", bare=True)
+    cold, runner = Runner(bare).logits(), Runner(made["a"])
+    first = runner.logits()
+    for folder in (made["b"], bare):
+        assert runner.updater.update_weights_from_disk(str(folder), "auto")[0]
+        assert torch.equal(runner.logits(), cold) and not torch.equal(cold, first)
+        assert runner.updater.update_weights_from_disk(str(made["a"]), "auto")[0] and torch.equal(runner.logits(), first)
 
 
 def test_one_expert_alone_is_a_partial_update_that_is_refused(folders: dict[str, Path]) -> None:
@@ -87,7 +102,7 @@ def test_experts_change_places_in_kernel_order(folders: dict[str, Path], monkeyp
 
     from .runner import Runner
 
-    monkeypatch.setenv("ALIASPARAM_MOE_BACKEND", "flashinfer_trtllm")
+    monkeypatch.setenv("ALIASPARAM_NVFP4_MOE_BACKEND", "flashinfer_trtllm")
     runner = Runner(folders["a"])
     before, config = served(runner), runner.runner.model_config
     experts = runner.model.model.layers[0].mlp.experts

@@ -6,6 +6,9 @@ The second defect is in test_updates.py.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -56,13 +59,12 @@ def classes(process: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNa
     from sglang.srt.layers.quantization import modelopt_quant
     from sglang.srt.plugins import load_plugins
 
-    from aliasparam_nvfp4.integrations.sglang import options
     from aliasparam_nvfp4.integrations.sglang.linear import AliasedFp4LinearMethod
 
     load_plugins()
     monkeypatch.setattr(modelopt_quant, "get_platform", lambda: SimpleNamespace(is_blackwell=True))
     monkeypatch.setattr(torch.Tensor, "cuda", lambda self: self)
-    monkeypatch.setenv(options.LINEAR, "flashinfer_cutlass")
+    monkeypatch.setenv("ALIASPARAM_NVFP4_BACKEND", "flashinfer_cutlass")
     config = modelopt_quant.ModelOptFp4Config(True, "auto", 16, [], {}, use_per_token_activation=False)
     stock = object.__new__(modelopt_quant.ModelOptFp4LinearMethod)
     type(stock).__init__.__wrapped__(stock, config)
@@ -125,3 +127,21 @@ def test_a_padded_layer_of_the_stock_class_cannot_be_loaded_again(classes: Simpl
         classes.ours.process_weights_after_loading(layer)
     for name in ("weight_prepared", "weight_scale_interleaved", "alpha"):
         assert torch.equal(getattr(ours.a, name).view(torch.uint8), getattr(fresh.a, name).view(torch.uint8))
+
+
+@pytest.mark.parametrize(("plugins", "version"), [("none", ""), ("", "0.6.0")])
+def test_a_process_without_the_plugin_says_so(plugins: str, version: str) -> None:
+    """Left out by the user, or in a version that is not known: SGLang's own classes are untouched, and a line says why."""
+    code = f"""
+from aliasparam_nvfp4.integrations.plugins import Engine, SGLANG
+from aliasparam_nvfp4.integrations.sglang import check, plugin
+if {version!r}:
+    Engine.installed = lambda self: {version!r}
+print(len(plugin.hooks()) - len(check.missing_hooks()), SGLANG.verdict())
+"""
+    environment = os.environ | ({"SGLANG_PLUGINS": plugins} if plugins else {})
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    hooked, _, verdict = done.stdout.strip().splitlines()[-1].partition(" ")
+    assert hooked == "0"
+    assert ("leaves the plugin" if plugins else "0.6.0 is not 0.5.23 or later") in verdict
+    assert plugins or "aliasparam_nvfp4 is not in place: SGLang 0.6.0" in done.stdout + done.stderr

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -248,7 +249,7 @@ def test_a_tensor_that_does_not_fit_aborts_the_session(dense: Dense) -> None:
 
 @pytest.mark.parametrize("policy", ["write-through", "journal", "staged"])
 def test_every_policy_serves_the_new_weights(dense: Dense, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ALIASPARAM_SESSION_POLICY", policy)
+    monkeypatch.setenv("ALIASPARAM_NVFP4_SESSION_POLICY", policy)
     in_pieces(dense, "b")
     assert dense.serves("b")
 
@@ -318,6 +319,20 @@ def test_sleep_does_not_save_kernel_names(dense: Dense) -> None:
     assert dense.serves("a")
 
 
+def test_memory_that_was_given_back_while_the_engine_slept_refuses_until_weights_are_loaded(dense: Dense) -> None:
+    """The engine's own order, with a stand-in for torch_memory_saver, which is CUDA's."""
+    from aliasparam_nvfp4.integrations.sglang import sleep
+
+    worker = SimpleNamespace(model_runner=SimpleNamespace(model=dense.model))
+    manager = SimpleNamespace(memory_saver_adapter=SimpleNamespace(enabled=True), tp_worker=worker)
+    sleep.resume(lambda *_: None, manager, SimpleNamespace(tags=["kv_cache"]))
+    assert dense.serves("a")
+    sleep.resume(lambda *_: None, manager, SimpleNamespace(tags=None))
+    with pytest.raises(AliasError):
+        dense.runner.logits()
+    assert dense.update(DENSE["a"])[0] and dense.serves("a")
+
+
 def test_the_weights_checker_sees_checkpoint_values(dense: Dense) -> None:
     from sglang.srt.utils.weight_checker import WeightChecker
 
@@ -342,7 +357,7 @@ def test_the_weights_checker_sees_checkpoint_values(dense: Dense) -> None:
 def test_kernel_bytes_of_other_formats_go_through_the_engine(dense: Dense, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from .runner import Runner
 
-    monkeypatch.setenv("ALIASPARAM_LINEAR_BACKEND", backend)
+    monkeypatch.setenv("ALIASPARAM_NVFP4_BACKEND", backend)
     runner = Runner(DENSE["a"])
     where = runner.addresses()
     assert torch.allclose(runner.logits(), dense.a, atol=1e-2) and digest(runner.model) == dense.digest_a

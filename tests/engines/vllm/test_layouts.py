@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from .engine import addresses, digest, model_of, reload, start, stop, tokens  # skips without vLLM
+
+from ..w4a16 import as_w4a16  # isort: skip
 
 LAYOUTS = ["reference", "flashinfer_trtllm", "flashinfer_cutlass"]
 
@@ -28,6 +32,27 @@ def test_law_9_every_layout(kind: str, backend: str, request: pytest.FixtureRequ
     assert (digest(llm), tokens(llm)) == (of_a, answer_a)
     assert addresses(llm) == before and of_a != of_b and answer_a != answer_b
     assert _about(llm) == {backend}
+    stop(llm)
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_input_scales_that_a_w4a16_folder_still_has_are_passed_over(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """They are no part of what is served: folders with and without them serve the same, and reload into each other."""
+    a, b = request.getfixturevalue(kind)
+    a, b, bare = as_w4a16(a, tmp_path / "a"), as_w4a16(b, tmp_path / "b"), as_w4a16(b, tmp_path / "bare", bare=True)
+    fresh = start(bare, skip_tokenizer_init=True)
+    of_b = tokens(fresh)
+    stop(fresh)
+
+    llm = start(a, skip_tokenizer_init=True)
+    answer = tokens(llm)
+    for folder in (b, bare):
+        reload(llm, weights_path=str(folder))
+        assert tokens(llm) == of_b != answer
+        reload(llm, weights_path=str(a))
+        assert tokens(llm) == answer
     stop(llm)
 
 

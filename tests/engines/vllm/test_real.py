@@ -19,13 +19,15 @@ Stream = Iterator[tuple[str, Tensor]]
 
 
 @pytest.fixture(scope="module")
-def fresh(real: tuple[Path, Path]) -> tuple[Any, list[str]]:
+def fresh(real: tuple[Path, Path]) -> Iterator[tuple[Any, list[str]]]:
     """An engine of A, and the digest of a fresh engine of B, which came before."""
     llm = start(real[1])
     assert said(llm) == IS_B
     of_b = digest(llm)
     stop(llm)
-    return start(real[0]), of_b
+    llm = start(real[0])
+    yield llm, of_b
+    stop(llm)
 
 
 def test_law_9_reloads_equal_fresh_starts_and_move_nothing(fresh: Any, real: tuple[Path, Path]) -> None:

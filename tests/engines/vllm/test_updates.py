@@ -16,6 +16,11 @@ from safetensors.torch import load_file, save  # isort: skip
 from vllm.config import WeightTransferConfig  # isort: skip
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory  # isort: skip
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine  # isort: skip
+from vllm.distributed.weight_transfer.sparse_nccl_engine import SparseNCCLWeightTransferEngine  # isort: skip
+from vllm.model_executor.model_loader.checkpoint_weight_patch import (  # isort: skip
+    CheckpointWeightPatch,
+    load_checkpoint_weight_patches,
+)
 
 
 class WithoutTransport(NCCLWeightTransferEngine):
@@ -38,6 +43,31 @@ class WithoutTransport(NCCLWeightTransferEngine):
         self.receive_weights(update_info)
 
 
+class SparseWithoutTransport(SparseNCCLWeightTransferEngine):
+    """vLLM's sparse engine; what NCCL would bring is what differs between a file and another."""
+
+    def init_transfer_engine(self, init_info: Any) -> None:
+        pass
+
+    def parse_update_info(self, update_dict: dict[str, Any]) -> Any:
+        return update_dict
+
+    def receive_weights(self, update_info: dict[str, Any]) -> None:
+        old, new = (load_file(Path(update_info[key]) / "model.safetensors") for key in ("old", "new"))
+        load_checkpoint_weight_patches(
+            self.model, [patch(name, old[name], new[name]) for name in new if name.endswith(update_info["names"])]
+        )
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        self.receive_weights(update_info)
+
+
+def patch(name: str, old: torch.Tensor, new: torch.Tensor) -> CheckpointWeightPatch:
+    bits = torch.int16 if new.element_size() == 2 else torch.int32 if new.element_size() == 4 else torch.uint8
+    indices = (old.reshape(-1).view(bits) != new.reshape(-1).view(bits)).nonzero().flatten()
+    return CheckpointWeightPatch(name, tuple(new.shape), new.dtype, new.reshape(-1)[indices], indices)
+
+
 @pytest.fixture(scope="module")
 def of_b(moe: tuple[Path, Path]) -> tuple[list[str], list[int]]:
     llm = start(moe[1], skip_tokenizer_init=True)
@@ -48,8 +78,9 @@ def of_b(moe: tuple[Path, Path]) -> tuple[list[str], list[int]]:
 
 @pytest.fixture
 def engine(request: pytest.FixtureRequest, moe: tuple[Path, Path]) -> Iterator[Any]:
-    if "without_transport" not in WeightTransferEngineFactory._registry:
-        WeightTransferEngineFactory.register_engine("without_transport", WithoutTransport)
+    for name, kind in (("without_transport", WithoutTransport), ("sparse_without_transport", SparseWithoutTransport)):
+        if name not in WeightTransferEngineFactory._registry:
+            WeightTransferEngineFactory.register_engine(name, kind)
     config = WeightTransferConfig(backend=request.param)
     llm = start(moe[0], skip_tokenizer_init=True, weight_transfer_config=config)
     yield llm
@@ -182,3 +213,26 @@ def test_tensors_of_a_rank_in_checkpoint_and_in_kernel_order(
         reload(llm, weights_iterator=iter([(n, t.flatten()[:-2]) for n, t in sent.items()]), is_checkpoint_format=False)
     assert digest(llm) == of_b[0]
     stop(llm)
+
+
+@pytest.mark.parametrize("engine", ["sparse_without_transport"], indirect=True)
+def test_sparse_patches_reach_floats_and_nothing_else(engine: Any, moe: tuple[Path, Path]) -> None:
+    """vLLM marks unchanged elements by NaN: packed codes have none, and PyTorch places no e4m3 by index. Deltas have both."""
+    folders = {"old": str(moe[0]), "new": str(moe[1])}
+    a, new = (digest(engine), tokens(engine)), load_file(moe[1] / "model.safetensors")
+    for names in ("_proj.weight", "_proj.weight_scale"):
+        engine.start_weight_update()
+        with pytest.raises((TypeError, NotImplementedError, RuntimeError)):
+            update(engine, **folders, names=names)
+        assert (digest(engine), tokens(engine)) == a
+
+    engine.start_weight_update()
+    update(engine, **folders, names=("weight_scale_2", "layernorm.weight"))
+    engine.finish_weight_update()
+    model, experts = model_of(engine), "model.layers.1.mlp.experts"
+    layer = model.get_submodule(f"{experts}.routed_experts")
+    found = layer.w2_weight_scale_2.detach().clone().reshape(-1)
+    assert torch.equal(found, torch.stack([new[f"{experts}.{e}.down_proj.weight_scale_2"].reshape(()) for e in range(8)]))
+    norm = "model.layers.0.input_layernorm.weight"
+    assert torch.equal(model.get_parameter(norm), new[norm])
+    assert len(tokens(engine)) == 6 and digest(engine) != a[0]  # processed: the factors that derive from scales too

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,17 @@ from torch import Tensor
 
 from aliasparam import TensorSpec
 
-from ...checkpoint import CheckpointError, CheckpointFolder
-from ...errors import ScaleError
-from ...quantize.block_scales import need_block_scales
-from ...quantize.global_scale import EXPECTED, are_scales
-from .served import same
+from ..checkpoint import CheckpointError, CheckpointFolder
+from ..checkpoint.validate import fits
+from ..errors import ScaleError
+from ..quantize.block_scales import need_block_scales
+from ..quantize.global_scale import EXPECTED, are_scales
+from .agreement import World
+
+#: Ends of names of scalars, ModelOpt's and compressed-tensors'.
+_GLOBAL, _INPUT = ("weight_scale_2", "weight_global_scale"), ("input_scale", "input_global_scale")
+#: Tensors that loaders take from elsewhere where they are missing.
+_TIED = ("lm_head.",)
 
 #: Entries of config.json that decide what tensors mean.
 _MEANING = (
@@ -27,14 +33,14 @@ _MEANING = (
 )  # fmt: skip
 
 
-def open_checked(path: str, before: str, known: Mapping[str, TensorSpec], rank: int, ranks: int) -> CheckpointFolder:
+def open_checked(path: str, before: str, known: Mapping[str, TensorSpec], world: World) -> CheckpointFolder:
     """The folder, opened, where headers, config and scales say that it can be served.
 
     Args:
         path: the new folder.
         before: the folder that is served; its config.json is compared where it can be read.
         known: names, shapes and dtypes of the first load; empty where they are not known.
-        rank, ranks: block scales are read by turns.
+        world: block scales are read by turns.
 
     Raises:
         CheckpointError: files that do not check, another model, or tensors that are missing or of another shape or dtype.
@@ -43,12 +49,25 @@ def open_checked(path: str, before: str, known: Mapping[str, TensorSpec], rank: 
     folder = CheckpointFolder(path)
     try:
         _check_config(Path(path), Path(before))
-        _check_headers(folder, known, _headers(before))
-        _check_scales(folder, rank, ranks)
+        _check_headers(folder, known, _headers(before), optional=_INPUT if _is_w4a16(Path(path)) else ())
+        _check_scales(folder, world)
     except BaseException:
         folder.close()
         raise
     return folder
+
+
+def check_folder(path: str, before: str, world: World) -> None:
+    """The same for an engine that reads folders itself: the tensors of the folder that is served must be there. Where either is
+    no local folder nothing is known, and nothing refused."""
+    if not Path(path).is_dir():
+        if Path(path).is_absolute():
+            raise CheckpointError("there is no such folder; nothing was loaded", name=path)
+        return
+    if not any(Path(path).glob("*.safetensors")):
+        return
+    known = {name: spec for name, spec in _headers(before).items() if not name.startswith(_TIED)}
+    open_checked(path, before, known, world).close()
 
 
 def stream(folder: CheckpointFolder, known: Mapping[str, TensorSpec]) -> Iterator[tuple[str, Tensor]]:
@@ -89,19 +108,30 @@ def _quantization(config: Any) -> Any:
     return {key: way.get(key) for key in ("quant_method", "quant_algo", "group_size")} if isinstance(way, dict) else way
 
 
-def _headers(path: str) -> frozenset[str]:
+def _is_w4a16(path: Path) -> bool:
+    """Whose input scales are left over, where there are any."""
+    return (_quantization(_config(path) or {}) or {}).get("quant_algo") == "W4A16_NVFP4"
+
+
+def _headers(path: str) -> dict[str, TensorSpec]:
     """The tensors of the folder that is served, some of which its loader may have left out; none where it is gone."""
     try:
         with closing(CheckpointFolder(path)) as folder:
-            return frozenset(folder.tensors)
+            return {name: entry.spec for name, entry in folder.tensors.items()}
     except CheckpointError:
-        return frozenset()
+        return {}
 
 
-def _check_headers(folder: CheckpointFolder, known: Mapping[str, TensorSpec], before: frozenset[str]) -> None:
+def _check_headers(
+    folder: CheckpointFolder, known: Mapping[str, TensorSpec], before: Collection[str], optional: tuple[str, ...]
+) -> None:
     have = folder.tensors
-    extra = [f"unexpected: {n} ({have[n].spec})" for n in have if n not in known and n not in before] if known else []
-    missing = [f"missing: {name} ({spec})" for name, spec in known.items() if name not in have]
+    extra = (
+        [f"unexpected: {n} ({have[n].spec})" for n in have if not (n in known or n in before or n.endswith(optional))]
+        if known
+        else []
+    )
+    missing = [f"missing: {n} ({spec})" for n, spec in known.items() if not (n in have or n.endswith(optional))]
     unfit = [
         f"{name}: expected {spec}, found {have[name].spec}"
         for name, spec in known.items()
@@ -117,15 +147,21 @@ def _check_headers(folder: CheckpointFolder, known: Mapping[str, TensorSpec], be
         )
 
 
-def _check_scales(folder: CheckpointFolder, rank: int, ranks: int) -> None:
+def _check_scales(folder: CheckpointFolder, world: World) -> None:
     for name in folder.tensors:
         # An expert that met no token in calibration has an input scale of 0: the largest of its layer counts then.
-        if name.endswith("weight_scale_2") or (name.endswith("input_scale") and ".experts." not in name):
+        if name.endswith(_GLOBAL) or (name.endswith(_INPUT) and ".experts." not in name):
             value = folder.read(name)
             if not bool(are_scales(value).all()):
                 found = value.tolist()
                 raise ScaleError("a global scale is not a scale", name=f"{folder.path}: {name}", expected=EXPECTED, found=found)
     block_scales = [n for n, entry in folder.tensors.items() if n.endswith("weight_scale") and entry.dtype.itemsize == 1]
-    for name in block_scales[rank::ranks]:
+    for name in block_scales[world.rank :: world.ranks]:
         for _, piece in folder.chunks(name):
             need_block_scales(piece, f"{folder.path}: {name}")
+
+
+def same(found: TensorSpec, wanted: TensorSpec) -> bool:
+    """Alike, but for floats of two bytes or more, which loaders convert."""
+    wide = all(spec.dtype.is_floating_point and spec.dtype.itemsize > 1 for spec in (found, wanted))
+    return fits(TensorSpec(found.shape, wanted.dtype) if wide else found, wanted)

@@ -16,7 +16,8 @@ from aliasparam.reload.sources import SafetensorsFolder
 class PatchedFolder(Opened):
     """A base checkpoint and deltas on it, held open.
 
-    vLLM fuses and shards what it loads, so a delta is applied to the files' tensors on their way, and not inside kernel bytes.
+    Where an engine divides tensors among ranks none can check a tensor's digest, so a delta is applied to the files' tensors on
+    their way through the loaders, and not inside kernel bytes.
 
     Raises:
         SourceError, DeltaError: a folder that is none, deltas that do not follow each other, or that name what the base lacks.

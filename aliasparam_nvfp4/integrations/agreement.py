@@ -4,8 +4,9 @@ collective, so that one which failed does not leave the others waiting in one.""
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
@@ -16,19 +17,28 @@ PATIENCE = timedelta(minutes=10)
 _numbers = itertools.count()
 
 
+class World(NamedTuple):
+    """The ranks of one engine, and a store of ``torch.distributed`` that all of them reach. Alone a rank agrees with itself."""
+
+    rank: int = 0
+    ranks: int = 1
+    name: str = ""
+    store: Any = None
+
+    @classmethod
+    def of(cls, rank: int, members: Sequence[int]) -> World:
+        """In torch's default store. ``members``: of the group, by their numbers in all."""
+        if len(members) == 1:
+            return cls()
+        return cls(rank, len(members), "-".join(map(str, members)), dist.distributed_c10d._get_default_store())
+
+
 class Agreement:
-    """One reload's votes. Every rank makes one for every reload, in the same order.
+    """One reload's votes. Every rank makes one for every reload, in the same order. ``questions``: how often they are asked."""
 
-    Args:
-        questions: how often they are asked.
-        store, rank, ranks, name: default: vLLM's world group in torch's default store. Alone a rank agrees with itself.
-    """
-
-    def __init__(self, questions: int = 2, store: Any = None, rank: int = 0, ranks: int = 1, name: str = "") -> None:
-        if store is None:
-            store, rank, ranks, name = _world()
-        self._store, self._rank, self._ranks = store, rank, ranks
-        self._prefix = f"aliasparam-nvfp4/{name}/{next(_numbers)}"
+    def __init__(self, world: World, questions: int = 2) -> None:
+        self._store, self._rank, self._ranks = world.store, world.rank, world.ranks
+        self._prefix = f"aliasparam-nvfp4/{world.name}/{next(_numbers)}"
         self._questions = questions
         self._said: list[str] = []
 
@@ -68,13 +78,3 @@ class Agreement:
 
     def _key(self, stage: int, rank: int) -> str:
         return f"{self._prefix}/{stage}/{rank}"
-
-
-def _world() -> tuple[Any, int, int, str]:
-    from vllm.distributed.parallel_state import get_world_group
-
-    group = get_world_group()
-    if group.world_size == 1:
-        return None, 0, 1, ""
-    store = dist.distributed_c10d._get_default_store()
-    return store, group.rank_in_group, group.world_size, "-".join(map(str, group.ranks))
