@@ -15,7 +15,7 @@ from ..storage.kernel_name import RefusingName
 from ..storage.states import State
 from ..storage.storage import AliasedStorage
 from .live import Live, flat_bytes
-from .patch import PIECE, Patch, patch_of
+from .patch import PIECE, Patch, on_device, patch_of
 from .targets import Target
 
 
@@ -106,7 +106,7 @@ class Journal:
 def _differences(live: Live, box: Box, value: Tensor) -> Iterator[Patch]:
     for tile in tiles(box, max(PIECE // live.dtype.itemsize, 1)):
         inside = tuple(slice(a - r, b - r) for (a, b), (r, _) in zip(tile, box, strict=True))
-        new = value[inside].detach().to(live.device).resolve_conj().resolve_neg()
+        new = on_device(value[inside].detach(), live.device).resolve_conj().resolve_neg()
         patch = patch_of(live, tile, live.bytes(tile), flat_bytes(new), keep_new=False)
         if patch is not None:
             yield patch
