@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import multiprocessing
 import tempfile
 from datetime import timedelta
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, multiprocessing
 
 from aliasparam import checkpoint_digest, reload
 from aliasparam.reload import WeightStream, send_weights
@@ -130,14 +129,8 @@ def main() -> None:
 
         options.serving = prepare_checkpoints(default_cache(), Console()).a
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as source:
-        both = [context.Process(target=run, args=(rank, store.port, options, Path(source))) for rank in (TRAINER, SERVER)]
-        for process in both:
-            process.start()
-        for process in both:
-            process.join()
-    raise SystemExit(max(abs(process.exitcode or 0) for process in both))
+        multiprocessing.spawn(run, (store.port, options, Path(source)), nprocs=2)  # one that fails ends the other
 
 
 if __name__ == "__main__":
