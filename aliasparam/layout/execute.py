@@ -122,11 +122,16 @@ def _copy(axes: list[Axis], kernel_offset: int, value_offset: int, width: int, i
     return Copy(_WIDE[width], sizes, kernel, kernel_offset // many, value, value_offset // many)
 
 
-def views(copy: Copy, memory: Tensor, first: int, value: Tensor) -> tuple[Tensor, Tensor]:
-    """The elements of ``copy`` in kernel memory (whose region starts at byte ``first`` of its storage) and in ``value``."""
+def views(copy: Copy, memory: Tensor, first: int, value: Tensor, *, by_kernel: bool) -> tuple[Tensor, Tensor]:
+    """The elements of ``copy`` in kernel memory (whose region starts at byte ``first`` of its storage) and in ``value``.
+
+    For torch elements of their own width are of their own dtype: an engine that masks ``Tensor.copy_`` looks for NaN in them.
+    """
     dtype, sizes, kernel, kernel_offset, strides, value_offset = copy
     kernel_offset += first // dtype.itemsize
     value_offset += int(value.storage_offset()) * value.element_size() // dtype.itemsize
+    if not by_kernel and value.dtype.itemsize == dtype.itemsize > 1:
+        dtype = value.dtype
     return _view(memory, dtype, kernel_offset, sizes, kernel), _view(value, dtype, value_offset, sizes, strides)
 
 

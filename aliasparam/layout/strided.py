@@ -89,7 +89,7 @@ class StridedLayout(BoundLayout):
             copies = _keep(self._plans, key, [(copy, by_kernel and triton_copy.wanted(copy)) for copy in planned])
         if memory.dtype is not self.dtype or memory.numel() < self._elements:
             self.check(memory, box, value)  # raises
-        return [(copy, *views(copy.start if ours else copy, memory, first, value), ours) for copy, ours in copies]
+        return [(copy, *views(copy.start if ours else copy, memory, first, value, by_kernel=ours), ours) for copy, ours in copies]
 
     def offsets(self, box: Box | None = None) -> Tensor:
         box = box or self.whole
@@ -120,7 +120,7 @@ class StridedLayout(BoundLayout):
             lead = list(zip(sizes, self.lead_strides, strict=False))
             found = plan(self.boxes(box[self.lead :]), lead, row_major(sizes), size, align & -align, triton_sum.WIDEST, 0)
             copies = _keep(self._plans, key, [(copy, True) for copy in found])
-        sums = [triton_sum.sums(copy, views(copy.start, memory, first, memory)[0]) for copy, _ in copies]
+        sums = [triton_sum.sums(copy, views(copy.start, memory, first, memory, by_kernel=True)[0]) for copy, _ in copies]
         return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
 
     def cuts(self, other: BoundLayout) -> list[Cut]:

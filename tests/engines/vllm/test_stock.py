@@ -1,4 +1,4 @@
-"""Three defects of vLLM's own layerwise reload (0.32.0), each beside ours.
+"""Two defects of vLLM's own layerwise reload (0.32.0), each beside ours.
 
 vLLM's NVFP4 has no kernel on a CPU, so its own reload is shown on a model in bf16, whose fused q, k and v wait for each other as
 scales do; the same streams go through ours on a model in NVFP4.
@@ -46,7 +46,10 @@ def stock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
     served = Served((tiny_plain(tmp_path / "a", 0), tiny_plain(tmp_path / "b", 1)))
     ours = layerwise.make_online_process_loader
     monkeypatch.setattr(layerwise, "make_online_process_loader", ours._aliasparam_original)
+    # New memory is NaN then. Else what vLLM leaves unwritten may be what the fresh engine of B gave back.
+    torch.use_deterministic_algorithms(True, warn_only=True)
     yield served
+    torch.use_deterministic_algorithms(False)
     stop(served.llm)
 
 
@@ -81,13 +84,12 @@ def from_one_buffer(tensors: dict[str, Tensor]) -> Stream:
         buffer.fill_(77)
 
 
-def test_a_whole_reload_after_a_broken_stream(stock: Served, ours: Served) -> None:
-    """vLLM counts what came before the break once more, and drops what comes last."""
-    for served in (stock, ours):
-        with pytest.raises(ConnectionError):
-            served.takes(broken)
-        served.takes(whole)
-    assert not stock.is_right() and ours.is_right()
+def test_a_whole_reload_after_a_broken_stream(ours: Served) -> None:
+    with pytest.raises(ConnectionError):
+        ours.takes(broken)
+    assert tokens(ours.llm) == []
+    ours.takes(whole)
+    assert ours.is_right()
 
 
 def test_a_part_of_a_fused_layer(stock: Served, ours: Served) -> None:
