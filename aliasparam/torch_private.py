@@ -7,8 +7,10 @@ reads kernel names of ready modules is traced; those are plain tensors.
 from __future__ import annotations
 
 import importlib
+import sys
 import types
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -70,6 +72,22 @@ def outside_inference() -> AbstractContextManager[Any]:
 def is_traced_by_jit() -> bool:
     """Whether ``torch.jit.trace`` is running: what it makes saves raw memory."""
     return torch._C._get_tracing_state() is not None
+
+
+@contextmanager
+def nothing_compiles(seconds: float) -> Iterator[bool]:
+    """Whether, and while, no other thread is inside torch.compile's translation (``torch._dynamo.convert_frame``), whose frames
+    must not be walked from outside: CPython 3.11 hands out ones that are freed already. Waits for at most ``seconds``."""
+    dynamo = sys.modules.get("torch._dynamo.convert_frame")
+    if dynamo is None:
+        yield True
+        return
+    held = dynamo.compile_lock.acquire(timeout=max(seconds, 0))
+    try:
+        yield held
+    finally:
+        if held:
+            dynamo.compile_lock.release()
 
 
 def below_autograd() -> AbstractContextManager[None]:

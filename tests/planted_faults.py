@@ -195,6 +195,7 @@ FAULTS = [
         "reload/test_law_12_apply_delta.py",
     ),
     Planted("reload/drain.py", "del tops[threading.get_ident()]", "pass", "reload/test_drain.py"),
+    Planted("reload/drain.py", "if not safe:", "if False:", "reload/test_drain.py"),
     Planted("reload/sources.py", "        self.bytes_read += values.nbytes\n", "", "reload/test_sources.py"),
     Planted("reload/sources.py", "if len(coming) == len(slots):", "if len(coming) == len(slots) + 1:", "reload/test_sources.py"),
     # NVFP4

@@ -19,7 +19,7 @@ from torch import nn
 
 from ..errors import ReloadError
 from ..module.names import ModuleNames, Readiness
-from ..torch_private import FORWARD
+from ..torch_private import FORWARD, nothing_compiles
 
 _LOOK_AGAIN = 0.0005
 
@@ -60,7 +60,7 @@ class Drain:
             ReloadError: a forward did not end in time. Everything is as before.
         """
         until = time.monotonic() + self._seconds
-        running = self._in_flight()
+        running = self._in_flight(until)
         self._may_go_on = frozenset(running)
         closed = [one for one in names if one.readiness is Readiness.READY]
         self._held |= {id(one) for one in closed}
@@ -71,7 +71,7 @@ class Drain:
             for one in closed:
                 one.open()
             hide()
-            self._wait_for(self._in_flight(), until)  # who came in between ends; who comes now is refused
+            self._wait_for(self._in_flight(until), until)  # who came in between ends; who comes now is refused
         except BaseException:
             show()
             self._held -= {id(one) for one in closed}
@@ -94,22 +94,31 @@ class Drain:
 
     def _wait_for(self, forwards: dict[int, FrameType], until: float) -> None:
         while forwards:
-            now = self._in_flight()
+            now = self._in_flight(until)
             forwards = {thread: frame for thread, frame in forwards.items() if now.get(thread) is frame}
             if forwards and time.monotonic() > until:
                 names = {thread.ident: thread.name for thread in threading.enumerate()}
-                raise ReloadError(
-                    "forwards are in flight, and did not end in time",
-                    module=type(self._model).__name__,
-                    expected=f"none within {self._seconds:g} s",
-                    found=", ".join(names.get(thread) or str(thread) for thread in forwards),
-                    remedy="Nothing was written. Commit again when they have ended, or give the reload more drain_seconds.",
-                )
+                raise self._too_long(", ".join(names.get(thread) or str(thread) for thread in forwards))
             if forwards:
                 time.sleep(_LOOK_AGAIN)
 
-    def _in_flight(self) -> dict[int, FrameType]:
+    def _too_long(self, found: str) -> ReloadError:
+        return ReloadError(
+            "forwards are in flight, and did not end in time",
+            module=type(self._model).__name__,
+            expected=f"none within {self._seconds:g} s",
+            found=found,
+            remedy="Nothing was written. Commit again when they have ended, or give the reload more drain_seconds.",
+        )
+
+    def _in_flight(self, until: float) -> dict[int, FrameType]:
         """Thread -> the outermost call of the model, of a module in it, or of one that has it, in other threads than this one."""
+        with nothing_compiles(until - time.monotonic()) as safe:
+            if not safe:
+                raise self._too_long("a thread in torch.compile")
+            return self._calls()
+
+    def _calls(self) -> dict[int, FrameType]:
         found: dict[int, FrameType] = {}
         tops = sys._current_frames()
         # A frame that has itself, and its callers' session, in a local lives until it is collected.

@@ -234,3 +234,31 @@ def test_a_session_that_is_dropped_ends_at_once() -> None:
     finally:
         gc.enable()
     model()
+
+
+def test_stacks_are_not_looked_at_while_another_thread_compiles() -> None:
+    """CPython 3.11 gives frames of torch.compile's translation to others after they were freed."""
+    from torch._dynamo.convert_frame import compile_lock
+
+    model = Model()
+    session = reload(model, drain_seconds=0.05)
+    session.begin()
+    go_on, compiles = threading.Event(), threading.Event()
+
+    def compiling() -> None:
+        with compile_lock:
+            compiles.set()
+            go_on.wait(20)
+
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(compiling)
+        compiles.wait(20)
+        with pytest.raises(ReloadError, match=r"a thread in torch\.compile"):
+            session.load(NEW)
+        assert same(model(), SERVED["old"])
+        go_on.set()
+        running.result(20)
+        session.load(NEW)
+    session.prepare()
+    session.commit()
+    assert same(model(), SERVED["new"])
