@@ -179,15 +179,17 @@ def lines_of(do: Callable[[], Any], at: int | None = None) -> list[str]:
                 raise KeyboardInterrupt
         return line
 
-    tracing = sys.gettrace()
+    tracing, grad = sys.gettrace(), torch.is_grad_enabled()
     sys.settrace(lambda frame, event, arg: line if frame.f_code.co_filename.startswith(LIBRARY) else None)
     try:
         do()
     except KeyboardInterrupt:
         # The line of a ``with`` is traced once more before its end runs. An interrupt there, where no signal is delivered, keeps
-        # the lock, and what comes later would wait for it for ever.
+        # the lock, and what comes later would wait for it for ever; or gradients off, or the collector.
         locks.renew()
         observe._registering = threading.Lock()
+        torch.set_grad_enabled(grad)
+        gc.enable()
     finally:
         sys.settrace(tracing)
     return lines
