@@ -11,7 +11,8 @@ from typing import Any
 from aliasparam.reload import ranks as protocol
 from aliasparam.reload.ranks import LOST, Act, Claim, Look, Outcome, Pause, Plan, Reply, Request, Write
 
-FAULTS = ("crash", "lost", "lost reply", "duplicate", "late", "stall", "fail")
+from .explore import FAULTS
+
 RPC_SECONDS = 0.3
 
 
@@ -181,10 +182,6 @@ class World:
             assert member.serving is None, self.story("a rank in doubt serves")
             plan, restarted = self.plans[rank], self.life[rank] > 0
             self.later(1.0, lambda: self.begin(rank, protocol.ask_again(plan, self.clock(rank), restarted=restarted)))
-
-
-def one_fault(rank: int, step: int, kind: str) -> Callable[[int, int, Request], str | None]:
-    return lambda r, s, request: kind if (r, s) == (rank, step) else None
 
 
 def random_faults(seed: int) -> Callable[[int, int, Request], str | None]:
