@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from torch import Tensor, nn
 from aliasparam import Layout, process, registry_of
 from aliasparam.layout.index import IndexLayout
 from aliasparam.layout.opaque import OpaqueLayout
+from aliasparam.testing import same_bytes
 
-from ..small import INTERLEAVE, SWAP, SWAP_PAD16, Layer
+from ..small import INTERLEAVE, SWAP, SWAP_PAD16
+from ..small import Layer as DeclaredLayer
 from . import folders
 
 SCALES = "(rt r4 r32) (ct c4) -> rt ct r32 r4 c4, r4=4 r32=32 c4=4"
@@ -22,8 +25,9 @@ SCALES = "(rt r4 r32) (ct c4) -> rt ct r32 r4 c4, r4=4 r32=32 c4=4"
 class Whole(nn.Module):
     """``x`` of ones through what the kernels read: a sum over every name that serves."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | str = "cpu") -> None:
         super().__init__()
+        Layer = partial(DeclaredLayer, device=device)
         self.padded = Layer((3, 10, 12), SWAP_PAD16, scale=True)
         self.scales = Layer((130, 6), SCALES)
         self.wide = Layer((6, 8), INTERLEAVE, torch.bfloat16)
@@ -36,14 +40,14 @@ class Whole(nn.Module):
         registry = registry_of(self.fused)
         assert registry is not None
         registry.show_shards("weight", [(self.q, "weight", fused[:5]), (self.k, "weight", fused[5:])])
-        self.norm = nn.Parameter(torch.linspace(0, 1, 9), requires_grad=False)
+        self.norm = nn.Parameter(torch.linspace(0, 1, 9, device=device), requires_grad=False)
         self.tied = self.norm
-        self.register_buffer("step", torch.tensor(3))
-        self.turned_plain = nn.Parameter(torch.arange(12.0).view(3, 4).t(), requires_grad=False)
+        self.register_buffer("step", torch.tensor(3, device=device))
+        self.turned_plain = nn.Parameter(torch.arange(12.0, device=device).view(3, 4).t(), requires_grad=False)
         process(self)
 
     def forward(self) -> list[Tensor]:
-        served = [layer() for layer in self.children() if isinstance(layer, Layer)]
+        served = [layer() for layer in self.children() if isinstance(layer, DeclaredLayer)]
         plain = [value + 0 for name, value in self.named_parameters(recurse=False)]
         return [*served, self.padded.alpha.clone(), self.step + 0, *plain]  # type: ignore[operator]
 
@@ -51,10 +55,15 @@ class Whole(nn.Module):
 class Few(Whole):
     """Fewer kinds, so that each operator of a reload can be made to fail."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        super().__init__(device)
         for name in ("scales", "table", "turned", "nibbles", "turned_plain", "tied"):
             delattr(self, name)
+
+
+def same(found: list[Tensor], expected: list[Tensor]) -> bool:
+    """Every byte, on whichever device."""
+    return all(same_bytes(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def changed(tensors: dict[str, Tensor], share: float, seed: int) -> dict[str, Tensor]:

@@ -20,18 +20,13 @@ from aliasparam.reload import prepare_delta
 from aliasparam.reload.delta_folder import DeltaFolder
 from aliasparam.reload.drain import Drain
 from aliasparam.reload.session import ReloadSession
-from aliasparam.testing import same_bytes
 
 from ..small import Layer
 from .delta_cases import trainer_writes
-from .live_models import Whole, changed, raw
+from .live_models import Whole, changed, raw, same
 
 OLD = checkpoint_state_dict(Whole())
 NEW = changed(changed(OLD, 0.2, 0), 0.2, 1)
-
-
-def same(found: list[Tensor], expected: list[Tensor]) -> bool:
-    return all(same_bytes(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def cold(values: dict[str, Tensor]) -> list[Tensor]:

@@ -27,11 +27,7 @@ from aliasparam.testing._faults import FailingAt, Fault
 
 from ..small import Layer
 from .delta_cases import trainer_writes
-from .live_models import Few, Whole, changed, folder_of, raw
-
-
-def same(found: list[Tensor], expected: list[Tensor]) -> bool:
-    return all(same_bytes(a, b) for a, b in zip(found, expected, strict=True))
+from .live_models import Few, Whole, changed, folder_of, raw, same
 
 
 def cold(kind: type[Whole], values: dict[str, Tensor]) -> list[Tensor]:
@@ -50,13 +46,15 @@ SERVED = {"a": cold(Whole, A), "b": cold(Whole, B), "c": cold(Whole, C)}
 @pytest.mark.parametrize("encoding", ["xor", "overwrite"])
 @pytest.mark.parametrize("checksum", ["adler32", "xxh3-128", "blake3"])
 @pytest.mark.parametrize("piece", [24, 8 << 20])
-def test_law_12_there_and_back(encoding: str, checksum: str, piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_law_12_there_and_back(
+    encoding: str, checksum: str, piece: int, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(delta_held, "PIECE", piece)
     monkeypatch.setattr(deltas, "PIECE", piece)
     monkeypatch.setattr(patch, "JOINED", 2 * piece)
     there = trainer_writes(tmp_path / "b", raw(A), raw(B), 1, encoding, checksum, files=2)
     back = trainer_writes(tmp_path / "a", raw(B), raw(A), 2, encoding, checksum)
-    model = Whole()
+    model = Whole(device)
     before = checkpoint_digest(model)
     addresses = [buffer.data_ptr() for buffer in model.buffers()]
 
@@ -84,8 +82,8 @@ def published(source: Path) -> Path:
 
 
 @pytest.mark.parametrize(("applied", "target", "served"), [(0, 1, "b"), (0, 2, "c"), (0, 3, "a"), (1, 3, "a"), (2, 2, "c")])
-def test_law_12_a_chain_is_one_commit(applied: int, target: int, served: str, tmp_path: Path) -> None:
-    model, commits = Whole(), []
+def test_law_12_a_chain_is_one_commit(applied: int, target: int, served: str, device: torch.device, tmp_path: Path) -> None:
+    model, commits = Whole(device), []
     base = {0: A, 1: B, 2: C}[applied]
     model.load_state_dict(base, strict=False)
     process(model)

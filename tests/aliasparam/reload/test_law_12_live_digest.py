@@ -22,9 +22,11 @@ from .live_models import Whole, changed, folder_of
 
 @pytest.mark.parametrize("kind", ["adler32", "xxh3-128", "blake3"])
 @pytest.mark.parametrize("piece", [7, 64, 8 << 20])
-def test_law_12_a_live_model_digests_as_its_files(kind: str, piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = Whole()
-    values = changed(checkpoint_state_dict(model), 0.4, 0)
+def test_law_12_a_live_model_digests_as_its_files(
+    kind: str, piece: int, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Whole(device)
+    values = changed(checkpoint_state_dict(Whole()), 0.4, 0)
     model.load_state_dict(values, strict=False)  # without "tied"
     with SafetensorsFolder(folder_of(tmp_path / "a", values)) as folder:
         expected = digest_of_folder(folder, kind)

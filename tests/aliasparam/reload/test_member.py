@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import signal
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch
 from torch.distributed import TCPStore
 
 from aliasparam import checkpoint_digest, checkpoint_state_dict, process, reload
@@ -28,25 +30,33 @@ def digests(*models: Whole, new: bool) -> list[str]:
     return [checkpoint_digest(model).whole for model in models]
 
 
-@pytest.mark.parametrize("fails", [False, True], ids=["all can", "one check fails on rank 1"])
-def test_law_10_two_processes_two_models_one_commit(fails: bool, tmp_path: Path) -> None:
+TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no two GPUs")
+
+
+@pytest.mark.parametrize("backend", ["gloo", pytest.param("nccl", marks=[pytest.mark.gpu, TWO_GPUS])])
+@pytest.mark.parametrize("fate", ["", "a check fails", "killed"], ids=lambda fate: f"of rank 1: {fate or 'it can'}")
+def test_law_10_two_processes_two_models_one_commit(fate: str, backend: str, tmp_path: Path) -> None:
     draft = Few()
     delta = trainer_writes(tmp_path / "d", raw(checkpoint_state_dict(draft)), raw(new_of(draft)), 1, "xor", "adler32")
     context = imported_context()
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=30))
     out = [tmp_path / str(rank) for rank in range(2)]
     running = [
-        context.Process(target=rank_models.run, args=(store.port, rank, str(delta), str(out[rank]), fails and rank == 1))
+        context.Process(
+            target=rank_models.run, args=(store.port, rank, backend, str(delta), str(out[rank]), fate if rank else "")
+        )
         for rank in range(2)
     ]
     for one in running:
         one.start()
-    for one in running:
+    for rank, one in enumerate(running):
         one.join(120)
-        assert one.exitcode == 0
-    found = [json.loads(path.read_text()) for path in out]
-    assert [rank[:2] for rank in found] == [digests(Whole(), Few(), new=not fails)] * 2
-    assert all(("ZeroDivisionError" in rank[2]) if fails else rank[2] is None for rank in found)
+        assert one.exitcode == (-signal.SIGKILL if rank and fate == "killed" else 0)
+    found = [json.loads(path.read_text()) for path in out if path.exists()]
+    assert len(found) == (1 if fate == "killed" else 2)
+    assert all(rank[:2] == digests(Whole(), Few(), new=not fate) for rank in found)
+    said = {"": None, "a check fails": "ZeroDivisionError", "killed": "nothing from rank 1 in time (done)"}[fate]
+    assert all(rank[2] is None if said is None else said in rank[2] for rank in found)
 
 
 def test_a_member_refuses_between_commit_and_keep_and_takes_no_session_that_cannot_go_back() -> None:

@@ -22,13 +22,9 @@ from aliasparam.testing._faults import FailingAt, Fault
 
 from ..peak import peak_bytes
 from ..small import Layer, storage_of
-from .live_models import Few, Whole, changed, raw
+from .live_models import Few, Whole, changed, raw, same
 
 POLICIES: tuple[PolicyName, ...] = get_args(PolicyName)
-
-
-def same(found: list[Tensor], expected: list[Tensor]) -> bool:
-    return all(same_bytes(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def cold(values: dict[str, Tensor]) -> list[Tensor]:
@@ -48,8 +44,8 @@ def addresses(model: Whole) -> list[int]:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_law_9_warm_equals_cold(policy: PolicyName) -> None:
-    model = Whole()
+def test_law_9_warm_equals_cold(policy: PolicyName, device: torch.device) -> None:
+    model = Whole(device)
     where = addresses(model)
     with reload(model, policy=policy) as session:
         session.load(NEW)
@@ -65,8 +61,8 @@ def test_law_9_warm_equals_cold(policy: PolicyName) -> None:
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("after", ["some", "prepare", "switch"])
-def test_law_10_an_abort_leaves_what_the_policy_says(policy: PolicyName, after: str) -> None:
-    model, told = Whole(), []
+def test_law_10_an_abort_leaves_what_the_policy_says(policy: PolicyName, after: str, device: torch.device) -> None:
+    model, told = Whole(device), []
     registry = registry_of(model.padded)
     assert registry is not None
     registry.on_processed.append(lambda _: told.append("processed"))

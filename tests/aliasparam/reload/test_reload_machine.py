@@ -11,11 +11,11 @@ import itertools
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import pytest
+import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -23,16 +23,14 @@ from torch import Tensor
 
 from aliasparam import accept_kernel_bytes, apply_delta, checkpoint_digest, checkpoint_state_dict, invalidate, process, reload
 from aliasparam.errors import AliasError, ReloadError
-from aliasparam.reload import held_file
 from aliasparam.reload.policies import PolicyName
 from aliasparam.reload.session import ReloadSession
-from aliasparam.reload.sources import SafetensorsFolder
 from aliasparam.reload.trainer import digest_of_tensors
-from aliasparam.testing import same_bytes
 from aliasparam.testing._faults import FailingAt, Fault
 
 from .delta_cases import trainer_writes
-from .live_models import Few, changed, folder_of, raw
+from .failing_reads import failing_read, read_all
+from .live_models import Few, changed, folder_of, raw, same
 
 Weights = dict[str, Tensor]
 POLICIES: tuple[PolicyName, ...] = get_args(PolicyName)
@@ -40,41 +38,12 @@ NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 BASE = checkpoint_state_dict(Few())
 
 
-def same(found: list[Tensor], expected: list[Tensor]) -> bool:
-    return all(same_bytes(a, b) for a, b in zip(found, expected, strict=True))
-
-
-@contextlib.contextmanager
-def failing_read(at: int, how: str) -> Iterator[list[int]]:
-    """The read number ``at`` of any file fails, or finds the file's end; yields [reads so far]."""
-    real, count = os.preadv, [0]
-
-    def preadv(*arguments: Any) -> int:
-        count[0] += 1
-        if count[0] - 1 == at:
-            if how == "end":
-                return 0
-            raise OSError(5, "Input/output error")
-        return real(*arguments)
-
-    held_file.os.preadv = preadv  # type: ignore[attr-defined,assignment]
-    try:
-        yield count
-    finally:
-        held_file.os.preadv = real  # type: ignore[attr-defined]
-
-
-def read_all(session: ReloadSession, folder: Path) -> None:
-    with SafetensorsFolder(folder) as opened:
-        for name in opened.tensors:
-            session.update(name, opened.read(name))
-        opened.check_unchanged()
-
-
 class ReloadMachine(RuleBasedStateMachine):
+    device = "cpu"
+
     def __init__(self) -> None:
         super().__init__()
-        self.model, self.oracle = Few(), Few()
+        self.model, self.oracle = Few(self.device), Few()
         self.serving: Weights | None = BASE
         self.session: ReloadSession | None = None
         self.before: Weights = BASE  # what served when the session began
@@ -99,7 +68,7 @@ class ReloadMachine(RuleBasedStateMachine):
             answer = self.model()
         except AliasError:
             return None
-        exported = {name: tensor.clone() for name, tensor in checkpoint_state_dict(self.model).items()}
+        exported = {name: tensor.clone().cpu() for name, tensor in checkpoint_state_dict(self.model).items()}
         assert same(answer, self.expected(exported)), "a mixture is served"
         return exported
 
@@ -267,48 +236,18 @@ class ReloadMachine(RuleBasedStateMachine):
             self.settle(self.before if policy.endswith("journal") or not self.begun else None)
 
 
+class OnCuda(ReloadMachine):
+    device = "cuda"
+
+
+STEPS = settings(settings(), max_examples=2000 if NIGHTLY else 12, stateful_step_count=60 if NIGHTLY else 25)
+
+
 class TestReloadMachine_laws_8_9_10(ReloadMachine.TestCase):  # type: ignore[name-defined,misc]
-    settings = settings(settings(), max_examples=2000 if NIGHTLY else 12, stateful_step_count=60 if NIGHTLY else 25)
+    settings = STEPS
 
 
-# -- every read --------------------------------------------------------------------------------------------------------------
-
-
-def by_folder(model: Few, policy: PolicyName, folder: Path) -> None:
-    with reload(model, policy=policy) as session:
-        read_all(session, folder)
-
-
-def by_delta(model: Few, policy: PolicyName, folder: Path) -> None:
-    apply_delta(model, folder)
-
-
-@pytest.mark.parametrize("how", ["error", "end"])
-@pytest.mark.parametrize(("load", "policy"), [*((by_folder, policy) for policy in POLICIES), (by_delta, "journal")])
-def test_law_10_the_kth_read_fails(load: Callable[..., None], policy: PolicyName, how: str, tmp_path: Path) -> None:
-    new = changed(changed(BASE, 0.1, 0), 0.1, 1)
-    oracle = Few()
-    served = {"old": oracle()}
-    oracle.load_state_dict(new)
-    process(oracle)
-    served["new"] = oracle()
-    if load is by_folder:
-        folder = folder_of(tmp_path / "new", new)
-    else:
-        folder = trainer_writes(tmp_path / "delta", raw(BASE), raw(new), 1, "xor", "adler32", 2)
-    found = {"old": 0, "refuses": 0}
-    for k in itertools.count():
-        model = Few()
-        with contextlib.suppress(AliasError), failing_read(k, how) as reads:
-            load(model, policy, folder)
-        if reads[0] <= k:
-            break
-        try:
-            answer = model()
-        except AliasError:
-            found["refuses"] += 1
-            continue
-        assert same(answer, served["old"]) and raw(checkpoint_state_dict(model)) == raw(BASE), f"read {k}"
-        found["old"] += 1
-    assert same(model(), served["new"]) and k > 8 and found["old"] >= 2, (k, found)
-    assert (found["refuses"] > 0) == (policy == "write-through"), found
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+class TestReloadMachineOnCuda_laws_8_9_10(OnCuda.TestCase):  # type: ignore[name-defined,misc]
+    settings = STEPS

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from aliasparam import checkpoint_state_dict, process, reload
 from aliasparam.errors import AliasError, ReloadError, StateError
 from aliasparam.reload.session import ReloadSession
-from aliasparam.testing import same_bytes
 
-from .live_models import Whole, changed, raw
+from .live_models import Whole, changed, raw, same
 
 OLD = checkpoint_state_dict(Whole())
 NEW = changed(changed(OLD, 0.2, 0), 0.2, 1)
@@ -27,10 +26,6 @@ def served(values: dict[str, Tensor]) -> list[Tensor]:
     with reload(model) as session:
         session.load(values)
     return model()
-
-
-def same(found: list[Tensor], expected: list[Tensor]) -> bool:
-    return all(same_bytes(a, b) for a, b in zip(found, expected, strict=True))
 
 
 STEPS: dict[str, Callable[[ReloadSession], Any]] = {
