@@ -17,6 +17,7 @@ from aliasparam import Alias, Derivation, Layout, declare, process
 UP_GATE = Layout("(h i) k -> ~h i k, h=2")
 EXPERTS, ROWS, COLUMNS = 64, 32, 256
 MANY_EXPERTS = 384
+MODULES = 200
 ROUNDS = 5
 FIRST_LOADS = 20  # rounds, each over fresh memory
 
@@ -67,8 +68,8 @@ def main() -> None:
     for what, plain, aliased, repeat in cases(device):
         a, b = seconds(plain, repeat) * 1e6, seconds(aliased, repeat) * 1e6
         table.add_row(what, f"{a:.2f}", f"{b:.2f}", f"{b - a:+.2f}")
-    for what, plain, aliased, shards in first_loads(device):
-        a, b = (seconds(load, 1, FIRST_LOADS) / shards * 1e6 for load in (plain, aliased))
+    for what, plain, aliased, many in (processing(device), *first_loads(device)):
+        a, b = (seconds(do, 1, FIRST_LOADS) / many * 1e6 for do in (plain, aliased))
         table.add_row(what, f"{a:.2f}", f"{b:.2f}", f"{b - a:+.2f}")
     console.print(table)
     declaring(console, options.layers)
@@ -88,12 +89,22 @@ def cases(device: str) -> list[tuple[str, Callable[[], Any], Callable[[], Any], 
 
     return [
         ("read a kernel name and use it", lambda: x * plain.alpha, lambda: x * aliased.alpha, 20000),
-        ("process a module that nothing was written to", lambda: None, lambda: process(aliased), 20000),
         ("look a kernel name up", lambda: plain.weight_prepared, lambda: aliased.weight_prepared, 100000),
         ("read a checkpoint name", lambda: plain.weight[5].clone(), lambda: aliased.weight[5].clone(), 5000),
         ("write a shard: narrow().copy_()", write(plain), write(loading), 5000),
         ("write a shard: data\\[i].copy_()", write_through_data(plain), write_through_data(loading), 5000),
     ]
+
+
+def processing(device: str) -> tuple[str, Callable[[], Any], Callable[[], Any], int]:
+    """Processing a model that nothing was written to, beside a loop over its modules; and how many they are."""
+    model = nn.Sequential(*(Linear(device, declared=True) for _ in range(MODULES)))
+
+    def loop() -> None:
+        for _ in model.named_modules():
+            pass
+
+    return "process a model that nothing was written to, each module", loop, lambda: process(model), MODULES
 
 
 def first_loads(device: str) -> Iterator[tuple[str, Callable[[], Any], Callable[[], Any], int]]:

@@ -121,8 +121,8 @@ FAULTS = [
     Planted("module/registry.py", "            self.need_loaded()\n", "", "test_errors.py"),
     Planted(
         "module/registry.py",
-        "all(k.is_untouched for k in self._bound)",
-        "True",
+        "            if not kernel.is_untouched:\n",
+        "            if False:\n",
         "test_law_08_no_silent_garbage.py",
     ),
     Planted(
