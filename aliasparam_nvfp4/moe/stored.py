@@ -34,9 +34,9 @@ class Stored:
             return layout
         return (_PAIRS if halves else _COLUMNS).then(layout)
 
-    def bias_order(self, *, halves: bool) -> Layout | None:
-        """The order of a bias with gate above up."""
-        return _BIAS_PAIRS if self.columns and halves else None
+    def bias_order(self, layout: Layout, *, halves: bool) -> Layout:
+        """The same for a bias, and its ``layout`` of ``[gate; up]`` rows."""
+        return _BIAS_PAIRS.then(layout) if self.columns and halves else layout
 
 
 ROWS = Stored()

@@ -18,7 +18,7 @@ from ...checkpoint import CheckpointFolder, TensorEntry, UnsupportedFormatError
 from ...checkpoint.format import MODELOPT, CheckpointFormat
 from ...checkpoint.scheme import Scheme
 from ...moe import GPT_OSS, ExpertActivation, NvFp4MoEMethod
-from ...moe.declarations import parameters
+from ...moe.declarations import Declared
 from ...moe.runners import MoEShape
 from ...quantize.global_scale import need_stored_scales
 from ...quantize.missing import is_dynamic
@@ -70,8 +70,8 @@ class FusedExperts(nn.Module):
         )
         experts, hidden, intermediate = sizes
         shape = MoEShape(experts, hidden, intermediate, 0, experts, expert_activation=activation)
-        own = parameters(shape, MODELOPT, GPT_OSS, input_scale=quantized, bias=dtype)
-        for name, (dims, element) in own.items():
+        declared = Declared(shape, stored=GPT_OSS, input_scale=quantized, bias=dtype)
+        for name, (dims, element) in declared.parameters().items():
             file = FILES[name]
             if quantized and is_dynamic(missing) and name.endswith("input_scale") and file not in stored:
                 continue
@@ -99,6 +99,18 @@ class FusedExperts(nn.Module):
             view: Tensor = parameter if value is None or value.dim() else parameter.view(())
             registry.show_shards(name, [(nn.Module() if value is None else self, file, view)])
 
+    def derive(self, values: Mapping[str, Tensor]) -> None:
+        """Compute from scales and biases what will be computed after a reload: it refuses what float32 does not hold.
+
+        Args:
+            values: by the names of :data:`FILES`; what is missing is 0.
+        """
+        declared: Declared = self.__dict__["nvfp4_moe_declared"]
+        shapes = {name: (dims, dtype) for name, (dims, dtype) in declared.parameters().items() if dims == (1,) or "bias" in name}
+        given = {n: values[FILES[n]].view(d) if FILES[n] in values else torch.zeros(d, dtype=t) for n, (d, t) in shapes.items()}
+        for derived in declared.derivations(self.__dict__["nvfp4_runner"]):
+            derived.function(*(given[source].clone() for source in derived.sources))
+
     def forward(self, hidden_states: Tensor, router_indices: Tensor, routing_weights: Tensor) -> Tensor:
         return self.quant_method.apply(self, hidden_states, routing_weights.float(), router_indices.int())
 
@@ -125,7 +137,7 @@ def fused_in_files(
     """
     if names != MODELOPT or choice.ranks.size > 1:
         raise UnsupportedFormatError(
-            "experts that the files hold fused are taken as ModelOpt exports them, whole in every process",
+            "experts that the files hold fused are taken as ModelOpt exports them, and transformers loads them whole",
             module=path,
             expected="ModelOpt's names, and one process",
             found=f"{names.name}, {choice.ranks.size} processes",
@@ -152,8 +164,11 @@ def check_scalars(model: nn.Module, live: Mapping[str, Tensor], folder: Checkpoi
         if not isinstance(module, FusedExperts):
             continue
         may_lack = module.quant_method.missing_input_scale != "refuse"
+        values = {}
         for file, parameter in module.named_parameters(recurse=False):
-            if not file.endswith(("_scale_2", "_input_scale")):
+            if not file.endswith(("_scale_2", "_input_scale", "_bias")):
                 continue
-            if not (may_lack and file.endswith("_input_scale")):
-                need_stored_scales({file: folder.read(stored[id(parameter)])}, path)
+            values[file] = folder.read(stored[id(parameter)])
+            if not (file.endswith("_bias") or (may_lack and file.endswith("_input_scale"))):
+                need_stored_scales({file: values[file]}, path)
+        module.derive(values)
