@@ -66,11 +66,12 @@ class Declared:
             f"w13_{names.block_scale}": ((e, *stored.matrix(rows, h // BLOCK_SIZE)), e4m3),
             f"w2_{names.block_scale}": ((e, *stored.matrix(h, i // BLOCK_SIZE)), e4m3),
         }
-        of_all = shape.all_experts, 2 if self.gated else 1
-        scalars = {f"w13_{names.weight_global}": (e, 2) if self.gated else (e,), f"w2_{names.weight_global}": (e,)}
-        if self.input_scale:
-            scalars |= {f"w13_{names.input_global}": of_all, f"w2_{names.input_global}": of_all[:1]}
-        found |= {name: ((1,) if stored.one_scale else dims, f32) for name, dims in scalars.items()}
+        for name, halves in (("w13", self.gated), ("w2", False)):
+            found[f"{name}_{names.weight_global}"] = stored.scales(e, halves=halves, inputs=False), f32
+            if self.input_scale:
+                dims = stored.scales(shape.all_experts, halves=halves, inputs=True)
+                column = name == "w13" and not (self.gated or stored.columns)  # as SGLang has it
+                found[f"{name}_{names.input_global}"] = (*dims, 1) if column else dims, f32
         if self.bias is not None:
             found |= {"w13_bias": ((e, rows), self.bias), "w2_bias": ((e, h), self.bias)}
         return found

@@ -79,9 +79,11 @@ class ExpertLoader:
             dim = -2 if self.columns else -1
             param, loaded_weight = param.unsqueeze(dim), loaded_weight.unsqueeze(dim)
             share = Share() if shard_id == "w2" else share
-        if self.columns and param.dim() == 1:  # one scale for all experts
-            return _write([(param, _scales(loaded_weight, param, 0))], f"{weight_name}: {shard_id} of all experts")
         of_all = cast(bool, getattr(param, "of_all_experts", False))
+        if self.columns and param.shape == (1,) and self.experts > 1:
+            if expert_id is not None:
+                raise ShapeError("one scale counts for all experts", name=weight_name, expected="no expert_id", found=expert_id)
+            return _write([(param, _scales(loaded_weight, param, 0))], f"{weight_name}: {shard_id} of all experts")
         if expert_id is None:
             own = loaded_weight if of_all else self._own_experts(loaded_weight, weight_name)
             what = f"{weight_name}: {shard_id} of all experts"
@@ -105,6 +107,8 @@ class ExpertLoader:
 
     def _pairs(self, target: Tensor, loaded: Tensor, shard: str, what: str, share: Share, *, lead: int) -> list[Pair]:
         """``target`` is this rank's part of ``lead`` stacked dims, then a matrix, two scales, or one."""
+        if self.columns and target.dim() == lead:
+            return [(target, _scales(loaded, target, lead))]
         if self.columns:
             return [(target, _part(share, loaded, -1 if shard == "w13" else -2, what))]
         half_of = {"w1": 0, "w3": 1}.get(shard) if self.gated else None

@@ -271,7 +271,9 @@ class MoEScales:
 
     def weight(self, name: str, scales: Tensor) -> Tensor:
         if scales.numel() == 1:  # one for all experts
-            scales = scales.reshape(1).expand((self.experts, 2) if self._gated and name == self.s13 else self.experts)
+            scales = scales.reshape(1).expand(self.experts)
+        if scales.dim() == 1 and self._gated and name == self.s13:  # one for gate and up
+            scales = scales.unsqueeze(-1).expand(self.experts, 2)
         self._need("a weight global scale", name, scales, self.first_expert)
         return self._multiplier(scales)
 

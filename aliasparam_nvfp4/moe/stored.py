@@ -18,15 +18,24 @@ class Stored:
     Attributes:
         columns: matrices are ``[E, K, N]``, and gate and up are neighbours: w13 u8 ``[E, H/2, 2I]`` with columns
             ``[g0, u0, g1, u1, ...]``, w2 ``[E, I/2, H]``, scales and the bias of w13 alike.
-        one_scale: one global scale counts for all experts, and one input scale: all f32 ``[1]``.
+            Global and input scales are of gate and up together.
+        one_scale: one global scale counts for all experts: f32 ``[1]``.
+        one_input_scale: the same of input scales.
     """
 
     columns: bool = False
     one_scale: bool = False
+    one_input_scale: bool = False
 
     def matrix(self, n: int, k: int) -> tuple[int, int]:
         """The shape of a matrix of N by K."""
         return (k, n) if self.columns else (n, k)
+
+    def scales(self, experts: int, *, halves: bool, inputs: bool) -> tuple[int, ...]:
+        """The shape of the global or input scales of so many experts; ``halves``: of w13 with a gate."""
+        if self.one_input_scale if inputs else self.one_scale:
+            return (1,)
+        return (experts, 2) if halves and not self.columns else (experts,)
 
     def order(self, layout: Layout, *, halves: bool) -> Layout:
         """``layout``, which is one of rows, for a tensor in this form; ``halves``: of w13 with a gate."""
@@ -41,4 +50,4 @@ class Stored:
 
 ROWS = Stored()
 #: gpt-oss as transformers has it, and ModelOpt's export of it (0.47, ``hf_export_handlers.py`` for ``GptOssExperts``).
-GPT_OSS = Stored(columns=True, one_scale=True)
+GPT_OSS = Stored(columns=True, one_scale=True, one_input_scale=True)

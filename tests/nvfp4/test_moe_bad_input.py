@@ -97,7 +97,7 @@ def test_scales_whose_product_float32_lacks_are_refused_by_name_and_expert(runne
         if suffix == "input_scale" or (suffix == "weight_scale_2" and expert == 2):
             tensors[expert, own, suffix] = torch.tensor(scale)
     with pytest.raises(
-        ScaleError, match=rf"(?s)what a kernel multiplies with.*{shard}_weight_scale_2, expert [02].*together beyond"
+        ScaleError, match=rf"(?s){shard}_weight_scale_2, expert [02].*what a kernel multiplies with.*together beyond"
     ):
         load(layer, tensors)
 

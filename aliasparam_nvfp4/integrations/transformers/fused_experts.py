@@ -8,6 +8,7 @@ makes the aliased storage, whose layouts begin with "columns to rows", and shows
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from aliasparam import registry_of
 from ...checkpoint import CheckpointFolder, TensorEntry, UnsupportedFormatError
 from ...checkpoint.format import MODELOPT, CheckpointFormat
 from ...checkpoint.scheme import Scheme
-from ...moe import GPT_OSS, ExpertActivation, NvFp4MoEMethod
+from ...moe import GPT_OSS, ExpertActivation, NvFp4MoEMethod, Stored
 from ...moe.declarations import Declared
 from ...moe.runners import MoEShape
 from ...quantize.global_scale import need_stored_scales
@@ -58,6 +59,7 @@ class FusedExperts(nn.Module):
     ) -> None:
         super().__init__()
         self.scheme, self._sizes, self._dtype = scheme, sizes, dtype
+        form = _form(stored, sizes[0])
         quantized, missing = scheme.inputs == "stored", choice.missing_input_scale
         #: A policy is needed where activations are quantized: of weights alone nothing is missing.
         self.quant_method = NvFp4MoEMethod(
@@ -66,11 +68,11 @@ class FusedExperts(nn.Module):
             input_scale=quantized,
             missing_input_scale=missing if quantized else "refuse",
             bias=True,
-            stored=GPT_OSS,
+            stored=form,
         )
         experts, hidden, intermediate = sizes
         shape = MoEShape(experts, hidden, intermediate, 0, experts, expert_activation=activation)
-        declared = Declared(shape, stored=GPT_OSS, input_scale=quantized, bias=dtype)
+        declared = Declared(shape, stored=form, input_scale=quantized, bias=dtype)
         for name, (dims, element) in declared.parameters().items():
             file = FILES[name]
             if quantized and is_dynamic(missing) and name.endswith("input_scale") and file not in stored:
@@ -106,7 +108,7 @@ class FusedExperts(nn.Module):
             values: by the names of :data:`FILES`; what is missing is 0.
         """
         declared: Declared = self.__dict__["nvfp4_moe_declared"]
-        shapes = {name: (dims, dtype) for name, (dims, dtype) in declared.parameters().items() if dims == (1,) or "bias" in name}
+        shapes = {n: found for n, found in declared.parameters().items() if n.endswith(("_scale_2", "input_scale", "bias"))}
         given = {n: values[FILES[n]].view(d) if FILES[n] in values else torch.zeros(d, dtype=t) for n, (d, t) in shapes.items()}
         for derived in declared.derivations(self.__dict__["nvfp4_runner"]):
             derived.function(*(given[source].clone() for source in derived.sources))
@@ -117,6 +119,13 @@ class FusedExperts(nn.Module):
     def extra_repr(self) -> str:
         runner = self.__dict__.get("nvfp4_runner", self.quant_method.backend)
         return f"experts, H, I = {self._sizes}, runner={runner.name}, biases"
+
+
+def _form(stored: Mapping[str, TensorEntry], experts: int) -> Stored:
+    """gpt-oss's, with a scale for each expert where the files have that many."""
+    each = {name: stored[file].shape == (experts,) for name, file in FILES.items() if file in stored}
+    own = [any(each.get(f"{w}_{scale}", False) for w in ("w13", "w2")) for scale in ("weight_scale_2", "input_scale")]
+    return replace(GPT_OSS, one_scale=not own[0], one_input_scale=not own[1])
 
 
 def fused_in_files(
