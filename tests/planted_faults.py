@@ -222,6 +222,37 @@ FAULTS = [
         "test_fused_projections.py",
         _NVFP4,
     ),
+    # scales and biases of experts
+    Planted("moe/biases.py", "-1) / factors.view", "-1) * factors.view", "test_moe_biases.py", _NVFP4),
+    Planted(
+        "moe/biases.py", "        own, w2 = (_PLAIN, _PLAIN) if self.raw else", "        own, w2 =", "test_moe_biases.py", _NVFP4
+    ),
+    Planted("layouts/lines.py", '-> i g a ~h b"', '-> i g a h b"', "test_moe_biases.py", _NVFP4),
+    Planted("layouts/lines.py", '-> ~h i a"', '-> h i a"', "test_moe_biases.py", _NVFP4),
+    Planted(
+        "moe/runners/_base.py",
+        "None if first is None or shape.tp_rank else",
+        "None if first is None else",
+        "test_moe_biases.py",
+        _NVFP4,
+    ),
+    Planted("moe/runners/flashinfer_cutlass.py", "tp_rank=shape.tp_rank", "tp_rank=0", "test_moe_biases.py", _NVFP4),
+    Planted("moe/loader.py", 'share = Share() if shard_id == "w2" else share', "pass", "test_moe_biases.py", _NVFP4),
+    Planted(
+        "moe/scales.py",
+        '        self._need("what a kernel',
+        '        0 and self._need("what a kernel',
+        "test_moe_bad_input.py",
+        _NVFP4,
+    ),
+    Planted("moe/folder.py", "        self._derive(scalars)\n", "", "test_moe_folder.py", _NVFP4),
+    Planted(
+        "quantize/missing.py",
+        "    largest = scales[good].min() if reciprocal else scales[good].max()",
+        "    largest = scales[good].max()",
+        "test_missing_input_scale.py test_moe_method.py",
+        _NVFP4,
+    ),
     Planted("cli/verify_engine.py", '"held": same != differs', '"held": same', "cli/test_verify_engine.py", _NVFP4),
 ]
 

@@ -76,3 +76,23 @@ def up_gate_shuffled_swizzled(columns: int) -> Layout:
 def fragments() -> Layout:
     """Packed weights u8 ``[N, K/2]`` to ``[K/16, 8N]``, MMA fragments of tiles of 16 K by 64 N: CuteDSL W4A16 on SM12x."""
     return Layout("(n w b1 q l) (k b0 p) -> k (n q l p w b1 b0)", w=2, b1=2, q=2, l=8, b0=2, p=4)
+
+
+def pad_rows(rows: int) -> Layout:
+    """A bias ``[R]`` in order, zeros to a multiple: CUTLASS."""
+    return Layout("(i a) -> i a", a=rows)
+
+
+def shuffle_rows(rows: int) -> Layout:
+    """A bias in the order of :func:`shuffle`, epilogue tile 128. ``rows`` is a multiple of 32."""
+    return Layout("(i g b a) -> i g a b", g=rows // 32, b=8, a=4)
+
+
+def up_gate_rows(rows: int) -> Layout:
+    """A bias in the order of :func:`up_gate`."""
+    return Layout("(h (i a)) -> ~h i a", h=2, a=rows)
+
+
+def up_gate_shuffled_rows(rows: int = 64) -> Layout:
+    """A bias in the order of :func:`up_gate_shuffled`."""
+    return Layout("(h (i g b a)) -> i g a ~h b", h=2, g=rows // 16, b=8, a=2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,62 +11,99 @@ from torch import Tensor
 
 from aliasparam import Alias, Derivation, Layout
 
-from ..checkpoint.format import CheckpointFormat
+from ..checkpoint.format import MODELOPT, CheckpointFormat
 from ..errors import BackendError
 from ..quantize.format import BLOCK_SIZE
-from .layouts import MoELayout
-from .runners import MoEShape
-from .stored import Stored
+from ..quantize.missing import Missing, is_dynamic
+from .runners import MoERunner, MoEShape, Needs
+from .stored import ROWS, Stored
 
 Parameters = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
-def parameters(
-    shape: MoEShape, names: CheckpointFormat, stored: Stored, *, input_scale: bool, bias: torch.dtype | None
-) -> Parameters:
-    """Checkpoint names with their shapes and dtypes; ``bias``: the dtype of the experts' biases, None where they have none."""
-    e, h, i, rows, gated = shape.experts, shape.hidden, shape.intermediate, shape.w13_rows, shape.expert_activation.gated
-    u8, e4m3, f32 = torch.uint8, torch.float8_e4m3fn, torch.float32
-    found: Parameters = {
-        f"w13_{names.weight}": ((e, *stored.matrix(rows, h // 2)), u8),
-        f"w2_{names.weight}": ((e, *stored.matrix(h, i // 2)), u8),
-        f"w13_{names.block_scale}": ((e, *stored.matrix(rows, h // BLOCK_SIZE)), e4m3),
-        f"w2_{names.block_scale}": ((e, *stored.matrix(h, i // BLOCK_SIZE)), e4m3),
-    }
-    of_all = shape.all_experts, 2 if gated else 1
-    scalars = {f"w13_{names.weight_global}": (e, 2) if gated else (e,), f"w2_{names.weight_global}": (e,)}
-    if input_scale:
-        scalars |= {f"w13_{names.input_global}": of_all, f"w2_{names.input_global}": of_all[:1]}
-    found |= {name: ((1,) if stored.one_scale else dims, f32) for name, dims in scalars.items()}
-    if bias is not None:
-        found |= {"w13_bias": ((e, rows), bias), "w2_bias": ((e, h), bias)}
-    return found
+@dataclass(frozen=True)
+class Declared:
+    """What a layer's checkpoint has: from this its names are declared, for one runner or another.
 
+    Attributes:
+        shape: of the layer on this rank.
+        names: of the checkpoint.
+        stored: the form of its tensors.
+        input_scale: whether it has activation scales.
+        missing: what counts for those that are missing.
+        bias: dtype of the experts' biases; None where they have none.
+    """
 
-def formats(checkpoint: CheckpointFormat, layout: MoELayout, stored: Stored, *, gated: bool) -> dict[str, tuple[str, Layout]]:
-    """Checkpoint name to (kernel name, its order) of the four large tensors."""
-    return {
-        f"w13_{checkpoint.weight}": ("w13_weight_prepared", stored.order(layout.w13, halves=gated)),
-        f"w2_{checkpoint.weight}": ("w2_weight_prepared", stored.order(layout.w2, halves=False)),
-        f"w13_{checkpoint.block_scale}": ("w13_blockscale_swizzled", stored.order(layout.w13_scale, halves=gated)),
-        f"w2_{checkpoint.block_scale}": ("w2_blockscale_swizzled", stored.order(layout.w2_scale, halves=False)),
-    }
+    shape: MoEShape
+    names: CheckpointFormat = MODELOPT
+    stored: Stored = ROWS
+    input_scale: bool = True
+    missing: Missing = "refuse"
+    bias: torch.dtype | None = None
 
+    @property
+    def gated(self) -> bool:
+        return self.shape.expert_activation.gated
 
-def aliases(
-    checkpoint: CheckpointFormat, stored: Stored, layout: MoELayout, others: Iterable[MoELayout], *, gated: bool
-) -> list[Alias]:
-    """The four pairs of ``layout``, with room for those of ``others``."""
-    rooms = [formats(checkpoint, other, stored, gated=gated) for other in others]
-    return [
-        Alias(source, kernel, order, room_for=tuple(room[source][1] for room in rooms))
-        for source, (kernel, order) in formats(checkpoint, layout, stored, gated=gated).items()
-    ]
+    @property
+    def needs(self) -> Needs:
+        """What is asked of a runner."""
+        return {
+            "activation": self.shape.expert_activation,
+            "input_scale": self.input_scale,
+            "dynamic": is_dynamic(self.missing),
+            "bias": self.bias is not None,
+        }
 
+    def parameters(self) -> Parameters:
+        """Checkpoint names with their shapes and dtypes."""
+        shape, names, stored = self.shape, self.names, self.stored
+        e, h, i, rows = shape.experts, shape.hidden, shape.intermediate, shape.w13_rows
+        u8, e4m3, f32 = torch.uint8, torch.float8_e4m3fn, torch.float32
+        found: Parameters = {
+            f"w13_{names.weight}": ((e, *stored.matrix(rows, h // 2)), u8),
+            f"w2_{names.weight}": ((e, *stored.matrix(h, i // 2)), u8),
+            f"w13_{names.block_scale}": ((e, *stored.matrix(rows, h // BLOCK_SIZE)), e4m3),
+            f"w2_{names.block_scale}": ((e, *stored.matrix(h, i // BLOCK_SIZE)), e4m3),
+        }
+        for name, halves in (("w13", self.gated), ("w2", False)):
+            found[f"{name}_{names.weight_global}"] = stored.scales(e, halves=halves, inputs=False), f32
+            if self.input_scale:
+                dims = stored.scales(shape.all_experts, halves=halves, inputs=True)
+                column = name == "w13" and not (self.gated or stored.columns)  # as SGLang has it
+                found[f"{name}_{names.input_global}"] = (*dims, 1) if column else dims, f32
+        if self.bias is not None:
+            found |= {"w13_bias": ((e, rows), self.bias), "w2_bias": ((e, h), self.bias)}
+        return found
 
-def biases(stored: Stored, *, gated: bool) -> list[Alias]:
-    """The pairs of the biases: gate above up, as runners that take them read them."""
-    return [Alias("w13_bias", "gemm1_bias", stored.bias_order(halves=gated)), Alias("w2_bias", "gemm2_bias")]
+    def formats(self, runner: MoERunner) -> dict[str, tuple[str, Layout]]:
+        """Checkpoint name to (kernel name, its order) of the four large tensors, and of biases."""
+        layout, stored, gated = runner.layout.of(self.shape.expert_activation), self.stored, self.gated
+        found = {
+            f"w13_{self.names.weight}": ("w13_weight_prepared", stored.order(layout.w13, halves=gated)),
+            f"w2_{self.names.weight}": ("w2_weight_prepared", stored.order(layout.w2, halves=False)),
+            f"w13_{self.names.block_scale}": ("w13_blockscale_swizzled", stored.order(layout.w13_scale, halves=gated)),
+            f"w2_{self.names.block_scale}": ("w2_blockscale_swizzled", stored.order(layout.w2_scale, halves=False)),
+        }
+        biases = runner.biases if self.bias is not None else None
+        return found if biases is None else found | biases.formats(stored, gated=gated)
+
+    def aliases(self, runner: MoERunner, others: Iterable[MoERunner]) -> list[Alias]:
+        """The pairs of ``runner``, with room for those of ``others``."""
+        rooms = [self.formats(other) for other in others]
+        return [
+            Alias(source, kernel, order, room_for=tuple(room[source][1] for room in rooms))
+            for source, (kernel, order) in self.formats(runner).items()
+        ]
+
+    def derivations(self, runner: MoERunner) -> list[Derivation]:
+        """What ``runner`` reads besides."""
+        shape = self.shape
+        scales = runner.scales(shape, self.names, input_scale=self.input_scale, missing=self.missing)
+        found = scales.derivations()
+        if self.bias is None or runner.biases is None:
+            return found
+        return found + runner.biases.derivations(scales, self.stored, shape.w13_rows, shape.hidden)
 
 
 def scalars(own: Iterable[Derivation], others: Iterable[Derivation], runner: str) -> list[Derivation]:

@@ -34,6 +34,7 @@ class Scalars:
         down: factor of the second GEMM's sums.
         after: without a gate, factor of what the activation gives; None is 1.
         raw: (alpha, beta, limit or None) of a kernel which holds and shifts its sums before it multiplies them.
+        before: whether biases are added before the factors.
     """
 
     input: Tensor | None
@@ -43,6 +44,7 @@ class Scalars:
     down: Tensor
     after: Tensor | None = None
     raw: tuple[Tensor, Tensor, Tensor | None] | None = None
+    before: bool = False
 
 
 def layer_output(
@@ -67,11 +69,9 @@ def layer_output(
             continue
         w13, w2 = weights(layer, runner, shape, expert)
         by = scalars(layer, expert)
-        bias13 = layer.gemm1_bias[expert].double() if hasattr(layer, "gemm1_bias") else None
+        bias13, bias2 = biases(layer, runner, shape, expert)
         hidden = _activated(_quantized(x, by.input, run_time)[token] @ w13.T, by, shape.expert_activation, bias13)
-        rows = (_quantized(hidden, by.hidden, run_time) @ w2.T) * by.down.double()
-        if bias13 is not None:
-            rows = rows + layer.gemm2_bias[expert].double()
+        rows = _scaled(_quantized(hidden, by.hidden, run_time) @ w2.T, by.down, bias2, before=by.before)
         out.index_add_(0, token, rows * topk_weights[token, choice].double().unsqueeze(-1))
     return out
 
@@ -89,6 +89,20 @@ def weights(layer: MoENames, runner: MoERunner, shape: MoEShape, expert: int) ->
     place = w2_place(torch.zeros_like(row), row, hidden)
     w2 = read(layer.w2_weight_prepared[expert], layer.w2_blockscale_swizzled[expert], place, column, swizzled=swizzled)
     return w13, w2
+
+
+def biases(layer: MoENames, runner: MoERunner, shape: MoEShape, expert: int) -> tuple[Tensor | float, Tensor | float]:
+    """(``[2I]``, or ``[I]`` without a gate; ``[H]``) of one expert in logical order, float64; 0.0 where nothing is added. One of
+    the ranks that divide I adds the second."""
+    suffix = "_raw" if runner.biases is not None and runner.biases.raw else ""
+    if not hasattr(layer, f"gemm1_bias{suffix}"):
+        return 0.0, 0.0
+    first, second = (getattr(layer, f"gemm{n}_bias{suffix}")[expert].double() for n in (1, 2))
+    row, h = torch.arange(shape.w13_rows, device=first.device), torch.arange(shape.hidden, device=first.device)
+    places = BIASES.get(runner.layout.of(shape.expert_activation).name, (_gate_up, _gate_up))
+    rows = len(first) // (2 if shape.expert_activation.gated else 1)
+    first = first[places[0](row // shape.intermediate, row % shape.intermediate, rows)]
+    return first, second[places[1](torch.zeros_like(h), h, len(second))] if shape.tp_rank == 0 else 0.0
 
 
 def _gate_up(half: Tensor, row: Tensor, rows: int) -> Tensor:
@@ -125,6 +139,8 @@ PLACES: dict[str, tuple[Place, Place, bool]] = {
     "rows-swizzled": (_gate_up, _gate_up, True),
     "rows-shuffled": (_shuffled_rows, _shuffled_rows, True),
 }
+#: Layout name to places of biases; others have them gate above up, whatever the order of their weights.
+BIASES: dict[str, tuple[Place, Place]] = {name: PLACES[name][:2] for name in ("up-gate", "shuffled", "rows-shuffled")}
 
 
 def _quantized(x: Tensor, reciprocal: Tensor | None, run_time: RunTimeScales | None) -> Tensor:
@@ -142,15 +158,20 @@ def _quantized(x: Tensor, reciprocal: Tensor | None, run_time: RunTimeScales | N
     return torch.cat(found)
 
 
-def _activated(sums: Tensor, by: Scalars, activation: ExpertActivation, bias: Tensor | None) -> Tensor:
+def _scaled(sums: Tensor, factor: Tensor, bias: Tensor | float, *, before: bool) -> Tensor:
+    return (sums + bias) * factor.double() if before else sums * factor.double() + bias
+
+
+def _activated(sums: Tensor, by: Scalars, activation: ExpertActivation, bias: Tensor | float) -> Tensor:
     if not activation.gated:
-        hidden = activation(sums * by.gate.double() + (0.0 if bias is None else bias), None)
+        hidden = activation(_scaled(sums, by.gate, bias, before=by.before), None)
         return hidden if by.after is None else hidden * by.after.double()
     gate, up = sums.chunk(2, -1)
+    more, more_up = (bias, bias) if isinstance(bias, float) else bias.chunk(2)
     if by.raw is None:
-        more, more_up = (0.0, 0.0) if bias is None else bias.chunk(2)
-        return activation(gate * by.gate.double() + more, up * by.up.double() + more_up)
+        return activation(_scaled(gate, by.gate, more, before=by.before), _scaled(up, by.up, more_up, before=by.before))
     alpha, beta, limit = by.raw
+    gate, up = gate + more, up + more_up
     if limit is not None:
         gate, up = torch.minimum(gate, limit), torch.clamp(up, -limit, limit)
     true = gate * by.gate.double()
@@ -170,7 +191,7 @@ def _two_factors(layer: MoENames, e: int) -> Scalars:
     raw = None
     if hasattr(layer, "gemm1_alpha"):
         raw = layer.gemm1_alpha[e].double(), layer.gemm1_beta[e].double(), None if limit is None else limit[e].double()
-    return Scalars(layer.w13_input_scale_quant, layer.g1_alphas[e], up, one, layer.g2_alphas[e], up, raw)
+    return Scalars(layer.w13_input_scale_quant, layer.g1_alphas[e], up, one, layer.g2_alphas[e], up, raw, before=True)
 
 
 def _reference(layer: MoENames, e: int) -> Scalars:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from aliasparam import TensorSpec, reload
+from aliasparam import Derivation, TensorSpec, reload
 
 from ..checkpoint import WHOLE, CheckpointError, CheckpointFolder, ExpertTensors, expert_layers
 from ..checkpoint.experts import ExpertKey
@@ -17,9 +17,10 @@ from ..errors import ScaleError
 from ..quantize.format import BLOCK_SIZE
 from ..quantize.global_scale import need_stored_scales
 from ..quantize.missing import Missing
+from .declarations import Declared
 from .method import NvFp4MoEMethod
 from .ranks import ExpertRanks
-from .runners import MoEShape
+from .runners import MoERunner, MoEShape
 
 SHARDS = ("w1", "w3", "w2")
 
@@ -47,6 +48,7 @@ class ExpertSource:
         input_scale: whether experts have activation scales.
         separate_scales: whether the runner takes gate and up with different global scales.
         missing: what counts for experts without an input scale, see scales.py.
+        derivations: what the runner computes from scales.
     """
 
     folder: CheckpointFolder
@@ -57,6 +59,7 @@ class ExpertSource:
     input_scale: bool
     separate_scales: bool
     missing: Missing = "refuse"
+    derivations: Sequence[Derivation] = ()
 
     @property
     def gated(self) -> bool:
@@ -123,6 +126,19 @@ class ExpertSource:
                 found=differing,
                 remedy="Use a runner which takes them apart (reference, flashinfer_trtllm_routed), or unify the scales.",
             )
+        self._derive(scalars)
+
+    def _derive(self, scalars: Mapping[ExpertKey, float]) -> None:
+        """Compute what will be computed after loading: it refuses what float32 does not hold."""
+        rows: dict[str, list[list[float]]] = {}
+        for key in self._rows():
+            if key[2] in (self.format.weight_global, self.format.input_global):
+                rows.setdefault(_name(key), []).append([scalars.get(half, 0.0) for half in self._halves(key)])
+        flat = {f"w2_{self.format.weight_global}", f"w2_{self.format.input_global}"}
+        flat |= set() if self.gated else {f"w13_{self.format.weight_global}"}
+        values = {name: torch.tensor(row).flatten() if name in flat else torch.tensor(row) for name, row in rows.items()}
+        for derived in self.derivations:
+            derived.function(*(values[source].clone() for source in derived.sources))
 
     def _is_scalar(self, part: ExpertPart) -> bool:
         return part.key[2] in (self.format.weight_global, self.format.input_global)
@@ -132,12 +148,14 @@ class ExpertSource:
         parts = {part.key: part for part in self.parts()}
         for key in self._rows():
             expert, shard, suffix = key
-            halves = [key, (expert, "w3", suffix)] if shard == "w1" and self.gated else [key]
-            values = [self._value(parts.get(half)) for half in halves]
+            values = [self._value(parts.get(half)) for half in self._halves(key)]
             row = expert if suffix == self.format.input_global else expert - self.shape.first_expert
             value = torch.cat(values)
             flat = shard == "w2" or (not self.gated and suffix == self.format.weight_global)
-            yield f"{'w2' if shard == 'w2' else 'w13'}_{suffix}", row, value if flat and value.dim() == 1 else value.unsqueeze(0)
+            yield _name(key), row, value if flat and value.dim() == 1 else value.unsqueeze(0)
+
+    def _halves(self, key: ExpertKey) -> list[ExpertKey]:
+        return [key, (key[0], "w3", key[2])] if key[1] == "w1" and self.gated else [key]
 
     def _rows(self) -> Iterator[ExpertKey]:
         first, shape = self.shape.first_expert, self.shape
@@ -153,6 +171,11 @@ class ExpertSource:
             return torch.zeros(1)
         value = self.folder.read(part.name, part.rows, part.columns)
         return value.reshape(1) if self._is_scalar(part) else value
+
+
+def _name(key: ExpertKey) -> str:
+    """On the layer."""
+    return f"{'w2' if key[1] == 'w2' else 'w13'}_{key[2]}"
 
 
 def expert_specs(
@@ -172,12 +195,19 @@ def expert_specs(
 
 def expert_source(method: NvFp4MoEMethod, layer: nn.Module, folder: CheckpointFolder, tensors: ExpertTensors) -> ExpertSource:
     """``tensors`` of ``folder``, for a layer made by ``method``."""
-    shape: MoEShape = layer.__dict__["nvfp4_moe_shape"]
-    separate: bool = layer.__dict__["nvfp4_runner"].separate_scales  # which may have been retargeted
+    declared: Declared = layer.__dict__["nvfp4_moe_declared"]
+    runner: MoERunner = layer.__dict__["nvfp4_runner"]  # which may have been retargeted
     own = tensors if method.activation.gated else tensors.without_gate()
-    missing = method.missing_input_scale
     return ExpertSource(
-        folder, own, shape, method.ranks, method.checkpoint, method.input_scale, separate_scales=separate, missing=missing
+        folder,
+        own,
+        declared.shape,
+        method.ranks,
+        declared.names,
+        declared.input_scale,
+        runner.separate_scales,
+        declared.missing,
+        declared.derivations(runner),
     )
 
 

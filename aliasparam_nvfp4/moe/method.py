@@ -18,7 +18,7 @@ from ..quantize.block_scales import FiniteBlockScales
 from ..quantize.format import BLOCK_SIZE
 from ..quantize.missing import Missing, RunTimeScales, is_dynamic, need_policy
 from .activation import SWIGLU, ExpertActivation
-from .declarations import Parameters, aliases, biases, parameters, scalars
+from .declarations import Declared, scalars
 from .loader import ExpertLoader
 from .ranks import ExpertRanks
 from .routing import Routing
@@ -40,6 +40,7 @@ class NvFp4MoEMethod:
         interleaved: True where fused tensors of the checkpoint have rows ``[g0, u0, g1, u1, ...]``. The loader takes them apart
             as they arrive; nothing on the layer remembers it, so they can arrive as often as they like.
         bias: True where experts have biases, ``w13_bias`` ``[E, 2I]`` and ``w2_bias`` ``[E, H]`` in the layer's dtype (gpt-oss).
+            Every rank has the whole ``w2_bias``; of those that divide I the first adds it.
         stored: the form of the checkpoint's tensors; ``GPT_OSS`` for gpt-oss, whose names then have other shapes than below.
         retarget_to: runners to which a loaded layer may be moved by :func:`retarget_experts`, where their padding needs more
             room or their scalars are others.
@@ -83,13 +84,8 @@ class NvFp4MoEMethod:
         self.ranks = ExpertRanks(ep_rank, ep_size, tp_rank, tp_size)
         if interleaved and not activation.gated:
             raise ShapeError("without a gate there is nothing to interleave", expected="interleaved=False", found=activation.kind)
-        if (interleaved and stored.columns) or (tp_size > 1 and (bias or stored.columns)):
-            raise ShapeError(
-                "experts with biases, or stored by columns, are whole on a rank",
-                expected="tp_size=1, and interleaved=False: the form says so already",
-                found=f"tp_size={tp_size}, interleaved={interleaved}",
-                remedy="Divide the experts among ranks by their number: ep_size.",
-            )
+        if interleaved and stored.columns:
+            raise ShapeError("by columns, gate and up are neighbours", expected="interleaved=False", found="interleaved=True")
         need_policy(missing_input_scale)
         dynamic = is_dynamic(missing_input_scale)
         needs: Needs = {"activation": activation, "input_scale": input_scale, "dynamic": dynamic, "bias": bias}
@@ -134,12 +130,14 @@ class NvFp4MoEMethod:
                 remedy=_would_do(h, i, self.tp_size),
             )
         everywhere = e * self.ep_size
-        shape = MoEShape(e, h, i, e * self.ep_rank, everywhere, self.ep_rank, self.ep_size, self.activation)
-        loader = ExpertLoader(
-            e, shape.first_expert, everywhere, self.tp_rank, self.tp_size, self.activation.gated, self.interleaved
-        )
+        ranks = self.ep_rank, self.ep_size, self.activation, self.tp_rank, self.tp_size
+        shape = MoEShape(e, h, i, e * self.ep_rank, everywhere, *ranks)
+        bias = params_dtype if self.bias else None
+        declared = Declared(shape, self.checkpoint, self.stored, self.input_scale, self.missing_input_scale, bias)
+        form = self.activation.gated, self.interleaved, self.stored.columns
+        loader = ExpertLoader(e, shape.first_expert, everywhere, self.tp_rank, self.tp_size, *form)
         attributes = {"weight_loader": loader, **extra_weight_attrs}
-        for name, (dims, dtype) in self._parameters(shape, params_dtype).items():
+        for name, (dims, dtype) in declared.parameters().items():
             parameter = nn.Parameter(torch.empty(dims, dtype=dtype), requires_grad=False)
             of_all = name.endswith(self.checkpoint.input_global)
             own = {"of_all_experts": of_all, "is_bias": name.endswith("_bias")}
@@ -148,34 +146,19 @@ class NvFp4MoEMethod:
             layer.register_parameter(name, parameter)
         runner, reason = chosen(self.name, dtype=params_dtype, **self._needs)
         layer.__dict__.update(nvfp4_moe_shape=shape, nvfp4_runner=runner, params_dtype=params_dtype)
-        layer.__dict__["nvfp4_moe_checkpoint"] = self.checkpoint, self.input_scale
-        layer.__dict__["nvfp4_moe_stored"] = self.stored, self.bias
-        layer.__dict__["nvfp4_moe_missing"] = self.missing_input_scale
+        layer.__dict__["nvfp4_moe_declared"] = declared
         layer.__dict__["run_time_scales"] = RunTimeScales.of(self.missing_input_scale)
-        self._declare(layer, shape, runner).about = f"{runner.name}: {reason}"
+        self._declare(layer, declared, runner).about = f"{runner.name}: {reason}"
 
-    def _parameters(self, shape: MoEShape, dtype: torch.dtype) -> Parameters:
-        """Checkpoint names with their shapes and dtypes."""
-        bias = dtype if self.bias else None
-        return parameters(shape, self.checkpoint, self.stored, input_scale=self.input_scale, bias=bias)
-
-    def _declare(self, layer: nn.Module, shape: MoEShape, runner: MoERunner) -> AliasRegistry:
-        layout = runner.layout.of(self.activation)
-        own, *others = (
-            r.scales(shape, self.checkpoint, input_scale=self.input_scale, missing=self.missing_input_scale).derivations()
-            for r in (runner, *self.retarget_to)
-        )
-        gated = self.activation.gated
-        others_layouts = [r.layout.of(self.activation) for r in self.retarget_to]
-        pairs = aliases(self.checkpoint, self.stored, layout, others_layouts, gated=gated)
-        pairs += biases(self.stored, gated=gated) if self.bias else []
+    def _declare(self, layer: nn.Module, declared: Declared, runner: MoERunner) -> AliasRegistry:
+        own, *others = (declared.derivations(r) for r in (runner, *self.retarget_to))
+        pairs = declared.aliases(runner, self.retarget_to)
         derived = scalars(own, [d for other in others for d in other], runner.name)
         read = {alias.source for alias in pairs} | {source for d in derived for source in d.sources}
-        names = self._parameters(shape, torch.float32)
-        kept = [Keep(name) for name in names if name not in read]  # activation scales on W4A16 runners
+        kept = [Keep(name) for name in declared.parameters() if name not in read]  # activation scales on W4A16 runners
         registry = declare(layer, *pairs, *derived, *kept, loaded=False)
         block_scales = f"w13_{self.checkpoint.block_scale}", f"w2_{self.checkpoint.block_scale}"
-        registry.checks.append(FiniteBlockScales(block_scales, shape.first_expert))
+        registry.checks.append(FiniteBlockScales(block_scales, declared.shape.first_expert))
         registry.on_processed.append(_tell_runner)
         return registry
 

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from torch import nn
 
-from aliasparam import Derivation, Layout, registry_of
+from aliasparam import Layout, registry_of
 
-from ..checkpoint.format import CheckpointFormat
 from ..errors import BackendError
 from ..kernels.room import need_room
-from ..quantize.missing import Missing, is_dynamic
-from .declarations import formats, unread
-from .runners import MoERunner, MoEShape, Needs, moe_runner
-from .stored import Stored
+from .declarations import Declared, unread
+from .runners import MoERunner, moe_runner
 
 
 def retarget_experts(module: nn.Module, runner: str) -> int:
@@ -49,22 +46,10 @@ class _Experts:
             raise AssertionError("a layer of experts without declarations")
         self.layer, self.registry = layer, registry
         self.runner: MoERunner = layer.__dict__["nvfp4_runner"]
-        self.shape: MoEShape = layer.__dict__["nvfp4_moe_shape"]
-        checkpoint, input_scale = layer.__dict__["nvfp4_moe_checkpoint"]
-        stored, bias = layer.__dict__["nvfp4_moe_stored"]
-        self.checkpoint: CheckpointFormat = checkpoint
-        self.input_scale: bool = input_scale
-        self.stored: Stored = stored
-        self.bias: bool = bias
-        self.missing: Missing = layer.__dict__["nvfp4_moe_missing"]
-
-    def scalars(self, runner: MoERunner) -> list[Derivation]:
-        return runner.scales(self.shape, self.checkpoint, input_scale=self.input_scale, missing=self.missing).derivations()
+        self.declared: Declared = layer.__dict__["nvfp4_moe_declared"]
 
     def formats(self, runner: MoERunner) -> dict[str, Layout]:
-        layout = runner.layout.of(self.shape.expert_activation)
-        found = formats(self.checkpoint, layout, self.stored, gated=self.shape.expert_activation.gated)
-        return {source: order for source, (_, order) in found.items()}
+        return {source: order for source, (_, order) in self.declared.formats(runner).items()}
 
     def _new_formats(self, target: MoERunner) -> dict[str, Layout]:
         old = self.formats(self.runner)
@@ -73,13 +58,7 @@ class _Experts:
     def need_movable_to(self, target: MoERunner) -> None:
         """Raise what would go wrong. Nothing is changed."""
         label = self.registry.label
-        needs: Needs = {
-            "activation": self.shape.expert_activation,
-            "input_scale": self.input_scale,
-            "dynamic": is_dynamic(self.missing),
-            "bias": self.bias,
-        }
-        if (reason := target.refusal(**needs)) is not None:
+        if (reason := target.refusal(**self.declared.needs)) is not None:
             raise BackendError(f"this runner cannot serve these experts: {reason}", module=label, name=target.name)
         if copies := [n for n in self.formats(target) if not self.registry.sources[n].derived]:
             raise BackendError(
@@ -90,7 +69,7 @@ class _Experts:
                 remedy="Create the layer with the runner it shall have.",
             )
         need_room(target, self.registry, self._new_formats(target), label, "NvFp4MoEMethod")
-        scalars = self.scalars(target)
+        scalars = self.declared.derivations(target)
         memory = {n: (d.declaration.shape, d.declaration.dtype) for n, d in self.registry.derived.items()}
         if lacking := [d.name for d in scalars if memory.get(d.name) != (d.shape, d.dtype)]:
             raise BackendError(
@@ -107,9 +86,9 @@ class _Experts:
     def move_to(self, target: MoERunner) -> None:
         loaded = not self.registry.stale_names()
         self.registry.retarget(self._new_formats(target))
-        scalars = self.scalars(target)
+        scalars = self.declared.derivations(target)
         read = {d.name for d in scalars}
-        self.registry.rederive([*scalars, *(unread(d) for d in self.scalars(self.runner) if d.name not in read)])
+        self.registry.rederive([*scalars, *(unread(d) for d in self.declared.derivations(self.runner) if d.name not in read)])
         self.layer.__dict__["nvfp4_runner"] = target
         self.registry.about = f"{target.name}: moved by retarget"
         if loaded:

@@ -108,7 +108,7 @@ class MoEScales:
         return [*self._factors(), *self._numbers()]
 
     def _factors(self) -> list[Derivation]:
-        each, f32, s13, s2, a1, a2 = (self.experts,), torch.float32, self._s13, self._s2, self._a1, self._a2
+        each, f32, s13, s2, a1, a2 = (self.experts,), torch.float32, self.s13, self.s2, self.a1, self.a2
         if self.inputs is InputScales.NONE:
             both = [Derivation("g1_alphas_gate_up", (s13,), self._gate_up, (self.experts, 2), f32)]
             return [
@@ -119,8 +119,8 @@ class MoEScales:
             ]
         if self.inputs is InputScales.DIVIDING:
             return [
-                Derivation("g1_alphas", (s13,), self._gate, each, f32),
-                Derivation("g2_alphas", (a2, s2), self._down_with_input, each, f32),
+                Derivation("g1_alphas", (a1, s13), self._gate_apart, each, f32),
+                Derivation("g2_alphas", (a2, s2), self.down_with_input, each, f32),
                 Derivation("w13_input_scale_max", (a1,), partial(self._input, a1), (1,), f32),
                 Derivation("w2_input_scale_max", (a2,), partial(self._input, a2), (1,), f32),
             ]
@@ -131,11 +131,11 @@ class MoEScales:
             Derivation("w2_input_scale_quant", (a2,), partial(self._quant, a2), quants, f32),
             Derivation("g1_alphas", (a1, s13), self._gate_with_input, each, f32),
             Derivation("g1_scale_c", up, self._up_with_inputs if self._gated else self._after, each, f32),
-            Derivation("g2_alphas", (a2, s2), self._down_with_input, each, f32),
+            Derivation("g2_alphas", (a2, s2), self.down_with_input, each, f32),
         ]
 
     def _numbers(self) -> list[Derivation]:
-        numbers, s13 = self.expert_activation, self._s13
+        numbers, s13 = self.expert_activation, self.s13
         each, f32 = (self.experts,), torch.float32
         if not numbers.has_numbers or self.numbers in (None, SwigluNumbers.AS_FLOATS):
             return []
@@ -143,7 +143,7 @@ class MoEScales:
         beta: Callable[..., Tensor] = partial(self._same, numbers.beta)
         limit: Callable[..., Tensor] = partial(self._same, numbers.limit or 0.0)
         if self.numbers is SwigluNumbers.OF_RAW_SUMS:
-            sources = (s13,) if self.inputs is InputScales.NONE else (s13, self._a1)
+            sources = (s13,) if self.inputs is InputScales.NONE else (s13, self.a1)
             beta, limit = self._raw_beta, self._raw_limit
         found = [
             Derivation("gemm1_alpha", (s13,), partial(self._same, numbers.alpha), each, f32),
@@ -154,19 +154,19 @@ class MoEScales:
     # -- names ---------------------------------------------------------------------------------------------------------
 
     @property
-    def _s13(self) -> str:
+    def s13(self) -> str:
         return f"w13_{self.checkpoint.weight_global}"
 
     @property
-    def _s2(self) -> str:
+    def s2(self) -> str:
         return f"w2_{self.checkpoint.weight_global}"
 
     @property
-    def _a1(self) -> str:
+    def a1(self) -> str:
         return f"w13_{self.checkpoint.input_global}"
 
     @property
-    def _a2(self) -> str:
+    def a2(self) -> str:
         return f"w2_{self.checkpoint.input_global}"
 
     @property
@@ -192,10 +192,9 @@ class MoEScales:
     def _largest(self, scales: Tensor) -> Tensor:
         return scales.min() if self.checkpoint.reciprocal else scales.max()
 
-    def _product(self, inputs: Tensor, weights: Tensor, name: str) -> Tensor:
-        """Scales may each be one and have a product that float32 does not hold."""
-        found = inputs * weights
-        self._need("the product of its input and weight scale", name, found, self.first_expert)
+    def _held(self, name: str, found: Tensor) -> Tensor:
+        """Scales may each be one and have a product or a quotient that float32 does not hold."""
+        self._need("what a kernel multiplies with", name, found, self.first_expert)
         return found
 
     def _multiplier(self, stored: Tensor) -> Tensor:
@@ -214,44 +213,50 @@ class MoEScales:
         return s13.new_full((self.experts,), value)
 
     def _raw_beta(self, s13: Tensor, *inputs: Tensor) -> Tensor:
-        return self.expert_activation.beta / self._factor(self._up(s13), *inputs)
+        found = self.expert_activation.beta / self.factor(self._up(s13), *inputs)
+        return self._held(self.s13, found) if self.expert_activation.beta > 0 else found
 
     def _raw_limit(self, s13: Tensor, *inputs: Tensor) -> Tensor:
-        return (self.expert_activation.limit or 0.0) / self._factor(self._tied(s13, _ONE_LIMIT), *inputs)
+        return self._held(self.s13, (self.expert_activation.limit or 0.0) / self.factor(self._tied(s13, _ONE_LIMIT), *inputs))
 
     def _gate_with_input(self, inputs: Tensor, s13: Tensor) -> Tensor:
-        return self._input(self._a1, inputs) * self._gate(s13)
+        return self.factor(self._gate(s13), inputs)
+
+    def _gate_apart(self, inputs: Tensor, s13: Tensor) -> Tensor:
+        """For a kernel that multiplies the two itself."""
+        self._gate_with_input(inputs, s13)
+        return self._gate(s13)
 
     def _up_with_inputs(self, inputs: Tensor, s13: Tensor, after: Tensor) -> Tensor:
-        return self._input(self._a1, inputs) * self._up(s13) / self._input(self._a2, after)
+        return self._held(self.s13, self.factor(self._up(s13), inputs) / self._input(self.a2, after))
 
     def _after(self, after: Tensor) -> Tensor:
-        inverse = self._quant(self._a2, after)
+        inverse = self._quant(self.a2, after)
         return torch.where(inverse == 0, 1.0, inverse).expand(self.experts).clone()
 
-    def _down_with_input(self, inputs: Tensor, s2: Tensor) -> Tensor:
-        return self._input(self._a2, inputs) * self._down(s2)
+    def down_with_input(self, inputs: Tensor, s2: Tensor) -> Tensor:
+        return self._held(self.s2, self._input(self.a2, inputs) * self._down(s2))
 
-    def _factor(self, weight: Tensor, inputs: Tensor | None = None) -> Tensor:
-        return weight if inputs is None else self._input(self._a1, inputs) * weight
+    def factor(self, weight: Tensor, inputs: Tensor | None = None) -> Tensor:
+        return weight if inputs is None else self._held(self.s13, self._input(self.a1, inputs) * weight)
 
     def _gate(self, s13: Tensor) -> Tensor:
         if not self._gated:
-            return self._weight(self._s13, s13)
-        return self._weight(self._s13, s13)[:, 0].clone() if self.separate else self._tied(s13, "this runner has one factor")
+            return self.weight(self.s13, s13)
+        return self.weight(self.s13, s13)[:, 0].clone() if self.separate else self._tied(s13, "this runner has one factor")
 
     def _up(self, s13: Tensor) -> Tensor:
-        scales = self._weight(self._s13, s13)
+        scales = self.weight(self.s13, s13)
         return scales[:, 1].clone() if self._gated else torch.ones_like(scales)
 
     def _tied(self, s13: Tensor, why: str) -> Tensor:
         """The scale of gate and up, ``[E]``. Raises ScaleError where an expert has two."""
-        both = self._weight(self._s13, s13)
+        both = self.weight(self.s13, s13)
         differing = (both[:, 0] != both[:, 1]).nonzero().flatten().tolist()
         if differing:
             raise ScaleError(
                 f"gate and up of {len(differing)} experts have different weight global scales, and {why}",
-                name=f"{self.runner}: {self._s13}, expert {self.first_expert + differing[0]}",
+                name=f"{self.runner}: {self.s13}, expert {self.first_expert + differing[0]}",
                 expected="equal values",
                 found=s13[differing[0]].tolist(),
                 remedy="Use a runner whose gate and up may differ (reference, flashinfer_cutile), or export with unified scales.",
@@ -259,14 +264,16 @@ class MoEScales:
         return both[:, 0].clone()
 
     def _gate_up(self, s13: Tensor) -> Tensor:
-        return self._weight(self._s13, s13)
+        return self.weight(self.s13, s13)
 
     def _down(self, s2: Tensor) -> Tensor:
-        return self._weight(self._s2, s2)
+        return self.weight(self.s2, s2)
 
-    def _weight(self, name: str, scales: Tensor) -> Tensor:
+    def weight(self, name: str, scales: Tensor) -> Tensor:
         if scales.numel() == 1:  # one for all experts
-            scales = scales.reshape(1).expand((self.experts, 2) if self._gated and name == self._s13 else self.experts)
+            scales = scales.reshape(1).expand(self.experts)
+        if scales.dim() == 1 and self._gated and name == self.s13:  # one for gate and up
+            scales = scales.unsqueeze(-1).expand(self.experts, 2)
         self._need("a weight global scale", name, scales, self.first_expert)
         return self._multiplier(scales)
 
@@ -289,5 +296,6 @@ _REMEDIES = {
     "a weight global scale": "For an expert of zeros store 1.0 here, and zeros as its block scales: it then gives zeros.",
     "an input scale": "An expert which met no token in calibration has none: calibrate with all experts, store another's, or "
     'choose what counts instead: missing_input_scale="max" (the largest of the layer) or "dynamic" (computed at run time).',
-    "the product of its input and weight scale": "Export the checkpoint again: these are beyond any weight or activation.",
+    "what a kernel multiplies with": "Export the checkpoint again: its input and weight scale, each fine, are together beyond "
+    "any weight or activation.",
 }

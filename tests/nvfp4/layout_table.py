@@ -25,6 +25,9 @@ _PARTS = {
     "block scales of such blocks": lines.up_gate_blocks_swizzled(4),
     "pairs (up, gate), shuffled (TRT-LLM)": lines.up_gate_shuffled(64),
     "block scales of such pairs": lines.up_gate_shuffled_swizzled(8),
+    "a bias of `[gate; up]` as `[up; gate]`, each padded (CUTLASS)": lines.up_gate_rows(64),
+    "a bias of pairs (up, gate), shuffled (TRT-LLM)": lines.up_gate_shuffled_rows(),
+    "a bias of shuffled rows": lines.shuffle_rows(128),
     "MMA fragments (CuteDSL W4A16, SM12x)": lines.fragments(),
 }
 

@@ -112,7 +112,7 @@ def _moe_cells(runner: MoERunner) -> list[str]:
 
 
 def render_activations() -> str:
-    lines = ["| runner | SwiGLU with numbers | its numbers | `relu2` | I in whole, without a gate |", "|" + "---|" * 5]
+    lines = ["| runner | SwiGLU with numbers | its numbers | `relu2` | I in whole, without a gate | biases |", "|" + "---|" * 6]
     for runner in sorted(moe_runners().values(), key=lambda r: (-r.rank, r.name)):
         relu2 = runner.refusal(RELU2) is None
         ungated = runner.layout.of(RELU2).intermediate if relu2 else None
@@ -122,6 +122,7 @@ def render_activations() -> str:
             "" if runner.swiglu_numbers is None else runner.swiglu_numbers.value,
             "yes" if relu2 else "refused",
             "16s" if ungated == 1 else f"{ungated}s" if ungated else "",
+            "refused" if runner.biases is None else "of raw sums" if runner.biases.raw else "of true values",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from aliasparam import reload
 from aliasparam.testing import same_bytes
 from aliasparam_nvfp4 import NvFp4MoEMethod
-from aliasparam_nvfp4.errors import BackendError, ScaleError, ShapeError
+from aliasparam_nvfp4.errors import ScaleError
 from aliasparam_nvfp4.linear.verify import signal_to_noise
 from aliasparam_nvfp4.moe import GPT_OSS, RELU2, ExpertActivation, retarget_experts
 from aliasparam_nvfp4.moe.emulate import layer_output
@@ -48,23 +48,25 @@ def small(seed: int) -> Any:
     return model.to(torch.bfloat16).eval()
 
 
-def packed(model: Any, **inputs: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(ModelOpt's tensors, decoded ones in float32); with ``gate_up_proj=`` and ``down_proj=`` input scales, W4A4."""
+def packed(model: Any, *, each: bool = False, **inputs: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(ModelOpt's tensors, decoded ones in float32); with ``gate_up_proj=`` and ``down_proj=`` input scales, W4A4; with ``each``
+    a global scale for each expert."""
+    totals = torch.tensor(3.0 / 2688) * (1 + torch.arange(E) / 8 if each else torch.ones(()))
     tensors = {name: t.detach().clone() for name, t in model.state_dict().items()}
     plain = {name: t.float() for name, t in tensors.items()}
     for name in [n for n in tensors if n.endswith((".gate_up_proj", ".down_proj"))]:
-        codes, scales, total = quantize(tensors[name].float().mT.contiguous(), torch.tensor(3.0 / 2688))
-        plain[name] = dequantize(codes, scales, total).mT.contiguous()
+        codes, scales, _ = quantize(tensors[name].float().mT.contiguous(), totals.view(-1, 1, 1) if each else totals)
+        plain[name] = dequantize(codes, scales, totals.view(-1, 1, 1) if each else totals).mT.contiguous()
         tensors |= {name: codes.mT, f"{name}_weight_scale": scales.view(torch.uint8).mT.contiguous().view(scales.dtype),
-                    f"{name}_weight_scale_2": total.reshape(())}  # fmt: skip
+                    f"{name}_weight_scale_2": totals.clone()}  # fmt: skip
         if inputs:
-            tensors[f"{name}_input_scale"] = torch.tensor(inputs[name.rpartition(".")[2]])
+            tensors[f"{name}_input_scale"] = torch.full(totals.shape, inputs[name.rpartition(".")[2]])
     return tensors, plain
 
 
-def folders(path: Path, seed: int, **inputs: float) -> tuple[Path, Path, dict[str, Tensor]]:
+def folders(path: Path, seed: int, *, each: bool = False, **inputs: float) -> tuple[Path, Path, dict[str, Tensor]]:
     model = small(seed)
-    tensors, plain = packed(model, **inputs)
+    tensors, plain = packed(model, each=each, **inputs)
     settings = json.loads(model.config.to_json_string())
     ignored = ["lm_head", "*self_attn*", "*router*"]
     quantization = {**QUANTIZATION, "ignore": ignored, "quant_algo": "NVFP4" if inputs else "W4A16_NVFP4"}
@@ -72,10 +74,12 @@ def folders(path: Path, seed: int, **inputs: float) -> tuple[Path, Path, dict[st
     return a, write(path / "plain", plain, settings), tensors
 
 
+@pytest.mark.parametrize("each", [False, True], ids=["one scale", "a scale for each expert"])
 @pytest.mark.parametrize("inputs", [{}, {"gate_up_proj": 0.004, "down_proj": 0.006}], ids=["W4A16", "W4A4"])
-def test_it_answers_right_reloads_and_exports_its_bytes(inputs: dict[str, float], tmp_path: Path) -> None:
+def test_it_answers_right_reloads_and_exports_its_bytes(inputs: dict[str, float], each: bool, tmp_path: Path) -> None:
     cls = transformers.GptOssForCausalLM
-    (a, plain, tensors), (b, _, _) = folders(tmp_path / "0", 0, **inputs), folders(tmp_path / "1", 1, **inputs)
+    a, plain, tensors = folders(tmp_path / "0", 0, each=each, **inputs)
+    b, _, _ = folders(tmp_path / "1", 1, each=each, **inputs)
     model = load(a, cls)
     first = logits(model)
     assert signal_to_noise(first, logits(cls.from_pretrained(plain, dtype=torch.float32).eval())) > (10 if inputs else 100)
@@ -220,17 +224,6 @@ def test_an_engines_loader_takes_biases_expert_by_expert() -> None:
             for shard, part in shards.items():
                 param.weight_loader(param, part, name, shard, expert)  # type: ignore[operator]
         assert torch.equal(param, tensors[name])
-
-
-def test_who_adds_no_biases_refuses_by_name() -> None:
-    for runner in moe_runners().values():
-        if not runner.biases:
-            with pytest.raises(BackendError, match=r"it adds no biases of experts|quantizes activations|its kernel has no"):
-                NvFp4MoEMethod(runner.name, bias=True, input_scale=False)
-            with pytest.raises(BackendError, match="biases"):
-                NvFp4MoEMethod(runner.name, bias=True)
-    with pytest.raises(ShapeError, match="whole on a rank"):
-        NvFp4MoEMethod("reference", bias=True, tp_size=2)
 
 
 def main() -> None:

@@ -86,6 +86,22 @@ def test_scales_that_are_none_are_refused_by_name_and_expert(runner: str, tensor
         load(layer, tensors)
 
 
+@pytest.mark.parametrize("runner", [n for n in RUNNERS if moe_runner(n).input_scales is not InputScales.NONE])
+@pytest.mark.parametrize("shard", ["w13", "w2"])
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+def test_scales_whose_product_float32_lacks_are_refused_by_name_and_expert(runner: str, shard: str, scale: float) -> None:
+    """Each is a scale; their product would be a factor of 0 or infinity."""
+    dims = (3, 80, 48)
+    layer, tensors = Experts(runner, dims), stored(dims)
+    for expert, own, suffix in [key for key in tensors if (key[1] == "w2") == (shard == "w2")]:
+        if suffix == "input_scale" or (suffix == "weight_scale_2" and expert == 2):
+            tensors[expert, own, suffix] = torch.tensor(scale)
+    with pytest.raises(
+        ScaleError, match=rf"(?s){shard}_weight_scale_2, expert [02].*what a kernel multiplies with.*together beyond"
+    ):
+        load(layer, tensors)
+
+
 def test_what_the_message_says_to_do_with_a_zeroed_expert_serves() -> None:
     dims = SHAPES[0]
     layer, tensors = Experts("reference", dims), stored(dims)

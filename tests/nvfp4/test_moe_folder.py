@@ -97,6 +97,12 @@ def rename(tensors: dict[str, Tensor], old: str, new: str) -> None:
         tensors[new + name.removeprefix(old)] = tensors.pop(name)
 
 
+def no_product(tensors: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if name.endswith("input_scale") or name == f"{W1}.weight_scale_2":
+            tensor.fill_(1e-25)
+
+
 BAD: dict[str, tuple[Spoil, type[AliasError], str]] = {
     "an expert is missing": (
         lambda t: [t.pop(n) for n in list(t) if n.startswith(f"{LAYER}.1.")], CheckpointError, "expert 1 is missing"),
@@ -110,6 +116,7 @@ BAD: dict[str, tuple[Spoil, type[AliasError], str]] = {
         "different dtypes of w1 weight: expert 0 uint8, expert 1 uint8, expert 2 bfloat16"),
     "a wrong shape": (lambda t: t.update({f"{W1}.weight": t[f"{W1}.weight"][:-1].clone()}), CheckpointError, f"{W1}.weight: exp"),
     "a scale that is none": (lambda t: t[f"{W1}.input_scale"].fill_(0), ScaleError, f"{W1}.input_scale"),
+    "scales whose product is none": (no_product, ScaleError, "what a kernel multiplies with is not a scale"),
 }  # fmt: skip
 
 

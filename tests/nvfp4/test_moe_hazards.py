@@ -16,10 +16,8 @@ from aliasparam import checkpoint_state_dict, memory_report, process, registry_o
 from aliasparam.errors import ReloadError
 from aliasparam_nvfp4.errors import ScaleError
 from aliasparam_nvfp4.moe.activation import ExpertActivation
-from aliasparam_nvfp4.moe.declarations import formats
 from aliasparam_nvfp4.moe.runners import moe_runner
 from aliasparam_nvfp4.moe.scales import SwigluNumbers
-from aliasparam_nvfp4.moe.stored import ROWS
 from aliasparam_nvfp4.quantize.block_scales import STEP_BYTES
 
 from ..aliasparam.peak import peak_bytes
@@ -87,8 +85,7 @@ def test_3_padding_is_no_state_and_is_zero_again_after_raw_bytes_went_through_it
 
 def orders_of(layer: Experts) -> Any:
     """Checkpoint name to (kernel name, its order)."""
-    layout = layer.nvfp4_runner.layout.of(layer.method.activation)  # type: ignore[operator, union-attr]
-    return formats(layer.method.checkpoint, layout, ROWS, gated=layer.method.activation.gated)
+    return layer.nvfp4_moe_declared.formats(layer.nvfp4_runner)  # type: ignore[operator, union-attr]
 
 
 @every_runner

@@ -34,10 +34,18 @@ CASES += [("reference", "swiglu", ALIGNED), ("flashinfer_trtllm_routed", "swiglu
 
 
 def legal(name: str, spec: TensorSpec, random: torch.Generator) -> Tensor:
+    if spec.dtype is torch.bfloat16:
+        return torch.randn(spec.shape, generator=random).bfloat16()
     if spec.dtype is torch.float32:  # one value for all: gate and up are tied then
         return torch.full(spec.shape, 1.0 / int(torch.randint(1, 2688, (), generator=random)))
     raw = torch.randint(0, 256, spec.shape, generator=random, dtype=torch.uint8)
     return raw if spec.dtype is torch.uint8 else (raw & 0x77).view(spec.dtype)
+
+
+@pytest.mark.parametrize("runner", ["flashinfer_cutlass", "flashinfer_trtllm_routed"])
+def test_all_laws_by_the_kit_with_biases(runner: str) -> None:
+    """In the order of rows and padded; and derived, in memory of their own."""
+    check_method(lambda: Experts(runner, RAGGED, activation=ACTIVATIONS["oai"], bias=True), values=legal, examples=6)
 
 
 @pytest.mark.parametrize("runner, kind, dims", CASES, ids=str)

@@ -24,9 +24,7 @@ from .moe_layers import SHAPES, choices, load, names
 def read_by(layer: Experts) -> dict[str, bytes]:
     """The names which the layer's runner reads, and the checkpoint's."""
     every = names(layer)
-    runner, shape = layer.nvfp4_runner, layer.nvfp4_moe_shape
-    checkpoint, input_scale = layer.nvfp4_moe_checkpoint  # type: ignore[misc]
-    scalars = runner.scales(shape, checkpoint, input_scale=input_scale).derivations()  # type: ignore[operator, union-attr]
+    scalars = layer.nvfp4_moe_declared.derivations(layer.nvfp4_runner)  # type: ignore[operator, union-attr]
     buffers = {n for n, _ in layer.named_buffers()}
     return {
         n: b for n, b in every.items() if n not in buffers or n in {d.name for d in scalars} or "13_w" in n or "prepared" in n

@@ -8,6 +8,7 @@ makes the aliased storage, whose layouts begin with "columns to rows", and shows
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +18,8 @@ from aliasparam import registry_of
 from ...checkpoint import CheckpointFolder, TensorEntry, UnsupportedFormatError
 from ...checkpoint.format import MODELOPT, CheckpointFormat
 from ...checkpoint.scheme import Scheme
-from ...moe import GPT_OSS, ExpertActivation, NvFp4MoEMethod
-from ...moe.declarations import parameters
+from ...moe import GPT_OSS, ExpertActivation, NvFp4MoEMethod, Stored
+from ...moe.declarations import Declared
 from ...moe.runners import MoEShape
 from ...quantize.global_scale import need_stored_scales
 from ...quantize.missing import is_dynamic
@@ -58,6 +59,7 @@ class FusedExperts(nn.Module):
     ) -> None:
         super().__init__()
         self.scheme, self._sizes, self._dtype = scheme, sizes, dtype
+        form = _form(stored, sizes[0])
         quantized, missing = scheme.inputs == "stored", choice.missing_input_scale
         #: A policy is needed where activations are quantized: of weights alone nothing is missing.
         self.quant_method = NvFp4MoEMethod(
@@ -66,12 +68,12 @@ class FusedExperts(nn.Module):
             input_scale=quantized,
             missing_input_scale=missing if quantized else "refuse",
             bias=True,
-            stored=GPT_OSS,
+            stored=form,
         )
         experts, hidden, intermediate = sizes
         shape = MoEShape(experts, hidden, intermediate, 0, experts, expert_activation=activation)
-        own = parameters(shape, MODELOPT, GPT_OSS, input_scale=quantized, bias=dtype)
-        for name, (dims, element) in own.items():
+        declared = Declared(shape, stored=form, input_scale=quantized, bias=dtype)
+        for name, (dims, element) in declared.parameters().items():
             file = FILES[name]
             if quantized and is_dynamic(missing) and name.endswith("input_scale") and file not in stored:
                 continue
@@ -99,12 +101,31 @@ class FusedExperts(nn.Module):
             view: Tensor = parameter if value is None or value.dim() else parameter.view(())
             registry.show_shards(name, [(nn.Module() if value is None else self, file, view)])
 
+    def derive(self, values: Mapping[str, Tensor]) -> None:
+        """Compute from scales and biases what will be computed after a reload: it refuses what float32 does not hold.
+
+        Args:
+            values: by the names of :data:`FILES`; what is missing is 0.
+        """
+        declared: Declared = self.__dict__["nvfp4_moe_declared"]
+        shapes = {n: found for n, found in declared.parameters().items() if n.endswith(("_scale_2", "input_scale", "bias"))}
+        given = {n: values[FILES[n]].view(d) if FILES[n] in values else torch.zeros(d, dtype=t) for n, (d, t) in shapes.items()}
+        for derived in declared.derivations(self.__dict__["nvfp4_runner"]):
+            derived.function(*(given[source].clone() for source in derived.sources))
+
     def forward(self, hidden_states: Tensor, router_indices: Tensor, routing_weights: Tensor) -> Tensor:
         return self.quant_method.apply(self, hidden_states, routing_weights.float(), router_indices.int())
 
     def extra_repr(self) -> str:
         runner = self.__dict__.get("nvfp4_runner", self.quant_method.backend)
         return f"experts, H, I = {self._sizes}, runner={runner.name}, biases"
+
+
+def _form(stored: Mapping[str, TensorEntry], experts: int) -> Stored:
+    """gpt-oss's, with a scale for each expert where the files have that many."""
+    each = {name: stored[file].shape == (experts,) for name, file in FILES.items() if file in stored}
+    own = [any(each.get(f"{w}_{scale}", False) for w in ("w13", "w2")) for scale in ("weight_scale_2", "input_scale")]
+    return replace(GPT_OSS, one_scale=not own[0], one_input_scale=not own[1])
 
 
 def fused_in_files(
@@ -125,7 +146,7 @@ def fused_in_files(
     """
     if names != MODELOPT or choice.ranks.size > 1:
         raise UnsupportedFormatError(
-            "experts that the files hold fused are taken as ModelOpt exports them, whole in every process",
+            "experts that the files hold fused are taken as ModelOpt exports them, and transformers loads them whole",
             module=path,
             expected="ModelOpt's names, and one process",
             found=f"{names.name}, {choice.ranks.size} processes",
@@ -152,8 +173,11 @@ def check_scalars(model: nn.Module, live: Mapping[str, Tensor], folder: Checkpoi
         if not isinstance(module, FusedExperts):
             continue
         may_lack = module.quant_method.missing_input_scale != "refuse"
+        values = {}
         for file, parameter in module.named_parameters(recurse=False):
-            if not file.endswith(("_scale_2", "_input_scale")):
+            if not file.endswith(("_scale_2", "_input_scale", "_bias")):
                 continue
-            if not (may_lack and file.endswith("_input_scale")):
-                need_stored_scales({file: folder.read(stored[id(parameter)])}, path)
+            values[file] = folder.read(stored[id(parameter)])
+            if not (file.endswith("_bias") or (may_lack and file.endswith("_input_scale"))):
+                need_stored_scales({file: values[file]}, path)
+        module.derive(values)

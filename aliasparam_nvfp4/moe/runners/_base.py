@@ -16,6 +16,7 @@ from ...kernels.base import Kernel
 from ...quantize.format import BLOCK_SIZE
 from ...quantize.missing import RunTimeScales
 from ..activation import SWIGLU, ExpertActivation
+from ..biases import Biases
 from ..layouts import MoELayout
 from ..routing import Routing
 from ..scales import InputScales, Missing, MoEScales, SwigluNumbers
@@ -34,6 +35,8 @@ class MoEShape:
         ep_rank: this rank among the expert-parallel ones.
         ep_size: ranks which divide the experts.
         expert_activation: what lies between the two GEMMs.
+        tp_rank: this rank among those which divide I.
+        tp_size: how many divide it.
     """
 
     experts: int
@@ -44,6 +47,8 @@ class MoEShape:
     ep_rank: int = 0
     ep_size: int = 1
     expert_activation: ExpertActivation = SWIGLU
+    tp_rank: int = 0
+    tp_size: int = 1
 
     @property
     def w13_rows(self) -> int:
@@ -81,6 +86,8 @@ class MoENames(Protocol):
     run_time_scales: RunTimeScales | None
     gemm1_bias: Tensor
     gemm2_bias: Tensor
+    gemm1_bias_raw: Tensor
+    gemm2_bias_raw: Tensor
 
 
 class Needs(TypedDict, total=False):
@@ -106,8 +113,8 @@ class MoERunner(Kernel):
 
     layout: MoELayout
     input_scales: InputScales = InputScales.ONE
-    #: Whether it adds biases of experts: ``gemm1_bias`` ``[E, 2I]``, gate above up, and ``gemm2_bias`` ``[E, H]``.
-    biases: bool = False
+    #: How it takes biases of experts, see biases.py. None: not at all.
+    biases: Biases | None = None
     #: Whether gate and up of an expert may have different weight scales.
     separate_scales: bool = False
     #: The kinds of :class:`~aliasparam_nvfp4.moe.activation.ExpertActivation` its call takes.
@@ -146,7 +153,7 @@ class MoERunner(Kernel):
         dtype: torch.dtype | None = None,
     ) -> str | None:
         """Why it cannot serve experts that are (:class:`Needs`), or None where it can."""
-        if bias and not self.biases:
+        if bias and self.biases is None:
             return "it adds no biases of experts"
         if dynamic and self.input_scales is not InputScales.NONE and not self.dynamic_scales:
             return "it cannot compute activation scales at run time"
@@ -205,6 +212,13 @@ def own_choices(topk_ids: Tensor, topk_weights: Tensor, shape: MoEShape) -> tupl
         own = torch.div(ids, shape.experts, rounding_mode="floor") == shape.ep_rank
         ids, weights = ids % shape.experts, weights * own
     return ids.contiguous(), weights.contiguous()
+
+
+def own_biases(layer: MoENames, shape: MoEShape, suffix: str = "") -> tuple[Tensor | None, Tensor | None]:
+    """``gemm1_bias`` and ``gemm2_bias``; None where there is none to add. Results of ranks that divide I add up, so one of them
+    adds the second."""
+    first = getattr(layer, f"gemm1_bias{suffix}", None)
+    return first, None if first is None or shape.tp_rank else getattr(layer, f"gemm2_bias{suffix}")
 
 
 def padded_input(x: Tensor, shape: MoEShape, layout: MoELayout) -> Tensor:

@@ -2,7 +2,7 @@
 
 Gate and up have a factor each, so their scales may differ. The kernel computes ``silu(gate * output1_scale_gate_scalar) *
 (up * output1_scale_scalar)``, which is the activation over ``a2``, and quantizes that with global scale 1. Its clamp limit is one
-for both sums, so with a limit different ones are refused.
+for both sums, so with a limit different ones are refused. Biases are added to the sums before all that.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..biases import SHUFFLED_RAW
 from ..layouts import SHUFFLED
 from ..scales import SwigluNumbers
-from ._base import MoENames, MoERunner, MoEShape, padded_input, quantized_input
+from ._base import MoENames, MoERunner, MoEShape, own_biases, padded_input, quantized_input
 
 
 class TrtLlm(MoERunner):
@@ -22,6 +23,7 @@ class TrtLlm(MoERunner):
     separate_scales = True
     activations = frozenset({"swiglu", "relu2"})
     swiglu_numbers = SwigluNumbers.OF_RAW_SUMS
+    biases = SHUFFLED_RAW
     capabilities = frozenset({(10, 0), (10, 3), (10, 7)})
     packages = ("flashinfer",)
     dtypes = (torch.bfloat16, torch.float16)
@@ -49,19 +51,20 @@ class TrtLlm(MoERunner):
 
         codes, scales = quantized_input(padded_input(x, shape, self.layout), layer)
         _, intermediate = shape.padded(self.layout)
+        bias13, bias2 = own_biases(layer, shape, "_raw")
         return {
             "hidden_states": codes,
             "hidden_states_scale": scales,
             "hidden_states_scale_layout": SfLayout.layout_linear,
             "gemm1_weights": layer.w13_weight_prepared,
             "gemm1_weights_scale": layer.w13_blockscale_swizzled,
-            "gemm1_bias": None,
+            "gemm1_bias": bias13,
             "gemm1_alpha": getattr(layer, "gemm1_alpha", None),
             "gemm1_beta": getattr(layer, "gemm1_beta", None),
             "gemm1_clamp_limit": getattr(layer, "gemm1_clamp_limit", None),
             "gemm2_weights": layer.w2_weight_prepared,
             "gemm2_weights_scale": layer.w2_blockscale_swizzled,
-            "gemm2_bias": None,
+            "gemm2_bias": bias2,
             "output1_scale_scalar": layer.g1_scale_c,
             "output1_scale_gate_scalar": layer.g1_alphas,
             "output2_scale_scalar": layer.g2_alphas,

@@ -1,7 +1,8 @@
 """``flashinfer_cutlass``: FlashInfer ``cutlass_fused_moe``. int64 weights and int32 scales say NVFP4 to it (``binding.cu``).
 
-Alpha, beta and limit are of true values: the kernel multiplies its sums with ``quant_scales[2]`` first
-(``cutlass_fused_moe_kernels.cuh``, ``doActivationKernel``, ``SwigluBiasAdaptor``).
+Alpha, beta, limit and biases are of true values: the kernel multiplies its sums with ``quant_scales[2]`` first
+(``cutlass_fused_moe_kernels.cuh``, ``doActivationKernel``, ``SwigluBiasAdaptor``). It takes both biases or none, in the dtype of
+its output (``binding.cu``, ``runMoe``), and adds the second on ``tp_rank`` 0 alone (``setupTmaWarpSpecializedInputs``).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..biases import UP_GATE
 from ..layouts import UP_GATE_SWIZZLED
 from ..scales import SwigluNumbers
 from ._base import MoENames, MoERunner, MoEShape, padded_input
@@ -19,6 +21,7 @@ class FlashInferCutlass(MoERunner):
     layout = UP_GATE_SWIZZLED
     activations = frozenset({"swiglu", "relu2"})
     swiglu_numbers = SwigluNumbers.OF_TRUE_VALUES
+    biases = UP_GATE
     capabilities = frozenset({(10, 0), (10, 3), (10, 7), (11, 0), (12, 0), (12, 1)})
     packages = ("flashinfer",)
     dtypes = (torch.bfloat16, torch.float16)
@@ -43,6 +46,10 @@ class FlashInferCutlass(MoERunner):
                 layer.w2_blockscale_swizzled.view(torch.int32),
                 layer.g2_alphas,
             ],
+            fc1_expert_biases=_bias(layer, "gemm1_bias", x.dtype),
+            fc2_expert_biases=_bias(layer, "gemm2_bias", x.dtype),
+            tp_size=shape.tp_size,
+            tp_rank=shape.tp_rank,
             ep_size=shape.ep_size,
             ep_rank=shape.ep_rank,
             activation_type=ActivationType.Swiglu if shape.expert_activation.gated else ActivationType.Relu2,
@@ -51,6 +58,11 @@ class FlashInferCutlass(MoERunner):
             swiglu_limit=getattr(layer, "gemm1_clamp_limit", None),
         )
         return out[0][:, : shape.hidden]  # type: ignore[no-any-return]
+
+
+def _bias(layer: MoENames, name: str, dtype: torch.dtype) -> Tensor | None:
+    bias: Tensor | None = getattr(layer, name, None)
+    return None if bias is None else bias.to(dtype)
 
 
 RUNNER = FlashInferCutlass()

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from ...quantize.codec import quantize_activation, scaled_codes
 from ...quantize.missing import RunTimeScales
+from ..biases import PLAIN
 from ..layouts import CHECKPOINT
 from ..scales import SwigluNumbers
-from ._base import MoENames, MoERunner, MoEShape
+from ._base import MoENames, MoERunner, MoEShape, own_biases
 
 
 class Reference(MoERunner):
@@ -25,12 +26,12 @@ class Reference(MoERunner):
     swiglu_numbers = SwigluNumbers.AS_FLOATS
     needs_input_scale = False
     dynamic_scales = True
-    biases = True
+    biases = PLAIN
     call = "torch"
 
     def apply(self, layer: MoENames, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, shape: MoEShape) -> Tensor:
         quant2 = getattr(layer, "w2_input_scale_quant", None)
-        run_time, bias13 = layer.run_time_scales, getattr(layer, "gemm1_bias", None)
+        run_time, (bias13, bias2) = layer.run_time_scales, own_biases(layer, shape)
         rows = x.float() if quant2 is None else quantized(x, layer.w13_input_scale_quant, run_time)
         # g1_scale_c is the up factor over a2 (times 1 for weights alone, and where a2 is computed here).
         up_factor = layer.g1_scale_c if quant2 is None else layer.g1_scale_c / torch.where(quant2 > 0, quant2, 1.0)
@@ -52,7 +53,7 @@ class Reference(MoERunner):
                 hidden = quantized(hidden, quant2, run_time)
             w2 = scaled_codes(layer.w2_weight_prepared[expert], layer.w2_blockscale_swizzled[expert])
             out = (hidden @ w2.T) * layer.g2_alphas[expert]
-            each[token, choice] = out if bias13 is None else out + layer.gemm2_bias[expert].float()
+            each[token, choice] = out if bias2 is None else out + bias2[expert].float()
         return (each * topk_weights.float().unsqueeze(-1)).sum(1).to(x.dtype)
 
 

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from ...linear.backends.triton import kernel_input, no_triton
+from ..biases import PLAIN
 from ..layouts import GATE_UP
 from ..scales import InputScales, SwigluNumbers
-from ._base import MoENames, MoERunner, MoEShape
+from ._base import MoENames, MoERunner, MoEShape, own_biases
 
 
 class Triton(MoERunner):
@@ -16,7 +17,7 @@ class Triton(MoERunner):
     layout = GATE_UP
     input_scales = InputScales.NONE
     separate_scales = True
-    biases = True
+    biases = PLAIN
     activations = frozenset({"swiglu", "relu2"})
     swiglu_numbers = SwigluNumbers.AS_FLOATS
     packages = ("triton",)
@@ -30,6 +31,7 @@ class Triton(MoERunner):
     def apply(self, layer: MoENames, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, shape: MoEShape) -> Tensor:
         from ...kernels.triton_moe import ExpertWeights, experts
 
+        bias13, bias2 = own_biases(layer, shape)
         weights = ExpertWeights(
             w13=layer.w13_weight_prepared,
             w13_scale=layer.w13_blockscale_swizzled,
@@ -39,8 +41,8 @@ class Triton(MoERunner):
             up=layer.g1_scale_c,
             down=layer.g2_alphas,
             first_expert=shape.first_expert,
-            bias13=getattr(layer, "gemm1_bias", None),
-            bias2=getattr(layer, "gemm2_bias", None),
+            bias13=bias13,
+            bias2=bias2,
         )
         return experts(
             kernel_input(x),
