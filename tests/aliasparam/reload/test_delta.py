@@ -187,6 +187,17 @@ def test_bad_use_of_the_writer_publishes_nothing(write: Callable[[Path], object]
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 
+def test_a_writer_names_the_folder_that_was_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("link")
+
+    with pytest.raises(DeltaError, match="link: the folder is there already"):
+        DeltaWriter(tmp_path / "link", 1, 0)
+    with pytest.raises(NotADirectoryError) as raised, DeltaWriter(tmp_path / "file" / "d", 1, 0):
+        pass
+    assert raised.value.filename == str(tmp_path / "file" / "d")
+
+
 def add(out: Path, tensors: list[tuple[str, int, list[tuple[Tensor, Tensor]]]], **options: str) -> None:
     with DeltaWriter(out, 1, 0, **options) as writer:
         for tensor in tensors:
