@@ -82,9 +82,11 @@ class DeltaWriter:
             if kind is None:
                 self._publish()
         finally:
-            if self._data is not None:
-                self._data.close()
-            shutil.rmtree(self._made, ignore_errors=True)
+            try:
+                if self._data is not None:
+                    self._data.close()  # which writes what is buffered, and fails on a full disk
+            finally:
+                shutil.rmtree(self._made, ignore_errors=True)
 
     def add(self, name: str, nbytes: int, chunks: Iterable[tuple[Tensor, Tensor]]) -> bool:
         """One tensor from (old bytes, new bytes): uint8 [n] of equal length each, on the host, together ``nbytes``, in order.
