@@ -83,13 +83,13 @@ def message_of(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def writing(out: os.PathLike[str]) -> Iterator[None]:
-    """An OSError that names no file (a disk that is full) is of ``out``."""
+def about(what: object) -> Iterator[None]:
+    """An OSError that names no file (a full disk, a port that is taken) is about ``what``."""
     try:
         yield
     except OSError as error:
         if error.filename is None and error.strerror is not None:
-            error.filename = os.fspath(out)
+            error.filename = str(what)
         raise
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -47,6 +48,7 @@ class Server:
         found = re.search(r"http://127\.0\.0\.1:\d+", line)
         assert found, (line, self.process.communicate())
         self.url = found[0]
+        socket.create_connection(("127.0.0.1", int(self.url.rpartition(":")[2]))).close()  # at once
         self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key=TOKEN, max_retries=0)
 
     def call(self, path: str, body: Any = None, token: str = TOKEN) -> tuple[int, Any]:
