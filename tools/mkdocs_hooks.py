@@ -1,4 +1,7 @@
-"""Docstrings name things as Sphinx does (``:func:`declare```); mkdocstrings shows that as text. Here they become links."""
+"""Docstrings name things as Sphinx does (``:func:`declare```), which mkdocstrings shows as text: here they become links.
+
+Pages with a wide table leave out the table of contents beside it.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,12 @@ from typing import Any
 
 _ROLE = re.compile(r":(?:class|func|meth|attr|data|mod|exc):<code>~?([\w.]+)</code>")
 _ANCHOR = re.compile(r'id="(aliasparam[\w.]*)"')
+_NINE_COLUMNS = re.compile(r"^\|(?:-+\|){9}", re.MULTILINE)
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> None:
+    if _NINE_COLUMNS.search(markdown):
+        page.meta["hide"] = ["toc"]
 
 
 def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:

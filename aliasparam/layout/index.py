@@ -25,10 +25,13 @@ class IndexLayout:
     last dim. Dims before the core number regions, as for :class:`Layout`. The table is kept once a device.
 
     Raises:
-        LayoutError: two elements share a position, or one lies outside.
+        LayoutError: no tensor of integers; two elements share a position, or one lies outside.
     """
 
     def __init__(self, positions: Tensor, kernel_shape: Sequence[int] | None = None, bits: int | None = None) -> None:
+        kind = positions.dtype if isinstance(positions, Tensor) else type(positions).__name__
+        if isinstance(kind, str) or kind.is_floating_point or kind.is_complex or kind is torch.bool:
+            raise LayoutError("positions are integers", expected="an int64 tensor of the core shape", found=kind)
         positions = positions.detach().to("cpu", torch.int64).contiguous()
         self.kernel = tuple(positions.shape if kernel_shape is None else kernel_shape)
         self.bits, self._tables = bits, {torch.device("cpu"): positions}

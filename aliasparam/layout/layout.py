@@ -63,6 +63,8 @@ class Layout:
     _key: tuple[Any, ...]
 
     def __init__(self, text: str, **sizes: int) -> None:
+        if not isinstance(text, str):
+            raise LayoutError("a layout is a line of text", expected="(g b a) k -> g a b k, a=4 b=8", found=repr(text))
         self._set(*_parsed(text, tuple(sorted(sizes.items()))))
 
     def _set(self, lines: Iterable[Line], bits: int | None) -> None:

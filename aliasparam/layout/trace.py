@@ -40,6 +40,10 @@ class Trace(NamedTuple):
 
 def trace(function: Function, shape: Sequence[int], dtype: torch.dtype, device: str) -> Trace:
     """Raises a subclass of InferenceError where the function is no permutation of elements or nibbles."""
+    if not isinstance(dtype, torch.dtype) or not isinstance(shape, Sequence) or not all(type(n) is int and n >= 0 for n in shape):
+        raise InferenceError(
+            "a layout is inferred for a shape and a dtype", expected="(64, 16), torch.uint8", found=f"{shape!r}, {dtype!r}"
+        )
     run = _Runner(function, tuple(shape), dtype, device)
     try:
         source, kernel = _sources(run, 8)

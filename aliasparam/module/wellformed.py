@@ -26,9 +26,13 @@ def need_wellformed(module: nn.Module, declarations: Sequence[Any]) -> None:
             )
         for field, value, fits, expected in _fields(declaration):
             if not fits:
-                kind, name = type(declaration).__name__, getattr(declaration, "source", getattr(declaration, "name", ""))
+                kind, name = type(declaration).__name__, getattr(declaration, "source", getattr(declaration, "name", None))
                 raise DeclarationError(
-                    f"{kind}.{field} is of another kind", module=label, name=str(name), expected=expected, found=repr(value)
+                    f"{kind}.{field} is of another kind",
+                    module=label,
+                    name=name if isinstance(name, str) else None,
+                    expected=expected,
+                    found=repr(value),
                 )
 
 
@@ -37,8 +41,8 @@ def _fields(declaration: Alias | Derivation | Keep) -> Iterator[tuple[str, Any, 
     if isinstance(declaration, Derivation):
         sources, shape = declaration.sources, declaration.shape
         names = isinstance(sources, Sequence) and not isinstance(sources, str) and all(isinstance(n, str) for n in sources)
-        sizes = isinstance(shape, Sequence) and not isinstance(shape, str) and all(isinstance(n, int) for n in shape)
-        yield "name", declaration.name, isinstance(declaration.name, str), "a name"
+        sizes = isinstance(shape, Sequence) and not isinstance(shape, str) and all(type(n) is int and n >= 0 for n in shape)
+        yield "name", declaration.name, _is_name(declaration.name), "a name"
         yield "sources", sources, names, "a tuple of names"
         yield "function", declaration.function, callable(declaration.function), "a function of the sources' values"
         yield "shape", shape, sizes, "a tuple of sizes"
@@ -46,11 +50,15 @@ def _fields(declaration: Alias | Derivation | Keep) -> Iterator[tuple[str, Any, 
         return
     yield "source", declaration.source, isinstance(declaration.source, str), "the name of a Parameter"
     if isinstance(declaration, Alias):
-        yield "derived", declaration.derived, isinstance(declaration.derived, str), "a name; Keep(source) for none"
+        yield "derived", declaration.derived, _is_name(declaration.derived), "a name; Keep(source) for none"
         dtype = declaration.dtype
         yield "dtype", dtype, dtype is None or isinstance(dtype, torch.dtype), "a torch.dtype, or None"
         room = declaration.room_for
         yield "room_for", room, isinstance(room, Sequence) and not isinstance(room, str), "a tuple of layouts"
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
 
 
 def warn_of_trained(module: nn.Module, declarations: Sequence[Alias | Derivation | Keep]) -> None:

@@ -55,7 +55,7 @@ class DeltaWriter:
         Digest(checksum_format)  # refuses what is none
         if not 0 <= base_version < version:
             raise DeltaError("versions out of order", name=str(out), expected="0 <= base_version < version")
-        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+        if self.out.is_symlink() or (self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir()))):
             raise DeltaError("the folder is there already", name=str(out), remedy="Versions are never changed: write a new one.")
         self._index: dict[str, Any] = {
             "version": f"{version:06d}",
@@ -71,7 +71,10 @@ class DeltaWriter:
         self._shards: list[list[str]] = []
 
     def __enter__(self) -> Self:
-        self._made.mkdir(parents=True)
+        try:
+            self._made.mkdir(parents=True)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.out)) from None
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
@@ -79,9 +82,11 @@ class DeltaWriter:
             if kind is None:
                 self._publish()
         finally:
-            if self._data is not None:
-                self._data.close()
-            shutil.rmtree(self._made, ignore_errors=True)
+            try:
+                if self._data is not None:
+                    self._data.close()  # which writes what is buffered, and fails on a full disk
+            finally:
+                shutil.rmtree(self._made, ignore_errors=True)
 
     def add(self, name: str, nbytes: int, chunks: Iterable[tuple[Tensor, Tensor]]) -> bool:
         """One tensor from (old bytes, new bytes): uint8 [n] of equal length each, on the host, together ``nbytes``, in order.

@@ -35,7 +35,7 @@ def reload(
         drain_seconds: the longest that a write waits for forwards that other threads began before it.
 
     Raises (at the end of the block, or from the steps):
-        ReloadError: missing, unexpected, duplicate or ill-fitting tensors; a scope or policy that is none; a forward that did not
+        ReloadError: missing, unexpected, duplicate or ill-fitting tensors; an unknown scope or policy; a forward that did not
             end in time.
     """
     if isinstance(scope, str) and scope not in ("all", "partial"):

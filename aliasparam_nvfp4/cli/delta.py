@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .guard import message_of
+from .guard import about, message_of
 from .options import AsJson, existing
 from .output import mib, say, say_json
 
@@ -39,7 +39,7 @@ def delta(
     from aliasparam.reload.delta_writer import diff
     from aliasparam.reload.sources import SafetensorsFolder
 
-    with SafetensorsFolder(a) as old, SafetensorsFolder(b) as new:
+    with SafetensorsFolder(a) as old, SafetensorsFolder(b) as new, about(out):
         changed, tensors = diff(old, new, out, version, base_version, encoding=encoding.value, checksum_format=checksum.value)
         whole = sum(entry.nbytes for entry in new.tensors.values())
     size = sum(file.stat().st_size for file in out.iterdir())

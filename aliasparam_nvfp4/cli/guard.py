@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from .terminal import adapt_streams, plain
@@ -80,6 +80,17 @@ def message_of(error: BaseException) -> str:
     if isinstance(error, ImportError):
         return f"an installed package cannot be imported: {_first_line(error)}"
     return f"{kind}: {_first_line(error)}\n  This is not expected. {TRACEBACK}=1 shows where it comes from."
+
+
+@contextlib.contextmanager
+def about(what: object) -> Iterator[None]:
+    """An OSError that names no file (a full disk, a port that is taken) is about ``what``."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.strerror is not None:
+            error.filename = str(what)
+        raise
 
 
 def _is_alias_error(error: BaseException) -> bool:

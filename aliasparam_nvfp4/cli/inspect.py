@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .guard import about
 from .options import AsJson, Backend, Folder, Missing, Runner, need_backends
 from .output import mib, progress, say, say_json, table
 
@@ -41,7 +42,8 @@ def inspect(
     if picture is not None and parts:
         from .picture import draw
 
-        draw(parts, f"{folder.resolve().name}, TP={tp} EP={ep}, {backend} / {moe_backend}", picture)
+        with about(picture):
+            draw(parts, f"{folder.resolve().name}, TP={tp} EP={ep}, {backend} / {moe_backend}", picture)
         if not json:
             say(f"picture: {picture}")
     if found["will_load"] is False:

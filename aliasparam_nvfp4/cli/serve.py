@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import secrets
 import socket
@@ -9,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from .guard import about
 from .models import load
 from .options import Backend, Folder, Missing, Runner, need_backends
 from .output import say
@@ -34,7 +36,7 @@ def serve(
 
     need("fastapi", "uvicorn", "openai", "transformers", "accelerate", extra="serve")
     secret = _token(token)
-    with _listening(host, port) as listener:  # a port that is taken fails before a model is loaded
+    with _bound(host, port) as listener:  # a port that is taken fails before a model is loaded
         model, tokenizer = load(folder, backend, moe_backend, missing_input_scale)
         import uvicorn
 
@@ -46,6 +48,8 @@ def serve(
         server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=2))
         where, number = listener.getsockname()[:2]
         url = f"http://{f'[{where}]' if ':' in where else where}:{number}"
+        with about(url):
+            listener.listen()  # whoever reads the next line may connect
         say(f"serving {called} at {url}/v1" + ("" if token else f"\ntoken: {secret}"))
         if not ipaddress.ip_address(where).is_loopback:
             say("other machines can reach it: whoever has the token can load any folder of this one; the traffic is plain HTTP")
@@ -62,18 +66,18 @@ def _token(given: str | None) -> str:
     return given
 
 
-def _listening(host: str, port: int) -> socket.socket:
-    """A socket on the first address of ``host``.
+def _bound(host: str, port: int) -> socket.socket:
+    """A socket on the first address of ``host``, to which nobody can connect yet.
 
     Raises:
         OSError: names the address.
     """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise OSError(getattr(error, "errno", None) or 0, reason, f"{host}:{port}") from None
-    return listener
+    with about(f"{host}:{port}"):
+        try:
+            family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        except UnicodeError as error:
+            raise OSError(errno.EINVAL, str(error)) from None
+        bound = socket.socket(family, kind, protocol)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    return bound

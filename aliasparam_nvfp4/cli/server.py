@@ -29,6 +29,8 @@ from .reload import reload_once
 from .turns import Turns
 
 _WHEN = ("idle", "between_tokens")
+#: Bytes of a request. A long prompt is a hundredth of it.
+_LARGEST_BODY = 16 << 20
 #: What handlers raise for a body that is not what OpenAI's API says.
 _BAD_BODY = (KeyError, TypeError, ValueError, AttributeError, IndexError, TemplateError)
 
@@ -73,7 +75,7 @@ def _guard(app: FastAPI, token: str) -> None:
     @app.middleware("http")
     async def authorized(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
         given = request.headers.get("authorization", "").encode()
-        if request.url.path != "/health" and not secrets.compare_digest(given, expected):
+        if request.scope["path"] != "/health" and not secrets.compare_digest(given, expected):
             return _error(401, "the token is missing or wrong: Authorization: Bearer TOKEN", {"WWW-Authenticate": "Bearer"})
         try:
             return await call_next(request)
@@ -160,8 +162,13 @@ async def _handled(handler: Any, request: Request) -> Response:
 
 async def _body(request: Request) -> dict[str, Any]:
     """The JSON object that was sent, whatever the content type says (curl's default is a form's)."""
+    sent = bytearray()
+    async for piece in request.stream():
+        sent += piece
+        if len(sent) > _LARGEST_BODY:
+            raise HTTPException(413, f"the body is larger than {_LARGEST_BODY >> 20} MiB")
     try:
-        body = json.loads(await request.body() or b"{}")
+        body = json.loads(sent or b"{}")
     except (ValueError, RecursionError):
         raise HTTPException(400, "the body is not JSON") from None
     if not isinstance(body, dict):

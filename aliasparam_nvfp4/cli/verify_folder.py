@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import urllib.error
@@ -26,7 +27,7 @@ def compare(folder: Path, server: str | None, kind: str) -> dict[str, Any]:
         AliasError: the folder cannot be read, or the server does not answer.
     """
     expected = folder_digest(folder, kind)
-    found = _of_server(server, kind) if server else _of_loaded(folder, kind)
+    found = of_server(server, kind) if server else _of_loaded(folder, kind)
     names = sorted(expected["tensors"].keys() | found["tensors"].keys())
     differing = [name for name in names if expected["tensors"].get(name) != found["tensors"].get(name)]
     held = found["digest"] == expected["digest"]
@@ -39,15 +40,20 @@ def _of_loaded(folder: Path, kind: str) -> dict[str, Any]:
     return model_digest(load(folder, "auto", "auto")[0], kind)
 
 
-def _of_server(server: str, kind: str) -> dict[str, Any]:
+def of_server(server: str, kind: str) -> dict[str, Any]:
+    """What a server's ``/digest`` says.
+
+    Raises:
+        AliasError: this is no server's address, or what is there does not answer with a digest.
+    """
     if not server.startswith(("http://", "https://")):
         raise AliasError("this is not a server's address", name=server, expected="http://HOST:PORT")
     headers = {"Authorization": f"Bearer {os.environ.get(_TOKEN, '')}", "Content-Type": "application/json"}
-    request = urllib.request.Request(f"{server.rstrip('/')}/digest", json.dumps({"kind": kind}).encode(), headers)
     try:
+        request = urllib.request.Request(f"{server.rstrip('/')}/digest", json.dumps({"kind": kind}).encode(), headers)
         with urllib.request.urlopen(request) as answer:
             found = json.loads(answer.read())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         remedy = f"Set {_TOKEN} to its token." if isinstance(error, urllib.error.HTTPError) and error.code == 401 else None
         raise AliasError(f"the server does not answer: {error}", name=server, remedy=remedy) from None
     if not isinstance(found, dict) or not isinstance(found.get("tensors"), dict) or "digest" not in found:

@@ -44,7 +44,7 @@ def open_checked(path: str, before: str, known: Mapping[str, TensorSpec], world:
 
     Raises:
         CheckpointError: files that do not check, another model, or tensors that are missing or of another shape or dtype.
-        ScaleError: global scales that are none, or block scales that are NaN.
+        ScaleError: global scales that are not finite and positive, or block scales that are NaN.
     """
     folder = CheckpointFolder(path)
     try:

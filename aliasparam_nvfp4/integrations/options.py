@@ -12,7 +12,7 @@ from aliasparam.reload.policies import PolicyName
 
 
 class OptionError(AliasError):
-    """An option of the plugin that is none."""
+    """An option of the plugin that does not exist, or with a value that it does not take."""
 
 
 def variable(key: str) -> str:

@@ -20,7 +20,7 @@ class PatchedFolder(Opened):
     their way through the loaders, and not inside kernel bytes.
 
     Raises:
-        SourceError, DeltaError: a folder that is none, deltas that do not follow each other, or that name what the base lacks.
+        SourceError, DeltaError: no such folder, deltas that do not follow each other, or that name what the base lacks.
     """
 
     def __init__(self, base: str | Path, deltas: Sequence[str | Path] = ()) -> None:

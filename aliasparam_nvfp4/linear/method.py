@@ -159,7 +159,7 @@ class NvFp4LinearMethod:
 
         Raises:
             StateError: a tensor was not loaded whole.
-            ScaleError: scales that are none, or of partitions which no alpha can serve.
+            ScaleError: global scales that are not finite and positive, or of partitions which no alpha can serve.
         """
         registry = registry_of(layer)
         if registry is None:

@@ -167,7 +167,7 @@ class NvFp4MoEMethod:
 
         Raises:
             StateError: a tensor was not loaded whole.
-            ScaleError: scales that are none, or that this runner cannot express.
+            ScaleError: global scales that are not finite and positive, or that this runner cannot express.
         """
         registry = registry_of(layer)
         if registry is None:

@@ -18,7 +18,7 @@ def are_scales(values: Tensor) -> Tensor:
 
 
 def need_stored_scales(stored: Mapping[str, Tensor | float], module: str | None = None) -> None:
-    """Raise ScaleError with those, by their names in the files, that are none."""
+    """Raise ScaleError with the names, as the files have them, of those that are not finite and positive."""
     bad = {name: value for name, value in stored.items() if not bool(are_scales(torch.as_tensor(value).float()).all())}
     if bad:
         raise ScaleError("a global scale is not a scale", module=module, expected=EXPECTED, found=bad)

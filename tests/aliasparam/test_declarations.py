@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from aliasparam import Alias, Derivation, Keep, Reencoding, TensorSpec, declare, explain, memory_report, process, registry_of
-from aliasparam.errors import DeclarationError
+from aliasparam import (
+    Alias,
+    Derivation,
+    IndexLayout,
+    Keep,
+    Layout,
+    Reencoding,
+    TensorSpec,
+    declare,
+    explain,
+    memory_report,
+    process,
+    registry_of,
+)
+from aliasparam.errors import DeclarationError, LayoutError
 
 from .small import PAD8
 
@@ -190,13 +205,17 @@ def test_the_same_parameter_under_two_names_is_a_tie_and_not_an_overlap() -> Non
         ("weight", "no declaration"),
         (Alias(3, "k"), "Alias.source"),  # type: ignore[arg-type]
         (Alias("weight", None), "Alias.derived"),  # type: ignore[arg-type]
+        (Alias("weight", ""), "Alias.derived"),
         (Alias("weight", "k", dtype="uint8"), "Alias.dtype"),  # type: ignore[arg-type]
         (Alias("weight", "k", room_for=3), "Alias.room_for"),  # type: ignore[arg-type]
         (Keep(3), "Keep.source"),  # type: ignore[arg-type]
         (Derivation("d", "weight", torch.sum, (1,), torch.float32), "Derivation.sources"),  # type: ignore[arg-type]
         (Derivation("d", None, torch.sum, (1,), torch.float32), "Derivation.sources"),  # type: ignore[arg-type]
         (Derivation("d", ("weight",), None, (1,), torch.float32), "Derivation.function"),  # type: ignore[arg-type]
+        (Derivation("", ("weight",), torch.sum, (1,), torch.float32), "Derivation.name"),
         (Derivation("d", ("weight",), torch.sum, 1, torch.float32), "Derivation.shape"),  # type: ignore[arg-type]
+        (Derivation("d", ("weight",), torch.sum, (-1,), torch.float32), "Derivation.shape"),
+        (Derivation("d", ("weight",), torch.sum, (True,), torch.float32), "Derivation.shape"),
         (Derivation("d", ("weight",), torch.sum, (1,), "float32"), "Derivation.dtype"),  # type: ignore[arg-type]
     ],
 )
@@ -209,6 +228,22 @@ def test_a_field_of_another_kind_is_named(declaration: object, field: str) -> No
     assert type(module.weight) is nn.Parameter and not module._buffers
     with pytest.raises(DeclarationError, match="declarations are of a module"):
         declare("module", Alias("weight", "k"))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Layout(3),  # type: ignore[arg-type]
+        lambda: IndexLayout([1, 0]),  # type: ignore[arg-type]
+        lambda: IndexLayout(torch.tensor([1.0, 0.0])),
+        lambda: Layout.infer(torch.flip, 4, torch.uint8),  # type: ignore[arg-type]
+        lambda: Layout.infer(torch.flip, (4, -4), torch.uint8),
+        lambda: Layout.infer(torch.flip, (4, 4), "uint8"),  # type: ignore[arg-type]
+    ],
+)
+def test_a_layout_of_the_wrong_kind_is_a_layout_error(make: Callable[[], object]) -> None:
+    with pytest.raises(LayoutError, match="expected"):
+        make()
 
 
 def test_a_trainable_parameter_is_warned_of() -> None:

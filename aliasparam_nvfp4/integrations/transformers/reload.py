@@ -60,7 +60,7 @@ def reload_folder(
 
     Raises:
         CheckpointError: missing, unexpected, truncated or ill-fitting tensors, or another architecture.
-        ScaleError: scales of fused projections that differ, or scales that are none.
+        ScaleError: global scales of fused projections that differ, or that are not finite and positive.
     """
     model = unwrapped(model)
     try:

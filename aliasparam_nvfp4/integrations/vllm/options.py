@@ -31,7 +31,7 @@ def options(vllm_config: Any = None) -> Options:
     """Of ``vllm_config`` (default: the current one). What is in ``additional_config`` counts before the environment.
 
     Raises:
-        OptionError: an unknown key, or a value that is none.
+        OptionError: an unknown key or value.
     """
     from vllm.config import get_current_vllm_config_or_none
 

@@ -78,7 +78,7 @@ class FolderEngine(WeightTransferEngine[InitInfo, UpdateInfo]):  # type: ignore[
     def receive_weights(self, update_info: UpdateInfo) -> None:
         """
         Raises:
-            SourceError, DeltaError: folders that are none, or a delta on something else than what serves. Nothing was written.
+            SourceError, DeltaError: no such folder, or a delta on something else than what serves. Nothing was written.
         """
         if update_info.bucket is not None:
             self.model.load_weights(iter(load(base64.b64decode(update_info.bucket, validate=True)).items()))

@@ -187,6 +187,30 @@ def test_bad_use_of_the_writer_publishes_nothing(write: Callable[[Path], object]
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 
+def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))  # every write fails, those of buffers at the close too
+    try:
+        with pytest.raises(OSError, match="too large"):
+            add(tmp_path / "d", [("w", 1, [(one_byte(), one_byte() + 1)])])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_writer_names_the_folder_that_was_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("link")
+
+    with pytest.raises(DeltaError, match="link: the folder is there already"):
+        DeltaWriter(tmp_path / "link", 1, 0)
+    with pytest.raises(NotADirectoryError) as raised, DeltaWriter(tmp_path / "file" / "d", 1, 0):
+        pass
+    assert raised.value.filename == str(tmp_path / "file" / "d")
+
+
 def add(out: Path, tensors: list[tuple[str, int, list[tuple[Tensor, Tensor]]]], **options: str) -> None:
     with DeltaWriter(out, 1, 0, **options) as writer:
         for tensor in tensors:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import pytest
 pytest.importorskip("transformers")
 from typer.testing import CliRunner
 
+from aliasparam.errors import AliasError
 from aliasparam_nvfp4.cli.app import app
 from aliasparam_nvfp4.cli.digest import folder_digest, model_digest
+from aliasparam_nvfp4.cli.verify_folder import of_server
 from aliasparam_nvfp4.integrations.transformers import apply_delta_folder, load_model
 
 from .folders import chat_folder
@@ -41,3 +44,11 @@ def test_verify_a_folder(tmp_path: Path) -> None:
     a = chat_folder(tmp_path / "a", 1)
     code, said = command("verify", "--folder", str(a), "--digest", "xxh3-128")
     assert (code, said["held"], said["differing"]) == (0, True, [])
+
+
+@pytest.mark.parametrize(
+    "server", ["localhost:1", "http://", "http://[::1", "http://127.0.0.1:port", "http://a b", "http://127.0.0.1:1"]
+)
+def test_what_is_no_server_is_one_error_that_names_it(server: str) -> None:
+    with pytest.raises(AliasError, match=re.escape(server)):
+        of_server(server, "adler32")

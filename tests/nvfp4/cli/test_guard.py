@@ -26,6 +26,10 @@ def run(body: str, **options: object) -> subprocess.CompletedProcess[str]:
     [
         ("open('/nothing/at/all')", "error: /nothing/at/all: No such file or directory\n"),
         ("raise OSError(28, 'No space left on device', 'out')", "error: out: No space left on device\n"),
+        (
+            "from aliasparam_nvfp4.cli.guard import about\nwith about('out'): raise OSError(28, 'No space left on device')",
+            "error: out: No space left on device\n",
+        ),
         ("raise ValueError('I/O error: No space left on device (os error 28)')", "error: I/O error: No space left on device"),
         ("raise MemoryError", "error: out of memory\n"),
         ("def g(): return g()\ng()", "error: the input is nested too deep\n"),

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -30,6 +31,7 @@ from aliasparam_nvfp4.cli.verify_folder import compare  # noqa: E402
 
 from .folders import chat_folder  # noqa: E402
 
+PAGE = Path(__file__).parents[3] / "docs" / "nvfp4" / "serve.md"
 TOKEN = "a-token"
 TOKENS = 120
 ASK: dict[str, Any] = {"model": "a", "messages": [{"role": "user", "content": "w1 w2"}], "temperature": 0}
@@ -46,6 +48,7 @@ class Server:
         found = re.search(r"http://127\.0\.0\.1:\d+", line)
         assert found, (line, self.process.communicate())
         self.url = found[0]
+        socket.create_connection(("127.0.0.1", int(self.url.rpartition(":")[2]))).close()  # at once
         self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key=TOKEN, max_retries=0)
 
     def call(self, path: str, body: Any = None, token: str = TOKEN) -> tuple[int, Any]:
@@ -83,6 +86,19 @@ def test_the_openai_client_speaks_to_it(server: Server) -> None:
 
     assert len(text.split()) == 4
     assert "".join(piece.choices[0].text or "" for piece in pieces) == text
+
+
+def test_the_pages_client_speaks_to_it(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    [block] = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    here = (
+        block.replace("http://127.0.0.1:8000", server.url)
+        .replace("checkpoint-a", "a")
+        .replace("stream=True", "stream=True, max_tokens=3")
+    )
+
+    exec(compile(here, PAGE.name, "exec"), {"TOKEN": TOKEN})
+
+    assert capsys.readouterr().out
 
 
 @pytest.mark.parametrize("when", ["between_tokens", "idle"])
@@ -168,6 +184,7 @@ def test_a_refused_reload_changes_nothing(server: Server, folders: tuple[Path, P
         ("/v1/chat/completions", ASK | {"messages": [1]}, TOKEN, 400),
         ("/v1/chat/completions", ASK | {"model": "b"}, TOKEN, 400),
         ("/v1/chat/completions", ASK | {"nonsense": 1}, TOKEN, 422),
+        ("/reload", {"folder": "x" * (17 << 20)}, TOKEN, 413),
         ("/nothing", None, TOKEN, 404),
     ],
 )
