@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from .engine import addresses, digest, reload, said, start, stop  # skips without vLLM
+from .engine import addresses, digest, model_of, reload, said, start, stop  # skips without vLLM
 
 from safetensors.torch import load_file  # isort: skip
+from tests.aliasparam.peak import peak_bytes  # isort: skip
 
 IS_A, IS_B = "This is checkpoint A.", "This is checkpoint B."
 Stream = Iterator[tuple[str, Tensor]]
@@ -40,6 +41,17 @@ def test_law_9_reloads_equal_fresh_starts_and_move_nothing(fresh: Any, real: tup
     reload(llm, weights_path=str(real[0]))
     assert said(llm) == IS_A and digest(llm) == of_a != of_b
     assert addresses(llm) == before
+
+
+def test_law_4_a_reload_needs_room_for_the_largest_tensor_and_no_second_model(fresh: Any, real: tuple[Path, Path]) -> None:
+    """Most of it is vLLM's own: a fresh embedding, and what came for it."""
+    llm, of_b = fresh
+    whole = {p.data_ptr(): p.nbytes for p in model_of(llm).parameters()}
+
+    peak = peak_bytes(lambda: reload(llm, weights_path=str(real[1])), torch.device("cpu"))
+    print(f"peak {peak}, the largest tensor {max(whole.values())}, all {sum(whole.values())}")
+    assert 0 < peak < 2 * max(whole.values()) + (8 << 20) and digest(llm) == of_b
+    reload(llm, weights_path=str(real[0]))
 
 
 def broken(tensors: dict[str, Tensor]) -> Stream:
