@@ -14,7 +14,8 @@ PIN := $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 TORCH := $(if $(CONSTRAINTS),$(shell grep '^torch==' $(CONSTRAINTS)),torch)
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-#: Engines, each in a virtual environment of its own, from constraints/NAME.txt. PINNED=: without the versions in there.
+#: Engines, each in a virtual environment of its own, from constraints/NAME.txt. PINNED=: without the versions in there, but for
+#: torch's, for which an engine was built and whose open range pulls CUDA packages.
 ENGINES ?= vllm sglang
 PINNED ?= yes
 ENGINE_VENV = .venv-$*$(if $(PINNED),,-newest)
@@ -76,7 +77,7 @@ engine-%: constraints/%.txt
 	@[ $(ENGINE_VENV)/.engine -nt constraints/$*.txt -a $(ENGINE_VENV)/.engine -nt pyproject.toml ] || { \
 	  echo "installing $* for a CPU into $(ENGINE_VENV): some minutes, 2 GB ..."; \
 	  pip="$(ENGINE_VENV)/bin/python -m pip install --quiet --disable-pip-version-check"; \
-	  wanted=$$(sed '/^#/d; $(if $(PINNED),,s/==.*//)' constraints/$*.txt); \
+	  wanted=$$(sed '/^#/d; $(if $(PINNED),,/^torch==/!s/==.*//)' constraints/$*.txt); \
 	  $(PYTHON) -m venv $(ENGINE_VENV) && $$pip --upgrade pip 'setuptools>=77' wheel && $$pip $${wanted%%[[:space:]]*} \
 	  && $$pip --no-deps $$wanted && $$pip --no-deps -e . && touch $(ENGINE_VENV)/.engine \
 	  || echo "$* cannot be installed here, for the reason above; its tests are left out"; }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 
 from ...checkpoint import CheckpointError
@@ -18,7 +17,7 @@ def need_one_device(device_map: Any) -> None:
     """
     if not isinstance(device_map, dict):
         return
-    places = {"disk" if place == "disk" else str(torch.device(place)) for place in device_map.values()}
+    places = {f"cuda:{place}" if isinstance(place, int) else str(place) for place in device_map.values()}
     if len(places) > 1 or "disk" in places:
         raise CheckpointError(
             "NVFP4 layers in kernel order stay where they were made, and are not moved for each forward",

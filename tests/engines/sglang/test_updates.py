@@ -37,6 +37,22 @@ def test_the_plugin_is_in_place_and_says_so(dense: Dense, monkeypatch: pytest.Mo
         check_installed()
 
 
+def test_a_model_that_is_loaded_where_a_hook_is_not_in_place_says_so(
+    monkeypatch: pytest.MonkeyPatch, dense: Dense, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also where it is the hook on a class, and so nothing of the model is ours."""
+    from sglang.srt.layers.quantization import modelopt_quant
+
+    from aliasparam_nvfp4.integrations.sglang.served import record
+
+    record(lambda *_: None, torch.nn.Linear(2, 2), [], torch.device("cpu"))
+    assert "in part only" not in caplog.text
+    method = modelopt_quant.ModelOptFp4LinearMethod
+    monkeypatch.setattr(method, "__init__", method.__init__.__wrapped__)
+    record(lambda *_: None, torch.nn.Linear(2, 2), [], torch.device("cpu"))
+    assert "in part only; missing: sglang.srt.layers.quantization.modelopt_quant.ModelOptFp4LinearMethod.__init__" in caplog.text
+
+
 def test_a_folder_is_served_as_if_it_was_loaded_first(dense: Dense) -> None:
     assert not torch.equal(dense.a, dense.b)
     assert dense.update(DENSE["b"]) == (True, "Succeeded to update model weights.")
