@@ -15,7 +15,8 @@ TORCH := $(if $(CONSTRAINTS),$(shell grep '^torch==' $(CONSTRAINTS)),torch)
 # Without compiling millions of lines of torch and transformers, of which Python compiles what it imports.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 
-#: Engines, each in a virtual environment of its own, from constraints/NAME.txt. PINNED=: without the versions in there.
+#: Engines, each in a virtual environment of its own, from constraints/NAME.txt. PINNED=: without the versions in there, but for
+#: torch's, for which an engine was built and whose open range pulls CUDA packages.
 ENGINES ?= vllm sglang
 PINNED ?= yes
 ENGINE_VENV = .venv-$*$(if $(PINNED),,-newest)
@@ -77,7 +78,7 @@ engine-%: constraints/%.txt
 	@[ $(ENGINE_VENV)/.engine -nt constraints/$*.txt -a $(ENGINE_VENV)/.engine -nt pyproject.toml ] || { \
 	  echo "installing $* for a CPU into $(ENGINE_VENV): some minutes, 2 GB ..."; \
 	  pip="$(ENGINE_VENV)/bin/python -m pip install --quiet --disable-pip-version-check"; \
-	  wanted=$$(sed '/^#/d; $(if $(PINNED),,s/==.*//)' constraints/$*.txt); \
+	  wanted=$$(sed '/^#/d; $(if $(PINNED),,/^torch==/!s/==.*//)' constraints/$*.txt); \
 	  $(PYTHON) -m venv $(ENGINE_VENV) && $$pip --upgrade pip 'setuptools>=77' wheel && $$pip $${wanted%%[[:space:]]*} \
 	  && $$pip --no-deps $$wanted && $$pip --no-deps -e . && touch $(ENGINE_VENV)/.engine \
 	  || echo "$* cannot be installed here, for the reason above; its tests are left out"; }

@@ -161,7 +161,7 @@ PAGES: dict[str, list[Callable[[], dict[str, Any]] | None]] = {
     "docs/nvfp4/vllm.md": [None] * 2,
     "docs/nvfp4/sglang.md": [None],
     "docs/nvfp4/moe.md": [experts, None],
-    "docs/nvfp4/transformers.md": [folders],
+    "docs/nvfp4/transformers.md": [folders, folders],
     "docs/nvfp4/serve.md": [None],
 }
 #: A block that begins with what an earlier one of its page left.

@@ -162,6 +162,8 @@ class RefusingName(Tensor):
             return memory if device.type == "meta" else KernelName(name.label, memory).refusing
         if func is torch.ops.aten.empty_like.default:  # Module.to_empty()
             return func(name.memory, *args[1:], **kwargs)
+        if func is torch.ops.aten.detach.default:  # `.data`, of which vLLM takes the shape by `.to("meta")`
+            return name.refusing
         raise name.refusal()
 
     def refusal(self) -> StaleKernelError:

@@ -33,6 +33,9 @@ class EmulatedBackend(LinearBackend):
         self.weight_only, self.needs_input_scale = backend.weight_only, backend.needs_input_scale
         self._read: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[int, ...], Tensor]] = weakref.WeakKeyDictionary()
 
+    def lacks(self, device: torch.device) -> str | None:
+        return None
+
     def check_shape(self, shape: LinearShape) -> None:
         self.real.check_shape(shape)
 
@@ -63,6 +66,9 @@ class EmulatedRunner(MoERunner):
         self.name, self.layout, self.dtypes = runner.name, runner.layout, runner.dtypes
         self.input_scales, self.separate_scales = runner.input_scales, runner.separate_scales
         self.activations, self.swiglu_numbers = runner.activations, runner.swiglu_numbers
+
+    def lacks(self, device: torch.device) -> str | None:
+        return None
 
     def apply(self, layer: MoENames, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, shape: MoEShape) -> Tensor:
         return moe_emulate.layer_output(layer, self.real, shape, x, topk_weights, topk_ids).to(x.dtype)

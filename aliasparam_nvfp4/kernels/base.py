@@ -51,6 +51,10 @@ class Kernel(ABC):
         missing = [p for p in self.packages if not _is_installed(p)]
         return f"{', '.join(missing)} is not installed" if missing else None
 
+    def lacks(self, device: torch.device) -> str | None:
+        """The same, found out once, because every forward asks. In compiled code a constant, whatever other kernels are asked."""
+        return _lacks(self.folder, self.constant, self.name, device)
+
     def check_dtype(self, dtype: torch.dtype) -> None:
         """Raise ShapeError for activations the kernel cannot take."""
         if dtype not in self.dtypes:
@@ -79,6 +83,16 @@ def kernels_in(folder: str, constant: str) -> dict[str, Any]:
 def _called(folder: str, constant: str, name: str) -> Kernel:
     kernel: Kernel = kernels_in(folder, constant)[name]
     return kernel
+
+
+@torch.compiler.assume_constant_result
+def _lacks(folder: str, constant: str, name: str, device: torch.device) -> str | None:
+    return _found_out(folder, constant, name, device)
+
+
+@cache
+def _found_out(folder: str, constant: str, name: str, device: torch.device) -> str | None:
+    return _called(folder, constant, name).unavailable(device)
 
 
 @cache

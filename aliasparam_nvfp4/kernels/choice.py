@@ -47,16 +47,9 @@ def _called(device: torch.device) -> str:
     return "compute capability {}.{}".format(*torch.cuda.get_device_capability(device))
 
 
-#: Found out once, because every forward asks.
-_reasons: dict[tuple[Kernel, torch.device], str | None] = {}
-
-
 def need_running(kernel: Kernel, device: torch.device) -> None:
     """Raise BackendError where ``kernel`` cannot run on ``device``."""
-    key = (kernel, device)
-    if key not in _reasons:
-        _reasons[key] = kernel.unavailable(device)
-    if (reason := _reasons[key]) is not None:
+    if (reason := kernel.lacks(device)) is not None:
         raise BackendError(
             f"this {kernel.what} cannot run here", name=kernel.name, found=reason, remedy='Use backend="reference" or "auto".'
         )

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from aliasparam import Alias, Derivation, declare, process
+from aliasparam import Alias, Derivation, accept_kernel_bytes, declare, invalidate, process
+from aliasparam.errors import AliasError, StaleKernelError, StateError
 
 from .small import SWAP_PAD16, kernel
 
@@ -111,3 +112,133 @@ def test_vllm_puts_fresh_tensors_in_place_and_copies_the_results_into_the_old(wh
         assert process(layer) == 0
         assert addresses(layer) == before
     assert layer.weight.weight_loader is print
+
+
+def recorded(tensor: Tensor) -> Tensor:
+    """``to_meta_tensor`` (vllm/model_executor/model_loader/reload/meta.py, 0.32.0)."""
+    meta = tensor.data.to("meta")
+    meta.__class__ = tensor.__class__
+    meta.__dict__ = tensor.__dict__.copy()
+    return meta
+
+
+def materialized(meta: Tensor) -> Tensor:
+    """``materialize_meta_tensor`` of the same file."""
+    made = torch.empty_strided(size=tuple(meta.size()), stride=tuple(meta.stride()), dtype=meta.dtype)
+    made.__class__ = meta.__class__
+    made.__dict__ = meta.__dict__.copy()
+    return made
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_vllm_records_names_on_meta_with_their_class_and_attributes(loaded: bool) -> None:
+    """Before anything is loaded and while kernel names refuse, or of a layer that serves. What it then makes of the record stands
+    for the same memory: loaders fill it, nothing moves, and until it is processed it refuses."""
+    layer = make()
+    if loaded:
+        load(layer, 0)
+        process(layer)
+    record = {name: recorded(tensor) for name, tensor in [*layer._parameters.items(), *layer._buffers.items()]}
+    assert all(meta.is_meta for meta in record.values())
+    assert {n: (m.shape, m.dtype) for n, m in record.items()} == {
+        "weight": ((8, 6), torch.uint8), "scale": ((3,), torch.float32),
+        "prepared": ((16, 8), torch.uint8), "alpha": ((1,), torch.float32),
+    }  # fmt: skip
+    load(layer, 0)
+    process(layer)
+    before, kept = addresses(layer), (dict(layer._parameters), dict(layer._buffers))
+
+    for name, meta in record.items():
+        delattr(layer, name)
+        if name in kept[0]:
+            layer.register_parameter(name, meta)
+        else:
+            layer.register_buffer(name, meta, persistent=False)
+    with pytest.raises(StaleKernelError):
+        layer()
+    for name, meta in record.items():
+        setattr(layer, name, materialized(meta))
+    load(layer, 9)
+    with pytest.raises(StaleKernelError):
+        layer()
+    process(layer)
+    assert_serves(layer, 9)
+    for group, old in zip((layer._parameters, layer._buffers), kept, strict=True):
+        for name, tensor in old.items():
+            tensor.data.copy_(group[name])
+            group[name] = tensor
+    process(layer)
+    assert_serves(layer, 9)
+    assert addresses(layer) == before
+
+
+def load(layer: Any, add: int) -> None:
+    for name, value in checkpoint(add).items():
+        layer.get_parameter(name).data.copy_(value)
+
+
+def test_an_engine_that_puts_a_copy_of_its_own_in_the_place_of_torchs_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's sparse updates mark what is unchanged by NaN (``_load_nan_masked_weights``, checkpoint_weight_patch.py, 0.32.0):
+    names in kernel order and views of them keep those values."""
+    layer = nn.Module()
+    layer.scale = nn.Parameter(torch.arange(48.0).view(8, 6), requires_grad=False)
+    declare(layer, Alias("scale", "prepared", TRANSFORM))
+    process(layer)
+    seen: list[int] = []
+
+    def copy_non_nan_(destination: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+        seen.append(source.numel())
+        return torch.where(torch.isnan(source), destination, source, out=destination)
+
+    patch = torch.full((8, 6), torch.nan)
+    patch[1, 2], patch[6, 5] = 100.0, 101.0
+    with monkeypatch.context() as engine:
+        engine.setattr(torch.Tensor, "copy_", copy_non_nan_)
+        layer.scale.data.narrow(0, 0, 4).copy_(patch[:4])
+        layer.scale[4:].copy_(patch[4:])
+    process(layer)
+
+    expected = torch.where(patch.isnan(), torch.arange(48.0).view(8, 6), patch)
+    assert torch.equal(layer.scale, expected) and torch.equal(layer.prepared, kernel(TRANSFORM, expected))
+    assert seen[0] == 24 and seen.count(24) >= 2  # asked with the whole view, before any copy of the library's own
+
+
+def test_kernel_bytes_that_an_engine_saved_and_brought_back_itself() -> None:
+    """Sleep and wake past this library: until it is said that whole weights are back, nothing serves."""
+    layer = make()
+    load(layer, 3)
+    process(layer)
+    memory = {name: buffer.data for name, buffer in layer.named_buffers()}
+    saved = {name: held.clone() for name, held in memory.items()}
+
+    for held in memory.values():
+        held.fill_(77)
+    invalidate(layer)
+    for use in (layer, lambda: process(layer), lambda: layer.weight.sum()):
+        with pytest.raises(AliasError):
+            use()
+    for name, held in memory.items():
+        held.copy_(saved[name])
+    with pytest.raises(AliasError):
+        process(layer)
+    accept_kernel_bytes(layer)
+    process(layer)
+    assert_serves(layer, 3)
+    assert torch.equal(layer.weight, checkpoint(3)["weight"])
+
+
+def test_kernel_bytes_that_a_peer_wrote_under_their_own_name() -> None:
+    """As ``copy_`` over all buffers: seen, refused, and taken when the engine says so."""
+    layer, peer = make(), make()
+    for module, add in ((layer, 3), (peer, 9)):
+        load(module, add)
+        process(module)
+
+    layer.prepared.copy_(peer.prepared)
+    with pytest.raises(StateError, match="written by other code"):
+        process(layer)
+    accept_kernel_bytes(layer)
+    layer.scale.copy_(peer.scale)
+    process(layer)
+    assert_serves(layer, 9)
+    assert torch.equal(layer.weight, checkpoint(9)["weight"])

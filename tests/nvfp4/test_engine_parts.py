@@ -15,9 +15,11 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
+from typer.testing import CliRunner
 
 from aliasparam.errors import ReloadError
 from aliasparam_nvfp4.checkpoint import CheckpointError
+from aliasparam_nvfp4.cli.app import app
 from aliasparam_nvfp4.errors import ScaleError
 from aliasparam_nvfp4.integrations import agreement, options
 from aliasparam_nvfp4.integrations.agreement import Agreement, World
@@ -75,6 +77,15 @@ def test_an_engine_without_the_entry_point_is_a_line(monkeypatch: pytest.MonkeyP
     assert "not installed" in replace(VLLM, distributions=("no-such-engine",)).verdict()
     monkeypatch.setattr(Engine, "installed", lambda self: "0.32.0")
     assert "the plugin is not registered" in replace(VLLM, group="no.such.group").verdict()
+
+
+def test_doctor_says_of_every_engine_whether_the_plugin_will_be_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Engine, "installed", lambda self: "0.40.1")
+    found = json.loads(CliRunner().invoke(app, ["doctor", "--json"]).stdout)["engines"]
+    assert found == {name: f"{engine.doubt()}" for name, engine in (("sglang", SGLANG), ("vllm", VLLM))}
+    monkeypatch.setattr(Engine, "installed", lambda self: None)
+    found = json.loads(CliRunner().invoke(app, ["doctor", "--json"]).stdout)["engines"]
+    assert found == {"sglang": "not installed", "vllm": "not installed"}
 
 
 def test_a_policy_that_is_none_is_refused_with_those_that_are(monkeypatch: pytest.MonkeyPatch) -> None:

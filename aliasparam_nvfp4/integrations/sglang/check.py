@@ -9,7 +9,7 @@ from ..plugins import SGLANG
 
 
 def status() -> str:
-    """One line for ``aliasparam-nvfp4 doctor``: what SGLang would do here, and what is wrong. Loads SGLang's plugins."""
+    """One line: what SGLang would do here, and what is wrong. Loads SGLang's plugins, which ``doctor`` does not."""
     if (doubt := SGLANG.doubt()) is not None:
         return doubt
     try:

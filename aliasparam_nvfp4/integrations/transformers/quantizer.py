@@ -24,7 +24,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from aliasparam import checkpoint_state_dict, process
 
-from ...checkpoint import CheckpointError, QuantConfig
+from ...checkpoint import QuantConfig
 from ...linear.backends import linear_backend
 from ...moe import ExpertRanks
 from ...moe.runners import moe_runner
@@ -35,6 +35,7 @@ from .fuse import fuse_projections
 from .fused_experts import FusedExperts
 from .linears import replace_linears
 from .names import Names, revert, speak_file_names
+from .placement import need_one_device, need_undivided
 from .report import FolderReport
 from .source import Source, narrowed
 
@@ -114,23 +115,6 @@ class ModelOptConfig(QuantizationConfigMixin):  # type: ignore[misc]
         return self.to_dict()
 
 
-def _need_undivided(model: nn.Module) -> None:
-    """Raise CheckpointError where transformers would divide the model: its plans cut plain weights by name, and neither block
-    scales nor kernel order. ``from_pretrained`` puts the ``DistributedConfig`` in the config before it makes the model.
-    """
-    asked = getattr(model.config, "distributed_config", None)
-    sizes = {name: getattr(asked, name, None) for name in ("tp_size", "pp_size", "dp_size", "fsdp_size")}
-    divided = {name: size for name, size in sizes.items() if size is not None and size > 1}
-    if asked is not None and (divided or (getattr(asked, "tp_plan", None) is not None and sizes["tp_size"] != 1)):
-        raise CheckpointError(
-            "transformers' parallel plans cannot divide NVFP4 weights in kernel order",
-            module=type(model).__name__,
-            expected="a model that is whole in each process",
-            found=", ".join(f"{name}={size}" for name, size in divided.items()),
-            remedy="Leave tp_plan out; use_backend(ranks=ExpertRanks(...)) divides experts. vLLM and SGLang divide all layers.",
-        )
-
-
 class CompressedTensorsConfig(ModelOptConfig):
     """The same of a compressed-tensors checkpoint."""
 
@@ -156,11 +140,16 @@ class ModelOptQuantizer(HfQuantizer):  # type: ignore[misc]
         self._plain_experts: list[str] = []
         self._renamed: dict[str, torch.dtype] = {}
 
-    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing to refuse: every backend loads everywhere."""
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Every backend loads everywhere. transformers asks twice: with the map as it was given, and with what it made of it.
+
+        Raises:
+            CheckpointError: a map that divides the model.
+        """
+        need_one_device(device_map)
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        _need_undivided(model)
+        need_undivided(model)
         dtype = kwargs.get("dtype") or torch.get_default_dtype()
         files = kwargs.get("checkpoint_files")
         folder = Path(files[0]).parent if files else None

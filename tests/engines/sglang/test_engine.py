@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import socket
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 pytest.importorskip("sglang", reason="SGLang is not installed: make test-sglang")
 
+from ..server import free_port, server
 from .folders import DENSE, moe, need_dense
 from .runner import CPU, PROMPT
 from .trainer import buckets
@@ -154,66 +149,23 @@ def test_two_ranks_take_what_a_trainer_broadcasts(pair: Pair, experts: dict[str,
 
 
 def test_the_server_answers_before_and_after_updates(tmp_path: Path) -> None:
-    """The demo's model over HTTP: A to B, a bad folder, and B to A by a delta."""
+    """The demo's model over HTTP: A to B, a bad folder, B to A by a delta, sleep."""
     from aliasparam.reload.delta_writer import diff
     from aliasparam.reload.sources import SafetensorsFolder
 
     need_dense()
     with SafetensorsFolder(DENSE["a"]) as a, SafetensorsFolder(DENSE["b"]) as b:
         diff(b, a, tmp_path / "weight_v000001", 1, 0)
-    with server(DENSE["a"], tmp_path / "log") as post:
+    flags = [f"--{key.replace('_', '-')}" + ("" if value is True else f"={value}") for key, value in CPU.items()]
+    with server("sglang.launch_server", ["--model-path", str(DENSE["a"]), *flags], tmp_path / "log") as post:
         ask = {"input_ids": PROMPT, "sampling_params": GREEDY}
-        first = post("/generate", ask)["output_ids"]
+        first, sums = post("/generate", ask)["output_ids"], post("/weights_checker")["per_engine_checksum"]
         assert post("/update_weights_from_disk", {"model_path": str(DENSE["b"])})["success"]
         second = post("/generate", ask)["output_ids"]
         refused = post("/update_weights_from_disk", {"model_path": str(cut(DENSE["a"], tmp_path / "bad"))}, status=400)
         assert not refused["success"] and WEIGHT in refused["message"] and post("/generate", ask)["output_ids"] == second
         assert post("/update_weights_from_disk", {"model_path": str(tmp_path / "weight_v000001")})["success"]
         assert post("/generate", ask)["output_ids"] == first and first != second
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
-@contextmanager
-def server(folder: Path, log: Path) -> Iterator[Any]:
-    """``python -m sglang.launch_server`` as a user starts it; gives a function that posts JSON."""
-    port = free_port()
-    flags = [f"--{key.replace('_', '-')}" + ("" if value is True else f"={value}") for key, value in CPU.items()]
-    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(folder), "--port", str(port), *flags]
-    with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
-
-    def post(path: str, body: Any, status: int = 200) -> Any:
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{port}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        try:
-            with urllib.request.urlopen(request, timeout=300) as answer:
-                found, text = answer.status, answer.read()
-        except urllib.error.HTTPError as error:
-            found, text = error.code, error.read()
-        assert found == status, (found, text)
-        return json.loads(text)
-
-    try:
-        _wait(port, process, log)
-        yield post
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def _wait(port: int, process: Any, log: Path) -> None:
-    for _ in range(600):
-        assert process.poll() is None, log.read_text()[-3000:]
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
-                return
-        except OSError:
-            time.sleep(1)
-    raise AssertionError(log.read_text()[-3000:])
+        post("/release_memory_occupation")
+        post("/resume_memory_occupation")
+        assert post("/generate", ask)["output_ids"] == first and post("/weights_checker")["per_engine_checksum"] == sums

@@ -129,6 +129,26 @@ def test_a_padded_layer_of_the_stock_class_cannot_be_loaded_again(classes: Simpl
         assert torch.equal(getattr(ours.a, name).view(torch.uint8), getattr(fresh.a, name).view(torch.uint8))
 
 
+def test_fp8_layers_of_a_mixed_checkpoint_stay_sglangs(classes: SimpleNamespace, caplog: pytest.LogCaptureFixture) -> None:
+    """And where one is beside ours, updates are SGLang's own flow, which the log says."""
+    from sglang.srt.layers.linear import LinearBase
+    from sglang.srt.layers.quantization import modelopt_quant
+
+    from aliasparam_nvfp4.integrations.sglang.models import is_ours
+
+    layers = {"a": {"quant_algo": "NVFP4", "group_size": 16}, "b": {"quant_algo": "FP8"}}
+    config = modelopt_quant.ModelOptMixedPrecisionConfig.from_config(
+        {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers}
+    )
+    model = nn.ModuleList([nn.Module(), nn.Module()])
+    for layer, prefix in zip(model, layers, strict=True):
+        layer.quant_method = config.get_quant_method(object.__new__(LinearBase), prefix)
+    assert type(model[0].quant_method) is type(classes.ours)
+    assert type(model[1].quant_method) is modelopt_quant.ModelOptFp8LinearMethod
+    assert is_ours(model[:1]) and not is_ours(model)
+    assert "updates are SGLang's own, and no transactions, beside ModelOptFp8LinearMethod" in caplog.text
+
+
 @pytest.mark.parametrize(("plugins", "version"), [("none", ""), ("", "0.6.0")])
 def test_a_process_without_the_plugin_says_so(plugins: str, version: str) -> None:
     """Left out by the user, or in a version that is not known: SGLang's own classes are untouched, and a line says why."""

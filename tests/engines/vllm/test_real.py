@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from .engine import addresses, digest, reload, said, start, stop  # skips without vLLM
+from .engine import addresses, digest, model_of, reload, said, start, stop  # skips without vLLM
 
 from safetensors.torch import load_file  # isort: skip
+from tests.aliasparam.peak import peak_bytes  # isort: skip
 
 IS_A, IS_B = "This is checkpoint A.", "This is checkpoint B."
 Stream = Iterator[tuple[str, Tensor]]
@@ -40,6 +41,18 @@ def test_law_9_reloads_equal_fresh_starts_and_move_nothing(fresh: Any, real: tup
     reload(llm, weights_path=str(real[0]))
     assert said(llm) == IS_A and digest(llm) == of_a != of_b
     assert addresses(llm) == before
+
+
+def test_law_4_a_reload_needs_room_for_no_second_copy_of_declared_layers(fresh: Any, real: tuple[Path, Path]) -> None:
+    """vLLM's own reload holds the embedding twice, a fresh one and what came for it; all layers of ours add a little."""
+    llm, of_b = fresh
+    named = list(model_of(llm).named_parameters())
+    embedding = max(parameter.nbytes for _, parameter in named)
+    declared = sum(parameter.nbytes for name, parameter in named if "_proj" in name)
+
+    peak = peak_bytes(lambda: reload(llm, weights_path=str(real[1])), torch.device("cpu"))
+    assert 2 * embedding < peak < 2 * embedding + declared / 10 and digest(llm) == of_b
+    reload(llm, weights_path=str(real[0]))
 
 
 def broken(tensors: dict[str, Tensor]) -> Stream:
