@@ -130,6 +130,31 @@ def memory() -> str:
     return page(760, 220, "Block scales of the experts in one copy and in two", parts)
 
 
+#: Rows of the table of reloads that the picture of pauses shows, by source and policy, and what they are called there.
+PAUSES = {
+    ("in place, then all processed (SGLang's way)", ""): "converted in place, as SGLang",
+    ("fresh, processed, copied back (vLLM's way)", ""): "converted and copied, as vLLM",
+    ("folder", "write-through"): "write-through",
+    ("folder", "staged"): "staged on the host",
+    ("delta, 0.3 % new", "delta"): "a delta of 0.3 %",
+}
+
+
+def pause() -> str:
+    """How long the model refuses while 2 GiB are reloaded, and the scratch: as the page of GPU measurements has it."""
+    table = (FOLDER.parent / "gpu.md").read_text().partition("### Reload")[2].partition("\n## ")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line.startswith("|")]
+    measured = {(row[0], row[1]): (float(row[3]), row[5]) for row in rows if (row[0], row[1]) in PAUSES}
+    parts = [text(20, 28, "pause of a reload of 2 GiB on one H200, ms", "b")]
+    for i, (key, name) in enumerate(PAUSES.items()):
+        (seconds, scratch), y, ours = measured[key], 48 + 28 * i, key[1] != ""
+        parts += [
+            text(220, y + 14, name, "", "end"), box(230, y, 1000 * seconds, 18, BANDS[0] if ours else "#bbb", ""),
+            text(236 + 1000 * seconds, y + 14, f"{1000 * seconds:.0f}, scratch {scratch} MiB", "s"),
+        ]  # fmt: skip
+    return page(760, 200, "Pauses of reloads, by the way they are done", parts)
+
+
 def seen_model() -> nn.Module:
     """Three small layers on the page of what can be seen: padded, one with a projection in a format that cannot share."""
     model = nn.Sequential()
@@ -166,6 +191,7 @@ PICTURES = {
     "tile.svg": tile,
     "states.svg": states,
     "memory.svg": memory,
+    "pause.svg": pause,
     "explain.svg": explained,
     "layout.svg": layout_tile,
 }  # fmt: skip

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from aliasparam import (
     Alias,
     Derivation,
-    IndexLayout,
     Keep,
     Layout,
     Reencoding,
@@ -23,6 +22,7 @@ from aliasparam import (
     registry_of,
 )
 from aliasparam.errors import DeclarationError, LayoutError
+from aliasparam.layout import IndexLayout
 
 from .small import PAD8
 
