@@ -47,7 +47,9 @@ class _Run:
     def key(self) -> Key:
         first, last = 0 if self.begins else 1, len(self.pieces) - (0 if self.ends else 1)
         around = zip(self.pieces, self.pieces[1:], self.unescaped, strict=False)
-        return Key(".".join(self.pieces[first:last]), max(self.pieces, key=len), tuple((a, b) for a, b, odd in around if odd))
+        beside = [*self.pieces[:first], *self.pieces[last:]]  # says more than a part of the key, which a match contains anyway
+        other = max([*beside, ""], key=len) or max(self.pieces, key=len)
+        return Key(".".join(self.pieces[first:last]), other, tuple((a, b) for a, b, odd in around if odd))
 
 
 def glob_key(pattern: str) -> Key:
