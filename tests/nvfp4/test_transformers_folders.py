@@ -104,7 +104,8 @@ def test_kv_scales_of_compressed_tensors_travel_with_the_attention(tmp_path: Pat
     for number, folder in enumerate((a, b)):
         scheme = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
         change_config(folder, lambda config, s=scheme: config["quantization_config"].update(kv_cache_scheme=s))
-        scales = {f"model.layers.{i}.self_attn.{n}_scale": torch.tensor([0.02 + i + number]) for i in (0, 1) for n in "qkv"}
+        names = ("q_scale", "k_scale", "v_scale", "kv_scale", "k_proj.output_scale")
+        scales = {f"model.layers.{i}.self_attn.{n}": torch.tensor([0.02 + i + number]) for i in (0, 1) for n in names}
         edit(lambda tensors, s=scales: tensors.update(s))(folder)
 
     model = load_as(a)

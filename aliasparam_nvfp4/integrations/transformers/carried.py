@@ -1,8 +1,9 @@
 """Tensors that nothing here computes with. They are loaded, reloaded and exported with the model.
 
 Scales of a quantized KV cache: ModelOpt stores ``k_proj.k_scale``, ``v_proj.v_scale`` (and ``k_bias``, ``v_bias``) beside
-projections of any kind; compressed-tensors ``self_attn.k_scale``, ``v_scale`` and ``q_scale``. Input scales of modules whose
-activations are left as they are: exporters leave them behind.
+projections of any kind; compressed-tensors ``self_attn.k_scale``, ``v_scale`` and ``q_scale``, in older files
+``k_proj.output_scale``; the first ones ``self_attn.kv_scale`` (vLLM ``weight_utils.py``, ``maybe_remap_kv_scale_name``). Input
+scales of modules whose activations are left as they are: exporters leave them behind.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import nn
 from ...checkpoint import TensorEntry
 
 #: Last parts of the names of KV-cache scales.
-KV_SCALES = ("k_scale", "v_scale", "q_scale", "prob_scale", "k_bias", "v_bias")
+KV_SCALES = ("k_scale", "v_scale", "q_scale", "prob_scale", "k_bias", "v_bias", "kv_scale", "output_scale")
 #: Last parts of the names of activation scales.
 INPUT_SCALES = ("input_scale", "input_global_scale")
 
