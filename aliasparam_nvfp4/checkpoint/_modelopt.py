@@ -36,11 +36,13 @@ def read(config: Mapping[str, Any], where: str) -> Quantization:
     weights = {name: mapping(group, "weights", f"{where}: {name}") for name, group in groups.items()}
     acts = {name: mapping(group, "input_activations", f"{where}: {name}") for name, group in groups.items()}
     _need_blocks_of_16(body, algo, [w for w in weights.values() if w.get("num_bits", 4) == 4], layers, where)
-    exclude = tuple(dict.fromkeys(name for key in _IGNORE for name in patterns(body, key, where)))
+    left = [name for name, layer in layers.items() if layer.get("quant_algo") is None]
+    exclude = tuple(dict.fromkeys([*left, *(name for key in _IGNORE for name in patterns(body, key, where))]))
     # Exporters label weights alone NVFP4 too. Where no group has activations, the files' scales tell.
     alone = bool(groups) and not any(acts[name] for name, w in weights.items() if w.get("num_bits", 4) == 4)
     if algo == "MIXED_PRECISION":
-        named = _by_layer(layers, where) if layers else _by_group(groups, weights, acts, where)
+        quantized = {name: layer for name, layer in layers.items() if layer.get("quant_algo") is not None}
+        named = _by_layer(quantized, where) if layers else _by_group(groups, weights, acts, where)
         schemes = tuple(_perhaps_alone(scheme) if alone else (scheme,) for scheme in named.values())
         rules = Rules(Patterns(named), schemes, ignored=Patterns(exclude), spreads=True)
     else:

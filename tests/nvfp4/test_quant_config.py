@@ -102,6 +102,13 @@ def test_entries_of_a_mixed_checkpoint_stand_for_the_parts_of_what_they_name(ent
     assert schemes(config, "b.k_proj") is None
 
 
+def test_an_entry_without_an_algorithm_leaves_its_module_alone() -> None:
+    layers = {"m.mlp": {"quant_algo": "NVFP4"}, "m.mlp.gate": {"quant_algo": None}}
+    config = {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers": layers}
+
+    assert schemes(config, "m.mlp.up_proj") == ("NVFP4", "stored") and schemes(config, "m.mlp.gate") is None
+
+
 def test_compressed_tensors_names_count_before_expressions_and_those_before_classes() -> None:
     groups = {
         "a": {"targets": ["Linear"], "weights": FOUR, "input_activations": {**FOUR, "dynamic": "local"}},
