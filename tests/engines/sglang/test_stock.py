@@ -149,6 +149,15 @@ def test_fp8_layers_of_a_mixed_checkpoint_stay_sglangs(classes: SimpleNamespace,
     assert "updates are SGLang's own, and no transactions, beside ModelOptFp8LinearMethod" in caplog.text
 
 
+def test_kernels_that_have_no_build_here_raise() -> None:
+    import sgl_kernel
+
+    if not hasattr(sgl_kernel, "__file__") or "stub" not in str(sgl_kernel.__file__):
+        pytest.skip("the real package is here")
+    with pytest.raises(NotImplementedError, match=r"sgl_kernel\.fp8_scaled_mm has no build"):
+        sgl_kernel.fp8_scaled_mm(torch.ones(2, 2))
+
+
 @pytest.mark.parametrize(("plugins", "version"), [("none", ""), ("", "0.6.0")])
 def test_a_process_without_the_plugin_says_so(plugins: str, version: str) -> None:
     """Left out by the user, or in a version that is not known: SGLang's own classes are untouched, and a line says why."""

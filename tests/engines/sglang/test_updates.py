@@ -146,6 +146,25 @@ def test_the_stock_updater_fills_what_is_short_with_zeros(dense: Dense, tmp_path
     assert not dense.model.get_parameter(OUT).detach().clone()[:, 100:].any()
 
 
+def test_the_stock_updater_reports_a_failure_and_serves_the_new_weights(dense: Dense, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read that fails once: it "rolls back" by reading the new folder again. Ours is taken back above."""
+    from sglang.srt.model_loader.loader import DefaultModelLoader
+
+    read, fails = DefaultModelLoader._get_weights_iterator, [True]
+
+    def failing(loader: Any, source: Any) -> Any:
+        for number, pair in enumerate(read(loader, source)):
+            if number == 300 and fails:
+                fails.clear()
+                raise OSError("the disk went away")
+            yield pair
+
+    monkeypatch.setattr(DefaultModelLoader, "_get_weights_iterator", failing)
+    success, said = stock_update(dense, DENSE["b"])
+    assert not fails and not success and "Rolling back to original weights" in said
+    assert dense.serves("b")
+
+
 def stock_update(dense: Dense, folder: Path) -> tuple[bool, str]:
     return type(dense.updater).update_weights_from_disk.__wrapped__(dense.updater, str(folder), "auto")  # type: ignore[no-any-return]
 
