@@ -16,11 +16,13 @@ from .canonical import canonical
 from .compose import compose
 from .index import IndexLayout
 from .infer import infer
-from .lines import bound, core_dims, sized
+from .lines import bound, core_dims, sized, sizes_of, spec_of
 from .pattern import Line, parse
 from .tile import tile_picture
 from .trace import Function
 
+#: Characters of a text: its time grows with the square of its digits.
+_LONGEST = 4096
 _canonical = lru_cache(maxsize=1024)(canonical)
 
 
@@ -63,8 +65,12 @@ class Layout:
     _key: tuple[Any, ...]
 
     def __init__(self, text: str, **sizes: int) -> None:
-        if not isinstance(text, str):
-            raise LayoutError("a layout is a line of text", expected="(g b a) k -> g a b k, a=4 b=8", found=repr(text))
+        if not isinstance(text, str) or len(text) > _LONGEST:
+            expected = f'text such as "(g b a) k -> g a b k, a=4 b=8", of at most {_LONGEST} characters'
+            raise LayoutError("a layout is a line of text", expected=expected, found=repr(text)[:80])
+        for name, size in sizes.items():
+            if type(size) is not int:
+                raise LayoutError(f"the size of digit {name} is no positive integer", found=repr(size)[:80])
         self._set(*_parsed(text, tuple(sorted(sizes.items()))))
 
     def _set(self, lines: Iterable[Line], bits: int | None) -> None:
@@ -125,7 +131,7 @@ class Layout:
         Raises:
             InferenceError: one of its subclasses says why the function is no layout, with the first place that shows it.
         """
-        found = infer(function, shape, dtype, device)
+        found = infer(function, *spec_of(shape, dtype), device)
         return found if isinstance(found, IndexLayout) else cls.of(found.lines, found.bits)
 
     def inverse(self) -> Layout:
@@ -143,15 +149,16 @@ class Layout:
 
     def bind(self, shape: Sequence[int], dtype: torch.dtype) -> BoundLayout:
         """This layout for tensors of the full ``shape``. Raises LayoutError where the digits do not fit."""
-        return _bound(self, tuple(shape), dtype)
+        return _bound(self, *spec_of(shape, dtype))
 
     def kernel_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Shape in kernel format of a tensor of ``shape``, lead dims in front. ``bits=4``: both count nibbles."""
+        shape = sizes_of(shape)
         return (*shape[: len(shape) - self.core_dims], *sized(self.lines, shape)[-1].kernel_shape)
 
     def capacity(self, shape: Sequence[int]) -> int:
         """Elements of one region, padding included."""
-        return sized(self.lines, shape)[-1].capacity
+        return sized(self.lines, sizes_of(shape))[-1].capacity
 
     def boxes(self, rows: tuple[int, int], columns: tuple[int, int], shape: Sequence[int]) -> list[Piece]:
         """The strided pieces of kernel memory that hold a rectangle (start, stop each) of a matrix of ``shape``."""

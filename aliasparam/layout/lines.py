@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +13,24 @@ from .digits import BoundLine, bind_line
 from .nibbles import NibbleLayout
 from .pattern import Line
 from .strided import StridedLayout
+
+
+def sizes_of(shape: Sequence[int]) -> tuple[int, ...]:
+    """``shape`` as plain integers. Raises LayoutError where it is none of a tensor."""
+    try:
+        sizes = tuple(map(operator.index, shape))
+    except TypeError:
+        sizes = (-1,)
+    if any(size < 0 for size in sizes):
+        raise LayoutError("this is no shape of a tensor", expected="sizes of 0 or more", found=repr(shape)[:80])
+    return sizes
+
+
+def spec_of(shape: Sequence[int], dtype: torch.dtype) -> tuple[tuple[int, ...], torch.dtype]:
+    """Both as they are of a tensor. Raises LayoutError where one is not."""
+    if not isinstance(dtype, torch.dtype):
+        raise LayoutError("a tensor has a torch.dtype", expected="a torch.dtype", found=repr(dtype)[:80])
+    return sizes_of(shape), dtype
 
 
 def core_dims(lines: Sequence[Line]) -> int:

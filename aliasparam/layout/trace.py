@@ -40,10 +40,6 @@ class Trace(NamedTuple):
 
 def trace(function: Function, shape: Sequence[int], dtype: torch.dtype, device: str) -> Trace:
     """Raises a subclass of InferenceError where the function is no permutation of elements or nibbles."""
-    if not isinstance(dtype, torch.dtype) or not isinstance(shape, Sequence) or not all(type(n) is int and n >= 0 for n in shape):
-        raise InferenceError(
-            "a layout is inferred for a shape and a dtype", expected="(64, 16), torch.uint8", found=f"{shape!r}, {dtype!r}"
-        )
     run = _Runner(function, tuple(shape), dtype, device)
     try:
         source, kernel = _sources(run, 8)
@@ -84,8 +80,9 @@ class _Runner:
                 result = self.function(value)
         except Exception as error:
             raise FunctionFailedError(f"{self.name} raised {error!r}", found=f"{self.dtype} {list(self.shape)}") from error
-        if not isinstance(result, Tensor):
-            raise FunctionFailedError(f"{self.name} returned no tensor", expected="one tensor", found=type(result).__name__)
+        if not isinstance(result, Tensor) or result.layout is not torch.strided or result.is_meta:
+            found = f"{result.layout} on {result.device}" if isinstance(result, Tensor) else type(result).__name__
+            raise FunctionFailedError(f"{self.name} returned no tensor with values", expected="one dense tensor", found=found)
         shape = tuple(result.shape) or (1,)
         bytes_out = result.detach().contiguous().reshape(-1).view(torch.uint8).cpu()
         return bytes_out, (*shape[:-1], shape[-1] * result.element_size())

@@ -19,6 +19,7 @@ from ..tensors.parameter import AliasedParameter, adopt_class, is_same_name, mak
 from .allocate import adopt_memory
 from .names import ModuleNames
 from .planning import Binding, Source
+from .watch import standing
 
 
 def adopt(registry: ModuleNames) -> None:
@@ -27,7 +28,7 @@ def adopt(registry: ModuleNames) -> None:
         (source, binding, tensor)
         for source in registry.sources.values()
         for binding in (source.bindings or [Binding(registry.module, source.name, None)])  # type: ignore[arg-type]
-        if (tensor := binding.module._parameters.get(binding.name)) is not binding.parameter and tensor is not None
+        if (tensor := standing(binding.module, binding.name)) is not binding.parameter and tensor is not None
     ]
     for source, binding, found in foreign:
         _check_adoptable(registry, source, binding, found)
@@ -83,13 +84,14 @@ def _check_adoptable(registry: ModuleNames, source: Source, binding: Binding, te
             remedy="Tie the names before declaring them; or copy the values with copy_(). "
             "registry.rebind() puts the library's parameter back.",
         )
-    if TensorSpec.of(tensor) != expected:
+    found = TensorSpec.of(tensor) if isinstance(tensor, Tensor) else f"no tensor: {type(tensor).__name__}"
+    if found != expected:
         raise AdoptionError(
             "a tensor that does not fit was put in the place of a declared name",
             module=registry.label,
             name=binding.name,
             expected=expected,
-            found=TensorSpec.of(tensor),
+            found=found,
             remedy="Declared weights keep shape and dtype (Module.half() and the like cannot apply to them). "
             "registry.rebind() puts the library's parameter back.",
         )

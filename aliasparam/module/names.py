@@ -15,7 +15,7 @@ from ..storage.storage import AliasedStorage
 from ..tensors.parameter import AliasedParameter, is_same_name
 from ..torch_private import outside_inference
 from .planning import Binding, Derived, Separate, Source
-from .watch import put, put_buffer, watch
+from .watch import put, put_buffer, standing, watch
 
 
 class Readiness(Enum):
@@ -197,7 +197,7 @@ class ModuleNames:
     def replaced_names(self) -> list[str]:
         """Declared names under which there is another tensor than ours."""
         bindings = [b for source in self.sources.values() for b in source.bindings]
-        found = ((b, b.module._parameters.get(b.name)) for b in bindings)
+        found = ((b, standing(b.module, b.name)) for b in bindings)
         replaced = [b.name for b, tensor in found if tensor is not None and not is_same_name(tensor, b.parameter)]
         return replaced + [n for n, kernel in self.kernels() if not kernel.shows(self.module._buffers.get(n))]
 

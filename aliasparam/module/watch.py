@@ -160,8 +160,19 @@ def watch(module: nn.Module, name: str, registry: Watcher) -> None:
     _watched(module, "_parameters", WatchedParameters).watchers[name] = registry
 
 
+def standing(module: nn.Module, name: str) -> Any:
+    """What is under the name of a Parameter: after ``del`` that may be an attribute, which hides Parameters, or a buffer."""
+    if name in module.__dict__:
+        return module.__dict__[name]
+    found = module._parameters.get(name)
+    return module._buffers.get(name) if found is None else found
+
+
 def put(module: nn.Module, name: str, value: Any) -> None:
     """Bind without telling: for the registry's own parameters."""
+    module.__dict__.pop(name, None)
+    if module._buffers.pop(name, None) is not None:
+        module._non_persistent_buffers_set.discard(name)
     dict.__setitem__(module._parameters, name, value)
 
 

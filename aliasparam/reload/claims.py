@@ -8,41 +8,71 @@ from typing import Any
 from torch import nn
 
 from ..errors import ReloadError
+from ..module.registry import AliasRegistry
 from ..module.registry_of import registries
 
 #: Which session has a module. Neither keeps the other alive, so an abandoned session frees its modules.
 _sessions: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Any]] = weakref.WeakKeyDictionary()
 
 
-def claim(model: nn.Module, session: object) -> None:
-    """``session`` has every module of ``model`` until :func:`release`; meanwhile nothing else processes them.
+class Claim:
+    """The modules that ``session`` has, from :meth:`take` to :meth:`end`: nothing else reloads or processes them."""
 
-    Raises:
-        ReloadError: another session that is alive has one of them.
-    """
-    modules = list(model.modules())
-    for module in modules:
-        other = _sessions.get(module)
-        if other is not None and other() not in (None, session):
-            raise ReloadError(
-                "a reload of this model is already open",
-                module=type(model).__name__,
-                expected="one reload at a time",
-                found=f"another one, of {type(module).__name__}, in progress",
-                remedy="Finish or abort it first.",
-            )
-    reference = weakref.ref(session)
-    for module in modules:
-        _sessions[module] = reference
-    for _, registry in registries(model):
-        registry.holder = reference
+    def __init__(self, session: object) -> None:
+        self._session = weakref.ref(session)
+        self._modules: list[nn.Module] = []
+        self._registries: list[AliasRegistry] = []
 
+    def take(self, model: nn.Module) -> None:
+        """
+        Raises:
+            ReloadError: another session that is alive has one of the modules.
+        """
+        modules = list(model.modules())
+        for module in modules:
+            other = _sessions.get(module)
+            if other is not None and other() not in (None, self._session()):
+                raise ReloadError(
+                    "a reload of this model is already open",
+                    module=type(model).__name__,
+                    expected="one reload at a time",
+                    found=f"another one, of {type(module).__name__}, in progress",
+                    remedy="Finish or abort it first.",
+                )
+        self._modules, self._registries = modules, [registry for _, registry in registries(model)]
+        for module in modules:
+            _sessions[module] = self._session
+        self.hold()
 
-def release(model: nn.Module, session: object) -> None:
-    """Undo :func:`claim`. Modules that another session has stay as they are."""
-    for module in model.modules():
-        if module in _sessions and _sessions[module]() is session:
-            del _sessions[module]
-    for _, registry in registries(model):
-        if registry.holder is not None and registry.holder() in (None, session):
-            registry.holder = None
+    def hold(self) -> None:
+        """Nothing processes the modules."""
+        for registry in self._registries:
+            registry.holder = self._session
+
+    def lend(self) -> None:
+        """The modules may be processed; no other session gets one."""
+        for registry in self._registries:
+            if registry.holder is self._session:
+                registry.holder = None
+
+    def need_all(self, model: nn.Module) -> None:
+        """
+        Raises:
+            ReloadError: a module was put into the model since.
+        """
+        for path, module in model.named_modules():
+            if _sessions.get(module) is not self._session:
+                raise ReloadError(
+                    "a module was put into the model while its reload was open: its weights are of another generation",
+                    module=path or type(model).__name__,
+                    expected="the modules that were there at the begin",
+                    found=f"another {type(module).__name__}",
+                    remedy="Abort, and reload the model that is to serve.",
+                )
+
+    def end(self) -> None:
+        """Also of modules that were taken out of the model."""
+        self.lend()
+        for module in self._modules:
+            if _sessions.get(module) is self._session:
+                del _sessions[module]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from torch import Tensor
 
@@ -60,25 +60,3 @@ def need_whole(module: str, scope: object, wanted: Mapping[str, Coverage]) -> No
             found=f"{missing[0]} without {', '.join(map(shown, first[:3]))}",
             remedy='Send the missing tensors, or open the reload with scope="partial" for a deliberate partial update.',
         )
-
-
-def no_such_name(module: str, name: str, count: int) -> ReloadError:
-    return ReloadError(
-        "the model has no tensor of this name",
-        module=module,
-        name=name,
-        expected=f"one of its {count} names",
-        found=name,
-        remedy="r.expected lists them. Map the sender's names to those first.",
-    )
-
-
-def out_of_scope(module: str, name: str, scope: Iterable[str]) -> ReloadError:
-    return ReloadError(
-        "this tensor is outside the scope of the reload",
-        module=module,
-        name=name,
-        expected=f"names under {', '.join(scope)}",
-        found=name,
-        remedy="Open the reload with a scope that has it.",
-    )

@@ -10,6 +10,7 @@ import json
 import math
 import struct
 from collections import Counter
+from collections.abc import Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple, NoReturn, TypeGuard
 
@@ -132,9 +133,7 @@ def _entry(file: HeldFile, name: str, info: Any, start: int) -> Entry:
         raise SourceError("unknown dtype", name=f"{file.path}: {name}", expected=", ".join(DTYPES), found=kind[:80])
     begin, end = offsets
     nbytes = math.prod(shape) * dtype.itemsize
-    if (
-        0 in shape and math.prod(size or 1 for size in shape) >= 1 << 59
-    ):  # strides of a tensor are of 64 bits, also where nothing is in it
+    if not can_be(shape):
         raise SourceError("a tensor of this size cannot be", name=f"{file.path}: {name}", found=repr(shape)[:80])
     if end - begin != nbytes:
         raise SourceError(
@@ -175,6 +174,11 @@ def is_sizes(value: Any) -> TypeGuard[list[int]]:
         if type(size) is not int or size < 0:
             return False
     return True
+
+
+def can_be(shape: Sequence[int]) -> bool:
+    """Whether torch has a tensor of this shape: strides are of 64 bits, also where nothing is in it."""
+    return 0 not in shape or math.prod(size or 1 for size in shape) < 1 << 59
 
 
 def _malformed(file: HeldFile, name: str, info: Any) -> SourceError:

@@ -6,6 +6,7 @@ dict in the tensor's place; its other type fails the guards of compiled code, an
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from torch import Tensor
@@ -29,6 +30,11 @@ class PlainName(KernelName):
             found="one that was not committed",
             remedy="Finish the reload, or reload the whole model; until then it does not run.",
         )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PlainName:
+        if id(self) not in memo:
+            memo[id(self)] = PlainName(self.label, copy.deepcopy(self.live, memo))
+        return memo[id(self)]  # type: ignore[no-any-return]
 
     def __reduce__(self) -> Any:
         return PlainName, (self.label, self.live)

@@ -8,10 +8,10 @@ the old weights, or a refusal until a whole reload succeeds. A mixture never ser
 
 from __future__ import annotations
 
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from enum import Enum
 from types import TracebackType
 from typing import Literal
 
@@ -24,31 +24,24 @@ from ..module.registry_of import registries
 from ..module.verbs import process
 from ..spec import TensorSpec
 from ..storage.coverage import Box, Coverage
-from .claims import claim, release
+from .claims import Claim
 from .collector import collector_paused
 from .drain import Drain
-from .fit import box_of, need_fit, need_whole, no_such_name, out_of_scope, shown
+from .fit import box_of, need_fit, need_whole, shown
 from .live import Live
 from .observe import Hook, Hooks, Observed, call_abort_hooks, phase
 from .patch import Patch
+from .phases import Phase, need
 from .policies import AnyPolicy, Patched, Policy, policy_of
-from .targets import Target, find_targets, in_scope, is_under
+from .targets import Target, find_targets, in_scope, target_of
 from .written import Written
 
 #: "all": every tensor must arrive; "partial": each tensor that is begun must; or dotted prefixes, under which every tensor must.
 Scope = Literal["all", "partial"] | Iterable[str]
 
 
-class Phase(Enum):
-    NEW = "not begun"
-    OPEN = "open"
-    PREPARED = "prepared"
-    SWITCHED = "switched"
-    ENDED = "ended"
-
-
 class ReloadSession:
-    """One reload in progress. Made by :func:`reload`; a context, or step by step: begin, update, prepare, commit, abort.
+    """One reload in progress. Made by :func:`reload`; a context, or begin, update, prepare, commit, abort. Threads may update.
 
     Attributes:
         processed: how many sources were new and derivations computed, after the commit.
@@ -70,7 +63,9 @@ class ReloadSession:
         self._arrived: dict[int, Coverage] = {}
         self.drain = Drain(model, drain_seconds)
         self._written = Written(type(model).__name__, self.drain)
+        self._claim = Claim(self)
         self._policy: Policy = policy_of(policy, self._written)
+        self._lock = threading.RLock()  # of updates and of the phase; no hook and no derivation runs under it
 
     # -- the transaction -----------------------------------------------------------------------------------------------
 
@@ -80,12 +75,12 @@ class ReloadSession:
         Raises:
             ReloadError: another session has this model, or a part of it; or this one was begun before.
         """
-        self._need(Phase.NEW, "begin")
+        self._need((Phase.NEW,), "begin")
         with torch.no_grad():
             for _, registry in registries(self.model):
                 if not registry.is_untouched:
                     adopt(registry)
-        claim(self.model, self)
+        self._claim.take(self.model)
         with collector_paused():
             self._targets = find_targets(self.model)
         self.drain.begin()
@@ -104,10 +99,11 @@ class ReloadSession:
         Raises:
             ReloadError: tensors of the scope did not arrive whole. The session stays open: send them, or abort.
         """
-        self._need(Phase.OPEN, "prepare")
-        wanted = in_scope(self._targets, self.scope, self._arrived)
-        need_whole(self._label, self.scope, {name: self._coverage(target) for name, target in wanted.items()})
-        self.phase = Phase.PREPARED
+        with self._lock:
+            self._need((Phase.OPEN,), "prepare")
+            wanted = in_scope(self._targets, self.scope, self._arrived)
+            need_whole(self._label, self.scope, {name: self._coverage(target) for name, target in wanted.items()})
+            self.phase = Phase.PREPARED
 
     def switch(self) -> None:
         """Put the new weights in place and compute what derives from them; the model refuses until :meth:`commit`. For ranks.
@@ -116,11 +112,7 @@ class ReloadSession:
             ReloadError: not prepared.
             AliasError: processing refuses the new values. The session is still prepared.
         """
-        self._need(Phase.PREPARED, "switch")
-        self._put_in_place()
-        self._written.reopen()
-        claim(self.model, self)
-        self.phase = Phase.SWITCHED
+        self._put_in_place("switch", (Phase.PREPARED,), self._reopen, Phase.SWITCHED)
 
     def commit(self) -> None:
         """Let the model run with what was written. If it fails the session is still prepared: commit again, or abort.
@@ -129,14 +121,8 @@ class ReloadSession:
             ReloadError: not prepared.
             AliasError: processing refuses the new values.
         """
-        if self.phase is not Phase.SWITCHED:
-            self._need(Phase.PREPARED, "commit")
         started = time.perf_counter()
-        self._put_in_place()
-        if self._written.any:
-            self.drain.wait_for_devices()
-        self._written.commit(whole=self.scope == "all")
-        self.phase = Phase.ENDED
+        self._put_in_place("commit", (Phase.PREPARED, Phase.SWITCHED), self._serve, Phase.ENDED)
         self.observed.pause_seconds = time.perf_counter() - started
         self.observed.ended(self.model, "committed")
 
@@ -146,18 +132,20 @@ class ReloadSession:
         Raises:
             AliasError: the policy keeps the old weights, and they cannot be brought back. What was written refuses.
         """
-        if self.phase is Phase.ENDED:
-            return
-        begun, restored = self.phase is not Phase.NEW, False
+        begun, restored = None, False
         try:
-            release(self.model, self)
+            with self._lock:  # an update of another thread ends, and no other begins
+                if self.phase is Phase.ENDED:
+                    return
+                begun, self.phase = self.phase is not Phase.NEW, Phase.ENDED
+            self._claim.end()
             with phase("abort"):
                 restored = self._policy.restore()
             if restored:
                 self._written.commit(whole=False)
         finally:
-            self._written.poison()
-            self.phase = Phase.ENDED
+            if begun is not None:
+                self._written.poison()
             if begun:
                 self.failed_hooks = call_abort_hooks(self._hooks, self)
                 self.observed.ended(self.model, "restored" if restored else "refuses")
@@ -188,20 +176,43 @@ class ReloadSession:
                 raise
             error.add_note(str(failure))
 
-    def _put_in_place(self) -> None:
-        if self.phase is not Phase.SWITCHED:
-            with phase("flush"):
-                self._policy.flush()
-        release(self.model, self)
+    def _put_in_place(self, doing: str, phases: tuple[Phase, ...], finish: Callable[[], None], after: Phase) -> None:
+        """Write what was held, call the hooks, process, ``finish``; only an abort comes between. May be called again."""
+        with self._lock:
+            self._need(phases, doing)
+            before, self.phase = self.phase, Phase.COMMITTING
         try:
+            with self._lock, phase("flush"):
+                if before is Phase.PREPARED:
+                    self._policy.flush()
+            self._claim.lend()
             while self._to_call:
                 self._to_call[0](self)
+                self._need((Phase.COMMITTING,), doing)
                 del self._to_call[0]
+            self._claim.need_all(self.model)
             with phase("process"):
                 self.processed += process(self.model)
+            with self._lock:
+                self._need((Phase.COMMITTING,), doing)
+                finish()
+                self.phase = after
         except BaseException:
-            claim(self.model, self)
+            with self._lock:
+                if self.phase is Phase.COMMITTING:
+                    self._claim.hold()
+                    self.phase = before
             raise
+
+    def _serve(self) -> None:
+        if self._written.any:
+            self.drain.wait_for_devices()
+        self._written.commit(whole=self.scope == "all")
+        self._claim.end()
+
+    def _reopen(self) -> None:
+        self._written.reopen()
+        self._claim.hold()
 
     # -- updates -------------------------------------------------------------------------------------------------------
 
@@ -227,7 +238,11 @@ class ReloadSession:
         Raises:
             ReloadError: unknown name, wrong shape or dtype, outside the tensor, or elements sent twice. Nothing is written then.
         """
-        self._need(Phase.OPEN, "update")
+        with self._lock:
+            self._need((Phase.OPEN,), "update")
+            self._update(name, value, first_row, box)
+
+    def _update(self, name: str, value: Tensor, first_row: int | None, box: Box | None) -> None:
         target = self._target(name)
         live = target.tensor
         if value.numel() == live.numel() == 1 and value.dim() <= 1 and live.dim() <= 1:
@@ -261,7 +276,7 @@ class ReloadSession:
 
     def patch(self, name: str, patches: Callable[[Live], list[Patch]]) -> None:
         """Hold what a delta changes in one tensor. For sessions of :func:`~aliasparam.reload.prepare_delta`."""
-        self._need(Phase.OPEN, "patch")
+        self._need((Phase.OPEN,), "patch")
         if not isinstance(self._policy, Patched):
             raise ReloadError("only a delta's session takes patches", module=self._label, name=name)
         self.observed.bytes += self._policy.add(self._target(name), patches)
@@ -270,22 +285,10 @@ class ReloadSession:
     # -- checks --------------------------------------------------------------------------------------------------------
 
     def _target(self, name: str) -> Target:
-        target = self._targets.get(name)
-        if target is None:
-            raise no_such_name(self._label, name, len(self._targets))
-        if not isinstance(self.scope, str) and not is_under(name, self.scope):
-            raise out_of_scope(self._label, name, self.scope)
-        return target
+        return target_of(self._targets, self.scope, self._label, name)
 
-    def _need(self, phase: Phase, doing: str) -> None:
-        if self.phase is not phase:
-            raise ReloadError(
-                f"cannot {doing}: this reload is {self.phase.value}",
-                module=self._label,
-                expected=f"a reload that is {phase.value}",
-                found=self.phase.value,
-                remedy="The order is begin, update, prepare, commit; or use it inside `with reload(model) as r:`.",
-            )
+    def _need(self, phases: tuple[Phase, ...], doing: str) -> None:
+        need(self._label, self.phase, phases, doing)
 
     def _coverage(self, target: Target) -> Coverage:
         if not target.tensor.numel():

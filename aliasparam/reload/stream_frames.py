@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .errors import SourceError, StreamError
-from .header import DTYPES, is_sizes, parse_json
+from .header import DTYPES, can_be, is_sizes, parse_json
 from .held_file import memory_of
 from .ranges import Box, sizes
 
@@ -120,7 +120,8 @@ def _part(entry: Any) -> Part | None:
         return None
     if not is_sizes(shape) or (box is not None and not _is_box(box, shape)):
         return None
-    return Part(name, DTYPES[kind], tuple(shape), None if box is None else tuple((a, b) for a, b in box), offset)
+    part = Part(name, DTYPES[kind], tuple(shape), None if box is None else tuple((a, b) for a, b in box), offset)
+    return part if can_be(part.sizes) else None
 
 
 def _is_box(box: Any, shape: list[int]) -> bool:

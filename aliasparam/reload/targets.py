@@ -7,6 +7,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from ..errors import ReloadError
+from ..storage.overlap import extent, has_memory
+from ..tensors.faces import _Aliased
 from .plain import live_of
 
 
@@ -17,11 +20,13 @@ class Target(NamedTuple):
         tensor: a declared name, or a plain parameter or buffer.
         places: (module's dict of parameters or buffers, name) of every place that shows it.
         label: its first name.
+        beside: other plain tensors in the same memory (``b = nn.Parameter(a.data)``): who writes one writes them all.
     """
 
     tensor: Tensor
     places: list[tuple[dict[str, Any], str]]
     label: str
+    beside: list[Target]
 
 
 def find_targets(model: nn.Module) -> dict[str, Target]:
@@ -44,8 +49,27 @@ def find_targets(model: nn.Module) -> dict[str, Target]:
                     known.places.append((holder, name))
                 else:
                     label = called.get(id(shown)) or prefix + name
-                    found[label] = seen[id(live)] = Target(live, [(holder, name)], label)
+                    found[label] = seen[id(live)] = Target(live, [(holder, name)], label, [])
+    _find_neighbours(found.values())
     return found
+
+
+def _find_neighbours(targets: Iterable[Target]) -> None:
+    by_memory: dict[int, list[Target]] = {}
+    for target in targets:
+        if has_memory(target.tensor) and not isinstance(target.tensor, _Aliased):
+            by_memory.setdefault(target.tensor.untyped_storage().data_ptr(), []).append(target)
+    for group in by_memory.values():
+        together: list[Target] = []
+        end = 0
+        for target in sorted(group, key=lambda target: target.tensor.data_ptr()) if len(group) > 1 else ():
+            if target.tensor.data_ptr() >= end:
+                together = []
+            for other in together:
+                other.beside.append(target)
+            target.beside.extend(together)
+            together.append(target)
+            end = max(end, target.tensor.data_ptr() + extent(target.tensor))
 
 
 def in_scope(targets: Mapping[str, Target], scope: str | Iterable[str], begun: Mapping[int, object]) -> dict[str, Target]:
@@ -61,3 +85,38 @@ def in_scope(targets: Mapping[str, Target], scope: str | Iterable[str], begun: M
 def is_under(name: str, prefixes: Iterable[str]) -> bool:
     """Whether one of the dotted prefixes is of this name."""
     return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
+
+
+def target_of(targets: Mapping[str, Target], scope: str | tuple[str, ...], module: str, name: str) -> Target:
+    """
+    Raises:
+        ReloadError: no target of this name, or one outside the scope.
+    """
+    target = targets.get(name)
+    if target is None:
+        raise _no_such_name(module, name, len(targets))
+    if not isinstance(scope, str) and not is_under(name, scope):
+        raise _out_of_scope(module, name, scope)
+    return target
+
+
+def _no_such_name(module: str, name: str, count: int) -> ReloadError:
+    return ReloadError(
+        "the model has no tensor of this name",
+        module=module,
+        name=name,
+        expected=f"one of its {count} names",
+        found=name,
+        remedy="r.expected lists them. Map the sender's names to those first.",
+    )
+
+
+def _out_of_scope(module: str, name: str, scope: Iterable[str]) -> ReloadError:
+    return ReloadError(
+        "this tensor is outside the scope of the reload",
+        module=module,
+        name=name,
+        expected=f"names under {', '.join(scope)}",
+        found=name,
+        remedy="Open the reload with a scope that has it.",
+    )

@@ -43,7 +43,7 @@ class Written:
         Raises:
             ReloadError: a forward that began before did not end in time. They serve on.
         """
-        new = {id(t.tensor): t for t in targets if not self._is_begun(t)}
+        new = {id(t.tensor): t for target in targets for t in (target, *target.beside) if not self._is_begun(t)}
         declared = {key: t.tensor for key, t in new.items() if isinstance(t.tensor, _Aliased)}
         plain = {key: (PlainName(t.label, t.tensor), t) for key, t in new.items() if key not in declared}
         if not new:

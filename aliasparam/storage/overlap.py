@@ -59,7 +59,7 @@ class _Range(NamedTuple):
 
     @classmethod
     def of(cls, name: str, tensor: Tensor, declared: bool) -> _Range:
-        return cls(tensor.data_ptr(), tensor.data_ptr() + _extent(tensor), name, declared)
+        return cls(tensor.data_ptr(), tensor.data_ptr() + extent(tensor), name, declared)
 
 
 def _real(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -68,11 +68,13 @@ def _real(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _ranges_beside(real: Mapping[str, Tensor], beside: Mapping[str, Tensor]) -> list[_Range]:
     objects = {id(t) for t in real.values()}  # the same object under a second name is a tie, which is kept
-    return [_Range.of(n, t, False) for n, t in _real(beside).items() if id(t) not in objects and _has_memory(t)]
+    return [_Range.of(n, t, False) for n, t in _real(beside).items() if id(t) not in objects and has_memory(t)]
 
 
-def _has_memory(tensor: Tensor) -> bool:
-    return tensor.layout is torch.strided and not is_traceable_wrapper_subclass(tensor)
+def has_memory(tensor: Tensor) -> bool:
+    """Whether it has bytes at an address."""
+    strided = tensor.layout is torch.strided and not is_traceable_wrapper_subclass(tensor)
+    return strided and tensor.device.type != "meta" and tensor.numel() > 0
 
 
 def _overlaps(ranges: list[_Range]) -> Iterator[tuple[_Range, _Range]]:
@@ -87,7 +89,7 @@ def _overlaps(ranges: list[_Range]) -> Iterator[tuple[_Range, _Range]]:
             furthest[current.declared] = current
 
 
-def _extent(tensor: Tensor) -> int:
+def extent(tensor: Tensor) -> int:
     """Bytes from the first element to the end of the last."""
     last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
     return int((last + 1) * tensor.element_size())

@@ -71,6 +71,7 @@ class _Aliased(Tensor):
         data = self.__dict__.get("_alias_data")
         if data is None:
             data = self.__dict__["_alias_data"] = make_view(self._alias_storage, self._alias_geometry)
+            pin(data)
         return data
 
     @data.setter
@@ -208,6 +209,11 @@ def make(cls: type[Any], storage: AliasedStorage, geometry: Tensor) -> Any:
     tensor._alias_storage = storage
     tensor._alias_geometry = geometry
     return tensor
+
+
+def pin(tensor: Any) -> None:
+    # torch.utils.swap_tensors() exchanges what two objects are, unseen by anybody; it refuses tensors with weak references.
+    tensor._alias_pin = weakref.ref(tensor)
 
 
 def make_view(storage: AliasedStorage, geometry: Tensor) -> Tensor:

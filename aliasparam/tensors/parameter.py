@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import types
-import weakref
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, cast
 
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..storage.storage import AliasedStorage
-from .faces import Placed, _Aliased, is_same_view, loader_attributes, make, place_in, view_at
+from .faces import Placed, _Aliased, is_same_view, loader_attributes, make, pin, place_in, view_at
 from .processes import reduce_for_process, refuse_for_process
 
 
@@ -70,7 +69,7 @@ class SavedName:
 def make_parameter(storage: AliasedStorage, geometry: Tensor, like: type[Any] = nn.Parameter) -> AliasedParameter:
     """An AliasedParameter over ``geometry``, a plain view of ``storage.geometry``; also of the class ``like``."""
     parameter: AliasedParameter = make(_aliased_class(plain_class(like)), storage, geometry)
-    _pin(parameter)
+    pin(parameter)
     return parameter
 
 
@@ -87,7 +86,7 @@ def take_over(old: Tensor, storage: AliasedStorage, geometry: Tensor, like: Tens
         torch.utils.swap_tensors(old, new)  # type: ignore[no-untyped-call]
     except RuntimeError:
         return None
-    _pin(old)
+    pin(old)
     return cast(AliasedParameter, old)
 
 
@@ -120,11 +119,6 @@ def _aliased_class(engine_class: type[Any]) -> type[Any]:
 
 
 _classes: dict[type[Any], type[Any]] = {}
-
-
-def _pin(parameter: Any) -> None:
-    # torch.utils.swap_tensors() exchanges what two objects are, unseen by anybody; it refuses tensors with weak references.
-    parameter._alias_pin = weakref.ref(parameter)
 
 
 def _rebuild(storage: AliasedStorage, place: Placed, attributes: dict[str, Any], like: type[Any]) -> AliasedParameter:

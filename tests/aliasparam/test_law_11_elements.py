@@ -66,11 +66,28 @@ def by_nibble(words: torch.Tensor) -> torch.Tensor:
         ("a -> a, bits=3", "4 bits"),
         ("[a] -> a", "say the dims"),
         ("a -> a, a", "do not parse"),
+        (None, "line of text"),
+        (["a -> a"], "line of text"),
+        (" | ".join(["a b -> b a"] * 3000), "of at most 4096 characters"),  # would take minutes
+        (f"(a b) -> b a, a={'9' * 5000}", "of at most 4096 characters"),
     ],
 )
-def test_a_line_that_does_not_parse_is_refused(text: str, error: str) -> None:
+def test_a_line_that_does_not_parse_is_refused(text: Any, error: str) -> None:
     with pytest.raises(LayoutError, match=error):
         Layout(text)
+
+
+@pytest.mark.parametrize("size", [[2], "2", 2.0, None, True, -1])
+def test_sizes_that_are_no_positive_integers_are_refused(size: Any) -> None:
+    with pytest.raises(LayoutError, match="size of digit a is no positive integer"):
+        Layout("(g a) -> a g", a=size)
+
+
+@pytest.mark.parametrize("shape", [(8, -4), (8.0, 4), ("8", 4), 8, None])
+@pytest.mark.parametrize("use", [lambda line, s: line.bind(s, torch.uint8), Layout.kernel_shape, Layout.capacity])
+def test_what_is_no_shape_is_refused(shape: Any, use: Any) -> None:
+    with pytest.raises(LayoutError, match="no shape of a tensor"):
+        use(Layout("(g a) k -> a g k, a=4"), shape)
 
 
 @pytest.mark.parametrize(

@@ -132,6 +132,8 @@ def fails(value: Tensor) -> Tensor:
         (random_order, NotDeterministicError, "same input"),
         (fails, FunctionFailedError, "no such kernel"),
         (lambda x: None, FunctionFailedError, "no tensor"),
+        (lambda x: x.to("meta"), FunctionFailedError, "on meta"),
+        (lambda x: x.to_sparse(), FunctionFailedError, "sparse_coo"),
     ],
 )
 def test_what_is_no_permutation_is_told_apart(function: Any, error: type[Exception], text: str) -> None:

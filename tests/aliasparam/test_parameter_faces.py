@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from aliasparam import Alias, AliasedParameter, State, checkpoint_state_dict, declare, process, registry_of
 from aliasparam.errors import AdoptionError, PointerError, StateError
 
-from .small import SWAP, SWAP_PAD8, is_ready, kernel
+from .small import SWAP, SWAP_PAD8, is_ready, kernel, the_registry
 
 VALUES = torch.arange(48, dtype=torch.uint8).view(6, 8)
 
@@ -223,6 +223,41 @@ def test_a_deleted_name_comes_back(layer: nn.Module) -> None:
     process(layer)
 
     assert torch.equal(layer.weight.cpu(), VALUES)
+
+
+@pytest.mark.parametrize(
+    "put", [lambda m, t: setattr(m, "weight", t), lambda m, t: m.register_buffer("weight", t)], ids=["attribute", "buffer"]
+)
+def test_law_8_a_plain_tensor_in_the_place_of_a_deleted_name_is_taken_in(layer: nn.Module, put: Any) -> None:
+    """As an attribute it hides the Parameter, as a buffer it is what the state dict has: pruning, engines' own processing."""
+    other = (VALUES + 9).to(layer.prepared.device)
+    del layer.weight
+    put(layer, other.clone())
+
+    assert not is_ready(layer)
+    process(layer)
+
+    assert isinstance(layer.weight, AliasedParameter) and torch.equal(layer.weight, other)
+    assert torch.equal(layer.prepared, kernel(SWAP_PAD8, other))
+    assert list(layer.state_dict()) == ["weight"] and torch.equal(checkpoint_state_dict(layer)["weight"], other)
+
+
+def test_what_is_no_tensor_in_the_place_of_a_deleted_name_is_refused(layer: nn.Module) -> None:
+    del layer.weight
+    layer.weight = "w"
+    with pytest.raises(AdoptionError, match="no tensor: str"):
+        process(layer)
+    the_registry(layer).rebind()
+    process(layer)
+    assert torch.equal(layer.weight.cpu(), VALUES)
+
+
+def test_law_1_the_data_of_a_name_is_not_swapped(layer: nn.Module) -> None:
+    """Writes through it would be lost."""
+    with pytest.raises(RuntimeError, match="weakref"):
+        torch.utils.swap_tensors(layer.weight.data, torch.zeros_like(VALUES))
+    layer.weight.data.fill_(3)
+    assert bool((layer.weight == 3).all())
 
 
 def test_reading_what_was_never_loaded_refuses(device: torch.device) -> None:

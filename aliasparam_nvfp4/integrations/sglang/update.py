@@ -19,7 +19,7 @@ from aliasparam import reload
 from aliasparam.errors import AliasError, ReloadError
 from aliasparam.reload import ReloadSession
 from aliasparam.reload.loading import loading
-from aliasparam.reload.session import Phase
+from aliasparam.reload.phases import Phase
 
 from ..folder import open_checked, stream
 from ..options import policy

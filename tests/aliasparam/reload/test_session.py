@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
+import pickle
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from aliasparam import checkpoint_state_dict, process, reload
+from aliasparam import Derivation, checkpoint_state_dict, process, registry_of, reload
 from aliasparam.errors import AliasError, ReloadError, StateError
+from aliasparam.reload import Hooks
 from aliasparam.reload.session import ReloadSession
 
 from .live_models import Whole, changed, raw, same
@@ -148,3 +151,121 @@ def test_a_scope_is_all_of_it_and_nothing_else(case: str) -> None:
     with reload(model, scope=scope) as session:
         session.load({name: NEW[name] for name in names})
     assert raw(checkpoint_state_dict(model)) == raw({**OLD, **{name: NEW[name] for name in names}})
+
+
+# -- what comes between -------------------------------------------------------------------------------------------------
+
+#: What a hook may try while a reload is committed.
+BETWEEN: dict[str, Callable[[ReloadSession], Any]] = {
+    "abort": ReloadSession.abort,
+    "commit": ReloadSession.commit,
+    "update": lambda session: session.update("norm", NEW["norm"]),
+    "another reload": lambda session: reload(session.model).begin(),
+    "a layer replaced": lambda session: setattr(session.model, "wide", type(session.model.wide)((6, 8))),
+}
+
+
+@pytest.mark.parametrize("between", BETWEEN)
+def test_law_10_what_a_hook_of_the_commit_does_to_the_reload_is_refused(between: str) -> None:
+    """It is no commit then, and the old weights serve."""
+    model, outcomes = Whole(), []
+    wide = model.wide
+    hooks = Hooks(on_commit=[BETWEEN[between]], on_abort=[lambda session: outcomes.append(session.observed.outcome)])
+    with pytest.raises(ReloadError), reload(model, policy="journal", hooks=hooks) as session:
+        session.load(NEW)
+    model.wide = wide
+    assert same(model(), served(OLD)) and outcomes == [""] and session.observed.outcome == "restored"
+    with reload(model) as again:
+        again.load(NEW)
+    assert same(model(), served(NEW))
+
+
+def test_law_8_no_other_reload_begins_while_derivations_run() -> None:
+    model, inside = Whole(), threading.Event()
+    done, found = threading.Event(), []
+
+    def derive(scale: Tensor) -> Tensor:
+        inside.set()
+        assert done.wait(20)
+        return scale.max().view(1)
+
+    def other() -> None:
+        assert inside.wait(20)
+        with pytest.raises(ReloadError, match="already open") as caught:
+            reload(model).begin()
+        found.append(caught.value)
+        done.set()
+
+    registry = registry_of(model.padded)
+    assert registry is not None
+    registry.rederive([Derivation("alpha", ("scale",), derive, (1,), torch.float32)])
+    thread = threading.Thread(target=other)
+    thread.start()
+    with reload(model) as session:
+        session.load(NEW)
+    thread.join()
+    assert found and same(model(), served(NEW))
+
+
+def test_law_10_elements_that_two_threads_send_at_once_are_refused_once() -> None:
+    """The second finds them arrived, also where the first still waits for a forward."""
+    model, started = Few(), threading.Event()
+    with reload(model, scope="partial") as session:
+        write = session._policy.update
+
+        def slow(*args: Any) -> None:
+            started.set()
+            second.join(0.2)
+            write(*args)
+
+        session._policy.update = slow  # type: ignore[method-assign]
+        found: list[BaseException] = []
+
+        def send() -> None:
+            assert started.wait(20)
+            try:
+                session.update("norm", OLD["norm"])
+            except ReloadError as error:
+                found.append(error)
+
+        second = threading.Thread(target=send)
+        second.start()
+        session.update("norm", NEW["norm"])
+        second.join()
+        assert [str(error) for error in found if "arrived twice" in str(error)]
+    assert torch.equal(model.norm, NEW["norm"])
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_law_8_a_copy_of_a_half_written_model_refuses_until_it_is_reloaded_by_itself(copied: Any) -> None:
+    model, expected = Whole(), Whole()
+    del model.turned, expected.turned  # its functions cannot be pickled
+    new = {name: value for name, value in NEW.items() if not name.startswith("turned.")}
+    with reload(expected) as session:
+        session.load(new)
+    with pytest.raises(KeyError), reload(model) as session:
+        session.load({name: new[name] for name in ("norm", "padded.weight", "turned_plain")})
+        twin = copied(model)
+        raise KeyError
+    with pytest.raises(AliasError):
+        twin()
+    with reload(twin) as session:
+        session.load(new)
+    assert same(twin(), expected()) and twin.tied is twin.norm
+    with pytest.raises(AliasError):
+        model()
+
+
+def test_law_8_parameters_in_one_memory_refuse_together() -> None:
+    """``b = nn.Parameter(a.data)`` is a tie that nobody sees by the objects; a part of it too."""
+    model = Few()
+    model.shared = nn.Parameter(model.norm.data, requires_grad=False)
+    model.part = nn.Parameter(model.norm.data[3:5], requires_grad=False)
+    model.apart = nn.Parameter(torch.ones(2), requires_grad=False)
+    with reload(model, scope="partial") as session:
+        session.update("norm", NEW["norm"])
+        for name in ("norm", "shared", "part"):
+            with pytest.raises(AliasError):
+                getattr(model, name) + 0
+        model.apart + 0
+    assert torch.equal(model.shared, NEW["norm"]) and torch.equal(model.part, NEW["norm"][3:5])
