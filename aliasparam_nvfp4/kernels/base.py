@@ -53,7 +53,8 @@ class Kernel(ABC):
 
     def lacks(self, device: torch.device) -> str | None:
         """The same, found out once, because every forward asks. In compiled code a constant, whatever other kernels are asked."""
-        return _lacks(self.folder, self.constant, self.name, device)
+        reason: str | None = _lacks(self.folder, self.constant, self.name, device)
+        return reason
 
     def check_dtype(self, dtype: torch.dtype) -> None:
         """Raise ShapeError for activations the kernel cannot take."""
