@@ -21,8 +21,14 @@ Dims = tuple[int, int, int]
 #: (what, E, H, I): aligned; SmolLM2's experts, ragged in H; ragged in I.
 SHAPES = (("8 x 512 x 256", 8, 512, 256), ("8 x 576 x 192", 8, 576, 192), ("4 x 256 x 80", 4, 256, 80))
 TOKENS = (1, 7, 130)
-#: Run besides plain SwiGLU where the runner has it, with numbers that many values meet.
-ACTIVATIONS = {"relu2": RELU2, "clamped": ExpertActivation(alpha=1.702, beta=1.0, limit=1.0)}
+_CLAMPED = ExpertActivation(alpha=1.702, beta=1.0, limit=1.0)
+#: Run besides plain SwiGLU where the runner has it, with numbers that many values meet; and whether with biases.
+KINDS = {
+    "relu2": (RELU2, False),
+    "clamped": (_CLAMPED, False),
+    "relu2, biases": (RELU2, True),
+    "clamped, biases": (_CLAMPED, True),
+}
 #: Kernels round activations by approximate reciprocals, so single codes differ; a wrong layout gives about 0 dB.
 LEAST_DB = 20.0
 
@@ -42,24 +48,32 @@ def verify(runner: str, device: torch.device) -> Iterator[Verdict]:
         yield from across_a_reload(layer, what, weights, partial(_answers, method, layer, TOKENS), LEAST_DB)
         for routing in _routings(dims[0], device):
             yield from judged(f"{what}, {routing.kind}", [_routed(method, layer, routing)], LEAST_DB)
-        for kind, activation in ACTIVATIONS.items():
-            if chosen.refusal(activation) is None:
-                method, layer = _layer(chosen, device, dims, activation)
-                weights = partial(_weights, dims, device, False, gated=activation.gated)
+        for kind, (activation, bias) in KINDS.items():
+            if chosen.refusal(activation, bias=bias) is None:
+                method, layer = _layer(chosen, device, dims, activation, bias)
+                weights = partial(_weights, dims, device, False, gated=activation.gated, bias=bias)
                 answers = partial(_answers, method, layer, TOKENS[-1:])
                 yield from across_a_reload(layer, f"{what}, {kind}", weights, answers, LEAST_DB)
 
 
-def _layer(chosen: MoERunner, device: torch.device, dims: Dims, activation: ExpertActivation) -> tuple[NvFp4MoEMethod, nn.Module]:
-    method, layer = NvFp4MoEMethod(chosen.name, activation=activation), nn.Module()
+def _layer(
+    chosen: MoERunner, device: torch.device, dims: Dims, activation: ExpertActivation, bias: bool = False
+) -> tuple[NvFp4MoEMethod, nn.Module]:
+    method, layer = NvFp4MoEMethod(chosen.name, activation=activation, bias=bias), nn.Module()
     with torch.device(device):
         method.create_weights(layer, *dims, torch.bfloat16)
     return method, layer
 
 
-def _weights(dims: Dims, device: torch.device, separate: bool, seed: int, *, gated: bool = True) -> dict[str, Tensor]:
-    e, h, i = dims
-    return {name: tensor.to(device) for name, tensor in random_experts(e, h, i, seed, separate, gated).items()}
+def _weights(
+    dims: Dims, device: torch.device, separate: bool, seed: int, *, gated: bool = True, bias: bool = False
+) -> dict[str, Tensor]:
+    tensors = random_experts(*dims, seed, separate, gated)
+    if bias:
+        random = torch.Generator().manual_seed(seed)
+        rows = {"w13_bias": tensors["w13_weight"].shape[1], "w2_bias": dims[1]}
+        tensors |= {name: torch.randn(dims[0], count, generator=random).bfloat16() for name, count in rows.items()}
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
 def _answers(method: NvFp4MoEMethod, layer: nn.Module, batches: Sequence[int], _: dict[str, Tensor]) -> Iterator[Answer]:

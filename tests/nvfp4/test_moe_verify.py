@@ -30,6 +30,7 @@ def test_the_reference_is_accepted_loaded_reloaded_and_routed() -> None:
         "ragged, sigmoid_bias_grouped",
         "ragged, relu2, reloaded",
         "ragged, clamped, reloaded",
+        "ragged, clamped, biases, reloaded",
         "dB against the emulator",
     ):
         assert row in run.output
