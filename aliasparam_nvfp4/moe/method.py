@@ -92,7 +92,6 @@ class NvFp4MoEMethod:
         self.name = backend
         self.backend = moe_runner(backend, **needs)
         self.retarget_to = tuple(moe_runner(n, **needs) for n in retarget_to)
-        self._needs = needs
         self.activation, self.checkpoint, self.input_scale, self.interleaved = activation, checkpoint, input_scale, interleaved
         self.bias, self.stored = bias, stored
         self.missing_input_scale: Missing = missing_input_scale
@@ -144,7 +143,7 @@ class NvFp4MoEMethod:
             for key, value in {**attributes, **own}.items():
                 setattr(parameter, key, value)
             layer.register_parameter(name, parameter)
-        runner, reason = chosen(self.name, dtype=params_dtype, **self._needs)
+        runner, reason = chosen(self.name, dtype=params_dtype, **declared.needs)
         layer.__dict__.update(nvfp4_moe_shape=shape, nvfp4_runner=runner, params_dtype=params_dtype)
         layer.__dict__["nvfp4_moe_declared"] = declared
         layer.__dict__["run_time_scales"] = RunTimeScales.of(self.missing_input_scale)
