@@ -153,6 +153,7 @@ def test_biases_are_those_that_flashinfer_prepares(runner: str, dims: Dims, acti
         assert torch.equal(layer.gemm1_bias, first) and torch.equal(layer.gemm2_bias, second)
         assert layer.gemm1_bias.data_ptr() == layer.get_parameter("w13_bias").data_ptr() and layer.gemm1_bias.is_contiguous()
         return
+    assert layer.gemm1_bias.shape == layer.get_parameter("w13_bias").shape, "no padding where no kernel reads"
     over13 = tensors["w13_input_scale"].max() * tensors["w13_weight_scale_2"].reshape(dims[0], -1)[:, :1]
     over2 = tensors["w2_input_scale"].max() * tensors["w2_weight_scale_2"][:, None]
     pairs = core._maybe_get_cached_w3_w1_permute_indices({}, first[0].reshape(-1, 1), 128, is_gated_act_gemm=activation.gated)
