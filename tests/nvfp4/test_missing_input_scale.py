@@ -21,6 +21,7 @@ from aliasparam_nvfp4.moe.runners import MoENames, moe_runners
 from aliasparam_nvfp4.quantize.codec import dequantize, quantize_activation, scaled_codes
 
 from .interpreter import interpreted
+from .moe_experts import Experts, stored
 from .moe_layers import SHAPES, checkpoint, choices, load
 
 K, PARTITIONS = 64, (48, 32)
@@ -102,6 +103,22 @@ def test_stored_scales_count_as_without_a_policy_and_may_come_and_go(missing: st
         layer.get_parameter("input_scale").copy_(torch.tensor([0.002, 0.004]))
     process(layer)
     assert torch.equal(method.apply(layer, x), first)
+
+
+@pytest.mark.parametrize("fmt", [MODELOPT, COMPRESSED_TENSORS], ids=["ModelOpt", "compressed-tensors"])
+@pytest.mark.parametrize("lacking", [0.0, float("nan")])
+def test_the_largest_counts_for_an_expert_without_one_whichever_way_scales_point(fmt: CheckpointFormat, lacking: float) -> None:
+    """On the runner that takes each expert's own."""
+    tensors = stored(SHAPES[1], fmt=fmt)
+    inputs = fmt.input_global
+    for shard in ("w1", "w3", "w2"):
+        tensors[1, shard, inputs] = torch.full_like(tensors[1, shard, inputs], lacking)
+    layer = Experts("flashinfer_cutedsl_masked", SHAPES[1], checkpoint=fmt, missing_input_scale="max")
+    load(layer, tensors)
+    for name, shards in (("w13", ("w1", "w3")), ("w2", ("w2",))):
+        scales = torch.stack([tensors[e, s, inputs].reshape(()) for e in (0, 2) for s in shards])
+        largest = scales.min() if fmt.reciprocal else 1 / scales.max()
+        assert torch.equal(layer.get_buffer(f"{name}_input_scale_quant")[1], largest), name
 
 
 def test_without_a_policy_or_a_largest_they_are_refused() -> None:
