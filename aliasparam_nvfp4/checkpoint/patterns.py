@@ -85,7 +85,7 @@ class Patterns:
                 yield self._plain[tried]
 
     def _other_matches(self, name: str) -> Iterator[int]:
-        for number in self._candidates(name):
+        for number in self._candidates(name) if self._others else ():
             pattern, other = self._others[number]
             if other in name and _matches(pattern, name):
                 yield number
