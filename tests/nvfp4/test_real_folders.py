@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from aliasparam import checkpoint_digest
 from aliasparam.reload.delta_writer import diff
@@ -202,6 +202,38 @@ def test_scales_computed_at_run_time_reload_and_export(missing: str, tmp_path: P
     reload_folder(model, b)
     assert torch.equal(logits(model), logits(load(b, cls, missing_input_scale=missing))), "law 9"
     reload_folder(model, a)
+    assert torch.equal(logits(model), first)
+
+
+class Holder(nn.Module):
+    """A trainer's own module around models."""
+
+    def __init__(self, **models: nn.Module) -> None:
+        super().__init__()
+        for name, model in models.items():
+            self.add_module(name, model)
+
+    def forward(self, **inputs: Any) -> Any:
+        return next(self.children())(**inputs)
+
+
+def test_a_model_in_a_module_of_the_callers_own_reloads(tmp_path: Path) -> None:
+    a, _, _, cls = folders("GLM-4.5", 0, tmp_path / "a")
+    b, _, _, _ = folders("GLM-4.5", 1, tmp_path / "b")
+    model, other = load(a, cls), load(b, cls)
+    first, second = logits(model), logits(other)
+    compiled = torch.compile(model, backend="eager")
+    for wrapped in (Holder(policy=model), torch.compile(Holder(policy=model), backend="eager"), Holder(policy=compiled)):
+        for folder, expected in ((b, second), (a, first)):
+            reload_folder(wrapped, folder)
+            assert torch.equal(logits(wrapped), expected)
+    for odd, message in (
+        (torch.compile(compiled, backend="eager"), "no module"),
+        (Holder(policy=model, reference=other), r"several quantized models(?s:.*)policy, reference"),
+        (nn.Linear(2, 2), "no model that was loaded"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            reload_folder(odd, b)
     assert torch.equal(logits(model), first)
 
 

@@ -46,7 +46,13 @@ def check_config(model: Any, folder: Path, *, strict: bool = False) -> QuantConf
         CheckpointError: another model, or tensors of another format.
     """
     parsed = QuantConfig.from_folder(folder)
-    held = model.config.quantization_config
+    held = getattr(getattr(model, "config", None), "quantization_config", None)
+    if held is None:
+        raise CheckpointError(
+            "this is no model that was loaded from an NVFP4 folder",
+            module=type(model).__name__,
+            expected="a transformers model with a quantization_config, or a module that holds one",
+        )
     before = held.parsed if hasattr(held, "parsed") else QuantConfig.from_dict(held)
     if parsed.tensors != before.tensors:
         raise _another_way(folder, f"as {before.tensors.name} stores it", f"as {parsed.tensors.name} stores it")

@@ -17,15 +17,41 @@ _HOLDERS = ("_orig_mod", "_fsdp_wrapped_module")
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside any wrappers: ``torch.compile(model)``, DistributedDataParallel, DataParallel, FSDP."""
-    parallel = (nn.parallel.DistributedDataParallel, nn.DataParallel)
-    while True:
-        inner = next((model._modules[name] for name in _HOLDERS if name in model._modules), None)
-        if isinstance(model, parallel):
-            inner = model.module
-        if inner is None:
-            return model
+    """The model inside any wrappers: ``torch.compile(model)``, DistributedDataParallel, DataParallel, FSDP, and a module of the
+    caller's own that holds one quantized transformers model.
+
+    Raises:
+        CheckpointError: no module, or one that holds several such models.
+    """
+    if not isinstance(model, nn.Module):
+        raise CheckpointError(
+            "this is no module",
+            expected="a model, compiled or wrapped",
+            found=type(model).__name__,
+            remedy="torch.compile of what is compiled already returns a function: pass the model inside.",
+        )
+    while (inner := _inner(model)) is not None:
         model = inner
+    return model
+
+
+def _inner(model: nn.Module) -> nn.Module | None:
+    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        return model.module  # type: ignore[no-any-return]
+    known = next((model._modules[name] for name in _HOLDERS if name in model._modules), None)
+    if known is not None or _is_quantized(model):
+        return known
+    found: dict[str, nn.Module] = {}
+    for path, module in model.named_modules():
+        if _is_quantized(module) and not any(path.startswith(f"{above}.") for above in found):
+            found[path] = module
+    if len(found) > 1:
+        raise CheckpointError("this module holds several quantized models", found=", ".join(found), remedy="Pass one of them.")
+    return next(iter(found.values()), None)
+
+
+def _is_quantized(module: nn.Module) -> bool:
+    return getattr(getattr(module, "config", None), "quantization_config", None) is not None
 
 
 def plain_name(name: str) -> str:
