@@ -8,7 +8,7 @@ import secrets
 import uuid
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse
@@ -148,7 +148,7 @@ async def _asked(request: Request, turns: Turns) -> tuple[Path, Callable[[Callab
     return Path(folder), turns.when_idle if when == "idle" else turns.between_tokens
 
 
-def _is_path(folder: Any) -> bool:
+def _is_path(folder: Any) -> TypeGuard[str]:
     """JSON has strings that no path can be: with a NUL, or half a surrogate pair."""
     try:
         return isinstance(folder, str) and folder != "" and b"\0" not in os.fsencode(folder)
