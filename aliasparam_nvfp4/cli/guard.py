@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import _thread
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -25,6 +26,7 @@ TRACEBACK = "ALIASPARAM_TRACEBACK"
 def guarded(run: Callable[[], int]) -> NoReturn:
     """Exit the process with what ``run`` returns, or as its exception says."""
     adapt_streams()
+    logging.lastResort = logging.NullHandler()  # what is wrong is said once, by the message that ends the run
     sys.unraisablehook = _interrupts_come_back(sys.unraisablehook)
     try:
         code = run()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import uuid
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse
@@ -63,10 +64,16 @@ def build(model: Any, tokenizer: Any, name: str, token: str, folder: Path) -> Fa
     app = FastAPI(title="aliasparam-nvfp4", docs_url=None, redoc_url=None, openapi_url=None)
     manager, state = _OneModel(model, tokenizer, name), GenerationState()
     served: dict[str, Any] = {"folder": str(folder), "reloads": 0, "version": None}
+    model.register_forward_pre_hook(_need_tokens, with_kwargs=True)
     _guard(app, token)
     _openai(app, name, served, ChatCompletionHandler(manager, state), CompletionHandler(manager, state))
     _ours(app, model, Turns(model, state.get_manager(name)), served)
     return app
+
+
+def _need_tokens(_: Any, __: Any, given: dict[str, Any]) -> None:
+    if (ids := given.get("input_ids")) is not None and not ids.numel():
+        raise ValueError("the prompt has no tokens")
 
 
 def _guard(app: FastAPI, token: str) -> None:
@@ -120,7 +127,7 @@ def _ours(app: FastAPI, model: Any, turns: Turns, served: dict[str, Any]) -> Non
     @app.api_route("/digest", methods=["GET", "POST"])
     async def digest(request: Request) -> Response:
         kind = (await _body(request)).get("kind", "adler32")
-        if kind not in FORMATS:
+        if not isinstance(kind, str) or kind not in FORMATS:
             raise HTTPException(400, f'expected {{"kind": {" or ".join(FORMATS)}}}')
         found = await turns.when_idle(lambda: model_digest(model, kind))
         return JSONResponse({"folder": served["folder"], **found})
@@ -136,9 +143,17 @@ async def _asked(request: Request, turns: Turns) -> tuple[Path, Callable[[Callab
     """The folder of a body, and when it is to be taken."""
     body = await _body(request)
     folder, when = body.get("folder"), body.get("when", "idle")
-    if not isinstance(folder, str) or not folder or when not in _WHEN or body.keys() - {"folder", "when"}:
+    if not _is_path(folder) or when not in _WHEN or body.keys() - {"folder", "when"}:
         raise HTTPException(400, f'expected {{"folder": PATH, "when": {" or ".join(_WHEN)}}}')
     return Path(folder), turns.when_idle if when == "idle" else turns.between_tokens
+
+
+def _is_path(folder: Any) -> TypeGuard[str]:
+    """JSON has strings that no path can be: with a NUL, or half a surrogate pair."""
+    try:
+        return isinstance(folder, str) and folder != "" and b"\0" not in os.fsencode(folder)
+    except UnicodeEncodeError:
+        return False
 
 
 def _answer(step: dict[str, Any], served: dict[str, Any], **now: Any) -> Response:
@@ -162,11 +177,13 @@ async def _handled(handler: Any, request: Request) -> Response:
 
 async def _body(request: Request) -> dict[str, Any]:
     """The JSON object that was sent, whatever the content type says (curl's default is a form's)."""
-    sent = bytearray()
-    async for piece in request.stream():
-        sent += piece
-        if len(sent) > _LARGEST_BODY:
-            raise HTTPException(413, f"the body is larger than {_LARGEST_BODY >> 20} MiB")
+    sent, count = bytearray(), 0
+    async for piece in request.stream():  # to its end, or the client is cut off before it reads the answer
+        count += len(piece)
+        if count <= _LARGEST_BODY:
+            sent += piece
+    if count > _LARGEST_BODY:
+        raise HTTPException(413, f"the body is larger than {_LARGEST_BODY >> 20} MiB")
     try:
         body = json.loads(sent or b"{}")
     except (ValueError, RecursionError):

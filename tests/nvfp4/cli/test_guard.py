@@ -85,6 +85,10 @@ def test_a_full_disk_under_standard_output_is_said() -> None:
     assert ended.returncode == 2 and ended.stderr == "error: No space left on device\n"
 
 
+def test_what_a_library_logs_is_no_second_message() -> None:
+    assert run("import logging\nlogging.getLogger('aliasparam.reload').warning('aborted')").stderr == ""
+
+
 def test_closed_streams_are_silent() -> None:
     code = START + "guarded(lambda: print('x', file=sys.stderr) or print('x') or 0)"
     ended = subprocess.run(["bash", "-c", '"$0" -c "$1" >&- 2>&-', sys.executable, code], timeout=60, check=False)
