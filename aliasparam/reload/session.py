@@ -27,7 +27,7 @@ from ..storage.coverage import Box, Coverage
 from .claims import Claim
 from .collector import collector_paused
 from .drain import Drain
-from .fit import box_of, need_fit, need_whole, shown
+from .fit import box_of, need_dense, need_fit, need_whole, shown
 from .live import Live
 from .observe import Hook, Hooks, Observed, call_abort_hooks, phase
 from .patch import Patch
@@ -245,6 +245,7 @@ class ReloadSession:
     def _update(self, name: str, value: Tensor, first_row: int | None, box: Box | None) -> None:
         target = self._target(name)
         live = target.tensor
+        need_dense(self._label, name, value, "the new value")
         if value.numel() == live.numel() == 1 and value.dim() <= 1 and live.dim() <= 1:
             value = value.reshape(live.shape)  # 0-d and [1] are one thing
         box = box_of(live, value, first_row, box)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..errors import ReloadError
 from ..storage.overlap import extent, has_memory
 from ..tensors.faces import _Aliased
+from .fit import need_dense
 from .plain import live_of
 
 
@@ -57,7 +58,7 @@ def find_targets(model: nn.Module) -> dict[str, Target]:
 def _find_neighbours(targets: Iterable[Target]) -> None:
     by_memory: dict[int, list[Target]] = {}
     for target in targets:
-        if has_memory(target.tensor) and not isinstance(target.tensor, _Aliased):
+        if not isinstance(target.tensor, _Aliased) and has_memory(target.tensor):
             by_memory.setdefault(target.tensor.untyped_storage().data_ptr(), []).append(target)
     for group in by_memory.values():
         together: list[Target] = []
@@ -90,13 +91,17 @@ def is_under(name: str, prefixes: Iterable[str]) -> bool:
 def target_of(targets: Mapping[str, Target], scope: str | tuple[str, ...], module: str, name: str) -> Target:
     """
     Raises:
-        ReloadError: no target of this name, or one outside the scope.
+        ReloadError: no target of this name, or one outside the scope, or of a kind that is not reloaded.
     """
     target = targets.get(name)
     if target is None:
         raise _no_such_name(module, name, len(targets))
     if not isinstance(scope, str) and not is_under(name, scope):
         raise _out_of_scope(module, name, scope)
+    need_dense(module, name, target.tensor, "the model's tensor")
+    if target.tensor.is_meta:
+        remedy = "Load the model first: a value written here would be lost."
+        raise ReloadError("the model's tensor has no memory", module=module, name=name, found="one on meta", remedy=remedy)
     return target
 
 
