@@ -132,10 +132,11 @@ class ReloadSession:
         Raises:
             AliasError: the policy keeps the old weights, and they cannot be brought back. What was written refuses.
         """
-        begun, restored = None, False
+        begun = restored = False
         try:
             with self._lock:  # an update of another thread ends, and no other begins
                 if self.phase is Phase.ENDED:
+                    self._claim.end()
                     return
                 begun, self.phase = self.phase is not Phase.NEW, Phase.ENDED
             self._claim.end()
@@ -144,8 +145,7 @@ class ReloadSession:
             if restored:
                 self._written.commit(whole=False)
         finally:
-            if begun is not None:
-                self._written.poison()
+            self._written.poison()
             if begun:
                 self.failed_hooks = call_abort_hooks(self._hooks, self)
                 self.observed.ended(self.model, "restored" if restored else "refuses")
