@@ -38,7 +38,7 @@ def other_kind(value: Any) -> str | None:
     """None of a tensor whose values lie at strides in memory (or nowhere: on meta); else what ``value`` is."""
     if not isinstance(value, Tensor):
         return type(value).__name__
-    if is_lazy(value):  # type: ignore[no-untyped-call]
+    if is_lazy(value):
         return "a parameter without a shape yet"
     if value.is_nested or value.is_quantized:
         return "a nested tensor" if value.is_nested else f"a quantized tensor ({value.dtype})"

@@ -141,9 +141,8 @@ class ReloadSession:
                 begun, self.phase = self.phase is not Phase.NEW, Phase.ENDED
             self._claim.end()
             with phase("abort"):
-                restored = self._policy.restore()
-            if restored:
-                self._written.commit(whole=False)
+                if restored := self._policy.restore():
+                    self._written.commit(whole=False)
         finally:
             self._written.poison()
             if begun:
