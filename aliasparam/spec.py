@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,3 +32,18 @@ class TensorSpec:
 
     def __str__(self) -> str:
         return f"{str(self.dtype).removeprefix('torch.')}{list(self.shape)}"
+
+
+def other_kind(value: Any) -> str | None:
+    """None of a tensor whose values lie at strides in memory (or nowhere: on meta); else what ``value`` is."""
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    if is_lazy(value):
+        return "a parameter without a shape yet"
+    if value.is_nested or value.is_quantized:
+        return "a nested tensor" if value.is_nested else f"a quantized tensor ({value.dtype})"
+    if value.layout is not torch.strided:
+        return f"a tensor in {value.layout}"
+    is_plain = type(value).__torch_dispatch__ is Tensor.__torch_dispatch__
+    freed = is_plain and value.numel() and not value.is_meta and not value.untyped_storage().nbytes()
+    return "a tensor whose memory was freed" if freed else None

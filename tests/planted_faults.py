@@ -112,7 +112,7 @@ FAULTS = [
     Planted(
         "tensors/faces.py", "        return storage.blank_storage", "        return super().untyped_storage()", "test_faces.py"
     ),
-    Planted("tensors/parameter.py", "    parameter._alias_pin = weakref.ref(parameter)", "    pass", "test_faces.py"),
+    Planted("tensors/faces.py", "    tensor._alias_pin = weakref.ref(tensor)", "    pass", "test_parameter_faces.py"),
     # modules
     Planted("module/adopt.py", "        _finish_move(source)\n", "", "test_law_10_atomicity.py test_law_10_refusals.py"),
     Planted("module/adopt.py", "            kernel.put_back()", "            pass", "test_adoption.py"),

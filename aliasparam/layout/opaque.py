@@ -47,10 +47,10 @@ class _Bound(BoundLayout):
             raise LayoutError(f"{layout} takes {layout.core_dims} dims", found=f"{list(shape)}")
         probe = _random(shape[lead:], dtype, layout.probe_device)
         kernel = layout.encode(probe.clone())
-        nbytes = kernel.numel() * kernel.element_size()
-        if nbytes % dtype.itemsize:
-            raise LayoutError(f"{layout} gives no whole elements", expected=f"a multiple of {dtype.itemsize} bytes", found=nbytes)
-        super().__init__(shape, dtype, lead, kernel.shape, nbytes // dtype.itemsize)
+        if not isinstance(kernel, Tensor) or kernel.element_size() != dtype.itemsize:
+            found = kernel.dtype if isinstance(kernel, Tensor) else type(kernel).__name__
+            raise LayoutError(f"{layout} changes the size of an element", expected=f"{dtype.itemsize} bytes each", found=found)
+        super().__init__(shape, dtype, lead, kernel.shape, kernel.numel())
         self._layout, self._kernel = layout, (kernel.dtype, tuple(kernel.shape))
         back = layout.decode(kernel.clone())
         if back.shape != probe.shape or back.dtype is not dtype or not torch.equal(_bytes(back), _bytes(probe)):
@@ -65,7 +65,7 @@ class _Bound(BoundLayout):
         with torch.no_grad():
             encoded = []  # all of them before the first byte changes: a function that raises has written nothing
             for region, index in self.touched(memory, box):
-                plain = value[index].contiguous()
+                plain = value[index].clone(memory_format=torch.contiguous_format)  # its own: the function may work in place
                 if not whole:
                     patch, plain = plain, self._decoded(region)
                     plain[core] = patch

@@ -12,7 +12,7 @@ from typing import cast
 from torch import Tensor
 
 from ..errors import AdoptionError
-from ..spec import TensorSpec
+from ..spec import TensorSpec, other_kind
 from ..storage.reorder import move
 from ..tensors.faces import _Aliased, loader_attributes, same_view
 from ..tensors.parameter import AliasedParameter, adopt_class, is_same_name, make_parameter, take_over
@@ -84,7 +84,7 @@ def _check_adoptable(registry: ModuleNames, source: Source, binding: Binding, te
             remedy="Tie the names before declaring them; or copy the values with copy_(). "
             "registry.rebind() puts the library's parameter back.",
         )
-    found = TensorSpec.of(tensor) if isinstance(tensor, Tensor) else f"no tensor: {type(tensor).__name__}"
+    found = other_kind(tensor) or TensorSpec.of(tensor)
     if found != expected:
         raise AdoptionError(
             "a tensor that does not fit was put in the place of a declared name",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import AliasError, DerivationError, StateError
-from ..spec import TensorSpec
+from ..spec import TensorSpec, other_kind
 from .names import ModuleNames
 from .planning import Derived
 
@@ -85,13 +85,13 @@ def compute(label: str, derived: Derived, values: list[Tensor]) -> Tensor:
             found=f"{type(error).__name__}: {error}",
             remedy="Mend the function; until then the module refuses to run.",
         ) from error
-    if not isinstance(value, Tensor):
+    if (kind := "a tensor on meta" if isinstance(value, Tensor) and value.is_meta else other_kind(value)) is not None:
         raise DerivationError(
-            "the function of this derivation returned no tensor",
+            "the function of this derivation returned no tensor with values",
             module=label,
             name=spec.name,
-            expected="a tensor",
-            found=repr(value),
+            expected="a dense tensor",
+            found=kind,
             remedy="Return a tensor of the declared shape and dtype.",
         )
     return value

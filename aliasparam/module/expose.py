@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import ReloadError
 from ..storage.states import State
+from ..storage.storage import AliasedStorage
 from ..tensors.faces import _Aliased
 from ..tensors.geometry import place_of
 
@@ -42,8 +43,11 @@ class Exposure:
         """The writer is done: ``rows`` of the memory (default: all) are new, the others as before.
 
         Raises:
-            ReloadError: it is closed already, or was closed from elsewhere (the model was invalidated meanwhile).
+            ReloadError: it is closed already, or was closed from elsewhere (the model was invalidated meanwhile); or rows that
+                this order does not keep together, and it is still open.
         """
+        if self._open:
+            _need_together(self._storage, rows, self.order)
         self._close()
         if self.order == "kernel":
             with self._storage.lock:
@@ -130,7 +134,7 @@ def expose_for_writing(
         StateError: the raw memory is exposed already.
     """
     owner, _, leaf = name.rpartition(".")
-    holder = dict(module.named_modules()).get(owner)
+    holder = dict(module.named_modules(remove_duplicate=False)).get(owner)
     parameter = None if holder is None else holder._parameters.get(leaf)
     if not isinstance(parameter, _Aliased) or order not in ("checkpoint", "kernel"):
         raise ReloadError(
@@ -141,6 +145,7 @@ def expose_for_writing(
             found="no such module" if holder is None else "no such Parameter" if parameter is None else type(parameter).__name__,
             remedy="Declare it first, or write an undeclared Parameter directly.",
         )
+    _need_together(parameter._alias_storage, rows, order)
     target = parameter if rows is None else parameter[rows]
     if order == "checkpoint":
         geometry = target._alias_geometry
@@ -155,12 +160,27 @@ def _kernel_memory(parameter: _Aliased, rows: slice | None) -> Tensor:
     bound = storage.bound
     name_of = storage.kernel_name
     whole = storage.elements[: bound.regions * bound.region_capacity] if name_of is None else name_of.memory
-    if parameter._alias_geometry.shape != storage.geometry.shape or (rows is not None and not bound.lead):
-        raise ReloadError(
-            "kernel order does not keep these rows together",
-            label=storage.label,
-            expected="the whole name, or whole experts of a stack",
-            found=f"{rows if rows is not None else 'a shard'} of {list(bound.shape)}",
-            remedy='Expose the whole, or order="checkpoint".',
-        )
-    return whole if rows is None else whole[rows]
+    if parameter._alias_geometry.shape != storage.geometry.shape:
+        raise _apart(storage, "a shard")
+    return whole[rows] if rows is not None and bound.lead else whole
+
+
+def _need_together(storage: AliasedStorage, rows: slice | None, order: Order) -> None:
+    """Raise ReloadError where ``rows`` are no range of the memory that is lent in this order."""
+    if rows is None:
+        return
+    count = (*storage.bound.shape, 1)[0]
+    first, stop, step = rows.indices(count) if isinstance(rows, slice) else (0, 0, 0)
+    is_range = step == 1 and (storage.bound.lead > 0 or (first, stop) == (0, count))
+    if step < 1 or (order == "kernel" and not is_range):
+        raise _apart(storage, str(rows))
+
+
+def _apart(storage: AliasedStorage, found: str) -> ReloadError:
+    return ReloadError(
+        "these rows are no range of the memory",
+        label=storage.label,
+        expected="a slice of the rows; in kernel order the whole name, or a range of the experts of a stack",
+        found=f"{found} of {list(storage.bound.shape)}",
+        remedy='Expose the whole, or order="checkpoint".',
+    )

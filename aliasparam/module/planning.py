@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from ..errors import AliasError, DeclarationError
 from ..layout import Layout
-from ..spec import TensorSpec
+from ..spec import TensorSpec, other_kind
 from ..storage.kernel_name import KernelName
 from ..storage.overlap import check_memory
 from ..storage.storage import AliasedStorage
@@ -241,13 +241,13 @@ def _parameter_spec(module: nn.Module, label: str, name: str) -> TensorSpec:
             found=f"parameters {sorted(n for n, p in module._parameters.items() if p is not None)}",
             remedy="Register it first: module.register_parameter(name, nn.Parameter(..., requires_grad=False)).",
         )
-    if parameter.layout is not torch.strided:
+    if (found := other_kind(parameter)) is not None:
         raise DeclarationError(
             "only strided tensors can be aliased",
             module=label,
             name=name,
-            expected="torch.strided",
-            found=parameter.layout,
+            expected="a dense tensor",
+            found=found,
             remedy="Register tensor.to_dense() instead.",
         )
     return TensorSpec.of(parameter)

@@ -43,9 +43,9 @@ def _fields(declaration: Alias | Derivation | Keep) -> Iterator[tuple[str, Any, 
         names = isinstance(sources, Sequence) and not isinstance(sources, str) and all(isinstance(n, str) for n in sources)
         sizes = isinstance(shape, Sequence) and not isinstance(shape, str) and all(type(n) is int and n >= 0 for n in shape)
         yield "name", declaration.name, _is_name(declaration.name), "a name"
-        yield "sources", sources, names, "a tuple of names"
+        yield "sources", sources, names and len(sources) > 0, "a tuple of names, one at least"
         yield "function", declaration.function, callable(declaration.function), "a function of the sources' values"
-        yield "shape", shape, sizes, "a tuple of sizes"
+        yield "shape", shape, sizes, "a tuple of sizes of 0 or more"
         yield "dtype", declaration.dtype, isinstance(declaration.dtype, torch.dtype), "a torch.dtype"
         return
     yield "source", declaration.source, isinstance(declaration.source, str), "the name of a Parameter"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any
 
 from torch import nn
 
@@ -11,17 +10,18 @@ from ..errors import ReloadError
 from ..module.registry import AliasRegistry
 from ..module.registry_of import registries
 
-#: Which session has a module. Neither keeps the other alive, so an abandoned session frees its modules.
-_sessions: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Any]] = weakref.WeakKeyDictionary()
+#: Who has a module. Neither keeps the other alive, so an abandoned session frees its modules.
+_claims: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Claim]] = weakref.WeakKeyDictionary()
 
 
 class Claim:
     """The modules that ``session`` has, from :meth:`take` to :meth:`end`: nothing else reloads or processes them."""
 
     def __init__(self, session: object) -> None:
-        self._session = weakref.ref(session)
+        self._session, self._self = weakref.ref(session), weakref.ref(self)
         self._modules: list[nn.Module] = []
         self._registries: list[AliasRegistry] = []
+        self._ended = False
 
     def take(self, model: nn.Module) -> None:
         """
@@ -30,8 +30,8 @@ class Claim:
         """
         modules = list(model.modules())
         for module in modules:
-            other = _sessions.get(module)
-            if other is not None and other() not in (None, self._session()):
+            other = _claim_of(module)
+            if other is not None and other is not self and not other._ended:
                 raise ReloadError(
                     "a reload of this model is already open",
                     module=type(model).__name__,
@@ -41,7 +41,7 @@ class Claim:
                 )
         self._modules, self._registries = modules, [registry for _, registry in registries(model)]
         for module in modules:
-            _sessions[module] = self._session
+            _claims[module] = self._self
         self.hold()
 
     def hold(self) -> None:
@@ -61,7 +61,7 @@ class Claim:
             ReloadError: a module was put into the model since.
         """
         for path, module in model.named_modules():
-            if _sessions.get(module) is not self._session:
+            if _claim_of(module) is not self:
                 raise ReloadError(
                     "a module was put into the model while its reload was open: its weights are of another generation",
                     module=path or type(model).__name__,
@@ -71,8 +71,14 @@ class Claim:
                 )
 
     def end(self) -> None:
-        """Also of modules that were taken out of the model."""
+        """Also of modules that were taken out of the model. May be called again, as an interrupt may come between."""
+        self._ended = True
         self.lend()
         for module in self._modules:
-            if _sessions.get(module) is self._session:
-                del _sessions[module]
+            if _claim_of(module) is self:
+                del _claims[module]
+
+
+def _claim_of(module: nn.Module) -> Claim | None:
+    reference = _claims.get(module)
+    return None if reference is None else reference()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
 from ..errors import ReloadError
-from ..spec import TensorSpec
+from ..spec import TensorSpec, other_kind
 from ..storage.coverage import Box, Coverage
 
 
@@ -23,6 +24,16 @@ def box_of(live: Tensor, value: Tensor, first_row: int | None, box: Box | None) 
 
 def shown(box: Box) -> str:
     return "[" + ", ".join(f"{start}:{stop}" for start, stop in box) + "]"
+
+
+def need_dense(module: str, name: str, value: Any, whose: str) -> None:
+    """
+    Raises:
+        ReloadError: not a tensor whose values lie at strides.
+    """
+    if (found := other_kind(value)) is not None:
+        expected = "a dense tensor"
+        raise ReloadError(f"{whose} is of a kind that is not reloaded", module=module, name=name, expected=expected, found=found)
 
 
 def need_fit(module: str, name: str, live: Tensor, value: Tensor, box: Box) -> None:

@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 from typing import Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ..errors import StateError
 from ..module.adopt import adopt
 from ..module.registry_of import registries
 from ..module.verbs import checkpoint_names
+from ..spec import other_kind
 from .digest import PositionalAdler32, whole_digest
 from .hashers import Digest, folder_digests
 from .live import Live
@@ -50,7 +52,7 @@ def checkpoint_digest(model: nn.Module, kind: str = "adler32") -> CheckpointDige
 
     Raises:
         DeltaError: an unknown kind, or its package is not installed.
-        StateError: a tensor holds no weights, or changed while it was read.
+        StateError: a tensor holds no weights, is not dense, or changed while it was read.
         StaleKernelError: a reload of the model is open, or failed.
     """
     Digest(kind)  # before anything is read
@@ -58,10 +60,18 @@ def checkpoint_digest(model: nn.Module, kind: str = "adler32") -> CheckpointDige
         if not registry.is_untouched:
             with torch.no_grad():
                 adopt(registry)
-    live = {name: Live(tensor) for name, tensor in checkpoint_names(model).items()}
+    live = {name: _live_of(name, tensor) for name, tensor in checkpoint_names(model).items()}
     digests = {name: digest_live(tensor, kind) for name, tensor in live.items()}
     PositionalAdler32.to_host([digest.sums for digest in digests.values() if digest.sums is not None])
     return CheckpointDigest.of(kind, ((n, t.dtype, t.shape, digests[n].hexdigest(t.nbytes)) for n, t in live.items()))
+
+
+def _live_of(name: str, tensor: Tensor) -> Live:
+    if found := "a tensor on meta" if tensor.is_meta else other_kind(tensor):
+        raise StateError(
+            "a tensor of this kind has no bytes to digest", name=name, expected="a dense tensor in memory", found=found
+        )
+    return Live(tensor)
 
 
 def digest_of_folder(folder: SafetensorsFolder, kind: str = "adler32") -> CheckpointDigest:

@@ -23,7 +23,7 @@ _generations: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDiction
 #: Upper bounds of the pause's histogram, seconds.
 _PAUSES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 
-_registering = threading.Lock()
+_registering = threading.RLock()  # an interrupt at its end may leave it held, by this thread
 
 Hook = Callable[[Any], None]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import nn
 
 from ..errors import ReloadError
@@ -38,7 +40,7 @@ def reload(
         ReloadError: missing, unexpected, duplicate or ill-fitting tensors; an unknown scope or policy; a forward that did not
             end in time.
     """
-    if isinstance(scope, str) and scope not in ("all", "partial"):
+    if scope not in ("all", "partial") if isinstance(scope, str) else not isinstance(scope, Iterable):
         raise ReloadError(
             "unknown scope",
             module=type(model).__name__,

@@ -45,6 +45,9 @@ class Ranks:
         group: prefix of all keys.
         ready_seconds, done_seconds: how long preparing, and committing, may take on the slowest rank.
         patience: seconds without a reply of the store after which a rank stops asking.
+
+    Raises:
+        RanksError: a rank that is none of so many.
     """
 
     def __init__(
@@ -58,6 +61,8 @@ class Ranks:
         done_seconds: float = 60.0,
         patience: float = 30.0,
     ) -> None:
+        if type(rank) is not int or type(ranks) is not int or not 0 <= rank < ranks:
+            raise RanksError("no such rank", expected="a rank from 0 to ranks - 1", found=f"rank {rank!r} of {ranks!r}")
         self._store, self._rank, self._ranks, self._prefix = store, rank, ranks, f"{group}/"
         self._ready, self._done, self._patience = ready_seconds, done_seconds, patience
         self._doubt: Plan | None = None
@@ -71,6 +76,8 @@ class Ranks:
             RanksError: the base serves as before (``expected`` says what was wanted, the message why not), or this rank is in
                 doubt and must serve nothing until :meth:`ask_again`, or it could not go back and must be loaded afresh.
         """
+        if type(sequence) is not int:
+            raise RanksError("a sequence is a number", expected="an int that grows", found=repr(sequence)[:80])
         if self._doubt is not None:
             raise RanksError("this rank is in doubt about an earlier change", remedy="Call ask_again first.")
         plan = self._plan(sequence, base, target)
@@ -110,7 +117,7 @@ class Ranks:
             raise RanksError("the store cannot be reached", remedy="Start this rank again when it can.")
         if last[0] is None:
             return None
-        fields = json.loads(last[0])
+        fields = self._announced(last[0])
         plan = self._plan(fields["sequence"], fields["base"], fields["target"])
         outcome = self._run(ask_again(plan, time.monotonic() + self._patience, restarted=True), None)
         if outcome.kept is None:
@@ -148,16 +155,28 @@ class Ranks:
     def _announce(self, plan: Plan) -> None:
         """``last`` says which change was begun last, for those that are restarted; it only grows. Without it nothing begins."""
         once, me = plan.key(f"begun/{plan.rank}"), uuid.uuid4().hex
-        mine, standing = json.dumps({"sequence": plan.sequence, "base": plan.base, "target": plan.target}), ""
+        facts = {"sequence": plan.sequence, "base": plan.base, "target": plan.target, "ranks": plan.ranks}
+        mine, standing = json.dumps(facts), ""
         try:
             while (found := self._store.compare_set(self._last, standing, mine).decode()) != mine:
-                if json.loads(found)["sequence"] >= plan.sequence:
+                last = self._announced(found)["sequence"]
+                if last == plan.sequence:
+                    raise RanksError("another rank means another change by this sequence", expected=found, found=mine)
+                if last > plan.sequence:
                     raise RanksError("a sequence is used once", expected=f"more than in {found}", found=mine)
                 standing = found
             if self._store.compare_set(once, "", me).decode() != me:  # by this rank before it was restarted
                 raise RanksError("a sequence is used once", expected=f"more than {plan.sequence}", found=mine)
         except (RuntimeError, OSError):
             raise RanksError("the store cannot be reached", remedy="Nothing was changed; try again.") from None
+
+    def _announced(self, text: str) -> dict[str, Any]:
+        try:
+            fields = json.loads(text)
+            return {"sequence": int(fields["sequence"]), "base": str(fields["base"]), "target": str(fields["target"])}
+        except (ValueError, TypeError, KeyError):
+            expected = "what a rank wrote there"
+            raise RanksError("the store has something else", name=self._last, expected=expected, found=text[:80]) from None
 
     def _forget(self, sequence: int) -> None:
         """Delete the keys of a change that every rank has settled. Left alone if the store says otherwise, or nothing."""

@@ -27,7 +27,7 @@ from ..storage.coverage import Box, Coverage
 from .claims import Claim
 from .collector import collector_paused
 from .drain import Drain
-from .fit import box_of, need_fit, need_whole, shown
+from .fit import box_of, need_dense, need_fit, need_whole, shown
 from .live import Live
 from .observe import Hook, Hooks, Observed, call_abort_hooks, phase
 from .patch import Patch
@@ -132,20 +132,19 @@ class ReloadSession:
         Raises:
             AliasError: the policy keeps the old weights, and they cannot be brought back. What was written refuses.
         """
-        begun, restored = None, False
+        begun = restored = False
         try:
             with self._lock:  # an update of another thread ends, and no other begins
                 if self.phase is Phase.ENDED:
+                    self._claim.end()
                     return
                 begun, self.phase = self.phase is not Phase.NEW, Phase.ENDED
             self._claim.end()
             with phase("abort"):
-                restored = self._policy.restore()
-            if restored:
-                self._written.commit(whole=False)
+                if restored := self._policy.restore():
+                    self._written.commit(whole=False)
         finally:
-            if begun is not None:
-                self._written.poison()
+            self._written.poison()
             if begun:
                 self.failed_hooks = call_abort_hooks(self._hooks, self)
                 self.observed.ended(self.model, "restored" if restored else "refuses")
@@ -245,6 +244,7 @@ class ReloadSession:
     def _update(self, name: str, value: Tensor, first_row: int | None, box: Box | None) -> None:
         target = self._target(name)
         live = target.tensor
+        need_dense(self._label, name, value, "the new value")
         if value.numel() == live.numel() == 1 and value.dim() <= 1 and live.dim() <= 1:
             value = value.reshape(live.shape)  # 0-d and [1] are one thing
         box = box_of(live, value, first_row, box)

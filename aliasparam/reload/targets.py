@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ..errors import ReloadError
 from ..storage.overlap import extent, has_memory
-from ..tensors.faces import _Aliased
+from .fit import need_dense
 from .plain import live_of
 
 
@@ -57,12 +59,14 @@ def find_targets(model: nn.Module) -> dict[str, Target]:
 def _find_neighbours(targets: Iterable[Target]) -> None:
     by_memory: dict[int, list[Target]] = {}
     for target in targets:
-        if has_memory(target.tensor) and not isinstance(target.tensor, _Aliased):
+        is_plain = type(target.tensor).__torch_dispatch__ is Tensor.__torch_dispatch__ and not is_lazy(target.tensor)
+        if is_plain and target.tensor.layout is torch.strided:  # a quick look: most lie alone
             by_memory.setdefault(target.tensor.untyped_storage().data_ptr(), []).append(target)
     for group in by_memory.values():
         together: list[Target] = []
         end = 0
-        for target in sorted(group, key=lambda target: target.tensor.data_ptr()) if len(group) > 1 else ():
+        shared = [target for target in group if has_memory(target.tensor)] if len(group) > 1 else []
+        for target in sorted(shared, key=lambda target: target.tensor.data_ptr()):
             if target.tensor.data_ptr() >= end:
                 together = []
             for other in together:
@@ -90,13 +94,17 @@ def is_under(name: str, prefixes: Iterable[str]) -> bool:
 def target_of(targets: Mapping[str, Target], scope: str | tuple[str, ...], module: str, name: str) -> Target:
     """
     Raises:
-        ReloadError: no target of this name, or one outside the scope.
+        ReloadError: no target of this name, or one outside the scope, or of a kind that is not reloaded.
     """
     target = targets.get(name)
     if target is None:
         raise _no_such_name(module, name, len(targets))
     if not isinstance(scope, str) and not is_under(name, scope):
         raise _out_of_scope(module, name, scope)
+    need_dense(module, name, target.tensor, "the model's tensor")
+    if target.tensor.is_meta:
+        remedy = "Load the model first: a value written here would be lost."
+        raise ReloadError("the model's tensor has no memory", module=module, name=name, found="one on meta", remedy=remedy)
     return target
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..errors import DeclarationError
+from ..spec import other_kind
 
 
 def check_memory(label: str, tensors: Mapping[str, Tensor], beside: Mapping[str, Tensor]) -> None:
@@ -73,7 +73,7 @@ def _ranges_beside(real: Mapping[str, Tensor], beside: Mapping[str, Tensor]) -> 
 
 def has_memory(tensor: Tensor) -> bool:
     """Whether it has bytes at an address."""
-    strided = tensor.layout is torch.strided and not is_traceable_wrapper_subclass(tensor)
+    strided = other_kind(tensor) is None and not is_traceable_wrapper_subclass(tensor)
     return strided and tensor.device.type != "meta" and tensor.numel() > 0
 
 

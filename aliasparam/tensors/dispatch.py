@@ -59,7 +59,8 @@ def write_one(target: Any, value: Tensor, non_blocking: bool = False) -> None:
     if value.shape != view.shape:
         value = value.expand(view.shape)
     place = place_of(storage, view)
-    if place is not None and value.dtype is storage.bound.dtype and view.dtype is value.dtype:
+    is_same = value.dtype is storage.bound.dtype and view.dtype is value.dtype and value.layout is torch.strided
+    if place is not None and is_same:
         if isinstance(value, RefusingName):
             raise value.refusal()
         if value.device == view.device or value.device.type == "cpu":
@@ -181,9 +182,9 @@ def _land(pairs: Sequence[tuple[Any, Tensor]]) -> None:
                 raise value.refusal()
             if value.shape != view.shape:
                 raise _reshaped(target, value)
+            torch.empty(0, dtype=view.dtype).copy_(value.new_empty(0))  # torch's own error where it cannot convert
             if shares_memory(value, storage.buffer):
                 value = value.clone()
-            torch.empty(0, dtype=view.dtype).copy_(value.new_empty(0))  # torch's own error where it cannot convert
             found.setdefault(id(storage), (storage, []))[1].append((view, value))
         write_all([part for storage, written in found.values() for part in parts_of(storage, written)])
 

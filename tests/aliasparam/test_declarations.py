@@ -216,6 +216,7 @@ def test_the_same_parameter_under_two_names_is_a_tie_and_not_an_overlap() -> Non
         (Derivation("d", ("weight",), torch.sum, 1, torch.float32), "Derivation.shape"),  # type: ignore[arg-type]
         (Derivation("d", ("weight",), torch.sum, (-1,), torch.float32), "Derivation.shape"),
         (Derivation("d", ("weight",), torch.sum, (True,), torch.float32), "Derivation.shape"),
+        (Derivation("d", (), torch.ones, (1,), torch.float32), "Derivation.sources"),
         (Derivation("d", ("weight",), torch.sum, (1,), "float32"), "Derivation.dtype"),  # type: ignore[arg-type]
     ],
 )

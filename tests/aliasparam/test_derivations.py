@@ -109,7 +109,15 @@ def test_a_reencoding_that_writes_its_argument_leaves_the_kept_source_alone(rows
     assert module.rounded.unique().tolist() == [1.0]
 
 
-@pytest.mark.parametrize("function", [lambda s: s.view(7), lambda s: 3.0], ids=["raises", "returns no tensor"])
+FAILING = {
+    "raises": lambda s: s.view(7),
+    "returns no tensor": lambda s: 3.0,
+    "returns one on meta": lambda s: s.to("meta"),
+    "returns a sparse one": lambda s: s.to_sparse(),
+}
+
+
+@pytest.mark.parametrize("function", FAILING.values(), ids=FAILING)
 def test_a_function_that_fails_is_a_named_error_and_the_module_refuses(function: Callable[..., Tensor]) -> None:
     module = scaled(function)
 

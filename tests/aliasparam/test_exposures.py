@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -69,6 +71,23 @@ def test_what_was_never_loaded_is_loaded_by_what_was_written_and_no_more(order: 
     assert torch.equal(layer.prepared, kernel(SWAP, values))
 
 
+@pytest.mark.parametrize("rows", [slice(0, 4, 2), slice(None, None, -1), 2], ids=str)
+@pytest.mark.parametrize("shape", [(4, 8, 6), (4, 6)])
+def test_law_8_rows_that_are_no_range_are_neither_lent_nor_counted(rows: Any, shape: tuple[int, ...]) -> None:
+    """Those between would count as written; without experts the rows of memory are not the checkpoint's."""
+    layer = layer_of(bytes_of(*shape), SWAP, loaded=False)
+    with pytest.raises(ReloadError, match="no range of the memory"):
+        expose_for_writing(layer, "weight", rows, order="kernel")
+    exposure = expose_for_writing(layer, "weight", order="kernel")
+    for wrong in (rows, slice(1, 3)) if len(shape) == 2 else (rows,):
+        with pytest.raises(ReloadError, match="no range of the memory"):
+            exposure.written(wrong)
+    exposure.memory.copy_(kernel(SWAP, bytes_of(*shape)))
+    exposure.written(slice(0, 4))
+    process(layer)
+    assert torch.equal(layer.weight, bytes_of(*shape))
+
+
 def test_an_abandoned_writer_in_kernel_order_leaves_a_refusal_and_in_checkpoint_order_nothing() -> None:
     layer = layer_of(bytes_of(4, 8, 6), SWAP)
     process(layer)
@@ -87,7 +106,7 @@ def test_an_abandoned_writer_in_kernel_order_leaves_a_refusal_and_in_checkpoint_
 def test_rows_that_kernel_order_does_not_keep_together_are_lent_as_staging_only() -> None:
     layer = layer_of(bytes_of(8, 6), SWAP)
 
-    with pytest.raises(ReloadError, match="does not keep these rows together"):
+    with pytest.raises(ReloadError, match="these rows are no range of the memory"):
         expose_for_writing(layer, "weight", slice(0, 2), order="kernel")
     with expose_for_writing(layer, "weight", slice(0, 2)) as exposure:
         exposure.memory.fill_(1)

@@ -43,6 +43,7 @@ WRONG: dict[str, Callable[[list[Any]], Any]] = {
     "masked_fill_ of another shape": lambda w: w[0].masked_fill_(torch.zeros(5, 7).bool(), 1),
     "an index out of range": lambda w: w[0].index_copy_(0, torch.tensor([0, 99]), torch.full((2, 8), 9, dtype=torch.uint8)),
     "two tensors of which the second does not fit": lambda w: torch._foreach_copy_(w, [torch.full((6, 8), 9), torch.zeros(5, 7)]),
+    "copy_ of a sparse value": lambda w: w[0].copy_(torch.zeros(6, 8, dtype=torch.uint8).to_sparse()),
     "copy_ of a complex value": lambda w: w[0].copy_(torch.zeros(6, 8, 1)),
 }
 

@@ -161,6 +161,23 @@ def test_an_opaque_layout_is_read_and_written_by_whole_regions() -> None:
     assert torch.equal(bound.read(memory, bound.whole), value) and torch.equal(bound.read(memory, box), part)
 
 
+def test_law_1_an_opaque_layout_whose_functions_work_in_place_changes_no_value_of_the_caller() -> None:
+    layout = OpaqueLayout(lambda x: x.add_(1), lambda x: x.sub_(1))
+    bound, value = layout.bind((3, 4, 6), torch.uint8), random((3, 4, 6), torch.uint8)
+    memory, given = torch.zeros(72, dtype=torch.uint8), value.clone()
+
+    bound.write(memory, bound.whole, given)
+
+    assert torch.equal(given, value)
+    assert torch.equal(bound.read(memory, bound.whole), value) and torch.equal(memory.view(3, 4, 6), value + 1)
+
+
+@pytest.mark.parametrize("encode", [lambda x: x.view(torch.int16), lambda x: x.float(), lambda x: None])
+def test_a_function_that_changes_the_size_of_an_element_is_refused(encode: Any) -> None:
+    with pytest.raises(LayoutError, match="changes the size of an element"):
+        OpaqueLayout(encode, lambda x: x.view(torch.uint8)).bind((4, 4), torch.uint8)
+
+
 def test_two_functions_that_do_not_invert_are_refused() -> None:
     with pytest.raises(LayoutError, match="does not invert"):
         OpaqueLayout(lambda x: x ^ 1, lambda x: x).bind((4, 4), torch.uint8)

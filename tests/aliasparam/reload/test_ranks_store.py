@@ -176,9 +176,39 @@ def test_a_sequence_is_used_once() -> None:
     assert Ranks(store, 0, 1).generation_to_load() == "new"
     for sequence, target in ((5, "new"), (5, "other"), (4, "new")):
         member = Member()
-        with pytest.raises(RanksError, match="a sequence is used once"):
+        with pytest.raises(RanksError, match="another change" if target == "other" else "a sequence is used once"):
             Ranks(store, 0, 1).change(member, "old", target, sequence)
         assert member.done == []
+
+
+def test_law_10_ranks_that_disagree_on_how_many_they_are_change_nothing() -> None:
+    """Two of three would agree without the third, which could not prepare."""
+    store, members = HashStore(), [Member(), Member(fails="prepare")]
+    few, many = (Ranks(store, rank, ranks, ready_seconds=0.2) for rank, ranks in ((0, 2), (2, 3)))
+    for ranks, member, message in (
+        (few, members[0], "nothing from rank 1"),
+        (many, members[1], "another change"),
+    ):
+        with pytest.raises(RanksError, match=message):
+            ranks.change(member, "old", "new", 1)
+    assert [member.serving for member in members] == ["old", "old"]
+
+
+@pytest.mark.parametrize(("rank", "ranks"), [(2, 2), (-1, 2), (0, 0), ("0", 1), (True, 2)])
+def test_what_is_no_rank_is_refused(rank: Any, ranks: Any) -> None:
+    with pytest.raises(RanksError, match="no such rank"):
+        Ranks(HashStore(), rank, ranks)
+
+
+def test_what_other_code_put_into_the_store_is_refused() -> None:
+    store, member = HashStore(), Member()
+    store.set("aliasparam/last", "[]")
+    for use in (lambda: Ranks(store, 0, 1).change(member, "old", "new", 1), Ranks(store, 0, 1).generation_to_load):
+        with pytest.raises(RanksError, match=r"aliasparam/last: the store has something else"):
+            use()
+    with pytest.raises(RanksError, match="a sequence is a number"):
+        Ranks(store, 0, 1).change(member, "old", "new", "1")  # type: ignore[arg-type]
+    assert member.done == []
 
 
 #: Where rank 1 of 3 is killed -> what all serve in the end.
