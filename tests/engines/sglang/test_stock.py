@@ -138,7 +138,7 @@ def test_fp8_layers_of_a_mixed_checkpoint_stay_sglangs(classes: SimpleNamespace,
 
     layers = {"a": {"quant_algo": "NVFP4", "group_size": 16}, "b": {"quant_algo": "FP8"}}
     config = modelopt_quant.ModelOptMixedPrecisionConfig.from_config(
-        {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers}
+        {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers, "packed_modules_mapping": {}}
     )
     model = nn.ModuleList([nn.Module(), nn.Module()])
     for layer, prefix in zip(model, layers, strict=True):
