@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from ..errors import LayoutError
 
 _TOKEN = re.compile(r"\s*([A-Za-z_][A-Za-z_0-9]*|\d+|->|[()\[\]~,=])")
+#: Groups in one another: each is padded for itself, and three levels are the most that any kernel has.
+_DEEPEST = 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,11 +137,13 @@ def _side(tokens: list[str], text: str) -> Side:
     return Side(tuple(item if isinstance(item, Group) else Group((item,)) for item in whole.items))
 
 
-def _group(tokens: list[str], at: int, text: str) -> tuple[Group, int]:
+def _group(tokens: list[str], at: int, text: str, depth: int = 0) -> tuple[Group, int]:
+    if depth > _DEEPEST:
+        raise LayoutError("groups of a layout are nested too deep", expected=f"at most {_DEEPEST} in one another", found=text[:80])
     items: list[Digit | Group] = []
     while at < len(tokens) and tokens[at] != ")":
         if tokens[at] == "(":
-            inner, at = _group(tokens, at + 1, text)
+            inner, at = _group(tokens, at + 1, text, depth + 1)
             if at == len(tokens):
                 raise LayoutError("a layout has an open parenthesis that is not closed", found=text)
             items.append(inner)

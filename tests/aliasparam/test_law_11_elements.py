@@ -70,6 +70,7 @@ def by_nibble(words: torch.Tensor) -> torch.Tensor:
         (["a -> a"], "line of text"),
         (" | ".join(["a b -> b a"] * 3000), "of at most 4096 characters"),  # would take minutes
         (f"(a b) -> b a, a={'9' * 5000}", "of at most 4096 characters"),
+        (f"{'(' * 900}a{')' * 900} k -> k a", "nested too deep"),
     ],
 )
 def test_a_line_that_does_not_parse_is_refused(text: Any, error: str) -> None:
