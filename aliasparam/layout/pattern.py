@@ -139,7 +139,7 @@ def _side(tokens: list[str], text: str) -> Side:
 
 def _group(tokens: list[str], at: int, text: str, depth: int = 0) -> tuple[Group, int]:
     if depth > _DEEPEST:
-        raise LayoutError("groups of a layout are nested too deep", expected=f"at most {_DEEPEST} in one another", found=text[:80])
+        raise LayoutError("groups of a layout are nested too deep", expected=f"at most {_DEEPEST} deep", found=text[:80])
     items: list[Digit | Group] = []
     while at < len(tokens) and tokens[at] != ")":
         if tokens[at] == "(":
