@@ -126,7 +126,7 @@ def test_it_loads_what_modelopt_itself_exports(tmp_path: Path) -> None:
     stored = load_file(tmp_path / "model.safetensors")
     served = load(tmp_path, transformers.GptOssForCausalLM)
 
-    # All of it in 4 bits; nonsense gives less than 0. With transformers 5.17 ModelOpt takes one input scale 25 times too large: 3 dB.
+    # All of it in 4 bits; nonsense gives less than 0. With transformers 5.17 ModelOpt takes one input scale 25 times too large.
     assert signal_to_noise(logits(served), logits(small(0).float())) > 2
     served.save_pretrained(tmp_path / "saved")
     found = load_file(tmp_path / "saved" / "model.safetensors")
