@@ -12,7 +12,6 @@ JOBS ?= 2
 BIN := $(VENV)/bin
 PIN := $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 TORCH := $(if $(CONSTRAINTS),$(shell grep '^torch==' $(CONSTRAINTS)),torch)
-# Without compiling millions of lines of torch and transformers, of which Python compiles what it imports.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 #: Engines, each in a virtual environment of its own, from constraints/NAME.txt. PINNED=: without the versions in there, but for

@@ -47,3 +47,8 @@ def other_kind(value: Any) -> str | None:
     is_plain = type(value).__torch_dispatch__ is Tensor.__torch_dispatch__
     freed = is_plain and value.numel() and not value.is_meta and not value.untyped_storage().nbytes()
     return "a tensor whose memory was freed" if freed else None
+
+
+def no_values(value: Any) -> str | None:
+    """The same, where one on meta is no answer either."""
+    return "a tensor on meta" if isinstance(value, Tensor) and value.is_meta else other_kind(value)

@@ -170,7 +170,7 @@ def _check(line: Line, text: str) -> None:
     if line.left.flat and line.right.flat:
         raise LayoutError("one side must say the dims", expected="(g b a) k -> [g a b k]", found=text)
     for name, size in line.sizes:
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        if size < 1:
             raise LayoutError(f"the size of digit {name} is no positive integer", found=size)
     sizes = dict(line.sizes)
     for dim in line.shape_side.dims:

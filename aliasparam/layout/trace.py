@@ -21,6 +21,7 @@ from ..errors import (
     NotDeterministicError,
     ValuesChangeError,
 )
+from ..spec import no_values
 from .nibbles import pack, unpack
 
 Function = Callable[[Tensor], Tensor]
@@ -80,8 +81,7 @@ class _Runner:
                 result = self.function(value)
         except Exception as error:
             raise FunctionFailedError(f"{self.name} raised {error!r}", found=f"{self.dtype} {list(self.shape)}") from error
-        if not isinstance(result, Tensor) or result.layout is not torch.strided or result.is_meta:
-            found = f"{result.layout} on {result.device}" if isinstance(result, Tensor) else type(result).__name__
+        if (found := no_values(result)) is not None:
             raise FunctionFailedError(f"{self.name} returned no tensor with values", expected="one dense tensor", found=found)
         shape = tuple(result.shape) or (1,)
         bytes_out = result.detach().contiguous().reshape(-1).view(torch.uint8).cpu()

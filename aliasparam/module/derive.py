@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import AliasError, DerivationError, StateError
-from ..spec import TensorSpec, other_kind
+from ..spec import TensorSpec, no_values
 from .names import ModuleNames
 from .planning import Derived
 
@@ -85,7 +85,7 @@ def compute(label: str, derived: Derived, values: list[Tensor]) -> Tensor:
             found=f"{type(error).__name__}: {error}",
             remedy="Mend the function; until then the module refuses to run.",
         ) from error
-    if (kind := "a tensor on meta" if isinstance(value, Tensor) and value.is_meta else other_kind(value)) is not None:
+    if (kind := no_values(value)) is not None:
         raise DerivationError(
             "the function of this derivation returned no tensor with values",
             module=label,

@@ -13,7 +13,7 @@ from ..errors import StateError
 from ..module.adopt import adopt
 from ..module.registry_of import registries
 from ..module.verbs import checkpoint_names
-from ..spec import other_kind
+from ..spec import no_values
 from .digest import PositionalAdler32, whole_digest
 from .hashers import Digest, folder_digests
 from .live import Live
@@ -67,7 +67,7 @@ def checkpoint_digest(model: nn.Module, kind: str = "adler32") -> CheckpointDige
 
 
 def _live_of(name: str, tensor: Tensor) -> Live:
-    if found := "a tensor on meta" if tensor.is_meta else other_kind(tensor):
+    if (found := no_values(tensor)) is not None:
         raise StateError(
             "a tensor of this kind has no bytes to digest", name=name, expected="a dense tensor in memory", found=found
         )

@@ -40,7 +40,7 @@ class Patterns:
         self._plain: dict[str, int] = {}
         self._keyed: dict[str, list[int]] = {}
         self._loose: list[tuple[int, str]] = []
-        self._unkeyed: list[tuple[int, str]] = []
+        self._unkeyed: list[int] = []
         self._pairs: dict[tuple[str, str], list[int]] = {}
         self._inside: dict[str, list[int]] = {}
         self._others: dict[int, tuple[str, str]] = {}
@@ -60,8 +60,10 @@ class Patterns:
         for key in keys:
             if key.parts:
                 self._keyed.setdefault(key.parts, []).append(number)
+            elif key.other:
+                self._loose.append((number, key.other))
             else:
-                (self._loose if key.other else self._unkeyed).append((number, key.other))
+                self._unkeyed.append(number)
             for pair in key.pairs:
                 self._pairs.setdefault(pair, []).append(number)
 
@@ -97,7 +99,7 @@ class Patterns:
                 key = parts[first] if width == 1 else ".".join(parts[first : first + width])
                 if key in keyed:
                     yield from keyed[key]
-        yield from (number for number, _ in self._unkeyed)
+        yield from self._unkeyed
         if self._pairs or self._loose:
             for part in parts:
                 yield from self._inside[part] if part in self._inside else self._look_inside(part)

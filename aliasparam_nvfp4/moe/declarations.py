@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,8 +14,8 @@ from aliasparam import Alias, Derivation, Layout
 from ..checkpoint.format import MODELOPT, CheckpointFormat
 from ..errors import BackendError
 from ..quantize.format import BLOCK_SIZE
-from ..quantize.missing import Missing, is_dynamic
-from .runners import MoERunner, MoEShape, Needs
+from ..quantize.missing import Missing
+from .runners import MoERunner, MoEShape, Needs, needs_of
 from .stored import ROWS, Stored
 
 Parameters = dict[str, tuple[tuple[int, ...], torch.dtype]]
@@ -48,12 +48,7 @@ class Declared:
     @property
     def needs(self) -> Needs:
         """What is asked of a runner."""
-        return {
-            "activation": self.shape.expert_activation,
-            "input_scale": self.input_scale,
-            "dynamic": is_dynamic(self.missing),
-            "bias": self.bias is not None,
-        }
+        return needs_of(self.shape.expert_activation, self.missing, input_scale=self.input_scale, bias=self.bias is not None)
 
     def parameters(self) -> Parameters:
         """Checkpoint names with their shapes and dtypes."""
@@ -104,6 +99,12 @@ class Declared:
         if self.bias is None or runner.biases is None:
             return found
         return found + runner.biases.derivations(scales, self.stored, shape.w13_rows, shape.hidden)
+
+
+def try_out(derivations: Iterable[Derivation], values: Mapping[str, Tensor]) -> None:
+    """Compute from ``values`` what will be computed after loading: it refuses what float32 does not hold."""
+    for derived in derivations:
+        derived.function(*(values[source].clone() for source in derived.sources))
 
 
 def scalars(own: Iterable[Derivation], others: Iterable[Derivation], runner: str) -> list[Derivation]:

@@ -17,7 +17,7 @@ from ..errors import ScaleError
 from ..quantize.format import BLOCK_SIZE
 from ..quantize.global_scale import need_stored_scales
 from ..quantize.missing import Missing
-from .declarations import Declared
+from .declarations import Declared, try_out
 from .method import NvFp4MoEMethod
 from .ranks import ExpertRanks
 from .runners import MoERunner, MoEShape
@@ -110,7 +110,7 @@ class ExpertSource:
             ScaleError: global scales which are none, or of gate and up which this runner cannot take.
         """
         self.tensors.need(self.shape.all_experts, self.specs(), optional=self.optional)
-        scalars = {p.key: float(self.folder.read(p.name)) for p in self.parts() if self._is_scalar(p)}
+        scalars = {p.key: float(self.folder.read(p.name)) for p in self.parts() if self._is_scalar(p.key)}
         may_lack = () if self.missing == "refuse" else (self.format.input_global,)
         need_stored_scales({self.tensors.name(key): v for key, v in scalars.items() if key[2] not in may_lack})
         weight = self.format.weight_global
@@ -132,16 +132,15 @@ class ExpertSource:
         """Compute what will be computed after loading: it refuses what float32 does not hold."""
         rows: dict[str, list[list[float]]] = {}
         for key in self._rows():
-            if key[2] in (self.format.weight_global, self.format.input_global):
+            if self._is_scalar(key):
                 rows.setdefault(_name(key), []).append([scalars.get(half, 0.0) for half in self._halves(key)])
         flat = {f"w2_{self.format.weight_global}", f"w2_{self.format.input_global}"}
         flat |= set() if self.gated else {f"w13_{self.format.weight_global}"}
         values = {name: torch.tensor(row).flatten() if name in flat else torch.tensor(row) for name, row in rows.items()}
-        for derived in self.derivations:
-            derived.function(*(values[source].clone() for source in derived.sources))
+        try_out(self.derivations, values)
 
-    def _is_scalar(self, part: ExpertPart) -> bool:
-        return part.key[2] in (self.format.weight_global, self.format.input_global)
+    def _is_scalar(self, key: ExpertKey) -> bool:
+        return key[2] in (self.format.weight_global, self.format.input_global)
 
     def rows(self) -> Iterator[tuple[str, int, Tensor]]:
         """(name on the layer, row, value of that row ``[1, ...]``): gate above up, read one expert at a time."""
@@ -170,7 +169,7 @@ class ExpertSource:
         if part is None:
             return torch.zeros(1)
         value = self.folder.read(part.name, part.rows, part.columns)
-        return value.reshape(1) if self._is_scalar(part) else value
+        return value.reshape(1) if self._is_scalar(part.key) else value
 
 
 def _name(key: ExpertKey) -> str:

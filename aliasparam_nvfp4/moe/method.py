@@ -16,13 +16,13 @@ from ..errors import ShapeError
 from ..kernels.choice import need_running
 from ..quantize.block_scales import FiniteBlockScales
 from ..quantize.format import BLOCK_SIZE
-from ..quantize.missing import Missing, RunTimeScales, is_dynamic, need_policy
+from ..quantize.missing import Missing, RunTimeScales, need_policy
 from .activation import SWIGLU, ExpertActivation
 from .declarations import Declared, scalars
 from .loader import ExpertLoader
 from .ranks import ExpertRanks
 from .routing import Routing
-from .runners import MoENames, MoERunner, MoEShape, Needs, chosen, moe_runner
+from .runners import MoENames, MoERunner, MoEShape, chosen, moe_runner, needs_of
 from .stored import ROWS, Stored
 
 
@@ -87,8 +87,7 @@ class NvFp4MoEMethod:
         if interleaved and stored.columns:
             raise ShapeError("by columns, gate and up are neighbours", expected="interleaved=False", found="interleaved=True")
         need_policy(missing_input_scale)
-        dynamic = is_dynamic(missing_input_scale)
-        needs: Needs = {"activation": activation, "input_scale": input_scale, "dynamic": dynamic, "bias": bias}
+        needs = needs_of(activation, missing_input_scale, input_scale=input_scale, bias=bias)
         self.name = backend
         self.backend = moe_runner(backend, **needs)
         self.retarget_to = tuple(moe_runner(n, **needs) for n in retarget_to)

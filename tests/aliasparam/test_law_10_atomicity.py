@@ -188,7 +188,7 @@ def lines_of(do: Callable[[], Any], at: int | None = None) -> list[str]:
         # The line of a ``with`` is traced once more before its end runs. An interrupt there, where no signal is delivered, keeps
         # the lock, and what comes later would wait for it for ever; or gradients off, or the collector.
         locks.renew()
-        observe._registering = threading.Lock()
+        observe._registering = threading.RLock()
         torch.set_grad_enabled(grad)
         gc.enable()
     finally:

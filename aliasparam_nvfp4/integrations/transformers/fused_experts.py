@@ -19,7 +19,7 @@ from ...checkpoint import CheckpointFolder, TensorEntry, UnsupportedFormatError
 from ...checkpoint.format import MODELOPT, CheckpointFormat
 from ...checkpoint.scheme import Scheme
 from ...moe import GPT_OSS, ExpertActivation, NvFp4MoEMethod, Stored
-from ...moe.declarations import Declared
+from ...moe.declarations import Declared, try_out
 from ...moe.runners import MoEShape
 from ...quantize.global_scale import need_stored_scales
 from ...quantize.missing import is_dynamic
@@ -110,8 +110,7 @@ class FusedExperts(nn.Module):
         declared: Declared = self.__dict__["nvfp4_moe_declared"]
         shapes = {n: found for n, found in declared.parameters().items() if n.endswith(("_scale_2", "input_scale", "bias"))}
         given = {n: values[FILES[n]].view(d) if FILES[n] in values else torch.zeros(d, dtype=t) for n, (d, t) in shapes.items()}
-        for derived in declared.derivations(self.__dict__["nvfp4_runner"]):
-            derived.function(*(given[source].clone() for source in derived.sources))
+        try_out(declared.derivations(self.__dict__["nvfp4_runner"]), given)
 
     def forward(self, hidden_states: Tensor, router_indices: Tensor, routing_weights: Tensor) -> Tensor:
         return self.quant_method.apply(self, hidden_states, routing_weights.float(), router_indices.int())

@@ -14,6 +14,7 @@ from ._base import MoENames as MoENames
 from ._base import MoERunner as MoERunner
 from ._base import MoEShape as MoEShape
 from ._base import Needs as Needs
+from ._base import needs_of as needs_of
 
 
 def moe_runners() -> dict[str, MoERunner]:

@@ -14,7 +14,7 @@ from ...checkpoint.format import MODELOPT, CheckpointFormat
 from ...errors import BackendError
 from ...kernels.base import Kernel
 from ...quantize.format import BLOCK_SIZE
-from ...quantize.missing import RunTimeScales
+from ...quantize.missing import RunTimeScales, is_dynamic
 from ..activation import SWIGLU, ExpertActivation
 from ..biases import Biases
 from ..layouts import MoELayout
@@ -104,6 +104,10 @@ class Needs(TypedDict, total=False):
     input_scale: bool
     dynamic: bool
     bias: bool
+
+
+def needs_of(activation: ExpertActivation, missing: Missing, *, input_scale: bool, bias: bool) -> Needs:
+    return {"activation": activation, "input_scale": input_scale, "dynamic": is_dynamic(missing), "bias": bias}
 
 
 class MoERunner(Kernel):

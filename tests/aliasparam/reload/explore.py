@@ -107,16 +107,21 @@ class State:
     def stored(self, request: Request) -> tuple[Any, frozenset[tuple[str, str]]]:
         """The store's reply to a request, and the store after it."""
         values = dict(self.store)
-        match request:
-            case Write(key, value):
-                return True, frozenset((values | {key: value}).items())
-            case Claim(key, value):
-                value = values.setdefault(key, value)
-                return value, frozenset(values.items())
-            case Look(keys, all_or_none):
-                found = tuple(values.get(key) for key in keys)
-                return tuple(None for _ in found) if all_or_none and None in found else found, self.store
-        raise AssertionError(request)
+        return reply_of(values, request), frozenset(values.items())
+
+
+def reply_of(store: dict[str, str], request: Request) -> Any:
+    """The reply to a request, which changes ``store``."""
+    match request:
+        case Write(key, value):
+            store[key] = value
+            return True
+        case Claim(key, value):
+            return store.setdefault(key, value)
+        case Look(keys, all_or_none):
+            found = tuple(store.get(key) for key in keys)
+            return tuple(None for _ in found) if all_or_none and None in found else found
+    raise AssertionError(request)
 
 
 def explore(ranks: int, faults: int, kinds: Sequence[str] = FAULTS) -> tuple[int, set[str]]:

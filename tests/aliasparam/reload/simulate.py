@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from aliasparam.reload import ranks as protocol
-from aliasparam.reload.ranks import LOST, Act, Claim, Look, Outcome, Pause, Plan, Reply, Request, Write
+from aliasparam.reload.ranks import LOST, Act, Outcome, Pause, Plan, Reply, Request
 
 from .explore import FAULTS
 
@@ -123,7 +123,7 @@ class World:
 
     def send(self, request: Request, answer: Callable[[Any], None], fault: str | None, delay: float) -> None:
         def carry_out(reply: bool) -> None:
-            value = self.stored(request)
+            value = reply_of(self.store, request)
             if reply:
                 self.later(self.random.expovariate(50), lambda: answer(value))
 
@@ -134,16 +134,6 @@ class World:
             self.later(delay + self.random.uniform(0, 8), lambda: carry_out(reply=False))
         if fault in ("lost", "late", "lost reply"):
             self.later(RPC_SECONDS, lambda: answer(LOST))
-
-    def stored(self, request: Request) -> Any:
-        if isinstance(request, Write):
-            self.store[request.key] = request.value
-            return True
-        if isinstance(request, Claim):
-            return self.store.setdefault(request.key, request.value)
-        assert isinstance(request, Look)
-        values = tuple(self.store.get(key) for key in request.keys)
-        return tuple(None for _ in values) if request.all_or_none and None in values else values
 
     def act(self, rank: int, request: Act, fails: bool) -> tuple[bool, str]:
         member = self.members[rank]
