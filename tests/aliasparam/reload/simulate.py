@@ -11,7 +11,7 @@ from typing import Any
 from aliasparam.reload import ranks as protocol
 from aliasparam.reload.ranks import LOST, Act, Outcome, Pause, Plan, Reply, Request
 
-from .explore import FAULTS
+from .explore import FAULTS, reply_of
 
 RPC_SECONDS = 0.3
 
