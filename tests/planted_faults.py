@@ -239,8 +239,8 @@ FAULTS = [
     Planted("moe/runners/flashinfer_cutlass.py", "tp_rank=shape.tp_rank", "tp_rank=0", "test_moe_biases.py", _NVFP4),
     Planted("moe/loader.py", 'share = Share() if shard_id == "w2" else share', "pass", "test_moe_biases.py", _NVFP4),
     Planted(
-        "moe/scales.py",
-        '        self._need("what a kernel',
+        "moe/global_scales.py",
+        '        self._need("what a kernel
         '        0 and self._need("what a kernel',
         "test_moe_bad_input.py",
         _NVFP4,

@@ -22,7 +22,7 @@ from aliasparam import Derivation, Layout
 
 from ..errors import ScaleError
 from ..layouts import lines
-from .scales import MoEScales
+from .global_scales import GlobalScales
 from .stored import Stored
 
 
@@ -45,11 +45,11 @@ class Biases:
         own, w2 = (_PLAIN, _PLAIN) if self.raw else (self._own(gated), self.w2)
         return {"w13_bias": ("gemm1_bias", stored.bias_order(own, halves=gated)), "w2_bias": ("gemm2_bias", w2)}
 
-    def derivations(self, scales: MoEScales, stored: Stored, rows: int, hidden: int) -> list[Derivation]:
+    def derivations(self, scales: GlobalScales, stored: Stored, rows: int, hidden: int) -> list[Derivation]:
         """The names of kernels that add to raw sums; ``rows`` and ``hidden`` are those of the checkpoint's w13 and w2."""
         if not self.raw:
             return []
-        gated, e = scales.expert_activation.gated, scales.experts
+        gated, e = scales.gated, scales.experts
         first = RawBias(scales, self._own(gated), stored.bias_order(_PLAIN, halves=gated))
         second = RawBias(scales, self.w2, _PLAIN)
         dims = first.order.kernel_shape((e, rows)), second.order.kernel_shape((e, hidden))
@@ -72,7 +72,7 @@ class RawBias:
         stored: from the checkpoint's order to ``[gate; up]``.
     """
 
-    scales: MoEScales
+    scales: GlobalScales
     order: Layout
     stored: Layout
 

@@ -98,7 +98,7 @@ class Declared:
         found = scales.derivations()
         if self.bias is None or runner.biases is None:
             return found
-        return found + runner.biases.derivations(scales, self.stored, shape.w13_rows, shape.hidden)
+        return found + runner.biases.derivations(scales.stored, self.stored, shape.w13_rows, shape.hidden)
 
 
 def try_out(derivations: Iterable[Derivation], values: Mapping[str, Tensor]) -> None:

@@ -47,7 +47,7 @@ class ExpertSource:
         format: how the tensors are called.
         input_scale: whether experts have activation scales.
         separate_scales: whether the runner takes gate and up with different global scales.
-        missing: what counts for experts without an input scale, see scales.py.
+        missing: what counts for experts without an input scale, see missing.py.
         derivations: what the runner computes from scales.
     """
 

@@ -50,12 +50,8 @@ from torch import Tensor
 
 from aliasparam import Derivation
 
-from ..checkpoint.format import MODELOPT, CheckpointFormat
-from ..errors import ScaleError
-from ..quantize.global_scale import EXPECTED, are_scales
-from ..quantize.missing import Missing as Missing
-from ..quantize.missing import completed, is_dynamic
 from .activation import SWIGLU, ExpertActivation
+from .global_scales import GlobalScales
 
 
 class InputScales(Enum):
@@ -80,70 +76,59 @@ class MoEScales:
     """The derivations of one runner on one rank.
 
     Attributes:
+        stored: the checkpoint's scales, as multipliers.
         inputs: how activations meet their scales.
-        runner: for messages.
-        separate: whether gate and up of an expert may have different weight scales.
-        first_expert: global number of this rank's first expert.
-        experts: experts of this rank.
-        checkpoint: names, and the direction of the scales.
         expert_activation: what lies between the two GEMMs.
         numbers: how the kernel takes the numbers of that activation; None: not at all.
-        missing: what counts for an expert without an input scale (0, or no number), see missing.py: "max" is what ModelOpt's
-            exporter does for experts that met no token. Where it is "dynamic" and one of the layer's is missing, a kernel
-            computes all of them: its quant is 0, and the factors have weight scales alone.
     """
 
+    stored: GlobalScales
     inputs: InputScales
-    runner: str
-    separate: bool
-    first_expert: int
-    experts: int
-    checkpoint: CheckpointFormat = MODELOPT
     expert_activation: ExpertActivation = SWIGLU
     numbers: SwigluNumbers | None = SwigluNumbers.AS_FLOATS
-    missing: Missing = "refuse"
 
     def derivations(self) -> list[Derivation]:
         """Refreshed by ``process`` whenever a source was written."""
         return [*self._factors(), *self._numbers()]
 
     def _factors(self) -> list[Derivation]:
-        each, f32, s13, s2, a1, a2 = (self.experts,), torch.float32, self.s13, self.s2, self.a1, self.a2
+        at, f32 = self.stored, torch.float32
+        each, s13, s2, a1, a2 = (at.experts,), at.s13, at.s2, at.a1, at.a2
         if self.inputs is InputScales.NONE:
-            both = [Derivation("g1_alphas_gate_up", (s13,), self._gate_up, (self.experts, 2), f32)]
+            both = [Derivation("g1_alphas_gate_up", (s13,), at.gate_up, (at.experts, 2), f32)]
             return [
-                Derivation("g1_alphas", (s13,), self._gate, each, f32),
-                Derivation("g1_scale_c", (s13,), self._up, each, f32),
-                *(both if self._gated else []),
-                Derivation("g2_alphas", (s2,), self._down, each, f32),
+                Derivation("g1_alphas", (s13,), at.gate, each, f32),
+                Derivation("g1_scale_c", (s13,), at.up, each, f32),
+                *(both if at.gated else []),
+                Derivation("g2_alphas", (s2,), at.down, each, f32),
             ]
         if self.inputs is InputScales.DIVIDING:
             return [
-                Derivation("g1_alphas", (a1, s13), self._gate_apart, each, f32),
-                Derivation("g2_alphas", (a2, s2), self.down_with_input, each, f32),
-                Derivation("w13_input_scale_max", (a1,), partial(self._input, a1), (1,), f32),
-                Derivation("w2_input_scale_max", (a2,), partial(self._input, a2), (1,), f32),
+                Derivation("g1_alphas", (a1, s13), at.gate_apart, each, f32),
+                Derivation("g2_alphas", (a2, s2), at.down_with_input, each, f32),
+                Derivation("w13_input_scale_max", (a1,), partial(at.input, a1), (1,), f32),
+                Derivation("w2_input_scale_max", (a2,), partial(at.input, a2), (1,), f32),
             ]
         quants = each if self.inputs is InputScales.EACH else (1,)
-        up = (a1, s13, a2) if self._gated else (a2,)
+        up = (a1, s13, a2) if at.gated else (a2,)
         return [
-            Derivation("w13_input_scale_quant", (a1,), partial(self._quant, a1), quants, f32),
-            Derivation("w2_input_scale_quant", (a2,), partial(self._quant, a2), quants, f32),
-            Derivation("g1_alphas", (a1, s13), self._gate_with_input, each, f32),
-            Derivation("g1_scale_c", up, self._up_with_inputs if self._gated else self._after, each, f32),
-            Derivation("g2_alphas", (a2, s2), self.down_with_input, each, f32),
+            Derivation("w13_input_scale_quant", (a1,), partial(at.quant, a1), quants, f32),
+            Derivation("w2_input_scale_quant", (a2,), partial(at.quant, a2), quants, f32),
+            Derivation("g1_alphas", (a1, s13), at.gate_with_input, each, f32),
+            Derivation("g1_scale_c", up, at.up_with_inputs if at.gated else at.after, each, f32),
+            Derivation("g2_alphas", (a2, s2), at.down_with_input, each, f32),
         ]
 
     def _numbers(self) -> list[Derivation]:
-        numbers, s13 = self.expert_activation, self.s13
-        each, f32 = (self.experts,), torch.float32
+        numbers, s13 = self.expert_activation, self.stored.s13
+        each, f32 = (self.stored.experts,), torch.float32
         if not numbers.has_numbers or self.numbers in (None, SwigluNumbers.AS_FLOATS):
             return []
         sources: tuple[str, ...] = (s13,)
         beta: Callable[..., Tensor] = partial(self._same, numbers.beta)
         limit: Callable[..., Tensor] = partial(self._same, numbers.limit or 0.0)
         if self.numbers is SwigluNumbers.OF_RAW_SUMS:
-            sources = (s13,) if self.inputs is InputScales.NONE else (s13, self.a1)
+            sources = (s13,) if self.inputs is InputScales.NONE else (s13, self.stored.a1)
             beta, limit = self._raw_beta, self._raw_limit
         found = [
             Derivation("gemm1_alpha", (s13,), partial(self._same, numbers.alpha), each, f32),
@@ -151,151 +136,17 @@ class MoEScales:
         ]
         return found if numbers.limit is None else [*found, Derivation("gemm1_clamp_limit", sources, limit, each, f32)]
 
-    # -- names ---------------------------------------------------------------------------------------------------------
-
-    @property
-    def s13(self) -> str:
-        return f"w13_{self.checkpoint.weight_global}"
-
-    @property
-    def s2(self) -> str:
-        return f"w2_{self.checkpoint.weight_global}"
-
-    @property
-    def a1(self) -> str:
-        return f"w13_{self.checkpoint.input_global}"
-
-    @property
-    def a2(self) -> str:
-        return f"w2_{self.checkpoint.input_global}"
-
-    @property
-    def _gated(self) -> bool:
-        return self.expert_activation.gated
-
-    # -- values --------------------------------------------------------------------------------------------------------
-
-    def _combined(self, name: str, scales: Tensor) -> Tensor:
-        """Input scales ``[E_global]`` or ``[E_global, 1 or 2]`` as ``[1]``, or ``[E]`` of this rank's experts, as stored."""
-        if scales.numel() == 1:  # one for all experts
-            scales = scales.reshape(1).expand(self.first_expert + self.experts)
-        scales = completed(scales, self.missing, reciprocal=self.checkpoint.reciprocal)
-        if not is_dynamic(self.missing) or bool(scales.any()):
-            self._need("an input scale", name, scales, 0)
-        if self.inputs is not InputScales.EACH:
-            return self._largest(scales).reshape(1)
-        own = scales[self.first_expert : self.first_expert + self.experts]
-        if own.dim() == 1:
-            return own.clone()
-        return own.amin(-1) if self.checkpoint.reciprocal else own.amax(-1)
-
-    def _largest(self, scales: Tensor) -> Tensor:
-        return scales.min() if self.checkpoint.reciprocal else scales.max()
-
-    def _held(self, name: str, found: Tensor) -> Tensor:
-        """Scales may each be one and have a product or a quotient that float32 does not hold."""
-        self._need("what a kernel multiplies with", name, found, self.first_expert)
-        return found
-
-    def _multiplier(self, stored: Tensor) -> Tensor:
-        return 1.0 / stored if self.checkpoint.reciprocal else stored.clone()
-
-    def _input(self, name: str, scales: Tensor) -> Tensor:
-        """As a multiplier; 1 where it is computed at run time."""
-        stored = self._combined(name, scales)
-        return torch.where(stored == 0, 1.0, self._multiplier(stored))
-
-    def _quant(self, name: str, scales: Tensor) -> Tensor:
-        stored = self._combined(name, scales)
-        return torch.where(stored == 0, 0.0, stored if self.checkpoint.reciprocal else 1.0 / stored)
-
     def _same(self, value: float, s13: Tensor) -> Tensor:
-        return s13.new_full((self.experts,), value)
+        return s13.new_full((self.stored.experts,), value)
 
     def _raw_beta(self, s13: Tensor, *inputs: Tensor) -> Tensor:
-        found = self.expert_activation.beta / self.factor(self._up(s13), *inputs)
-        return self._held(self.s13, found) if self.expert_activation.beta > 0 else found
+        at, beta = self.stored, self.expert_activation.beta
+        found = beta / at.factor(at.up(s13), *inputs)
+        return at.held(at.s13, found) if beta > 0 else found
 
     def _raw_limit(self, s13: Tensor, *inputs: Tensor) -> Tensor:
-        return self._held(self.s13, (self.expert_activation.limit or 0.0) / self.factor(self._tied(s13, _ONE_LIMIT), *inputs))
-
-    def _gate_with_input(self, inputs: Tensor, s13: Tensor) -> Tensor:
-        return self.factor(self._gate(s13), inputs)
-
-    def _gate_apart(self, inputs: Tensor, s13: Tensor) -> Tensor:
-        """For a kernel that multiplies the two itself."""
-        self._gate_with_input(inputs, s13)
-        return self._gate(s13)
-
-    def _up_with_inputs(self, inputs: Tensor, s13: Tensor, after: Tensor) -> Tensor:
-        return self._held(self.s13, self.factor(self._up(s13), inputs) / self._input(self.a2, after))
-
-    def _after(self, after: Tensor) -> Tensor:
-        inverse = self._quant(self.a2, after)
-        return torch.where(inverse == 0, 1.0, inverse).expand(self.experts).clone()
-
-    def down_with_input(self, inputs: Tensor, s2: Tensor) -> Tensor:
-        return self._held(self.s2, self._input(self.a2, inputs) * self._down(s2))
-
-    def factor(self, weight: Tensor, inputs: Tensor | None = None) -> Tensor:
-        return weight if inputs is None else self._held(self.s13, self._input(self.a1, inputs) * weight)
-
-    def _gate(self, s13: Tensor) -> Tensor:
-        if not self._gated:
-            return self.weight(self.s13, s13)
-        return self.weight(self.s13, s13)[:, 0].clone() if self.separate else self._tied(s13, "this runner has one factor")
-
-    def _up(self, s13: Tensor) -> Tensor:
-        scales = self.weight(self.s13, s13)
-        return scales[:, 1].clone() if self._gated else torch.ones_like(scales)
-
-    def _tied(self, s13: Tensor, why: str) -> Tensor:
-        """The scale of gate and up, ``[E]``. Raises ScaleError where an expert has two."""
-        both = self.weight(self.s13, s13)
-        differing = (both[:, 0] != both[:, 1]).nonzero().flatten().tolist()
-        if differing:
-            raise ScaleError(
-                f"gate and up of {len(differing)} experts have different weight global scales, and {why}",
-                name=f"{self.runner}: {self.s13}, expert {self.first_expert + differing[0]}",
-                expected="equal values",
-                found=s13[differing[0]].tolist(),
-                remedy="Use a runner whose gate and up may differ (reference, flashinfer_cutile), or export with unified scales.",
-            )
-        return both[:, 0].clone()
-
-    def _gate_up(self, s13: Tensor) -> Tensor:
-        return self.weight(self.s13, s13)
-
-    def _down(self, s2: Tensor) -> Tensor:
-        return self.weight(self.s2, s2)
-
-    def weight(self, name: str, scales: Tensor) -> Tensor:
-        if scales.numel() == 1:  # one for all experts
-            scales = scales.reshape(1).expand(self.experts)
-        if scales.dim() == 1 and self._gated and name == self.s13:  # one for gate and up
-            scales = scales.unsqueeze(-1).expand(self.experts, 2)
-        self._need("a weight global scale", name, scales, self.first_expert)
-        return self._multiplier(scales)
-
-    def _need(self, what: str, name: str, values: Tensor, first: int) -> None:
-        wrong = ~are_scales(values)
-        if bool(wrong.any()):
-            expert = int(wrong.nonzero()[0, 0])
-            raise ScaleError(
-                f"{what} is not a scale",
-                name=f"{name}, expert {first + expert}",
-                expected=EXPECTED,
-                found=values[expert].tolist(),
-                remedy=_REMEDIES[what],
-            )
+        at, limit = self.stored, self.expert_activation.limit or 0.0
+        return at.held(at.s13, limit / at.factor(at.tied(s13, _ONE_LIMIT), *inputs))
 
 
 _ONE_LIMIT = "this runner has one clamp limit for both"
-
-_REMEDIES = {
-    "a weight global scale": "For an expert of zeros store 1.0 here, and zeros as its block scales: it then gives zeros.",
-    "an input scale": "An expert which met no token in calibration has none: calibrate with all experts, store another's, or "
-    'choose what counts instead: missing_input_scale="max" (the largest of the layer) or "dynamic" (computed at run time).',
-    "what a kernel multiplies with": "Export the checkpoint again: its input and weight scale, each fine, are together beyond "
-    "any weight or activation.",
-}

@@ -14,12 +14,13 @@ from ...checkpoint.format import MODELOPT, CheckpointFormat
 from ...errors import BackendError
 from ...kernels.base import Kernel
 from ...quantize.format import BLOCK_SIZE
-from ...quantize.missing import RunTimeScales, is_dynamic
+from ...quantize.missing import Missing, RunTimeScales, is_dynamic
 from ..activation import SWIGLU, ExpertActivation
 from ..biases import Biases
+from ..global_scales import GlobalScales
 from ..layouts import MoELayout
 from ..routing import Routing
-from ..scales import InputScales, Missing, MoEScales, SwigluNumbers
+from ..scales import InputScales, MoEScales, SwigluNumbers
 
 
 @dataclass(frozen=True)
@@ -135,17 +136,18 @@ class MoERunner(Kernel):
         self, shape: MoEShape, checkpoint: CheckpointFormat = MODELOPT, *, input_scale: bool = True, missing: Missing = "refuse"
     ) -> MoEScales:
         """The scalars it reads. Without activation scales in the checkpoint, those of activations as they are."""
-        return MoEScales(
-            self.input_scales if input_scale else InputScales.NONE,
+        inputs = self.input_scales if input_scale else InputScales.NONE
+        stored = GlobalScales(
             self.name,
             self.separate_scales,
+            shape.expert_activation.gated,
+            inputs is InputScales.EACH,
             shape.first_expert,
             shape.experts,
             checkpoint,
-            shape.expert_activation,
-            self.swiglu_numbers,
             missing,
         )
+        return MoEScales(stored, inputs, shape.expert_activation, self.swiglu_numbers)
 
     def refusal(
         self,
