@@ -38,4 +38,4 @@ from .storage.states import State as State
 from .storage.storage import AliasedStorage as AliasedStorage
 from .tensors.parameter import AliasedParameter as AliasedParameter
 
-__version__ = "0.2.0"
+__version__ = "0.3.0.dev0"
