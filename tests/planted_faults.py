@@ -240,7 +240,7 @@ FAULTS = [
     Planted("moe/loader.py", 'share = Share() if shard_id == "w2" else share', "pass", "test_moe_biases.py", _NVFP4),
     Planted(
         "moe/global_scales.py",
-        '        self._need("what a kernel
+        '        self._need("what a kernel',
         '        0 and self._need("what a kernel',
         "test_moe_bad_input.py",
         _NVFP4,

@@ -61,13 +61,14 @@ class DyingStore:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def ranks_of(port: int, group: str, rank: int, ranks: int, die_at: str | None) -> Ranks:
+def ranks_of(port: int, group: str, rank: int, ranks: int, die_at: str | None, seconds: float) -> Ranks:
     store = TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=60))
-    return Ranks(DyingStore(store, die_at), rank, ranks, group=group, ready_seconds=5, done_seconds=5, patience=5)
+    return Ranks(DyingStore(store, die_at), rank, ranks, group=group, ready_seconds=seconds, done_seconds=seconds, patience=30)
 
 
-def run(port: int, group: str, rank: int, ranks: int, path: str, die_at: str | None) -> None:
-    member, end = FileMember(Path(path), die_at), ranks_of(port, group, rank, ranks, die_at)
+def run(port: int, group: str, rank: int, ranks: int, path: str, die_at: str | None, seconds: float) -> None:
+    """``seconds``: how long it waits for the votes of others."""
+    member, end = FileMember(Path(path), die_at), ranks_of(port, group, rank, ranks, die_at, seconds)
     start = TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=60))
     start.set(f"{group}/here/{rank}", "")
     start.wait([f"{group}/here/{other}" for other in range(ranks)])  # so that deadlines are of the protocol alone
@@ -78,4 +79,4 @@ def run(port: int, group: str, rank: int, ranks: int, path: str, die_at: str | N
 
 
 def restart(port: int, group: str, rank: int, ranks: int, path: str) -> None:
-    Path(path).write_text(ranks_of(port, group, rank, ranks, None).generation_to_load() or "old")
+    Path(path).write_text(ranks_of(port, group, rank, ranks, None, 5).generation_to_load() or "old")
