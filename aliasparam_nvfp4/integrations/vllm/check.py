@@ -42,7 +42,7 @@ def missing_seams() -> list[str]:
     from vllm.model_executor.layers.quantization import modelopt
     from vllm.model_executor.model_loader.reload import inplace, layerwise
     from vllm.v1.engine.core import EngineCore
-    from vllm.v1.executor.multiproc_executor import MultiprocExecutor
+    from vllm.v1.executor.multiproc_executor import MultiprocExecutor, WorkerProc
 
     from .experts import ModelOptNvFp4Experts
     from .patching import is_replaced
@@ -57,6 +57,7 @@ def missing_seams() -> list[str]:
         Worker: ("load_model", "sleep", "_start_weight_update", "finish_weight_update"),
         EngineCore: ("step", "step_with_batch_queue"),
         MultiprocExecutor: ("collective_rpc",),
+        WorkerProc: ("enqueue_output",),
         RoutedExperts: ("get_expert_weights",),
         rebalance_execute: ("move_from_buffer",),
     }  # fmt: skip
