@@ -89,12 +89,23 @@ def test_doctor_says_of_every_engine_whether_the_plugin_will_be_in_place(monkeyp
 
 
 def test_a_policy_that_is_none_is_refused_with_those_that_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert options.policy("policy", "journal") == "journal"
+    assert options.said("policy", "journal") == "journal"
     monkeypatch.setenv("ALIASPARAM_NVFP4_POLICY", "staged")
-    assert options.policy("policy", "journal") == "staged"
+    assert options.said("policy", "journal") == "staged"
     monkeypatch.setenv("ALIASPARAM_NVFP4_POLICY", "stagd")
     with pytest.raises(options.OptionError, match="ALIASPARAM_NVFP4_POLICY"):
-        options.policy("policy", "journal")
+        options.said("policy", "journal")
+
+
+def test_what_an_engine_was_given_counts_before_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    defaults = {"backend": "auto", "policy": "journal", "scope": "all"}
+    monkeypatch.setenv("ALIASPARAM_NVFP4_POLICY", "staged")
+    monkeypatch.setenv("ALIASPARAM_NVFP4_SCOPE", "layers")
+    found = options.chosen(defaults, {"policy": "write-through"}, "config")
+    assert found == {"backend": "auto", "policy": "write-through", "scope": "layers"}
+    for given, expected in (({"polcy": "staged"}, "'polcy'"), ({"policy": "stagd"}, "'stagd'")):
+        with pytest.raises(options.OptionError, match=expected):
+            options.chosen(defaults, given, "config")
 
 
 def folder(

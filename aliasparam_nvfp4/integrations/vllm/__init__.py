@@ -8,4 +8,4 @@ call). Every seam that it patches is in a file of its own here, which names vLLM
 
 from __future__ import annotations
 
-from .register import register as register
+from .plugin import register as register

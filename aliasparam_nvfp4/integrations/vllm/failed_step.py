@@ -1,9 +1,7 @@
 """A forward that refuses fails its requests, not the engine.
 
 After a reload that failed without its old weights the model refuses until a whole reload. Left alone, vLLM's engine process
-dies of it, and in-process the request stays scheduled and fails at every later step. Seams: ``EngineCore.step`` and
-``step_with_batch_queue`` of vllm/v1/engine/core.py; and ``WorkerProc.enqueue_output`` of vllm/v1/executor/multiproc_executor.py,
-by which a worker sends an error to the engine as its text alone; tried on 0.32.0.
+dies of it, and in-process the request stays scheduled and fails at every later step.
 """
 
 from __future__ import annotations
@@ -13,23 +11,13 @@ from typing import Any
 
 from vllm.logger import init_logger
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
-from vllm.v1.engine.core import EngineCore
-from vllm.v1.executor.multiproc_executor import WorkerProc
 from vllm.v1.request import RequestStatus
 
 from aliasparam.errors import StateError
 
-from .patching import replace
-
 logger = init_logger("vllm.aliasparam_nvfp4")
 #: What the text of a refusal that a worker sends begins with, and what torch.compile says where it meets one while it traces.
 _SENT, _TRACED = "aliasparam_nvfp4 refused: ", "a kernel-format name is open"
-
-
-def fail_requests_of_refused_steps() -> None:
-    for name in ("step", "step_with_batch_queue"):
-        replace(EngineCore, name, _guarded)
-    replace(WorkerProc, "enqueue_output", _sending)
 
 
 def is_refusal(error: BaseException | None) -> bool:
@@ -41,23 +29,20 @@ def is_refusal(error: BaseException | None) -> bool:
     return False
 
 
-def _sending(original: Any) -> Any:
-    def enqueue_output(self: Any, output: Any) -> None:
-        original(self, RuntimeError(f"{_SENT}{output}") if isinstance(output, Exception) and is_refusal(output) else output)
+def enqueue_output(original: Any, worker: Any, output: Any) -> None:
+    """AROUND ``WorkerProc.enqueue_output`` (vllm/v1/executor/multiproc_executor.py, 0.32.0), which sends an error as its text."""
+    refused = isinstance(output, Exception) and is_refusal(output)
+    original(worker, RuntimeError(f"{_SENT}{output}") if refused else output)
 
-    return enqueue_output
 
-
-def _guarded(original: Any) -> Any:
-    def step(self: Any) -> Any:
-        try:
-            return original(self)
-        except Exception as error:
-            if not is_refusal(error):
-                raise
-            return failed(self, error), False
-
-    return step
+def step(original: Any, core: Any) -> Any:
+    """AROUND ``EngineCore.step`` and ``step_with_batch_queue`` (vllm/v1/engine/core.py, 0.32.0)."""
+    try:
+        return original(core)
+    except Exception as error:
+        if not is_refusal(error):
+            raise
+        return failed(core, error), False
 
 
 def failed(core: Any, error: BaseException) -> dict[int, EngineCoreOutputs]:
