@@ -17,12 +17,16 @@ from .options import linear_backend
 _W4A16 = "ModelOptNvFp4A16LinearMethod"
 
 
-class AliasedFp4LinearMethod(EngineLinear, LinearMethodBase):  # type: ignore[misc]
+class AliasedFp4LinearMethod(LinearMethodBase, EngineLinear):  # type: ignore[misc]
+    """SGLang's base comes first, or objects of its class could not become ours."""
+
     quant_mode = "aliased"  # models compare it with "w4a4" before they fuse
+    create_weights, apply = EngineLinear.create_weights, EngineLinear.apply
+    process_weights_after_loading = EngineLinear.process_weights_after_loading
 
     def __init__(self, quant_config: Any, *, input_scale: bool = True) -> None:
         self.quant_config = quant_config
-        super().__init__(linear_backend() or "auto", pre_quant_scale=quant_config.is_awq, input_scale=input_scale)
+        EngineLinear.__init__(self, linear_backend() or "auto", pre_quant_scale=quant_config.is_awq, input_scale=input_scale)
 
 
 def take_over(original: Any, method: Any, *args: Any, **kwargs: Any) -> None:
