@@ -22,7 +22,7 @@ from aliasparam_nvfp4.checkpoint import CheckpointError
 from aliasparam_nvfp4.cli.app import app
 from aliasparam_nvfp4.errors import ScaleError
 from aliasparam_nvfp4.integrations import agreement, options
-from aliasparam_nvfp4.integrations.agreement import Agreement, World
+from aliasparam_nvfp4.integrations.agreement import Agreement, World, agree_on
 from aliasparam_nvfp4.integrations.folder import check_folder
 from aliasparam_nvfp4.integrations.plugins import SGLANG, VLLM, Engine
 
@@ -53,6 +53,27 @@ def test_a_rank_that_refused_waits_for_nobody_and_nobody_goes_on(votes: Callable
     assert fine.refused_elsewhere()
     with pytest.raises(ReloadError, match="the disk went away"):
         fine.agree()
+
+
+@pytest.mark.parametrize("broken", [None, 0, 1])
+def test_a_step_counts_where_no_rank_raised(broken: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agreement, "_numbers", itertools.repeat(0))
+    store = dist.HashStore()
+
+    def taken(rank: int) -> int:
+        if rank == broken:
+            raise OSError("the disk went away")
+        return rank
+
+    def of(rank: int) -> int | str:
+        try:
+            return agree_on(World(rank, 2, "0-1", store), lambda: taken(rank))
+        except (OSError, ReloadError) as error:
+            return str(error)
+
+    with ThreadPoolExecutor() as pool:
+        found = list(pool.map(of, range(2)))
+    assert found == [0, 1] if broken is None else all("the disk went away" in str(said) for said in found)
 
 
 def test_a_rank_that_says_nothing_is_a_no(votes: Callable[[int], list[Agreement]], monkeypatch: pytest.MonkeyPatch) -> None:
