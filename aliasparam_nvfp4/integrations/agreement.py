@@ -4,9 +4,9 @@ collective, so that one which failed does not leave the others waiting in one.""
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch.distributed as dist
 
@@ -15,6 +15,7 @@ from aliasparam.errors import ReloadError
 #: How long the slowest rank may take.
 PATIENCE = timedelta(minutes=10)
 _numbers = itertools.count()
+_T = TypeVar("_T")
 
 
 class World(NamedTuple):
@@ -78,3 +79,19 @@ class Agreement:
 
     def _key(self, stage: int, rank: int) -> str:
         return f"{self._prefix}/{stage}/{rank}"
+
+
+def agree_on(world: World, step: Callable[[], _T]) -> _T:
+    """What ``step`` gives, where it did not raise on any rank.
+
+    Raises:
+        ReloadError: it raised on another rank. What it raised here is raised here.
+    """
+    votes = Agreement(world, questions=1)
+    try:
+        found = step()
+    except Exception as error:
+        votes.refuse(error)
+        raise
+    votes.agree()
+    return found

@@ -22,7 +22,7 @@ from aliasparam_nvfp4.checkpoint import CheckpointError
 from aliasparam_nvfp4.cli.app import app
 from aliasparam_nvfp4.errors import ScaleError
 from aliasparam_nvfp4.integrations import agreement, options
-from aliasparam_nvfp4.integrations.agreement import Agreement, World
+from aliasparam_nvfp4.integrations.agreement import Agreement, World, agree_on
 from aliasparam_nvfp4.integrations.folder import check_folder
 from aliasparam_nvfp4.integrations.plugins import SGLANG, VLLM, Engine
 
@@ -53,6 +53,27 @@ def test_a_rank_that_refused_waits_for_nobody_and_nobody_goes_on(votes: Callable
     assert fine.refused_elsewhere()
     with pytest.raises(ReloadError, match="the disk went away"):
         fine.agree()
+
+
+@pytest.mark.parametrize("broken", [None, 0, 1])
+def test_a_step_counts_where_no_rank_raised(broken: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agreement, "_numbers", itertools.repeat(0))
+    store = dist.HashStore()
+
+    def taken(rank: int) -> int:
+        if rank == broken:
+            raise OSError("the disk went away")
+        return rank
+
+    def of(rank: int) -> int | str:
+        try:
+            return agree_on(World(rank, 2, "0-1", store), lambda: taken(rank))
+        except (OSError, ReloadError) as error:
+            return str(error)
+
+    with ThreadPoolExecutor() as pool:
+        found = list(pool.map(of, range(2)))
+    assert found == [0, 1] if broken is None else all("the disk went away" in str(said) for said in found)
 
 
 def test_a_rank_that_says_nothing_is_a_no(votes: Callable[[int], list[Agreement]], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,12 +110,23 @@ def test_doctor_says_of_every_engine_whether_the_plugin_will_be_in_place(monkeyp
 
 
 def test_a_policy_that_is_none_is_refused_with_those_that_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert options.policy("policy", "journal") == "journal"
+    assert options.said("policy", "journal") == "journal"
     monkeypatch.setenv("ALIASPARAM_NVFP4_POLICY", "staged")
-    assert options.policy("policy", "journal") == "staged"
+    assert options.said("policy", "journal") == "staged"
     monkeypatch.setenv("ALIASPARAM_NVFP4_POLICY", "stagd")
     with pytest.raises(options.OptionError, match="ALIASPARAM_NVFP4_POLICY"):
-        options.policy("policy", "journal")
+        options.said("policy", "journal")
+
+
+def test_what_an_engine_was_given_counts_before_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    defaults = {"backend": "auto", "policy": "journal", "scope": "all"}
+    monkeypatch.setenv("ALIASPARAM_NVFP4_POLICY", "staged")
+    monkeypatch.setenv("ALIASPARAM_NVFP4_SCOPE", "layers")
+    found = options.chosen(defaults, {"policy": "write-through"}, "config")
+    assert found == {"backend": "auto", "policy": "write-through", "scope": "layers"}
+    for given, expected in (({"polcy": "staged"}, "'polcy'"), ({"policy": "stagd"}, "'stagd'")):
+        with pytest.raises(options.OptionError, match=expected):
+            options.chosen(defaults, given, "config")
 
 
 def folder(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+import pkgutil
 
 from ..plugins import SGLANG
 
@@ -46,16 +45,10 @@ def unhooked() -> list[str]:
 
 
 def _is_hooked(target: str) -> bool:
-    try:
-        where, _, name = target.rpartition(".")
-        found: Any = getattr(_resolved(where), name)
-    except (AttributeError, ImportError):
-        return False
     from sglang.srt.plugins.hook_registry import HookRegistry
 
+    try:
+        found = pkgutil.resolve_name(target)
+    except (AttributeError, ImportError):
+        return False
     return target in HookRegistry._patched and hasattr(found, "__wrapped__")
-
-
-def _resolved(path: str) -> Any:
-    module, _, name = path.rpartition(".")
-    return getattr(importlib.import_module(module), name) if name[:1].isupper() else importlib.import_module(path)

@@ -23,9 +23,10 @@ def moe_backend() -> str | None:
     """The same for experts, of ``--moe-runner-backend`` (``sglang/srt/layers/moe/utils.py``)."""
     from sglang.srt.layers.moe import get_moe_a2a_backend, get_moe_runner_backend
 
-    if (named := said("moe_backend")) is not None:
+    named: str | None = said("moe_backend")
+    if named is not None:
         return named
-    asked = get_moe_runner_backend().value
+    asked: str = get_moe_runner_backend().value
     if not get_moe_a2a_backend().is_none():
         return None  # experts behind DeepEP and the like get inputs of another form
     return asked if asked in _RUNNERS else None

@@ -8,9 +8,9 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from aliasparam.errors import AliasError, ReloadError
+from aliasparam.errors import AliasError
 
-from ..agreement import Agreement, World
+from ..agreement import World, agree_on
 
 _logger = logging.getLogger(__name__)
 
@@ -25,19 +25,6 @@ def world() -> World:
     return World.of(dist.get_rank(group), dist.get_process_group_ranks(group))
 
 
-def agree(problem: str | None) -> str | None:
-    """What is wrong on this rank, or else on another; None where nothing is on any."""
-    votes = Agreement(world(), questions=1)
-    if problem is not None:
-        votes.refuse(problem)
-        return problem
-    try:
-        votes.agree()
-    except ReloadError as error:
-        return str(error)
-    return None
-
-
 def attempt(step: Callable[[], object]) -> str | None:
     """What the step raised, as text."""
     try:
@@ -47,3 +34,8 @@ def attempt(step: Callable[[], object]) -> str | None:
         _logger.warning("a weight update failed: %s", error, exc_info=not isinstance(error, AliasError))
         return f"{error}" or type(error).__name__
     return None
+
+
+def attempt_on_all(step: Callable[[], object]) -> str | None:
+    """The same, or what it raised on another rank: all ranks go on, or none."""
+    return attempt(lambda: agree_on(world(), step))

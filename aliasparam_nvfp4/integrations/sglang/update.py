@@ -22,11 +22,11 @@ from aliasparam.reload.loading import loading
 from aliasparam.reload.phases import Phase
 
 from ..folder import open_checked, stream
-from ..options import policy
+from ..options import said
 from ..patched import PatchedFolder
 from . import delta
 from .models import finish, is_ours
-from .ranks import agree, attempt, world
+from .ranks import attempt, attempt_on_all, world
 from .served import checked, served
 
 #: The update session of each model, between ``begin_weight_update`` and ``end_weight_update``; or why it was aborted.
@@ -53,10 +53,10 @@ def from_disk(
     opened: list[Any] = []
 
     def check() -> None:
-        policy("policy", "journal")
+        said("policy", "journal")
         opened.append(open_checked(model_path, before, known.tensors, world()))
 
-    problem = agree(attempt(check))
+    problem = attempt_on_all(check)
     if problem is not None:
         for folder in opened:
             folder.close()
@@ -75,7 +75,7 @@ def from_disk(
 
 def _replaced(updater: Any, model: Any, weights: Iterator[tuple[str, Tensor]], wanted: list[str]) -> str | None:
     """One transaction; what went wrong, or None."""
-    session = reload(model, scope="partial", policy=policy("policy", "journal"), source="disk")
+    session = reload(model, scope="partial", policy=said("policy", "journal"), source="disk")
 
     def fill() -> None:
         session.begin()
@@ -91,7 +91,7 @@ def _from_delta(original: Any, updater: Any, model_path: str, load_format: str) 
     model = updater.get_model()
     known = served(model)
     full: list[str | None] = []
-    problem = agree(attempt(lambda: full.append(delta.full_version(model_path, known.version))))
+    problem = attempt_on_all(lambda: full.append(delta.full_version(model_path, known.version)))
     if problem is not None:
         return False, f"The delta was refused, and the old weights serve: {problem}"
     if full[0] is not None:
@@ -119,7 +119,7 @@ def _load_patched(updater: Any, model: Any, path: str, stack: ExitStack) -> str 
     """Through the loaders, whose ranks divide tensors."""
     found: list[PatchedFolder] = []
     base, known = updater.model_config.model_path, served(model).tensors
-    problem = agree(attempt(lambda: found.append(delta.patched(model, path, base, stack))))
+    problem = attempt_on_all(lambda: found.append(delta.patched(model, path, base, stack)))
     if problem is not None:
         return problem
     return _replaced(updater, model, (pair for pair in found[0] if pair[0] in known or not known), list(known))
@@ -131,7 +131,7 @@ def begin(original: Any, updater: Any) -> None:
     if not is_ours(model):
         original(updater)
         return
-    session = reload(model, scope="partial", policy=policy("session_policy", "staged-journal"), source="session")
+    session = reload(model, scope="partial", policy=said("session_policy", "staged-journal"), source="session")
     session.begin()
     _sessions[model] = session
 
@@ -192,7 +192,7 @@ def begin_session(original: Any, manager: Any, request: Any) -> Any:
 
 
 def end_session(original: Any, manager: Any, request: Any) -> Any:
-    """AROUND ``SchedulerWeightUpdaterManager.end_weight_update``: the same. All ranks come here or none (see :func:`agree`)."""
+    """AROUND ``SchedulerWeightUpdaterManager.end_weight_update``: the same. All ranks come here or none."""
     from sglang.srt.managers.io_struct import EndWeightUpdateReqOutput
 
     try:
@@ -214,10 +214,10 @@ def committed(model: nn.Module, session: ReloadSession | str, fill: Callable[[],
         if session.phase is Phase.OPEN:
             session.prepare()
 
-    problem = agree(attempt(prepare))
+    problem = attempt_on_all(prepare)
     if problem is None:
         assert not isinstance(session, str)
-        problem = agree(attempt(session.switch))
+        problem = attempt_on_all(session.switch)
     if problem is not None:
         return problem + (_aborted(model, session) if not isinstance(session, str) else "")
     assert not isinstance(session, str)

@@ -1,8 +1,7 @@
 """Every rank's answer to a call is read, also after one that failed.
 
 vLLM stops reading at the first rank that failed, and takes what the others had answered for their answers to the next call.
-Seam: ``MultiprocExecutor.collective_rpc`` of vllm/v1/executor/multiproc_executor.py, which goes through ``self.response_mqs``;
-tried on 0.32.0.
+``MultiprocExecutor.collective_rpc`` (vllm/v1/executor/multiproc_executor.py, 0.32.0) goes through ``self.response_mqs``.
 """
 
 from __future__ import annotations
@@ -11,10 +10,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
-from vllm.v1.executor.multiproc_executor import MultiprocExecutor, WorkerProc
+from vllm.v1.executor.multiproc_executor import WorkerProc
 
 from ..agreement import PATIENCE
-from .patching import replace
 
 
 class _Queue:
@@ -43,14 +41,8 @@ class Answers(list[Any]):
         return iter([_Queue(queue, queues[rank + 1 :]) for rank, queue in enumerate(queues)])
 
 
-def read_every_answer() -> None:
-    replace(MultiprocExecutor, "collective_rpc", _calling)
-
-
-def _calling(original: Any) -> Any:
-    def collective_rpc(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(self.response_mqs, Answers):
-            self.response_mqs = Answers(self.response_mqs)
-        return original(self, *args, **kwargs)
-
-    return collective_rpc
+def collective_rpc(original: Any, executor: Any, *args: Any, **kwargs: Any) -> Any:
+    """AROUND ``MultiprocExecutor.collective_rpc``."""
+    if not isinstance(executor.response_mqs, Answers):
+        executor.response_mqs = Answers(executor.response_mqs)
+    return original(executor, *args, **kwargs)

@@ -1,8 +1,4 @@
-"""EPLB moves experts between ranks as they lie in memory, in kernel order; factors derived from their scales follow.
-
-Seams: ``RoutedExperts.get_expert_weights`` of vllm/model_executor/layers/fused_moe/routed_experts.py, and ``move_from_buffer`` of
-vllm/distributed/eplb/rebalance_execute.py, through which all that moves is written; tried on 0.32.0.
-"""
+"""EPLB moves experts between ranks as they lie in memory, in kernel order; factors derived from their scales follow."""
 
 from __future__ import annotations
 
@@ -12,20 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.distributed.eplb import rebalance_execute
-from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
 from aliasparam import AliasRegistry, accept_kernel_bytes, process, registry_of
 
-from .patching import replace
-
 #: Layers that gave their memory out, by the address of their first tensor.
 _layers: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
-
-
-def balance_in_kernel_order() -> None:
-    replace(RoutedExperts, "get_expert_weights", _weights)
-    replace(rebalance_execute, "move_from_buffer", _moving)
 
 
 def kernel_rows(registry: AliasRegistry, experts: int) -> list[Tensor]:
@@ -44,24 +31,20 @@ def kernel_rows(registry: AliasRegistry, experts: int) -> list[Tensor]:
     return rows
 
 
-def _weights(original: Any) -> Any:
-    def get_expert_weights(self: Any) -> Any:
-        registry = registry_of(self)
-        if registry is None:
-            return original(self)
-        rows = kernel_rows(registry, self.local_num_experts)
-        _layers[rows[0].data_ptr()] = self
-        return rows
-
-    return get_expert_weights
+def get_expert_weights(original: Any, layer: Any) -> Any:
+    """AROUND ``RoutedExperts.get_expert_weights`` (vllm/model_executor/layers/fused_moe/routed_experts.py, 0.32.0)."""
+    registry = registry_of(layer)
+    if registry is None:
+        return original(layer)
+    rows = kernel_rows(registry, layer.local_num_experts)
+    _layers[rows[0].data_ptr()] = layer
+    return rows
 
 
-def _moving(original: Any) -> Any:
-    def move_from_buffer(expert_weights: Sequence[Tensor], *args: Any, **kwargs: Any) -> None:
-        original(expert_weights, *args, **kwargs)
-        layer = _layers.get(expert_weights[0].data_ptr())
-        if layer is not None:
-            accept_kernel_bytes(layer)
-            process(layer)
-
-    return move_from_buffer
+def move_from_buffer(original: Any, expert_weights: Sequence[Tensor], *args: Any, **kwargs: Any) -> None:
+    """AROUND ``move_from_buffer`` (vllm/distributed/eplb/rebalance_execute.py, 0.32.0), by which all that moves is written."""
+    original(expert_weights, *args, **kwargs)
+    layer = _layers.get(expert_weights[0].data_ptr())
+    if layer is not None:
+        accept_kernel_bytes(layer)
+        process(layer)

@@ -1,7 +1,5 @@
-"""compressed-tensors checkpoints. Seams, tried on 0.32.0: the names ``CompressedTensorsW4A4Fp4`` and
-``CompressedTensorsConfig.get_quant_method`` of
-vllm/model_executor/layers/quantization/compressed_tensors/compressed_tensors.py, and ``CompressedTensorsW4A4Nvfp4MoEMethod`` of
-compressed_tensors_moe/compressed_tensors_moe_w4a4_nvfp4.py beside it.
+"""compressed-tensors checkpoints: what stands for ``CompressedTensorsW4A4Fp4`` and ``CompressedTensorsW4A4Nvfp4MoEMethod`` of
+vllm/model_executor/layers/quantization/compressed_tensors/ (0.32.0).
 """
 
 from __future__ import annotations
@@ -10,17 +8,13 @@ from typing import Any, NoReturn
 
 from torch import nn
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
-from vllm.model_executor.layers.quantization.compressed_tensors import compressed_tensors as vllms
-from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
-    compressed_tensors_moe_w4a4_nvfp4 as vllms_experts,
-)
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsLinearMethod
 from vllm.model_executor.layers.quantization.compressed_tensors.schemes import CompressedTensorsScheme
 
 from ...checkpoint.format import COMPRESSED_TENSORS
 from ...errors import BackendError
 from .experts import ModelOptNvFp4Experts
 from .linear import NvFp4Linear
-from .patching import replace
 
 
 class NvFp4Scheme(CompressedTensorsScheme):  # type: ignore[misc]
@@ -50,18 +44,9 @@ class CompressedTensorsNvFp4Experts(ModelOptNvFp4Experts):
         self.quant_config, self.input_scale, self.method = None, not use_a16, None
 
 
-def _choosing(original: Any) -> Any:
-    def get_quant_method(self: Any, layer: nn.Module, prefix: str) -> Any:
-        method = original(self, layer, prefix)
-        scheme = getattr(layer, "scheme", None)
-        if isinstance(scheme, NvFp4Scheme) and isinstance(method, vllms.CompressedTensorsLinearMethod):
-            return NvFp4Linear(input_scale=not scheme.use_a16, checkpoint=COMPRESSED_TENSORS)
-        return method
-
-    return get_quant_method
-
-
-def replace_compressed_tensors() -> None:
-    vllms.CompressedTensorsW4A4Fp4 = NvFp4Scheme
-    vllms_experts.CompressedTensorsW4A4Nvfp4MoEMethod = CompressedTensorsNvFp4Experts
-    replace(vllms.CompressedTensorsConfig, "get_quant_method", _choosing)
+def get_quant_method(original: Any, config: Any, layer: nn.Module, prefix: str) -> Any:
+    """AROUND ``CompressedTensorsConfig.get_quant_method``."""
+    method, scheme = original(config, layer, prefix), getattr(layer, "scheme", None)
+    if isinstance(scheme, NvFp4Scheme) and isinstance(method, CompressedTensorsLinearMethod):
+        return NvFp4Linear(input_scale=not scheme.use_a16, checkpoint=COMPRESSED_TENSORS)
+    return method

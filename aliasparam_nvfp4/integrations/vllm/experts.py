@@ -1,5 +1,4 @@
-"""Experts. Seams: ``ModelOptNvFp4Config.FusedMoEMethodCls`` and the name ``ModelOptNvFp4FusedMoE`` of
-vllm/model_executor/layers/quantization/modelopt.py, by which mixed-precision configs make theirs; tried on 0.32.0.
+"""Experts: what objects of ``ModelOptNvFp4FusedMoE`` (vllm/model_executor/layers/quantization/modelopt.py, 0.32.0) become.
 
 ``RoutedExperts.weight_loader`` (vllm/model_executor/layers/fused_moe/routed_experts.py) looks for "ModelOpt" in the class's name.
 """
@@ -11,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
-from vllm.model_executor.layers.quantization import modelopt
 
 from ...checkpoint.format import MODELOPT
 from ...errors import BackendError, ShapeError
@@ -128,8 +126,3 @@ def _need_even(layer: Any, experts: int, rank: int, ranks: int) -> None:
             expected=f"{layer.global_num_experts} experts, a multiple of {ranks}, with --expert-placement-strategy linear",
             found=f"{experts} on rank {rank}: {own[:4]}...",
         )
-
-
-def replace_experts() -> None:
-    modelopt.ModelOptNvFp4Config.FusedMoEMethodCls = ModelOptNvFp4Experts
-    modelopt.ModelOptNvFp4FusedMoE = ModelOptNvFp4Experts

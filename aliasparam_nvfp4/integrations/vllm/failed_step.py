@@ -1,8 +1,7 @@
 """A forward that refuses fails its requests, not the engine.
 
 After a reload that failed without its old weights the model refuses until a whole reload. Left alone, vLLM's engine process
-dies of it, and in-process the request stays scheduled and fails at every later step. Seams: ``EngineCore.step`` and
-``step_with_batch_queue`` of vllm/v1/engine/core.py; tried on 0.32.0.
+dies of it, and in-process the request stays scheduled and fails at every later step.
 """
 
 from __future__ import annotations
@@ -12,42 +11,38 @@ from typing import Any
 
 from vllm.logger import init_logger
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
-from vllm.v1.engine.core import EngineCore
 from vllm.v1.request import RequestStatus
 
 from aliasparam.errors import StateError
 
-from .patching import replace
-
 logger = init_logger("vllm.aliasparam_nvfp4")
-#: What the refusals of kernel names and of plain tensors say: other processes send their errors as text.
-_SAID = ("this kernel-format name is open", "a kernel-format name is open", "this tensor is being reloaded")
-
-
-def fail_requests_of_refused_steps() -> None:
-    for name in ("step", "step_with_batch_queue"):
-        replace(EngineCore, name, _guarded)
+#: What the text of a refusal that a worker sends begins with, and what torch.compile says where it meets one while it traces.
+_SENT, _TRACED = "aliasparam_nvfp4 refused: ", "a kernel-format name is open"
 
 
 def is_refusal(error: BaseException | None) -> bool:
     """Whether the model refused to run; what went wrong otherwise is vLLM's to judge."""
     while error is not None:
-        if isinstance(error, StateError) or any(text in str(error) for text in _SAID):
+        if isinstance(error, StateError) or _SENT in str(error) or _TRACED in str(error):
             return True
         error = error.__cause__ or error.__context__
     return False
 
 
-def _guarded(original: Any) -> Any:
-    def step(self: Any) -> Any:
-        try:
-            return original(self)
-        except Exception as error:
-            if not is_refusal(error):
-                raise
-            return failed(self, error), False
+def enqueue_output(original: Any, worker: Any, output: Any) -> None:
+    """AROUND ``WorkerProc.enqueue_output`` (vllm/v1/executor/multiproc_executor.py, 0.32.0), which sends an error as its text."""
+    refused = isinstance(output, Exception) and is_refusal(output)
+    original(worker, RuntimeError(f"{_SENT}{output}") if refused else output)
 
-    return step
+
+def step(original: Any, core: Any) -> Any:
+    """AROUND ``EngineCore.step`` and ``step_with_batch_queue`` (vllm/v1/engine/core.py, 0.32.0)."""
+    try:
+        return original(core)
+    except Exception as error:
+        if not is_refusal(error):
+            raise
+        return failed(core, error), False
 
 
 def failed(core: Any, error: BaseException) -> dict[int, EngineCoreOutputs]:

@@ -18,13 +18,14 @@ from aliasparam.module.registry_of import registries
 
 from .options import Options
 from .ranks import agreement
+from .ties import follow
 
 
 def load_runtime_tensors(model: nn.Module, tensors: Iterable[tuple[str, Tensor]], chosen: Options) -> None:
     """One transaction over whatever comes: each tensor that is begun must arrive whole.
 
     Raises:
-        ReloadError: an unknown name, another shape or dtype, or a name twice.
+        ReloadError: an unknown name, another shape or dtype, a name twice, or a tensor without elements.
     """
     kernels = {
         f"{path}.{source.derived}": (f"{path}.{name}", source.storage)
@@ -38,11 +39,18 @@ def load_runtime_tensors(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]
             for name, value in tensors:
                 if name in kernels:
                     name, value = kernels[name][0], checkpoint_values(name, kernels[name][1], value)
+                if not value.numel():
+                    raise ReloadError(
+                        "a tensor without elements: vLLM has packed what the layer computes with, and keeps it out of reach",
+                        name=name,
+                        remedy="Reload in checkpoint format, which packs it anew.",
+                    )
                 session.update(name, value)
             session.prepare()
             votes.agree()
             session.switch()
             votes.agree()
+        follow(model)
     except BaseException as error:
         votes.refuse(error)
         raise

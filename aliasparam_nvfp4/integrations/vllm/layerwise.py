@@ -1,9 +1,8 @@
 """vLLM's layerwise reload (vllm/model_executor/model_loader/reload/), for what this package did not declare.
 
 Layerwise reload puts fresh checkpoint-shaped tensors in place, runs ``process_weights_after_loading`` on them and copies the
-results into the old memory. Declared layers need none of it: their names are written as they are. Seams, all in
-``layerwise.py``, tried on 0.32.0 (the same text in 0.33.0): ``capture_layer_to_meta``, ``restore_layer_on_meta``,
-``initialize_online_processing`` and ``make_online_process_loader``.
+results into the old memory. Declared layers need none of it: their names are written as they are. All seams are in its
+``layerwise.py``; tried on 0.32.0, and the same text in 0.33.0.
 """
 
 from __future__ import annotations
@@ -18,44 +17,38 @@ from vllm.model_executor.model_loader.reload import layerwise
 
 from aliasparam import registry_of
 
-from .patching import replace
+from .ties import tied
 
 #: What the count of a layer starts at while it shall not be complete: vLLM processes a layer when its count is reached.
 _HELD = -(1 << 62)
 
 
-def leave_declared_out() -> None:
-    def without(instead: Callable[[], Any]) -> Callable[[Any], Any]:
-        def make(original: Any) -> Any:
-            return lambda layer, *args: instead() if registry_of(layer) is not None else original(layer, *args)
-
-        return make
-
-    replace(layerwise, "capture_layer_to_meta", without(lambda: ({}, {})))
-    replace(layerwise, "restore_layer_on_meta", without(lambda: None))
-    replace(layerwise, "initialize_online_processing", without(lambda: None))
-    replace(layerwise, "make_online_process_loader", _owning)
+def capture(original: Any, layer: nn.Module) -> Any:
+    """AROUND ``capture_layer_to_meta``."""
+    return original(layer) if registry_of(layer) is None else ({}, {})
 
 
-def _owning(original: Any) -> Any:
-    """A layer waits with the tensors it was given until it has all, while senders use their buffers again: it waits with
-    copies."""
+def leave_out(original: Any, layer: nn.Module, *args: Any) -> None:
+    """AROUND ``restore_layer_on_meta`` and ``initialize_online_processing``."""
+    if registry_of(layer) is None:
+        original(layer, *args)
 
-    def make(layer: nn.Module, name: str) -> Any:
-        inner = original(layer, name)
 
-        @functools.wraps(inner, assigned=("__doc__", "__annotations__"))
-        def online_process_loader(*args: Any, **kwargs: Any) -> Any:  # vLLM unwraps loaders of this name
-            result = inner(*args, **kwargs)
-            info = layerwise.get_layerwise_info(layer)
-            if info.loaded_weights:
-                given = info.loaded_weights[-1][1].arguments
-                given.update(owned(given, on_host=info.load_numel < 0))
-            return result
+def make_loader(original: Any, layer: nn.Module, name: str) -> Any:
+    """AROUND ``make_online_process_loader``: a layer waits with what it was given until it has all, and senders use their buffers
+    again: it waits with copies."""
+    inner = original(layer, name)
 
-        return online_process_loader
+    @functools.wraps(inner, assigned=("__doc__", "__annotations__"))
+    def online_process_loader(*args: Any, **kwargs: Any) -> Any:  # vLLM unwraps loaders of this name
+        result = inner(*args, **kwargs)
+        info = layerwise.get_layerwise_info(layer)
+        if info.loaded_weights:
+            given = info.loaded_weights[-1][1].arguments
+            given.update(owned(given, on_host=info.load_numel < 0))
+        return result
 
-    return make
+    return online_process_loader
 
 
 def owned(arguments: dict[str, Any], *, on_host: bool) -> dict[str, Any]:
@@ -147,7 +140,8 @@ def incomplete(model: nn.Module, *, everything: bool) -> list[str]:
 
     Attention layers have scales that a checkpoint need not have; what a vocabulary is padded to is filled by its loader.
     """
-    waiting = list(loading(model))
+    theirs = {layer for layer, _, _ in tied(model)}
+    waiting = [found for found in loading(model) if found[1] not in theirs]
     came = {id(layer) for _, layer, info in waiting if _count(info)}
     there = {id(p) for m in model.modules() if _not_waiting(m, came, waiting) for p in m.parameters(recurse=False)}
     there |= {id(p) for _, layer, info in waiting if id(layer) in came for p in info.kernel_tensors[0].values()}

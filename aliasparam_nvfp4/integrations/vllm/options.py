@@ -5,14 +5,14 @@ The table is in docs/nvfp4/engine-options.md.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from vllm.config import get_current_vllm_config_or_none
 
 from aliasparam.reload.policies import PolicyName
 
-from ..options import OptionError, need_known, said
-
-Scope = Literal["all", "layers"]
+from ..options import Scope, chosen
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,6 @@ class Options:
     policy: PolicyName = "write-through"
     scope: Scope = "all"
 
-    def __post_init__(self) -> None:
-        need_known("policy", self.policy, get_args(PolicyName))
-        need_known("scope", self.scope, get_args(Scope))
-
 
 def options(vllm_config: Any = None) -> Options:
     """Of ``vllm_config`` (default: the current one). What is in ``additional_config`` counts before the environment.
@@ -33,12 +29,6 @@ def options(vllm_config: Any = None) -> Options:
     Raises:
         OptionError: an unknown key or value.
     """
-    from vllm.config import get_current_vllm_config_or_none
-
-    config = vllm_config or get_current_vllm_config_or_none()
-    additional = getattr(config, "additional_config", None)
+    additional = getattr(vllm_config or get_current_vllm_config_or_none(), "additional_config", None)
     given = additional.get("aliasparam_nvfp4", {}) if isinstance(additional, dict) else {}
-    names = [field.name for field in fields(Options)]
-    if unknown := sorted(set(given) - set(names)):
-        raise OptionError("no such option", name="additional_config['aliasparam_nvfp4']", expected=names, found=unknown)
-    return Options(**{**{name: value for name in names if (value := said(name))}, **given})
+    return Options(**chosen(asdict(Options()), given, "additional_config['aliasparam_nvfp4']"))

@@ -1,37 +1,64 @@
-"""Replacing a function of vLLM wherever its modules hold it."""
+"""Hooks around functions of vLLM, in the form of SGLang's: ``hook(original, *args, **kwargs)`` is called instead."""
 
 from __future__ import annotations
 
 import functools
+import pkgutil
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias
+
+Hook: TypeAlias = Callable[..., Any]
+#: What was put in place.
+_hooked: set[Any] = set()
 
 
-def replace(module: Any, name: str, make: Callable[[Any], Any]) -> None:
-    """``module.name = make(original)``, also in every loaded module that imported it by name. Nothing the second time.
-
-    Args:
-        module: a module, or a class (then the name is an attribute of it alone).
-        name: the function.
-        make: gives what stands for it, from the original.
+def around(target: str, hook: Hook) -> None:
+    """Put ``hook`` around the function at ``target``, also in every loaded module that imported it by name. Nothing the second
+    time.
 
     Raises:
-        AttributeError: no such function, in this version of vLLM.
+        AttributeError, ImportError: no such function, in this version of vLLM.
     """
-    original = getattr(module, name)
-    if hasattr(original, "_aliasparam_original"):
+    where, _, name = target.rpartition(".")
+    holder: Any = pkgutil.resolve_name(where)
+    original = getattr(holder, name)
+    if original in _hooked:
         return
-    new: Any = functools.wraps(original)(make(original))
-    new._aliasparam_original = original
-    setattr(module, name, new)
-    if isinstance(module, type):
+
+    @functools.wraps(original)
+    def hooked(*args: Any, **kwargs: Any) -> Any:
+        return hook(original, *args, **kwargs)
+
+    _hooked.add(hooked)
+    setattr(holder, name, hooked)
+    if isinstance(holder, type):
         return
     for other in list(sys.modules.values()):
         if getattr(other, "__dict__", {}).get(name) is original:
-            setattr(other, name, new)
+            setattr(other, name, hooked)
 
 
-def is_replaced(module: Any, name: str) -> bool:
-    """Whether :func:`replace` has been here, and nobody after it."""
-    return hasattr(getattr(module, name, None), "_aliasparam_original")
+def missing(targets: Iterable[str]) -> list[str]:
+    """Where :func:`around` has not been, or somebody else after it."""
+    return [target for target in targets if not _is_hooked(target)]
+
+
+def _is_hooked(target: str) -> bool:
+    try:
+        return pkgutil.resolve_name(target) in _hooked
+    except (AttributeError, ImportError):
+        return False
+
+
+def becomes(ours: type) -> Hook:
+    """A hook around a class's ``__init__``: objects of this very class, and of no subclass, become ``ours``."""
+
+    def init(original: Any, made: Any, *args: Any, **kwargs: Any) -> None:
+        if getattr(vars(type(made)).get("__init__"), "__wrapped__", None) is original:
+            made.__class__ = ours
+            made.__init__(*args, **kwargs)
+        else:
+            original(made, *args, **kwargs)
+
+    return init

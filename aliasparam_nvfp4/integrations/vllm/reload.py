@@ -1,9 +1,8 @@
 """One reload of one vLLM model as one transaction over all its layers.
 
-Seams, tried on 0.32.0 (the same text in 0.33.0): ``initialize_layerwise_reload`` and ``finalize_layerwise_reload`` of
-vllm/model_executor/model_loader/reload/layerwise.py, between which both ``reload_weights`` and vLLM's weight-transfer engines
-call ``model.load_weights``; and ``reload_weights`` of vllm/model_executor/model_loader/reload/inplace.py, which knows when it
-failed.
+Seams, tried on 0.32.0 (the same text in 0.33.0): in vllm/model_executor/model_loader/reload/layerwise.py, between whose two both
+``reload_weights`` and vLLM's weight-transfer engines call ``model.load_weights``; and ``reload_weights`` of inplace.py beside it,
+which knows when it failed.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor, nn
-from vllm.model_executor.model_loader.reload import inplace, layerwise
 from vllm.model_executor.model_loader.reload.meta import SKIP_LOAD_TENSORS
 
 import aliasparam
@@ -26,13 +24,14 @@ from aliasparam.reload.loading import stand_ins
 from aliasparam.reload.targets import Target, find_targets
 from aliasparam.storage.coverage import Box
 
+from ..agreement import agree_on
 from ..folder import check_folder
 from ..leftover import is_passed_over
 from . import layerwise as plain
 from .kernel_format import load_runtime_tensors
 from .options import Options, options
-from .patching import replace
 from .ranks import agreement, world
+from .ties import follow
 
 #: The reload in progress of each model.
 _open: weakref.WeakKeyDictionary[nn.Module, Reloading] = weakref.WeakKeyDictionary()
@@ -107,6 +106,7 @@ class Reloading:
             self.aside.put_fresh()
         plain.let_go(self.model)
         finalize()
+        follow(self.model)
         self.agreement.agree()
         self.session.commit()
         self._close()
@@ -130,7 +130,7 @@ class Reloading:
         """By policy the old weights serve again, or what was written refuses until a whole reload."""
         self.agreement.refuse(why)
         self._close()
-        processed = not self.keeps_old and plain.some_complete(self.model)
+        processed = plain.some_complete(self.model)
         plain.put_back(self.model)
         self.session.abort()
         if processed or (self.begun and not self.keeps_old):
@@ -171,75 +171,52 @@ def give_up(model: nn.Module, why: BaseException | str) -> None:
         reloading.abort(why)
 
 
-def _initializing(original: Any) -> Any:
-    def initialize_layerwise_reload(model: nn.Module) -> None:
-        give_up(model, "another reload of this model was begun")
-        if not any(registry_of(module) for module in model.modules()):
-            original(model)
-            return
-        reloading = Reloading(model, options())
+def initialize(original: Any, model: nn.Module) -> None:
+    """AROUND ``initialize_layerwise_reload``."""
+    give_up(model, "another reload of this model was begun")
+    if not any(registry_of(module) for module in model.modules()):
         original(model)
-        if reloading.keeps_old:
-            plain.hold(model)
-        _open[model] = reloading
-
-    return initialize_layerwise_reload
-
-
-def _finalizing(original: Any) -> Any:
-    def finalize_layerwise_reload(model: nn.Module, *args: Any, **kwargs: Any) -> None:
-        reloading = _open.get(model)
-        if reloading is None:
-            original(model, *args, **kwargs)
-            return
-        try:
-            reloading.commit(lambda: original(model, *args, **kwargs))
-            del _open[model]
-        except BaseException as error:
-            give_up(model, error)
-            raise
-
-    return finalize_layerwise_reload
+        return
+    reloading = Reloading(model, options())
+    original(model)
+    if reloading.keeps_old:
+        plain.hold(model)
+    _open[model] = reloading
 
 
-def _reloading(original: Any) -> Any:
-    def reload_weights(
-        vllm_config: Any,
-        model: nn.Module,
-        weights_iterator: Iterable[tuple[str, Tensor]] | None = None,
-        weights_path: str | None = None,
-        is_checkpoint_format: bool = True,
-    ) -> None:
-        config = vllm_config.model_config
-        before = {name: getattr(config, name) for name in ("model", "model_weights", "revision")}
-        try:
-            if weights_iterator is not None and not is_checkpoint_format:
-                load_runtime_tensors(model, weights_iterator, options(vllm_config))
-                return
-            if weights_iterator is None and weights_path is not None:
-                _agree_on(lambda: check_folder(str(weights_path), before["model"], world()))
-            original(vllm_config, model, weights_iterator, weights_path, is_checkpoint_format)
-        except BaseException as error:
-            give_up(model, error)
-            vars(config).update(before)  # what is served is what is named
-            raise
-
-    return reload_weights
-
-
-def _agree_on(check: Callable[[], None]) -> None:
-    """What one rank refuses before the first write all refuse."""
-    vote = agreement(questions=1)
+def finalize(original: Any, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+    """AROUND ``finalize_layerwise_reload``."""
+    reloading = _open.get(model)
+    if reloading is None:
+        original(model, *args, **kwargs)
+        return
     try:
-        check()
-    except Exception as error:
-        vote.refuse(error)
+        reloading.commit(lambda: original(model, *args, **kwargs))
+        del _open[model]
+    except BaseException as error:
+        give_up(model, error)
         raise
-    vote.agree()
 
 
-def replace_reload() -> None:
-    plain.leave_declared_out()
-    replace(layerwise, "initialize_layerwise_reload", _initializing)
-    replace(layerwise, "finalize_layerwise_reload", _finalizing)
-    replace(inplace, "reload_weights", _reloading)
+def reload_weights(
+    original: Any,
+    vllm_config: Any,
+    model: nn.Module,
+    weights_iterator: Iterable[tuple[str, Tensor]] | None = None,
+    weights_path: str | None = None,
+    is_checkpoint_format: bool = True,
+) -> None:
+    """AROUND ``reload_weights``."""
+    config = vllm_config.model_config
+    before = {name: getattr(config, name) for name in ("model", "model_weights", "revision")}
+    try:
+        if weights_iterator is not None and not is_checkpoint_format:
+            load_runtime_tensors(model, weights_iterator, options(vllm_config))
+            return
+        if weights_iterator is None and weights_path is not None:
+            agree_on(world(), lambda: check_folder(str(weights_path), before["model"], world()))
+        original(vllm_config, model, weights_iterator, weights_path, is_checkpoint_format)
+    except BaseException as error:
+        give_up(model, error)
+        vars(config).update(before)  # what is served is what is named
+        raise

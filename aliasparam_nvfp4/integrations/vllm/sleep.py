@@ -1,7 +1,5 @@
 """Sleep. Level 1 brings every byte back to its address, which needs nothing. Level 2 throws weights away and saves all buffers,
 kernel names among them: as many bytes as the weights, and of no use, for they come back by a reload.
-
-Seam: ``Worker.sleep`` of vllm/v1/worker/gpu_worker.py; tried on 0.32.0 with a stand-in for the allocator, which is CUDA's.
 """
 
 from __future__ import annotations
@@ -9,34 +7,26 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
-from vllm.v1.worker.gpu_worker import Worker
 
 from aliasparam import invalidate
 
 from ..serving import kernel_names
-from .patching import replace
 
 
-def sleep_without_kernel_names() -> None:
-    replace(Worker, "sleep", _sleeping)
-
-
-def _sleeping(original: Any) -> Any:
-    def sleep(self: Any, level: int = 1) -> None:
-        if level != 2:
-            original(self, level)
-            return
-        models = [m for m in (self.model_runner.model, self.get_draft_model()) if m is not None]
+def sleep(original: Any, worker: Any, level: int = 1) -> None:
+    """AROUND ``Worker.sleep`` (vllm/v1/worker/gpu_worker.py, 0.32.0; with a stand-in for the allocator, which is CUDA's)."""
+    if level != 2:
+        original(worker, level)
+        return
+    models = [m for m in (worker.model_runner.model, worker.get_draft_model()) if m is not None]
+    for model in models:
+        _hide_kernel_names(model)
+        invalidate(model)  # nothing runs before a whole reload
+    try:
+        original(worker, level)
+    finally:
         for model in models:
-            _hide_kernel_names(model)
-            invalidate(model)  # nothing runs before a whole reload
-        try:
-            original(self, level)
-        finally:
-            for model in models:
-                model.__dict__.pop("named_buffers", None)
-
-    return sleep
+            model.__dict__.pop("named_buffers", None)
 
 
 def _hide_kernel_names(model: nn.Module) -> None:

@@ -8,9 +8,7 @@
 | ``{"delta": path}`` | a delta folder on what serves, which is a local folder, or one and deltas |
 | ``{"bucket": text}`` | the bytes of a safetensors file (names, shapes and dtypes in front), base64 |
 
-Seams: ``WeightTransferEngine.reset_weight_update_target`` of vllm/distributed/weight_transfer/base.py, which vLLM calls
-whenever an update ends or fails; ``Worker._start_weight_update`` and ``Worker.finish_weight_update`` of
-vllm/v1/worker/gpu_worker.py, which otherwise stays in an update that failed. Tried on 0.32.0.
+Seams in vllm/distributed/weight_transfer/base.py and vllm/v1/worker/gpu_worker.py, tried on 0.32.0.
 """
 
 from __future__ import annotations
@@ -26,14 +24,13 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
 from vllm.model_executor.model_loader import reload as vllm_reload
-from vllm.v1.worker.gpu_worker import Worker
 
 from aliasparam import process
 from aliasparam.errors import ReloadError
 
 from ..patched import PatchedFolder
-from .patching import replace
 from .reload import give_up, open_reload
+from .ties import follow
 
 NAME = "aliasparam_nvfp4"
 
@@ -113,47 +110,40 @@ class FolderEngine(WeightTransferEngine[InitInfo, UpdateInfo]):  # type: ignore[
 _LOADS_BY_MODEL = (FolderEngine, NCCLWeightTransferEngine, IPCWeightTransferEngine)
 
 
-def _resetting(original: Any) -> Any:
-    def reset_weight_update_target(self: Any) -> None:
-        give_up(self.model, "the update failed")
-        original(self)
-
-    return reset_weight_update_target
+def reset(original: Any, engine: Any) -> None:
+    """AROUND ``WeightTransferEngine.reset_weight_update_target``, which vLLM calls whenever an update ends or fails."""
+    give_up(engine.model, "the update failed")
+    original(engine)
 
 
-def _starting(original: Any) -> Any:
-    def _start_weight_update(self: Any, *args: Any, **kwargs: Any) -> None:
-        engine = self.weight_transfer_engine
-        last = open_reload(engine.model) if self._weight_update_active else None
-        if last is not None and last.agreement.refused_elsewhere():
-            self._weight_update_active = False  # another rank has given it up
-            engine.reset_weight_update_target()
-        original(self, *args, **kwargs)
-        begun = open_reload(engine.model)
-        if begun is not None and isinstance(engine, _LOADS_BY_MODEL):
-            begun.serve_between()
-
-    return _start_weight_update
+def start(original: Any, worker: Any, *args: Any, **kwargs: Any) -> None:
+    """AROUND ``Worker._start_weight_update``."""
+    engine = worker.weight_transfer_engine
+    last = open_reload(engine.model) if worker._weight_update_active else None
+    if last is not None and last.agreement.refused_elsewhere():
+        worker._weight_update_active = False  # another rank has given it up
+        engine.reset_weight_update_target()
+    original(worker, *args, **kwargs)
+    begun = open_reload(engine.model)
+    if begun is not None and isinstance(engine, _LOADS_BY_MODEL):
+        begun.serve_between()
 
 
-def _finishing(original: Any) -> Any:
-    def finish_weight_update(self: Any) -> None:
-        active = self._weight_update_active
-        try:
-            original(self)
-            process(self.weight_transfer_engine.model)  # what sparse patches wrote has had no reload
-        except BaseException:
-            if active:
-                self._weight_update_active = False
-                self.weight_transfer_engine.reset_weight_update_target()
-            raise
+def finish(original: Any, worker: Any) -> None:
+    """AROUND ``Worker.finish_weight_update``, which otherwise stays in an update that failed."""
+    active = worker._weight_update_active
+    try:
+        original(worker)
+        model = worker.weight_transfer_engine.model
+        process(model)  # what sparse patches wrote has had no reload
+        follow(model)
+    except BaseException:
+        if active:
+            worker._weight_update_active = False
+            worker.weight_transfer_engine.reset_weight_update_target()
+        raise
 
-    return finish_weight_update
 
-
-def register_transfer() -> None:
-    replace(WeightTransferEngine, "reset_weight_update_target", _resetting)
-    replace(Worker, "_start_weight_update", _starting)
-    replace(Worker, "finish_weight_update", _finishing)
+def register_engine() -> None:
     if NAME not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(NAME, FolderEngine)

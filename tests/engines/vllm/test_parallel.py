@@ -34,6 +34,16 @@ def test_law_9_on_two_ranks(pair: Any, moe: tuple[Path, Path]) -> None:
     assert (digest(pair), tokens(pair)) == fresh and addresses(pair) == before
 
 
+def test_a_reset_refuses_and_a_whole_reload_heals_it(pair: Any, moe: tuple[Path, Path]) -> None:
+    """Workers send the refusal as text, and the engine goes on. The reset's zeros can be told from what served."""
+    before, a = addresses(pair), (digest(pair), tokens(pair))
+    pair.collective_rpc("reset_weights")
+    assert not set(digest(pair)) & set(a[0])
+    assert tokens(pair) == [] and tokens(pair) == []
+    reload(pair, weights_path=str(moe[0]))
+    assert (digest(pair), tokens(pair)) == a and addresses(pair) == before
+
+
 def breaks_on_the_second_rank(worker: Any, folder: str) -> None:
     from safetensors.torch import load_file
 

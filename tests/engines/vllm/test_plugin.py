@@ -34,8 +34,8 @@ def test_it_is_in_place_after_start_and_registering_again_changes_nothing(dense:
 def test_a_seam_that_somebody_replaced_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.v1.worker.gpu_worker import Worker
 
-    monkeypatch.setattr(Worker, "sleep", Worker.sleep._aliasparam_original)
-    assert missing_seams() == ["Worker.sleep"]
+    monkeypatch.setattr(Worker, "sleep", Worker.sleep.__wrapped__)
+    assert missing_seams() == ["vllm.v1.worker.gpu_worker.Worker.sleep"]
 
 
 def test_versions_and_plugins_that_are_left_out_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,3 +53,11 @@ def test_a_server_is_reloaded_updated_and_checked(real: tuple[Path, Path], tmp_p
         assert said() == "This is checkpoint A."  # until the end
         post("/finish_weight_update", {"weight_version": "1"})
         assert said() == "This is checkpoint B."
+
+        post("/weight_checker", {"action": "reset"})  # zeros under every name
+        assert not post("/weight_checker", {"action": "compare", "baseline": checksums})["match"]
+        for _ in range(2):  # the model refuses, and the server lives
+            post("/v1/chat/completions", {"model": "m", "messages": QUESTION, "max_tokens": 5}, status=500)
+        post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": a}})
+        assert said() == "This is checkpoint A."
+        assert post("/weight_checker", {"action": "compare", "baseline": checksums})["match"]

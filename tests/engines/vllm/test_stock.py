@@ -1,4 +1,4 @@
-"""Two defects of vLLM's own layerwise reload (0.32.0), each beside ours.
+"""Defects of vLLM's own layerwise reload (0.32.0), each beside ours.
 
 vLLM's NVFP4 has no kernel on a CPU, so its own reload is shown on a model in bf16, whose fused q, k and v wait for each other as
 scales do; the same streams go through ours on a model in NVFP4.
@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from .engine import digest, reload, start, stop, tokens  # skips without vLLM
+from .engine import digest, model_of, reload, start, stop, tokens  # skips without vLLM
 
 from safetensors.torch import load_file  # isort: skip
-from .tiny import tiny_plain  # isort: skip
+from .tiny import tiny_dense, tiny_plain  # isort: skip
 
 Stream = Iterator[tuple[str, Tensor]]
 ATTENTION = "model.layers.0.self_attn"
@@ -45,7 +46,7 @@ def stock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
 
     served = Served((tiny_plain(tmp_path / "a", 0), tiny_plain(tmp_path / "b", 1)))
     ours = layerwise.make_online_process_loader
-    monkeypatch.setattr(layerwise, "make_online_process_loader", ours._aliasparam_original)
+    monkeypatch.setattr(layerwise, "make_online_process_loader", ours.__wrapped__)
     # New memory is NaN then. Else what vLLM leaves unwritten may be what the fresh engine of B gave back.
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield served
@@ -116,3 +117,35 @@ def test_layers_of_vllm_s_own_wait_with_copies(tmp_path: Path) -> None:
     plain.takes(from_one_buffer)
     assert plain.is_right()
     stop(plain.llm)
+
+
+def packs(model: Any) -> bool:
+    """Whether the head computes with a copy of the embedding."""
+    head, weight = model.lm_head, model.model.embed_tokens.weight.data
+    x = torch.randn(2, weight.shape[1], dtype=weight.dtype)
+    before = head.quant_method.apply(head, x)
+    weight.mul_(2)
+    after = head.quant_method.apply(head, x)
+    weight.div_(2)
+    return torch.equal(before, after)
+
+
+def test_a_head_that_is_tied_to_the_embedding(tmp_path: Path) -> None:
+    """Some CPUs have vLLM pack it, and its reload leaves the packed copy as it was; so does what writes the embedding alone."""
+    served = [
+        Served((make(tmp_path / f"{make.__name__}-a", 0, tied=True), make(tmp_path / f"{make.__name__}-b", 1, tied=True)))
+        for make in (tiny_plain, tiny_dense)
+    ]
+    stock, ours = served
+    for each in served:
+        each.takes(whole)
+    assert stock.is_right() is not packs(model_of(stock.llm)) and ours.is_right()
+
+    embedding = model_of(ours.llm).model.embed_tokens.weight.detach().clone()
+    halves = iter([("model.embed_tokens.weight", embedding / 2)])
+    reload(ours.llm, weights_iterator=halves, is_checkpoint_format=False)
+    head = model_of(ours.llm).lm_head
+    x = torch.randn(3, embedding.shape[1], dtype=torch.bfloat16)
+    torch.testing.assert_close(head.quant_method.apply(head, x), x @ embedding.T / 2)
+    for each in served:
+        stop(each.llm)

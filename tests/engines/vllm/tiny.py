@@ -23,12 +23,13 @@ def tiny_moe(folder: Path, seed: int, experts: int = 8) -> Path:
     return _written(folder, Qwen3MoeForCausalLM, config, seed)
 
 
-def tiny_dense(folder: Path, seed: int) -> Path:
-    """Qwen2: q, k and v with biases, and with different global scales, as exporters leave them that do not unify."""
+def tiny_dense(folder: Path, seed: int, *, tied: bool = False) -> Path:
+    """Qwen2: q, k and v with biases, and with different global scales, as exporters leave them that do not unify. ``tied``: the
+    embedding is the head."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     shape = {name: value for name, value in _COMMON.items() if name != "head_dim"} | {"num_attention_heads": 2}
-    shape["num_key_value_heads"] = 2
+    shape |= {"num_key_value_heads": 2, "tie_word_embeddings": tied}
     config = Qwen2Config(**shape, intermediate_size=160)
     return _written(folder, Qwen2ForCausalLM, config, seed, apart=True)
 
@@ -70,13 +71,14 @@ def tiny_compressed(folder: Path, seed: int) -> Path:
     return folder
 
 
-def tiny_plain(folder: Path, seed: int) -> Path:
+def tiny_plain(folder: Path, seed: int, *, tied: bool = False) -> Path:
     """Qwen2 in bf16, not quantized."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     shape = {name: value for name, value in _COMMON.items() if name != "head_dim"}
     torch.manual_seed(seed)
-    config = Qwen2Config(**{**shape, "num_attention_heads": 2, "num_key_value_heads": 2}, intermediate_size=160)
+    shape |= {"num_attention_heads": 2, "num_key_value_heads": 2, "tie_word_embeddings": tied}
+    config = Qwen2Config(**shape, intermediate_size=160)
     model = Qwen2ForCausalLM(config).to(torch.bfloat16)
     folder.mkdir(parents=True)
     save_file({n: p.detach() for n, p in model.named_parameters()}, folder / "model.safetensors", metadata={"format": "pt"})

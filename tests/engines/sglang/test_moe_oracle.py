@@ -1,9 +1,10 @@
-"""Kernel bytes and scalars of MoE runners equal SGLang 0.5.23's own, run on the CPU: its functions, and its real method class.
-Skipped where sglang is not installed."""
+"""Kernel bytes and scalars of MoE runners equal SGLang 0.5.23's own, run on the CPU: its functions, and its real method class."""
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import sys
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from .moe_layers import SUFFIXES, Checkpoint, MoE, checkpoint, load, stacked
+from tests.nvfp4.moe_layers import SUFFIXES, Checkpoint, MoE, checkpoint, load, stacked
 
 DIMS = [(2, 128, 128), (3, 256, 64), (1, 384, 192)]
 every_dims = pytest.mark.parametrize("dims", DIMS, ids=str)
@@ -82,6 +83,14 @@ def test_bytes_are_those_of_sglangs_trtllm_preparation(runner: str, dims: tuple[
         assert torch.equal(layer.get_buffer(name).view(torch.uint8), expected.view(torch.uint8)), name
 
 
+@pytest.fixture
+def cutlass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is missing, what ``flashinfer.cute_dsl.utils`` imports of it: SGLang calls a function there that is all torch."""
+    if importlib.util.find_spec("cutlass") is None:
+        for name in ("", "._mlir", "._mlir.dialects", "._mlir.dialects.cute", ".cute", ".cute.typing", ".cutlass_dsl"):
+            monkeypatch.setitem(sys.modules, f"cutlass{name}", MagicMock())
+
+
 class Only:
     """An enum's object of SGLang: of its ``is_x()`` questions, these are answered with yes."""
 
@@ -146,7 +155,7 @@ def fill(layer: Any, rows: dict[str, Tensor]) -> None:
 @every_dims
 @pytest.mark.parametrize("runner", sorted(THEIRS))
 def test_bytes_and_scalars_are_those_of_sglangs_class(
-    runner: str, dims: tuple[int, int, int], swizzle: Any, monkeypatch: pytest.MonkeyPatch
+    runner: str, dims: tuple[int, int, int], swizzle: Any, cutlass: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     untied = "trtllm" in runner
     tensors = checkpoint(*dims, untied=untied)

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from aliasparam_nvfp4 import NvFp4LinearMethod
-
-from .backend_cases import REAL_SHAPES, flashinfer
-from .test_linear import Layer, tensors
+from tests.nvfp4.backend_cases import REAL_SHAPES, flashinfer
+from tests.nvfp4.test_linear import Layer, tensors
 
 #: SmolLM2's, Kimi-K2.5's and Qwen3's (narrowed), primes x 16, aligned and ragged: (partitions, K).
 SHAPES = [
@@ -80,8 +79,8 @@ def fill(layer: Any, source: dict[str, Tensor]) -> None:
         getattr(layer, name).data.copy_(value)
 
 
-def ours(partitions: tuple[int, ...], k: int, backend: str, source: dict[str, Tensor]) -> Any:
-    layer = Layer(NvFp4LinearMethod(backend), partitions, k)
+def ours(partitions: tuple[int, ...], k: int, backend: str, source: dict[str, Tensor], **options: Any) -> Any:
+    layer = Layer(NvFp4LinearMethod(backend, **options), partitions, k)
     fill(layer, source)
     layer.method.process_weights_after_loading(layer)
     return layer
@@ -152,6 +151,6 @@ def test_fused_qkv_with_different_scales_is_silently_wrong_there(peer: Any, monk
     fill(theirs, source)
     theirs.method.process_weights_after_loading(theirs)
 
-    layer = ours(partitions, k, "flashinfer_cutlass", source)
+    layer = ours(partitions, k, "flashinfer_cutlass", source, column_scales=True)
     assert torch.equal(layer.alpha.reshape(()), theirs.alpha.data.reshape(()))
     assert layer.output_scale.tolist() == [1.0] * 32 + [0.5] * 32
