@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
@@ -13,6 +13,7 @@ from torch import Tensor
 from aliasparam import TensorSpec
 
 from ..checkpoint import CheckpointError, CheckpointFolder
+from ..checkpoint.quant_config import read_json
 from ..checkpoint.validate import fits
 from ..errors import ScaleError
 from ..quantize.block_scales import need_block_scales
@@ -79,7 +80,11 @@ def stream(folder: CheckpointFolder, known: Mapping[str, TensorSpec]) -> Iterato
 
 
 def _check_config(path: Path, before: Path) -> None:
-    found, wanted = _config(path), _config(before)
+    found = _config(path)
+    try:
+        wanted = _config(before)
+    except CheckpointError:  # damaged since
+        return
     if found is None or wanted is None:
         return
     differing = {key: (wanted.get(key), found.get(key)) for key in _MEANING if wanted.get(key) != found.get(key)}
@@ -96,14 +101,13 @@ def _check_config(path: Path, before: Path) -> None:
         )
 
 
-def _config(path: Path) -> Any:
-    try:
-        return json.loads((path / "config.json").read_text())
-    except (OSError, ValueError):
-        return None  # a hub's name, or a folder of weights alone
+def _config(path: Path) -> Mapping[str, Any] | None:
+    """None for a hub's name, and for a folder of weights alone."""
+    file = path / "config.json"
+    return read_json(file) if os.path.lexists(file) else None
 
 
-def _quantization(config: Any) -> Any:
+def _quantization(config: Mapping[str, Any]) -> Any:
     way = config.get("quantization_config")
     return {key: way.get(key) for key in ("quant_method", "quant_algo", "group_size")} if isinstance(way, dict) else way
 

@@ -167,6 +167,15 @@ def with_nan(found: dict[str, Tensor]) -> None:
     found["layer.weight_scale"] = torch.full_like(scales.view(torch.uint8), 0x7F).view(scales.dtype)
 
 
+@pytest.mark.parametrize("text", ["{", "[" * 200_000, "[]", "\xff"], ids=["cut", "deep", "a list", "no UTF-8"])
+def test_a_config_that_cannot_be_read_is_refused_in_the_new_folder_alone(text: str, tmp_path: Path) -> None:
+    good, broken = folder(tmp_path / "a"), folder(tmp_path / "b")
+    (tmp_path / "b" / "config.json").write_bytes(text.encode("latin1"))
+    with pytest.raises(CheckpointError, match=r"b/config\.json"):
+        check_folder(broken, good, ALONE)
+    check_folder(good, broken, ALONE)
+
+
 def test_left_over_input_scales_of_w4a16_may_come_and_go(tmp_path: Path) -> None:
     full, bare = folder(tmp_path / "full", algorithm="W4A16_NVFP4"), folder(tmp_path / "bare", without_input_scale, "W4A16_NVFP4")
     check_folder(full, bare, ALONE)

@@ -34,7 +34,7 @@ def is_delta(path: str) -> bool:
     """Whether the folder is a version that is a delta."""
     try:
         index = json.loads((Path(path) / "model.safetensors.index.json").read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(index, dict) and "delta_encoding" in (index.get("metadata") or {})
 
