@@ -132,7 +132,7 @@ FAULTS = [
         "test_law_01_oracle.py",
     ),
     Planted("module/guard.py", "readiness is not Readiness.READY or", "readiness is None or", "test_law_08_no_silent_garbage.py"),
-    Planted("module/planning.py", "kernel_dtype=dtype))", "kernel_dtype=None))", "test_law_01_oracle.py"),
+    Planted("module/planning.py", "kernel_dtype=alias.dtype))", "kernel_dtype=None))", "test_law_01_oracle.py"),
     Planted(
         "module/planning.py",
         "        for name in derivation.sources:\n",

@@ -48,10 +48,10 @@ def adopt(registry: ModuleNames) -> None:
 def _finish_move(source: Source) -> None:
     """Another layout was planned, and getting there was interrupted."""
     storage = source.storage
-    if storage is not None and storage.layout != source.plan.layout:
+    if storage is not None and storage.layout != source.layout:
         with storage.lock:
             storage.before_write()
-            move(storage, source.plan.layout)
+            move(storage, source.layout)
 
 
 def _right_kernel_names(registry: ModuleNames) -> None:
