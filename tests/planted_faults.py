@@ -127,7 +127,7 @@ FAULTS = [
     ),
     Planted(
         "module/names.py",
-        "        self._show()\n        self.readiness = Readiness.OPEN",
+        "        self._show(ready=False)\n        self.readiness = Readiness.OPEN",
         "        self.readiness = Readiness.OPEN",
         "test_law_01_oracle.py",
     ),

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from ..errors import DeclarationError
@@ -82,23 +82,15 @@ def _storage(label: str, source: Source, device: torch.device, memory: Tensor | 
 
 def check_sources(names: ModuleNames, sources: Sequence[Source]) -> None:
     """Raise DeclarationError where the Parameters of ``sources`` cannot each have a storage of their own."""
-    declared = {source.name for source in sources}
-    parameters = {n: p for n, p in names.module._parameters.items() if p is not None and not is_lazy(p)}
-    check_memory(
-        names.label,
-        {n: p for n, p in parameters.items() if n in declared},
-        {n: p for n, p in parameters.items() if n not in declared},
-    )
+    beside = {n: p for n, p in names.module._parameters.items() if p is not None and not is_lazy(p)}
+    declared = {source.name: beside.pop(source.name) for source in sources}
+    check_memory(names.label, declared, beside)
     for source in sources:
-        _check_tie(source, parameters[source.name])
-
-
-def warn_of_trained(module: nn.Module, sources: Sequence[Source]) -> None:
-    """A Parameter that asks for gradients gets none any more: its kernel bytes are no function of autograd."""
-    trained = sorted(source.name for source in sources if module.get_parameter(source.name).requires_grad)
-    if trained:
+        _check_tie(source, declared[source.name])
+    trained = sorted(name for name, parameter in declared.items() if parameter.requires_grad)
+    if trained:  # their kernel bytes are no function of autograd
         warnings.warn(
-            f"{type(module).__name__}: {', '.join(trained)} had requires_grad=True and will have no gradients: declared "
+            f"{type(names.module).__name__}: {', '.join(trained)} had requires_grad=True and will have no gradients: declared "
             "names are not trained. Register them with requires_grad=False, or train a tensor of your own and write it in.",
             UserWarning,
             stacklevel=4,

@@ -7,7 +7,7 @@ from enum import Enum
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..storage.kernel_name import KernelName
 from ..storage.locks import all_locked
@@ -77,7 +77,7 @@ class ModuleNames:
         kernels = self.kernels()
         self._bound = tuple(kernel for _, kernel in kernels)
         for name, kernel in kernels:
-            put_buffer(self.module, name, self._shown(kernel), self)
+            put_buffer(self.module, name, kernel.tensor if self.readiness is Readiness.READY else kernel.refusing, self)
 
     def rebind(self) -> None:
         """Put the library's own names back and discard whatever replaced them."""
@@ -85,14 +85,11 @@ class ModuleNames:
             self.bind(source)
         self.bind_kernel_names()
 
-    def _shown(self, kernel: KernelName) -> Tensor:
-        return kernel.tensor if self.readiness is Readiness.READY else kernel.refusing
-
-    def _show(self) -> None:
+    def _show(self, *, ready: bool) -> None:
         """Switch the kernel names that are bound; what else is under a name stays for the next verb to see."""
         for name, kernel in self.kernels():
             if kernel.shows(self.module._buffers.get(name)):
-                put_buffer(self.module, name, self._shown(kernel), self)
+                put_buffer(self.module, name, kernel.tensor if ready else kernel.refusing, self)
 
     def kernels(self) -> list[tuple[str, KernelName]]:
         """Every kernel name that has memory."""
@@ -149,7 +146,7 @@ class ModuleNames:
         self.readiness = Readiness.OPENING
         for _, kernel in self.kernels():
             kernel.changing()
-        self._show()
+        self._show(ready=False)
         self.readiness = Readiness.OPEN
 
     def close_if_unchanged(self) -> None:
@@ -177,9 +174,7 @@ class ModuleNames:
                 return  # written meanwhile: open until the next verb
             self._committed = versions
             self.readiness = Readiness.OPENING
-            for name, kernel in self.kernels():
-                if kernel.shows(self.module._buffers.get(name)):
-                    put_buffer(self.module, name, kernel.tensor, self)
+            self._show(ready=True)
             self.readiness = Readiness.READY
 
     def shows(self, name: str, value: Any) -> bool:

@@ -22,7 +22,7 @@ from .layout_of import layout_of
 from .verdict import Reason, StoragePlan, aliasing_is_on, plan_storage
 
 
-@dataclass
+@dataclass(slots=True)
 class Binding:
     """One checkpoint name: the module that shows it, and the parameter it shows."""
 
@@ -34,7 +34,7 @@ class Binding:
         return Binding, (self.module, self.name, SavedName.of(self.parameter))
 
 
-@dataclass
+@dataclass(slots=True)
 class Source:
     """One declared checkpoint tensor with its storage and every name bound to it."""
 
@@ -47,7 +47,7 @@ class Source:
     attributes: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass
+@dataclass(slots=True)
 class Derived:
     """One derived tensor with memory of its own: a Derivation, or an alias that fell back to a copy."""
 
@@ -104,13 +104,13 @@ def planned(
         for name in derivation.sources:
             if name not in sources and name not in taken:
                 taken.add(name)
-                sources[name] = Source(name, plan_storage(_parameter_spec(module, name), None), None)
+                sources[name] = Source(name, plan_storage(parameter_spec(module, name), None), None)
     return list(sources.values()), _in_order(derived)
 
 
 def _pair(module: nn.Module, alias: Alias, *, aliasing: bool) -> tuple[Source, Derived | None]:
     """The source of one pair, and the copy where the pair cannot share memory."""
-    spec = _parameter_spec(module, alias.source)
+    spec = parameter_spec(module, alias.source)
     layout, plan = plan_of(alias, spec, aliasing=aliasing)
     if not isinstance(layout, Reencoding) and (not alias.derived or plan.reason.aliases):
         return Source(alias.source, plan, alias.derived or None, layout), None
@@ -193,7 +193,8 @@ def _described(held: Any) -> str:
     return f"{kind} {TensorSpec.of(held)}" if isinstance(held, Tensor) and not is_lazy(held) else kind
 
 
-def _parameter_spec(module: nn.Module, name: str) -> TensorSpec:
+def parameter_spec(module: nn.Module, name: str) -> TensorSpec:
+    """Raises DeclarationError unless ``name`` is a Parameter that can be a source."""
     parameter = module._parameters.get(name)
     if parameter is None:
         raise DeclarationError(

@@ -14,7 +14,7 @@ from ..report.explanation import Explanation, explained
 from ..spec import TensorSpec
 from ..tensors.processes import refuse_for_process
 from .adopt import adopt
-from .allocate import allocate, check_sources, warn_of_trained
+from .allocate import allocate, check_sources
 from .declarations import AnyLayout, Declaration, Derivation
 from .derive import refresh, value_of
 from .names import ModuleNames, Readiness
@@ -47,7 +47,6 @@ class AliasRegistry(ModuleNames):
             check_sources(self, sources)
         except AliasError as error:
             raise error.located(module=self.label) from error.__cause__
-        warn_of_trained(self.module, sources)
         self.open()
         for source in sources:
             self.sources[source.name] = source

@@ -10,6 +10,8 @@ import torch
 from ..errors import DeclarationError
 from .declarations import Alias, Declaration, Derivation, Policy
 
+_POLICIES = get_args(Policy)
+
 
 def need_wellformed(declarations: Sequence[Any]) -> None:
     """Raise DeclarationError for the first field that is of another kind than it is declared to be."""
@@ -41,7 +43,7 @@ def _fields(declaration: Declaration) -> Iterator[tuple[str, bool, str]]:
     yield "source", isinstance(declaration.source, str), "the name of a Parameter"
     if isinstance(declaration, Alias):
         yield "derived", _is_name(declaration.derived), "a name; Keep(source) for none"
-        yield "on_mismatch", declaration.on_mismatch in get_args(Policy), "'copy' (the default), 'warn' or 'error'"
+        yield "on_mismatch", declaration.on_mismatch in _POLICIES, "'copy' (the default), 'warn' or 'error'"
         yield "dtype", declaration.dtype is None or isinstance(declaration.dtype, torch.dtype), "a torch.dtype, or None"
         yield "room_for", _is_list(declaration.room_for), "a tuple of layouts"
 
@@ -51,4 +53,6 @@ def _is_name(value: Any) -> bool:
 
 
 def _is_list(value: Any, kind: type | None = None) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str) and all(kind in (None, type(item)) for item in value)
+    if not isinstance(value, (tuple, Sequence)) or isinstance(value, str):
+        return False
+    return kind is None or all(type(item) is kind for item in value)
