@@ -17,7 +17,8 @@ from torch import Tensor
 
 from .boxes import Piece
 
-_WIDE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
+#: By bytes: what moves bits as they are.
+WIDE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 
 
 class Copy(NamedTuple):
@@ -119,7 +120,7 @@ def _copy(axes: list[Axis], kernel_offset: int, value_offset: int, width: int, i
         last = axes[-1]._replace(size=axes[-1].size // many)
         axes = [Axis(a.size, a.kernel // many, a.value // many) for a in axes[:-1]] + ([last] if last.size > 1 else [])
     sizes, kernel, value = zip(*axes, strict=True) if axes else ((), (), ())
-    return Copy(_WIDE[width], sizes, kernel, kernel_offset // many, value, value_offset // many)
+    return Copy(WIDE[width], sizes, kernel, kernel_offset // many, value, value_offset // many)
 
 
 def views(copy: Copy, memory: Tensor, first: int, value: Tensor, *, by_kernel: bool) -> tuple[Tensor, Tensor]:

@@ -13,9 +13,8 @@ from torch import Tensor
 from ..errors import LayoutError
 from .bound import BoundLayout, RegionLayout
 from .boxes import Box
+from .execute import WIDE
 from .nibbles import NibbleLayout
-
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class IndexLayout:
@@ -91,7 +90,7 @@ class _Bound(RegionLayout):
     def __init__(self, layout: IndexLayout, shape: tuple[int, ...], lead: int, dtype: torch.dtype) -> None:
         super().__init__(shape, dtype, lead, layout.kernel, math.prod(layout.kernel))
         self._layout, self.unit = layout, dtype.itemsize
-        self._bits = _INTEGERS[dtype.itemsize]
+        self._bits = WIDE[dtype.itemsize]
 
     def put(self, region: Tensor, core: Box, value: Tensor) -> None:
         region.view(self._bits).index_copy_(0, self._selected(core, region.device), value.view(self._bits).reshape(-1))

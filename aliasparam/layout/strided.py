@@ -37,27 +37,17 @@ class StridedLayout(BoundLayout):
     def write(self, memory: Tensor, box: Box, value: Tensor) -> None:
         if value.requires_grad or value.is_conj() or value.is_neg():  # such bits live on the tensor, not in its bytes
             value = value.detach().resolve_conj().resolve_neg()
-        for copy, kernel, plain, by_kernel in self._moves(memory, box, value):
-            if by_kernel:
-                triton_copy.run(copy, kernel, plain, write=True)
-            else:
-                kernel.copy_(plain)
+        self._move(memory, box, value, write=True)
 
     def read(self, memory: Tensor, box: Box, out: Tensor | None = None) -> Tensor:
         if out is None or out.is_conj() or out.is_neg():
             fresh = self.read(memory, box, self.empty(memory, box))
             return fresh if out is None else out.detach().copy_(fresh)
-        for copy, kernel, plain, by_kernel in self._moves(memory, box, out.detach() if out.requires_grad else out):
-            if by_kernel:
-                triton_copy.run(copy, kernel, plain, write=False)
-            else:
-                plain.copy_(kernel)
+        self._move(memory, box, out.detach() if out.requires_grad else out, write=False)
         return out
 
-    def _moves(self, memory: Tensor, box: Box, value: Tensor) -> list[tuple[Copy, Tensor, Tensor, bool]]:
-        """The copies of a box, each with its elements in kernel memory and in the value (the first ones, where our kernel copies
-        them). This is what every shard write pays.
-        """
+    def _move(self, memory: Tensor, box: Box, value: Tensor, *, write: bool) -> None:
+        """Copy what is under ``box`` from or to ``value``. This is what every shard write pays."""
         size, region, shape = self.dtype.itemsize, 0, value.shape
         for (start, stop), stride, n, extent in zip(box, self.lead_strides, self.shape, shape, strict=False):
             region += start * stride
@@ -70,7 +60,14 @@ class StridedLayout(BoundLayout):
         copies = _planned(self, box[self.lead :], shape, value.stride(), value.dtype, align & -align, limits)
         if memory.dtype is not self.dtype or memory.numel() < self._elements:
             self.check(memory, box, value)  # raises
-        return [(copy, *views(copy.start if ours else copy, memory, first, value, by_kernel=ours), ours) for copy, ours in copies]
+        for copy, ours in copies:
+            kernel, plain = views(copy.start if ours else copy, memory, first, value, by_kernel=ours)
+            if ours:
+                triton_copy.run(copy, kernel, plain, write=write)
+            elif write:
+                kernel.copy_(plain)
+            else:
+                plain.copy_(kernel)
 
     def placed(self, within: Tensor) -> Tensor:
         for line in self.lines:
