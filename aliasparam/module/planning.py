@@ -46,6 +46,10 @@ class Source:
     bindings: list[Binding] = field(default_factory=list)
     attributes: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def kernel(self) -> KernelName | None:
+        return None if self.storage is None else self.storage.kernel_name
+
 
 @dataclass(slots=True)
 class Derived:

@@ -51,7 +51,7 @@ class AliasRegistry(ModuleNames):
         for source in sources:
             self.sources[source.name] = source
             if source.derived:
-                self.sources_by_kernel[source.derived] = source.name
+                self.aliased[source.derived] = source
             allocate(self, source, loaded=loaded)
         self.derived.update({d.declaration.name: d for d in derived})
         self.bind_kernel_names()

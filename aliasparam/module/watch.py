@@ -109,7 +109,7 @@ class WatchedBuffers(_Watched):
         kernel = self.watchers[name].kernel(name) if name in self.watchers else None
         if kernel is None or not kernel.shows(value):
             return value
-        return _SavedKernel(kernel, ready=value is kernel.tensor)
+        return _SavedKernel(kernel, "tensor" if value is kernel.tensor else "refusing")
 
     def _check(self, registry: Watcher, name: str, value: Any) -> None:
         kernel = registry.kernel(name)
@@ -130,15 +130,11 @@ class WatchedBuffers(_Watched):
 class _SavedKernel:
     """What stands for a kernel name in the pickle of its module: its bytes are its storage's, which is saved once."""
 
-    def __init__(self, kernel: KernelName, *, ready: bool) -> None:
-        self.kernel, self.ready = kernel, ready
+    def __init__(self, kernel: KernelName, face: str) -> None:
+        self.kernel, self.face = kernel, face
 
     def __reduce__(self) -> Any:
-        return _shown, (self.kernel, self.ready)
-
-
-def _shown(kernel: KernelName, ready: bool) -> Tensor:
-    return kernel.tensor if ready else kernel.refusing
+        return getattr, (self.kernel, self.face)
 
 
 def is_watched(module: nn.Module) -> bool:
