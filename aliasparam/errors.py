@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Self
 
 
@@ -51,21 +52,15 @@ class AliasError(Exception):
 
     def located(self, **facts: Any) -> Self:
         """The same error with the fields it lacks: code that raises often knows less than its caller."""
-        kept = {name: getattr(self, name) for name in _FIELDS if getattr(self, name) is not None}
-        return type(self)(self.message, **{**facts, **kept})
+        return type(self)(self.message, **{**facts, **self._known()})
+
+    def _known(self) -> dict[str, Any]:
+        fields = ("module", "name", "expected", "found", "remedy")
+        return {field: getattr(self, field) for field in fields if getattr(self, field) is not None}
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Exceptions cross process boundaries (torch.distributed, multiprocessing) with their fields.
-        fields = (self.message, self.module, self.name, self.expected, self.found, self.remedy)
-        return _rebuild_error, (type(self), fields)
-
-
-_FIELDS = ("module", "name", "expected", "found", "remedy")
-
-
-def _rebuild_error(cls: type[AliasError], fields: tuple[Any, ...]) -> AliasError:
-    message, module, name, expected, found, remedy = fields
-    return cls(message, module=module, name=name, expected=expected, found=found, remedy=remedy)
+        return partial(type(self), **self._known()), (self.message,)
 
 
 class DeclarationError(AliasError):

@@ -17,7 +17,7 @@ from .errors import DeclarationError, PointerError, StateError
 from .module.adopt import adopt
 from .module.declarations import Alias
 from .module.declare import declare
-from .module.planning import Separate, Source
+from .module.planning import Separate, Source, parameter_spec
 from .module.registry_of import registry_of
 from .module.verdict import Reason, aliasing_is_on, judge
 from .spec import TensorSpec
@@ -118,19 +118,12 @@ def _has_memory(module: nn.Module, name: str) -> bool:
 
 
 def _source_spec(module: nn.Module, source: Source | None, name: str) -> tuple[TensorSpec, torch.device]:
-    parameter = module._parameters.get(name)
     if source is not None and source.storage is not None:
         return source.plan.source, source.storage.buffer.device
-    if parameter is None:
-        raise DeclarationError(
-            "the source is not a Parameter of the module",
-            module=type(module).__name__,
-            name=name,
-            expected="the name of a Parameter",
-            found=f"parameters {sorted(n for n, p in module._parameters.items() if p is not None)}",
-            remedy="Register it first, or use copy_or_rebind_param for a value without a source.",
-        )
-    return TensorSpec.of(parameter), parameter.device
+    try:
+        return parameter_spec(module, name), module.get_parameter(name).device
+    except DeclarationError as error:
+        raise error.located(module=type(module).__name__) from error.__cause__
 
 
 def _why_apart(source: TensorSpec, derived: TensorSpec, *, same_device: bool) -> Reason:

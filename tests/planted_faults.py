@@ -127,12 +127,12 @@ FAULTS = [
     ),
     Planted(
         "module/names.py",
-        "        self._show()\n        self.readiness = Readiness.OPEN",
+        "        self._show(ready=False)\n        self.readiness = Readiness.OPEN",
         "        self.readiness = Readiness.OPEN",
         "test_law_01_oracle.py",
     ),
     Planted("module/guard.py", "readiness is not Readiness.READY or", "readiness is None or", "test_law_08_no_silent_garbage.py"),
-    Planted("module/planning.py", "kernel_dtype=dtype))", "kernel_dtype=None))", "test_law_01_oracle.py"),
+    Planted("module/planning.py", "kernel_dtype=alias.dtype))", "kernel_dtype=None))", "test_law_01_oracle.py"),
     Planted(
         "module/planning.py",
         "        for name in derivation.sources:\n",

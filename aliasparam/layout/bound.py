@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import LayoutError
 from .blocks import Cut, blocks, lead_cuts, tiles
-from .boxes import Box, row_major
+from .boxes import Box, positions_in, row_major
 
 
 class BoundLayout(ABC):
@@ -51,16 +51,28 @@ class BoundLayout(ABC):
     def read(self, memory: Tensor, box: Box, out: Tensor | None = None) -> Tensor:
         """The values of ``box``: fresh and contiguous, or in ``out`` (any strides)."""
 
-    @abstractmethod
-    def offsets(self, box: Box | None = None) -> Tensor:
-        """int64, the box's shape: the position of every element in ``memory``. Slow: for oracles, deltas and digests."""
+    def placed(self, within: Tensor) -> Tensor | None:
+        """Where the elements at row-major positions ``within`` a region are in its memory, see :meth:`positions`."""
+        return None
 
     def positions(self, at: Tensor) -> Tensor | None:
         """Where the elements at row-major checkpoint positions ``at`` (int64, any shape and device) are in ``memory``.
 
         None where elements have no places of their own (nibbles, two functions). Costs a few times ``at``, not the tensor.
         """
-        return None
+        many = max(self.region_elements, 1)
+        within = self.placed(at % many)
+        return None if within is None else at // many * self.region_capacity + within
+
+    def offsets(self, box: Box | None = None) -> Tensor:
+        """int64, the box's shape: the position of every element in ``memory``. Slow: for oracles.
+
+        Raises LayoutError where elements have no positions: the layout is two functions.
+        """
+        found = self.positions(positions_in(self.shape, box or self.whole))
+        if found is None:
+            raise LayoutError("elements have no positions: the layout is two functions", expected="a line, or a table")
+        return found
 
     def positional_sums(self, memory: Tensor, box: Box) -> Tensor | None:
         """int64 ``[2]`` on the memory's device: the sum of the bytes of ``box``, and that of each times its position among the
@@ -124,20 +136,44 @@ class BoundLayout(ABC):
 
     def check(self, memory: Tensor, box: Box, value: Tensor) -> None:
         """Raises LayoutError unless the box lies in the tensor, the value fits it and the memory is large enough."""
-        if len(box) != len(self.shape) or not all(0 <= a <= b <= n for (a, b), n in zip(box, self.shape, strict=True)):
-            raise self.unfit(f"start and stop in each dim of {list(self.shape)}", box)
-        if value.shape != torch.Size([stop - start for start, stop in box]) or value.dtype is not self.dtype:
-            raise self.unfit(f"{self.dtype} values of box {box}", f"{value.dtype} {list(value.shape)}")
+        self.check_value(box, value.shape, value.dtype)
         if memory.dtype is not self.dtype or memory.numel() < self.regions * self.region_capacity:
             found = f"{memory.numel()} of {memory.dtype}"
             raise self.unfit(f"memory of {self.regions * self.region_capacity} elements of {self.dtype}", found)
 
+    def check_value(self, box: Box, shape: Sequence[int], dtype: torch.dtype) -> None:
+        """The same of the box and a value of ``shape`` and ``dtype``."""
+        if len(box) != len(self.shape) or not all(0 <= a <= b <= n for (a, b), n in zip(box, self.shape, strict=True)):
+            raise self.unfit(f"start and stop in each dim of {list(self.shape)}", box)
+        if tuple(shape) != tuple(stop - start for start, stop in box) or dtype is not self.dtype:
+            raise self.unfit(f"{self.dtype} values of box {box}", f"{dtype} {list(shape)}")
+
     def unfit(self, expected: object, found: object) -> LayoutError:
         return LayoutError(f"this does not fit a layout of {list(self.shape)}", expected=expected, found=found)
 
-    def placed(self, box: Box, within: Tensor, capacity: int) -> Tensor:
-        """Offsets in a region of ``capacity`` positions, as offsets in the whole memory."""
-        region = torch.zeros((), dtype=torch.int64)
-        for (start, stop), stride in zip(box, row_major(self.shape[: self.lead]), strict=False):
-            region = region[..., None] + torch.arange(start, stop) * stride
-        return region.reshape(*region.shape, *[1] * within.dim()) * capacity + within
+
+class RegionLayout(BoundLayout):
+    """Executed region by region."""
+
+    @abstractmethod
+    def put(self, region: Tensor, core: Box, value: Tensor) -> None:
+        """Write ``value`` into the memory of one region; ``core``: the box of its dims."""
+
+    @abstractmethod
+    def get(self, region: Tensor, core: Box) -> Tensor:
+        """The values of ``core`` from the memory of one region, flat or in its shape."""
+
+    def write(self, memory: Tensor, box: Box, value: Tensor) -> None:
+        self.check(memory, box, value)
+        with torch.no_grad():
+            for region, index in self.touched(memory, box):
+                self.put(region, box[self.lead :], value[index])
+
+    def read(self, memory: Tensor, box: Box, out: Tensor | None = None) -> Tensor:
+        out = self.empty(memory, box) if out is None else out
+        self.check(memory, box, out)
+        with torch.no_grad():
+            for region, index in self.touched(memory, box):
+                plain = out[index]
+                plain.copy_(self.get(region, box[self.lead :]).reshape(plain.shape))
+        return out

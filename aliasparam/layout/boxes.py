@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
 from .digits import BoundLine, Place
 
 Box = tuple[tuple[int, int], ...]
@@ -55,6 +58,14 @@ def row_major(shape: Sequence[int]) -> list[int]:
     for dim in reversed(range(len(shape) - 1)):
         strides[dim] = strides[dim + 1] * max(shape[dim + 1], 1)
     return strides
+
+
+def positions_in(shape: Sequence[int], box: Box) -> Tensor:
+    """int64, the box's shape: the row-major position in ``shape`` of each of its elements."""
+    found = torch.zeros((), dtype=torch.int64)
+    for (start, stop), stride in zip(box, row_major(shape), strict=True):
+        found = found[..., None] + torch.arange(start, stop) * stride
+    return found
 
 
 def _route(start: tuple[int, ...], offset: int, axes: Sequence[Axis], chain: Chain | Place) -> Iterator[Piece]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
+from itertools import pairwise
 from typing import Any
 
-from .pattern import Digit, Group, Line
+from .pattern import Line, Side
 
 
 def canonical(lines: tuple[Line, ...]) -> tuple[Any, ...]:
@@ -16,48 +16,19 @@ def canonical(lines: tuple[Line, ...]) -> tuple[Any, ...]:
 def _line(line: Line) -> tuple[Any, ...]:
     sizes = dict(line.sizes)
     flipped = {d.name for d in line.left.digits() if d.flipped} ^ {d.name for d in line.right.digits() if d.flipped}
-    left = [_tree(group, sizes) for group in line.left.dims]
-    right = [_tree(group, sizes) for group in line.right.dims]
-    for first, second in _neighbours(left):
+    left, right = ([token for token in _tokens(side) if sizes.get(token) != 1] for side in (line.left, line.right))
+    for first, second in list(pairwise(left)):
         alike = first in sizes and second in sizes and (first in flipped) == (second in flipped)
-        if alike and (first, second) in _neighbours(right):
+        if alike and (first, second) in pairwise(right):
             sizes[second] *= sizes.pop(first)
-            left, right = [_without(t, first) for t in left], [_without(t, first) for t in right]
-    order: dict[str, int] = {}
-    for tree in left:
-        _number(tree, order)
-    named = tuple(_renamed(tree, order) for tree in left), tuple(_renamed(tree, order) for tree in right)
+            left.remove(first)
+            right.remove(first)
+    order = {name: at for at, name in enumerate(token for token in left if token.isidentifier())}
+    named = tuple(tuple(order.get(token, token) for token in tokens) for tokens in (left, right))
     return named, line.left.flat, line.right.flat, tuple((sizes.get(name), name in flipped) for name in order)
 
 
-Tree = list[Any]
-
-
-def _tree(group: Group, sizes: dict[str, int]) -> Tree:
-    return [
-        item.name if isinstance(item, Digit) else _tree(item, sizes)
-        for item in group.items
-        if not isinstance(item, Digit) or sizes.get(item.name) != 1
-    ]
-
-
-def _neighbours(trees: list[Tree]) -> list[tuple[str, str]]:
-    """Digits that follow one another within a group."""
-    found = []
-    for tree in trees:
-        found += [(a, b) for a, b in itertools.pairwise(tree) if isinstance(a, str) and isinstance(b, str)]
-        found += _neighbours([item for item in tree if isinstance(item, list)])
-    return found
-
-
-def _without(tree: Tree, name: str) -> Tree:
-    return [_without(item, name) if isinstance(item, list) else item for item in tree if item != name]
-
-
-def _number(tree: Tree, order: dict[str, int]) -> None:
-    for item in tree:
-        _number(item, order) if isinstance(item, list) else order.setdefault(item, len(order))
-
-
-def _renamed(tree: Tree, order: dict[str, int]) -> tuple[Any, ...]:
-    return tuple(_renamed(item, order) if isinstance(item, list) else order[item] for item in tree)
+def _tokens(side: Side) -> list[str]:
+    """Names and parentheses, every dim in its own: digits follow one another only within a group."""
+    text = " ".join(map(str, side.dims))
+    return text.replace("(", "( ").replace(")", " )").replace("~", "").split()

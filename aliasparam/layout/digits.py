@@ -79,7 +79,7 @@ def bind_line(line: Line, shape: Sequence[int]) -> BoundLine:
     sizes = _Sizes(line, shape, dict(line.sizes), {}, {})
     for dim, (group, extent) in enumerate(zip(groups, shape, strict=True)):
         sizes.resolve(group, extent, 1, dim)
-    padded = tuple(math.prod(sizes.capacity[d.name] for d in group.digits()) for group in groups)
+    padded = tuple(_product(group, sizes.capacity) for group in groups)
     if line.left.flat:
         if padded != shape:
             raise LayoutError(f"{line} takes whole tiles", expected=f"{list(padded)}", found=f"{list(shape)}")

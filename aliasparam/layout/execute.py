@@ -8,7 +8,7 @@ and a view of another width takes three calls where one of the same takes one: m
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -17,7 +17,8 @@ from torch import Tensor
 
 from .boxes import Piece
 
-_WIDE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
+#: By bytes: what moves bits as they are.
+WIDE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 
 
 class Copy(NamedTuple):
@@ -74,7 +75,7 @@ def plan(
         backwards = backward is not None and math.prod(a.size for a in (*outer, *axes)) * itemsize >= backward
         ways = [(piece.offset, value_offset, axes)] if backwards else _forward(piece.offset, value_offset, axes)
         for kernel_offset, offset, forward in ways:
-            merged = merge([*outer, *forward])
+            merged = joined(sorted([*outer, *forward], key=lambda a: -abs(a.kernel)))  # in the order of kernel memory
             one_run = backward is None and [(a.kernel, a.value) for a in merged] == [(1, 1)]
             width = itemsize if one_run else _width(merged, kernel_offset, offset, itemsize, min(align, widest))
             copies.append(_copy(merged, kernel_offset, offset, width, itemsize))
@@ -92,14 +93,14 @@ def _forward(kernel_offset: int, value_offset: int, axes: list[Axis]) -> Iterato
         yield from _forward(kernel_offset + i * back.kernel, value_offset + i * back.value, rest)
 
 
-def merge(axes: list[Axis]) -> list[Axis]:
-    """In the order of kernel memory, with axes joined that continue one another on both sides."""
-    merged: list[Axis] = []
-    for axis in sorted(axes, key=lambda a: -abs(a.kernel)):
-        if merged and merged[-1].kernel == axis.kernel * axis.size and merged[-1].value == axis.value * axis.size:
-            axis = Axis(merged.pop().size * axis.size, axis.kernel, axis.value)
-        merged.append(axis)
-    return merged
+def joined(axes: Iterable[Axis]) -> list[Axis]:
+    """With axes as one that follow one another, the second within the first, on both sides."""
+    found: list[Axis] = []
+    for axis in axes:
+        if found and found[-1].kernel == axis.kernel * axis.size and found[-1].value == axis.value * axis.size:
+            axis = axis._replace(size=found.pop().size * axis.size)
+        found.append(axis)
+    return found
 
 
 def _width(axes: list[Axis], kernel_offset: int, value_offset: int, itemsize: int, align: int) -> int:
@@ -119,7 +120,7 @@ def _copy(axes: list[Axis], kernel_offset: int, value_offset: int, width: int, i
         last = axes[-1]._replace(size=axes[-1].size // many)
         axes = [Axis(a.size, a.kernel // many, a.value // many) for a in axes[:-1]] + ([last] if last.size > 1 else [])
     sizes, kernel, value = zip(*axes, strict=True) if axes else ((), (), ())
-    return Copy(_WIDE[width], sizes, kernel, kernel_offset // many, value, value_offset // many)
+    return Copy(WIDE[width], sizes, kernel, kernel_offset // many, value, value_offset // many)
 
 
 def views(copy: Copy, memory: Tensor, first: int, value: Tensor, *, by_kernel: bool) -> tuple[Tensor, Tensor]:

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from ..errors import LayoutError
-from .bound import BoundLayout
+from .bound import BoundLayout, RegionLayout
 from .boxes import Box
+from .execute import WIDE
 from .nibbles import NibbleLayout
-
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class IndexLayout:
@@ -85,37 +84,22 @@ class IndexLayout:
         return IndexLayout, (self.positions, self.kernel, self.bits)
 
 
-class _Bound(BoundLayout):
-    """Executed region by region: an indexed copy of the rows of the table that the box selects."""
+class _Bound(RegionLayout):
+    """An indexed copy of the part of the table that a box selects."""
 
     def __init__(self, layout: IndexLayout, shape: tuple[int, ...], lead: int, dtype: torch.dtype) -> None:
         super().__init__(shape, dtype, lead, layout.kernel, math.prod(layout.kernel))
         self._layout, self.unit = layout, dtype.itemsize
+        self._bits = WIDE[dtype.itemsize]
 
-    def write(self, memory: Tensor, box: Box, value: Tensor) -> None:
-        self.check(memory, box, value)
-        with torch.no_grad():
-            bits, at = _INTEGERS[self.dtype.itemsize], self._selected(box, memory.device).reshape(-1)
-            for region, index in self.touched(memory, box):
-                region.view(bits).index_copy_(0, at, value[index].view(bits).reshape(-1))
+    def put(self, region: Tensor, core: Box, value: Tensor) -> None:
+        region.view(self._bits).index_copy_(0, self._selected(core, region.device), value.view(self._bits).reshape(-1))
 
-    def read(self, memory: Tensor, box: Box, out: Tensor | None = None) -> Tensor:
-        out = self.empty(memory, box) if out is None else out
-        self.check(memory, box, out)
-        with torch.no_grad():
-            bits, at = _INTEGERS[self.dtype.itemsize], self._selected(box, memory.device).reshape(-1)
-            for region, index in self.touched(memory, box):
-                plain = out[index].view(bits)
-                plain.copy_(region.view(bits).index_select(0, at).view(plain.shape))
-        return out
+    def get(self, region: Tensor, core: Box) -> Tensor:
+        return region.view(self._bits).index_select(0, self._selected(core, region.device)).view(self.dtype)
 
-    def offsets(self, box: Box | None = None) -> Tensor:
-        box = box or self.whole
-        return self.placed(box, self._selected(box, torch.device("cpu")), self.region_capacity)
+    def placed(self, within: Tensor) -> Tensor:
+        return self._layout.table(within.device).view(-1)[within]
 
-    def positions(self, at: Tensor) -> Tensor:
-        within = self._layout.table(at.device).view(-1)[at % max(self.region_elements, 1)]
-        return at // max(self.region_elements, 1) * self.region_capacity + within
-
-    def _selected(self, box: Box, device: torch.device) -> Tensor:
-        return self._layout.table(device)[tuple(slice(*ends) for ends in box[self.lead :])]
+    def _selected(self, core: Box, device: torch.device) -> Tensor:
+        return self._layout.table(device)[tuple(slice(*ends) for ends in core)].reshape(-1)

@@ -14,7 +14,7 @@ from ..errors import InferenceError, LayoutError
 from . import lines as bind
 from .factor import factor, lines
 from .index import IndexLayout
-from .pattern import Digit, Line, Side, parse
+from .pattern import Digit, Group, Line, Side, parse
 from .trace import Function, Trace, trace
 
 #: Bytes of the largest other shape that is tried to tell which digits are free.
@@ -107,10 +107,8 @@ def _fits(found: Found, sample: _Sample, *, shaped: bool) -> bool:
     if shaped and kernel != sample.trace.kernel_shape:
         return False
     for dim, axis in enumerate(sample.axes):
-        box = tuple((0, n) if d == dim else (0, 1) for d, n in enumerate(sample.trace.shape))
-        if not torch.equal(
-            bound.offsets(box).reshape(-1) if dim == len(box) - 1 else bound.offsets(box)[..., 0].reshape(-1), axis
-        ):
+        along = bound.offsets(tuple((0, n) if d == dim else (0, 1) for d, n in enumerate(sample.trace.shape))).view(-1)
+        if not torch.equal(along[:: len(along) // len(axis)], axis):  # one of the nibbles of each element
             return False
     return True
 
@@ -137,7 +135,7 @@ def _without_lead(found: Found) -> Found:
         alone = len(first.items) == 1 and isinstance(first.items[0], Digit) and first.items[0] == digits[0]
         if not alone or digits[0].name in dict(line.sizes) or not (line.right.flat or line.right.dims[0] == first):
             break
-        right = Side((type(first)(tuple(digits[1:])),), flat=True) if line.right.flat else Side(line.right.dims[1:])
+        right = Side((Group(tuple(digits[1:])),), flat=True) if line.right.flat else Side(line.right.dims[1:])
         found = Found((Line(Side(tuple(rest)), right, line.sizes),), found.bits)
     return found
 

@@ -59,10 +59,11 @@ class Layout:
         LayoutError: the text does not parse.
     """
 
-    __slots__ = ("_key", "bits", "lines")
+    __slots__ = ("_hash", "_key", "bits", "lines")
     lines: tuple[Line, ...]
     bits: int | None
     _key: tuple[Any, ...]
+    _hash: int
 
     def __init__(self, text: str, **sizes: int) -> None:
         if not isinstance(text, str) or len(text) > _LONGEST:
@@ -79,6 +80,7 @@ class Layout:
         object.__setattr__(self, "lines", tuple(lines))
         object.__setattr__(self, "bits", bits)
         object.__setattr__(self, "_key", (_canonical(self.lines), bits))
+        object.__setattr__(self, "_hash", hash(self._key))
 
     @classmethod
     def of(cls, lines: Iterable[Line], bits: int | None = None) -> Layout:
@@ -114,7 +116,7 @@ class Layout:
         return isinstance(other, Layout) and self._key == other._key
 
     def __hash__(self) -> int:
-        return hash(self._key)
+        return self._hash
 
     @property
     def core_dims(self) -> int:

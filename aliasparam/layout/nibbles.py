@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from ..errors import LayoutError
-from .bound import BoundLayout
-from .boxes import Box
+from .bound import BoundLayout, RegionLayout
+from .boxes import Box, positions_in
 
 
-class NibbleLayout(BoundLayout):
+class NibbleLayout(RegionLayout):
     """A digit permutation of nibbles, low nibble first in each byte, over a tensor of bytes or little-endian words.
 
     ``inner`` is the permutation of one region with a byte for a nibble. Scratch: three times the bytes of a region.
@@ -24,33 +24,23 @@ class NibbleLayout(BoundLayout):
         super().__init__(shape, dtype, lead, (*kernel, last // many), inner.region_capacity // many)
         self.inner, self.is_identity, self.unit = inner, inner.is_identity, max(inner.unit // 2, 1)
 
-    def write(self, memory: Tensor, box: Box, value: Tensor) -> None:
-        self.check(memory, box, value)
-        with torch.no_grad():
-            for region, index in self.touched(memory, box):
-                nibbles = unpack(region)
-                core = self._core(box)
-                plain = unpack(value[index]).view([stop - start for start, stop in core])
-                self.inner.write(nibbles, core, plain)
-                region.copy_(pack(nibbles).view(self.dtype))
+    def put(self, region: Tensor, core: Box, value: Tensor) -> None:
+        core, nibbles = self._nibbles(core), unpack(region)
+        self.inner.write(nibbles, core, unpack(value).view([stop - start for start, stop in core]))
+        region.copy_(pack(nibbles).view(self.dtype))
 
-    def read(self, memory: Tensor, box: Box, out: Tensor | None = None) -> Tensor:
-        out = self.empty(memory, box) if out is None else out
-        self.check(memory, box, out)
-        with torch.no_grad():
-            for region, index in self.touched(memory, box):
-                plain = out[index]
-                nibbles = self.inner.read(unpack(region), self._core(box))
-                plain.copy_(pack(nibbles.view(-1)).view(self.dtype).view(plain.shape))
-        return out
+    def get(self, region: Tensor, core: Box) -> Tensor:
+        return pack(self.inner.read(unpack(region), self._nibbles(core)).view(-1)).view(self.dtype)
 
     def offsets(self, box: Box | None = None) -> Tensor:
         """Positions of nibbles; the last dim counts them."""
         box = box or self.whole
-        return self.placed(box, self.inner.offsets(self._core(box)), self.region_capacity * self.many)
+        within = self.inner.offsets(self._nibbles(box[self.lead :]))
+        regions = positions_in(self.shape[: self.lead], box[: self.lead])
+        return regions.reshape(*regions.shape, *[1] * within.dim()) * self.region_capacity * self.many + within
 
-    def _core(self, box: Box) -> Box:
-        *rest, (start, stop) = box[self.lead :]
+    def _nibbles(self, core: Box) -> Box:
+        *rest, (start, stop) = core
         return (*rest, (start * self.many, stop * self.many))
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import LayoutError
-from .bound import BoundLayout
+from .bound import BoundLayout, RegionLayout
 from .boxes import Box
 
 Function = Callable[[Tensor], Tensor]
@@ -28,19 +29,18 @@ class OpaqueLayout:
 
     def __init__(self, encode: Function, decode: Function, *, core_dims: int = 2, probe_device: str = "cpu") -> None:
         self.encode, self.decode, self.core_dims, self.probe_device = encode, decode, core_dims, probe_device
-        self._bound: dict[tuple[tuple[int, ...], torch.dtype], _Bound] = {}
 
     def bind(self, shape: Sequence[int], dtype: torch.dtype) -> BoundLayout:
-        key = (tuple(shape), dtype)
-        if key not in self._bound:
-            self._bound[key] = _Bound(self, *key)
-        return self._bound[key]
+        return _Bound(self, tuple(shape), dtype)
+
+    def __deepcopy__(self, memo: Any) -> OpaqueLayout:
+        return self
 
     def __repr__(self) -> str:
         return f"OpaqueLayout({getattr(self.encode, '__qualname__', self.encode)})"
 
 
-class _Bound(BoundLayout):
+class _Bound(RegionLayout):
     def __init__(self, layout: OpaqueLayout, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         lead = len(shape) - layout.core_dims
         if lead < 0:
@@ -58,42 +58,21 @@ class _Bound(BoundLayout):
         if not torch.equal(_bytes(layout.encode(probe.clone())), _bytes(kernel)):
             raise LayoutError(f"{layout}: encoding the same values twice gives other bytes")
 
-    def write(self, memory: Tensor, box: Box, value: Tensor) -> None:
-        self.check(memory, box, value)
-        core = tuple(slice(*ends) for ends in box[self.lead :])
-        whole = box[self.lead :] == self.whole[self.lead :]
-        with torch.no_grad():
-            encoded = []  # all of them before the first byte changes: a function that raises has written nothing
-            for region, index in self.touched(memory, box):
-                plain = value[index].clone(memory_format=torch.contiguous_format)  # its own: the function may work in place
-                if not whole:
-                    patch, plain = plain, self._decoded(region)
-                    plain[core] = patch
-                encoded.append((region, self._encoded(plain)))
-            for region, raw in encoded:
-                region.view(torch.uint8).copy_(raw)
-
-    def read(self, memory: Tensor, box: Box, out: Tensor | None = None) -> Tensor:
-        out = self.empty(memory, box) if out is None else out
-        self.check(memory, box, out)
-        core = tuple(slice(*ends) for ends in box[self.lead :])
-        with torch.no_grad():
-            for region, index in self.touched(memory, box):
-                out[index] = self._decoded(region)[core]
-        return out
-
-    def offsets(self, box: Box | None = None) -> Tensor:
-        raise LayoutError(f"elements of {self._layout} have no positions: it is two functions")
-
-    def _encoded(self, plain: Tensor) -> Tensor:
+    def put(self, region: Tensor, core: Box, value: Tensor) -> None:
+        plain = value.clone(memory_format=torch.contiguous_format)  # its own: the function may work in place
+        whole = self.whole[self.lead :]
+        if core != whole:
+            patch, plain = plain, self.get(region, whole)
+            plain[tuple(slice(*ends) for ends in core)] = patch
         kernel = self._layout.encode(plain)
         if (kernel.dtype, tuple(kernel.shape)) != self._kernel:
             raise self.unfit(self._kernel, (kernel.dtype, tuple(kernel.shape)))
-        return _bytes(kernel)
+        region.view(torch.uint8).copy_(_bytes(kernel))
 
-    def _decoded(self, region: Tensor) -> Tensor:
+    def get(self, region: Tensor, core: Box) -> Tensor:
         dtype, shape = self._kernel
-        return self._layout.decode(region.view(torch.uint8).clone().view(dtype).view(shape))
+        plain = self._layout.decode(region.view(torch.uint8).clone().view(dtype).view(shape))
+        return plain[tuple(slice(*ends) for ends in core)]
 
 
 def _bytes(tensor: Tensor) -> Tensor:

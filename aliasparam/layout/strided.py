@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Sequence
-from typing import TypeVar
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -18,12 +17,6 @@ from .compose import compose
 from .digits import BoundLine
 from .execute import Copy, plan, views
 
-_Key = TypeVar("_Key")
-_Value = TypeVar("_Value")
-
-#: Plans kept a bound layout. A model writes the same few shards of a shape over and over.
-_PLANS = 512
-
 
 class StridedLayout(BoundLayout):
     """Lines, one after the other. Made by ``Layout.bind``."""
@@ -32,8 +25,6 @@ class StridedLayout(BoundLayout):
         super().__init__(shape, dtype, lead, lines[-1].kernel_shape, lines[-1].capacity)
         self._elements = self.regions * self.region_capacity
         self.lines = compose(list(lines))
-        self._plans: OrderedDict[object, list[tuple[Copy, bool]]] = OrderedDict()
-        self._pieces: OrderedDict[Box, list[Piece]] = OrderedDict()
         whole = plan(self.boxes(self.whole[lead:]), [], row_major(shape[lead:]), dtype.itemsize, dtype.itemsize)
         self.unit = _unit(whole, dtype.itemsize)
         padded = self.region_capacity != self.region_elements
@@ -41,35 +32,22 @@ class StridedLayout(BoundLayout):
 
     def boxes(self, box: Box) -> list[Piece]:
         """The strided pieces of a box of the core dims."""
-        found = self._pieces.get(box)
-        if found is None:
-            found = _keep(self._pieces, box, pieces(self.lines, self.shape[self.lead :], box))
-        return found
+        return pieces(self.lines, self.shape[self.lead :], box)
 
     def write(self, memory: Tensor, box: Box, value: Tensor) -> None:
         if value.requires_grad or value.is_conj() or value.is_neg():  # such bits live on the tensor, not in its bytes
             value = value.detach().resolve_conj().resolve_neg()
-        for copy, kernel, plain, by_kernel in self._moves(memory, box, value):
-            if by_kernel:
-                triton_copy.run(copy, kernel, plain, write=True)
-            else:
-                kernel.copy_(plain)
+        self._move(memory, box, value, write=True)
 
     def read(self, memory: Tensor, box: Box, out: Tensor | None = None) -> Tensor:
         if out is None or out.is_conj() or out.is_neg():
             fresh = self.read(memory, box, self.empty(memory, box))
             return fresh if out is None else out.detach().copy_(fresh)
-        for copy, kernel, plain, by_kernel in self._moves(memory, box, out.detach() if out.requires_grad else out):
-            if by_kernel:
-                triton_copy.run(copy, kernel, plain, write=False)
-            else:
-                plain.copy_(kernel)
+        self._move(memory, box, out.detach() if out.requires_grad else out, write=False)
         return out
 
-    def _moves(self, memory: Tensor, box: Box, value: Tensor) -> list[tuple[Copy, Tensor, Tensor, bool]]:
-        """The copies of a box, each with its elements in kernel memory and in the value (the first ones, where our kernel copies
-        them). This is what every shard write pays.
-        """
+    def _move(self, memory: Tensor, box: Box, value: Tensor, *, write: bool) -> None:
+        """Copy what is under ``box`` from or to ``value``. This is what every shard write pays."""
         size, region, shape = self.dtype.itemsize, 0, value.shape
         for (start, stop), stride, n, extent in zip(box, self.lead_strides, self.shape, shape, strict=False):
             region += start * stride
@@ -78,48 +56,32 @@ class StridedLayout(BoundLayout):
         first, other = (int(memory.storage_offset()) + region) * size, int(value.storage_offset()) * size
         align = (memory.data_ptr() + region * size | value.data_ptr() | first | other | 16) & 31
         by_kernel = memory.is_cuda and triton_copy.takes(memory, value)
-        key = (box[self.lead :], shape, value.stride(), align & -align, value.dtype, by_kernel)
-        copies = self._plans.get(key)
-        if copies is None:
-            self.check(memory, box, value)
-            lead = list(zip(shape, self.lead_strides, strict=False))
-            found = self.boxes(box[self.lead :]) if value.numel() else []
-            limits = (triton_copy.WIDEST, triton_copy.SMALLEST) if by_kernel else (16, None)
-            planned = plan(found, lead, value.stride(), size, align & -align, *limits)
-            copies = _keep(self._plans, key, [(copy, by_kernel and triton_copy.wanted(copy)) for copy in planned])
+        limits = _TRITON if by_kernel else _TORCH
+        copies = _planned(self, box[self.lead :], shape, value.stride(), value.dtype, align & -align, limits)
         if memory.dtype is not self.dtype or memory.numel() < self._elements:
             self.check(memory, box, value)  # raises
-        return [(copy, *views(copy.start if ours else copy, memory, first, value, by_kernel=ours), ours) for copy, ours in copies]
+        for copy, ours in copies:
+            kernel, plain = views(copy.start if ours else copy, memory, first, value, by_kernel=ours)
+            if ours:
+                triton_copy.run(copy, kernel, plain, write=write)
+            elif write:
+                kernel.copy_(plain)
+            else:
+                plain.copy_(kernel)
 
-    def offsets(self, box: Box | None = None) -> Tensor:
-        box = box or self.whole
-        within = torch.zeros((), dtype=torch.int64)
-        for (start, stop), stride in zip(box[self.lead :], row_major(self.shape[self.lead :]), strict=True):
-            within = within[..., None] + torch.arange(start, stop) * stride
+    def placed(self, within: Tensor) -> Tensor:
         for line in self.lines:
             within = _through(line, within)
-        return self.placed(box, within, self.region_capacity)
-
-    def positions(self, at: Tensor) -> Tensor:
-        within = at % max(self.region_elements, 1)
-        region = at // max(self.region_elements, 1)
-        for line in self.lines:
-            within = _through(line, within)
-        return region * self.region_capacity + within
+        return within
 
     def positional_sums(self, memory: Tensor, box: Box) -> Tensor | None:
         if not triton_copy.takes(memory, memory) or not all(stop > start for start, stop in box):
             return None
-        size, sizes = self.dtype.itemsize, [stop - start for start, stop in box]
+        size, sizes = self.dtype.itemsize, tuple(stop - start for start, stop in box)
         region = sum(start * stride for (start, _), stride in zip(box, self.lead_strides, strict=False))
         first = (int(memory.storage_offset()) + region) * size
         align = (memory.data_ptr() + region * size | first | triton_sum.WIDEST) & 31
-        key = ("sums", box[self.lead :], tuple(sizes), align & -align)
-        copies = self._plans.get(key)
-        if copies is None:
-            lead = list(zip(sizes, self.lead_strides, strict=False))
-            found = plan(self.boxes(box[self.lead :]), lead, row_major(sizes), size, align & -align, triton_sum.WIDEST, 0)
-            copies = _keep(self._plans, key, [(copy, True) for copy in found])
+        copies = _planned(self, box[self.lead :], sizes, tuple(row_major(sizes)), self.dtype, align & -align, _SUMS)
         sums = [triton_sum.sums(copy, views(copy.start, memory, first, memory, by_kernel=True)[0]) for copy, _ in copies]
         return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
 
@@ -136,11 +98,29 @@ def _unit(copies: list[Copy], itemsize: int) -> int:
     return itemsize * math.gcd(*runs) if runs else itemsize
 
 
-def _keep(kept: OrderedDict[_Key, _Value], key: _Key, value: _Value) -> _Value:
-    kept[key] = value
-    if len(kept) > _PLANS:
-        kept.popitem(last=False)
-    return value
+#: What a copy may be: bytes of its widest element, and from how many bytes on it may run backwards (None: never).
+_Limits = tuple[int, int | None]
+_TORCH: _Limits = (16, None)
+_TRITON: _Limits = (triton_copy.WIDEST, triton_copy.SMALLEST)
+_SUMS: _Limits = (triton_sum.WIDEST, 0)
+
+
+@lru_cache(maxsize=1 << 14)  # a model writes the same few shards of a shape over and over
+def _planned(
+    layout: StridedLayout,
+    core: Box,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    dtype: torch.dtype,
+    align: int,
+    limits: _Limits,
+) -> list[tuple[Copy, bool]]:
+    """The copies of a box, of all regions that a value of ``shape`` has, and whether our kernel makes each."""
+    box = (*((0, size) for size in shape[: layout.lead]), *core)
+    layout.check_value(box, shape, dtype)
+    lead = list(zip(shape, layout.lead_strides, strict=False))
+    copies = plan(layout.boxes(core) if math.prod(shape) else [], lead, strides, dtype.itemsize, align, *limits)
+    return [(copy, limits is _TRITON and triton_copy.wanted(copy)) for copy in copies]
 
 
 def _through(line: BoundLine, position: Tensor) -> Tensor:

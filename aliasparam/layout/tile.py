@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import LayoutError
 from ..svg import box, page, text
 from .lines import bound, sized
-from .pattern import Digit, Group, Line
+from .pattern import Group, Line
 
 #: Elements of kernel memory that are drawn at most, and elements that a tile may have to be looked at.
 DRAWN, LARGEST = 1024, 1 << 18
@@ -71,7 +71,7 @@ def _stored(shape: tuple[int, ...], bits: int | None) -> tuple[int, ...]:
 def _extents(dim: Group, sizes: dict[str, int], free: int) -> Iterator[int]:
     digits = list(dim.digits())
     alone = len(digits) == 1 and digits[0].name not in sizes
-    yield from (max(free, 4) if alone else sizes.get(digit.name, free) for digit in digits if isinstance(digit, Digit))
+    yield from (max(free, 4) if alone else sizes.get(digit.name, free) for digit in digits)
 
 
 def _line(last: int, capacity: int) -> int:

@@ -7,6 +7,7 @@ Offsets are int64, nothing is allocated, one launch copies all regions: it can b
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .execute import Axis, Copy
+from .execute import Axis, Copy, joined
 
 try:
     import triton
@@ -83,11 +84,9 @@ def launch(copy: Copy, *, write: bool, columns: str = "value") -> tuple[int, dic
     bm = min(_power(m), _RUNS if runs else _ROWS)
     bn = min(_power(n), _TILE // bm)
     constants: dict[str, Any] = {"M": m, "N": n, "BM": bm, "BN": bn}
-    for letter, axes in (("G", grid), ("R", rows), ("C", across)):
-        for at, side in zip("TS", sides, strict=True):  # target, source
-            merged = _merged(axes, side)
-            constants |= {f"{letter}{at}": len(merged)}
-            constants |= {f"{letter}{at}_SIZE": tuple(a for a, _ in merged), f"{letter}{at}_STEP": tuple(s for _, s in merged)}
+    for letter, side in zip("TS", sides, strict=True):  # target, source
+        for name, axes in (("GRID", grid), ("ROWS", rows), ("COLUMNS", across)):
+            constants[f"{letter}_{name}"] = tuple(itertools.chain(*_merged(axes, side)))
     return programs * -(-m // bm) * -(-n // bn), constants
 
 
@@ -110,14 +109,8 @@ def _closest(axes: list[Axis], side: str, enough: int) -> list[Axis]:
 
 def _merged(axes: Sequence[Axis], side: str) -> list[tuple[int, int]]:
     """(size, step) on one side, joined where an axis continues the one before it, for an index that counts all of them."""
-    merged: list[tuple[int, int]] = []
-    for axis in axes:
-        step = getattr(axis, side)
-        if merged and merged[-1][1] == step * axis.size:
-            merged[-1] = (merged[-1][0] * axis.size, step)
-        else:
-            merged.append((axis.size, step))
-    return merged or [(1, 0)]
+    steps = joined(Axis(axis.size, getattr(axis, side), getattr(axis, side)) for axis in axes)
+    return [(axis.size, axis.kernel) for axis in steps] or [(1, 0)]
 
 
 def _power(n: int) -> int:
@@ -127,16 +120,13 @@ def _power(n: int) -> int:
 if AVAILABLE:
 
     @triton.jit
-    def offsets(index, COUNT: tl.constexpr, SIZE: tl.constexpr, STEP: tl.constexpr):
-        """The sum of step times digit, over the digits of ``index`` (the last is the least significant)."""
+    def offsets(index, AXES: tl.constexpr):
+        """The sum of step times digit, over the digits of ``index``: size and step of each, the least significant last."""
         total = index * 0
-        for i in tl.static_range(COUNT):
-            if i < COUNT - 1:
-                total += index % SIZE[COUNT - 1 - i] * STEP[COUNT - 1 - i]
-                index = index // SIZE[COUNT - 1 - i]
-            else:
-                total += index * STEP[0]
-        return total
+        for i in tl.static_range(len(AXES) - 2, 0, -2):
+            total += index % AXES[i] * AXES[i + 1]
+            index = index // AXES[i]
+        return total + index * AXES[1]
 
     @triton.jit
     def _copy(
@@ -146,24 +136,12 @@ if AVAILABLE:
         N: tl.constexpr,
         BM: tl.constexpr,
         BN: tl.constexpr,
-        GT: tl.constexpr,
-        GT_SIZE: tl.constexpr,
-        GT_STEP: tl.constexpr,
-        GS: tl.constexpr,
-        GS_SIZE: tl.constexpr,
-        GS_STEP: tl.constexpr,
-        RT: tl.constexpr,
-        RT_SIZE: tl.constexpr,
-        RT_STEP: tl.constexpr,
-        RS: tl.constexpr,
-        RS_SIZE: tl.constexpr,
-        RS_STEP: tl.constexpr,
-        CT: tl.constexpr,
-        CT_SIZE: tl.constexpr,
-        CT_STEP: tl.constexpr,
-        CS: tl.constexpr,
-        CS_SIZE: tl.constexpr,
-        CS_STEP: tl.constexpr,
+        T_GRID: tl.constexpr,
+        T_ROWS: tl.constexpr,
+        T_COLUMNS: tl.constexpr,
+        S_GRID: tl.constexpr,
+        S_ROWS: tl.constexpr,
+        S_COLUMNS: tl.constexpr,
     ):
         program = tl.program_id(0).to(tl.int64)
         column = program % ((N + BN - 1) // BN) * BN + tl.arange(0, BN).to(tl.int64)
@@ -171,9 +149,7 @@ if AVAILABLE:
         row = program % ((M + BM - 1) // BM) * BM + tl.arange(0, BM).to(tl.int64)
         region = program // ((M + BM - 1) // BM)
         mask = (row < M)[:, None] & (column < N)[None, :]
-        start = offsets(region, GS, GS_SIZE, GS_STEP)
-        at = offsets(row, RS, RS_SIZE, RS_STEP)[:, None] + offsets(column, CS, CS_SIZE, CS_STEP)[None, :]
-        values = tl.load(source + start + at, mask=mask)
-        start = offsets(region, GT, GT_SIZE, GT_STEP)
-        at = offsets(row, RT, RT_SIZE, RT_STEP)[:, None] + offsets(column, CT, CT_SIZE, CT_STEP)[None, :]
-        tl.store(target + start + at, values, mask=mask)
+        at = offsets(row, S_ROWS)[:, None] + offsets(column, S_COLUMNS)[None, :]
+        values = tl.load(source + offsets(region, S_GRID) + at, mask=mask)
+        at = offsets(row, T_ROWS)[:, None] + offsets(column, T_COLUMNS)[None, :]
+        tl.store(target + offsets(region, T_GRID) + at, values, mask=mask)

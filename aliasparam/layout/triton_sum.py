@@ -58,24 +58,12 @@ if AVAILABLE:
         N: tl.constexpr,
         BM: tl.constexpr,
         BN: tl.constexpr,
-        GT: tl.constexpr,
-        GT_SIZE: tl.constexpr,
-        GT_STEP: tl.constexpr,
-        GS: tl.constexpr,
-        GS_SIZE: tl.constexpr,
-        GS_STEP: tl.constexpr,
-        RT: tl.constexpr,
-        RT_SIZE: tl.constexpr,
-        RT_STEP: tl.constexpr,
-        RS: tl.constexpr,
-        RS_SIZE: tl.constexpr,
-        RS_STEP: tl.constexpr,
-        CT: tl.constexpr,
-        CT_SIZE: tl.constexpr,
-        CT_STEP: tl.constexpr,
-        CS: tl.constexpr,
-        CS_SIZE: tl.constexpr,
-        CS_STEP: tl.constexpr,
+        T_GRID: tl.constexpr,
+        T_ROWS: tl.constexpr,
+        T_COLUMNS: tl.constexpr,
+        S_GRID: tl.constexpr,
+        S_ROWS: tl.constexpr,
+        S_COLUMNS: tl.constexpr,
         WIDTH: tl.constexpr,
         FAST: tl.constexpr,
     ):
@@ -86,12 +74,11 @@ if AVAILABLE:
         row = program % ((M + BM - 1) // BM) * BM + tl.arange(0, BM).to(tl.int64)
         region = program // ((M + BM - 1) // BM)
         mask = (row < M)[:, None] & (column < N)[None, :]
-        at = offsets(row, RS, RS_SIZE, RS_STEP)[:, None] + offsets(column, CS, CS_SIZE, CS_STEP)[None, :]
-        words = tl.load(source + offsets(region, GS, GS_SIZE, GS_STEP) + at, mask=mask, other=0)
+        at = offsets(row, S_ROWS)[:, None] + offsets(column, S_COLUMNS)[None, :]
+        words = tl.load(source + offsets(region, S_GRID) + at, mask=mask, other=0)
         plain, inner = _bytes(words, WIDTH, FAST)
-        start = offsets(region, GT, GT_SIZE, GT_STEP)
-        high = (start + offsets(row, RT, RT_SIZE, RT_STEP)) * WIDTH % 65521
-        low = offsets(column, CT, CT_SIZE, CT_STEP) * WIDTH % 65521
+        high = (offsets(region, T_GRID) + offsets(row, T_ROWS)) * WIDTH % 65521
+        low = offsets(column, T_COLUMNS) * WIDTH % 65521
         position = high.to(tl.uint32)[:, None] + low.to(tl.uint32)[None, :]
         weighted = inner.to(tl.uint64) + plain.to(tl.uint64) * position.to(tl.uint64)
         tl.store(slot, tl.sum(plain).to(tl.int64))

@@ -48,10 +48,10 @@ def adopt(registry: ModuleNames) -> None:
 def _finish_move(source: Source) -> None:
     """Another layout was planned, and getting there was interrupted."""
     storage = source.storage
-    if storage is not None and storage.layout != source.plan.layout:
+    if storage is not None and storage.layout != source.layout:
         with storage.lock:
             storage.before_write()
-            move(storage, source.plan.layout)
+            move(storage, source.layout)
 
 
 def _right_kernel_names(registry: ModuleNames) -> None:
@@ -103,7 +103,7 @@ def _follow_device(registry: ModuleNames, foreign: list[tuple[Source, Binding, T
     devices = {t.device for _, _, t in foreign if t.device.type != "meta"}
     if here is None or devices <= {here}:
         return
-    count = sum(len(s.bindings) for s in registry.sources.values())
+    count = len(registry.bindings())
     if len(devices) != 1 or len(foreign) != count:
         raise AdoptionError(
             "only some of the declared names are on another device",

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import sys
+import warnings
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from ..errors import DeclarationError
 from ..layout.bind import bound_to
+from ..storage.overlap import check_memory
 from ..storage.reorder import reorder
 from ..storage.states import State
 from ..storage.storage import AliasedStorage
 from ..tensors.faces import _Aliased, loader_attributes
 from ..tensors.parameter import AliasedParameter, make_parameter, take_over
 from ..torch_private import is_alone, outside_inference
-from .declarations import Declaration, Derivation
 from .names import ModuleNames
 from .planning import Source
 
@@ -77,31 +77,27 @@ def _storage(label: str, source: Source, device: torch.device, memory: Tensor | 
     if memory is None:
         with outside_inference():
             memory = torch.zeros(plan.nbytes, dtype=torch.uint8, device=device)
-    return AliasedStorage(label, plan.source, plan.layout, memory, state, plan.kernel.dtype if source.derived else None)
+    return AliasedStorage(label, plan.source, source.layout, memory, state, plan.kernel.dtype if source.derived else None)
 
 
-def check_sources(registry: ModuleNames, declarations: Sequence[Declaration]) -> None:
-    """Raise DeclarationError where a declared Parameter is of a kind that has no memory of its own to share."""
-    distributed: Any = sys.modules.get("torch.distributed.tensor")  # who has a DTensor has imported it
-    if distributed is None:
-        return
-    for name, parameter in registry.module._parameters.items():
-        if isinstance(parameter, distributed.DTensor) and any(name in _source_names(d) for d in declarations):
-            raise DeclarationError(
-                "a DTensor is a part of a tensor over several ranks; only local tensors can be declared",
-                module=registry.label,
-                name=name,
-                expected="an nn.Parameter with memory of its own",
-                found=f"{type(parameter).__name__} (a DTensor) of shape {list(parameter.shape)}",
-                remedy="Declare the module before it is sharded, on each rank with the part it serves.",
-            )
+def check_sources(names: ModuleNames, sources: Sequence[Source]) -> None:
+    """Raise DeclarationError where the Parameters of ``sources`` cannot each have a storage of their own."""
+    beside = {n: p for n, p in names.module._parameters.items() if p is not None and not is_lazy(p)}
+    declared = {source.name: beside.pop(source.name) for source in sources}
+    check_memory(names.label, declared, beside)
+    for source in sources:
+        _check_tie(source, declared[source.name])
+    trained = sorted(name for name, parameter in declared.items() if parameter.requires_grad)
+    if trained:  # their kernel bytes are no function of autograd
+        warnings.warn(
+            f"{type(names.module).__name__}: {', '.join(trained)} had requires_grad=True and will have no gradients: declared "
+            "names are not trained. Register them with requires_grad=False, or train a tensor of your own and write it in.",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
-def _source_names(declaration: Declaration) -> tuple[str, ...]:
-    return declaration.sources if isinstance(declaration, Derivation) else (declaration.source,)
-
-
-def check_tie(label: str, source: Source, parameter: Tensor | None) -> None:
+def _check_tie(source: Source, parameter: Tensor) -> None:
     """Raise DeclarationError for a Parameter that another module declared, unless to the same format."""
     if not isinstance(parameter, _Aliased):
         return
@@ -109,7 +105,6 @@ def check_tie(label: str, source: Source, parameter: Tensor | None) -> None:
     if not isinstance(parameter, AliasedParameter) or not _is_whole(parameter):
         raise DeclarationError(
             "this Parameter is a view of a storage that another module declared",
-            module=label,
             name=source.name,
             expected="the whole Parameter, or one with memory of its own",
             found=f"a view of {storage.label}",
@@ -119,7 +114,6 @@ def check_tie(label: str, source: Source, parameter: Tensor | None) -> None:
     if storage.bound is not source.plan.bound or storage.kernel_dtype is not dtype or storage.buffer.numel() < source.plan.nbytes:
         raise DeclarationError(
             "a tied weight is declared to two different kernel formats",
-            module=label,
             name=source.name,
             expected=f"the layout it has in {storage.label}",
             found=source.layout,

@@ -29,7 +29,9 @@ class Reencoding:
     output: Callable[[TensorSpec], TensorSpec]
 
 
-AnyLayout: TypeAlias = Layout | IndexLayout | OpaqueLayout | Reencoding
+#: Where a kernel has the elements: the memory is the checkpoint tensor's.
+Order: TypeAlias = Layout | IndexLayout | OpaqueLayout
+AnyLayout: TypeAlias = Order | Reencoding
 
 
 @dataclass(frozen=True)

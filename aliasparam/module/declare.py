@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import DeclarationError
 from ..tensors.collectives import count_collective_writes
 from ..torch_private import import_what_dispatch_imports
 from .adopt import adopt
@@ -14,7 +15,6 @@ from .declarations import Declaration
 from .guard import guard
 from .registry import AliasRegistry
 from .registry_of import ATTRIBUTE, registry_of
-from .wellformed import need_wellformed, warn_of_trained
 
 
 def declare(module: nn.Module, *declarations: Declaration, loaded: bool = True, aliasing: bool = True) -> AliasRegistry:
@@ -40,8 +40,8 @@ def declare(module: nn.Module, *declarations: Declaration, loaded: bool = True, 
             no layout. The module is unchanged then.
         LayoutError: the layout does not exist for this shape or dtype.
     """
-    need_wellformed(module, declarations)
-    warn_of_trained(module, declarations)
+    if not isinstance(module, nn.Module):
+        raise DeclarationError("declarations are of a module", expected="an nn.Module", found=type(module).__name__)
     registry = registry_of(module)
     if registry is not None:
         registry.add(declarations, loaded=loaded, aliasing=aliasing)

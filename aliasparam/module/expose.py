@@ -49,12 +49,10 @@ class Exposure:
         if self._open:
             _need_together(self._storage, rows, self.order)
         self._close()
-        if self.order == "kernel":
-            with self._storage.lock:
-                self._end_raw()
-                self._mark(rows, State.LOADED)
-            return
         target = self._target if rows is None else self._target[rows]
+        if self.order == "kernel":
+            self._end_raw(target, State.LOADED)
+            return
         with torch.no_grad():
             target.copy_(self.memory if rows is None else self.memory[rows])
 
@@ -62,37 +60,32 @@ class Exposure:
         """The writer failed. Staging is dropped; raw memory that it may have written refuses until it is loaded again."""
         self._close()
         if self.order == "kernel":
-            with self._storage.lock:
-                self._end_raw()
-                self._mark(None, State.INVALID)
+            self._end_raw(self._target, State.INVALID)
 
-    def _end_raw(self) -> None:
-        if not self._storage.is_exposed_to(self):
-            raise ReloadError(
-                "the exposure was ended from elsewhere: what it wrote does not count",
-                label=self._storage.label,
-                expected="memory exposed until written()",
-                found="invalidate(), or a failed reload, meanwhile",
-                remedy="Expose the name again.",
-            )
-        self._storage.unexpose()
-
-    def _mark(self, rows: slice | None, state: State) -> None:
-        place = place_of(self._storage, self._target._alias_geometry)
-        if place is None:
-            raise AssertionError(f"{self._storage.label}: exposed without a place")
-        first, stop = place.box[0] if place.box else (0, 1)
-        low, high, _ = (rows or slice(None)).indices(stop - first)
-        box = ((first + low, first + high), *place.box[1:]) if place.box else place.box
+    def _end_raw(self, target: _Aliased, state: State) -> None:
+        """Take the memory back; what is under ``target`` is in ``state`` now."""
         storage = self._storage
-        if storage.kernel_name is not None:
-            storage.kernel_name.accept()
-        storage.changing()
-        before = storage.states.begin(box)
-        if state is State.LOADED:
-            storage.states.arrived(box, (before[0], dict.fromkeys(before[0], State.EMPTY)))
-        else:
-            storage.states.why = "whoever wrote the raw bytes failed"
+        with storage.lock:
+            if not storage.is_exposed_to(self):
+                raise ReloadError(
+                    "the exposure was ended from elsewhere: what it wrote does not count",
+                    label=storage.label,
+                    expected="memory exposed until written()",
+                    found="invalidate(), or a failed reload, meanwhile",
+                    remedy="Expose the name again.",
+                )
+            storage.unexpose()
+            place = place_of(storage, target._alias_geometry)
+            if place is None:
+                raise AssertionError(f"{storage.label}: exposed without a place")
+            if storage.kernel_name is not None:
+                storage.kernel_name.accept()
+            storage.changing()
+            before = storage.states.begin(place.box)
+            if state is State.LOADED:
+                storage.states.arrived(place.box, (before[0], dict.fromkeys(before[0], State.EMPTY)))
+            else:
+                storage.states.why = "whoever wrote the raw bytes failed"
 
     def _close(self) -> None:
         if not self._open:

@@ -7,7 +7,7 @@ from enum import Enum
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..storage.kernel_name import KernelName
 from ..storage.locks import all_locked
@@ -39,7 +39,7 @@ class ModuleNames:
         self.module = module
         self.label = type(module).__name__
         self.sources: dict[str, Source] = {}
-        self.sources_by_kernel: dict[str, str] = {}
+        self.aliased: dict[str, Source] = {}  # by the kernel name that lives in their storage
         self.derived: dict[str, Derived] = {}
         #: Names that undeclared code derived and that could not share memory.
         self.separate: dict[str, Separate] = {}
@@ -77,7 +77,7 @@ class ModuleNames:
         kernels = self.kernels()
         self._bound = tuple(kernel for _, kernel in kernels)
         for name, kernel in kernels:
-            put_buffer(self.module, name, self._shown(kernel), self)
+            put_buffer(self.module, name, kernel.tensor if self.readiness is Readiness.READY else kernel.refusing, self)
 
     def rebind(self) -> None:
         """Put the library's own names back and discard whatever replaced them."""
@@ -85,31 +85,24 @@ class ModuleNames:
             self.bind(source)
         self.bind_kernel_names()
 
-    def _shown(self, kernel: KernelName) -> Tensor:
-        return kernel.tensor if self.readiness is Readiness.READY else kernel.refusing
-
-    def _show(self) -> None:
+    def _show(self, *, ready: bool) -> None:
         """Switch the kernel names that are bound; what else is under a name stays for the next verb to see."""
         for name, kernel in self.kernels():
             if kernel.shows(self.module._buffers.get(name)):
-                put_buffer(self.module, name, self._shown(kernel), self)
+                put_buffer(self.module, name, kernel.tensor if ready else kernel.refusing, self)
 
     def kernels(self) -> list[tuple[str, KernelName]]:
         """Every kernel name that has memory."""
-        found = [(s.derived, s.storage.kernel_name) for s in self.sources.values() if s.derived and s.storage is not None]
-        found += [(d.declaration.name, d.kernel) for d in self.derived.values()]
-        return [(name, kernel) for name, kernel in found if kernel is not None]
+        owners: list[tuple[str, Source | Derived]] = [*self.aliased.items(), *self.derived.items()]
+        return [(name, owner.kernel) for name, owner in owners if owner.kernel is not None]
 
     def kernel(self, name: str) -> KernelName | None:
         """The kernel name that is called so, if there is one and it has memory."""
-        derived = self.derived.get(name)
-        if derived is not None:
-            return derived.kernel
-        storage = self.sources[self.sources_by_kernel[name]].storage if name in self.sources_by_kernel else None
-        return None if storage is None else storage.kernel_name
+        owner = self.aliased.get(name) or self.derived.get(name)
+        return None if owner is None else owner.kernel
 
     def kernel_names(self) -> set[str]:
-        return {s.derived for s in self.sources.values() if s.derived} | set(self.derived)
+        return {*self.aliased, *self.derived}
 
     def device(self) -> torch.device | None:
         return next((s.buffer.device for s in self.storages()), None)
@@ -119,7 +112,7 @@ class ModuleNames:
 
     def source_of(self, name: str) -> Source:
         """The source of a checkpoint name, or of the kernel name that lives in its storage."""
-        return self.sources[self.sources_by_kernel.get(name, name)]
+        return self.aliased.get(name) or self.sources[name]
 
     def relabel(self, path: str) -> None:
         """Call everything by the module's place in its model."""
@@ -149,7 +142,7 @@ class ModuleNames:
         self.readiness = Readiness.OPENING
         for _, kernel in self.kernels():
             kernel.changing()
-        self._show()
+        self._show(ready=False)
         self.readiness = Readiness.OPEN
 
     def close_if_unchanged(self) -> None:
@@ -177,40 +170,34 @@ class ModuleNames:
                 return  # written meanwhile: open until the next verb
             self._committed = versions
             self.readiness = Readiness.OPENING
-            for name, kernel in self.kernels():
-                if kernel.shows(self.module._buffers.get(name)):
-                    put_buffer(self.module, name, kernel.tensor, self)
+            self._show(ready=True)
             self.readiness = Readiness.READY
 
     def shows(self, name: str, value: Any) -> bool:
         """Whether ``value`` is what this registry has under ``name``, a checkpoint name or a kernel name."""
-        source = self.sources.get(name)
-        for binding in source.bindings if source is not None else self._shards():
-            if binding.name == name and is_same_name(value, binding.parameter):
-                return True
+        if any(b.name == name and is_same_name(value, b.parameter) for b in self.bindings()):
+            return True
         kernel = self.kernel(name)
         return kernel is not None and kernel.shows(value)
 
-    def _shards(self) -> list[Binding]:
-        return [b for s in self.sources.values() if len(s.bindings) > 1 for b in s.bindings]
+    def bindings(self) -> list[Binding]:
+        """Every checkpoint name, those of shards too."""
+        return [binding for source in self.sources.values() for binding in source.bindings]
 
     def replaced_names(self) -> list[str]:
         """Declared names under which there is another tensor than ours."""
-        bindings = [b for source in self.sources.values() for b in source.bindings]
-        found = ((b, standing(b.module, b.name)) for b in bindings)
+        found = ((b, standing(b.module, b.name)) for b in self.bindings())
         replaced = [b.name for b, tensor in found if tensor is not None and not is_same_name(tensor, b.parameter)]
         return replaced + [n for n, kernel in self.kernels() if not kernel.shows(self.module._buffers.get(n))]
 
     def stale_names(self) -> list[str]:
         """Kernel names that the last commit does not cover: sources written since, or written or moved by other code."""
         stale = []
-        for name, source in self.sources.items():
-            storage = source.storage
-            if not source.derived:
-                continue
-            moved = storage is not None and storage.kernel_name is not None and storage.kernel_name.was_moved
-            if moved or storage is None or not storage.is_loaded or storage.version != self._committed.get(name):
-                stale.append(source.derived)
+        for name, source in self.aliased.items():
+            storage, kernel = source.storage, source.kernel
+            moved = kernel is not None and kernel.was_moved
+            if moved or storage is None or not storage.is_loaded or storage.version != self._committed.get(source.name):
+                stale.append(name)
         older: list[str] = []
         for name, derived in self.derived.items():
             if not self.is_current(derived) or not set(older).isdisjoint(derived.declaration.sources):

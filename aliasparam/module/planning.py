@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from graphlib import CycleError, TopologicalSorter
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..errors import AliasError, DeclarationError
-from ..layout import Layout
+from ..errors import AliasError, DeclarationError, LayoutError
 from ..spec import TensorSpec, other_kind
 from ..storage.kernel_name import KernelName
-from ..storage.overlap import check_memory
 from ..storage.storage import AliasedStorage
 from ..tensors.parameter import AliasedParameter, SavedName
-from .declarations import Alias, AnyLayout, Declaration, Derivation, Policy, Reencoding
-from .layout_of import layout_of, located
+from .declarations import Alias, AnyLayout, Declaration, Derivation, Order, Reencoding
+from .layout_of import layout_of
 from .verdict import Reason, StoragePlan, aliasing_is_on, plan_storage
 
 
-@dataclass
+@dataclass(slots=True)
 class Binding:
     """One checkpoint name: the module that shows it, and the parameter it shows."""
 
@@ -35,20 +34,24 @@ class Binding:
         return Binding, (self.module, self.name, SavedName.of(self.parameter))
 
 
-@dataclass
+@dataclass(slots=True)
 class Source:
     """One declared checkpoint tensor with its storage and every name bound to it."""
 
     name: str
     plan: StoragePlan
     derived: str | None  # the kernel name that lives in the storage
-    layout: AnyLayout | None = None
+    layout: Order | None = None
     storage: AliasedStorage | None = None  # None while the module is on the meta device
     bindings: list[Binding] = field(default_factory=list)
     attributes: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def kernel(self) -> KernelName | None:
+        return None if self.storage is None else self.storage.kernel_name
 
-@dataclass
+
+@dataclass(slots=True)
 class Derived:
     """One derived tensor with memory of its own: a Derivation, or an alias that fell back to a copy."""
 
@@ -70,20 +73,18 @@ class Separate:
 
 
 def planned(
-    module: nn.Module, label: str, declarations: Sequence[Declaration], taken: set[str], *, aliasing: bool
+    module: nn.Module, declarations: Sequence[Declaration], taken: set[str], *, aliasing: bool
 ) -> tuple[list[Source], list[Derived]]:
     """What a list of declarations asks for, checked as a whole; nothing is allocated or bound.
 
     Args:
         module: owner of the Parameters.
-        label: its name in messages.
         declarations: as given to :func:`declare`.
         taken: names declared before.
         aliasing: False turns every pair into a copy.
 
     Raises:
-        DeclarationError: an unknown source, a name used twice, a cycle, a layout that is none, or memory that overlaps or is on
-            several devices.
+        DeclarationError: an unknown source, a name used twice, a cycle, or a layout that is none.
     """
     sources: dict[str, Source] = {}
     derived: list[Derived] = []
@@ -91,48 +92,39 @@ def planned(
     aliasing = aliasing and aliasing_is_on()
     wanted = [d if isinstance(d, Alias) else Alias(d.source, "") for d in declarations if not isinstance(d, Derivation)]
     for alias in wanted:
-        _need_policy(label, alias)
-        _need_free(label, taken, alias.source, alias.derived)
-        source, copy = _pair(module, label, alias, aliasing=aliasing)
+        _need_free(taken, alias.source, alias.derived)
+        try:
+            source, copy = _pair(module, alias, aliasing=aliasing)
+        except AliasError as error:
+            raise error.located(name=alias.source) from error.__cause__
         sources[alias.source] = source
         derived += [copy] if copy is not None else []
     derivations = [d for d in declarations if isinstance(d, Derivation)]
-    _need_free(label, taken, *(d.name for d in derivations))
+    _need_free(taken, *(d.name for d in derivations))
     for name in (*(alias.derived for alias in wanted if alias.derived), *(d.name for d in derivations)):
-        _need_unused(module, label, name)
+        _need_unused(module, name)
     for derivation in derivations:
         derived.append(Derived(derivation))
         for name in derivation.sources:
             if name not in sources and name not in taken:
                 taken.add(name)
-                sources[name] = Source(name, plan_storage(_parameter_spec(module, label, name), None), None)
-    parameters = {n: p for n, p in module._parameters.items() if p is not None and not is_lazy(p)}
-    check_memory(
-        label,
-        {n: p for n, p in parameters.items() if n in sources},
-        {n: p for n, p in parameters.items() if n not in sources},
-    )
-    return list(sources.values()), _in_order(derived, label)
+                sources[name] = Source(name, plan_storage(parameter_spec(module, name), None), None)
+    return list(sources.values()), _in_order(derived)
 
 
-def _pair(module: nn.Module, label: str, alias: Alias, *, aliasing: bool) -> tuple[Source, Derived | None]:
+def _pair(module: nn.Module, alias: Alias, *, aliasing: bool) -> tuple[Source, Derived | None]:
     """The source of one pair, and the copy where the pair cannot share memory."""
-    spec = _parameter_spec(module, label, alias.source)
-    layout = layout_of(label, alias, spec)
-    plan = plan_for(label, alias, layout, spec, aliasing=aliasing)
-    if not alias.derived or plan.reason.aliases:
+    spec = parameter_spec(module, alias.source)
+    layout, plan = plan_of(alias, spec, aliasing=aliasing)
+    if not isinstance(layout, Reencoding) and (not alias.derived or plan.reason.aliases):
         return Source(alias.source, plan, alias.derived or None, layout), None
-    _report_fallback(label, alias, plan, aliasing)
-    function = copying(layout, spec, plan.kernel.dtype)
+    if aliasing:
+        _report_fallback(alias, plan)
+    function = (
+        layout.function if isinstance(layout, Reencoding) else InOrder(plan_storage(spec, layout, kernel_dtype=alias.dtype))
+    )
     copied = Derivation(alias.derived, (alias.source,), function, plan.kernel.shape, plan.kernel.dtype)
     return Source(alias.source, plan_storage(spec, None), None), Derived(copied, fallback=plan, layout=layout)
-
-
-def copying(layout: AnyLayout | None, spec: TensorSpec, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """The function from checkpoint values to a kernel name with memory of its own."""
-    if isinstance(layout, Reencoding):
-        return layout.function
-    return InOrder(plan_storage(spec, layout, kernel_dtype=dtype))
 
 
 @dataclass(frozen=True)
@@ -145,51 +137,39 @@ class InOrder:
         return self.plan.bound.encode(values).view(self.plan.kernel.dtype)
 
 
-def plan_for(label: str, alias: Alias, layout: AnyLayout | None, spec: TensorSpec, *, aliasing: bool = True) -> StoragePlan:
-    """The plan of one pair, with errors that say whose it is."""
+def plan_of(alias: Alias, spec: TensorSpec, *, aliasing: bool = True) -> tuple[AnyLayout | None, StoragePlan]:
+    """The layout and the plan of one pair. Raises DeclarationError or LayoutError, which say of what shape and dtype."""
     if alias.dtype is not None and alias.dtype.itemsize != spec.dtype.itemsize:
         raise DeclarationError(
             "a kernel name shows the same elements, so its dtype has their width",
-            module=label,
-            name=alias.source,
             expected=f"a dtype of {spec.dtype.itemsize} bytes",
             found=alias.dtype,
             remedy="Give the kernel a view of another width where it is called, or declare a Reencoding.",
         )
     try:
-        room = tuple(Layout(r) if isinstance(r, str) else r for r in alias.room_for)
-        return plan_storage(spec, layout, kernel_dtype=alias.dtype, aliasing=aliasing, room_for=room)
-    except AliasError as error:
-        raise located(error, label, alias, spec) from None
+        layout = layout_of(alias.layout, spec)
+        room = tuple(layout_of(other, spec) for other in alias.room_for)
+        return layout, plan_storage(spec, layout, kernel_dtype=alias.dtype, aliasing=aliasing, room_for=room)
+    except (DeclarationError, LayoutError) as error:
+        raise error.located(
+            expected=f"a shape and dtype that {alias.layout} takes",
+            found=spec,
+            remedy="Pad with a ragged leading digit, reshape the tensor first, or declare another layout.",
+        ) from error.__cause__
     except Exception as error:
         raise DeclarationError(
             f"this layout failed on {spec}",
-            module=label,
-            name=alias.source,
             expected="a layout that takes this shape and dtype",
             found=f"{type(error).__name__}: {error}",
             remedy="Mend its functions.",
         ) from error
 
 
-def _need_policy(label: str, alias: Alias) -> None:
-    if alias.on_mismatch not in get_args(Policy):
-        raise DeclarationError(
-            "no such policy",
-            module=label,
-            name=alias.source,
-            expected=f"on_mismatch of {', '.join(map(repr, get_args(Policy)))}",
-            found=repr(alias.on_mismatch),
-            remedy="'copy' is the default.",
-        )
-
-
-def _need_free(label: str, taken: set[str], *names: str) -> None:
+def _need_free(taken: set[str], *names: str) -> None:
     for name in filter(None, names):
         if name in taken:
             raise DeclarationError(
                 "this name is declared twice",
-                module=label,
                 name=name,
                 expected="each source and each derived name in one declaration",
                 found="a name that a declaration has already",
@@ -198,67 +178,73 @@ def _need_free(label: str, taken: set[str], *names: str) -> None:
         taken.add(name)
 
 
-def _need_unused(module: nn.Module, label: str, name: str) -> None:
+def _need_unused(module: nn.Module, name: str) -> None:
     """Refuse a kernel name which would take the place of something that the module has: it would be lost without a word."""
-    if "." in name:
-        found = "a dotted name"
-    elif name in module._parameters or name in module._buffers:
-        held = module._parameters.get(name, module._buffers.get(name))
-        found = "" if held is None else f"a tensor {TensorSpec.of(held)} under it"
-    elif name in module._modules:
-        found = f"a module under it, {type(module._modules[name]).__name__}"
-    else:
-        held = getattr(module, name, None)
-        found = "" if held is None else f"an attribute of the module, {type(held).__name__}"
-    if found:
-        raise DeclarationError(
-            "this kernel name is taken",
-            module=label,
-            name=name,
-            expected="a name that the module does not use",
-            found=found,
-            remedy="Choose another name, or delete what is there first if nobody holds its address.",
-        )
+    held = getattr(module, name, None)
+    if held is None and "." not in name:
+        return
+    raise DeclarationError(
+        "this kernel name is taken",
+        name=name,
+        expected="a name that the module does not use",
+        found="a dotted name" if held is None else f"{_described(held)} under it",
+        remedy="Choose another name, or delete what is there first if nobody holds its address.",
+    )
 
 
-def _parameter_spec(module: nn.Module, label: str, name: str) -> TensorSpec:
+def _described(held: Any) -> str:
+    kind = type(held).__name__
+    return f"{kind} {TensorSpec.of(held)}" if isinstance(held, Tensor) and not is_lazy(held) else kind
+
+
+def parameter_spec(module: nn.Module, name: str) -> TensorSpec:
+    """Raises DeclarationError unless ``name`` is a Parameter that can be a source."""
     parameter = module._parameters.get(name)
-    if parameter is not None and is_lazy(parameter):
-        raise DeclarationError(
-            "the shape of this Parameter is not known yet",
-            module=label,
-            name=name,
-            expected="a Parameter with shape and dtype",
-            found=type(parameter).__name__,
-            remedy="Materialize it first: parameter.materialize(shape), or a first forward of the lazy module.",
-        )
     if parameter is None:
         raise DeclarationError(
             "a declared source must be a registered Parameter of the module",
-            module=label,
             name=name,
             expected="the name of a Parameter",
             found=f"parameters {sorted(n for n, p in module._parameters.items() if p is not None)}",
             remedy="Register it first: module.register_parameter(name, nn.Parameter(..., requires_grad=False)).",
         )
+    if is_lazy(parameter):
+        raise DeclarationError(
+            "the shape of this Parameter is not known yet",
+            name=name,
+            expected="a Parameter with shape and dtype",
+            found=type(parameter).__name__,
+            remedy="Materialize it first: parameter.materialize(shape), or a first forward of the lazy module.",
+        )
     if (found := other_kind(parameter)) is not None:
         raise DeclarationError(
             "only strided tensors can be aliased",
-            module=label,
             name=name,
             expected="a dense tensor",
             found=found,
             remedy="Register tensor.to_dense() instead.",
         )
+    if isinstance(parameter, _distributed_tensors()):
+        raise DeclarationError(
+            "a DTensor is a part of a tensor over several ranks; only local tensors can be declared",
+            name=name,
+            expected="an nn.Parameter with memory of its own",
+            found=f"{type(parameter).__name__} (a DTensor) of shape {list(parameter.shape)}",
+            remedy="Declare the module before it is sharded, on each rank with the part it serves.",
+        )
     return TensorSpec.of(parameter)
 
 
-def _report_fallback(label: str, alias: Alias, plan: StoragePlan, aliasing: bool) -> None:
-    if not aliasing or alias.on_mismatch == "copy":
+def _distributed_tensors() -> tuple[type, ...]:
+    distributed: Any = sys.modules.get("torch.distributed.tensor")  # who has a DTensor has imported it
+    return () if distributed is None else (distributed.DTensor,)
+
+
+def _report_fallback(alias: Alias, plan: StoragePlan) -> None:
+    if alias.on_mismatch == "copy":
         return
     error = DeclarationError(
         f"{alias.derived!r} cannot share memory with its source: {plan.reason.value}",
-        module=label,
         name=alias.source,
         expected=f"the bytes of {plan.source}",
         found=plan.kernel,
@@ -266,32 +252,21 @@ def _report_fallback(label: str, alias: Alias, plan: StoragePlan, aliasing: bool
     )
     if alias.on_mismatch == "error":
         raise error
-    warnings.warn(str(error), stacklevel=5)
+    warnings.warn(str(error), stacklevel=6)
 
 
-def _in_order(derived: list[Derived], label: str) -> list[Derived]:
+def _in_order(derived: Sequence[Derived]) -> list[Derived]:
     """Derivations with what they derive from before them. Raises DeclarationError on a cycle."""
     by_name = {d.declaration.name: d for d in derived}
-    ordered: list[Derived] = []
-    done: set[str] = set()
-
-    def visit(name: str, trail: tuple[str, ...]) -> None:
-        if name in trail:
-            raise DeclarationError(
-                "derivations form a cycle",
-                module=label,
-                name=name,
-                expected="derivations that lead back to checkpoint names",
-                found=" -> ".join((*trail, name)),
-                remedy="Derive one of them from a checkpoint name.",
-            )
-        if name in done or name not in by_name:
-            return
-        for source in by_name[name].declaration.sources:
-            visit(source, (*trail, name))
-        done.add(name)
-        ordered.append(by_name[name])
-
-    for name in by_name:
-        visit(name, ())
-    return ordered
+    try:
+        order = list(TopologicalSorter({name: d.declaration.sources for name, d in by_name.items()}).static_order())
+    except CycleError as error:
+        cycle = error.args[1]
+        raise DeclarationError(
+            "derivations form a cycle",
+            name=cycle[0],
+            expected="derivations that lead back to checkpoint names",
+            found=" -> ".join(reversed(cycle)),
+            remedy="Derive one of them from a checkpoint name.",
+        ) from None
+    return [by_name[name] for name in order if name in by_name]

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import DeclarationError, StateError
+from ..errors import AliasError, DeclarationError, StateError
 from ..report.explanation import Explanation, explained
 from ..spec import TensorSpec
 from ..tensors.processes import refuse_for_process
 from .adopt import adopt
-from .allocate import allocate, check_sources, check_tie
+from .allocate import allocate, check_sources
 from .declarations import AnyLayout, Declaration, Derivation
 from .derive import refresh, value_of
 from .names import ModuleNames, Readiness
@@ -22,6 +22,7 @@ from .planning import planned
 from .retarget import plan_retarget, retarget
 from .shards import show
 from .watch import is_watched
+from .wellformed import need_wellformed
 
 
 class AliasRegistry(ModuleNames):
@@ -40,19 +41,20 @@ class AliasRegistry(ModuleNames):
 
     def add(self, declarations: Sequence[Declaration], *, loaded: bool, aliasing: bool) -> None:
         """Check all declarations, then carry them out. Nothing changes if any is wrong."""
-        check_sources(self, declarations)
-        taken = set(self.sources) | self.kernel_names()
-        sources, derived = planned(self.module, self.label, declarations, taken, aliasing=aliasing)
-        for source in sources:
-            check_tie(self.label, source, self.module._parameters[source.name])
+        try:
+            need_wellformed(declarations)
+            sources, derived = planned(self.module, declarations, {*self.sources, *self.kernel_names()}, aliasing=aliasing)
+            check_sources(self, sources)
+        except AliasError as error:
+            raise error.located(module=self.label) from error.__cause__
+        self.open()
         for source in sources:
             self.sources[source.name] = source
             if source.derived:
-                self.sources_by_kernel[source.derived] = source.name
+                self.aliased[source.derived] = source
             allocate(self, source, loaded=loaded)
         self.derived.update({d.declaration.name: d for d in derived})
         self.bind_kernel_names()
-        self.open()
 
     def rederive(self, derivations: Iterable[Derivation]) -> None:
         """Give derived names other formulas, in the memory they have; the next processing computes them anew.

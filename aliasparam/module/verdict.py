@@ -10,11 +10,12 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import Enum
+from functools import lru_cache
 
 import torch
 
-from ..layout import BoundLayout
-from ..layout.bind import Bindable, bound_to
+from ..layout import BoundLayout, Layout
+from ..layout.bind import bound_to
 from ..spec import TensorSpec
 from .declarations import AnyLayout, Reencoding
 
@@ -75,15 +76,13 @@ class StoragePlan:
     Attributes:
         source: the checkpoint tensor.
         kernel: the kernel name.
-        layout: order of the memory: that of the pair, or None (checkpoint order) where the kernel name is a copy.
-        bound: the same for this tensor.
+        bound: order of the memory: that of the pair, or checkpoint order where the kernel name is a copy.
         capacity: elements of the source's dtype that are allocated, room for other layouts included.
         reason: why they share memory, or why not.
     """
 
     source: TensorSpec
     kernel: TensorSpec
-    layout: Bindable | None
     bound: BoundLayout
     capacity: int
     reason: Reason
@@ -126,16 +125,27 @@ def plan_storage(
     Raises:
         LayoutError: the digits of a layout do not fit the shape.
     """
-    plain = bound_to(None, source.shape, source.dtype)
+    only_lines = all(other is None or isinstance(other, Layout) for other in (layout, *room_for))
+    plan = _plan_of_lines if only_lines else _plan  # the others hold functions and tables, which a cache would keep alive
+    return plan(source, layout, kernel_dtype or source.dtype, aliasing, room_for)
+
+
+def _plan(
+    source: TensorSpec, layout: AnyLayout | None, dtype: torch.dtype, aliasing: bool, room_for: tuple[AnyLayout | None, ...]
+) -> StoragePlan:
+    bound = None
     if isinstance(layout, Reencoding):
         kernel = layout.output(source)
-        reason = judge(source, kernel, lossless=False)
-        return StoragePlan(source, kernel, None, plain, source.numel, reason if aliasing else Reason.SWITCHED_OFF)
-    bound = bound_to(layout, source.shape, source.dtype)
-    kernel = TensorSpec(bound.kernel_shape, kernel_dtype or source.dtype)
-    reason = judge(source, kernel) if aliasing else Reason.SWITCHED_OFF
-    if not reason.aliases:
-        return StoragePlan(source, kernel, None, plain, source.numel, reason)
+    else:
+        bound = bound_to(layout, source.shape, source.dtype)
+        kernel = TensorSpec(bound.kernel_shape, dtype)
+    reason = judge(source, kernel, lossless=bound is not None) if aliasing else Reason.SWITCHED_OFF
+    if bound is None or not reason.aliases:
+        return StoragePlan(source, kernel, bound_to(None, source.shape, source.dtype), source.numel, reason)
     rooms = [bound_to(other, source.shape, source.dtype) for other in room_for if not isinstance(other, Reencoding)]
     capacity = max(b.regions * b.region_capacity for b in (bound, *rooms))
-    return StoragePlan(source, kernel, layout, bound, capacity, reason)
+    return StoragePlan(source, kernel, bound, capacity, reason)
+
+
+#: A model declares the same few lines for the same few shapes over and over.
+_plan_of_lines = lru_cache(maxsize=4096)(_plan)

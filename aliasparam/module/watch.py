@@ -8,7 +8,7 @@ registry, whatever way they are changed; that they are still there is seen by th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -58,19 +58,6 @@ class _Watched(dict[str, Any]):
     def _check(self, registry: Watcher, name: str, value: Any) -> None:
         """Refuse what cannot be under this name even in passing."""
 
-    def update(self, *args: Any, **kwargs: Any) -> None:
-        for name, value in dict(*args, **kwargs).items():
-            self[name] = value
-
-    def __ior__(self, other: Any) -> Any:  # type: ignore[misc]
-        self.update(other)
-        return self
-
-    def setdefault(self, name: str, default: Any = None) -> Any:
-        if name not in self:
-            self[name] = default
-        return self[name]
-
     def __delitem__(self, name: str) -> None:
         self._tell(name)
         super().__delitem__(name)
@@ -83,10 +70,14 @@ class _Watched(dict[str, Any]):
         self._tell(next(reversed(self), ""))
         return super().popitem()
 
-    def clear(self) -> None:
-        for name in self:
-            self._tell(name)
-        super().clear()
+    def __ior__(self, other: Any) -> Any:  # type: ignore[misc]
+        self.update(other)
+        return self
+
+    # The other ways to change a dict, in terms of these.
+    update = MutableMapping.update
+    setdefault = MutableMapping.setdefault
+    clear = MutableMapping.clear
 
     def _tell(self, name: str) -> None:
         registry = self.watchers.get(name)
@@ -118,7 +109,7 @@ class WatchedBuffers(_Watched):
         kernel = self.watchers[name].kernel(name) if name in self.watchers else None
         if kernel is None or not kernel.shows(value):
             return value
-        return _SavedKernel(kernel, ready=value is kernel.tensor)
+        return _SavedKernel(kernel, "tensor" if value is kernel.tensor else "refusing")
 
     def _check(self, registry: Watcher, name: str, value: Any) -> None:
         kernel = registry.kernel(name)
@@ -139,15 +130,11 @@ class WatchedBuffers(_Watched):
 class _SavedKernel:
     """What stands for a kernel name in the pickle of its module: its bytes are its storage's, which is saved once."""
 
-    def __init__(self, kernel: KernelName, *, ready: bool) -> None:
-        self.kernel, self.ready = kernel, ready
+    def __init__(self, kernel: KernelName, face: str) -> None:
+        self.kernel, self.face = kernel, face
 
     def __reduce__(self) -> Any:
-        return _shown, (self.kernel, self.ready)
-
-
-def _shown(kernel: KernelName, ready: bool) -> Tensor:
-    return kernel.tensor if ready else kernel.refusing
+        return getattr, (self.kernel, self.face)
 
 
 def is_watched(module: nn.Module) -> bool:

@@ -129,7 +129,7 @@ class Live:
             return self.tensor.is_contiguous()
         geometry, bound = self.tensor._alias_geometry, self.storage.bound  # type: ignore[attr-defined]
         plain = geometry.is_contiguous() and geometry.dtype is bound.dtype and not geometry.is_conj() and not geometry.is_neg()
-        return plain and type(bound).positions is not BoundLayout.positions
+        return plain and type(bound).placed is not BoundLayout.placed
 
     def positions(self, at: Tensor) -> Tensor | None:
         """Checkpoint byte positions ``at`` (int64 [n]) as positions in :meth:`memory`; None unless :attr:`has_places`."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ..module.names import ModuleNames
-from ..module.planning import Source
 from ..spec import TensorSpec
 from .diagram import diagram
 from .explained import ExplainedDerivation, ExplainedModule, ExplainedName
@@ -54,23 +53,21 @@ def explained(path: str, registry: ModuleNames, about: str, seen: set[int], path
 
 
 def _name(row: MemoryRow, registry: ModuleNames, paths: dict[int, str]) -> ExplainedName:
-    known = registry.sources.get(row.source)
-    verdict = f"{row.verdict} [{row.reason.code}]" if row.reason else row.verdict
-    facts = (None, None, None, 1, ()) if known is None else _facts(known, paths)
-    layout, state, version, regions, shown = facts
-    copy = registry.derived.get(row.derived or "")
-    plan = copy.fallback if copy is not None else known.plan if known is not None else None
-    kernel = str(plan.kernel) if plan is not None and row.derived else None
-    spec = str(known.plan.source) if known is not None else ""
+    source, copy = registry.sources.get(row.source), registry.derived.get(row.derived or "")
+    storage = source.storage if source else None
+    plan = copy.fallback if copy else source.plan if source else None
+    shown = source.bindings if source and len(source.bindings) > 1 else ()
     return ExplainedName(
-        row.source, shown, spec, row.derived, kernel, verdict, row.aliased, layout, state, version, regions, row.allocated_bytes
+        source=row.source,
+        shown_as=tuple(f"{paths.get(id(b.module), '?')}.{b.name}" for b in shown),
+        spec=str(source.plan.source) if source else "",
+        kernel=row.derived,
+        kernel_spec=str(plan.kernel) if plan and row.derived else None,
+        verdict=f"{row.verdict} [{row.reason.code}]" if row.reason else row.verdict,
+        aliased=row.aliased,
+        layout=str(source.layout) if source and source.layout else None,
+        state=(storage.state.value if storage.state else "mixed") if storage else "on meta" if source else None,
+        version=storage.version if storage else None,
+        regions=source.plan.bound.regions if source else 1,
+        allocated=row.allocated_bytes,
     )
-
-
-def _facts(source: Source, paths: dict[int, str]) -> tuple[str | None, str, int | None, int, tuple[str, ...]]:
-    """Line, state, version, regions and, where there are several, the paths of a source's names."""
-    storage, names = source.storage, source.bindings
-    state = "on meta" if storage is None else storage.state.value if storage.state else "mixed"
-    shown = tuple(f"{paths.get(id(b.module), '?')}.{b.name}" for b in names) if len(names) > 1 else ()
-    layout = str(source.layout) if source.layout is not None else None
-    return layout, state, storage.version if storage is not None else None, source.plan.bound.regions, shown

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from aliasparam.constants import cached_constant
-
 from ..errors import ShapeError
+from .constants import cached_constant
 from .format import BLOCK_SIZE, E2M1_MAX, E2M1_VALUES, E4M3_MAX, E4M3_TINY
 
 

@@ -78,6 +78,15 @@ def test_the_very_line_is_found(text: str, shape: tuple[int, ...]) -> None:
     assert Layout.infer(function, shape, torch.uint8) == layout
 
 
+@pytest.mark.parametrize("shape", [(3, 256, 8), (2, 3, 200, 6)])
+def test_experts_whose_rows_follow_one_another_are_regions(shape: tuple[int, ...]) -> None:
+    swizzle = Layout("(rt r4 r32) (ct c4) -> rt ct r32 r4 c4, r4=4 r32=32 c4=4")
+
+    found = Layout.infer(lambda x: swizzle.bind(x.shape, x.dtype).encode(x).flatten(0, -2), shape, torch.uint8)
+
+    assert found == swizzle
+
+
 def test_halves_that_tiles_cut_are_two_lines() -> None:
     swapped = Layout("(h i) k -> (~h i) k, h=2").then(Layout("(t r) k -> t k r, r=8"))
 

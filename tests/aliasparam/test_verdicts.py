@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
@@ -20,6 +22,7 @@ from aliasparam import (
     registry_of,
 )
 from aliasparam.errors import AdoptionError, DeclarationError, StaleKernelError
+from aliasparam.layout import IndexLayout
 from aliasparam.module.verdict import judge
 
 from .small import HALVED, PAD8, SWAP, bytes_of, kernel, layer_of
@@ -158,6 +161,31 @@ def test_tied_weights_of_two_modules_share_one_storage() -> None:
     assert torch.equal(a.prepared, kernel(SWAP, bytes_of(4, 6, seed=2)))
     with pytest.raises(NotImplementedError):  # nn.Module's own: it would run
         a()
+
+
+def test_a_tie_to_equal_tables_is_no_tie_to_two_formats() -> None:
+    a, b = nn.Module(), nn.Module()
+    a.weight = b.weight = nn.Parameter(bytes_of(4, 6), requires_grad=False)
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(0)).view(4, 6)
+    declare(a, Alias("weight", "prepared", IndexLayout(order)))
+    declare(b, Alias("weight", "prepared", IndexLayout(order.clone())))
+    process(nn.ModuleList([a, b]))
+
+    assert a.prepared.data_ptr() == b.prepared.data_ptr()
+    assert torch.equal(b.prepared.view(-1)[order], bytes_of(4, 6))
+
+
+def test_a_table_lives_no_longer_than_what_is_declared_with_it() -> None:
+    module = nn.Module()
+    module.weight = nn.Parameter(bytes_of(4, 6), requires_grad=False)
+    layout = IndexLayout(torch.arange(24).view(4, 6).flip(0))
+    declare(module, Alias("weight", "prepared", layout))
+    alive = weakref.ref(layout)
+
+    del module, layout
+    gc.collect()
+
+    assert alive() is None
 
 
 def test_a_tie_to_two_formats_is_refused() -> None:
