@@ -34,13 +34,13 @@ _NVFP4 = "aliasparam_nvfp4"
 FAULTS = [
     # storage: who is told, what is counted
     Planted(
-        "storage/storage.py",
+        "storage/guarded.py",
         "        self.tell()\n        self.version += 1",
         "        self.version += 1",
         "test_law_01_oracle.py",
     ),
-    Planted("storage/storage.py", "        self.tell()\n        self.version += 1", "        self.tell()", "test_derivations.py"),
-    Planted("storage/storage.py", "            self.states.put_all(State.INVALID, why)\n", "", "test_errors.py"),
+    Planted("storage/guarded.py", "        self.tell()\n        self.version += 1", "        self.tell()", "test_derivations.py"),
+    Planted("storage/guarded.py", "            self.states.put_all(State.INVALID, why)\n", "", "test_errors.py"),
     Planted(
         "storage/states.py",
         "            missing[regions[0]] = State.INVALID\n",
@@ -76,6 +76,18 @@ FAULTS = [
     Planted("storage/transaction.py", "            part.storage.changing()", "            pass", "test_law_01_oracle.py"),
     Planted("storage/reorder.py", "    storage.rebind(layout)\n", "    storage.layout = layout\n", "test_retarget.py"),
     Planted("storage/reorder.py", "    reorder(storage.elements", "    0 and reorder(storage.elements", "test_retarget.py"),
+    # shards
+    Planted("storage/shards.py", "target = memory[region] if", "target = memory[0] if", "test_law_01_shards.py"),
+    Planted("storage/shards.py", "or address <= pointer < address + memory.nbytes", "", "test_views.py"),
+    Planted("storage/shards.py", " or view.is_conj() or view.is_neg()", "", "test_views.py"),
+    Planted("storage/shards.py", "value.is_conj() or value.is_neg() or ", "", "test_law_01_shards.py"),
+    Planted("storage/shards.py", "shard if region < bound.regions else None", "shard", "test_law_01_shards.py"),
+    Planted(
+        "storage/states.py",
+        "            elif self._add(region, before[region], core):",
+        "            elif True:",
+        "test_law_01_shards.py",
+    ),
     # views and operators
     Planted("tensors/geometry.py", "    seen = torch._neg_view(seen) if view.is_neg() else seen\n", "", "test_views.py"),
     Planted("tensors/geometry.py", "return seen.conj() if view.is_conj() else seen", "return seen", "test_views.py"),
@@ -84,7 +96,7 @@ FAULTS = [
     ),
     Planted("tensors/geometry.py", "raw[: raw.numel() // width * width]", "raw", "test_views.py"),
     Planted(
-        "tensors/geometry.py",
+        "storage/place.py",
         "value.permute(_inverse(self.order))",
         "value.permute(self.order)",
         "test_views.py test_law_01_oracle.py",
@@ -140,7 +152,7 @@ FAULTS = [
         "test_derivations.py test_errors.py",
     ),
     Planted(
-        "storage/storage.py",
+        "storage/guarded.py",
         "            self.before_write()\n            self._writer",
         "            self._writer",
         "test_exposures.py test_law_10_refusals.py test_law_10_atomicity.py",

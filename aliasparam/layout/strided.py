@@ -16,7 +16,7 @@ from .bound import BoundLayout
 from .boxes import Box, Piece, pieces, row_major
 from .compose import compose
 from .digits import BoundLine
-from .execute import Copy, plan, views
+from .execute import WIDEST, Copy, plan, views
 
 _Key = TypeVar("_Key")
 _Value = TypeVar("_Value")
@@ -49,47 +49,48 @@ class StridedLayout(BoundLayout):
     def write(self, memory: Tensor, box: Box, value: Tensor) -> None:
         if value.requires_grad or value.is_conj() or value.is_neg():  # such bits live on the tensor, not in its bytes
             value = value.detach().resolve_conj().resolve_neg()
-        for copy, kernel, plain, by_kernel in self._moves(memory, box, value):
-            if by_kernel:
-                triton_copy.run(copy, kernel, plain, write=True)
-            else:
-                kernel.copy_(plain)
+        move(*self._planned(memory, box, value), memory, value, write=True)
 
     def read(self, memory: Tensor, box: Box, out: Tensor | None = None) -> Tensor:
         if out is None or out.is_conj() or out.is_neg():
             fresh = self.read(memory, box, self.empty(memory, box))
             return fresh if out is None else out.detach().copy_(fresh)
-        for copy, kernel, plain, by_kernel in self._moves(memory, box, out.detach() if out.requires_grad else out):
-            if by_kernel:
-                triton_copy.run(copy, kernel, plain, write=False)
-            else:
-                plain.copy_(kernel)
+        value = out.detach() if out.requires_grad else out
+        move(*self._planned(memory, box, value), memory, value, write=False)
         return out
 
-    def _moves(self, memory: Tensor, box: Box, value: Tensor) -> list[tuple[Copy, Tensor, Tensor, bool]]:
-        """The copies of a box, each with its elements in kernel memory and in the value (the first ones, where our kernel copies
-        them). This is what every shard write pays.
-        """
+    def _planned(self, memory: Tensor, box: Box, value: Tensor) -> tuple[list[tuple[Copy, bool]], int]:
+        """The copies of a box, and the element of memory at which its first region begins."""
         size, region, shape = self.dtype.itemsize, 0, value.shape
         for (start, stop), stride, n, extent in zip(box, self.lead_strides, self.shape, shape, strict=False):
             region += start * stride
             if not 0 <= start <= stop <= n or stop - start != extent:
                 self.check(memory, box, value)  # raises
         first, other = (int(memory.storage_offset()) + region) * size, int(value.storage_offset()) * size
-        align = (memory.data_ptr() + region * size | value.data_ptr() | first | other | 16) & 31
+        align = (memory.data_ptr() + region * size | value.data_ptr() | first | other | WIDEST) & 31
         by_kernel = memory.is_cuda and triton_copy.takes(memory, value)
         key = (box[self.lead :], shape, value.stride(), align & -align, value.dtype, by_kernel)
         copies = self._plans.get(key)
         if copies is None:
             self.check(memory, box, value)
-            lead = list(zip(shape, self.lead_strides, strict=False))
-            found = self.boxes(box[self.lead :]) if value.numel() else []
-            limits = (triton_copy.WIDEST, triton_copy.SMALLEST) if by_kernel else (16, None)
-            planned = plan(found, lead, value.stride(), size, align & -align, *limits)
-            copies = _keep(self._plans, key, [(copy, by_kernel and triton_copy.wanted(copy)) for copy in planned])
+            copies = _keep(self._plans, key, self.copies(box, value.stride(), align & -align, by_kernel=by_kernel))
         if memory.dtype is not self.dtype or memory.numel() < self._elements:
             self.check(memory, box, value)  # raises
-        return [(copy, *views(copy.start if ours else copy, memory, first, value, by_kernel=ours), ours) for copy, ours in copies]
+        return copies, first // size
+
+    def copies(self, box: Box, strides: Sequence[int], align: int, *, by_kernel: bool) -> list[tuple[Copy, bool]]:
+        """The copies between a value of the box's shape with these ``strides`` and memory, from the region on in which the box
+        begins; and whether our own kernel runs each. ``align``: bytes that both addresses are a multiple of."""
+        sizes = [stop - start for start, stop in box]
+        lead = list(zip(sizes, self.lead_strides, strict=False))
+        found = self.boxes(box[self.lead :]) if all(sizes) else []
+        limits = (triton_copy.WIDEST, triton_copy.SMALLEST) if by_kernel else (WIDEST, None)
+        planned = plan(found, lead, strides, self.dtype.itemsize, align, *limits)
+        return [(copy, True) if by_kernel and triton_copy.wanted(copy) else (self._named(copy), False) for copy in planned]
+
+    def _named(self, copy: Copy) -> Copy:
+        # For torch elements of their own width are of their own dtype: engines that mask ``Tensor.copy_`` look for NaN in them.
+        return copy._replace(dtype=self.dtype) if copy.dtype.itemsize == self.dtype.itemsize > 1 else copy
 
     def offsets(self, box: Box | None = None) -> Tensor:
         box = box or self.whole
@@ -120,7 +121,7 @@ class StridedLayout(BoundLayout):
             lead = list(zip(sizes, self.lead_strides, strict=False))
             found = plan(self.boxes(box[self.lead :]), lead, row_major(sizes), size, align & -align, triton_sum.WIDEST, 0)
             copies = _keep(self._plans, key, [(copy, True) for copy in found])
-        sums = [triton_sum.sums(copy, views(copy.start, memory, first, memory, by_kernel=True)[0]) for copy, _ in copies]
+        sums = [triton_sum.sums(copy, views(copy.start, memory, first // size, memory)[0]) for copy, _ in copies]
         return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
 
     def cuts(self, other: BoundLayout) -> list[Cut]:
@@ -128,6 +129,18 @@ class StridedLayout(BoundLayout):
             return []
         found = common(self.lines[0], other.lines[0], self.lead)
         return sorted(found, key=lambda c: -c.step * row_major(self.shape)[c.dim])  # long runs of the checkpoint first
+
+
+def move(copies: list[tuple[Copy, bool]], first: int, memory: Tensor, value: Tensor, *, write: bool) -> None:
+    """Carry out what :meth:`StridedLayout.copies` planned, for regions from element ``first`` of memory on."""
+    for copy, by_kernel in copies:
+        kernel, plain = views(copy.start if by_kernel else copy, memory, first, value)
+        if by_kernel:
+            triton_copy.run(copy, kernel, plain, write=write)
+        elif write:
+            kernel.copy_(plain)
+        else:
+            plain.copy_(kernel)
 
 
 def _unit(copies: list[Copy], itemsize: int) -> int:

@@ -58,14 +58,14 @@ def write_one(target: Any, value: Tensor, non_blocking: bool = False) -> None:
     storage, view = target._alias_storage, target._alias_geometry
     if value.shape != view.shape:
         value = value.expand(view.shape)
-    place = place_of(storage, view)
-    is_same = value.dtype is storage.bound.dtype and view.dtype is value.dtype and value.layout is torch.strided
-    if place is not None and is_same:
+    dtype = storage.bound.dtype
+    if value.dtype is dtype and view.dtype is dtype and value.layout is torch.strided:
         if isinstance(value, RefusingName):
             raise value.refusal()
-        if value.device == view.device or value.device.type == "cpu":
-            if storage.kernel_name is not None and shares_memory(value, storage.buffer):
-                value = value.clone()  # a kernel name of this very memory
+        if storage.kernel_name is not None and shares_memory(value, storage.buffer):
+            value = value.clone()  # a kernel name of this very memory
+        place = place_of(storage, view)
+        if place is not None and (value.device == view.device or value.device.type == "cpu"):
             storage.write(place.box, place.to_box(value), non_blocking)
             return
     _land([(target, value)])

@@ -60,7 +60,8 @@ class _Aliased(Tensor):
                 return self  # onto itself: nothing changes, nothing opens
             return super().copy_(other, non_blocking)  # engines patch Tensor.copy_ to count or to mask
         value = other.detach() if other.requires_grad else other  # values of a trained Parameter, and no gradient
-        write_one(self, value, non_blocking)
+        if value.layout is not torch.strided or not self._alias_storage.write_shard(self._alias_geometry, value):
+            write_one(self, value, non_blocking)
         return self
 
     # -- faces of Tensor that do not come through the dispatcher -------------------------------------------------------

@@ -49,7 +49,7 @@ def by_triton(bound: StridedLayout, memory: torch.Tensor, value: torch.Tensor, *
         bound.boxes(bound.whole[bound.lead :]), lead, value.stride(), bound.dtype.itemsize, random.choice([4, 8]), backward=0
     )
     for copy in copies:
-        triton_copy.run(copy, *views(copy.start, memory, 0, value, by_kernel=True), write=write)
+        triton_copy.run(copy, *views(copy.start, memory, 0, value), write=write)
 
 
 def sums_by_triton(bound: StridedLayout, memory: torch.Tensor, box: Box) -> list[int]:
@@ -59,11 +59,11 @@ def sums_by_triton(bound: StridedLayout, memory: torch.Tensor, box: Box) -> list
         assert found is not None
         return found.tolist()
     sizes = [stop - start for start, stop in box]
-    first = sum(start * stride for (start, _), stride in zip(box, bound.lead_strides, strict=False)) * memory.element_size()
+    first = sum(start * stride for (start, _), stride in zip(box, bound.lead_strides, strict=False))
     lead = list(zip(sizes, bound.lead_strides, strict=False))
-    align = (first | 4) & -(first | 4)
+    align = (first * memory.element_size() | 4) & -(first * memory.element_size() | 4)
     copies = plan(bound.boxes(box[bound.lead :]), lead, row_major(sizes), memory.element_size(), align, 4, 0)
-    sums = [triton_sum.sums(copy, views(copy.start, memory, first, memory, by_kernel=True)[0]) for copy in copies]
+    sums = [triton_sum.sums(copy, views(copy.start, memory, first, memory)[0]) for copy in copies]
     return torch.stack(sums).sum(0).tolist()
 
 

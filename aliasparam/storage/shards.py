@@ -1,0 +1,125 @@
+"""Writing a shard: a box inside one region, over and over.
+
+[Note: shards] A loader writes the same few shards of every expert. A view inside one region is a view of that region's part of
+the tensor, so what follows from it, and from the form of a value, is found once for all regions: the box, and strided copies
+with their places in memory. A write is then two views and one ``copy_`` for each of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ..layout import BoundLayout, triton_copy
+from ..layout.execute import WIDEST, Copy, in_every_region, of_value
+from ..layout.strided import StridedLayout
+from ..torch_private import outside_inference
+from .coverage import Box
+from .place import placed
+
+#: Shards kept for one memory, each with a view of it for every copy.
+_KEPT = 64
+
+#: Where a view lies in its region (offset, shape, strides); shape and strides of a value; bytes that addresses are a multiple of;
+#: whether our own kernel may run.
+Form: TypeAlias = tuple[int, tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...], int, bool]
+
+
+class Step(NamedTuple):
+    """One copy of a shard.
+
+    Attributes:
+        memory: where its elements are in kernel memory; where there are regions, in each of them, and these are the first dim.
+        elements: which ones of a value it takes. Of a copy by our own kernel both are the first element alone.
+        by_kernel: the copy which our own kernel makes, or None.
+    """
+
+    memory: Tensor
+    elements: Copy
+    by_kernel: Copy | None
+
+
+class Shard:
+    """A box inside one region, and the copies that bring a value of one form into it. See [Note: shards].
+
+    Attributes:
+        box: in the coordinates of the region.
+    """
+
+    def __init__(self, box: Box, copies: Sequence[tuple[Copy, bool]], memory: Tensor, bound: BoundLayout) -> None:
+        self.box = box
+        self._has_regions = bound.lead > 0
+        self._steps = []
+        for copy, by_kernel in copies:
+            elements = copy.start if by_kernel else copy
+            everywhere = in_every_region(elements, memory, bound.regions, bound.region_capacity)
+            self._steps.append(Step(everywhere if bound.lead else everywhere[0], elements, copy if by_kernel else None))
+
+    def write(self, region: int, value: Tensor) -> None:
+        """Put ``value`` in its place in one region."""
+        for memory, elements, by_kernel in self._steps:
+            target = memory[region] if self._has_regions else memory
+            if by_kernel is None:
+                target.copy_(of_value(elements, value))
+            else:
+                triton_copy.run(by_kernel, target, of_value(elements, value), write=True)
+
+
+class Shards:
+    """The shards of one memory that were written last.
+
+    Args:
+        bound: the layout.
+        memory: flat, of the layout's dtype.
+    """
+
+    def __init__(self, bound: BoundLayout, memory: Tensor) -> None:
+        self.bound, self.memory = bound, memory
+        self._found: dict[Form, Shard] = {}
+
+    def under(self, view: Tensor, value: Tensor) -> tuple[Shard | None, int]:
+        """The shard that ``view``, of the checkpoint tensor, is for values like ``value``; and its region.
+
+        None where ``value`` is of another dtype or device or lies in the memory itself, where the view is no box of one region,
+        and where values do not get there by strided copies.
+        """
+        bound, memory, address, pointer = self.bound, self.memory, self.memory.data_ptr(), value.data_ptr()
+        is_like = value.dtype is view.dtype is memory.dtype and value.device == memory.device
+        if not is_like or address <= pointer < address + memory.nbytes:
+            return None, 0
+        if value.is_conj() or value.is_neg() or view.is_conj() or view.is_neg():  # such bits are not in the bytes
+            return None, 0
+        region, offset = divmod(int(view.storage_offset()), bound.region_elements or 1)
+        align = address | pointer | (int(value.storage_offset()) | bound.region_capacity) * memory.itemsize | WIDEST
+        by_kernel = memory.is_cuda and triton_copy.takes(memory, value)
+        form = offset, view.shape, view.stride(), value.shape, value.stride(), align & -align, by_kernel
+        shard = self._found.get(form) or self._planned(form)
+        return shard if region < bound.regions else None, region
+
+    def _planned(self, form: Form) -> Shard | None:
+        found = planned(self.bound, form)
+        if found is None:
+            return None
+        if len(self._found) == _KEPT:
+            self._found.clear()
+        with outside_inference():
+            self._found[form] = Shard(*found, self.memory, self.bound)
+        return self._found[form]
+
+
+@lru_cache(maxsize=1 << 14)
+def planned(bound: BoundLayout, form: Form) -> tuple[Box, list[tuple[Copy, bool]]] | None:
+    """The box of a region which a view is, and the copies that bring a value there; or None: see :meth:`Shards.under`."""
+    offset, shape, strides, given, given_strides, align, by_kernel = form
+    if not isinstance(bound, StridedLayout) or not all(shape):
+        return None
+    place = placed(bound.shape[bound.lead :], offset, shape, strides)
+    if place is None:
+        return None
+    value = torch.empty_strided(given, given_strides, device="meta").expand(shape)
+    box = (*[(0, 1)] * bound.lead, *place.box)
+    return place.box, bound.copies(box, (*[0] * bound.lead, *place.to_box(value).stride()), align, by_kernel=by_kernel)
