@@ -43,7 +43,7 @@ FAULTS = [
     Planted("storage/guarded.py", "            self.states.put_all(State.INVALID, why)\n", "", "test_errors.py"),
     Planted(
         "storage/states.py",
-        "            missing[regions[0]] = State.INVALID\n",
+        "            missing[regions[0]] = _INVALID\n",
         "",
         "test_law_10_atomicity.py test_law_10_refusals.py",
     ),
@@ -132,9 +132,9 @@ FAULTS = [
     Planted("module/derive.py", "    derived.seen = versions\n", "", "test_engine_contracts.py test_law_08_no_silent_garbage.py"),
     Planted("module/registry.py", "            self.need_loaded()\n", "", "test_errors.py"),
     Planted(
-        "module/registry.py",
-        "            if not kernel.is_untouched:\n",
-        "            if False:\n",
+        "storage/kernel_name.py",
+        "        if tensor._version != name.version or",
+        "        if",
         "test_law_08_no_silent_garbage.py",
     ),
     Planted(
@@ -143,7 +143,7 @@ FAULTS = [
         "        self.readiness = Readiness.OPEN",
         "test_law_01_oracle.py",
     ),
-    Planted("module/guard.py", "readiness is not Readiness.READY or", "readiness is None or", "test_law_08_no_silent_garbage.py"),
+    Planted("module/guard.py", "readiness is not READY or", "readiness is None or", "test_law_08_no_silent_garbage.py"),
     Planted("module/planning.py", "kernel_dtype=dtype))", "kernel_dtype=None))", "test_law_01_oracle.py"),
     Planted(
         "module/planning.py",

@@ -28,6 +28,10 @@ class Readiness(Enum):
     OPEN = "open"
 
 
+#: For every write, processing and forward: a member of an Enum is looked up by its name each time.
+READY, OPEN = Readiness.READY, Readiness.OPEN
+
+
 class ModuleNames:
     """The declared names of one module.
 
@@ -123,8 +127,6 @@ class ModuleNames:
 
     def relabel(self, path: str) -> None:
         """Call everything by the module's place in its model."""
-        if self.label == path:
-            return
         self.label = path
         for source in self.sources.values():
             if source.storage is not None:
@@ -136,7 +138,7 @@ class ModuleNames:
 
     @property
     def is_open(self) -> bool:
-        return self.readiness is Readiness.OPEN
+        return self.readiness is OPEN
 
     @property
     def is_ready(self) -> bool:

@@ -33,6 +33,8 @@ class State(Enum):
     __hash__ = object.__hash__  # compared on every write: the hash of an Enum's name is slow
 
 
+_INVALID = State.INVALID  # for every write: a member of an Enum is looked up by its name each time
+
 #: The regions of one write, and those of them that were not LOADED before.
 Begun: TypeAlias = tuple[Sequence[int], dict[int, State]]
 
@@ -103,10 +105,10 @@ class RegionStates:
         before = {r: missing[r] for r in regions if r in missing} if missing else {}
         self.clock += 1
         if len(regions) == 1:
-            missing[regions[0]] = State.INVALID
+            missing[regions[0]] = _INVALID
             self.writes[regions[0]] = self.clock
         else:
-            missing.update(dict.fromkeys(regions, State.INVALID))
+            missing.update(dict.fromkeys(regions, _INVALID))
             for region in regions:
                 self.writes[region] = self.clock
         return regions, before
