@@ -78,7 +78,7 @@ FAULTS = [
     Planted("storage/reorder.py", "    reorder(storage.elements", "    0 and reorder(storage.elements", "test_retarget.py"),
     # shards
     Planted("storage/shards.py", "target = memory[region] if", "target = memory[0] if", "test_law_01_shards.py"),
-    Planted("storage/shards.py", "or address <= pointer < address + memory.nbytes", "", "test_views.py"),
+    Planted("storage/shards.py", "or address <= pointer < address + self._nbytes", "", "test_views.py"),
     Planted("storage/shards.py", " or view.is_conj() or view.is_neg()", "", "test_views.py"),
     Planted("storage/shards.py", "value.is_conj() or value.is_neg() or ", "", "test_law_01_shards.py"),
     Planted("storage/shards.py", "shard if region < bound.regions else None", "shard", "test_law_01_shards.py"),

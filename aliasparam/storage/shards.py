@@ -34,12 +34,12 @@ class Step(NamedTuple):
 
     Attributes:
         memory: where its elements are in kernel memory; where there are regions, in each of them, and these are the first dim.
-        elements: which ones of a value it takes. Of a copy by our own kernel both are the first element alone.
-        by_kernel: the copy which our own kernel makes, or None.
+        elements: which ones of a value it takes; None for all, as they are.
+        by_kernel: the copy which our own kernel makes, or None. Of such a copy both others are the first element.
     """
 
     memory: Tensor
-    elements: Copy
+    elements: Copy | None
     by_kernel: Copy | None
 
 
@@ -50,23 +50,26 @@ class Shard:
         box: in the coordinates of the region.
     """
 
-    def __init__(self, box: Box, copies: Sequence[tuple[Copy, bool]], memory: Tensor, bound: BoundLayout) -> None:
+    def __init__(self, box: Box, copies: Sequence[tuple[Copy, bool]], memory: Tensor, bound: BoundLayout, form: Form) -> None:
         self.box = box
         self._has_regions = bound.lead > 0
         self._steps = []
+        as_it_is = form[3], form[4], 0, memory.dtype
         for copy, by_kernel in copies:
-            elements = copy.start if by_kernel else copy
-            everywhere = in_every_region(elements, memory, bound.regions, bound.region_capacity)
+            taken = copy.start if by_kernel else copy
+            everywhere = in_every_region(taken, memory, bound.regions, bound.region_capacity)
+            elements = None if (taken.sizes, taken.value, taken.value_offset, taken.dtype) == as_it_is else taken
             self._steps.append(Step(everywhere if bound.lead else everywhere[0], elements, copy if by_kernel else None))
 
     def write(self, region: int, value: Tensor) -> None:
         """Put ``value`` in its place in one region."""
         for memory, elements, by_kernel in self._steps:
             target = memory[region] if self._has_regions else memory
+            source = value if elements is None else of_value(elements, value)
             if by_kernel is None:
-                target.copy_(of_value(elements, value))
+                target.copy_(source)
             else:
-                triton_copy.run(by_kernel, target, of_value(elements, value), write=True)
+                triton_copy.run(by_kernel, target, source, write=True)
 
 
 class Shards:
@@ -79,6 +82,7 @@ class Shards:
 
     def __init__(self, bound: BoundLayout, memory: Tensor) -> None:
         self.bound, self.memory = bound, memory
+        self._dtype, self._device, self._width, self._nbytes = memory.dtype, memory.device, memory.itemsize, memory.nbytes
         self._found: dict[Form, Shard] = {}
 
     def under(self, view: Tensor, value: Tensor) -> tuple[Shard | None, int]:
@@ -88,13 +92,13 @@ class Shards:
         and where values do not get there by strided copies.
         """
         bound, memory, address, pointer = self.bound, self.memory, self.memory.data_ptr(), value.data_ptr()
-        is_like = value.dtype is view.dtype is memory.dtype and value.device == memory.device
-        if not is_like or address <= pointer < address + memory.nbytes:
+        is_like = value.dtype is view.dtype is self._dtype and value.device == self._device
+        if not is_like or address <= pointer < address + self._nbytes:
             return None, 0
         if value.is_conj() or value.is_neg() or view.is_conj() or view.is_neg():  # such bits are not in the bytes
             return None, 0
         region, offset = divmod(int(view.storage_offset()), bound.region_elements or 1)
-        align = address | pointer | (int(value.storage_offset()) | bound.region_capacity) * memory.itemsize | WIDEST
+        align = address | pointer | (int(value.storage_offset()) | bound.region_capacity) * self._width | WIDEST
         by_kernel = memory.is_cuda and triton_copy.takes(memory, value)
         form = offset, view.shape, view.stride(), value.shape, value.stride(), align & -align, by_kernel
         shard = self._found.get(form) or self._planned(form)
@@ -107,7 +111,7 @@ class Shards:
         if len(self._found) == _KEPT:
             self._found.clear()
         with outside_inference():
-            self._found[form] = Shard(*found, self.memory, self.bound)
+            self._found[form] = Shard(*found, self.memory, self.bound, form)
         return self._found[form]
 
 
@@ -120,6 +124,10 @@ def planned(bound: BoundLayout, form: Form) -> tuple[Box, list[tuple[Copy, bool]
     place = placed(bound.shape[bound.lead :], offset, shape, strides)
     if place is None:
         return None
-    value = torch.empty_strided(given, given_strides, device="meta").expand(shape)
-    box = (*[(0, 1)] * bound.lead, *place.box)
-    return place.box, bound.copies(box, (*[0] * bound.lead, *place.to_box(value).stride()), align, by_kernel=by_kernel)
+    value = torch.empty_strided(given, given_strides, device="meta")
+    boxed = place.to_box(value.expand(shape))
+    copies = bound.copies((*[(0, 1)] * bound.lead, *place.box), (*[0] * bound.lead, *boxed.stride()), align, by_kernel=by_kernel)
+    (copy, ours), *more = copies
+    if not (more or ours) and (copy.sizes, copy.kernel, copy.value) == ((value.numel(),), (1,), (1,)) and value.is_contiguous():
+        copies = [(copy._replace(dtype=bound.dtype, sizes=given, kernel=given_strides, value=given_strides), False)]  # one run
+    return place.box, copies

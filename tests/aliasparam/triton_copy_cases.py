@@ -61,9 +61,10 @@ def shards_by_triton(bound: StridedLayout, memory: torch.Tensor, value: torch.Te
     parts = value.view(bound.regions, *bound.shape[bound.lead :])
     form = parts[0].shape, parts[0].stride()
     align = bound.region_capacity * memory.itemsize | random.choice([4, 8])
-    box, copies = planned(bound, (0, *form, *form, align & -align, True)) or (None, [])
+    whole = (0, *form, *form, align & -align, True)
+    box, copies = planned(bound, whole) or (None, [])
     assert box == bound.whole[bound.lead :]
-    shard = Shard(box, [(copy, True) for copy, _ in copies], memory, bound)
+    shard = Shard(box, [(copy, True) for copy, _ in copies], memory, bound, whole)
     for region, part in enumerate(parts):
         shard.write(region, part)
 
