@@ -163,6 +163,13 @@ FAULTS = [
         "            pass\n\n    def __reduce",
         "test_law_08_no_silent_garbage.py",
     ),
+    Planted("module/watch.py", "            if registry.moment != moment:", "            if False:", "test_threads_and_fork.py"),
+    Planted(
+        "storage/kernel_name.py",
+        "self.memory.clone(), self.was_written)",
+        "self.memory, self.was_written)",
+        "test_threads_and_fork.py",
+    ),
     Planted("module/verdict.py", "return Reason.LOSSY", "return Reason.SAME", "test_verdicts.py"),
     Planted("module/allocate.py", "not is_alone(memory)", "False", "test_verdicts.py"),
     Planted(

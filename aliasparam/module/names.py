@@ -168,6 +168,15 @@ class ModuleNames:
         self._committed[name] = -1 if storage is None else storage.version
         self.close_if_unchanged()
 
+    @property
+    def moment(self) -> object:
+        """Equal at two times where no name was written or derived between them; always where there is only one."""
+        for storage in self.storages():
+            storage.notice()
+        if len(self.sources) + len(self.derived) == 1:
+            return None
+        return self._versions(), [(d.version, d.seen) for d in self.derived.values()]
+
     def _versions(self) -> dict[str, int]:
         return {n: -1 if s.storage is None else s.storage.version for n, s in self.sources.items()}
 

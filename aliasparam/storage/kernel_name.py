@@ -115,7 +115,10 @@ class KernelName:
         return memo[id(self)]  # type: ignore[no-any-return]
 
     def __reduce__(self) -> Any:
-        return (_copy, (self.label, self.memory, self.was_written)) if self.owner is None else (_name_of, (self.owner,))
+        if self.owner is not None:
+            return _name_of, (self.owner,)
+        # Of now: torch.save() writes the bytes of a tensor after all else.
+        return _copy, (self.label, self.memory.clone(), self.was_written)
 
 
 def are_untouched(names: Iterable[KernelName]) -> bool:
