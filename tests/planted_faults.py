@@ -69,11 +69,11 @@ FAULTS = [
     # one transaction
     Planted(
         "storage/transaction.py",
-        "            part.storage.need_writable()",
-        "            pass",
+        "        part.storage.need_writable()",
+        "        pass",
         "test_law_10_atomicity.py test_law_10_refusals.py",
     ),
-    Planted("storage/transaction.py", "            part.storage.changing()", "            pass", "test_law_01_oracle.py"),
+    Planted("storage/transaction.py", "        part.storage.changing()", "        pass", "test_law_01_oracle.py"),
     Planted("storage/reorder.py", "    storage.rebind(layout)\n", "    storage.layout = layout\n", "test_retarget.py"),
     Planted("storage/reorder.py", "    reorder(storage.elements", "    0 and reorder(storage.elements", "test_retarget.py"),
     # shards
@@ -92,7 +92,7 @@ FAULTS = [
     Planted("tensors/geometry.py", "    seen = torch._neg_view(seen) if view.is_neg() else seen\n", "", "test_views.py"),
     Planted("tensors/geometry.py", "return seen.conj() if view.is_conj() else seen", "return seen", "test_views.py"),
     Planted(
-        "tensors/geometry.py", "all(place_of(storage, view) is not None for view, _ in pairs)", "True", "test_law_01_oracle.py"
+        "tensors/geometry.py", "pairs[0][0] if len(pairs) == 1 else storage.geometry", "pairs[0][0]", "test_law_01_oracle.py"
     ),
     Planted("tensors/geometry.py", "raw[: raw.numel() // width * width]", "raw", "test_views.py"),
     Planted(

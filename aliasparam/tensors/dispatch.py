@@ -21,12 +21,13 @@ from torch import Tensor
 from ..errors import PointerError, StateError
 from ..storage.kernel_name import RefusingName
 from ..storage.locks import all_locked
+from ..storage.scatter import is_brought_whole
 from ..storage.storage import AliasedStorage
 from ..storage.transaction import write_all
 from ..torch_private import is_traced_by_jit, shares_memory
 from .arguments import Types, aliased_in, mapped, mapped_kwargs, mapped_one
 from .collectives import Collective, wait_for
-from .geometry import parts_of, place_of, read_view
+from .geometry import parts_of, read_view
 
 _Handler = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 
@@ -56,19 +57,15 @@ def write_one(target: Any, value: Tensor, non_blocking: bool = False) -> None:
         StaleKernelError: the value is a kernel name of an open module. Nothing is written then.
     """
     storage, view = target._alias_storage, target._alias_geometry
+    if isinstance(value, RefusingName):
+        raise value.refusal()
     if value.shape != view.shape:
         value = value.expand(view.shape)
-    dtype = storage.bound.dtype
-    if value.dtype is dtype and view.dtype is dtype and value.layout is torch.strided:
-        if isinstance(value, RefusingName):
-            raise value.refusal()
-        if storage.kernel_name is not None and shares_memory(value, storage.buffer):
-            value = value.clone()  # a kernel name of this very memory
-        place = place_of(storage, view)
-        if place is not None and (value.device == view.device or value.device.type == "cpu"):
-            storage.write(place.box, place.to_box(value), non_blocking)
+    if view.is_cuda and is_brought_whole(value, view.dtype):
+        value = value.to(view.device, non_blocking=non_blocking)
+        if storage.write_shard(view, value):
             return
-    _land([(target, value)])
+    _land([(target, value)], non_blocking)
 
 
 def _handler_for(func: Any) -> _Handler:
@@ -172,7 +169,7 @@ def _own(values: Tensor, view: Tensor) -> Tensor:
     return values.clone() if values is view else values
 
 
-def _land(pairs: Sequence[tuple[Any, Tensor]]) -> None:
+def _land(pairs: Sequence[tuple[Any, Tensor]], non_blocking: bool = False) -> None:
     """Write each value through its aliased tensor, in one transaction."""
     with torch.no_grad(), all_locked(t._alias_storage.lock_number for t, _ in pairs):
         found: dict[int, tuple[AliasedStorage, list[tuple[Tensor, Tensor]]]] = {}
@@ -182,11 +179,12 @@ def _land(pairs: Sequence[tuple[Any, Tensor]]) -> None:
                 raise value.refusal()
             if value.shape != view.shape:
                 raise _reshaped(target, value)
-            torch.empty(0, dtype=view.dtype).copy_(value.new_empty(0))  # torch's own error where it cannot convert
+            if value.dtype is not view.dtype or value.layout is not torch.strided:
+                torch.empty(0, dtype=view.dtype).copy_(value.new_empty(0))  # torch's own error where it cannot convert
             if shares_memory(value, storage.buffer):
                 value = value.clone()
             found.setdefault(id(storage), (storage, []))[1].append((view, value))
-        write_all([part for storage, written in found.values() for part in parts_of(storage, written)])
+        write_all([part for storage, written in found.values() for part in parts_of(storage, written)], non_blocking)
 
 
 def _reshaped(target: Any, value: Tensor) -> PointerError:

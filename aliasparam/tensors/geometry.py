@@ -1,9 +1,8 @@
-"""From a view of a checkpoint name to boxes of its tensor.
+"""Reading and writing through views of a checkpoint name.
 
 A checkpoint name looks like a plain contiguous tensor, its *geometry*. Views are made by torch itself on that geometry, so
-every chain of them is right; what a view covers is then found from its offset, shape and strides. Slices and permutations are
-one box each. Whatever else there is (steps, ``unfold``, ``as_strided``, another element width, conj and neg bits) goes through
-a plain copy of the rows it lies in.
+every chain of them is right. Slices and permutations are one box each (storage/place.py). Whatever else there is (steps,
+``unfold``, ``as_strided``, another element width, conj and neg bits) goes through a plain copy of the rows it lies in.
 """
 
 from __future__ import annotations
@@ -49,30 +48,27 @@ def read_view(storage: AliasedStorage, view: Tensor) -> Tensor:
         return as_view(storage, storage.bound.read(storage.elements, rows), rows, view)
 
 
-def part_of(storage: AliasedStorage, view: Tensor, value: Tensor) -> Part:
-    """What writing ``value``, of the view's shape, through ``view`` asks of the storage. The caller holds the lock."""
-    place = place_of(storage, view)
-    if place is not None:
-        if view.dtype is not storage.bound.dtype:  # of the same width
-            value = typed(value, view).view(storage.bound.dtype)
-        return Part(storage, place.box, place.to_box(value))
-    rows = rows_under(storage, view)
-    patched = storage.bound.read(storage.elements, rows)
-    as_view(storage, patched, rows, view).copy_(value)
-    return Part(storage, rows, patched, boxes_under(storage, view, rows) if storage.states.missing else None)
-
-
 def parts_of(storage: AliasedStorage, pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Part]:
-    """The parts of (view, value) pairs of one storage, of which the last is right where views overlap."""
-    if len(pairs) == 1 or all(place_of(storage, view) is not None for view, _ in pairs):
-        return [part_of(storage, view, value) for view, value in pairs]
-    whole = rows_under(storage, storage.geometry)
-    patched = storage.bound.read(storage.elements, whole)
-    arrived = []
+    """What writing values, each of its view's shape, through views asks of the storage; where views overlap the last is right.
+    The caller holds the lock."""
+    places = [place_of(storage, view) for view, _ in pairs]
+    if None not in places:
+        return [_boxed(storage, *pair, place) for pair, place in zip(pairs, places, strict=True) if place is not None]
+    rows = rows_under(storage, pairs[0][0] if len(pairs) == 1 else storage.geometry)
+    patched = storage.bound.read(storage.elements, rows)
     for view, value in pairs:
-        as_view(storage, patched, whole, view).copy_(value)
-        arrived += boxes_under(storage, view, rows_under(storage, view))
-    return [Part(storage, whole, patched, arrived)]
+        as_view(storage, patched, rows, view).copy_(value)
+    if not storage.states.missing:
+        return [Part(storage, rows, patched)]
+    return [
+        Part(storage, rows, patched, [box for view, _ in pairs for box in boxes_under(storage, view, rows_under(storage, view))])
+    ]
+
+
+def _boxed(storage: AliasedStorage, view: Tensor, value: Tensor, place: Place) -> Part:
+    if view.dtype is not storage.bound.dtype:  # of the same width
+        value = typed(value, view).view(storage.bound.dtype)
+    return Part(storage, place.box, place.to_box(value))
 
 
 def typed(value: Tensor, like: Tensor) -> Tensor:
