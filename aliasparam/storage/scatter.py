@@ -17,8 +17,7 @@ _PINNED_BYTES = 4 << 20
 
 def is_brought_whole(value: Tensor, dtype: torch.dtype) -> bool:
     """Whether ``value`` lies on the host, is of ``dtype``, and goes to a GPU in one piece."""
-    is_like = value.device.type == "cpu" and value.dtype is dtype and value.layout is torch.strided
-    return is_like and value.nbytes < _PINNED_BYTES
+    return value.device.type == "cpu" and value.dtype is dtype and value.nbytes < _PINNED_BYTES
 
 
 def scatter(bound: BoundLayout, memory: Tensor, box: Box, value: Tensor, non_blocking: bool = False) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import PointerError, StateError
 from ..storage.kernel_name import RefusingName
@@ -31,6 +31,8 @@ from .geometry import parts_of, read_view
 
 _Handler = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 
+#: Types of values that nothing else wants a say in.
+PLAIN = (Tensor, nn.Parameter)
 #: Base names of operators that replace the storage or geometry of their argument.
 _MOVES_MEMORY = frozenset({"set_", "resize_", "resize_as_", "resize", "set_data", "_resize_output_", "swap_"})
 #: In-place operators whose result does not depend on what was there. All others read before they write.
@@ -57,15 +59,16 @@ def write_one(target: Any, value: Tensor, non_blocking: bool = False) -> None:
         StaleKernelError: the value is a kernel name of an open module. Nothing is written then.
     """
     storage, view = target._alias_storage, target._alias_geometry
-    if isinstance(value, RefusingName):
-        raise value.refusal()
-    if value.shape != view.shape:
-        value = value.expand(view.shape)
-    if view.is_cuda and is_brought_whole(value, view.dtype):
-        value = value.to(view.device, non_blocking=non_blocking)
+    if type(value) in PLAIN and value.layout is torch.strided:
         if storage.write_shard(view, value):
             return
-    _land([(target, value)], non_blocking)
+        if view.is_cuda and is_brought_whole(value, view.dtype):
+            value = value.to(view.device, non_blocking=non_blocking)
+            if storage.write_shard(view, value):
+                return
+    elif isinstance(value, RefusingName):
+        raise value.refusal()
+    _land([(target, value if value.shape == view.shape else value.expand(view.shape))], non_blocking)
 
 
 def _handler_for(func: Any) -> _Handler:
