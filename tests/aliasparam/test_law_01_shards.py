@@ -101,6 +101,17 @@ def test_law_1_a_shard_lands_as_torch_would_have_it(data: st.DataObject) -> None
         assert same_bytes(layer.prepared, kernel(line, plain))
 
 
+@pytest.mark.parametrize("form, dtype", [("negative", torch.bfloat16), ("conjugate", torch.complex64)])
+def test_law_1_bits_of_a_value_that_is_moved_in_wider_elements(form: str, dtype: torch.dtype) -> None:
+    plain, value = torch.zeros(4, 8, dtype=dtype), torch.arange(32).view(4, 8).to(dtype)
+    value = value * 1j if dtype.is_complex else value
+    layer = layer_of(plain, INTERLEAVE)
+
+    layer.weight.copy_(of_form(value, form))
+
+    assert same_bytes(layer.weight.clone(), plain.copy_(of_form(value, form)))
+
+
 def test_law_1_a_view_behind_the_tensor_is_no_shard_of_it() -> None:
     layer = layer_of(numbers((2, 3, 5), torch.uint8, 0), PAD8)
     before = layer.weight.clone()
