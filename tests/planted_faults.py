@@ -34,16 +34,16 @@ _NVFP4 = "aliasparam_nvfp4"
 FAULTS = [
     # storage: who is told, what is counted
     Planted(
-        "storage/storage.py",
+        "storage/guarded.py",
         "        self.tell()\n        self.version += 1",
         "        self.version += 1",
         "test_law_01_oracle.py",
     ),
-    Planted("storage/storage.py", "        self.tell()\n        self.version += 1", "        self.tell()", "test_derivations.py"),
-    Planted("storage/storage.py", "            self.states.put_all(State.INVALID, why)\n", "", "test_errors.py"),
+    Planted("storage/guarded.py", "        self.tell()\n        self.version += 1", "        self.tell()", "test_derivations.py"),
+    Planted("storage/guarded.py", "            self.states.put_all(State.INVALID, why)\n", "", "test_errors.py"),
     Planted(
         "storage/states.py",
-        "            missing[regions[0]] = State.INVALID\n",
+        "            missing[regions[0]] = _INVALID\n",
         "",
         "test_law_10_atomicity.py test_law_10_refusals.py",
     ),
@@ -69,22 +69,34 @@ FAULTS = [
     # one transaction
     Planted(
         "storage/transaction.py",
-        "            part.storage.need_writable()",
-        "            pass",
+        "        part.storage.need_writable()",
+        "        pass",
         "test_law_10_atomicity.py test_law_10_refusals.py",
     ),
-    Planted("storage/transaction.py", "            part.storage.changing()", "            pass", "test_law_01_oracle.py"),
+    Planted("storage/transaction.py", "        part.storage.changing()", "        pass", "test_law_01_oracle.py"),
     Planted("storage/reorder.py", "    storage.rebind(layout)\n", "    storage.layout = layout\n", "test_retarget.py"),
     Planted("storage/reorder.py", "    reorder(storage.elements", "    0 and reorder(storage.elements", "test_retarget.py"),
+    # shards
+    Planted("storage/shards.py", "target = memory[region] if", "target = memory[0] if", "test_law_01_shards.py"),
+    Planted("storage/shards.py", "or address <= pointer < address + self._nbytes", "", "test_views.py"),
+    Planted("storage/shards.py", " or view.is_conj() or view.is_neg()", "", "test_views.py"),
+    Planted("storage/shards.py", "value.is_conj() or value.is_neg() or ", "", "test_law_01_shards.py"),
+    Planted("storage/shards.py", "shard if region < bound.regions else None", "shard", "test_law_01_shards.py"),
+    Planted(
+        "storage/states.py",
+        "            elif self._add(region, before[region], core):",
+        "            elif True:",
+        "test_law_01_shards.py",
+    ),
     # views and operators
     Planted("tensors/geometry.py", "    seen = torch._neg_view(seen) if view.is_neg() else seen\n", "", "test_views.py"),
     Planted("tensors/geometry.py", "return seen.conj() if view.is_conj() else seen", "return seen", "test_views.py"),
     Planted(
-        "tensors/geometry.py", "all(place_of(storage, view) is not None for view, _ in pairs)", "True", "test_law_01_oracle.py"
+        "tensors/geometry.py", "pairs[0][0] if len(pairs) == 1 else storage.geometry", "pairs[0][0]", "test_law_01_oracle.py"
     ),
     Planted("tensors/geometry.py", "raw[: raw.numel() // width * width]", "raw", "test_views.py"),
     Planted(
-        "tensors/geometry.py",
+        "storage/place.py",
         "value.permute(_inverse(self.order))",
         "value.permute(self.order)",
         "test_views.py test_law_01_oracle.py",
@@ -120,9 +132,9 @@ FAULTS = [
     Planted("module/derive.py", "    derived.seen = versions\n", "", "test_engine_contracts.py test_law_08_no_silent_garbage.py"),
     Planted("module/registry.py", "            self.need_loaded()\n", "", "test_errors.py"),
     Planted(
-        "module/registry.py",
-        "            if not kernel.is_untouched:\n",
-        "            if False:\n",
+        "storage/kernel_name.py",
+        "        if tensor._version != name.version or",
+        "        if",
         "test_law_08_no_silent_garbage.py",
     ),
     Planted(
@@ -131,7 +143,7 @@ FAULTS = [
         "        self.readiness = Readiness.OPEN",
         "test_law_01_oracle.py",
     ),
-    Planted("module/guard.py", "readiness is not Readiness.READY or", "readiness is None or", "test_law_08_no_silent_garbage.py"),
+    Planted("module/guard.py", "readiness is not READY or", "readiness is None or", "test_law_08_no_silent_garbage.py"),
     Planted("module/planning.py", "kernel_dtype=alias.dtype))", "kernel_dtype=None))", "test_law_01_oracle.py"),
     Planted(
         "module/planning.py",
@@ -140,7 +152,7 @@ FAULTS = [
         "test_derivations.py test_errors.py",
     ),
     Planted(
-        "storage/storage.py",
+        "storage/guarded.py",
         "            self.before_write()\n            self._writer",
         "            self._writer",
         "test_exposures.py test_law_10_refusals.py test_law_10_atomicity.py",
@@ -150,6 +162,13 @@ FAULTS = [
         "            registry.open()\n\n    def __reduce",
         "            pass\n\n    def __reduce",
         "test_law_08_no_silent_garbage.py",
+    ),
+    Planted("module/watch.py", "            if registry.moment != moment:", "            if False:", "test_threads_and_fork.py"),
+    Planted(
+        "storage/kernel_name.py",
+        "self.memory.clone(), self.was_written)",
+        "self.memory, self.was_written)",
+        "test_threads_and_fork.py",
     ),
     Planted("module/verdict.py", "return Reason.LOSSY", "return Reason.SAME", "test_verdicts.py"),
     Planted("module/allocate.py", "not is_alone(memory)", "False", "test_verdicts.py"),

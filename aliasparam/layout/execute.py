@@ -17,6 +17,8 @@ from torch import Tensor
 
 from .boxes import Piece
 
+#: Bytes of the widest element.
+WIDEST = 16
 #: By bytes: what moves bits as they are.
 WIDE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 
@@ -57,7 +59,7 @@ def plan(
     strides: Sequence[int],
     itemsize: int,
     align: int,
-    widest: int = 16,
+    widest: int = WIDEST,
     backward: int | None = None,
 ) -> list[Copy]:
     """The copies of ``pieces`` of every region, in elements of at most ``widest`` bytes.
@@ -123,17 +125,24 @@ def _copy(axes: list[Axis], kernel_offset: int, value_offset: int, width: int, i
     return Copy(WIDE[width], sizes, kernel, kernel_offset // many, value, value_offset // many)
 
 
-def views(copy: Copy, memory: Tensor, first: int, value: Tensor, *, by_kernel: bool) -> tuple[Tensor, Tensor]:
-    """The elements of ``copy`` in kernel memory (whose region starts at byte ``first`` of its storage) and in ``value``.
+def views(copy: Copy, memory: Tensor, first: int, value: Tensor) -> tuple[Tensor, Tensor]:
+    """The elements of ``copy`` in kernel memory, whose region starts at element ``first`` of its storage, and in ``value``."""
+    offset = copy.kernel_offset + first * memory.itemsize // copy.dtype.itemsize
+    return _view(memory, copy.dtype, offset, copy.sizes, copy.kernel), of_value(copy, value)
 
-    For torch elements of their own width are of their own dtype: an engine that masks ``Tensor.copy_`` looks for NaN in them.
-    """
-    dtype, sizes, kernel, kernel_offset, strides, value_offset = copy
-    kernel_offset += first // dtype.itemsize
-    value_offset += int(value.storage_offset()) * value.element_size() // dtype.itemsize
-    if not by_kernel and value.dtype.itemsize == dtype.itemsize > 1:
-        dtype = value.dtype
-    return _view(memory, dtype, kernel_offset, sizes, kernel), _view(value, dtype, value_offset, sizes, strides)
+
+def in_every_region(copy: Copy, memory: Tensor, regions: int, capacity: int) -> Tensor:
+    """The elements of ``copy`` in each region, of ``capacity`` elements, of kernel memory: these are the first dim."""
+    stride = capacity * memory.itemsize // copy.dtype.itemsize
+    return _view(memory, copy.dtype, copy.kernel_offset, (regions, *copy.sizes), (stride, *copy.kernel))
+
+
+def of_value(copy: Copy, value: Tensor) -> Tensor:
+    """The elements of ``copy`` in a value."""
+    dtype, sizes, _, _, strides, offset = copy
+    if value.dtype is dtype:
+        return value.as_strided(sizes, strides, offset + value.storage_offset())
+    return _view(value, dtype, offset + int(value.storage_offset()) * value.itemsize // dtype.itemsize, sizes, strides)
 
 
 def _view(tensor: Tensor, dtype: torch.dtype, offset: int, sizes: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:

@@ -15,7 +15,7 @@ from .bound import BoundLayout
 from .boxes import Box, Piece, pieces, row_major
 from .compose import compose
 from .digits import BoundLine
-from .execute import Copy, plan, views
+from .execute import WIDEST, Copy, plan, views
 
 
 class StridedLayout(BoundLayout):
@@ -54,20 +54,35 @@ class StridedLayout(BoundLayout):
             if not 0 <= start <= stop <= n or stop - start != extent:
                 self.check(memory, box, value)  # raises
         first, other = (int(memory.storage_offset()) + region) * size, int(value.storage_offset()) * size
-        align = (memory.data_ptr() + region * size | value.data_ptr() | first | other | 16) & 31
+        align = (memory.data_ptr() + region * size | value.data_ptr() | first | other | WIDEST) & 31
         by_kernel = memory.is_cuda and triton_copy.takes(memory, value)
-        limits = _TRITON if by_kernel else _TORCH
-        copies = _planned(self, box[self.lead :], shape, value.stride(), value.dtype, align & -align, limits)
+        copies = self.copies(box[self.lead :], shape, value.stride(), value.dtype, align & -align, by_kernel=by_kernel)
         if memory.dtype is not self.dtype or memory.numel() < self._elements:
             self.check(memory, box, value)  # raises
         for copy, ours in copies:
-            kernel, plain = views(copy.start if ours else copy, memory, first, value, by_kernel=ours)
+            kernel, plain = views(copy.start if ours else copy, memory, first // size, value)
             if ours:
                 triton_copy.run(copy, kernel, plain, write=write)
             elif write:
                 kernel.copy_(plain)
             else:
                 plain.copy_(kernel)
+
+    def copies(
+        self, core: Box, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, align: int, *, by_kernel: bool
+    ) -> list[tuple[Copy, bool]]:
+        """The copies between a value and memory, from the region on in which its box begins; and whether our own kernel runs each.
+
+        Args:
+            core: the box of the core dims.
+            shape, strides, dtype: of the value; its leading dims are regions.
+            align: bytes that both addresses are a multiple of.
+            by_kernel: whether our kernel may run.
+
+        Raises:
+            LayoutError: a box or value that does not fit.
+        """
+        return _planned(self, core, shape, strides, dtype, align, _TRITON if by_kernel else _TORCH)
 
     def placed(self, within: Tensor) -> Tensor:
         for line in self.lines:
@@ -82,7 +97,7 @@ class StridedLayout(BoundLayout):
         first = (int(memory.storage_offset()) + region) * size
         align = (memory.data_ptr() + region * size | first | triton_sum.WIDEST) & 31
         copies = _planned(self, box[self.lead :], sizes, tuple(row_major(sizes)), self.dtype, align & -align, _SUMS)
-        sums = [triton_sum.sums(copy, views(copy.start, memory, first, memory, by_kernel=True)[0]) for copy, _ in copies]
+        sums = [triton_sum.sums(copy, views(copy.start, memory, first // size, memory)[0]) for copy, _ in copies]
         return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
 
     def cuts(self, other: BoundLayout) -> list[Cut]:
@@ -100,7 +115,7 @@ def _unit(copies: list[Copy], itemsize: int) -> int:
 
 #: What a copy may be: bytes of its widest element, and from how many bytes on it may run backwards (None: never).
 _Limits = tuple[int, int | None]
-_TORCH: _Limits = (16, None)
+_TORCH: _Limits = (WIDEST, None)
 _TRITON: _Limits = (triton_copy.WIDEST, triton_copy.SMALLEST)
 _SUMS: _Limits = (triton_sum.WIDEST, 0)
 
@@ -115,12 +130,19 @@ def _planned(
     align: int,
     limits: _Limits,
 ) -> list[tuple[Copy, bool]]:
-    """The copies of a box, of all regions that a value of ``shape`` has, and whether our kernel makes each."""
+    """See :meth:`StridedLayout.copies`."""
     box = (*((0, size) for size in shape[: layout.lead]), *core)
     layout.check_value(box, shape, dtype)
     lead = list(zip(shape, layout.lead_strides, strict=False))
     copies = plan(layout.boxes(core) if math.prod(shape) else [], lead, strides, dtype.itemsize, align, *limits)
-    return [(copy, limits is _TRITON and triton_copy.wanted(copy)) for copy in copies]
+    if limits is _SUMS:
+        return [(copy, True) for copy in copies]
+    return [(copy, True) if limits is _TRITON and triton_copy.wanted(copy) else (_named(copy, dtype), False) for copy in copies]
+
+
+def _named(copy: Copy, dtype: torch.dtype) -> Copy:
+    # For torch elements of their own width are of their own dtype: engines that mask ``Tensor.copy_`` look for NaN in them.
+    return copy._replace(dtype=dtype) if copy.dtype.itemsize == dtype.itemsize > 1 else copy
 
 
 def _through(line: BoundLine, position: Tensor) -> Tensor:

@@ -28,10 +28,10 @@ def refresh(registry: ModuleNames, derived: Derived) -> int:
             remedy="Return exactly that from the function, or declare what it returns.",
         )
     derived.seen = None  # an interrupted copy is of no version
+    derived.version += 1
     derived.kernel.memory.copy_(value)
     derived.kernel.accept()  # whatever other code wrote there is gone
     derived.seen = versions
-    derived.version += 1
     return 1
 
 

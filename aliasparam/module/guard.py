@@ -13,7 +13,7 @@ from torch import nn
 
 from ..errors import StaleKernelError, StateError
 from ..torch_private import is_traced_by_jit
-from .names import Readiness
+from .names import READY, Readiness
 from .registry import AliasRegistry
 from .registry_of import registry_of
 from .watch import is_watched
@@ -34,7 +34,7 @@ def guard(module: nn.Module, args: Any) -> None:
             found="torch.jit.trace",
             remedy="Export with torch.export.",
         )
-    if registry.readiness is not Readiness.READY or not is_watched(module):
+    if registry.readiness is not READY or not is_watched(module):
         _refuse(registry)
 
 

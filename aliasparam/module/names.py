@@ -28,6 +28,10 @@ class Readiness(Enum):
     OPEN = "open"
 
 
+#: For every write, processing and forward: a member of an Enum is looked up by its name each time.
+READY, OPEN = Readiness.READY, Readiness.OPEN
+
+
 class ModuleNames:
     """The declared names of one module.
 
@@ -116,8 +120,6 @@ class ModuleNames:
 
     def relabel(self, path: str) -> None:
         """Call everything by the module's place in its model."""
-        if self.label == path:
-            return
         self.label = path
         for source in self.sources.values():
             if source.storage is not None:
@@ -129,7 +131,7 @@ class ModuleNames:
 
     @property
     def is_open(self) -> bool:
-        return self.readiness is Readiness.OPEN
+        return self.readiness is OPEN
 
     @property
     def is_ready(self) -> bool:
@@ -158,6 +160,15 @@ class ModuleNames:
         storage = self.sources[name].storage
         self._committed[name] = -1 if storage is None else storage.version
         self.close_if_unchanged()
+
+    @property
+    def moment(self) -> object:
+        """Equal at two times where no name was written or derived between them; always where there is only one."""
+        for storage in self.storages():
+            storage.notice()
+        if len(self.sources) + len(self.derived) == 1:
+            return None
+        return self._versions(), [(d.version, d.seen) for d in self.derived.values()]
 
     def _versions(self) -> dict[str, int]:
         return {n: -1 if s.storage is None else s.storage.version for n, s in self.sources.items()}

@@ -19,9 +19,9 @@ def registries(model: nn.Module) -> list[tuple[str, AliasRegistry]]:
     """(module path, registry) of every declared module in ``model``; labels are refreshed to the paths."""
     found = []
     for path, module in model.named_modules():
-        registry = registry_of(module)
+        registry: AliasRegistry | None = module.__dict__.get(ATTRIBUTE)
         if registry is not None:
-            if path:
+            if path and path != registry.label:
                 registry.relabel(path)
             found.append((path, registry))
     return found

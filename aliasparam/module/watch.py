@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-from ..errors import AdoptionError
+from ..errors import AdoptionError, StateError
 from ..storage.kernel_name import KernelName
 from ..tensors.parameter import AliasedParameter, SavedName
 
@@ -29,6 +29,8 @@ class Watcher(Protocol):
 
     @property
     def is_open(self) -> bool: ...
+    @property
+    def moment(self) -> object: ...
     def shows(self, name: str, value: Any) -> bool: ...
     def kernel(self, name: str) -> KernelName | None: ...
     def open(self) -> None: ...
@@ -85,7 +87,8 @@ class _Watched(dict[str, Any]):
             registry.open()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuilt, (type(self), {n: self._saved(n, v) for n, v in self.items()}, self.watchers)
+        unchanged = _Unchanged(self.watchers)
+        return _rebuilt, (type(self), {n: self._saved(n, v) for n, v in self.items()}, self.watchers, unchanged)
 
     def _saved(self, name: str, value: Any) -> Any:
         raise NotImplementedError
@@ -125,6 +128,27 @@ class WatchedBuffers(_Watched):
                 found=f"{found[0]} {list(found[1])}",
                 remedy="Module.half() and the like cannot apply to declared modules; cast the others.",
             )
+
+
+class _Unchanged:
+    """What is copied or pickled after all names of a module, and refuses where one was written or derived meanwhile: a copy would
+    have some names from before a load and some from after it."""
+
+    def __init__(self, watchers: dict[str, Watcher]) -> None:
+        registries = {id(registry): registry for registry in watchers.values()}.values()
+        self._began = [(registry, registry.moment) for registry in registries]
+
+    def __reduce__(self) -> Any:
+        for registry, moment in self._began:
+            if registry.moment != moment:
+                raise StateError(
+                    "this module was written or processed while it was copied",
+                    module=registry.label,
+                    expected="one generation of weights in all its names",
+                    found="another version of a name at the end",
+                    remedy="Copy it again, or while no other thread loads.",
+                )
+        return type(None), ()
 
 
 class _SavedKernel:
@@ -182,7 +206,9 @@ def _watched(module: nn.Module, attribute: str, kind: type[_Watched]) -> _Watche
     return names
 
 
-def _rebuilt(kind: Callable[[dict[str, Any]], _Watched], items: dict[str, Any], watchers: dict[str, Watcher]) -> _Watched:
+def _rebuilt(
+    kind: Callable[[dict[str, Any]], _Watched], items: dict[str, Any], watchers: dict[str, Watcher], unchanged: None = None
+) -> _Watched:
     watched = kind(items)
     watched.watchers = watchers
     return watched

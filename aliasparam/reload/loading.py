@@ -19,8 +19,8 @@ from torch import Tensor
 
 from ..errors import ReloadError
 from ..storage.coverage import Box
+from ..storage.place import Place, placed
 from ..tensors.faces import _Aliased, loader_attributes
-from ..tensors.geometry import Place, _place
 from .session import ReloadSession
 from .targets import Target, find_targets
 
@@ -183,7 +183,7 @@ def _is_wide(dtype: torch.dtype) -> bool:
 def _place_of(view: StandIn) -> Place:
     shown, live = view._view, view._whole.target.tensor
     same_width = shown.dtype.itemsize == live.dtype.itemsize
-    place = _place(tuple(live.shape), shown.storage_offset(), tuple(shown.shape), shown.stride()) if same_width else None
+    place = placed(tuple(live.shape), shown.storage_offset(), tuple(shown.shape), shown.stride()) if same_width else None
     if place is None:
         raise ReloadError(
             "this view of a tensor that is being loaded is no rectangle of it",

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import weakref
+from collections.abc import Iterable
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -46,7 +47,7 @@ class KernelName:
         self.label = label
         self.memory = memory
         self.owner = owner
-        self._address = memory.data_ptr()
+        self.address = memory.data_ptr()
         with outside_inference():
             self.tensor = memory.data  # see [Note: foreign writes]
         self._twin: RefusingName | None = None
@@ -67,12 +68,6 @@ class KernelName:
     def was_written(self) -> bool:
         """Whether other code wrote through the tensor since :meth:`accept`."""
         return self.tensor._version != self.version
-
-    @property
-    def is_untouched(self) -> bool:
-        """Whether the tensor is as the library left it: a look which costs next to nothing."""
-        tensor = self.tensor
-        return tensor._version == self.version and tensor.data_ptr() == self._address
 
     @property
     def was_moved(self) -> bool:
@@ -120,7 +115,19 @@ class KernelName:
         return memo[id(self)]  # type: ignore[no-any-return]
 
     def __reduce__(self) -> Any:
-        return (_copy, (self.label, self.memory, self.was_written)) if self.owner is None else (_name_of, (self.owner,))
+        if self.owner is not None:
+            return _name_of, (self.owner,)
+        # Of now: torch.save() writes the bytes of a tensor after all else.
+        return _copy, (self.label, self.memory.clone(), self.was_written)
+
+
+def are_untouched(names: Iterable[KernelName]) -> bool:
+    """Whether their tensors are as the library left them: a look at each, for every module at every processing."""
+    for name in names:
+        tensor = name.tensor
+        if tensor._version != name.version or tensor.data_ptr() != name.address:
+            return False
+    return True
 
 
 def _copy(label: str, memory: Tensor, was_written: bool) -> KernelName:

@@ -12,7 +12,8 @@ import itertools
 import os
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
 
 _COUNT = 64
 LOCKS = [threading.RLock() for _ in range(_COUNT)]
@@ -32,10 +33,15 @@ def lock_number() -> int:
     return next(_numbers) % _COUNT
 
 
-@contextmanager
-def all_locked(numbers: Iterable[int]) -> Iterator[None]:
+def all_locked(numbers: Iterable[int]) -> AbstractContextManager[Any]:
     """Hold several locks, in the order in which everybody takes them."""
+    wanted = sorted(set(numbers))
+    return LOCKS[wanted[0]] if len(wanted) == 1 else _held(wanted)
+
+
+@contextmanager
+def _held(numbers: Iterable[int]) -> Iterator[None]:
     with ExitStack() as held:
-        for number in sorted(set(numbers)):
+        for number in numbers:
             held.enter_context(LOCKS[number])
         yield

@@ -15,6 +15,11 @@ STAGING_BYTES = 16 << 20
 _PINNED_BYTES = 4 << 20
 
 
+def is_brought_whole(value: Tensor, dtype: torch.dtype) -> bool:
+    """Whether ``value`` lies on the host, is of ``dtype``, and goes to a GPU in one piece."""
+    return value.device.type == "cpu" and value.dtype is dtype and value.nbytes < _PINNED_BYTES
+
+
 def scatter(bound: BoundLayout, memory: Tensor, box: Box, value: Tensor, non_blocking: bool = False) -> None:
     """Put ``value``, of the box's shape, in its place in ``memory``. ``non_blocking`` as of ``Tensor.copy_``."""
     if value.dtype is memory.dtype and value.device == memory.device:

@@ -16,6 +16,7 @@ A region is INVALID while its bytes are being written, so an interrupt between a
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from enum import Enum
 from typing import TypeAlias
 
@@ -32,8 +33,10 @@ class State(Enum):
     __hash__ = object.__hash__  # compared on every write: the hash of an Enum's name is slow
 
 
+_INVALID = State.INVALID  # for every write: a member of an Enum is looked up by its name each time
+
 #: The regions of one write, and those of them that were not LOADED before.
-Begun: TypeAlias = tuple[range | list[int], dict[int, State]]
+Begun: TypeAlias = tuple[Sequence[int], dict[int, State]]
 
 
 class RegionStates:
@@ -94,30 +97,37 @@ class RegionStates:
 
     def begin(self, box: Box) -> Begun:
         """Bytes under ``box`` are about to change. Returns what :meth:`arrived` or :meth:`rollback` need."""
-        regions, missing = self.regions(box), self.missing
+        return self.begin_regions(self.regions(box))
+
+    def begin_regions(self, regions: Sequence[int]) -> Begun:
+        """:meth:`begin` for some bytes of these regions."""
+        missing = self.missing
         before = {r: missing[r] for r in regions if r in missing} if missing else {}
         self.clock += 1
         if len(regions) == 1:
-            missing[regions[0]] = State.INVALID
+            missing[regions[0]] = _INVALID
             self.writes[regions[0]] = self.clock
         else:
-            missing.update(dict.fromkeys(regions, State.INVALID))
+            missing.update(dict.fromkeys(regions, _INVALID))
             for region in regions:
                 self.writes[region] = self.clock
         return regions, before
 
     def arrived(self, box: Box, begun: Begun) -> None:
         """Every element under ``box`` was written."""
+        self.arrived_in_each(box[self._lead :], begun)
+
+    def arrived_in_each(self, core: Box, begun: Begun) -> None:
+        """Every element under ``core``, a box in the coordinates of a region, was written in all regions that were begun."""
         regions, before = begun
-        if before:
-            core = box[self._lead :]
-            partial = {r for r, state in before.items() if not self._add(r, state, core)}
-            self.missing.update(dict.fromkeys(partial, State.PARTIAL))
-            regions = [r for r in regions if r not in partial]
         for region in regions:
-            del self.missing[region]
-            if before:
+            if region not in before:
+                del self.missing[region]
+            elif self._add(region, before[region], core):
+                del self.missing[region]
                 self._arrived.pop(region, None)
+            else:
+                self.missing[region] = State.PARTIAL
 
     def rollback(self, begun: Begun) -> None:
         """No byte was changed after all."""

@@ -8,29 +8,26 @@ is no other order to convert from, to restore or to get stuck in. Padding is zer
 from __future__ import annotations
 
 import copy
-import weakref
-from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import StateError
 from ..layout import BoundLayout
 from ..layout.bind import Bindable, bound_to
 from ..spec import TensorSpec
 from ..torch_private import outside_inference
-from . import refusals
 from .coverage import Box
+from .guarded import GuardedMemory
 from .kernel_name import KernelName
-from .listeners import Listeners, RawWriter
-from .locks import LOCKS, lock_number
+from .locks import LOCKS
 from .scatter import scatter
+from .shards import Shards
 from .states import RegionStates, State
 
 
-class AliasedStorage:
+class AliasedStorage(GuardedMemory):
     """A fixed buffer in kernel order.
 
     Args:
@@ -51,12 +48,9 @@ class AliasedStorage:
         state: State,
         kernel_dtype: torch.dtype | None = None,
     ) -> None:
+        super().__init__()
         self.label = label
         self.spec = spec
-        self.version = 0  #: Counts changes of content; whoever derives from this storage compares it with what it saw last.
-        self._writer: weakref.ref[RawWriter] | None = None
-        self.listeners = Listeners()
-        self.lock_number = lock_number()
         self.kernel_dtype = kernel_dtype
         self.kernel_name: KernelName | None = None
         self._name(buffer, layout)
@@ -64,9 +58,8 @@ class AliasedStorage:
 
     layout: Bindable | None
     bound: BoundLayout
-    buffer: Tensor
     elements: Tensor  #: Of the checkpoint's dtype, flat, with a version counter of its own: a write is none to the geometry.
-    _address: int
+    shards: Shards
     #: What the checkpoint name looks like; its bytes are the checkpoint's where the layout is the identity.
     geometry: Tensor
 
@@ -82,54 +75,14 @@ class AliasedStorage:
                 label = self.label if self.kernel_name is None else self.kernel_name.label
                 held = elements[: bound.regions * bound.region_capacity]  # room for other layouts lies behind it
                 kernel = KernelName(label, held.view(self.kernel_dtype).view(bound.kernel_shape), self)
-        shown = {"layout": layout, "bound": bound, "elements": elements.data, "geometry": geometry, "kernel_name": kernel}
-        self.__dict__.update(shown, buffer=buffer, _address=buffer.data_ptr())
-
-    @property
-    def lock(self) -> AbstractContextManager[Any]:
-        """See [Note: locks]."""
-        return LOCKS[self.lock_number]
-
-    @property
-    def state(self) -> State | None:
-        """The common state of all regions, or None where they differ."""
-        return self.states.common
-
-    @property
-    def is_loaded(self) -> bool:
-        """Whether the kernel name may be used: everything arrived, or undeclared code put its bytes there."""
-        states = self.states
-        return (not states.missing or states.common is State.FOREIGN) and self.exposed is None
+            elements = elements.data
+        shown = {"layout": layout, "bound": bound, "elements": elements, "geometry": geometry, "kernel_name": kernel}
+        self.__dict__.update(shown, buffer=buffer, _address=buffer.data_ptr(), shards=Shards(bound, elements))
 
     @cached_property
     def blank_storage(self) -> torch.UntypedStorage:
         """What checkpoint names show as their raw storage where kernel order is not theirs: same size, no memory."""
         return torch.empty(self.buffer.numel(), dtype=torch.uint8, device="meta").untyped_storage()
-
-    @property
-    def exposed(self) -> str | None:
-        """Who outside is writing the raw bytes now, or None. One that was dropped without an end has left rubbish."""
-        if self._writer is None:
-            return None
-        writer = self._writer()
-        if writer is None:
-            self.unexpose()
-            self.states.put_all(State.INVALID, "whoever wrote the raw bytes was dropped without an end")
-            return None
-        return writer.writer
-
-    def expose(self, writer: RawWriter) -> None:
-        """Let ``writer`` write the raw bytes: until :meth:`unexpose` nothing else reads or writes them."""
-        with LOCKS[self.lock_number]:
-            self.need_unexposed("expose")
-            self.before_write()
-            self._writer = weakref.ref(writer)
-
-    def is_exposed_to(self, writer: RawWriter) -> bool:
-        return self._writer is not None and self._writer() is writer
-
-    def unexpose(self) -> None:
-        self._writer = None
 
     # -- reading and writing -------------------------------------------------------------------------------------------
 
@@ -165,32 +118,24 @@ class AliasedStorage:
             scatter(self.bound, self.elements, box, value, non_blocking)
             self.states.arrived(box, before)
 
-    def before_write(self) -> None:
-        """Refuse, or tell whoever must know; no byte has changed yet. The caller holds the lock."""
-        self.need_writable()
-        self.changing()
+    def write_shard(self, view: Tensor, value: Tensor) -> bool:
+        """:meth:`write` through ``view`` of :attr:`geometry`, where it is a shard for such values: what loaders do all day.
+        False, and nothing has changed, where it is none. See [Note: shards].
 
-    def need_writable(self) -> None:
-        """Raise StateError or MemoryFreedError where the bytes are not the library's to write. The caller holds the lock."""
-        self._look_at_memory()
-        if self._writer is not None:
-            self.need_unexposed("write")
-
-    def changing(self) -> None:
-        """Bytes are about to change. An interrupt after this leaves a version that nobody has derived from."""
-        self.tell()
-        self.version += 1
-
-    def tell(self) -> None:
-        """What shows a kernel name of this storage or derives from it refuses from now on, until it is processed."""
-        self.listeners.open_all()
-
-    def invalidate(self, why: str | None = None) -> None:
-        """Nobody knows what the bytes are (failed load, sleep). Only a whole rewrite leads out."""
+        Raises:
+            StateError: as :meth:`write`.
+            RuntimeError: torch's own, where the shapes do not fit.
+        """
         with LOCKS[self.lock_number]:
+            self.need_writable()
+            shard, region = self.shards.under(view, value)
+            if shard is None:
+                return False
             self.changing()
-            self.states.put_all(State.INVALID, why)
-            self.unexpose()
+            before = self.states.begin_regions((region,))
+            shard.write(region, value)
+            self.states.arrived_in_each(shard.box, before)
+        return True
 
     def accept(self) -> None:
         """The bytes, in kernel order, are whole and right: an engine saved and restored them, or wrote them from outside."""
@@ -212,39 +157,6 @@ class AliasedStorage:
             self.kernel_name.accept()
             self.states.put_all(State.FOREIGN)
 
-    # -- what other code does to the memory ----------------------------------------------------------------------------
-
-    def _look_at_memory(self) -> None:
-        if self.kernel_name is not None and self.kernel_name.was_written:
-            self.notice()
-        if self.buffer.data_ptr() != self._address:  # freed, or given other memory
-            self.need_memory()
-
-    def notice(self) -> None:
-        """See whether other code wrote the kernel name. See [Note: foreign writes] in kernel_name.py."""
-        name = self.kernel_name
-        if name is not None and name.was_written and self.exposed is None:
-            name.accept()
-            self.invalidate(
-                f"the kernel name {name.label.rpartition('.')[2]!r} was written by other code: only aliasparam.process() writes "
-                "kernel names, and DistributedDataParallel, averaged models and the like must leave such buffers out"
-            )
-
-    def need_memory(self) -> None:
-        """Raise MemoryFreedError where other code gave the memory back (``untyped_storage().resize_(0)``)."""
-        held = self.buffer.untyped_storage().nbytes()
-        if held < self.buffer.numel() and self.buffer.device.type != "meta":
-            raise refusals.freed(self.label, self.buffer.numel(), held)
-
-    def need_unexposed(self, doing: str) -> None:
-        """Raise StateError while somebody outside writes the raw bytes."""
-        if (writer := self.exposed) is not None:
-            raise refusals.exposed(self.label, doing, writer)
-
-    def not_loaded(self, doing: str, region: int | None = None) -> StateError:
-        """What to raise where a region (default: the first) lacks elements."""
-        return refusals.not_loaded(self.label, self.states, doing, region)
-
     # -- moving, copying -----------------------------------------------------------------------------------------------
 
     def relocate(self, device: torch.device) -> None:
@@ -259,38 +171,30 @@ class AliasedStorage:
         """Another layout, whose bytes the caller has put in place. Addresses stay. The caller holds the lock."""
         self._name(self.buffer, layout)
 
-    def _copied(self, buffer: Tensor) -> dict[str, Any]:
-        """The state of a copy over ``buffer``, taken under the lock."""
-        kept = ("label", "spec", "layout", "version", "kernel_dtype")
-        label = self.kernel_name.label if self.kernel_name is not None else None
-        return {k: self.__dict__[k] for k in kept} | {"buffer": buffer, "states": copy.deepcopy(self.states), "kernel": label}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> AliasedStorage:
-        with LOCKS[self.lock_number], outside_inference():
-            self.notice()
-            self.need_unexposed("copy")
-            new = AliasedStorage.__new__(AliasedStorage)
-            memo[id(self)] = new
-            new.__setstate__(self._copied(self.buffer.clone()) | {"layout": copy.deepcopy(self.layout, memo)})
-        if self.kernel_name is not None and new.kernel_name is not None:
-            self.kernel_name.copied_as(new.kernel_name, memo)
-        return new
-
     def __getstate__(self) -> dict[str, Any]:
         with LOCKS[self.lock_number], outside_inference():
             self.notice()
-            self.need_unexposed("save")
-            return self._copied(self.buffer.clone())
+            self.need_unexposed("copy")
+            kept = {k: self.__dict__[k] for k in ("label", "spec", "layout", "version", "kernel_dtype")}
+            label = self.kernel_name.label if self.kernel_name is not None else None
+            return kept | {"buffer": self.buffer.clone(), "states": copy.deepcopy(self.states), "kernel": label}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        state = dict(state)
-        buffer, label = state.pop("buffer"), state.pop("kernel")
-        self.__dict__.update(state)
-        self._writer, self.listeners, self.lock_number = None, Listeners(), lock_number()
-        self.kernel_name = None
-        self._name(buffer, state["layout"])
+        super().__init__()
+        kept = dict(state)
+        buffer, label = kept.pop("buffer"), kept.pop("kernel")
+        self.__dict__.update(kept, kernel_name=None)
+        self._name(buffer, kept["layout"])
         if self.kernel_name is not None:
             self.kernel_name.label = label
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AliasedStorage:
+        new = AliasedStorage.__new__(AliasedStorage)
+        new.__setstate__(self.__getstate__())
+        memo[id(self)] = new
+        if self.kernel_name is not None and new.kernel_name is not None:
+            self.kernel_name.copied_as(new.kernel_name, memo)
+        return new
 
     def __repr__(self) -> str:
         state = self.state.value if self.state else "mixed"

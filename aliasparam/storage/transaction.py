@@ -13,11 +13,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from .coverage import Box
-from .locks import all_locked
 from .scatter import scatter
 from .storage import AliasedStorage
 
@@ -38,23 +36,26 @@ class Part(NamedTuple):
     arrived: Sequence[Box] | None = None
 
 
-def write_all(parts: Sequence[Part]) -> None:
-    """Write all parts, or none, or leave what was begun refusing.
+def write_all(parts: Sequence[Part], non_blocking: bool = False) -> None:
+    """Write all parts, or none, or leave what was begun refusing. The caller holds the locks of all, and takes no gradient.
+
+    Args:
+        parts: where two of one storage overlap, the last is right.
+        non_blocking: as of ``Tensor.copy_``.
 
     Raises:
         StateError: a storage is exposed to an outside writer. Nothing has changed then.
     """
-    with all_locked(part.storage.lock_number for part in parts), torch.no_grad():
-        for part in parts:
-            part.storage.need_writable()
-        for part in parts:
-            part.storage.changing()
-        begun = [(part.storage, part.storage.states.begin(part.box)) for part in parts]
-        for part in parts:
-            scatter(part.storage.bound, part.storage.elements, part.box, part.value)
-        for storage, before in reversed(begun):  # the first of two parts of one storage knows what it was before both
-            storage.states.rollback(before)
-        for part in parts:
-            states = part.storage.states
-            for box in [part.box] if part.arrived is None else part.arrived:
-                states.arrived(box, states.begin(box))
+    for part in parts:
+        part.storage.need_writable()
+    for part in parts:
+        part.storage.changing()
+    begun = [(part.storage, part.storage.states.begin(part.box)) for part in parts]
+    for part in parts:
+        scatter(part.storage.bound, part.storage.elements, part.box, part.value, non_blocking)
+    for storage, before in reversed(begun):  # the first of two parts of one storage knows what it was before both
+        storage.states.rollback(before)
+    for part in parts:
+        states = part.storage.states
+        for box in [part.box] if part.arrived is None else part.arrived:
+            states.arrived(box, states.begin(box))

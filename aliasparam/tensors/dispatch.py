@@ -16,20 +16,23 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import PointerError, StateError
 from ..storage.kernel_name import RefusingName
 from ..storage.locks import all_locked
+from ..storage.scatter import is_brought_whole
 from ..storage.storage import AliasedStorage
 from ..storage.transaction import write_all
 from ..torch_private import is_traced_by_jit, shares_memory
 from .arguments import Types, aliased_in, mapped, mapped_kwargs, mapped_one
 from .collectives import Collective, wait_for
-from .geometry import parts_of, place_of, read_view
+from .geometry import parts_of, read_view
 
 _Handler = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 
+#: Types of values that nothing else wants a say in.
+PLAIN = (Tensor, nn.Parameter)
 #: Base names of operators that replace the storage or geometry of their argument.
 _MOVES_MEMORY = frozenset({"set_", "resize_", "resize_as_", "resize", "set_data", "_resize_output_", "swap_"})
 #: In-place operators whose result does not depend on what was there. All others read before they write.
@@ -56,19 +59,16 @@ def write_one(target: Any, value: Tensor, non_blocking: bool = False) -> None:
         StaleKernelError: the value is a kernel name of an open module. Nothing is written then.
     """
     storage, view = target._alias_storage, target._alias_geometry
-    if value.shape != view.shape:
-        value = value.expand(view.shape)
-    place = place_of(storage, view)
-    is_same = value.dtype is storage.bound.dtype and view.dtype is value.dtype and value.layout is torch.strided
-    if place is not None and is_same:
-        if isinstance(value, RefusingName):
-            raise value.refusal()
-        if value.device == view.device or value.device.type == "cpu":
-            if storage.kernel_name is not None and shares_memory(value, storage.buffer):
-                value = value.clone()  # a kernel name of this very memory
-            storage.write(place.box, place.to_box(value), non_blocking)
+    if type(value) in PLAIN and value.layout is torch.strided:
+        if storage.write_shard(view, value):
             return
-    _land([(target, value)])
+        if view.is_cuda and is_brought_whole(value, view.dtype):
+            value = value.to(view.device, non_blocking=non_blocking)
+            if storage.write_shard(view, value):
+                return
+    elif isinstance(value, RefusingName):
+        raise value.refusal()
+    _land([(target, value if value.shape == view.shape else value.expand(view.shape))], non_blocking)
 
 
 def _handler_for(func: Any) -> _Handler:
@@ -172,7 +172,7 @@ def _own(values: Tensor, view: Tensor) -> Tensor:
     return values.clone() if values is view else values
 
 
-def _land(pairs: Sequence[tuple[Any, Tensor]]) -> None:
+def _land(pairs: Sequence[tuple[Any, Tensor]], non_blocking: bool = False) -> None:
     """Write each value through its aliased tensor, in one transaction."""
     with torch.no_grad(), all_locked(t._alias_storage.lock_number for t, _ in pairs):
         found: dict[int, tuple[AliasedStorage, list[tuple[Tensor, Tensor]]]] = {}
@@ -182,11 +182,12 @@ def _land(pairs: Sequence[tuple[Any, Tensor]]) -> None:
                 raise value.refusal()
             if value.shape != view.shape:
                 raise _reshaped(target, value)
-            torch.empty(0, dtype=view.dtype).copy_(value.new_empty(0))  # torch's own error where it cannot convert
+            if value.dtype is not view.dtype or value.layout is not torch.strided:
+                torch.empty(0, dtype=view.dtype).copy_(value.new_empty(0))  # torch's own error where it cannot convert
             if shares_memory(value, storage.buffer):
                 value = value.clone()
             found.setdefault(id(storage), (storage, []))[1].append((view, value))
-        write_all([part for storage, written in found.values() for part in parts_of(storage, written)])
+        write_all([part for storage, written in found.values() for part in parts_of(storage, written)], non_blocking)
 
 
 def _reshaped(target: Any, value: Tensor) -> PointerError:

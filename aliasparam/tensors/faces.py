@@ -13,14 +13,14 @@ from multiprocessing.reduction import ForkingPickler
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import AdoptionError, PointerError
 from ..storage.kernel_name import Hidden
 from ..storage.storage import AliasedStorage
 from ..torch_private import never_traced
 from .arguments import Types
-from .dispatch import dispatch, values_of, write_one
+from .dispatch import PLAIN, dispatch, values_of, write_one
 from .processes import reduce_for_process
 from .read_only import read_only
 
@@ -55,12 +55,12 @@ class _Aliased(Tensor):
 
     def copy_(self, other: Any = None, non_blocking: bool = False, *, src: Any = None) -> Any:
         other = src if other is None else other  # its documentation says ``src``, its parser ``other``
-        if Tensor.copy_ is not _TENSOR_COPY or (type(other) is not Tensor and type(other) is not nn.Parameter):
+        if Tensor.copy_ is not _TENSOR_COPY or type(other) not in PLAIN:
             if isinstance(other, _Aliased) and is_same_view(other, self):
                 return self  # onto itself: nothing changes, nothing opens
             return super().copy_(other, non_blocking)  # engines patch Tensor.copy_ to count or to mask
-        value = other.detach() if other.requires_grad else other  # values of a trained Parameter, and no gradient
-        write_one(self, value, non_blocking)
+        # Values of a trained Parameter, and no gradient.
+        write_one(self, other.detach() if other.requires_grad else other, non_blocking)
         return self
 
     # -- faces of Tensor that do not come through the dispatcher -------------------------------------------------------

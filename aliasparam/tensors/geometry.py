@@ -1,51 +1,23 @@
-"""From a view of a checkpoint name to boxes of its tensor.
+"""Reading and writing through views of a checkpoint name.
 
 A checkpoint name looks like a plain contiguous tensor, its *geometry*. Views are made by torch itself on that geometry, so
-every chain of them is right; what a view covers is then found from its offset, shape and strides. Slices and permutations are
-one box each. Whatever else there is (steps, ``unfold``, ``as_strided``, another element width, conj and neg bits) goes through
-a plain copy of the rows it lies in.
+every chain of them is right. Slices and permutations are one box each (storage/place.py). Whatever else there is (steps,
+``unfold``, ``as_strided``, another element width, conj and neg bits) goes through a plain copy of the rows it lies in.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..layout.boxes import row_major
 from ..storage.coverage import Box
+from ..storage.place import Place, placed
 from ..storage.storage import AliasedStorage
 from ..storage.transaction import Part
-
-
-class Place(NamedTuple):
-    """A view which is one box of the tensor.
-
-    Attributes:
-        box: (start, stop) for each dim of the tensor.
-        shape: the box's sizes.
-        order: for each dim of the box that the view has, the view's dim; None where they are in order.
-        squeezed: the box's shape without the dims which the view does not have.
-    """
-
-    box: Box
-    shape: tuple[int, ...]
-    order: tuple[int, ...] | None
-    squeezed: tuple[int, ...]
-
-    def to_box(self, value: Tensor) -> Tensor:
-        """A value of the view's shape in the box's."""
-        value = value if self.order is None else value.permute(self.order)
-        return value if value.shape == self.shape else value.view(self.shape)
-
-    def to_view(self, value: Tensor) -> Tensor:
-        """A value of the box's shape in the view's."""
-        value = value.view(self.squeezed)
-        return value if self.order is None else value.permute(_inverse(self.order))
 
 
 def place_of(storage: AliasedStorage, view: Tensor) -> Place | None:
@@ -53,50 +25,7 @@ def place_of(storage: AliasedStorage, view: Tensor) -> Place | None:
     spec = storage.bound
     if view.dtype.itemsize != spec.dtype.itemsize or view.is_conj() or view.is_neg():
         return None
-    return _place(spec.shape, view.storage_offset(), view.shape, view.stride())
-
-
-@lru_cache(maxsize=1 << 16)
-def _place(base: tuple[int, ...], offset: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> Place | None:
-    if not all(shape):
-        return Place(tuple((0, 0) for _ in base), (0,) * len(base), None, shape) if base else None
-    steps = row_major(base)
-    starts, left = [], offset
-    for step, size in zip(steps, base, strict=True):
-        starts.append(left // step if size > 1 else 0)
-        left -= starts[-1] * step
-    found = _match(base, steps, shape, strides)
-    if left or found is None:
-        return None
-    sizes = [shape[v] if v is not None else 1 for v in found]
-    if any(start + size > limit for start, size, limit in zip(starts, sizes, base, strict=True)):
-        return None
-    order = tuple(v for v in found if v is not None)
-    ones = [v for v, n in enumerate(shape) if n == 1 and v not in order]  # dims of one element lie anywhere: first
-    order = (*ones, *order)
-    box = tuple((start, start + size) for start, size in zip(starts, sizes, strict=True))
-    in_order = order == tuple(range(len(shape)))
-    return Place(box, tuple(sizes), None if in_order else order, tuple(shape[v] for v in order))
-
-
-def _match(base: tuple[int, ...], steps: list[int], shape: tuple[int, ...], strides: tuple[int, ...]) -> list[int | None] | None:
-    """For each dim of the tensor, the view's dim over it (None: an index was taken); None where a dim is over none."""
-    found: list[int | None] = [None] * len(base)
-    for dim, (size, stride) in enumerate(zip(shape, strides, strict=True)):
-        if size == 1:
-            continue
-        at = next((b for b, step in enumerate(steps) if step == stride and base[b] > 1 and found[b] is None), None)
-        if at is None:
-            return None
-        found[at] = dim
-    return found
-
-
-def _inverse(order: tuple[int, ...]) -> list[int]:
-    back = [0] * len(order)
-    for position, dim in enumerate(order):
-        back[dim] = position
-    return back
+    return placed(spec.shape, view.storage_offset(), view.shape, view.stride())
 
 
 def read_view(storage: AliasedStorage, view: Tensor) -> Tensor:
@@ -119,30 +48,27 @@ def read_view(storage: AliasedStorage, view: Tensor) -> Tensor:
         return as_view(storage, storage.bound.read(storage.elements, rows), rows, view)
 
 
-def part_of(storage: AliasedStorage, view: Tensor, value: Tensor) -> Part:
-    """What writing ``value``, of the view's shape, through ``view`` asks of the storage. The caller holds the lock."""
-    place = place_of(storage, view)
-    if place is not None:
-        if view.dtype is not storage.bound.dtype:  # of the same width
-            value = typed(value, view).view(storage.bound.dtype)
-        return Part(storage, place.box, place.to_box(value))
-    rows = rows_under(storage, view)
-    patched = storage.bound.read(storage.elements, rows)
-    as_view(storage, patched, rows, view).copy_(value)
-    return Part(storage, rows, patched, boxes_under(storage, view, rows) if storage.states.missing else None)
-
-
 def parts_of(storage: AliasedStorage, pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Part]:
-    """The parts of (view, value) pairs of one storage, of which the last is right where views overlap."""
-    if len(pairs) == 1 or all(place_of(storage, view) is not None for view, _ in pairs):
-        return [part_of(storage, view, value) for view, value in pairs]
-    whole = rows_under(storage, storage.geometry)
-    patched = storage.bound.read(storage.elements, whole)
-    arrived = []
+    """What writing values, each of its view's shape, through views asks of the storage; where views overlap the last is right.
+    The caller holds the lock."""
+    places = [place_of(storage, view) for view, _ in pairs]
+    if None not in places:
+        return [_boxed(storage, *pair, place) for pair, place in zip(pairs, places, strict=True) if place is not None]
+    rows = rows_under(storage, pairs[0][0] if len(pairs) == 1 else storage.geometry)
+    patched = storage.bound.read(storage.elements, rows)
     for view, value in pairs:
-        as_view(storage, patched, whole, view).copy_(value)
-        arrived += boxes_under(storage, view, rows_under(storage, view))
-    return [Part(storage, whole, patched, arrived)]
+        as_view(storage, patched, rows, view).copy_(value)
+    if not storage.states.missing:
+        return [Part(storage, rows, patched)]
+    return [
+        Part(storage, rows, patched, [box for view, _ in pairs for box in boxes_under(storage, view, rows_under(storage, view))])
+    ]
+
+
+def _boxed(storage: AliasedStorage, view: Tensor, value: Tensor, place: Place) -> Part:
+    if view.dtype is not storage.bound.dtype:  # of the same width
+        value = typed(value, view).view(storage.bound.dtype)
+    return Part(storage, place.box, place.to_box(value))
 
 
 def typed(value: Tensor, like: Tensor) -> Tensor:

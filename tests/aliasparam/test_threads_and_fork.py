@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import os
 import threading
+import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from aliasparam import Derivation, declare, process
-from aliasparam.errors import AliasError
+from aliasparam import AliasedStorage, Derivation, declare, process
+from aliasparam.errors import AliasError, StateError
 
-from .small import SWAP, SWAP_PAD16, Layer, bytes_of, kernel, layer_of, storage_of
+from .small import SWAP, SWAP_PAD16, Layer, bytes_of, is_ready, kernel, layer_of, storage_of
 
 
 def at_once(*work: Callable[[], None]) -> None:
@@ -72,6 +76,64 @@ def test_a_copy_made_while_another_thread_writes_is_of_one_moment(by: Callable[[
 
     layer.weight.fill_(1)
     at_once(write, read)
+
+
+def pickled(module: nn.Module) -> nn.Module:
+    torch.save(module, file := io.BytesIO())
+    file.seek(0)
+    loaded: nn.Module = torch.load(file, weights_only=False)
+    return loaded
+
+
+@pytest.mark.parametrize("by", [copy.deepcopy, pickled])
+def test_law_8_a_copy_of_names_from_before_and_after_a_commit_is_refused(
+    by: Callable[[nn.Module], nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = Layer(scale=True)
+    process(layer)
+    before = AliasedStorage.__getstate__
+    copied: list[AliasedStorage] = []
+
+    def and_then_it_is_loaded(storage: AliasedStorage) -> dict[str, Any]:
+        state = before(storage)
+        if not copied:
+            load_all(layer, 5)
+        copied.append(storage)
+        return state
+
+    monkeypatch.setattr(AliasedStorage, "__getstate__", and_then_it_is_loaded)
+    with pytest.raises(StateError, match="while it was copied"):
+        by(layer)
+
+    assert by(layer).alpha.item() == 5  # now nobody writes
+
+
+@pytest.mark.parametrize("by", [copy.deepcopy, pickled])
+def test_law_8_a_copy_made_while_another_thread_commits_is_of_one_generation(by: Callable[[nn.Module], nn.Module]) -> None:
+    layer = Layer((64, 256), scale=True)
+    load_all(layer, 1)
+    done = threading.Event()
+
+    def write() -> None:
+        for step in range(60):
+            load_all(layer, step)
+            time.sleep(0.002)
+        done.set()
+
+    def read() -> None:
+        while not done.is_set():
+            with contextlib.suppress(StateError):
+                twin = by(layer)
+                if is_ready(twin):  # else it was copied in the middle of a load, as a load can be seen, and refuses to run
+                    assert set(twin.weight.unique().tolist()) | set(twin.scale.tolist()) == {twin.alpha.item()}
+
+    at_once(write, read)
+
+
+def load_all(layer: Layer, number: int) -> None:
+    layer.weight.fill_(number)
+    layer.scale.fill_(number)
+    process(layer)
 
 
 def test_a_write_between_deriving_and_commit_leaves_the_module_open() -> None:

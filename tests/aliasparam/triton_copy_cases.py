@@ -12,6 +12,7 @@ from aliasparam.layout import Layout, triton_copy, triton_sum
 from aliasparam.layout.boxes import Box, row_major
 from aliasparam.layout.execute import plan, views
 from aliasparam.layout.strided import StridedLayout
+from aliasparam.storage.shards import Shard, planned
 
 LINES = [
     ("(g b a) k -> g a b k, a=4 b=8", (2, 96, 24)),
@@ -24,6 +25,7 @@ LINES = [
 
 
 def main() -> None:
+    triton_copy.SMALLEST = 0
     device = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
     for text, shape in LINES:
         for dtype in (torch.uint8, torch.int32):
@@ -34,6 +36,8 @@ def main() -> None:
             bound.write(expected, bound.whole, value)
             by_triton(bound, memory, value, write=True)
             assert torch.equal(memory, expected), (text, dtype, "write")
+            shards_by_triton(bound, memory.zero_(), value)
+            assert torch.equal(memory, expected), (text, dtype, "shards")
             back = torch.zeros_like(value)
             by_triton(bound, memory, back, write=False)
             assert torch.equal(back, value), (text, dtype, "read")
@@ -49,7 +53,20 @@ def by_triton(bound: StridedLayout, memory: torch.Tensor, value: torch.Tensor, *
         bound.boxes(bound.whole[bound.lead :]), lead, value.stride(), bound.dtype.itemsize, random.choice([4, 8]), backward=0
     )
     for copy in copies:
-        triton_copy.run(copy, *views(copy.start, memory, 0, value, by_kernel=True), write=write)
+        triton_copy.run(copy, *views(copy.start, memory, 0, value), write=write)
+
+
+def shards_by_triton(bound: StridedLayout, memory: torch.Tensor, value: torch.Tensor) -> None:
+    """As ``AliasedStorage.write_shard`` does on a GPU, region by region."""
+    parts = value.view(bound.regions, *bound.shape[bound.lead :])
+    form = parts[0].shape, parts[0].stride()
+    align = bound.region_capacity * memory.itemsize | random.choice([4, 8])
+    whole = (0, *form, *form, align & -align, True)
+    box, copies = planned(bound, whole) or (None, [])
+    assert box == bound.whole[bound.lead :]
+    shard = Shard(box, [(copy, True) for copy, _ in copies], memory, bound, whole)
+    for region, part in enumerate(parts):
+        shard.write(region, part)
 
 
 def sums_by_triton(bound: StridedLayout, memory: torch.Tensor, box: Box) -> list[int]:
@@ -59,11 +76,11 @@ def sums_by_triton(bound: StridedLayout, memory: torch.Tensor, box: Box) -> list
         assert found is not None
         return found.tolist()
     sizes = [stop - start for start, stop in box]
-    first = sum(start * stride for (start, _), stride in zip(box, bound.lead_strides, strict=False)) * memory.element_size()
+    first = sum(start * stride for (start, _), stride in zip(box, bound.lead_strides, strict=False))
     lead = list(zip(sizes, bound.lead_strides, strict=False))
-    align = (first | 4) & -(first | 4)
+    align = (first * memory.element_size() | 4) & -(first * memory.element_size() | 4)
     copies = plan(bound.boxes(box[bound.lead :]), lead, row_major(sizes), memory.element_size(), align, 4, 0)
-    sums = [triton_sum.sums(copy, views(copy.start, memory, first, memory, by_kernel=True)[0]) for copy in copies]
+    sums = [triton_sum.sums(copy, views(copy.start, memory, first, memory)[0]) for copy in copies]
     return torch.stack(sums).sum(0).tolist()
 
 

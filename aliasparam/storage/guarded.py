@@ -1,0 +1,135 @@
+"""What may be done to the memory of a storage, who is told before it changes, and what other code does to it."""
+
+from __future__ import annotations
+
+import weakref
+from contextlib import AbstractContextManager
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import StateError
+from . import refusals
+from .kernel_name import KernelName
+from .listeners import Listeners, RawWriter
+from .locks import LOCKS, lock_number
+from .states import RegionStates, State
+
+
+class GuardedMemory:
+    """A buffer with the state of every region, a lock, a version, and whoever must know before its bytes change."""
+
+    label: str
+    buffer: Tensor
+    _address: int
+    states: RegionStates
+    kernel_name: KernelName | None
+
+    def __init__(self) -> None:
+        self.version = 0  #: Counts changes of content; whoever derives from this storage compares it with what it saw last.
+        self._writer: weakref.ref[RawWriter] | None = None
+        self.listeners = Listeners()
+        self.lock_number = lock_number()
+
+    @property
+    def lock(self) -> AbstractContextManager[Any]:
+        """See [Note: locks]."""
+        return LOCKS[self.lock_number]
+
+    @property
+    def state(self) -> State | None:
+        """The common state of all regions, or None where they differ."""
+        return self.states.common
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the kernel name may be used: everything arrived, or undeclared code put its bytes there."""
+        states = self.states
+        return (not states.missing or states.common is State.FOREIGN) and self.exposed is None
+
+    # -- before bytes change -------------------------------------------------------------------------------------------
+
+    def before_write(self) -> None:
+        """Refuse, or tell whoever must know; no byte has changed yet. The caller holds the lock."""
+        self.need_writable()
+        self.changing()
+
+    def need_writable(self) -> None:
+        """Raise StateError or MemoryFreedError where the bytes are not the library's to write. The caller holds the lock."""
+        self._look_at_memory()
+        if self._writer is not None:
+            self.need_unexposed("write")
+
+    def changing(self) -> None:
+        """Bytes are about to change. An interrupt after this leaves a version that nobody has derived from."""
+        self.tell()
+        self.version += 1
+
+    def tell(self) -> None:
+        """What shows a kernel name of this storage or derives from it refuses from now on, until it is processed."""
+        self.listeners.open_all()
+
+    def invalidate(self, why: str | None = None) -> None:
+        """Nobody knows what the bytes are (failed load, sleep). Only a whole rewrite leads out."""
+        with LOCKS[self.lock_number]:
+            self.changing()
+            self.states.put_all(State.INVALID, why)
+            self.unexpose()
+
+    # -- what other code does to the memory ----------------------------------------------------------------------------
+
+    @property
+    def exposed(self) -> str | None:
+        """Who outside is writing the raw bytes now, or None. One that was dropped without an end has left rubbish."""
+        if self._writer is None:
+            return None
+        writer = self._writer()
+        if writer is None:
+            self.unexpose()
+            self.states.put_all(State.INVALID, "whoever wrote the raw bytes was dropped without an end")
+            return None
+        return writer.writer
+
+    def expose(self, writer: RawWriter) -> None:
+        """Let ``writer`` write the raw bytes: until :meth:`unexpose` nothing else reads or writes them."""
+        with LOCKS[self.lock_number]:
+            self.need_unexposed("expose")
+            self.before_write()
+            self._writer = weakref.ref(writer)
+
+    def is_exposed_to(self, writer: RawWriter) -> bool:
+        return self._writer is not None and self._writer() is writer
+
+    def unexpose(self) -> None:
+        self._writer = None
+
+    def _look_at_memory(self) -> None:
+        if self.kernel_name is not None and self.kernel_name.was_written:
+            self.notice()
+        if self.buffer.data_ptr() != self._address:  # freed, or given other memory
+            self.need_memory()
+
+    def notice(self) -> None:
+        """See whether other code wrote the kernel name. See [Note: foreign writes] in kernel_name.py."""
+        name = self.kernel_name
+        if name is not None and name.was_written and self.exposed is None:
+            name.accept()
+            self.invalidate(
+                f"the kernel name {name.label.rpartition('.')[2]!r} was written by other code: only aliasparam.process() writes "
+                "kernel names, and DistributedDataParallel, averaged models and the like must leave such buffers out"
+            )
+
+    def need_memory(self) -> None:
+        """Raise MemoryFreedError where other code gave the memory back (``untyped_storage().resize_(0)``)."""
+        held = self.buffer.untyped_storage().nbytes()
+        if held < self.buffer.numel() and self.buffer.device.type != "meta":
+            raise refusals.freed(self.label, self.buffer.numel(), held)
+
+    def need_unexposed(self, doing: str) -> None:
+        """Raise StateError while somebody outside writes the raw bytes."""
+        if (writer := self.exposed) is not None:
+            raise refusals.exposed(self.label, doing, writer)
+
+    def not_loaded(self, doing: str, region: int | None = None) -> StateError:
+        """What to raise where a region (default: the first) lacks elements."""
+        return refusals.not_loaded(self.label, self.states, doing, region)

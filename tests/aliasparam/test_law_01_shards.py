@@ -1,0 +1,122 @@
+"""Law 1 for shards: a value of any form lands in a view of any kind as torch would have it, and exactly that has arrived."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from aliasparam import process
+from aliasparam.errors import LayoutError
+from aliasparam.testing import same_bytes
+
+from .small import INTERLEAVE, PAD8, SWAP, kernel, layer_of, storage_of
+
+LINES = ["r k -> k r", SWAP, INTERLEAVE, PAD8, f"{SWAP} | {PAD8}"]
+SHAPES = [(4, 6), (3, 4, 6), (2, 3, 2, 8)]
+DTYPES = [torch.uint8, torch.float8_e4m3fn, torch.bfloat16, torch.float32, torch.complex64]
+
+
+def numbers(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
+    drawn = torch.randint(0, 100, shape, generator=torch.Generator().manual_seed(seed))
+    return drawn.to(dtype) * 1j if dtype.is_complex else drawn.to(dtype)
+
+
+def has_negative(tensor: Tensor) -> bool:
+    return tensor.dtype.is_floating_point and tensor.itemsize > 1
+
+
+@st.composite
+def views(draw: st.DrawFn, shape: tuple[int, ...]) -> Any:
+    """A function that takes a view: indices and ranges of leading dims, then perhaps an exchange of two dims or a step."""
+    indices: list[Any] = []
+    for size in shape[: draw(st.integers(0, len(shape)))]:
+        start = draw(st.integers(0, size - 1))
+        indices.append(draw(st.sampled_from([start, slice(start, draw(st.integers(start, size)))])))
+    further = draw(st.sampled_from(["as it is", "transposed", "every second", "flat", "negated"]))
+
+    def view(tensor: Any) -> Any:
+        for dim, index in reversed(list(enumerate(indices))):
+            part = slice(index, index + 1) if isinstance(index, int) else index
+            tensor = tensor.narrow(dim, part.start, part.stop - part.start)
+            tensor = tensor.select(dim, 0) if isinstance(index, int) else tensor
+        if further == "transposed" and tensor.dim() > 1:
+            return tensor.transpose(0, -1)
+        if further == "every second" and tensor.dim():
+            return tensor[::2]
+        if further == "flat" and torch.empty_strided(tensor.shape, tensor.stride(), device="meta").is_contiguous():
+            return tensor.view(-1)
+        return torch._neg_view(tensor) if further == "negated" and has_negative(tensor) else tensor
+
+    return view
+
+
+def of_form(value: Tensor, form: str) -> Tensor:
+    """The same numbers with other strides, at another address, or with a bit that changes what its bytes mean."""
+    if form == "at an odd address":
+        room = torch.empty(value.numel() + 1, dtype=value.dtype)[1:].view(value.shape)
+        return room.copy_(value)
+    if form == "transposed" and value.dim() > 1:
+        return value.transpose(0, -1).contiguous().transpose(0, -1)
+    if form == "of one row" and value.dim() > 1:
+        return value[:1]
+    if form == "negative" and has_negative(value):
+        return torch._neg_view(-value)
+    return value.conj() if form == "conjugate" else value
+
+
+@given(st.data())
+def test_law_1_a_shard_lands_as_torch_would_have_it(data: st.DataObject) -> None:
+    shape, dtype = data.draw(st.sampled_from(SHAPES)), data.draw(st.sampled_from(DTYPES))
+    line = data.draw(st.sampled_from(LINES))
+    plain = numbers(shape, dtype, 0)
+    layer = layer_of(plain, line, loaded=data.draw(st.booleans()))
+    arrived = torch.zeros(shape, dtype=torch.bool)
+    if not storage_of(layer).states.missing:
+        arrived.fill_(True)
+    for seed in range(1, 4):
+        view = data.draw(views(shape))
+        target = view(plain)
+        form = data.draw(st.sampled_from(["plain", "at an odd address", "transposed", "of one row", "negative", "conjugate"]))
+        if not target.numel():
+            continue
+        value = of_form(numbers(tuple(target.shape), dtype, seed), form)
+
+        target.copy_(value)
+        view(arrived).fill_(True)
+        view(layer.weight).copy_(value)
+
+    for at in arrived.nonzero().tolist():
+        assert same_bytes(layer.weight[tuple(at)].clone(), plain[tuple(at)].clone())
+    states = storage_of(layer).states
+    missing = [box for region in states.missing for box in states.missing_boxes(region)]
+    assert sum(math.prod(stop - start for start, stop in box) for box in missing) == int((~arrived).sum())
+    if arrived.all():
+        process(layer)
+        assert same_bytes(layer.prepared, kernel(line, plain))
+
+
+@pytest.mark.parametrize("form, dtype", [("negative", torch.bfloat16), ("conjugate", torch.complex64)])
+def test_law_1_bits_of_a_value_that_is_moved_in_wider_elements(form: str, dtype: torch.dtype) -> None:
+    plain, value = torch.zeros(4, 8, dtype=dtype), torch.arange(32).view(4, 8).to(dtype)
+    value = value * 1j if dtype.is_complex else value
+    layer = layer_of(plain, INTERLEAVE)
+
+    layer.weight.copy_(of_form(value, form))
+
+    assert same_bytes(layer.weight.clone(), plain.copy_(of_form(value, form)))
+
+
+def test_law_1_a_view_behind_the_tensor_is_no_shard_of_it() -> None:
+    layer = layer_of(numbers((2, 3, 5), torch.uint8, 0), PAD8)
+    before = layer.weight.clone()
+
+    with pytest.raises(LayoutError, match="does not fit a layout"):
+        layer.weight.as_strided((3, 5), (5, 1), 60).copy_(torch.ones(3, 5, dtype=torch.uint8))
+
+    assert torch.equal(layer.weight, before)
