@@ -16,7 +16,7 @@ from torch import nn
 from .delta_folder import Chain, DeltaFolder, need_order
 from .delta_held import Places
 from .delta_parts import PartDigests
-from .delta_patches import patch_converted, patches_of
+from .delta_patches import patches_of, patches_of_converted
 from .errors import DeltaError
 from .observe import Hooks
 from .session import ReloadSession
@@ -79,11 +79,14 @@ def prepare_delta(
         stored = dict.fromkeys([*(full.tensors if full is not None else ()), *(name for one in deltas for name in one.checksums)])
         for one in places.converted:
             if not stored.keys().isdisjoint(one.sources):
-                patch_converted(session, one, full, deltas)
+                session.patch(one.targets, lambda lives, one=one: patches_of_converted(one, lives, full, deltas))  # type: ignore[misc]
         apart = {*places.elsewhere, *(name for one in places.converted for name in one.sources)}
         for name in [name for name in stored if name not in apart]:
             for label, box in places.where(name):
-                session.patch(label, lambda live, at=(name, box): patches_of(live.under(at[1]), at[0], full, deltas, digests))  # type: ignore[misc]
+                session.patch(
+                    [label],
+                    lambda lives, name=name, box=box: [patches_of(lives[0].under(box), name, full, deltas, digests)],  # type: ignore[misc]
+                )
         digests.check(deltas)
         delta.check_unchanged()
         session.prepare()

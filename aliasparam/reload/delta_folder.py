@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 
-from .delta import ENCODINGS, Change, decode
+from .delta import ENCODINGS, Overwrite, Xor
 from .errors import DeltaError
 from .hashers import FORMATS
 from .published import check_manifest, read_manifest, version_path
@@ -68,7 +68,7 @@ class DeltaFolder(Opened):
             undo.callback(self.folder.close)
             self.path = self.folder.path
             fields = self.folder.index_metadata
-            self.encoding = self._one_of("delta_encoding", fields, ENCODINGS)
+            self.encoding = self._one_of("delta_encoding", fields, tuple(ENCODINGS))
             self._one_of("compression_format", fields, ("zstd",))
             self.checksum_format = self._one_of("checksum_format", fields, tuple(FORMATS))
             self.version, self.base_version = self._number("version", fields), self._number("base_version", fields)
@@ -82,10 +82,9 @@ class DeltaFolder(Opened):
         """Itself: a chain of one."""
         return [self]
 
-    def pieces(self, name: str, nbytes: int, piece_bytes: int | None = None) -> Iterator[Change]:
-        """The changes of one tensor, which has ``nbytes`` bytes (see :func:`aliasparam.reload.delta.decode`)."""
-        where = f"{self.path}: {name}"
-        return decode(self.encoding, lambda: _Compressed(self.folder, name), nbytes, where, piece_bytes)
+    def changes(self, name: str, nbytes: int) -> Xor | Overwrite:
+        """What it changes in one tensor, which has ``nbytes`` bytes."""
+        return ENCODINGS[self.encoding](lambda: _Compressed(self.folder, name), nbytes, f"{self.path}: {name}")
 
     def check(self, name: str, digest: str) -> None:
         """

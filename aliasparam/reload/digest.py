@@ -26,17 +26,25 @@ _PLAIN = Layout("n -> n")
 _PIECE = 1 << 20
 
 
-def sums_of_run(flat: Tensor) -> Tensor | None:
-    """int64 ``[2]``: the sums of contiguous bytes (uint8 ``[n]``), congruent mod 65521; None where no kernel takes them."""
-    return _PLAIN.bind(flat.shape, torch.uint8).positional_sums(flat, ((0, flat.numel()),))
+def sums_of_run(flat: Tensor) -> Tensor:
+    """int64 ``[2]`` on their device: the sums of contiguous bytes (uint8 ``[n]``), congruent mod 65521."""
+    sums = _PLAIN.bind(flat.shape, torch.uint8).positional_sums(flat, ((0, flat.numel()),))
+    if sums is not None:
+        return sums
+    sums = torch.zeros(2, dtype=torch.int64, device=flat.device)
+    for first in range(0, flat.numel(), _PIECE):
+        wide = flat[first : first + _PIECE].to(torch.int64)
+        places = torch.arange(first, first + wide.numel(), device=flat.device) % _MOD
+        sums += torch.stack((wide.sum(), (wide * places).sum())) % _MOD  # at most 2**20 * 255 * 65520 < 2**45
+    return sums
 
 
 class PositionalAdler32:
     """The two sums of adler32, of those bytes that were added so far.
 
-    Sums stay on the device of the values, and nothing waits for it before :meth:`hexdigest`, :meth:`count` apart.
-    Every byte must be added exactly once; a byte that changes is added once more as ``add(new, ...)`` after
-    ``add(old, ..., sign=-1)``.
+    Sums stay on the device of the values, and nothing waits for it before :meth:`hexdigest`.
+    Every byte must be added exactly once; bytes that change are added once more, as ``add(new, start)`` after
+    ``add(old, start, sign=-1)``.
 
     Attributes:
         count: bytes added less bytes taken away.
@@ -47,29 +55,18 @@ class PositionalAdler32:
         self._host = (0, 0)
         self._sums: dict[torch.device, Tensor] = {}
 
-    def add(self, values: Tensor, positions: Tensor, *, sign: int = 1) -> None:
-        """Bytes ``values`` (uint8, any shape) at checkpoint byte ``positions`` (int64, as many, on the same device)."""
-        flat, places = values.reshape(-1), positions.reshape(-1)
-        for first in range(0, flat.numel(), _PIECE):
-            wide = flat[first : first + _PIECE].to(torch.int64)
-            # at most 2**20 * 255 * 65520 < 2**45
-            weighted = (wide * (places[first : first + _PIECE] % _MOD)).sum()
-            self.add_sums(sign * wide.numel(), torch.stack((wide.sum(), weighted)) * sign)
-
-    def add_run(self, values: Tensor, start: int) -> None:
+    def add(self, values: Tensor, start: int, *, sign: int = 1) -> None:
         """Bytes ``values`` (uint8, any shape, contiguous in the checkpoint) from checkpoint byte ``start`` on."""
         flat = values.reshape(-1)
         if flat.device.type == "cpu":
             digest, nbytes = zlib.adler32(memory_of(flat)), flat.numel()
             plain = (digest & 0xFFFF) - 1
-            self.merge_sums(nbytes, (plain, nbytes + nbytes * plain - (digest >> 16) + start * plain))
+            weighted = nbytes + nbytes * plain - (digest >> 16) + start * plain
+            self.merge_sums(sign * nbytes, (sign * plain, sign * weighted))
             return
         sums = sums_of_run(flat)
-        if sums is None:
-            self.add(flat, torch.arange(start, start + flat.numel(), device=flat.device))
-            return
         sums[1].add_(sums[0], alpha=start % _MOD)
-        self.add_sums(flat.numel(), sums)
+        self.add_sums(sign * flat.numel(), sign * sums)
 
     def add_sums(self, count: int, sums: Tensor) -> None:
         """``count`` bytes whose sums (int64 ``[2]``: of the bytes, of position times byte, mod 65521) were taken on a device."""

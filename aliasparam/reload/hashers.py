@@ -49,10 +49,10 @@ class Digest:
             package, name = _PACKAGES[kind]
             self._state = getattr(optional(package), name)()
 
-    def add(self, run: Tensor, start: int) -> None:
-        """Bytes (uint8 [n]) from ``start`` on."""
+    def add(self, run: Tensor, start: int, *, sign: int = 1) -> None:
+        """Bytes (uint8 [n]) from ``start`` on. ``sign``: of adler32; -1 takes them away again."""
         if self.sums is not None:
-            self.sums.add_run(run, start)
+            self.sums.add(run, start, sign=sign)
         else:
             self._state.update(memory_of(run.cpu()))
 

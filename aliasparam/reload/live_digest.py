@@ -88,10 +88,16 @@ def digest_of_folder(folder: SafetensorsFolder, kind: str = "adler32") -> Checkp
 def digest_live(live: Live, kind: str) -> Digest:
     """Of a whole tensor; of adler32 on a GPU nothing has waited for it."""
     digest = Digest(kind)
-    in_place = None if digest.sums is None else live.positional_sums()
-    if digest.sums is not None and in_place is not None:
-        digest.sums.add_sums(live.nbytes, in_place)
-        return digest
-    for start, piece in live.runs(_PIECE):
-        digest.add(piece, start)
+    if not add_in_place(digest, live):
+        for start, piece in live.runs(_PIECE):
+            digest.add(piece, start)
     return digest
+
+
+def add_in_place(digest: Digest, live: Live) -> bool:
+    """Add all bytes where they lie, if they can be summed there; whether they were."""
+    found = None if digest.sums is None else live.positional_sums()
+    if digest.sums is None or found is None:
+        return False
+    digest.sums.add_sums(live.nbytes, found)
+    return True

@@ -78,20 +78,24 @@ def patch_of(live: Live, box: Box, old: Tensor, new: Tensor, *, keep_new: bool) 
     count = int(differs.count_nonzero())
     if not count:
         return None
+    at, base = None, 0
     if count * (5 + keep_new) < old.numel() * (1 + keep_new):
-        where = differs.nonzero().view(-1)
+        where = _where(differs)
         places = live.positions(_in_tensor(live, box, where))
         if places is not None:
-            return patch_at(live, box, places, old[where], new[where] if keep_new else None)
+            base, old, new = int(places.min()), old[where], new[where]
+            at = on_host(_narrow(places - base))
     bound = None if live.storage is None else live.storage.bound
-    return Patch(live, box, None, 0, on_host(old), on_host(new) if keep_new else None, bound)
+    return Patch(live, box, at, base, on_host(old), on_host(new) if keep_new else None, bound)
 
 
-def patch_at(live: Live, box: Box, places: Tensor, old: Tensor, new: Tensor | None) -> Patch:
-    """Of single bytes ``old`` and ``new`` (uint8 [n]) at ``places`` (int64 [n]) in memory."""
-    base = int(places.min())
-    bound = None if live.storage is None else live.storage.bound
-    return Patch(live, box, on_host(_narrow(places - base)), base, on_host(old), None if new is None else on_host(new), bound)
+def _where(differs: Tensor) -> Tensor:
+    """``nonzero`` of bool [n], of which few are true: first of words of eight, as a CPU looks at each for a nanosecond."""
+    if differs.numel() % 8:
+        return differs.nonzero().view(-1)
+    words = differs.view(torch.int64).nonzero().view(-1)
+    row, column = differs.view(-1, 8)[words].nonzero().unbind(1)
+    return words[row] * 8 + column
 
 
 def joined(patches: Iterable[Patch | None]) -> list[Patch]:

@@ -131,13 +131,14 @@ class Patched:
     def nbytes(self) -> int:
         return sum(patch.nbytes for _, patches, _, _ in self._held for patch in patches)
 
-    def add(self, target: Target, patches: Callable[[Live], list[Patch]]) -> int:
-        """Make and hold the patches of one tensor, which must not change from now on; the bytes of them."""
-        live = Live(target.tensor)
-        version, found = live.version, patches(live)
-        if found:
-            self._held.append((target, found, live, version))
-        return sum(patch.nbytes for patch in found)
+    def add(self, targets: list[Target], patches: Callable[[list[Live]], list[list[Patch]]]) -> int:
+        """Make and hold the patches of some tensors, which must not change from now on; the bytes of them."""
+        lives = [Live(target.tensor) for target in targets]
+        versions = [live.version for live in lives]
+        found = zip(targets, patches(lives), lives, versions, strict=True)
+        held = [(target, made, live, version) for target, made, live, version in found if made]
+        self._held += held
+        return sum(patch.nbytes for _, made, _, _ in held for patch in made)
 
     def update(self, target: Target, box: Box, value: Tensor) -> None:
         raise ReloadError("a delta takes no values", name=target.label, remedy="Open another reload for them.")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from types import TracebackType
 from typing import Literal
 
@@ -270,17 +270,13 @@ class ReloadSession:
         for name, value, *box in tensors.items() if isinstance(tensors, Mapping) else tensors:
             self.update(name, value, box=box[0] if box else None)
 
-    def live(self, name: str) -> Live:
-        """The bytes of one tensor, to be read. Raises ReloadError: no such name."""
-        return Live(self._target(name).tensor)
-
-    def patch(self, name: str, patches: Callable[[Live], list[Patch]]) -> None:
-        """Hold what a delta changes in one tensor. For sessions of :func:`~aliasparam.reload.prepare_delta`."""
+    def patch(self, names: Collection[str], patches: Callable[[list[Live]], list[list[Patch]]]) -> None:
+        """Hold what a delta changes in some tensors. For sessions of :func:`~aliasparam.reload.prepare_delta`."""
         self._need((Phase.OPEN,), "patch")
         if not isinstance(self._policy, Patched):
-            raise ReloadError("only a delta's session takes patches", module=self._label, name=name)
-        self.observed.bytes += self._policy.add(self._target(name), patches)
-        self.observed.tensors += 1
+            raise ReloadError("only a delta's session takes patches", module=self._label, name=", ".join(names))
+        self.observed.bytes += self._policy.add([self._target(name) for name in names], patches)
+        self.observed.tensors += len(names)
 
     # -- checks --------------------------------------------------------------------------------------------------------
 

@@ -74,5 +74,5 @@ def test_positions_are_offsets() -> None:
         at = torch.randperm(bound.offsets().numel())[:37]
         assert torch.equal(bound.positions(at), bound.offsets().view(-1)[at])  # type: ignore[arg-type]
     for live in map(Live, (model.q.weight, model.k.weight, model.wide.weight)):  # type: ignore[arg-type]
-        memory, at = live.memory(), torch.arange(live.nbytes)
+        memory, at = live.storage.elements.view(torch.uint8), torch.arange(live.nbytes)  # type: ignore[union-attr]
         assert memory is not None and torch.equal(memory[live.positions(at)], live.bytes(live.box))
