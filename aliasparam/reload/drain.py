@@ -38,8 +38,8 @@ class Drain:
         self._held: set[int] = set()
         self._waited_for_devices = False
 
-    def begin(self) -> None:
-        self._modules = frozenset(id(module) for module in self._model.modules())
+    def begin(self, modules: Iterable[nn.Module]) -> None:
+        self._modules = frozenset(map(id, modules))
 
     def lets_through(self) -> bool:
         """Whether this thread runs a forward that began before what is waiting to be written was closed."""

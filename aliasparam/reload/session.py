@@ -20,8 +20,6 @@ from torch import Tensor, nn
 
 from ..errors import ReloadError
 from ..module.adopt import adopt
-from ..module.registry_of import registries
-from ..module.verbs import process
 from ..spec import TensorSpec
 from ..storage.coverage import Box, Coverage
 from .claims import Claim
@@ -76,17 +74,16 @@ class ReloadSession:
             ReloadError: another session has this model, or a part of it; or this one was begun before.
         """
         self._need((Phase.NEW,), "begin")
-        with torch.no_grad():
-            for _, registry in registries(self.model):
-                if not registry.is_untouched:
-                    adopt(registry)
         self._claim.take(self.model)
-        with collector_paused():
-            self._targets = find_targets(self.model)
-        self.drain.begin()
-        self.phase = Phase.OPEN
-        weakref.finalize(self, self._written.poison)  # an abandoned session leaves a refusal
         try:
+            with torch.no_grad(), collector_paused():
+                for registry in self._claim.registries:
+                    if not registry.is_untouched:
+                        adopt(registry)
+                self._targets = find_targets(self.model)
+            self.drain.begin(self._claim.modules)
+            self.phase = Phase.OPEN
+            weakref.finalize(self, self._written.poison)  # an abandoned session leaves a refusal
             for hook in self._hooks.on_begin:
                 hook(self)
         except BaseException:
@@ -189,9 +186,9 @@ class ReloadSession:
                 self._to_call[0](self)
                 self._need((Phase.COMMITTING,), doing)
                 del self._to_call[0]
-            self._claim.need_all(self.model)
+            registries = self._claim.registries_of(self.model)
             with phase("process"):
-                self.processed += process(self.model)
+                self.processed += sum(registry.process() for registry in registries)
             with self._lock:
                 self._need((Phase.COMMITTING,), doing)
                 finish()
@@ -289,7 +286,10 @@ class ReloadSession:
     def _coverage(self, target: Target) -> Coverage:
         if not target.tensor.numel():
             return Coverage(target.tensor.shape)  # nothing is missing from it, also where nobody sends it
-        return self._arrived.setdefault(id(target.tensor), Coverage(target.tensor.shape))
+        found = self._arrived.get(id(target.tensor))
+        if found is None:
+            found = self._arrived[id(target.tensor)] = Coverage(target.tensor.shape)
+        return found
 
     @property
     def _label(self) -> str:

@@ -82,13 +82,13 @@ def in_scope(targets: Mapping[str, Target], scope: str | Iterable[str], begun: M
         return dict(targets)
     if scope == "partial":
         return {n: t for n, t in targets.items() if id(t.tensor) in begun}
-    prefixes = tuple(scope)
-    return {n: t for n, t in targets.items() if is_under(n, prefixes)}
+    dotted = _dotted(scope)
+    return {n: t for n, t in targets.items() if f"{n}.".startswith(dotted)}
 
 
-def is_under(name: str, prefixes: Iterable[str]) -> bool:
-    """Whether one of the dotted prefixes is of this name."""
-    return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
+def _dotted(prefixes: Iterable[str]) -> tuple[str, ...]:
+    """What a name with a dot behind it begins with if one of the prefixes is of it."""
+    return tuple(f"{prefix}." for prefix in prefixes)
 
 
 def target_of(targets: Mapping[str, Target], scope: str | tuple[str, ...], module: str, name: str) -> Target:
@@ -99,7 +99,7 @@ def target_of(targets: Mapping[str, Target], scope: str | tuple[str, ...], modul
     target = targets.get(name)
     if target is None:
         raise _no_such_name(module, name, len(targets))
-    if not isinstance(scope, str) and not is_under(name, scope):
+    if not isinstance(scope, str) and not f"{name}.".startswith(_dotted(scope)):
         raise _out_of_scope(module, name, scope)
     need_dense(module, name, target.tensor, "the model's tensor")
     if target.tensor.is_meta:

@@ -50,7 +50,13 @@ class Written:
             return
         names = {id(one): one for tensor in declared.values() for one in tensor._alias_storage.listeners}
         registries = [one for one in names.values() if isinstance(one, ModuleNames)]
-        places = [(holder, key, name) for name, target in plain.values() for holder, key in target.places]
+        if plain or not all(self._drain.holds(one) for one in registries):
+            self._close(registries, plain.values())
+        self._declared |= declared
+        self._plain |= plain
+
+    def _close(self, registries: list[ModuleNames], plain: Iterable[tuple[PlainName, Target]]) -> None:
+        places = [(holder, key, name) for name, target in plain for holder, key in target.places]
         shown = [(holder, key, holder.get(key)) for holder, key, _ in places]  # a twin, where an earlier reload failed
 
         def hide() -> None:
@@ -62,8 +68,6 @@ class Written:
                 dict.__setitem__(holder, key, tensor)
 
         self._drain.close(registries, hide, show)
-        self._declared |= declared
-        self._plain |= plain
 
     def _is_begun(self, target: Target) -> bool:
         return id(target.tensor) in self._declared or id(target.tensor) in self._plain
