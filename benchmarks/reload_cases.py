@@ -13,8 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from aliasparam import Alias, Derivation, checkpoint_names, declare, process
-from aliasparam.reload.digest import PositionalAdler32
-from aliasparam.reload.hashers import optional
+from aliasparam.reload.digest import PositionalAdler32, optional
 from aliasparam.reload.held_file import memory_of
 from aliasparam.reload.live import Live
 

@@ -189,7 +189,7 @@ FAULTS = [
     ),
     # sources and streams
     Planted(
-        "reload/delta_patches.py",
+        "reload/delta_apply.py",
         "new = change.of(new)",
         "new = change.of(old)",
         "reload/test_law_12_apply_delta.py",

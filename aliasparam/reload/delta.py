@@ -14,8 +14,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from .digest import optional
 from .errors import DeltaError
-from .hashers import optional
 from .held_file import memory_of
 
 #: Bytes that are read or skipped at once, and positions.

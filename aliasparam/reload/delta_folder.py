@@ -16,8 +16,8 @@ from typing import Any, Self
 import torch
 
 from .delta import ENCODINGS, Overwrite, Xor
+from .digest import FORMATS
 from .errors import DeltaError
-from .hashers import FORMATS
 from .published import check_manifest, read_manifest, version_path
 from .sources import SafetensorsFolder
 

@@ -1,4 +1,7 @@
-"""Where a model holds what a delta changes: under other names, in parts, in other processes, or as other tensors."""
+"""Where a model holds what a delta changes: under other names, in parts, in other processes, or as other tensors.
+
+Digests of tensors that several processes hold in parts add up: adler32 is a sum over positions.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,13 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
-from ..layout.boxes import row_major
-from ..storage.coverage import Box
+from ..layout.boxes import Box, row_major, sizes, whole
+from .delta_folder import DeltaFolder
+from .digest import Digest, PositionalAdler32
+from .errors import DeltaError
 from .live import Live
 from .patch import PIECE
 
@@ -120,23 +126,88 @@ def spans(live: Live, part: Part | None) -> Iterator[Span]:
     """All that is here, in the order of the files, in pieces of 2 MiB (of a part at least one row)."""
     if part is None:
         for start, box in live.pieces(PIECE):
-            yield Span(start, math.prod(b - a for a, b in box) * live.dtype.itemsize, box, None)
+            yield Span(start, math.prod(sizes(box)) * live.dtype.itemsize, box, None)
         return
     shape, box = part
     size, strides = live.dtype.itemsize, row_major(shape)
     row = strides[0] * size
     begin = sum(a * stride for (a, _), stride in zip(box[1:], strides[1:], strict=True)) * size
-    end = begin + math.prod(b - a for a, b in box[1:]) * size
+    end = begin + math.prod(sizes(box[1:])) * size
     first, last = box[0]
     for start in range(first, last, max(PIECE // row, 1)):
         stop = min(start + max(PIECE // row, 1), last)
-        own = ((start - first, stop - first), *((0, n) for n in live.shape[1:]))
+        own = ((start - first, stop - first), *whole(live.shape[1:]))
         yield Span(start * row, (stop - start) * row, own, None if end - begin == row else (begin, end, row))
 
 
 def fits(live: Live, part: Part) -> bool:
     """Whether the live tensor is that part, and its columns lie together in each row."""
-    sizes = tuple(b - a for a, b in part.box)
     inside = all(0 <= a < b <= n for (a, b), n in zip(part.box, part.shape, strict=True))
-    together = part.box[2:] == tuple((0, n) for n in part.shape[2:])
-    return inside and together and sizes == live.shape
+    together = part.box[2:] == whole(part.shape[2:])
+    return inside and together and sizes(part.box) == live.shape
+
+
+class _Held(NamedTuple):
+    digest: Digest
+    nbytes: int
+
+
+class PartDigests:
+    """What this process has summed of each tensor that is held in parts."""
+
+    def __init__(self, places: Places) -> None:
+        self._places = places
+        self._held: dict[str, _Held] = {}
+
+    def part_of(self, name: str, live: Live) -> Part | None:
+        """
+        Raises:
+            DeltaError: the live tensor is another part.
+        """
+        part = self._places.parts.get(name)
+        if part is not None and not fits(live, part):
+            expected = f"{part.box} of {list(part.shape)}"
+            raise DeltaError("the live tensor is not this part", name=name, expected=expected, found=str(list(live.shape)))
+        return part
+
+    def digest(self, name: str, part: Part | None, last: DeltaFolder, itemsize: int) -> Digest:
+        """
+        Raises:
+            DeltaError: a part, and a checksum that parts do not add up to.
+        """
+        digest = Digest(last.checksum_format)
+        if part is None:
+            return digest
+        if digest.sums is None:
+            raise DeltaError(
+                "this checksum cannot be verified where a tensor is held in parts",
+                name=f"{last.path}: {name}",
+                expected="adler32, a sum over positions that processes add up",
+                found=last.checksum_format,
+                remedy="Publish with checksum_format adler32, or a full version.",
+            )
+        self._held[name] = _Held(digest, math.prod(part.shape) * itemsize)
+        return digest
+
+    def check(self, deltas: list[DeltaFolder]) -> None:
+        """Every process calls it, with the same deltas, after its last tensor.
+
+        Raises:
+            DeltaError: the parts of all processes together are not what was promised.
+        """
+        last = {name: delta for delta in deltas for name in delta.checksums}
+        names = sorted(last.keys() & set(self._places.divided))
+        if not names:
+            return
+        rows = torch.zeros(len(names), 3, dtype=torch.int64)
+        for row, name in zip(rows, names, strict=True):
+            sums = self._held[name].digest.sums if name in self._held else None
+            if sums is not None:
+                row.copy_(torch.tensor([sums.count, *sums.sums()]))
+        if self._places.add_up is not None:
+            self._places.add_up(rows)
+        for name, (count, plain, weighted) in zip(names, rows.tolist(), strict=True):
+            if name in self._held:
+                total = PositionalAdler32()
+                total.merge_sums(count, (plain, weighted))
+                last[name].check(name, total.hexdigest(self._held[name].nbytes))

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from .delta import ENCODINGS, PIECE
+from .digest import Digest, optional
 from .errors import DeltaError
-from .hashers import Digest, optional
 from .held_file import memory_of
 from .sources import SafetensorsFolder
 

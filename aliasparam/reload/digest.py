@@ -1,4 +1,4 @@
-"""Digests of tensors in checkpoint coordinates, from bytes in any order and on any device.
+"""Digests of tensors in checkpoint coordinates, from bytes in any order and on any device: the checksums that delta folders use.
 
 adler32 of bytes d_0 .. d_{n-1} (RFC 1950, section 8.2) is a = 1 + sum d_i, b = n + sum (n - i) d_i, both mod 65521: two sums
 over (position, value). So it can be taken from kernel bytes wherever they lie, piece by piece, rank by rank, and corrected
@@ -8,9 +8,11 @@ for bytes that change without looking at the others.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import zlib
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +26,21 @@ _MOD = 65521
 _PLAIN = Layout("n -> n")
 #: Bytes looked at in one step: scratch is 16 times as much.
 _PIECE = 1 << 20
+#: Name in ``checksum_format`` -> hex digits of a digest.
+FORMATS = {"adler32": 8, "xxh3-128": 32, "blake3": 64}
+_PACKAGES = {"xxh3-128": ("xxhash", "xxh3_128"), "blake3": ("blake3", "blake3")}
+
+
+def optional(package: str) -> Any:
+    """A package of the extra ``delta``.
+
+    Raises:
+        DeltaError: not installed.
+    """
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise DeltaError(f"{package} is not installed", remedy="pip install 'aliasparam[delta]'") from None
 
 
 def sums_of_run(flat: Tensor) -> Tensor:
@@ -102,6 +119,43 @@ class PositionalAdler32:
             those = [one for one in many if device in one._sums]
             for one, pair in zip(those, torch.stack([one._sums.pop(device) for one in those]).tolist(), strict=True):
                 one.merge_sums(0, pair)
+
+
+class Digest:
+    """Of a tensor's bytes in order: adler32 on their device, the others on the host.
+
+    Attributes:
+        sums: of adler32, which may be added to in any order; None for the others.
+
+    Raises:
+        DeltaError: an unknown format, or its package is not installed.
+    """
+
+    def __init__(self, kind: str) -> None:
+        if kind not in FORMATS:
+            raise DeltaError("unknown checksum_format", expected=" or ".join(FORMATS), found=repr(kind)[:80])
+        self.sums = PositionalAdler32() if kind == "adler32" else None
+        self._state: Any = None
+        if kind in _PACKAGES:
+            package, name = _PACKAGES[kind]
+            self._state = getattr(optional(package), name)()
+
+    def add(self, run: Tensor, start: int, *, sign: int = 1) -> None:
+        """Bytes (uint8 [n]) from ``start`` on. ``sign``: of adler32; -1 takes them away again."""
+        if self.sums is not None:
+            self.sums.add(run, start, sign=sign)
+        else:
+            self._state.update(memory_of(run.cpu()))
+
+    def hexdigest(self, nbytes: int) -> str:
+        return str(self._state.hexdigest()) if self.sums is None else self.sums.hexdigest(nbytes)
+
+
+def digest_of(flat: Tensor, kind: str) -> str:
+    """Of all bytes of a tensor, uint8 [n]."""
+    digest = Digest(kind)
+    digest.add(flat, 0)
+    return digest.hexdigest(flat.numel())
 
 
 def whole_digest(tensors: Iterable[tuple[str, torch.dtype, Sequence[int], str]]) -> str:

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from ..errors import StateError
 from ..layout.blocks import tiles
-from ..layout.boxes import row_major
-from ..storage.coverage import Box
+from ..layout.boxes import Box, row_major, whole
 from ..storage.storage import AliasedStorage
 from ..tensors.faces import _Aliased
 from ..tensors.geometry import place_of
@@ -126,7 +125,7 @@ class Live:
 
     @property
     def box(self) -> Box:
-        return tuple((0, n) for n in self.shape)
+        return whole(self.shape)
 
 
 def flat_bytes(values: Tensor) -> Tensor:

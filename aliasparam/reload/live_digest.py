@@ -14,8 +14,7 @@ from ..module.adopt import adopt
 from ..module.registry_of import registries
 from ..module.verbs import checkpoint_names
 from ..spec import no_values
-from .digest import PositionalAdler32, whole_digest
-from .hashers import Digest, folder_digests
+from .digest import Digest, PositionalAdler32, whole_digest
 from .live import Live
 from .sources import SafetensorsFolder
 
@@ -80,9 +79,16 @@ def digest_of_folder(folder: SafetensorsFolder, kind: str = "adler32") -> Checkp
     Raises:
         SourceError: a file cannot be read, or changed meanwhile.
     """
-    digests = folder_digests(folder, kind)
+    buffer, found = torch.empty(_PIECE, dtype=torch.uint8), []
+    for name, entry in folder.tensors.items():
+        digest = Digest(kind)
+        for start in range(0, entry.nbytes, _PIECE):
+            piece = buffer[: min(_PIECE, entry.nbytes - start)]
+            folder.raw(name, start, piece)
+            digest.add(piece, start)
+        found.append((name, entry.dtype, entry.shape, digest.hexdigest(entry.nbytes)))
     folder.check_unchanged()
-    return CheckpointDigest.of(kind, ((n, e.dtype, e.shape, digests[n]) for n, e in folder.tensors.items()))
+    return CheckpointDigest.of(kind, found)
 
 
 def digest_live(live: Live, kind: str) -> Digest:

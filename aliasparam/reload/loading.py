@@ -21,6 +21,7 @@ from ..errors import ReloadError
 from ..storage.coverage import Box
 from ..tensors.faces import _Aliased, loader_attributes
 from ..tensors.geometry import Place, _place
+from .live import Live
 from .session import ReloadSession
 from .targets import Target, find_targets
 
@@ -198,11 +199,9 @@ def _values(value: Any) -> Any:
     """What the live tensor holds there, in memory of its own."""
     if not isinstance(value, StandIn):
         return value
-    place, live = _place_of(value), value._whole.target.tensor
-    part = live.detach() if not isinstance(live, _Aliased) else live
-    for dim, (start, stop) in enumerate(place.box):
-        part = part.narrow(dim, start, stop - start)
-    values = part._snapshot() if isinstance(part, _Aliased) else part.clone()
+    place = _place_of(value)
+    part = Live(value._whole.target.tensor).part(place.box)
+    values = part._snapshot() if isinstance(part, _Aliased) else part.detach().clone()
     return place.to_view(values.contiguous()).view(value.dtype)
 
 

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from ..errors import ReloadError
 from ..layout.bound import BoundLayout
-from ..layout.boxes import row_major
-from ..storage.coverage import Box
+from ..layout.boxes import Box, row_major, sizes
 from .live import Live
 
 #: Bytes of a tensor that are compared at once.
@@ -61,8 +60,7 @@ class Patch(NamedTuple):
         with torch.no_grad():
             values = values.to(device, non_blocking=True)
             if self.at is None:
-                sizes = [stop - start for start, stop in self.box]
-                self.live.part(self.box).copy_(values.view(self.live.dtype).view(sizes))
+                self.live.part(self.box).copy_(values.view(self.live.dtype).view(sizes(self.box)))
                 return
             at = self.at.to(device, non_blocking=True)
             with self.live.writing() as memory:

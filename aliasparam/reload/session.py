@@ -22,14 +22,13 @@ from ..errors import ReloadError
 from ..module.adopt import adopt
 from ..spec import TensorSpec
 from ..storage.coverage import Box, Coverage
+from .checks import Phase, box_of, need, need_dense, need_fit, need_whole, shown
 from .claims import Claim
 from .collector import collector_paused
 from .drain import Drain
-from .fit import box_of, need_dense, need_fit, need_whole, shown
 from .live import Live
 from .observe import Hook, Hooks, Observed, call_abort_hooks, phase
 from .patch import Patch
-from .phases import Phase, need
 from .policies import AnyPolicy, Patched, Policy, policy_of
 from .targets import Target, find_targets, in_scope, target_of
 from .written import Written

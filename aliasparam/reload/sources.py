@@ -14,10 +14,12 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from ..layout.blocks import tiles
+from ..layout.boxes import Box, sizes
 from .errors import SourceError
 from .header import MAX_JSON_BYTES, Entry, parse_json, read_header
 from .held_file import HeldFile
-from .ranges import Box, checked_box, read_box, sizes, split
+from .ranges import checked_box, read_box
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -207,7 +209,7 @@ def _check_buffer(buffer: Tensor, entries: list[Entry]) -> None:
 
 def _pieces(wanted: Iterable[tuple[Entry, Box]], most_bytes: int) -> Iterator[tuple[int, Entry, Box]]:
     for index, (entry, box) in enumerate(wanted):
-        for piece in split(box, most_bytes // entry.dtype.itemsize):
+        for piece in list(tiles(box, most_bytes // entry.dtype.itemsize)) or [box]:  # of what is empty, itself
             yield index, entry, piece
 
 

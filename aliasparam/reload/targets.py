@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -9,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..errors import ReloadError
+from ..errors import ReloadError, StaleKernelError
+from ..storage.kernel_name import KernelName, RefusingName
 from ..storage.overlap import extent, has_memory
-from .fit import need_dense
-from .plain import live_of
+from .checks import need_dense
 
 
 class Target(NamedTuple):
@@ -128,3 +129,42 @@ def _out_of_scope(module: str, name: str, scope: Iterable[str]) -> ReloadError:
         found=name,
         remedy="Open the reload with a scope that has it.",
     )
+
+
+# -- plain tensors that are being written --------------------------------------------------------------------------------
+
+
+class PlainName(KernelName):
+    """A plain parameter or buffer under reload: nobody may read a norm or an embedding that is being written.
+
+    As for kernel names, a hook would not do: compiled callers do not look at hooks of inner modules. The refusing twin stands in
+    the module's dict in the tensor's place; its other type fails the guards of compiled code, and after the commit the very same
+    tensor is back.
+    """
+
+    def __init__(self, label: str, live: Tensor) -> None:
+        super().__init__(label, live.data)
+        self.live = live
+
+    def refusal(self) -> StaleKernelError:
+        return StaleKernelError(
+            "this tensor is being reloaded, or its reload failed",
+            label=self.label,
+            expected="a committed reload",
+            found="one that was not committed",
+            remedy="Finish the reload, or reload the whole model; until then it does not run.",
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PlainName:
+        if id(self) not in memo:
+            memo[id(self)] = PlainName(self.label, copy.deepcopy(self.live, memo))
+        return memo[id(self)]  # type: ignore[no-any-return]
+
+    def __reduce__(self) -> Any:
+        return PlainName, (self.label, self.live)
+
+
+def live_of(shown: Tensor) -> Tensor:
+    """The tensor that a module's dict shows, also where its twin stands there."""
+    name = shown._alias_name if isinstance(shown, RefusingName) else None
+    return name.live if isinstance(name, PlainName) else shown

@@ -12,8 +12,7 @@ from ..storage.coverage import Box
 from ..tensors.faces import _Aliased
 from .drain import Drain
 from .live import Live
-from .plain import PlainName
-from .targets import Target
+from .targets import PlainName, Target
 
 
 class Written:

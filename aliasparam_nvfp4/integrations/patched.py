@@ -7,8 +7,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from aliasparam.reload.delta_apply import changed
 from aliasparam.reload.delta_folder import DeltaFolder, Opened, need_order
-from aliasparam.reload.delta_patches import changed
 from aliasparam.reload.errors import DeltaError
 from aliasparam.reload.sources import SafetensorsFolder
 

@@ -16,8 +16,9 @@ from torch import Tensor
 from aliasparam.reload.delta import ENCODINGS, PIECE
 from aliasparam.reload.delta_folder import Chain, DeltaFolder, open_version
 from aliasparam.reload.delta_writer import DeltaWriter, diff
+from aliasparam.reload.digest import FORMATS, digest_of
 from aliasparam.reload.errors import DeltaError, SourceError
-from aliasparam.reload.hashers import FORMATS, digest_of, folder_digests
+from aliasparam.reload.live_digest import digest_of_folder
 from aliasparam.reload.published import newest
 from aliasparam.reload.sources import SafetensorsFolder
 
@@ -111,7 +112,9 @@ def test_law_12_what_diff_writes_receivers_read(
     assert trainer_reads(out, old) == new
     with DeltaFolder(out) as delta:
         assert apply(delta, old, 100) == new and len(delta.folder.metadata) == (4 if max_shard_bytes == 1 else 1)
-        assert delta.checksums == {name: digest for name, digest in folder_digests(b, checksum).items() if old[name] != new[name]}
+        assert delta.checksums == {
+            name: digest for name, digest in digest_of_folder(b, checksum).tensors.items() if old[name] != new[name]
+        }
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "weight_v000004"]
 
 
@@ -123,7 +126,9 @@ def test_a_delta_of_nothing_is_empty(pair: tuple[SafetensorsFolder, SafetensorsF
 
 def test_checksums_are_those_of_the_formats(pair: tuple[SafetensorsFolder, SafetensorsFolder]) -> None:
     for checksum, function in CHECKSUMS.items():
-        assert folder_digests(pair[0], checksum) == {name: function(plain(pair[0].read(name))) for name in pair[0].tensors}
+        assert digest_of_folder(pair[0], checksum).tensors == {
+            name: function(plain(pair[0].read(name))) for name in pair[0].tensors
+        }
 
 
 def other(**change: Tensor | None) -> dict[str, Tensor]:

@@ -18,8 +18,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from aliasparam.layout.blocks import tiles
+from aliasparam.layout.boxes import Box
 from aliasparam.reload.errors import SourceError
-from aliasparam.reload.ranges import Box, split
 from aliasparam.reload.sources import SafetensorsFolder
 
 from .folders import index, raw
@@ -102,8 +103,8 @@ def test_pieces_are_in_order_and_as_large_as_may_be(data: st.DataObject) -> None
     shape = tuple(data.draw(st.lists(st.integers(1, 6), max_size=4)))
     box, most = data.draw(boxes(shape)), data.draw(st.integers(1, 40))
     marks = torch.arange(max(torch.Size(shape).numel(), 1)).view(shape)
-    parts = [cut(marks, part).flatten() for part in split(box, most)]
-    assert torch.cat(parts).tolist() == cut(marks, box).flatten().tolist()
+    parts = [cut(marks, part).flatten() for part in tiles(box, most)]
+    assert [mark for part in parts for mark in part.tolist()] == cut(marks, box).flatten().tolist()
     assert all(len(part) <= most for part in parts)
     assert all(len(a) + len(b) > most for a, b in pairwise(parts) if len(shape) == 1)
 
