@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from torch import Tensor
@@ -34,18 +34,14 @@ class Journal:
 
     Attributes:
         lost: why it cannot restore, or None.
+        patches: the old bytes; whoever touched a tensor may add to them.
     """
 
     def __init__(self) -> None:
         self.lost: str | None = None
-        self._patches: list[Patch] = []
+        self.patches: list[Patch] = []
         self._seen: dict[int, _Seen] = {}
         self._kept: dict[int, Coverage] = {}
-
-    @property
-    def nbytes(self) -> int:
-        """Host memory held."""
-        return sum(patch.nbytes for patch in self._patches)
 
     def touch(self, target: Target) -> None:
         """To be called before the first write of a tensor."""
@@ -70,15 +66,10 @@ class Journal:
         if self.lost is not None or kept.covers(box):  # a write that failed, once more: what is there now is not old
             return
         try:
-            self._patches += _differences(Live(target.tensor), box, value)
+            self.patches += _differences(Live(target.tensor), box, value)
         except StateError as error:
             self.lost = error.message
         kept.add(box)
-
-    def add(self, target: Target, patches: Iterable[Patch]) -> None:
-        """Patches that are about to be put."""
-        self.touch(target)
-        self._patches += patches
 
     def restore(self) -> None:
         """Every byte as it was, and what derives from them.
@@ -89,7 +80,7 @@ class Journal:
         """
         if self.lost is not None:
             raise _cannot(self.lost)
-        for patch in reversed(self._patches):
+        for patch in reversed(self.patches):
             patch.put_old()
         for storage, why in self._seen.values():
             with storage.lock:

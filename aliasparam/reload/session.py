@@ -29,7 +29,7 @@ from .drain import Drain
 from .live import Live
 from .observe import Hook, Hooks, Observed, call_abort_hooks, phase
 from .patch import Patch
-from .policies import AnyPolicy, Patched, Policy, policy_of
+from .policies import AnyPolicy, Policy
 from .targets import Target, find_targets, in_scope, target_of
 from .written import Written
 
@@ -61,7 +61,7 @@ class ReloadSession:
         self.drain = Drain(model, drain_seconds)
         self._written = Written(type(model).__name__, self.drain)
         self._claim = Claim(self)
-        self._policy: Policy = policy_of(policy, self._written)
+        self._policy = Policy(policy, self._written)
         self._lock = threading.RLock()  # of updates and of the phase; no hook and no derivation runs under it
 
     # -- the transaction -----------------------------------------------------------------------------------------------
@@ -269,9 +269,7 @@ class ReloadSession:
     def patch(self, names: Collection[str], patches: Callable[[list[Live]], list[list[Patch]]]) -> None:
         """Hold what a delta changes in some tensors. For sessions of :func:`~aliasparam.reload.prepare_delta`."""
         self._need((Phase.OPEN,), "patch")
-        if not isinstance(self._policy, Patched):
-            raise ReloadError("only a delta's session takes patches", module=self._label, name=", ".join(names))
-        self.observed.bytes += self._policy.add([self._target(name) for name in names], patches)
+        self.observed.bytes += self._policy.patch([self._target(name) for name in names], patches)
         self.observed.tensors += len(names)
 
     # -- checks --------------------------------------------------------------------------------------------------------
