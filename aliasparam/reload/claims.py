@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 
 from torch import nn
@@ -12,6 +13,7 @@ from ..module.registry_of import registries, registry_of
 
 #: Who has a module. Neither keeps the other alive, so an abandoned session frees its modules.
 _claims: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Claim]] = weakref.WeakKeyDictionary()
+_taking = threading.RLock()  # from the look to the claim; an interrupt at its end may leave it held, by this thread
 
 
 class Claim:
@@ -33,19 +35,20 @@ class Claim:
             ReloadError: another session that is alive has one of the modules.
         """
         modules = list(model.modules())
-        for module in modules:
-            other = _claim_of(module)
-            if other is not None and other is not self and not other._ended:
-                raise ReloadError(
-                    "a reload of this model is already open",
-                    module=type(model).__name__,
-                    expected="one reload at a time",
-                    found=f"another one, of {type(module).__name__}, in progress",
-                    remedy="Finish or abort it first.",
-                )
-        self.modules, self.registries = modules, [registry for _, registry in registries(model)]
-        for module in modules:
-            _claims[module] = self._self
+        with _taking:
+            for module in modules:
+                other = _claim_of(module)
+                if other is not None and other is not self and not other._ended:
+                    raise ReloadError(
+                        "a reload of this model is already open",
+                        module=type(model).__name__,
+                        expected="one reload at a time",
+                        found=f"another one, of {type(module).__name__}, in progress",
+                        remedy="Finish or abort it first.",
+                    )
+            self.modules, self.registries = modules, [registry for _, registry in registries(model)]
+            for module in modules:
+                _claims[module] = self._self
         self.hold()
 
     def hold(self) -> None:

@@ -18,7 +18,7 @@ import torch
 from .delta import ENCODINGS, Overwrite, Xor
 from .digest import FORMATS
 from .errors import DeltaError
-from .published import check_manifest, read_manifest, version_path
+from .published import check_manifest, read_manifest, version_number, version_path
 from .sources import SafetensorsFolder
 
 
@@ -109,12 +109,10 @@ class DeltaFolder(Opened):
         return str(fields[key])
 
     def _number(self, key: str, fields: Mapping[str, Any]) -> int:
-        value = fields.get(key)  # zero-padded text; some trainers write numbers
-        if isinstance(value, str) and re.fullmatch(r"[0-9]{1,18}", value):
-            return int(value)
-        if type(value) is int and value >= 0:
-            return value
-        raise self._wrong(key, "a version as digits", value)
+        number = version_number(fields.get(key))
+        if number is None:
+            raise self._wrong(key, "a version as digits", fields.get(key))
+        return number
 
     def _checksum(self, name: str) -> str:
         entry = self.folder.tensors[name]

@@ -15,6 +15,7 @@ from .errors import SourceError
 
 #: Two writes within one tick of a file system's clock leave the same mtime, so a file younger than this is looked at again.
 _TICK = 0.02
+_LOOKS = 50
 _PIECE = 1 << 30  # one call reads less than 2 GiB on Linux
 
 
@@ -43,9 +44,13 @@ class HeldFile:
         if not stat.S_ISREG(self._seen.st_mode):
             self.close()
             raise SourceError("this is not a file", name=str(path), expected="a regular file")
-        if 0 <= time.time() - self._seen.st_mtime < _TICK:
+        for _ in range(_LOOKS):
+            if not 0 <= time.time() - self._seen.st_mtime < _TICK:
+                return
             time.sleep(_TICK)
             self._seen = os.fstat(fd)
+        self.close()
+        raise SourceError("the file is being written to", name=str(path), remedy=_AGAIN)
 
     @property
     def size(self) -> int:

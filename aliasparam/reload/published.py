@@ -37,6 +37,13 @@ class Published(NamedTuple):
     version: int
 
 
+def version_number(field: object) -> int | None:
+    """What a trainer wrote as a version: zero-padded text; some write numbers. None where it is neither."""
+    if isinstance(field, str) and re.fullmatch(r"[0-9]{1,18}", field):
+        return int(field)
+    return field if type(field) is int and field >= 0 else None
+
+
 def version_path(source: str | Path, version: int) -> Path:
     nested = Path(source) / "versions"
     return (nested if nested.is_dir() else Path(source)) / f"weight_v{version:06d}"
@@ -110,8 +117,8 @@ def check_manifest(manifest: Mapping[str, Any], version: int, folder: Safetensor
     """
     where, index = folder.path / "manifest.json", folder.index_metadata
     numbers = {"version": version}
-    if "base_version" in index and str(index["base_version"]).isdigit():
-        numbers["base_version"] = int(index["base_version"])
+    if (base := version_number(index.get("base_version"))) is not None:
+        numbers["base_version"] = base
     formats = ("delta_encoding", "compression_format", "checksum_format")
     for key, expected in {**numbers, **{key: index.get(key) for key in formats}}.items():
         if (key in numbers or manifest.get(key) is not None) and manifest.get(key) != expected:

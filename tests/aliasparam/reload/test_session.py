@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import pickle
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 
 from aliasparam import Derivation, checkpoint_state_dict, process, registry_of, reload
 from aliasparam.errors import AliasError, ReloadError, StateError
-from aliasparam.reload import Hooks
+from aliasparam.module.registry_of import registries
+from aliasparam.reload import Hooks, claims
 from aliasparam.reload.session import ReloadSession
 
 from .live_models import Whole, changed, raw, same
@@ -205,6 +207,31 @@ def test_law_8_no_other_reload_begins_while_derivations_run() -> None:
         session.load(NEW)
     thread.join()
     assert found and same(model(), served(NEW))
+
+
+def test_law_10_of_two_threads_that_begin_at_once_one_has_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both look whether it is free before either takes it."""
+    model, looked, began = Few(), threading.Barrier(2), []
+
+    def slow(of: nn.Module) -> Any:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            looked.wait(0.3)
+        return registries(of)
+
+    def begin() -> None:
+        with contextlib.suppress(ReloadError):
+            session = reload(model)
+            session.begin()
+            began.append(session)
+
+    monkeypatch.setattr(claims, "registries", slow)
+    threads = [threading.Thread(target=begin) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(began) == 1
+    began[0].abort()
 
 
 def test_law_10_elements_that_two_threads_send_at_once_are_refused_once() -> None:
