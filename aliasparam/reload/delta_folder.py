@@ -7,42 +7,20 @@ A delta is known by ``delta_encoding`` in the index's metadata. Its tensors are 
 from __future__ import annotations
 
 import re
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 
 from .delta import ENCODINGS, Overwrite, Xor
 from .digest import FORMATS
 from .errors import DeltaError
+from .header import Entry
+from .held_file import Opened
 from .published import check_manifest, read_manifest, version_number, version_path
 from .sources import SafetensorsFolder
-
-
-class Opened(ABC):
-    """Folders that were opened together, and are checked and closed together; a context manager."""
-
-    @abstractmethod
-    def folders(self) -> list[SafetensorsFolder]:
-        """What is open."""
-
-    def check_unchanged(self) -> None:
-        """See :meth:`SafetensorsFolder.check_unchanged`."""
-        for folder in self.folders():
-            folder.check_unchanged()
-
-    def close(self) -> None:
-        for folder in self.folders():
-            folder.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
 
 class DeltaFolder(Opened):
@@ -84,7 +62,8 @@ class DeltaFolder(Opened):
 
     def changes(self, name: str, nbytes: int) -> Xor | Overwrite:
         """What it changes in one tensor, which has ``nbytes`` bytes."""
-        return ENCODINGS[self.encoding](lambda: _Compressed(self.folder, name), nbytes, f"{self.path}: {name}")
+        entry = self.folder.entry(name)
+        return ENCODINGS[self.encoding](lambda: _Compressed(entry), nbytes, f"{self.path}: {name}")
 
     def check(self, name: str, digest: str) -> None:
         """
@@ -100,7 +79,7 @@ class DeltaFolder(Opened):
                 remedy=f"The weights it was applied to are not version {self.base_version}, or the delta is damaged.",
             )
 
-    def folders(self) -> list[SafetensorsFolder]:
+    def opened(self) -> list[SafetensorsFolder]:
         return [self.folder]
 
     def _one_of(self, key: str, fields: Mapping[str, Any], known: tuple[str, ...]) -> str:
@@ -137,14 +116,13 @@ class DeltaFolder(Opened):
 class _Compressed:
     """The stored bytes of one tensor as a stream."""
 
-    def __init__(self, folder: SafetensorsFolder, name: str) -> None:
-        self._folder, self._name, self._at = folder, name, 0
-        self._nbytes = folder.entry(name).nbytes
+    def __init__(self, entry: Entry) -> None:
+        self._entry, self._at = entry, 0
 
     def read(self, count: int = -1, /) -> bytes:
-        left = self._nbytes - self._at
+        left = self._entry.nbytes - self._at
         size = left if count < 0 else min(count, left)
-        data = self._folder.entry(self._name).file.read(self._folder.entry(self._name).begin + self._at, size)
+        data = self._entry.file.read(self._entry.begin + self._at, size)
         self._at += size
         return data
 
@@ -218,7 +196,7 @@ class Chain(Opened):
             self.deltas.append(found)
             version = found.base_version
 
-    def folders(self) -> list[SafetensorsFolder]:
+    def opened(self) -> list[SafetensorsFolder]:
         return [*([self.full] if self.full is not None else []), *(delta.folder for delta in self.deltas)]
 
 

@@ -7,7 +7,10 @@ import os
 import stat
 import time
 import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Self
 
 from torch import Tensor
 
@@ -76,6 +79,16 @@ class HeldFile:
             done += self._read_some(memoryview(buffer)[done : done + _PIECE], offset + done)
         return bytes(buffer)
 
+    def read_all(self, limit: int) -> bytes:
+        """
+        Raises:
+            SourceError: it has more bytes than ``limit``.
+        """
+        if self.size > limit:
+            expected, found = f"at most {limit} bytes", f"{self.size} bytes"
+            raise SourceError("the file is too long", name=str(self.path), expected=expected, found=found)
+        return self.read(0, self.size)
+
     def _read_some(self, memory: memoryview, offset: int) -> int:
         if not self._close.alive:
             raise SourceError("the file was closed", name=str(self.path))
@@ -113,6 +126,33 @@ class HeldFile:
 
     def close(self) -> None:
         self._close()
+
+
+class Opened(ABC):
+    """What was opened together, and is checked and closed together; a context manager."""
+
+    @abstractmethod
+    def opened(self) -> Sequence[HeldFile | Opened]:
+        """What is open."""
+
+    def check_unchanged(self) -> None:
+        """To be called after the last read and before anything that was read is served.
+
+        Raises:
+            SourceError: a file was replaced, removed, truncated or written to since it was opened.
+        """
+        for one in self.opened():
+            one.check_unchanged()
+
+    def close(self) -> None:
+        for one in self.opened():
+            one.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
 
 
 def memory_of(tensor: Tensor) -> memoryview:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -141,14 +142,8 @@ def _is_there(path: Path) -> bool:
 
 
 def _read(path: Path, limit: int) -> bytes:
-    file = HeldFile(path, path.parent)
-    try:
-        if file.size > limit:
-            found = f"{file.size} bytes"
-            raise SourceError("the file is too long", name=str(path), expected=f"at most {limit} bytes", found=found)
-        return file.read(0, file.size)
-    finally:
-        file.close()
+    with closing(HeldFile(path, path.parent)) as file:
+        return file.read_all(limit)
 
 
 def _no_pointer(path: Path, found: str, expected: str) -> SourceError:
