@@ -17,7 +17,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -159,39 +160,42 @@ class Link:
         """
         memory = memory.to(self.device)
         peers = self.peers if peers is None else peers
-        works = [(peer, lambda peer=peer: dist.isend(memory, peer, self._group)) for peer in peers]
-        begun = [(peer, self._try(begin, peer, "send to")) for peer, begin in works]
-        for peer, work in begun:
-            self._wait(work, peer, "send to")
+        works: list[tuple[int, Any]] = []
+        for peer in peers:
+            with self._reaching(peer, "send to"):
+                works.append((peer, dist.isend(memory, peer, self._group)))
+        for peer, work in works:
+            with self._reaching(peer, "send to"):
+                work.wait(self._deadline)
 
     def receive(self, memory: Tensor, peer: int) -> None:
         """Fill ``memory``. Raises StreamError as :meth:`send`."""
-        self._wait(self._try(lambda: dist.irecv(memory, peer, self._group), peer, "receive from"), peer, "receive from")
+        with self._reaching(peer, "receive from"):
+            work: Any = dist.irecv(memory, peer, self._group)
+            work.wait(self._deadline)
 
     def say(self, frame: str, peers: Sequence[int] | None = None, **fields: Any) -> None:
         self.send(encode({"frame": frame, **fields}), peers)
 
     def hear(self, peer: int) -> dict[str, Any]:
         """Raises StreamError: also for a damaged message."""
-        return self._hear(peer, encode({}))
+        return self._hear(peer, MESSAGE_BYTES)
 
     def answer(self, peer: int, frame: str, why: str = "") -> None:
         self.send(encode({"frame": frame, "why": why[:800]}, _ANSWER_BYTES), [peer])
 
     def hear_answer(self, peer: int) -> dict[str, Any]:
-        return self._hear(peer, encode({}, _ANSWER_BYTES))
+        return self._hear(peer, _ANSWER_BYTES)
 
-    def _hear(self, peer: int, like: Tensor) -> dict[str, Any]:
-        memory = torch.empty_like(like, device=self.device)
+    def _hear(self, peer: int, size: int) -> dict[str, Any]:
+        memory = torch.empty(size, dtype=torch.uint8, device=self.device)
         self.receive(memory, peer)
         return decode(memory.cpu(), f"rank {peer}")
 
-    def _wait(self, work: Any, peer: int, doing: str) -> None:
-        self._try(lambda: work.wait(self._deadline), peer, doing)
-
-    def _try(self, do: Any, peer: int, doing: str) -> Any:
+    @contextmanager
+    def _reaching(self, peer: int, doing: str) -> Iterator[None]:
         try:
-            return do()
+            yield
         except (RuntimeError, ValueError) as error:
             text = str(error).strip() or type(error).__name__
             raise StreamError(
