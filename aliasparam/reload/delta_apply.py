@@ -19,6 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..layout.boxes import Box, whole
+from ..storage.coverage import Coverage
 from .delta import PIECE as CHANGED_AT_ONCE
 from .delta_folder import Chain, DeltaFolder, need_order
 from .delta_held import Converted, Part, PartDigests, Places, Span, spans
@@ -79,30 +81,43 @@ def prepare_delta(
     full, deltas = delta.full, delta.deltas
     need_order(deltas, None if full is not None else serving)
     places = names if isinstance(names, Places) else Places(names or {})
-    digests = PartDigests(places)
     session = ReloadSession(model, "partial", "delta", "delta", hooks or Hooks())
     session.begin()
     try:
         if full is not None:
             _need_all(session, full, places)
-        stored = dict.fromkeys([*(full.tensors if full is not None else ()), *(name for one in deltas for name in one.checksums)])
-        for one in places.converted:
-            if not stored.keys().isdisjoint(one.sources):
-                session.patch(one.targets, lambda lives, one=one: patches_of_converted(one, lives, full, deltas))  # type: ignore[misc]
-        apart = {*places.elsewhere, *(name for one in places.converted for name in one.sources)}
-        for name in [name for name in stored if name not in apart]:
-            for label, box in places.where(name):
-                session.patch(
-                    [label],
-                    lambda lives, name=name, box=box: [patches_of(lives[0].under(box), name, full, deltas, digests)],  # type: ignore[misc]
-                )
-        digests.check(deltas)
+        _patch_all(session, full, deltas, places)
         delta.check_unchanged()
         session.prepare()
     except BaseException:
         session.abort()
         raise
     return session
+
+
+def _patch_all(session: ReloadSession, full: SafetensorsFolder | None, deltas: list[DeltaFolder], places: Places) -> None:
+    digests, tensors, taken = PartDigests(places), session.tensors, dict[str, Coverage]()
+
+    def take(label: str, box: Box | None, name: str) -> None:
+        covered = taken.setdefault(label, Coverage(tensors[label].shape))
+        if not covered.add(whole(covered.shape) if box is None else box):
+            raise DeltaError("two tensors of the files lie in one place of the model", name=label, found=f"{name} after another")
+
+    stored = dict.fromkeys([*(full.tensors if full is not None else ()), *(name for one in deltas for name in one.checksums)])
+    for one in places.converted:
+        if not stored.keys().isdisjoint(one.sources):
+            session.patch(one.targets, lambda lives, one=one: patches_of_converted(one, lives, full, deltas))  # type: ignore[misc]
+            for label in one.targets:
+                take(label, None, ", ".join(one.sources))
+    apart = {*places.elsewhere, *(name for one in places.converted for name in one.sources)}
+    for name in [name for name in stored if name not in apart]:
+        for label, box in places.where(name):
+            session.patch(
+                [label],
+                lambda lives, name=name, box=box: [patches_of(lives[0].under(box), name, full, deltas, digests)],  # type: ignore[misc]
+            )
+            take(label, box, name)
+    digests.check(deltas)
 
 
 def version_of(delta: DeltaFolder | Chain, serving: int | None) -> int:

@@ -157,6 +157,31 @@ def test_what_cannot_be_verified_in_parts_is_refused(tmp_path: Path) -> None:
         prepare_delta(Rank(0, old), opened, names=Rank(0, old).places(None))
 
 
+def test_law_12_two_tensors_of_the_files_in_one_place_are_refused(tmp_path: Path) -> None:
+    """Each of them fits its checksum, and the model would be neither."""
+    old = {"a": torch.zeros(4, 6, dtype=torch.uint8), "b": torch.zeros(4, 6, dtype=torch.uint8)}
+    new = {name: value.clone() for name, value in old.items()}
+    new["a"][0, 0], new["b"][1, 1] = 1, 2
+    delta = trainer_writes(tmp_path / "d", raw(old), raw(new), 1, "xor", "adler32")
+    model = nn.Module()
+    model.layer = Layer((8, 6), SWAP)
+    with torch.no_grad():
+        model.layer.weight.zero_()
+    process(model)
+    rows = {"a": ((0, 4), (0, 6)), "b": ((3, 7), (0, 6))}
+    with pytest.raises(DeltaError, match=r"layer.weight: two tensors of the files lie in one place.*\n.*b"):
+        apply_delta(model, delta, names=Places(inside={name: [("layer.weight", box)] for name, box in rows.items()}))
+    assert not (model.layer.weight + 0).any()
+    rows["b"] = ((4, 8), (0, 6))
+    apply_delta(model, delta, names=Places(inside={name: [("layer.weight", box)] for name, box in rows.items()}))
+    assert torch.equal(model.layer.weight + 0, torch.cat([new["a"], new["b"]]))
+    alone = nn.Module()
+    alone.w = nn.Parameter(old["a"].clone(), requires_grad=False)
+    with pytest.raises(DeltaError, match="w: two tensors of the files lie in one place"):
+        apply_delta(alone, delta, names={"a": "w", "b": "w"})
+    assert not alone.w.any()
+
+
 class Halves:
     """``q`` and ``k`` of the files are one tensor in the model, its rows in another order."""
 
