@@ -195,7 +195,7 @@ class ReloadSession:
         except BaseException:
             with self._lock:
                 if self.phase is Phase.COMMITTING:
-                    self._claim.hold()
+                    self._reopen()  # of what was processed before the failure
                     self.phase = before
             raise
 

@@ -20,6 +20,7 @@ from aliasparam.module.registry_of import registries
 from aliasparam.reload import Hooks, claims
 from aliasparam.reload.session import ReloadSession
 
+from ..small import Layer
 from .live_models import Whole, changed, raw, same
 
 OLD = checkpoint_state_dict(Whole())
@@ -207,6 +208,35 @@ def test_law_8_no_other_reload_begins_while_derivations_run() -> None:
         session.load(NEW)
     thread.join()
     assert found and same(model(), served(NEW))
+
+
+@pytest.mark.parametrize("step", [ReloadSession.commit, ReloadSession.switch])
+@pytest.mark.parametrize("policy", ["write-through", "journal", "staged", "staged-journal"])
+def test_law_8_after_a_commit_that_fails_each_module_refuses(policy: Any, step: Callable[[ReloadSession], None]) -> None:
+    """Those too whose new values were processed before those of the module that refuses them."""
+
+    def alpha(scale: Tensor) -> Tensor:
+        if fails:
+            raise ValueError("a bad scale")
+        return scale.max().reshape(1)
+
+    model, fails = nn.ModuleList([Layer(scale=True), Layer(scale=True)]), False
+    registry = registry_of(model[1])
+    assert registry is not None
+    registry.rederive([Derivation("alpha", ("scale",), alpha, (1,), torch.float32)])
+    process(model)
+    before = [layer() for layer in model]
+    with reload(model, policy=policy) as session:
+        session.load({name: value + 1 for name, value in checkpoint_state_dict(model).items()})
+        session.prepare()
+        fails = True
+        with pytest.raises(AliasError, match="a bad scale"):
+            step(session)
+        for layer in model:
+            with pytest.raises(AliasError):
+                layer()
+        fails = False
+    assert [layer().equal(old) for layer, old in zip(model, before, strict=True)] == [False, False]
 
 
 def test_law_10_of_two_threads_that_begin_at_once_one_has_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
