@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..layout.boxes import Box, whole
 from ..storage.coverage import Coverage
-from .delta import PIECE as CHANGED_AT_ONCE
+from .delta import PIECE
 from .delta_folder import Chain, DeltaFolder, need_order
 from .delta_held import Converted, Part, PartDigests, Places, Span, spans
 from .digest import Digest, digest_of
@@ -29,7 +29,7 @@ from .errors import DeltaError
 from .live import Live, flat_bytes
 from .live_digest import add_in_place
 from .observe import Hooks
-from .patch import PIECE, Patch, joined, patch_of
+from .patch import Patch, differences, joined, patch_of
 from .session import ReloadSession
 from .sources import SafetensorsFolder
 
@@ -185,8 +185,8 @@ def changed(name: str, value: Tensor, deltas: list[DeltaFolder]) -> Tensor:
     raw = flat_bytes(value.detach().cpu()).clone()
     for delta in touching:
         changes = delta.changes(name, raw.numel())
-        for start in range(0, raw.numel(), CHANGED_AT_ONCE):
-            piece = raw[start : start + CHANGED_AT_ONCE]
+        for start in range(0, raw.numel(), PIECE):
+            piece = raw[start : start + PIECE]
             change = changes.read(start, start + piece.numel())
             if change is not None:
                 piece.copy_(change.of(piece))
@@ -240,6 +240,4 @@ def _replaced(live: Live, name: str, value: Tensor) -> list[Patch]:
     if (value.dtype, tuple(value.shape)) != (live.dtype, live.shape):
         expected, found = f"{live.dtype} {list(live.shape)}", f"{value.dtype} {list(value.shape)}"
         raise DeltaError("the converted tensor does not fit the model", name=name, expected=expected, found=found)
-    raw = flat_bytes(value)
-    pieces = ((start, box, live.bytes(box)) for start, box in live.pieces(PIECE))
-    return joined(patch_of(live, box, old, raw[at : at + old.numel()].to(old.device), keep_new=True) for at, box, old in pieces)
+    return joined(differences(live, live.box, value, keep_new=True))

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ..errors import StateError
 from ..layout.blocks import tiles
 from ..layout.boxes import Box, row_major, whole
 from ..storage.storage import AliasedStorage
@@ -56,19 +55,6 @@ class Live:
         with torch.no_grad():
             values = part._snapshot() if isinstance(part, _Aliased) else part.detach()
             return flat_bytes(values.resolve_conj().resolve_neg())
-
-    def runs(self, max_bytes: int) -> Iterator[tuple[int, Tensor]]:
-        """(first byte, bytes) of the whole tensor, in order; it must not change meanwhile.
-
-        Raises:
-            StateError: it did, or it holds no weights.
-        """
-        before = self.version
-        for first, box in self.pieces(max_bytes):
-            yield first, self.bytes(box)
-        if self.version != before:
-            label = "a plain tensor" if self.storage is None else self.storage.label
-            raise StateError("the tensor changed while it was read", label=label, remedy="Read it again between two writes.")
 
     def positional_sums(self) -> Tensor | None:
         """int64 ``[2]``: the two sums of adler32 over all bytes, taken where they lie; None where they must be gathered.

@@ -60,8 +60,12 @@ def checkpoint_digest(model: nn.Module, kind: str = "adler32") -> CheckpointDige
             with torch.no_grad():
                 adopt(registry)
     live = {name: _live_of(name, tensor) for name, tensor in checkpoint_names(model).items()}
-    digests = {name: digest_live(tensor, kind) for name, tensor in live.items()}
+    versions = {name: one.version for name, one in live.items()}
+    digests = {name: _digest_of(one, kind) for name, one in live.items()}
     PositionalAdler32.to_host([digest.sums for digest in digests.values() if digest.sums is not None])
+    for name, one in live.items():
+        if one.version != versions[name]:
+            raise StateError("the tensor changed while it was read", name=name, remedy="Read it again between two writes.")
     return CheckpointDigest.of(kind, ((n, t.dtype, t.shape, digests[n].hexdigest(t.nbytes)) for n, t in live.items()))
 
 
@@ -91,12 +95,12 @@ def digest_of_folder(folder: SafetensorsFolder, kind: str = "adler32") -> Checkp
     return CheckpointDigest.of(kind, found)
 
 
-def digest_live(live: Live, kind: str) -> Digest:
+def _digest_of(live: Live, kind: str) -> Digest:
     """Of a whole tensor; of adler32 on a GPU nothing has waited for it."""
     digest = Digest(kind)
     if not add_in_place(digest, live):
-        for start, piece in live.runs(_PIECE):
-            digest.add(piece, start)
+        for start, box in live.pieces(_PIECE):
+            digest.add(live.bytes(box), start)
     return digest
 
 

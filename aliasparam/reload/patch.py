@@ -5,16 +5,17 @@ A patch is put by writing bytes, never by changing what is there, so it may be p
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import ReloadError
+from ..layout.blocks import tiles
 from ..layout.bound import BoundLayout
 from ..layout.boxes import Box, row_major, sizes
-from .live import Live
+from .live import Live, flat_bytes
 
 #: Bytes of a tensor that are compared at once.
 PIECE = 2 << 20
@@ -67,6 +68,14 @@ class Patch(NamedTuple):
                 memory[self.base :].index_put_((at,), values)
 
 
+def differences(live: Live, box: Box, value: Tensor, *, keep_new: bool) -> Iterator[Patch | None]:
+    """Where ``value`` differs from what is there under ``box``, piece by piece."""
+    for tile in tiles(box, max(PIECE // live.dtype.itemsize, 1)):
+        inside = tuple(slice(a - r, b - r) for (a, b), (r, _) in zip(tile, box, strict=True))
+        new = on_device(value[inside].detach(), live.device).resolve_conj().resolve_neg()
+        yield patch_of(live, tile, live.bytes(tile), flat_bytes(new), keep_new=keep_new)
+
+
 def patch_of(live: Live, box: Box, old: Tensor, new: Tensor, *, keep_new: bool) -> Patch | None:
     """Where ``old`` and ``new`` (uint8 [n], the bytes of ``box``, on the tensor's device) differ; None where they do not.
 
@@ -88,8 +97,8 @@ def patch_of(live: Live, box: Box, old: Tensor, new: Tensor, *, keep_new: bool) 
 
 
 def _where(differs: Tensor) -> Tensor:
-    """``nonzero`` of bool [n], of which few are true: first of words of eight, as a CPU looks at each for a nanosecond."""
-    if differs.numel() % 8:
+    """``nonzero`` of bool [n], of which few are true: on a CPU first of words of eight, as it looks at each for a nanosecond."""
+    if differs.is_cuda or differs.numel() % 8:
         return differs.nonzero().view(-1)
     words = differs.view(torch.int64).nonzero().view(-1)
     row, column = differs.view(-1, 8)[words].nonzero().unbind(1)
