@@ -72,6 +72,9 @@ class Places:
         add_up: how the digests of parts become those of tensors.
         inside: by the files' names, what lies whole, row by row, in larger tensors: (name in the model, rectangle of it) of each
             place. For deltas that begin with no full version.
+
+    Raises:
+        DeltaError: a part of a tensor that is not among ``divided``.
     """
 
     names: Mapping[str, str] = field(default_factory=dict)
@@ -81,6 +84,14 @@ class Places:
     converted: Sequence[Converted] = ()
     add_up: AddUp | None = None
     inside: Mapping[str, Sequence[tuple[str, Box]]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if unverified := sorted(self.parts.keys() - set(self.divided)):
+            raise DeltaError(
+                "a tensor is held in parts, and not among those that all processes verify",
+                name=unverified[0],
+                expected="a name in `divided`, the same in every process",
+            )
 
     def here(self, stored: str) -> str:
         return self.names.get(stored, stored)
@@ -147,17 +158,12 @@ def fits(live: Live, part: Part) -> bool:
     return inside and together and sizes(part.box) == live.shape
 
 
-class _Held(NamedTuple):
-    digest: Digest
-    nbytes: int
-
-
 class PartDigests:
     """What this process has summed of each tensor that is held in parts."""
 
     def __init__(self, places: Places) -> None:
         self._places = places
-        self._held: dict[str, _Held] = {}
+        self._held: dict[str, tuple[PositionalAdler32, int]] = {}  # sums of what is here, bytes of the whole tensor
 
     def part_of(self, name: str, live: Live) -> Part | None:
         """
@@ -186,7 +192,7 @@ class PartDigests:
                 found=last.checksum_format,
                 remedy="Publish with checksum_format adler32, or a full version.",
             )
-        self._held[name] = _Held(digest, math.prod(part.shape) * itemsize)
+        self._held[name] = digest.sums, math.prod(part.shape) * itemsize
         return digest
 
     def check(self, deltas: list[DeltaFolder]) -> None:
@@ -201,8 +207,8 @@ class PartDigests:
             return
         rows = torch.zeros(len(names), 3, dtype=torch.int64)
         for row, name in zip(rows, names, strict=True):
-            sums = self._held[name].digest.sums if name in self._held else None
-            if sums is not None:
+            if name in self._held:
+                sums, _ = self._held[name]
                 row.copy_(torch.tensor([sums.count, *sums.sums()]))
         if self._places.add_up is not None:
             self._places.add_up(rows)
@@ -210,4 +216,4 @@ class PartDigests:
             if name in self._held:
                 total = PositionalAdler32()
                 total.merge_sums(count, (plain, weighted))
-                last[name].check(name, total.hexdigest(self._held[name].nbytes))
+                last[name].check(name, total.hexdigest(self._held[name][1]))

@@ -11,11 +11,12 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from types import FrameType
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import ReloadError
 from ..module.names import ModuleNames, Readiness
@@ -49,12 +50,12 @@ class Drain:
         """Whether the module stays closed until the reload has ended, also where nothing of it was written yet."""
         return id(names) in self._held
 
-    def close(self, names: Iterable[ModuleNames], hide: Callable[[], None], show: Callable[[], None]) -> None:
+    def close(self, names: Iterable[ModuleNames], twins: Sequence[tuple[dict[str, Any], str, Tensor]]) -> None:
         """New forwards of these modules refuse; those in flight end.
 
         Args:
             names: modules that are about to be written, which stay closed.
-            hide: puts the refusing twins of plain tensors in place, ``show`` takes them off again.
+            twins: refusing twins of plain tensors, and the places (module's dict, name) for them.
 
         Raises:
             ReloadError: a forward did not end in time. Everything is as before.
@@ -62,6 +63,7 @@ class Drain:
         until = time.monotonic() + self._seconds
         running = self._in_flight(until)
         self._may_go_on = frozenset(running)
+        shown = [(holder, key, holder.get(key)) for holder, key, _ in twins]  # a twin, where an earlier reload failed
         closed = [one for one in names if one.readiness is Readiness.READY]
         self._held |= {id(one) for one in closed}
         try:
@@ -70,10 +72,12 @@ class Drain:
             self._wait_for(running, until)
             for one in closed:
                 one.open()
-            hide()
+            for holder, key, twin in twins:
+                dict.__setitem__(holder, key, twin)
             self._wait_for(self._in_flight(until), until)  # who came in between ends; who comes now is refused
         except BaseException:
-            show()
+            for holder, key, tensor in shown:
+                dict.__setitem__(holder, key, tensor)
             self._held -= {id(one) for one in closed}
             for one in closed:
                 if one.readiness is Readiness.CLOSED:

@@ -99,36 +99,28 @@ def target_of(targets: Mapping[str, Target], scope: str | tuple[str, ...], modul
     """
     target = targets.get(name)
     if target is None:
-        raise _no_such_name(module, name, len(targets))
+        raise ReloadError(
+            "the model has no tensor of this name",
+            module=module,
+            name=name,
+            expected=f"one of its {len(targets)} names",
+            found=name,
+            remedy="r.expected lists them. Map the sender's names to those first.",
+        )
     if not isinstance(scope, str) and not f"{name}.".startswith(_dotted(scope)):
-        raise _out_of_scope(module, name, scope)
+        raise ReloadError(
+            "this tensor is outside the scope of the reload",
+            module=module,
+            name=name,
+            expected=f"names under {', '.join(scope)}",
+            found=name,
+            remedy="Open the reload with a scope that has it.",
+        )
     need_dense(module, name, target.tensor, "the model's tensor")
     if target.tensor.is_meta:
         remedy = "Load the model first: a value written here would be lost."
         raise ReloadError("the model's tensor has no memory", module=module, name=name, found="one on meta", remedy=remedy)
     return target
-
-
-def _no_such_name(module: str, name: str, count: int) -> ReloadError:
-    return ReloadError(
-        "the model has no tensor of this name",
-        module=module,
-        name=name,
-        expected=f"one of its {count} names",
-        found=name,
-        remedy="r.expected lists them. Map the sender's names to those first.",
-    )
-
-
-def _out_of_scope(module: str, name: str, scope: Iterable[str]) -> ReloadError:
-    return ReloadError(
-        "this tensor is outside the scope of the reload",
-        module=module,
-        name=name,
-        expected=f"names under {', '.join(scope)}",
-        found=name,
-        remedy="Open the reload with a scope that has it.",
-    )
 
 
 # -- plain tensors that are being written --------------------------------------------------------------------------------

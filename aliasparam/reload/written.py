@@ -50,23 +50,10 @@ class Written:
         names = {id(one): one for tensor in declared.values() for one in tensor._alias_storage.listeners}
         registries = [one for one in names.values() if isinstance(one, ModuleNames)]
         if plain or not all(self._drain.holds(one) for one in registries):
-            self._close(registries, plain.values())
+            twins = [(holder, key, name.refusing) for name, target in plain.values() for holder, key in target.places]
+            self._drain.close(registries, twins)
         self._declared |= declared
         self._plain |= plain
-
-    def _close(self, registries: list[ModuleNames], plain: Iterable[tuple[PlainName, Target]]) -> None:
-        places = [(holder, key, name) for name, target in plain for holder, key in target.places]
-        shown = [(holder, key, holder.get(key)) for holder, key, _ in places]  # a twin, where an earlier reload failed
-
-        def hide() -> None:
-            for holder, key, name in places:
-                dict.__setitem__(holder, key, name.refusing)
-
-        def show() -> None:
-            for holder, key, tensor in shown:
-                dict.__setitem__(holder, key, tensor)
-
-        self._drain.close(registries, hide, show)
 
     def _is_begun(self, target: Target) -> bool:
         return id(target.tensor) in self._declared or id(target.tensor) in self._plain
