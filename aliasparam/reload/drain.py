@@ -37,10 +37,14 @@ class Drain:
         self._modules: frozenset[int] = frozenset()
         self._may_go_on: frozenset[int] = frozenset()
         self._held: set[int] = set()
+        self._devices: set[torch.device] = set()
         self._waited_for_devices = False
 
-    def begin(self, modules: Iterable[nn.Module]) -> None:
+    def begin(self, modules: Sequence[nn.Module]) -> None:
         self._modules = frozenset(map(id, modules))
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            parameters = (one for module in modules for one in module._parameters.values() if one is not None)
+            self._devices = {one.device for one in parameters if one.is_cuda}
 
     def lets_through(self) -> bool:
         """Whether this thread runs a forward that began before what is waiting to be written was closed."""
@@ -92,9 +96,8 @@ class Drain:
 
     def wait_for_devices(self) -> None:
         """What other threads have launched has run; what they launch from now on sees what was written."""
-        if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            for device in {p.device for p in self._model.parameters() if p.is_cuda}:
-                torch.cuda.synchronize(device)
+        for device in self._devices:
+            torch.cuda.synchronize(device)
 
     def _wait_for(self, forwards: dict[int, FrameType], until: float) -> None:
         while forwards:

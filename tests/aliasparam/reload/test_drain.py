@@ -207,7 +207,7 @@ def test_nothing_is_paid_while_no_reload_runs() -> None:
     for thread in threads:
         thread.start()
     drain = Drain(model, 1.0)
-    drain.begin(model.modules())
+    drain.begin(list(model.modules()))
     started = time.process_time()
     for _ in range(100):
         drain.close([], [])
