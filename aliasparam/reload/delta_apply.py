@@ -24,7 +24,7 @@ from ..storage.coverage import Coverage
 from .delta import PIECE
 from .delta_folder import Chain, DeltaFolder, need_order
 from .delta_held import Converted, Part, PartDigests, Places, Span, spans
-from .digest import Digest, digest_of
+from .digest import Hashed, PositionalAdler32, digest_of
 from .errors import DeltaError
 from .live import Live, flat_bytes
 from .live_digest import add_in_place
@@ -196,11 +196,17 @@ def changed(name: str, value: Tensor, deltas: list[DeltaFolder]) -> Tensor:
 
 
 def _compared(
-    live: Live, name: str, full: SafetensorsFolder | None, deltas: list[DeltaFolder], part: Part | None, digest: Digest | None
+    live: Live,
+    name: str,
+    full: SafetensorsFolder | None,
+    deltas: list[DeltaFolder],
+    part: Part | None,
+    digest: PositionalAdler32 | Hashed | None,
 ) -> Iterator[Patch | None]:
     nbytes = live.nbytes if part is None else math.prod(part.shape) * live.dtype.itemsize
     readers = [delta.changes(name, nbytes) for delta in deltas]
-    summed = full is None and part is None and digest is not None and add_in_place(digest, live)  # of the old bytes
+    sums = digest if isinstance(digest, PositionalAdler32) else None
+    summed = sums is not None and full is None and part is None and add_in_place(sums, live)  # of the old bytes
     for span in spans(live, part):
         read = (one.read(span.start, span.start + span.nbytes) for one in readers)
         changes = [change for change in read if change is not None]
@@ -212,11 +218,11 @@ def _compared(
             new = change.of(new)
         own = span.take(new)
         if digest is not None:
-            if summed:
-                digest.add(old, span.start, sign=-1)
             digest.add(new if span.columns is None else span.put(own), span.start)
-            if digest.sums is not None:
-                digest.sums.count -= span.nbytes - own.numel()  # zeros in the place of what is elsewhere
+        if sums is not None:
+            sums.count -= span.nbytes - own.numel()  # zeros in the place of what is elsewhere
+            if summed:
+                sums.add(old, span.start, sign=-1)
         if changes or full is not None:
             yield patch_of(live, span.box, old, own, keep_new=True)
     for one in readers:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..layout.boxes import Box, row_major, sizes, whole
 from .delta_folder import DeltaFolder
-from .digest import Digest, PositionalAdler32
+from .digest import Hashed, PositionalAdler32, new_digest
 from .errors import DeltaError
 from .live import Live
 from .patch import PIECE
@@ -176,15 +176,15 @@ class PartDigests:
             raise DeltaError("the live tensor is not this part", name=name, expected=expected, found=str(list(live.shape)))
         return part
 
-    def digest(self, name: str, part: Part | None, last: DeltaFolder, itemsize: int) -> Digest:
+    def digest(self, name: str, part: Part | None, last: DeltaFolder, itemsize: int) -> PositionalAdler32 | Hashed:
         """
         Raises:
             DeltaError: a part, and a checksum that parts do not add up to.
         """
-        digest = Digest(last.checksum_format)
+        digest = new_digest(last.checksum_format)
         if part is None:
             return digest
-        if digest.sums is None:
+        if not isinstance(digest, PositionalAdler32):
             raise DeltaError(
                 "this checksum cannot be verified where a tensor is held in parts",
                 name=f"{last.path}: {name}",
@@ -192,7 +192,7 @@ class PartDigests:
                 found=last.checksum_format,
                 remedy="Publish with checksum_format adler32, or a full version.",
             )
-        self._held[name] = digest.sums, math.prod(part.shape) * itemsize
+        self._held[name] = digest, math.prod(part.shape) * itemsize
         return digest
 
     def check(self, deltas: list[DeltaFolder]) -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from .delta import ENCODINGS, PIECE
-from .digest import Digest, optional
+from .digest import Hashed, PositionalAdler32, new_digest, optional
 from .errors import DeltaError
 from .held_file import memory_of
 from .sources import SafetensorsFolder
@@ -54,7 +54,7 @@ class DeltaWriter:
         self.out = Path(out)
         if encoding not in ENCODINGS:
             raise DeltaError("unknown delta_encoding", expected=" or ".join(ENCODINGS), found=repr(encoding)[:80])
-        Digest(checksum_format)  # refuses what is none
+        new_digest(checksum_format)  # refuses what is none
         if not 0 <= base_version < version:
             raise DeltaError("versions out of order", name=str(out), expected="0 <= base_version < version")
         if self.out.is_symlink() or (self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir()))):
@@ -97,7 +97,7 @@ class DeltaWriter:
         """
         if name in self._frames or any(name in shard for shard in self._shards):
             raise DeltaError("a tensor is written twice", name=name)
-        digest, out = Digest(self._index["checksum_format"]), io.BytesIO()
+        digest, out = new_digest(self._index["checksum_format"]), io.BytesIO()
         encode = _encode_xor if self._index["delta_encoding"] == "xor" else _encode_overwrite
         compressor = optional("zstandard").ZstdCompressor(level=self._level)
         if not encode(_checked(chunks, nbytes, name, digest), nbytes, name, compressor, out):
@@ -176,7 +176,9 @@ def check_same(*two: tuple[str, Mapping[str, tuple[torch.dtype, tuple[int, ...]]
             )
 
 
-def _checked(chunks: Iterable[tuple[Tensor, Tensor]], nbytes: int, name: str, digest: Digest) -> Iterator[tuple[Tensor, Tensor]]:
+def _checked(
+    chunks: Iterable[tuple[Tensor, Tensor]], nbytes: int, name: str, digest: PositionalAdler32 | Hashed
+) -> Iterator[tuple[Tensor, Tensor]]:
     """The chunks, while their new bytes are hashed and their lengths counted."""
     count = 0
     for old, new in chunks:

@@ -121,39 +121,33 @@ class PositionalAdler32:
                 one.merge_sums(0, pair)
 
 
-class Digest:
-    """Of a tensor's bytes in order: adler32 on their device, the others on the host.
+class Hashed:
+    """xxh3-128 or blake3, of bytes in order, on the host."""
 
-    Attributes:
-        sums: of adler32, which may be added to in any order; None for the others.
+    def __init__(self, package: str, name: str) -> None:
+        self._state = getattr(optional(package), name)()
 
+    def add(self, values: Tensor, start: int) -> None:
+        """Bytes (uint8 [n]) from ``start`` on, where those before ended."""
+        self._state.update(memory_of(values.cpu()))
+
+    def hexdigest(self, nbytes: int) -> str:
+        return str(self._state.hexdigest())
+
+
+def new_digest(kind: str) -> PositionalAdler32 | Hashed:
+    """
     Raises:
         DeltaError: an unknown format, or its package is not installed.
     """
-
-    def __init__(self, kind: str) -> None:
-        if kind not in FORMATS:
-            raise DeltaError("unknown checksum_format", expected=" or ".join(FORMATS), found=repr(kind)[:80])
-        self.sums = PositionalAdler32() if kind == "adler32" else None
-        self._state: Any = None
-        if kind in _PACKAGES:
-            package, name = _PACKAGES[kind]
-            self._state = getattr(optional(package), name)()
-
-    def add(self, run: Tensor, start: int, *, sign: int = 1) -> None:
-        """Bytes (uint8 [n]) from ``start`` on. ``sign``: of adler32; -1 takes them away again."""
-        if self.sums is not None:
-            self.sums.add(run, start, sign=sign)
-        else:
-            self._state.update(memory_of(run.cpu()))
-
-    def hexdigest(self, nbytes: int) -> str:
-        return str(self._state.hexdigest()) if self.sums is None else self.sums.hexdigest(nbytes)
+    if kind not in FORMATS:
+        raise DeltaError("unknown checksum_format", expected=" or ".join(FORMATS), found=repr(kind)[:80])
+    return PositionalAdler32() if kind == "adler32" else Hashed(*_PACKAGES[kind])
 
 
 def digest_of(flat: Tensor, kind: str) -> str:
     """Of all bytes of a tensor, uint8 [n]."""
-    digest = Digest(kind)
+    digest = new_digest(kind)
     digest.add(flat, 0)
     return digest.hexdigest(flat.numel())
 

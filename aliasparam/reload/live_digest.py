@@ -14,7 +14,7 @@ from ..module.adopt import adopt
 from ..module.registry_of import registries
 from ..module.verbs import checkpoint_names
 from ..spec import no_values
-from .digest import Digest, PositionalAdler32, whole_digest
+from .digest import Hashed, PositionalAdler32, new_digest, whole_digest
 from .live import Live
 from .sources import SafetensorsFolder
 
@@ -54,7 +54,7 @@ def checkpoint_digest(model: nn.Module, kind: str = "adler32") -> CheckpointDige
         StateError: a tensor holds no weights, is not dense, or changed while it was read.
         StaleKernelError: a reload of the model is open, or failed.
     """
-    Digest(kind)  # before anything is read
+    new_digest(kind)  # before anything is read
     for _, registry in registries(model):
         if not registry.is_untouched:
             with torch.no_grad():
@@ -62,7 +62,7 @@ def checkpoint_digest(model: nn.Module, kind: str = "adler32") -> CheckpointDige
     live = {name: _live_of(name, tensor) for name, tensor in checkpoint_names(model).items()}
     versions = {name: one.version for name, one in live.items()}
     digests = {name: _digest_of(one, kind) for name, one in live.items()}
-    PositionalAdler32.to_host([digest.sums for digest in digests.values() if digest.sums is not None])
+    PositionalAdler32.to_host([digest for digest in digests.values() if isinstance(digest, PositionalAdler32)])
     for name, one in live.items():
         if one.version != versions[name]:
             raise StateError("the tensor changed while it was read", name=name, remedy="Read it again between two writes.")
@@ -85,7 +85,7 @@ def digest_of_folder(folder: SafetensorsFolder, kind: str = "adler32") -> Checkp
     """
     buffer, found = torch.empty(_PIECE, dtype=torch.uint8), []
     for name, entry in folder.tensors.items():
-        digest = Digest(kind)
+        digest = new_digest(kind)
         for start in range(0, entry.nbytes, _PIECE):
             piece = buffer[: min(_PIECE, entry.nbytes - start)]
             folder.raw(name, start, piece)
@@ -95,19 +95,18 @@ def digest_of_folder(folder: SafetensorsFolder, kind: str = "adler32") -> Checkp
     return CheckpointDigest.of(kind, found)
 
 
-def _digest_of(live: Live, kind: str) -> Digest:
+def _digest_of(live: Live, kind: str) -> PositionalAdler32 | Hashed:
     """Of a whole tensor; of adler32 on a GPU nothing has waited for it."""
-    digest = Digest(kind)
-    if not add_in_place(digest, live):
+    digest = new_digest(kind)
+    if not isinstance(digest, PositionalAdler32) or not add_in_place(digest, live):
         for start, box in live.pieces(_PIECE):
             digest.add(live.bytes(box), start)
     return digest
 
 
-def add_in_place(digest: Digest, live: Live) -> bool:
+def add_in_place(sums: PositionalAdler32, live: Live) -> bool:
     """Add all bytes where they lie, if they can be summed there; whether they were."""
-    found = None if digest.sums is None else live.positional_sums()
-    if digest.sums is None or found is None:
-        return False
-    digest.sums.add_sums(live.nbytes, found)
-    return True
+    found = live.positional_sums()
+    if found is not None:
+        sums.add_sums(live.nbytes, found)
+    return found is not None
