@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from enum import Enum
+from operator import index
 from typing import Any
 
 from torch import Tensor
@@ -17,10 +18,10 @@ from ..storage.coverage import Box, Coverage
 def box_of(live: Tensor, value: Tensor, first_row: int | None, box: Box | None) -> Box:
     """The rectangle of ``live`` that ``value`` is for."""
     if box is not None:
-        return tuple((int(a), int(b)) for a, b in box)
+        return tuple((index(a), index(b)) for a, b in box)
     if first_row is None or not live.shape:
         return whole(live.shape)
-    return ((first_row, first_row + (value.shape[0] if value.dim() else 1)), *whole(live.shape[1:]))
+    return ((index(first_row), first_row + (value.shape[0] if value.dim() else 1)), *whole(live.shape[1:]))
 
 
 def shown(box: Box) -> str:

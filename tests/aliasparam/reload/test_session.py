@@ -210,6 +210,15 @@ def test_law_8_no_other_reload_begins_while_derivations_run() -> None:
     assert found and same(model(), served(NEW))
 
 
+def test_a_rectangle_is_of_whole_numbers() -> None:
+    model = Few()
+    with reload(model, scope="partial") as session:
+        for value, where in ((NEW["norm"][:8], {"box": ((0.9, 8),)}), (NEW["norm"][:8], {"first_row": 0.5})):
+            with pytest.raises(TypeError, match="float"):
+                session.update("norm", value, **where)  # type: ignore[arg-type]
+    assert torch.equal(model.norm, Few().norm)
+
+
 @pytest.mark.parametrize("step", [ReloadSession.commit, ReloadSession.switch])
 @pytest.mark.parametrize("policy", ["write-through", "journal", "staged", "staged-journal"])
 def test_law_8_after_a_commit_that_fails_each_module_refuses(policy: Any, step: Callable[[ReloadSession], None]) -> None:
