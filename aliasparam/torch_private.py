@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves as tree_leaves  # tensors in the arguments of an operator
+from torch.utils._pytree import tree_map as tree_map
 
 #: The code of every module call, compiled ones too: a frame of it is a forward that runs, and ``self`` there is the module.
 FORWARD = torch.nn.Module._wrapped_call_impl.__code__

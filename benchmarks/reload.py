@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from aliasparam import Alias, checkpoint_digest, checkpoint_names, declare, process, reload
 from aliasparam.reload import ReloadSession, prepare_delta
 from aliasparam.reload.delta_folder import DeltaFolder
-from aliasparam.reload.live import Live
+from aliasparam.reload.live import Live, flat_bytes
 from aliasparam.reload.policies import PolicyName
 from aliasparam.reload.sources import SafetensorsFolder
 
@@ -181,7 +181,8 @@ class Bench(Meter):
             self.say(f"{cache} to device", text, seconds=mine, load_file_and_copy=theirs, nbytes=model.nbytes)
 
     def digest(self, model: nn.Module) -> None:
-        memories = [memory for t in checkpoint_names(model).values() if (memory := Live(t).memory()) is not None]
+        lives = [Live(tensor) for tensor in checkpoint_names(model).values()]
+        memories = [flat_bytes(one.tensor if one.storage is None else one.storage.elements) for one in lives]
         words = [memory[: memory.numel() // 8 * 8].view(torch.int64) for memory in memories]
         read = self.seconds(lambda: [word.sum() for word in words])
         total = sum(memory.numel() for memory in memories)

@@ -13,8 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from aliasparam import Alias, Derivation, checkpoint_names, declare, process
-from aliasparam.reload.digest import PositionalAdler32
-from aliasparam.reload.hashers import optional
+from aliasparam.reload.digest import PositionalAdler32, optional
 from aliasparam.reload.held_file import memory_of
 from aliasparam.reload.live import Live
 
@@ -103,14 +102,12 @@ def write_delta(folder: Path, model: nn.Module, share: float, version: int) -> i
             continue
         count = live.nbytes // step
         at = torch.arange(count, device=live.device) * step + torch.randint(0, step, (count,), device=live.device)
-        old, sums = torch.empty(count, dtype=torch.uint8, device=live.device), PositionalAdler32()
-        for start, piece in live.runs(64 << 20):
+        new, sums = torch.empty(count, dtype=torch.uint8, device=live.device), PositionalAdler32()
+        for start, box in live.pieces(64 << 20):
+            piece = live.bytes(box)
             first, last = torch.searchsorted(at, torch.tensor([start, start + piece.numel()], device=live.device)).tolist()
-            old[first:last] = piece[at[first:last] - start]
-            sums.add_run(piece, start)
-        new = old ^ 5
-        sums.add(old, at, sign=-1)
-        sums.add(new, at)
+            new[first:last] = piece[at[first:last] - start] ^ 5
+            sums.add(piece.index_put((at[first:last] - start,), new[first:last]), start)
         raw = (
             struct.pack("<I", count) + bytes(memory_of(at.to(torch.int32).cpu().view(torch.uint8))) + bytes(memory_of(new.cpu()))
         )

@@ -208,9 +208,9 @@ FAULTS = [
     ),
     # sources and streams
     Planted(
-        "reload/delta_patches.py",
-        "change.of(new[where], values)",
-        "change.of(old[where], values)",
+        "reload/delta_apply.py",
+        "new = change.of(new)",
+        "new = change.of(old)",
         "reload/test_law_12_apply_delta.py",
     ),
     Planted("reload/drain.py", "del tops[threading.get_ident()]", "pass", "reload/test_drain.py"),

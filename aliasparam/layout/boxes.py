@@ -7,14 +7,15 @@ digit that it cuts, and every ragged end, adds at most two.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from .digits import BoundLine, Place
 
-Box = tuple[tuple[int, int], ...]
+#: (start, stop) for each dim.
+Box: TypeAlias = tuple[tuple[int, int], ...]
 
 
 class Axis(NamedTuple):
@@ -50,6 +51,14 @@ def pieces(lines: Sequence[BoundLine], shape: Sequence[int], box: Sequence[tuple
         chain = list(zip(row_major(line.shape), dims, strict=True))
         found = [routed for piece in found for routed in _route(*piece, chain)]
     return found
+
+
+def whole(shape: Sequence[int]) -> Box:
+    return tuple((0, size) for size in shape)
+
+
+def sizes(box: Box) -> tuple[int, ...]:
+    return tuple(stop - start for start, stop in box)
 
 
 def row_major(shape: Sequence[int]) -> list[int]:

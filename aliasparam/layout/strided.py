@@ -71,7 +71,7 @@ class StridedLayout(BoundLayout):
     def copies(
         self, core: Box, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, align: int, *, by_kernel: bool
     ) -> list[tuple[Copy, bool]]:
-        """The copies between a value and memory, from the region on in which its box begins; and whether our own kernel runs each.
+        """The copies between a value and memory from its box's first region on; and whether our own kernel runs each.
 
         Args:
             core: the box of the core dims.

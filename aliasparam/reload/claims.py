@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 
 from torch import nn
 
 from ..errors import ReloadError
 from ..module.registry import AliasRegistry
-from ..module.registry_of import registries
+from ..module.registry_of import registries, registry_of
 
 #: Who has a module. Neither keeps the other alive, so an abandoned session frees its modules.
 _claims: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Claim]] = weakref.WeakKeyDictionary()
+_taking = threading.RLock()  # from the look to the claim; an interrupt at its end may leave it held, by this thread
 
 
 class Claim:
-    """The modules that ``session`` has, from :meth:`take` to :meth:`end`: nothing else reloads or processes them."""
+    """The modules that ``session`` has, from :meth:`take` to :meth:`end`: nothing else reloads or processes them.
+
+    Attributes:
+        modules, registries: of the model when they were taken.
+    """
 
     def __init__(self, session: object) -> None:
         self._session, self._self = weakref.ref(session), weakref.ref(self)
-        self._modules: list[nn.Module] = []
-        self._registries: list[AliasRegistry] = []
+        self.modules: list[nn.Module] = []
+        self.registries: list[AliasRegistry] = []
         self._ended = False
 
     def take(self, model: nn.Module) -> None:
@@ -29,37 +35,40 @@ class Claim:
             ReloadError: another session that is alive has one of the modules.
         """
         modules = list(model.modules())
-        for module in modules:
-            other = _claim_of(module)
-            if other is not None and other is not self and not other._ended:
-                raise ReloadError(
-                    "a reload of this model is already open",
-                    module=type(model).__name__,
-                    expected="one reload at a time",
-                    found=f"another one, of {type(module).__name__}, in progress",
-                    remedy="Finish or abort it first.",
-                )
-        self._modules, self._registries = modules, [registry for _, registry in registries(model)]
-        for module in modules:
-            _claims[module] = self._self
+        with _taking:
+            for module in modules:
+                other = _claim_of(module)
+                if other is not None and other is not self and not other._ended:
+                    raise ReloadError(
+                        "a reload of this model is already open",
+                        module=type(model).__name__,
+                        expected="one reload at a time",
+                        found=f"another one, of {type(module).__name__}, in progress",
+                        remedy="Finish or abort it first.",
+                    )
+            self.modules, self.registries = modules, [registry for _, registry in registries(model)]
+            for module in modules:
+                _claims[module] = self._self
         self.hold()
 
     def hold(self) -> None:
         """Nothing processes the modules."""
-        for registry in self._registries:
+        for registry in self.registries:
             registry.holder = self._session
 
     def lend(self) -> None:
         """The modules may be processed; no other session gets one."""
-        for registry in self._registries:
+        for registry in self.registries:
             if registry.holder is self._session:
                 registry.holder = None
 
-    def need_all(self, model: nn.Module) -> None:
-        """
+    def registries_of(self, model: nn.Module) -> list[AliasRegistry]:
+        """Of the modules that are still in the model.
+
         Raises:
             ReloadError: a module was put into the model since.
         """
+        found = []
         for path, module in model.named_modules():
             if _claim_of(module) is not self:
                 raise ReloadError(
@@ -69,12 +78,15 @@ class Claim:
                     found=f"another {type(module).__name__}",
                     remedy="Abort, and reload the model that is to serve.",
                 )
+            if (registry := registry_of(module)) is not None:
+                found.append(registry)
+        return found
 
     def end(self) -> None:
         """Also of modules that were taken out of the model. May be called again, as an interrupt may come between."""
         self._ended = True
         self.lend()
-        for module in self._modules:
+        for module in self.modules:
             if _claim_of(module) is self:
                 del _claims[module]
 

@@ -1,73 +1,46 @@
-"""The delta of one tensor, decoded in bounded pieces.
+"""The delta of one tensor, decoded as far as it is asked for.
 
 ``xor``: the stream is as long as the tensor; new = old ^ stream. ``overwrite``: little-endian u32 count, count u32 byte
 positions, count bytes. Both are one zstd frame. Whatever a frame says of itself, no more is decompressed than the tensor is
-long, and memory is two pieces and the frame's window (at most 128 MiB).
+long, and memory is what was asked for, a piece and the frame's window (at most 128 MiB).
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from .digest import optional
 from .errors import DeltaError
-from .hashers import optional
 from .held_file import memory_of
 
-ENCODINGS = ("xor", "overwrite")
-#: Bytes of a tensor whose changes come as one piece.
+#: Bytes that are read or skipped at once, and positions.
 PIECE = 1 << 20
+_POSITIONS = 1 << 18
 _MAX_WINDOW = 1 << 27
 
 
 class Change(NamedTuple):
-    """What a delta makes of some bytes of a tensor: of ``xor`` a run, of ``overwrite`` bytes anywhere.
+    """What a delta makes of bytes that lie together.
 
     Attributes:
-        start, stop: the first byte, and behind the last.
-        values: uint8 [n], valid until the next piece.
-        positions: int64 [n], ascending: new[positions] = values. None: new[start:stop] = old[start:stop] ^ values.
+        values: uint8 [n].
+        positions: int64 [n], ascending, where they belong; None: they are as many as the bytes, new = old ^ values.
     """
 
-    start: int
-    stop: int
     values: Tensor
     positions: Tensor | None
 
-    def cut(self, at: int) -> tuple[Change, Change]:
-        """What is before byte ``at``, between ``start`` and ``stop``, and what is not."""
+    def of(self, old: Tensor) -> Tensor:
+        """The new bytes (uint8 [n], on the device of ``old``), in memory of their own."""
+        values = self.values.to(old.device)
         if self.positions is None:
-            values = self.values[: at - self.start], self.values[at - self.start :]
-            return Change(self.start, at, values[0], None), Change(at, self.stop, values[1], None)
-        count = int(torch.searchsorted(self.positions, at))
-        before, behind = self.positions[:count], self.positions[count:]
-        return (
-            Change(self.start, at, self.values[:count], before),
-            Change(int(behind[0]), self.stop, self.values[count:], behind),
-        )
-
-    def apply_(self, flat: Tensor, begin: int = 0) -> None:
-        """To the tensor's bytes from ``begin`` on (uint8 [n], checkpoint order), in place."""
-        if self.positions is None:
-            flat[self.start - begin : self.stop - begin] ^= self.values.to(flat.device)
-        else:
-            flat[(self.positions - begin).to(flat.device)] = self.values.to(flat.device)
-
-    def scattered(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """(positions int64 [m], values uint8 [m]) of those bytes alone that change, on ``device``."""
-        values = self.values.to(device)
-        if self.positions is not None:
-            return self.positions.to(device), values
-        where = values.nonzero().view(-1)
-        return where + self.start, values[where]
-
-    def of(self, old: Tensor, values: Tensor) -> Tensor:
-        """The new bytes where there were ``old`` ones."""
-        return old ^ values if self.positions is None else values
+            return old ^ values
+        return old.index_put((self.positions.to(old.device),), values)
 
 
 class Readable(Protocol):
@@ -76,61 +49,86 @@ class Readable(Protocol):
     def read(self, count: int = -1, /) -> bytes: ...
 
 
-def decode(
-    encoding: str, compressed: Callable[[], Readable], nbytes: int, name: str, piece_bytes: int | None = None
-) -> Iterator[Change]:
-    """The changes of a tensor of ``nbytes`` bytes, in order. Runs in which nothing changes are left out.
+class Xor:
+    """The changes of a tensor of ``nbytes`` bytes."""
 
-    Args:
-        compressed: opens the stream from its begin (twice for ``overwrite``, whose values come after all positions).
-        piece_bytes: :data:`PIECE`.
+    def __init__(self, compressed: Callable[[], Readable], nbytes: int, name: str) -> None:
+        self._stream = _Stream(compressed(), name)
+        self._at, self._nbytes, self._expected = 0, nbytes, f"{nbytes} bytes, as the tensor has"
 
-    Raises:
-        DeltaError: not zstd, truncated, longer or shorter than the tensor asks for, or positions that are not ascending
-            and within the tensor. What was yielded before may have been applied; the digest is what decides.
-    """
-    piece_bytes = PIECE if piece_bytes is None else piece_bytes
-    if encoding == "xor":
-        return _xor_runs(_Stream(compressed(), name), nbytes, piece_bytes)
-    if encoding == "overwrite":
-        return _overwrites(compressed, nbytes, name, max(1, piece_bytes // 4))
-    raise DeltaError("unknown delta_encoding", name=name, expected=" or ".join(ENCODINGS), found=repr(encoding)[:80])
+    def read(self, start: int, stop: int) -> Change | None:
+        """What changes of bytes ``start`` to ``stop``, behind those that were asked for before; None where nothing does.
 
+        Raises:
+            DeltaError: not zstd, truncated, or positions that are not ascending and within the tensor. What was read before may
+                have been applied; the digest is what decides.
+        """
+        self._stream.skip(start - self._at, self._expected)
+        values = torch.empty(stop - start, dtype=torch.uint8)
+        self._stream.fill(values, self._expected)
+        self._at = stop
+        return Change(values, None) if values.any() else None
 
-def _xor_runs(stream: _Stream, nbytes: int, piece_bytes: int) -> Iterator[Change]:
-    buffer = torch.empty(min(piece_bytes, nbytes), dtype=torch.uint8)
-    for start in range(0, nbytes, piece_bytes):
-        piece = buffer[: min(piece_bytes, nbytes - start)]
-        stream.fill(piece, f"{nbytes} bytes, as the tensor has")
-        if piece.any():
-            yield Change(start, start + piece.numel(), piece, None)
-    stream.end(f"{nbytes} bytes, as the tensor has")
+    def finish(self) -> None:
+        """Nobody asks for more, as the rest is of parts that are elsewhere, or nothing.
 
-
-def _overwrites(compressed: Callable[[], Readable], nbytes: int, name: str, step: int) -> Iterator[Change]:
-    places, values = _Stream(compressed(), name), _Stream(compressed(), name)
-    count = int(places.numbers(1, "a count of 4 bytes"))
-    expected = f"{4 + 5 * count} bytes for {count} positions"
-    if count > nbytes:
-        raise DeltaError("more positions than the tensor has bytes", name=name, expected=f"at most {nbytes}", found=str(count))
-    values.skip(4 + 4 * count, expected)
-    last = -1
-    for first in range(0, count, step):
-        size = min(step, count - first)
-        positions = places.numbers(size, expected)
-        _check_positions(positions, last, nbytes, name)
-        last = int(positions[-1])
-        changed = torch.empty(size, dtype=torch.uint8)
-        values.fill(changed, expected)
-        yield Change(int(positions[0]), last + 1, changed, positions)
-    values.end(expected)
+        Raises:
+            DeltaError: as :meth:`read`, or longer or shorter than the tensor asks for.
+        """
+        self._stream.skip(self._nbytes - self._at, self._expected)
+        self._stream.end(self._expected)
 
 
-def _check_positions(positions: Tensor, last: int, nbytes: int, name: str) -> None:
-    if int(positions.max()) >= nbytes:
-        raise DeltaError("a position outside the tensor", name=name, expected=f"below {nbytes}", found=str(int(positions.max())))
-    if int(positions[0]) <= last or bool((positions[1:] <= positions[:-1]).any()):
-        raise DeltaError("positions are not ascending", name=name, expected="every position once, in order")
+class Overwrite:
+    """As :class:`Xor`. Values come after all positions, so the stream is read twice, side by side."""
+
+    def __init__(self, compressed: Callable[[], Readable], nbytes: int, name: str) -> None:
+        self._places, self._values, self._name = _Stream(compressed(), name), _Stream(compressed(), name), name
+        self._nbytes, self._last = nbytes, -1
+        self._left = count = int(self._places.numbers(1, "a count of 4 bytes"))
+        self._expected = f"{4 + 5 * count} bytes for {count} positions"
+        if count > nbytes:
+            raise DeltaError(
+                "more positions than the tensor has bytes", name=name, expected=f"at most {nbytes}", found=str(count)
+            )
+        self._values.skip(4 + 4 * count, self._expected)
+        self._ahead = torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.int64)  # values, positions
+
+    def read(self, start: int, stop: int) -> Change | None:
+        found = [self._take(start, stop)]
+        while not len(self._ahead[0]) and self._left:
+            self._read_ahead()
+            found.append(self._take(start, stop))
+        values, positions = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return Change(values, positions - start) if len(positions) else None
+
+    def finish(self) -> None:
+        while self._left:
+            self._read_ahead()
+        self._values.end(self._expected)
+
+    def _take(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """(values, positions) of those that were read ahead; what is before ``start`` is of parts that are elsewhere."""
+        values, positions = self._ahead
+        first, last = torch.searchsorted(positions, torch.tensor([start, stop])).tolist()
+        self._ahead = values[last:], positions[last:]
+        return values[first:last], positions[first:last]
+
+    def _read_ahead(self) -> None:
+        count = min(self._left, _POSITIONS)
+        positions = self._places.numbers(count, self._expected)
+        if int(positions.max()) >= self._nbytes:
+            found = str(int(positions.max()))
+            raise DeltaError("a position outside the tensor", name=self._name, expected=f"below {self._nbytes}", found=found)
+        if int(positions[0]) <= self._last or bool((positions[1:] <= positions[:-1]).any()):
+            raise DeltaError("positions are not ascending", name=self._name, expected="every position once, in order")
+        values = torch.empty(count, dtype=torch.uint8)
+        self._values.fill(values, self._expected)
+        self._ahead, self._last, self._left = (values, positions), int(positions[-1]), self._left - count
+
+
+#: Encoding -> what decodes it.
+ENCODINGS: dict[str, type[Xor] | type[Overwrite]] = {"xor": Xor, "overwrite": Overwrite}
 
 
 class _Stream:

@@ -3,22 +3,33 @@
 While the old weights serve, what each tensor that the delta names would become is computed in scratch and digested: a wrong
 base, a wrong order or a damaged delta is found before a byte is written. What differs is kept on the host as (position in kernel
 memory, old byte, new byte). The commit writes the new bytes; an abort writes the old ones.
+
+A tensor is read in pieces, changed in scratch, digested and compared. Of one whose digest is summed where it lies (adler32 on a
+GPU), those pieces alone that a delta names. What is another tensor in the model (see
+:class:`~aliasparam.reload.delta_held.Converted`) is converted as a whole, on the host.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from ..layout.boxes import Box, whole
+from ..storage.coverage import Coverage
+from .delta import PIECE
 from .delta_folder import Chain, DeltaFolder, need_order
-from .delta_held import Places
-from .delta_parts import PartDigests
-from .delta_patches import patch_converted, patches_of
+from .delta_held import Converted, Part, PartDigests, Places, Span, spans
+from .digest import Hashed, PositionalAdler32, digest_of
 from .errors import DeltaError
+from .live import Live, flat_bytes
+from .live_digest import add_in_place
 from .observe import Hooks
+from .patch import Patch, differences, joined, patch_of
 from .session import ReloadSession
 from .sources import SafetensorsFolder
 
@@ -70,27 +81,43 @@ def prepare_delta(
     full, deltas = delta.full, delta.deltas
     need_order(deltas, None if full is not None else serving)
     places = names if isinstance(names, Places) else Places(names or {})
-    digests = PartDigests(places)
     session = ReloadSession(model, "partial", "delta", "delta", hooks or Hooks())
     session.begin()
     try:
         if full is not None:
             _need_all(session, full, places)
-        stored = dict.fromkeys([*(full.tensors if full is not None else ()), *(name for one in deltas for name in one.checksums)])
-        for one in places.converted:
-            if not stored.keys().isdisjoint(one.sources):
-                patch_converted(session, one, full, deltas)
-        apart = {*places.elsewhere, *(name for one in places.converted for name in one.sources)}
-        for name in [name for name in stored if name not in apart]:
-            for label, box in places.where(name):
-                session.patch(label, lambda live, at=(name, box): patches_of(live.under(at[1]), at[0], full, deltas, digests))  # type: ignore[misc]
-        digests.check(deltas)
+        _patch_all(session, full, deltas, places)
         delta.check_unchanged()
         session.prepare()
     except BaseException:
         session.abort()
         raise
     return session
+
+
+def _patch_all(session: ReloadSession, full: SafetensorsFolder | None, deltas: list[DeltaFolder], places: Places) -> None:
+    digests, tensors, taken = PartDigests(places), session.tensors, dict[str, Coverage]()
+
+    def take(label: str, box: Box | None, name: str) -> None:
+        covered = taken.setdefault(label, Coverage(tensors[label].shape))
+        if not covered.add(whole(covered.shape) if box is None else box):
+            raise DeltaError("two tensors of the files lie in one place of the model", name=label, found=f"{name} after another")
+
+    stored = dict.fromkeys([*(full.tensors if full is not None else ()), *(name for one in deltas for name in one.checksums)])
+    for one in places.converted:
+        if not stored.keys().isdisjoint(one.sources):
+            session.patch(one.targets, lambda lives, one=one: patches_of_converted(one, lives, full, deltas))  # type: ignore[misc]
+            for label in one.targets:
+                take(label, None, ", ".join(one.sources))
+    apart = {*places.elsewhere, *(name for one in places.converted for name in one.sources)}
+    for name in [name for name in stored if name not in apart]:
+        for label, box in places.where(name):
+            session.patch(
+                [label],
+                lambda lives, name=name, box=box: [patches_of(lives[0].under(box), name, full, deltas, digests)],  # type: ignore[misc]
+            )
+            take(label, box, name)
+    digests.check(deltas)
 
 
 def version_of(delta: DeltaFolder | Chain, serving: int | None) -> int:
@@ -105,3 +132,118 @@ def _need_all(session: ReloadSession, full: SafetensorsFolder, places: Places) -
     missing = sorted(session.expected.keys() - given)
     if missing:
         raise DeltaError("the full version lacks tensors", name=str(full.path), found="no " + ", ".join(missing[:5]))
+
+
+# -- what changes in one tensor ------------------------------------------------------------------------------------------
+
+
+def patches_of(
+    live: Live, name: str, full: SafetensorsFolder | None, deltas: list[DeltaFolder], parts: PartDigests
+) -> list[Patch]:
+    """What differs in one tensor, after its new bytes were verified (those of a part by ``parts.check``, later).
+
+    Raises:
+        DeltaError: a malformed delta, or a checksum that differs; the tensor does not fit.
+    """
+    part = parts.part_of(name, live)
+    touching = [delta for delta in deltas if name in delta.checksums]
+    if full is not None:
+        _need_fit(full, name, live, part)
+    digest = parts.digest(name, part, touching[-1], live.dtype.itemsize) if touching else None
+    found = joined(_compared(live, name, full, touching, part, digest))
+    if digest is not None and part is None:
+        touching[-1].check(name, digest.hexdigest(live.nbytes))
+    return found
+
+
+def patches_of_converted(
+    one: Converted, lives: Sequence[Live], full: SafetensorsFolder | None, deltas: list[DeltaFolder]
+) -> list[list[Patch]]:
+    """What differs in each of ``lives``, the model's tensors of one conversion. Memory: these tensors, on the host.
+
+    Raises:
+        DeltaError: as for tensors that are what the files have.
+    """
+    if full is not None:
+        stored = {name: full.read(name) for name in one.sources}
+    else:
+        values = [live.bytes(live.box).cpu().view(live.dtype).view(live.shape) for live in lives]
+        stored = dict(one.revert(dict(zip(one.targets, values, strict=True))))
+    made = one.convert({name: changed(name, stored[name], deltas) for name in one.sources})
+    return [_replaced(live, name, made[name]) for name, live in zip(one.targets, lives, strict=True)]
+
+
+def changed(name: str, value: Tensor, deltas: list[DeltaFolder]) -> Tensor:
+    """A tensor of the files with the deltas applied, on the host.
+
+    Raises:
+        DeltaError: a malformed delta, or its bytes are not what the last delta promised.
+    """
+    touching = [delta for delta in deltas if name in delta.checksums]
+    if not touching:
+        return value
+    raw = flat_bytes(value.detach().cpu()).clone()
+    for delta in touching:
+        changes = delta.changes(name, raw.numel())
+        for start in range(0, raw.numel(), PIECE):
+            piece = raw[start : start + PIECE]
+            change = changes.read(start, start + piece.numel())
+            if change is not None:
+                piece.copy_(change.of(piece))
+        changes.finish()
+    touching[-1].check(name, digest_of(raw, touching[-1].checksum_format))
+    return raw.view(value.dtype).view(value.shape)
+
+
+def _compared(
+    live: Live,
+    name: str,
+    full: SafetensorsFolder | None,
+    deltas: list[DeltaFolder],
+    part: Part | None,
+    digest: PositionalAdler32 | Hashed | None,
+) -> Iterator[Patch | None]:
+    nbytes = live.nbytes if part is None else math.prod(part.shape) * live.dtype.itemsize
+    readers = [delta.changes(name, nbytes) for delta in deltas]
+    sums = digest if isinstance(digest, PositionalAdler32) else None
+    summed = sums is not None and full is None and part is None and add_in_place(sums, live)  # of the old bytes
+    for span in spans(live, part):
+        read = (one.read(span.start, span.start + span.nbytes) for one in readers)
+        changes = [change for change in read if change is not None]
+        if summed and not changes:
+            continue
+        old = live.bytes(span.box)
+        new = span.put(old) if full is None else _stored(full, name, span, old)
+        for change in changes:
+            new = change.of(new)
+        own = span.take(new)
+        if digest is not None:
+            digest.add(new if span.columns is None else span.put(own), span.start)
+        if sums is not None:
+            sums.count -= span.nbytes - own.numel()  # zeros in the place of what is elsewhere
+            if summed:
+                sums.add(old, span.start, sign=-1)
+        if changes or full is not None:
+            yield patch_of(live, span.box, old, own, keep_new=True)
+    for one in readers:
+        one.finish()
+
+
+def _stored(full: SafetensorsFolder, name: str, span: Span, like: Tensor) -> Tensor:
+    raw = torch.empty(span.nbytes, dtype=torch.uint8, pin_memory=like.is_cuda)
+    full.raw(name, span.start, raw)
+    return raw.to(like.device)
+
+
+def _need_fit(full: SafetensorsFolder, name: str, live: Live, part: Part | None) -> None:
+    entry, shape = full.entry(name), live.shape if part is None else part.shape
+    if (entry.dtype, tuple(entry.shape)) != (live.dtype, shape):
+        expected, found = f"{live.dtype} {list(shape)}", f"{entry.dtype} {list(entry.shape)}"
+        raise DeltaError("the full version does not fit the model", name=f"{full.path}: {name}", expected=expected, found=found)
+
+
+def _replaced(live: Live, name: str, value: Tensor) -> list[Patch]:
+    if (value.dtype, tuple(value.shape)) != (live.dtype, live.shape):
+        expected, found = f"{live.dtype} {list(live.shape)}", f"{value.dtype} {list(value.shape)}"
+        raise DeltaError("the converted tensor does not fit the model", name=name, expected=expected, found=found)
+    return joined(differences(live, live.box, value, keep_new=True))

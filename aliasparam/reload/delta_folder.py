@@ -7,42 +7,20 @@ A delta is known by ``delta_encoding`` in the index's metadata. Its tensors are 
 from __future__ import annotations
 
 import re
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 
-from .delta import ENCODINGS, Change, decode
+from .delta import ENCODINGS, Overwrite, Xor
+from .digest import FORMATS
 from .errors import DeltaError
-from .hashers import FORMATS
-from .published import check_manifest, read_manifest, version_path
+from .header import Entry
+from .held_file import Opened
+from .published import check_manifest, read_manifest, version_number, version_path
 from .sources import SafetensorsFolder
-
-
-class Opened(ABC):
-    """Folders that were opened together, and are checked and closed together; a context manager."""
-
-    @abstractmethod
-    def folders(self) -> list[SafetensorsFolder]:
-        """What is open."""
-
-    def check_unchanged(self) -> None:
-        """See :meth:`SafetensorsFolder.check_unchanged`."""
-        for folder in self.folders():
-            folder.check_unchanged()
-
-    def close(self) -> None:
-        for folder in self.folders():
-            folder.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
 
 class DeltaFolder(Opened):
@@ -68,7 +46,7 @@ class DeltaFolder(Opened):
             undo.callback(self.folder.close)
             self.path = self.folder.path
             fields = self.folder.index_metadata
-            self.encoding = self._one_of("delta_encoding", fields, ENCODINGS)
+            self.encoding = self._one_of("delta_encoding", fields, tuple(ENCODINGS))
             self._one_of("compression_format", fields, ("zstd",))
             self.checksum_format = self._one_of("checksum_format", fields, tuple(FORMATS))
             self.version, self.base_version = self._number("version", fields), self._number("base_version", fields)
@@ -82,10 +60,10 @@ class DeltaFolder(Opened):
         """Itself: a chain of one."""
         return [self]
 
-    def pieces(self, name: str, nbytes: int, piece_bytes: int | None = None) -> Iterator[Change]:
-        """The changes of one tensor, which has ``nbytes`` bytes (see :func:`aliasparam.reload.delta.decode`)."""
-        where = f"{self.path}: {name}"
-        return decode(self.encoding, lambda: _Compressed(self.folder, name), nbytes, where, piece_bytes)
+    def changes(self, name: str, nbytes: int) -> Xor | Overwrite:
+        """What it changes in one tensor, which has ``nbytes`` bytes."""
+        entry = self.folder.entry(name)
+        return ENCODINGS[self.encoding](lambda: _Compressed(entry), nbytes, f"{self.path}: {name}")
 
     def check(self, name: str, digest: str) -> None:
         """
@@ -101,7 +79,7 @@ class DeltaFolder(Opened):
                 remedy=f"The weights it was applied to are not version {self.base_version}, or the delta is damaged.",
             )
 
-    def folders(self) -> list[SafetensorsFolder]:
+    def opened(self) -> list[SafetensorsFolder]:
         return [self.folder]
 
     def _one_of(self, key: str, fields: Mapping[str, Any], known: tuple[str, ...]) -> str:
@@ -110,12 +88,10 @@ class DeltaFolder(Opened):
         return str(fields[key])
 
     def _number(self, key: str, fields: Mapping[str, Any]) -> int:
-        value = fields.get(key)  # zero-padded text; some trainers write numbers
-        if isinstance(value, str) and re.fullmatch(r"[0-9]{1,18}", value):
-            return int(value)
-        if type(value) is int and value >= 0:
-            return value
-        raise self._wrong(key, "a version as digits", value)
+        number = version_number(fields.get(key))
+        if number is None:
+            raise self._wrong(key, "a version as digits", fields.get(key))
+        return number
 
     def _checksum(self, name: str) -> str:
         entry = self.folder.tensors[name]
@@ -140,14 +116,13 @@ class DeltaFolder(Opened):
 class _Compressed:
     """The stored bytes of one tensor as a stream."""
 
-    def __init__(self, folder: SafetensorsFolder, name: str) -> None:
-        self._folder, self._name, self._at = folder, name, 0
-        self._nbytes = folder.entry(name).nbytes
+    def __init__(self, entry: Entry) -> None:
+        self._entry, self._at = entry, 0
 
     def read(self, count: int = -1, /) -> bytes:
-        left = self._nbytes - self._at
+        left = self._entry.nbytes - self._at
         size = left if count < 0 else min(count, left)
-        data = self._folder.entry(self._name).file.read(self._folder.entry(self._name).begin + self._at, size)
+        data = self._entry.file.read(self._entry.begin + self._at, size)
         self._at += size
         return data
 
@@ -221,7 +196,7 @@ class Chain(Opened):
             self.deltas.append(found)
             version = found.base_version
 
-    def folders(self) -> list[SafetensorsFolder]:
+    def opened(self) -> list[SafetensorsFolder]:
         return [*([self.full] if self.full is not None else []), *(delta.folder for delta in self.deltas)]
 
 

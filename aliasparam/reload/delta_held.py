@@ -1,4 +1,7 @@
-"""Where a model holds what a delta changes: under other names, in parts, in other processes, or as other tensors."""
+"""Where a model holds what a delta changes: under other names, in parts, in other processes, or as other tensors.
+
+Digests of tensors that several processes hold in parts add up: adler32 is a sum over positions.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,13 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
-from ..layout.boxes import row_major
-from ..storage.coverage import Box
+from ..layout.boxes import Box, row_major, sizes, whole
+from .delta_folder import DeltaFolder
+from .digest import Hashed, PositionalAdler32, new_digest
+from .errors import DeltaError
 from .live import Live
 from .patch import PIECE
 
@@ -66,6 +72,9 @@ class Places:
         add_up: how the digests of parts become those of tensors.
         inside: by the files' names, what lies whole, row by row, in larger tensors: (name in the model, rectangle of it) of each
             place. For deltas that begin with no full version.
+
+    Raises:
+        DeltaError: a part of a tensor that is not among ``divided``.
     """
 
     names: Mapping[str, str] = field(default_factory=dict)
@@ -75,6 +84,14 @@ class Places:
     converted: Sequence[Converted] = ()
     add_up: AddUp | None = None
     inside: Mapping[str, Sequence[tuple[str, Box]]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if unverified := sorted(self.parts.keys() - set(self.divided)):
+            raise DeltaError(
+                "a tensor is held in parts, and not among those that all processes verify",
+                name=unverified[0],
+                expected="a name in `divided`, the same in every process",
+            )
 
     def here(self, stored: str) -> str:
         return self.names.get(stored, stored)
@@ -120,23 +137,83 @@ def spans(live: Live, part: Part | None) -> Iterator[Span]:
     """All that is here, in the order of the files, in pieces of 2 MiB (of a part at least one row)."""
     if part is None:
         for start, box in live.pieces(PIECE):
-            yield Span(start, math.prod(b - a for a, b in box) * live.dtype.itemsize, box, None)
+            yield Span(start, math.prod(sizes(box)) * live.dtype.itemsize, box, None)
         return
     shape, box = part
     size, strides = live.dtype.itemsize, row_major(shape)
     row = strides[0] * size
     begin = sum(a * stride for (a, _), stride in zip(box[1:], strides[1:], strict=True)) * size
-    end = begin + math.prod(b - a for a, b in box[1:]) * size
+    end = begin + math.prod(sizes(box[1:])) * size
     first, last = box[0]
     for start in range(first, last, max(PIECE // row, 1)):
         stop = min(start + max(PIECE // row, 1), last)
-        own = ((start - first, stop - first), *((0, n) for n in live.shape[1:]))
+        own = ((start - first, stop - first), *whole(live.shape[1:]))
         yield Span(start * row, (stop - start) * row, own, None if end - begin == row else (begin, end, row))
 
 
 def fits(live: Live, part: Part) -> bool:
     """Whether the live tensor is that part, and its columns lie together in each row."""
-    sizes = tuple(b - a for a, b in part.box)
     inside = all(0 <= a < b <= n for (a, b), n in zip(part.box, part.shape, strict=True))
-    together = part.box[2:] == tuple((0, n) for n in part.shape[2:])
-    return inside and together and sizes == live.shape
+    together = part.box[2:] == whole(part.shape[2:])
+    return inside and together and sizes(part.box) == live.shape
+
+
+class PartDigests:
+    """What this process has summed of each tensor that is held in parts."""
+
+    def __init__(self, places: Places) -> None:
+        self._places = places
+        self._held: dict[str, tuple[PositionalAdler32, int]] = {}  # sums of what is here, bytes of the whole tensor
+
+    def part_of(self, name: str, live: Live) -> Part | None:
+        """
+        Raises:
+            DeltaError: the live tensor is another part.
+        """
+        part = self._places.parts.get(name)
+        if part is not None and not fits(live, part):
+            expected = f"{part.box} of {list(part.shape)}"
+            raise DeltaError("the live tensor is not this part", name=name, expected=expected, found=str(list(live.shape)))
+        return part
+
+    def digest(self, name: str, part: Part | None, last: DeltaFolder, itemsize: int) -> PositionalAdler32 | Hashed:
+        """
+        Raises:
+            DeltaError: a part, and a checksum that parts do not add up to.
+        """
+        digest = new_digest(last.checksum_format)
+        if part is None:
+            return digest
+        if not isinstance(digest, PositionalAdler32):
+            raise DeltaError(
+                "this checksum cannot be verified where a tensor is held in parts",
+                name=f"{last.path}: {name}",
+                expected="adler32, a sum over positions that processes add up",
+                found=last.checksum_format,
+                remedy="Publish with checksum_format adler32, or a full version.",
+            )
+        self._held[name] = digest, math.prod(part.shape) * itemsize
+        return digest
+
+    def check(self, deltas: list[DeltaFolder]) -> None:
+        """Every process calls it, with the same deltas, after its last tensor.
+
+        Raises:
+            DeltaError: the parts of all processes together are not what was promised.
+        """
+        last = {name: delta for delta in deltas for name in delta.checksums}
+        names = sorted(last.keys() & set(self._places.divided))
+        if not names:
+            return
+        rows = torch.zeros(len(names), 3, dtype=torch.int64)
+        for row, name in zip(rows, names, strict=True):
+            if name in self._held:
+                sums, _ = self._held[name]
+                row.copy_(torch.tensor([sums.count, *sums.sums()]))
+        if self._places.add_up is not None:
+            self._places.add_up(rows)
+        for name, (count, plain, weighted) in zip(names, rows.tolist(), strict=True):
+            if name in self._held:
+                total = PositionalAdler32()
+                total.merge_sums(count, (plain, weighted))
+                last[name].check(name, total.hexdigest(self._held[name][1]))

@@ -1,7 +1,8 @@
-"""Writing delta folders, tensor by tensor and in bounded memory."""
+"""Writing delta folders, tensor by tensor; in memory are the compressed tensors of one file."""
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -12,11 +13,12 @@ from pathlib import Path
 from typing import IO, Any, Self
 
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
 from .delta import ENCODINGS, PIECE
+from .digest import Hashed, PositionalAdler32, new_digest, optional
 from .errors import DeltaError
-from .hashers import Digest, optional
 from .held_file import memory_of
 from .sources import SafetensorsFolder
 
@@ -32,7 +34,7 @@ class DeltaWriter:
         encoding: "xor" (as long as the tensor, compresses to what changed) or "overwrite" (positions and bytes; tensors < 4 GiB).
         checksum_format: "xxh3-128", "blake3" or "adler32".
         level: of zstd.
-        max_shard_bytes: a file is closed when it has as many bytes.
+        max_shard_bytes: a file is written when it has as many bytes, which are in memory until then.
 
     Raises:
         DeltaError: an unknown encoding or format, versions out of order, ``out`` is there already.
@@ -47,12 +49,12 @@ class DeltaWriter:
         encoding: str = "xor",
         checksum_format: str = "xxh3-128",
         level: int = 1,
-        max_shard_bytes: int = 4 << 30,
+        max_shard_bytes: int = 1 << 30,
     ) -> None:
         self.out = Path(out)
         if encoding not in ENCODINGS:
             raise DeltaError("unknown delta_encoding", expected=" or ".join(ENCODINGS), found=repr(encoding)[:80])
-        Digest(checksum_format)  # refuses what is none
+        new_digest(checksum_format)  # refuses what is none
         if not 0 <= base_version < version:
             raise DeltaError("versions out of order", name=str(out), expected="0 <= base_version < version")
         if self.out.is_symlink() or (self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir()))):
@@ -66,8 +68,9 @@ class DeltaWriter:
         }
         self._level, self._max_shard_bytes = level, max_shard_bytes
         self._made = self.out.with_name(f".{self.out.name}.{os.getpid()}.tmp")
-        self._data: IO[bytes] | None = None
-        self._entries: dict[str, tuple[int, int, str]] = {}  # of the shard in the making: begin, end, checksum
+        self._frames: dict[str, Tensor] = {}  # of the shard in the making
+        self._checksums: dict[str, str] = {}
+        self._held = 0  # bytes of them
         self._shards: list[list[str]] = []
 
     def __enter__(self) -> Self:
@@ -82,11 +85,7 @@ class DeltaWriter:
             if kind is None:
                 self._publish()
         finally:
-            try:
-                if self._data is not None:
-                    self._data.close()  # which writes what is buffered, and fails on a full disk
-            finally:
-                shutil.rmtree(self._made, ignore_errors=True)
+            shutil.rmtree(self._made, ignore_errors=True)
 
     def add(self, name: str, nbytes: int, chunks: Iterable[tuple[Tensor, Tensor]]) -> bool:
         """One tensor from (old bytes, new bytes): uint8 [n] of equal length each, on the host, together ``nbytes``, in order.
@@ -96,45 +95,25 @@ class DeltaWriter:
         Raises:
             DeltaError: chunks of other lengths; a tensor of 4 GiB or more as ``overwrite``; a name twice.
         """
-        if name in self._entries or any(name in shard for shard in self._shards):
+        if name in self._frames or any(name in shard for shard in self._shards):
             raise DeltaError("a tensor is written twice", name=name)
-        if self._data is None:
-            self._data = tempfile.TemporaryFile(dir=self._made)  # noqa: SIM115 - closed with its shard
-        digest = Digest(self._index["checksum_format"])
-        begin = self._data.tell()
+        digest, out = new_digest(self._index["checksum_format"]), io.BytesIO()
         encode = _encode_xor if self._index["delta_encoding"] == "xor" else _encode_overwrite
         compressor = optional("zstandard").ZstdCompressor(level=self._level)
-        changed = False
-        try:
-            changed = encode(_checked(chunks, nbytes, name, digest), nbytes, name, compressor, self._data)
-        finally:
-            if not changed:
-                self._data.seek(begin)
-                self._data.truncate()
-        if not changed:
+        if not encode(_checked(chunks, nbytes, name, digest), nbytes, name, compressor, out):
             return False
-        self._entries[name] = (begin, self._data.tell(), digest.hexdigest(nbytes))
-        if self._data.tell() >= self._max_shard_bytes:
+        self._frames[name] = torch.frombuffer(out.getbuffer(), dtype=torch.uint8)
+        self._checksums[name] = digest.hexdigest(nbytes)
+        self._held += self._frames[name].numel()
+        if self._held >= self._max_shard_bytes:
             self._close_shard()
         return True
 
     def _close_shard(self) -> None:
-        """The collected data behind the header that describes it."""
-        if self._data is None or not self._entries:
-            return
-        header: dict[str, Any] = {"__metadata__": {name: checksum for name, (_, _, checksum) in self._entries.items()}}
-        for name, (begin, end, _) in self._entries.items():
-            header[name] = {"dtype": "U8", "shape": [end - begin], "data_offsets": [begin, end]}
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        text += b" " * (-len(text) % 8)
-        with (self._made / str(len(self._shards))).open("wb") as file:
-            file.write(struct.pack("<Q", len(text)) + text)
-            self._data.seek(0)
-            shutil.copyfileobj(self._data, file, PIECE)
-            _to_disk(file)
-        self._shards.append(list(self._entries))
-        self._data.close()
-        self._data, self._entries = None, {}
+        if self._frames:
+            _to_disk(self._made / str(len(self._shards)), save(self._frames, self._checksums))
+            self._shards.append(list(self._frames))
+            self._frames, self._checksums, self._held = {}, {}, 0
 
     def _publish(self) -> None:
         self._close_shard()
@@ -143,11 +122,8 @@ class DeltaWriter:
             shard = f"model-{number:05d}-of-{len(self._shards):05d}.safetensors"
             os.rename(self._made / str(number), self._made / shard)
             weight_map.update(dict.fromkeys(names, shard))
-        if self._data is not None:  # nothing changed
-            self._data.close()
-        with (self._made / "model.safetensors.index.json").open("wb") as file:
-            file.write(json.dumps({"metadata": self._index, "weight_map": weight_map}, indent=2).encode())
-            _to_disk(file)
+        index = {"metadata": self._index, "weight_map": weight_map}
+        _to_disk(self._made / "model.safetensors.index.json", json.dumps(index, indent=2).encode())
         os.rename(self._made, self.out)
 
 
@@ -200,7 +176,9 @@ def check_same(*two: tuple[str, Mapping[str, tuple[torch.dtype, tuple[int, ...]]
             )
 
 
-def _checked(chunks: Iterable[tuple[Tensor, Tensor]], nbytes: int, name: str, digest: Digest) -> Iterator[tuple[Tensor, Tensor]]:
+def _checked(
+    chunks: Iterable[tuple[Tensor, Tensor]], nbytes: int, name: str, digest: PositionalAdler32 | Hashed
+) -> Iterator[tuple[Tensor, Tensor]]:
     """The chunks, while their new bytes are hashed and their lengths counted."""
     count = 0
     for old, new in chunks:
@@ -252,10 +230,12 @@ def _encode_overwrite(chunks: Iterator[tuple[Tensor, Tensor]], nbytes: int, name
 
 def _little_endian(positions: Tensor) -> bytes:
     """int64 [n] below 2**32 as u32."""
-    raw = torch.stack([(positions >> shift & 0xFF) for shift in (0, 8, 16, 24)], 1).to(torch.uint8).view(-1)
-    return bytes(memory_of(raw))
+    raw = positions[:, None] >> torch.tensor([0, 8, 16, 24]) & 0xFF
+    return bytes(memory_of(raw.to(torch.uint8).view(-1)))
 
 
-def _to_disk(file: IO[bytes]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+def _to_disk(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,4 +1,4 @@
-"""Digests of tensors in checkpoint coordinates, from bytes in any order and on any device.
+"""Digests of tensors in checkpoint coordinates, from bytes in any order and on any device: the checksums that delta folders use.
 
 adler32 of bytes d_0 .. d_{n-1} (RFC 1950, section 8.2) is a = 1 + sum d_i, b = n + sum (n - i) d_i, both mod 65521: two sums
 over (position, value). So it can be taken from kernel bytes wherever they lie, piece by piece, rank by rank, and corrected
@@ -8,9 +8,11 @@ for bytes that change without looking at the others.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import zlib
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,19 +26,42 @@ _MOD = 65521
 _PLAIN = Layout("n -> n")
 #: Bytes looked at in one step: scratch is 16 times as much.
 _PIECE = 1 << 20
+#: Name in ``checksum_format`` -> hex digits of a digest.
+FORMATS = {"adler32": 8, "xxh3-128": 32, "blake3": 64}
+_PACKAGES = {"xxh3-128": ("xxhash", "xxh3_128"), "blake3": ("blake3", "blake3")}
 
 
-def sums_of_run(flat: Tensor) -> Tensor | None:
-    """int64 ``[2]``: the sums of contiguous bytes (uint8 ``[n]``), congruent mod 65521; None where no kernel takes them."""
-    return _PLAIN.bind(flat.shape, torch.uint8).positional_sums(flat, ((0, flat.numel()),))
+def optional(package: str) -> Any:
+    """A package of the extra ``delta``.
+
+    Raises:
+        DeltaError: not installed.
+    """
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise DeltaError(f"{package} is not installed", remedy="pip install 'aliasparam[delta]'") from None
+
+
+def sums_of_run(flat: Tensor) -> Tensor:
+    """int64 ``[2]`` on their device: the sums of contiguous bytes (uint8 ``[n]``), congruent mod 65521."""
+    sums = _PLAIN.bind(flat.shape, torch.uint8).positional_sums(flat, ((0, flat.numel()),))
+    if sums is not None:
+        return sums
+    sums = torch.zeros(2, dtype=torch.int64, device=flat.device)
+    for first in range(0, flat.numel(), _PIECE):
+        wide = flat[first : first + _PIECE].to(torch.int64)
+        places = torch.arange(first, first + wide.numel(), device=flat.device) % _MOD
+        sums += torch.stack((wide.sum(), (wide * places).sum())) % _MOD  # at most 2**20 * 255 * 65520 < 2**45
+    return sums
 
 
 class PositionalAdler32:
     """The two sums of adler32, of those bytes that were added so far.
 
-    Sums stay on the device of the values, and nothing waits for it before :meth:`hexdigest`, :meth:`count` apart.
-    Every byte must be added exactly once; a byte that changes is added once more as ``add(new, ...)`` after
-    ``add(old, ..., sign=-1)``.
+    Sums stay on the device of the values, and nothing waits for it before :meth:`hexdigest`.
+    Every byte must be added exactly once; bytes that change are added once more, as ``add(new, start)`` after
+    ``add(old, start, sign=-1)``.
 
     Attributes:
         count: bytes added less bytes taken away.
@@ -47,29 +72,18 @@ class PositionalAdler32:
         self._host = (0, 0)
         self._sums: dict[torch.device, Tensor] = {}
 
-    def add(self, values: Tensor, positions: Tensor, *, sign: int = 1) -> None:
-        """Bytes ``values`` (uint8, any shape) at checkpoint byte ``positions`` (int64, as many, on the same device)."""
-        flat, places = values.reshape(-1), positions.reshape(-1)
-        for first in range(0, flat.numel(), _PIECE):
-            wide = flat[first : first + _PIECE].to(torch.int64)
-            # at most 2**20 * 255 * 65520 < 2**45
-            weighted = (wide * (places[first : first + _PIECE] % _MOD)).sum()
-            self.add_sums(sign * wide.numel(), torch.stack((wide.sum(), weighted)) * sign)
-
-    def add_run(self, values: Tensor, start: int) -> None:
+    def add(self, values: Tensor, start: int, *, sign: int = 1) -> None:
         """Bytes ``values`` (uint8, any shape, contiguous in the checkpoint) from checkpoint byte ``start`` on."""
         flat = values.reshape(-1)
         if flat.device.type == "cpu":
             digest, nbytes = zlib.adler32(memory_of(flat)), flat.numel()
             plain = (digest & 0xFFFF) - 1
-            self.merge_sums(nbytes, (plain, nbytes + nbytes * plain - (digest >> 16) + start * plain))
+            weighted = nbytes + nbytes * plain - (digest >> 16) + start * plain
+            self.merge_sums(sign * nbytes, (sign * plain, sign * weighted))
             return
         sums = sums_of_run(flat)
-        if sums is None:
-            self.add(flat, torch.arange(start, start + flat.numel(), device=flat.device))
-            return
         sums[1].add_(sums[0], alpha=start % _MOD)
-        self.add_sums(flat.numel(), sums)
+        self.add_sums(sign * flat.numel(), sign * sums)
 
     def add_sums(self, count: int, sums: Tensor) -> None:
         """``count`` bytes whose sums (int64 ``[2]``: of the bytes, of position times byte, mod 65521) were taken on a device."""
@@ -105,6 +119,37 @@ class PositionalAdler32:
             those = [one for one in many if device in one._sums]
             for one, pair in zip(those, torch.stack([one._sums.pop(device) for one in those]).tolist(), strict=True):
                 one.merge_sums(0, pair)
+
+
+class Hashed:
+    """xxh3-128 or blake3, of bytes in order, on the host."""
+
+    def __init__(self, package: str, name: str) -> None:
+        self._state = getattr(optional(package), name)()
+
+    def add(self, values: Tensor, start: int) -> None:
+        """Bytes (uint8 [n]) from ``start`` on, where those before ended."""
+        self._state.update(memory_of(values.cpu()))
+
+    def hexdigest(self, nbytes: int) -> str:
+        return str(self._state.hexdigest())
+
+
+def new_digest(kind: str) -> PositionalAdler32 | Hashed:
+    """
+    Raises:
+        DeltaError: an unknown format, or its package is not installed.
+    """
+    if kind not in FORMATS:
+        raise DeltaError("unknown checksum_format", expected=" or ".join(FORMATS), found=repr(kind)[:80])
+    return PositionalAdler32() if kind == "adler32" else Hashed(*_PACKAGES[kind])
+
+
+def digest_of(flat: Tensor, kind: str) -> str:
+    """Of all bytes of a tensor, uint8 [n]."""
+    digest = new_digest(kind)
+    digest.add(flat, 0)
+    return digest.hexdigest(flat.numel())
 
 
 def whole_digest(tensors: Iterable[tuple[str, torch.dtype, Sequence[int], str]]) -> str:

@@ -11,11 +11,12 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from types import FrameType
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import ReloadError
 from ..module.names import ModuleNames, Readiness
@@ -36,10 +37,14 @@ class Drain:
         self._modules: frozenset[int] = frozenset()
         self._may_go_on: frozenset[int] = frozenset()
         self._held: set[int] = set()
+        self._devices: set[torch.device] = set()
         self._waited_for_devices = False
 
-    def begin(self) -> None:
-        self._modules = frozenset(id(module) for module in self._model.modules())
+    def begin(self, modules: Sequence[nn.Module]) -> None:
+        self._modules = frozenset(map(id, modules))
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            parameters = (one for module in modules for one in module._parameters.values() if one is not None)
+            self._devices = {one.device for one in parameters if one.is_cuda}
 
     def lets_through(self) -> bool:
         """Whether this thread runs a forward that began before what is waiting to be written was closed."""
@@ -49,12 +54,12 @@ class Drain:
         """Whether the module stays closed until the reload has ended, also where nothing of it was written yet."""
         return id(names) in self._held
 
-    def close(self, names: Iterable[ModuleNames], hide: Callable[[], None], show: Callable[[], None]) -> None:
+    def close(self, names: Iterable[ModuleNames], twins: Sequence[tuple[dict[str, Any], str, Tensor]]) -> None:
         """New forwards of these modules refuse; those in flight end.
 
         Args:
             names: modules that are about to be written, which stay closed.
-            hide: puts the refusing twins of plain tensors in place, ``show`` takes them off again.
+            twins: refusing twins of plain tensors, and the places (module's dict, name) for them.
 
         Raises:
             ReloadError: a forward did not end in time. Everything is as before.
@@ -62,6 +67,7 @@ class Drain:
         until = time.monotonic() + self._seconds
         running = self._in_flight(until)
         self._may_go_on = frozenset(running)
+        shown = [(holder, key, holder.get(key)) for holder, key, _ in twins]  # a twin, where an earlier reload failed
         closed = [one for one in names if one.readiness is Readiness.READY]
         self._held |= {id(one) for one in closed}
         try:
@@ -70,10 +76,12 @@ class Drain:
             self._wait_for(running, until)
             for one in closed:
                 one.open()
-            hide()
+            for holder, key, twin in twins:
+                dict.__setitem__(holder, key, twin)
             self._wait_for(self._in_flight(until), until)  # who came in between ends; who comes now is refused
         except BaseException:
-            show()
+            for holder, key, tensor in shown:
+                dict.__setitem__(holder, key, tensor)
             self._held -= {id(one) for one in closed}
             for one in closed:
                 if one.readiness is Readiness.CLOSED:
@@ -88,9 +96,8 @@ class Drain:
 
     def wait_for_devices(self) -> None:
         """What other threads have launched has run; what they launch from now on sees what was written."""
-        if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            for device in {p.device for p in self._model.parameters() if p.is_cuda}:
-                torch.cuda.synchronize(device)
+        for device in self._devices:
+            torch.cuda.synchronize(device)
 
     def _wait_for(self, forwards: dict[int, FrameType], until: float) -> None:
         while forwards:

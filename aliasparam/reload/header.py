@@ -51,19 +51,15 @@ def read_header(file: HeldFile) -> tuple[list[Entry], dict[str, str]]:
     Raises:
         SourceError: truncated, no safetensors file, or a field that is not what the format says.
     """
-    text, start = _header_text(file)
+    text = _header_text(file)
     with collector_paused():
-        return _parsed(file, text, start)
-
-
-def _parsed(file: HeldFile, text: bytes, start: int) -> tuple[list[Entry], dict[str, str]]:
-    header = parse_json(text, file.path)
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise SourceError("__metadata__ is not text by text", name=str(file.path), found=repr(metadata)[:80])
-    entries = [_entry(file, name, info, start) for name, info in header.items()]
-    entries.sort(key=attrgetter("begin", "nbytes"))
-    _check_places(file, entries, start)
+        header = parse_json(text, file.path)
+        metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise SourceError("__metadata__ is not text by text", name=str(file.path), found=repr(metadata)[:80])
+        entries = [_entry(file, name, info, 8 + len(text)) for name, info in header.items()]
+        entries.sort(key=attrgetter("begin", "nbytes"))
+        _check_places(file, entries, 8 + len(text))
     return entries, metadata
 
 
@@ -99,12 +95,8 @@ def parse_json(text: bytes, where: object) -> dict[str, Any]:
     return value
 
 
-def _header_text(file: HeldFile) -> tuple[bytes, int]:
-    if file.size < 8:
-        raise SourceError(
-            "the file is truncated or not a safetensors file", name=str(file.path), found=f"{file.size} bytes in the file"
-        )
-    (length,) = struct.unpack("<Q", file.read(0, 8))
+def _header_text(file: HeldFile) -> bytes:
+    (length,) = struct.unpack("<Q", file.read(0, 8)) if file.size >= 8 else (0,)
     if length > MAX_JSON_BYTES:
         raise SourceError(
             "the file is not a safetensors file, or its header is too long",
@@ -119,15 +111,15 @@ def _header_text(file: HeldFile) -> tuple[bytes, int]:
             expected=f"a header of {length} bytes after the first 8",
             found=f"{file.size} bytes in the file",
         )
-    return file.read(8, length), 8 + length
+    return file.read(8, length)
 
 
 def _entry(file: HeldFile, name: str, info: Any, start: int) -> Entry:
-    if not isinstance(info, dict) or len(info) != 3:
-        raise _malformed(file, name, info)
-    kind, shape, offsets = info.get("dtype"), info.get("shape"), info.get("data_offsets")
+    fields = info if isinstance(info, dict) and len(info) == 3 else {}
+    kind, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
     if not isinstance(kind, str) or not is_sizes(shape) or not is_sizes(offsets) or len(offsets) != 2:
-        raise _malformed(file, name, info)
+        where, expected = f"{file.path}: {name}", "dtype, shape and data_offsets"
+        raise SourceError("an entry of the header is not one", name=where, expected=expected, found=repr(info)[:80])
     dtype = DTYPES.get(kind)
     if dtype is None:
         raise SourceError("unknown dtype", name=f"{file.path}: {name}", expected=", ".join(DTYPES), found=kind[:80])
@@ -179,12 +171,3 @@ def is_sizes(value: Any) -> TypeGuard[list[int]]:
 def can_be(shape: Sequence[int]) -> bool:
     """Whether torch has a tensor of this shape: strides are of 64 bits, also where nothing is in it."""
     return 0 not in shape or math.prod(size or 1 for size in shape) < 1 << 59
-
-
-def _malformed(file: HeldFile, name: str, info: Any) -> SourceError:
-    return SourceError(
-        "an entry of the header is not one",
-        name=f"{file.path}: {name}",
-        expected="dtype, shape and data_offsets",
-        found=repr(info)[:80],
-    )

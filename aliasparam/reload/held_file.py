@@ -7,7 +7,10 @@ import os
 import stat
 import time
 import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Self
 
 from torch import Tensor
 
@@ -15,6 +18,7 @@ from .errors import SourceError
 
 #: Two writes within one tick of a file system's clock leave the same mtime, so a file younger than this is looked at again.
 _TICK = 0.02
+_LOOKS = 50
 _PIECE = 1 << 30  # one call reads less than 2 GiB on Linux
 
 
@@ -43,9 +47,13 @@ class HeldFile:
         if not stat.S_ISREG(self._seen.st_mode):
             self.close()
             raise SourceError("this is not a file", name=str(path), expected="a regular file")
-        if 0 <= time.time() - self._seen.st_mtime < _TICK:
+        for _ in range(_LOOKS):
+            if not 0 <= time.time() - self._seen.st_mtime < _TICK:
+                return
             time.sleep(_TICK)
             self._seen = os.fstat(fd)
+        self.close()
+        raise SourceError("the file is being written to", name=str(path), remedy=_AGAIN)
 
     @property
     def size(self) -> int:
@@ -70,6 +78,16 @@ class HeldFile:
         while done < count:
             done += self._read_some(memoryview(buffer)[done : done + _PIECE], offset + done)
         return bytes(buffer)
+
+    def read_all(self, limit: int) -> bytes:
+        """
+        Raises:
+            SourceError: it has more bytes than ``limit``.
+        """
+        if self.size > limit:
+            expected, found = f"at most {limit} bytes", f"{self.size} bytes"
+            raise SourceError("the file is too long", name=str(self.path), expected=expected, found=found)
+        return self.read(0, self.size)
 
     def _read_some(self, memory: memoryview, offset: int) -> int:
         if not self._close.alive:
@@ -108,6 +126,33 @@ class HeldFile:
 
     def close(self) -> None:
         self._close()
+
+
+class Opened(ABC):
+    """What was opened together, and is checked and closed together; a context manager."""
+
+    @abstractmethod
+    def opened(self) -> Sequence[HeldFile | Opened]:
+        """What is open."""
+
+    def check_unchanged(self) -> None:
+        """To be called after the last read and before anything that was read is served.
+
+        Raises:
+            SourceError: a file was replaced, removed, truncated or written to since it was opened.
+        """
+        for one in self.opened():
+            one.check_unchanged()
+
+    def close(self) -> None:
+        for one in self.opened():
+            one.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
 
 
 def memory_of(tensor: Tensor) -> memoryview:

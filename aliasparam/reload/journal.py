@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
-
 from torch import Tensor
 
 from ..errors import ReloadError, StateError
-from ..layout.blocks import tiles
 from ..module.registry import AliasRegistry
 from ..storage.coverage import Box, Coverage
 from ..storage.kernel_name import RefusingName
 from ..storage.states import State
 from ..storage.storage import AliasedStorage
-from .live import Live, flat_bytes
-from .patch import PIECE, Patch, on_device, patch_of
+from .live import Live
+from .patch import Patch, differences
 from .targets import Target
-
-
-class _Seen(NamedTuple):
-    """A storage as it was before its first write, and the text that says why it would be invalid."""
-
-    storage: AliasedStorage
-    why: str | None
 
 
 class Journal:
@@ -34,18 +23,14 @@ class Journal:
 
     Attributes:
         lost: why it cannot restore, or None.
+        patches: the old bytes; whoever touched a tensor may add to them.
     """
 
     def __init__(self) -> None:
         self.lost: str | None = None
-        self._patches: list[Patch] = []
-        self._seen: dict[int, _Seen] = {}
+        self.patches: list[Patch] = []
+        self._seen: dict[AliasedStorage, str | None] = {}  # as they were before the first write: why they would be invalid
         self._kept: dict[int, Coverage] = {}
-
-    @property
-    def nbytes(self) -> int:
-        """Host memory held."""
-        return sum(patch.nbytes for patch in self._patches)
 
     def touch(self, target: Target) -> None:
         """To be called before the first write of a tensor."""
@@ -55,12 +40,12 @@ class Journal:
         if storage is None:
             if any(isinstance(holder.get(key), RefusingName) for holder, key in target.places):
                 self.lost = f"{target.label} held no weights before: an earlier reload of it failed"
-        elif id(storage) not in self._seen:
+        elif storage not in self._seen:
             with storage.lock:
                 storage.notice()
                 if storage.states.common is not State.LOADED:
                     self.lost = f"{target.label} held no whole weights before"
-                self._seen[id(storage)] = _Seen(storage, storage.states.why)
+                self._seen[storage] = storage.states.why
         self._kept[id(target.tensor)] = Coverage(target.tensor.shape)
 
     def keep(self, target: Target, box: Box, value: Tensor) -> None:
@@ -70,15 +55,11 @@ class Journal:
         if self.lost is not None or kept.covers(box):  # a write that failed, once more: what is there now is not old
             return
         try:
-            self._patches += _differences(Live(target.tensor), box, value)
+            found = differences(Live(target.tensor), box, value, keep_new=False)
+            self.patches += [patch for patch in found if patch is not None]
         except StateError as error:
             self.lost = error.message
         kept.add(box)
-
-    def add(self, target: Target, patches: Iterable[Patch]) -> None:
-        """Patches that are about to be put."""
-        self.touch(target)
-        self._patches += patches
 
     def restore(self) -> None:
         """Every byte as it was, and what derives from them.
@@ -89,27 +70,18 @@ class Journal:
         """
         if self.lost is not None:
             raise _cannot(self.lost)
-        for patch in reversed(self._patches):
+        for patch in reversed(self.patches):
             patch.put_old()
-        for storage, why in self._seen.values():
+        for storage, why in self._seen.items():
             with storage.lock:
                 storage.notice()
                 if storage.states.why is not why:
                     raise _cannot(f"{storage.label}: {storage.states.why}")
                 storage.accept()  # also where a write failed half-way: what it reached is old again
-        listeners = {id(one): one for seen in self._seen.values() for one in seen.storage.listeners}
+        listeners = {id(one): one for storage in self._seen for one in storage.listeners}
         for listener in listeners.values():
             if isinstance(listener, AliasRegistry):
                 listener.process()
-
-
-def _differences(live: Live, box: Box, value: Tensor) -> Iterator[Patch]:
-    for tile in tiles(box, max(PIECE // live.dtype.itemsize, 1)):
-        inside = tuple(slice(a - r, b - r) for (a, b), (r, _) in zip(tile, box, strict=True))
-        new = on_device(value[inside].detach(), live.device).resolve_conj().resolve_neg()
-        patch = patch_of(live, tile, live.bytes(tile), flat_bytes(new), keep_new=False)
-        if patch is not None:
-            yield patch
 
 
 def _cannot(why: str) -> ReloadError:

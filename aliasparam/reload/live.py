@@ -8,11 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ..errors import StateError
 from ..layout.blocks import tiles
-from ..layout.bound import BoundLayout
-from ..layout.boxes import row_major
-from ..storage.coverage import Box
+from ..layout.boxes import Box, row_major, whole
 from ..storage.storage import AliasedStorage
 from ..tensors.faces import _Aliased
 from ..tensors.geometry import place_of
@@ -59,19 +56,6 @@ class Live:
             values = part._snapshot() if isinstance(part, _Aliased) else part.detach()
             return flat_bytes(values.resolve_conj().resolve_neg())
 
-    def runs(self, max_bytes: int) -> Iterator[tuple[int, Tensor]]:
-        """(first byte, bytes) of the whole tensor, in order; it must not change meanwhile.
-
-        Raises:
-            StateError: it did, or it holds no weights.
-        """
-        before = self.version
-        for first, box in self.pieces(max_bytes):
-            yield first, self.bytes(box)
-        if self.version != before:
-            label = "a plain tensor" if self.storage is None else self.storage.label
-            raise StateError("the tensor changed while it was read", label=label, remedy="Read it again between two writes.")
-
     def positional_sums(self) -> Tensor | None:
         """int64 ``[2]``: the two sums of adler32 over all bytes, taken where they lie; None where they must be gathered.
 
@@ -79,7 +63,7 @@ class Live:
             StateError: elements that hold no weights.
         """
         if self.storage is None:
-            if not self.tensor.is_contiguous() or not self.nbytes:
+            if self.tensor.is_cpu or not self.tensor.is_contiguous() or not self.nbytes:
                 return None
             return sums_of_run(flat_bytes(self.tensor.detach()))
         place = place_of(self.storage, self.tensor._alias_geometry)  # type: ignore[attr-defined]
@@ -101,48 +85,33 @@ class Live:
         """The same of a rectangle; of the whole tensor where it is None."""
         return self if box is None else Live(self.part(box))
 
-    def memory(self) -> Tensor | None:
-        """All bytes as they lie, uint8 [n]; None where a plain tensor is not contiguous."""
-        if self.storage is not None:
-            return self.storage.elements.view(torch.uint8)
-        return flat_bytes(self.tensor.detach()) if self.tensor.is_contiguous() else None
-
     @contextmanager
     def writing(self) -> Iterator[Tensor]:
-        """:meth:`memory`, to change some bytes of a tensor that holds weights. After a failure a declared name is INVALID."""
-        memory = self.memory()
-        if memory is None:
-            raise AssertionError("bytes without places")
+        """All bytes as they lie, uint8 [n], to change some of them, at :meth:`positions`, in a tensor that holds weights. After a
+        failure a declared name is INVALID."""
         if self.storage is None:
-            yield memory
+            yield flat_bytes(self.tensor.detach())
             return
         with self.storage.lock:
             self.storage.before_write()
             begun = self.storage.states.begin(self.storage.bound.whole)
-            yield memory
+            yield self.storage.elements.view(torch.uint8)
             self.storage.states.rollback(begun)
 
-    @property
-    def has_places(self) -> bool:
-        """Whether each byte has a place of its own in :meth:`memory`."""
-        if self.storage is None:
-            return self.tensor.is_contiguous()
-        geometry, bound = self.tensor._alias_geometry, self.storage.bound  # type: ignore[attr-defined]
-        plain = geometry.is_contiguous() and geometry.dtype is bound.dtype and not geometry.is_conj() and not geometry.is_neg()
-        return plain and type(bound).placed is not BoundLayout.placed
-
     def positions(self, at: Tensor) -> Tensor | None:
-        """Checkpoint byte positions ``at`` (int64 [n]) as positions in :meth:`memory`; None unless :attr:`has_places`."""
-        if self.storage is None or not self.has_places:
-            return at if self.has_places else None
+        """Checkpoint byte positions ``at`` (int64 [n]) as positions in memory; None where bytes have no places of their own."""
+        if self.storage is None:
+            return at if self.tensor.is_contiguous() else None
         geometry, bound = self.tensor._alias_geometry, self.storage.bound  # type: ignore[attr-defined]
+        if not geometry.is_contiguous() or geometry.dtype is not bound.dtype or geometry.is_conj() or geometry.is_neg():
+            return None
         size, first = bound.dtype.itemsize, geometry.storage_offset() - self.storage.geometry.storage_offset()
         found = bound.positions(at + first if size == 1 else at // size + first)
         return found if found is None or size == 1 else found * size + at % size
 
     @property
     def box(self) -> Box:
-        return tuple((0, n) for n in self.shape)
+        return whole(self.shape)
 
 
 def flat_bytes(values: Tensor) -> Tensor:

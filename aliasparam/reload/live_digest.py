@@ -14,8 +14,7 @@ from ..module.adopt import adopt
 from ..module.registry_of import registries
 from ..module.verbs import checkpoint_names
 from ..spec import no_values
-from .digest import PositionalAdler32, whole_digest
-from .hashers import Digest, folder_digests
+from .digest import Hashed, PositionalAdler32, new_digest, whole_digest
 from .live import Live
 from .sources import SafetensorsFolder
 
@@ -55,14 +54,18 @@ def checkpoint_digest(model: nn.Module, kind: str = "adler32") -> CheckpointDige
         StateError: a tensor holds no weights, is not dense, or changed while it was read.
         StaleKernelError: a reload of the model is open, or failed.
     """
-    Digest(kind)  # before anything is read
+    new_digest(kind)  # before anything is read
     for _, registry in registries(model):
         if not registry.is_untouched:
             with torch.no_grad():
                 adopt(registry)
     live = {name: _live_of(name, tensor) for name, tensor in checkpoint_names(model).items()}
-    digests = {name: digest_live(tensor, kind) for name, tensor in live.items()}
-    PositionalAdler32.to_host([digest.sums for digest in digests.values() if digest.sums is not None])
+    versions = {name: one.version for name, one in live.items()}
+    digests = {name: _digest_of(one, kind) for name, one in live.items()}
+    PositionalAdler32.to_host([digest for digest in digests.values() if isinstance(digest, PositionalAdler32)])
+    for name, one in live.items():
+        if one.version != versions[name]:
+            raise StateError("the tensor changed while it was read", name=name, remedy="Read it again between two writes.")
     return CheckpointDigest.of(kind, ((n, t.dtype, t.shape, digests[n].hexdigest(t.nbytes)) for n, t in live.items()))
 
 
@@ -80,18 +83,30 @@ def digest_of_folder(folder: SafetensorsFolder, kind: str = "adler32") -> Checkp
     Raises:
         SourceError: a file cannot be read, or changed meanwhile.
     """
-    digests = folder_digests(folder, kind)
+    buffer, found = torch.empty(_PIECE, dtype=torch.uint8), []
+    for name, entry in folder.tensors.items():
+        digest = new_digest(kind)
+        for start in range(0, entry.nbytes, _PIECE):
+            piece = buffer[: min(_PIECE, entry.nbytes - start)]
+            folder.raw(name, start, piece)
+            digest.add(piece, start)
+        found.append((name, entry.dtype, entry.shape, digest.hexdigest(entry.nbytes)))
     folder.check_unchanged()
-    return CheckpointDigest.of(kind, ((n, e.dtype, e.shape, digests[n]) for n, e in folder.tensors.items()))
+    return CheckpointDigest.of(kind, found)
 
 
-def digest_live(live: Live, kind: str) -> Digest:
+def _digest_of(live: Live, kind: str) -> PositionalAdler32 | Hashed:
     """Of a whole tensor; of adler32 on a GPU nothing has waited for it."""
-    digest = Digest(kind)
-    in_place = None if digest.sums is None else live.positional_sums()
-    if digest.sums is not None and in_place is not None:
-        digest.sums.add_sums(live.nbytes, in_place)
-        return digest
-    for start, piece in live.runs(_PIECE):
-        digest.add(piece, start)
+    digest = new_digest(kind)
+    if not isinstance(digest, PositionalAdler32) or not add_in_place(digest, live):
+        for start, box in live.pieces(_PIECE):
+            digest.add(live.bytes(box), start)
     return digest
+
+
+def add_in_place(sums: PositionalAdler32, live: Live) -> bool:
+    """Add all bytes where they lie, if they can be summed there; whether they were."""
+    found = live.positional_sums()
+    if found is not None:
+        sums.add_sums(live.nbytes, found)
+    return found is not None

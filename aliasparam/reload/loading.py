@@ -21,6 +21,8 @@ from ..errors import ReloadError
 from ..storage.coverage import Box
 from ..storage.place import Place, placed
 from ..tensors.faces import _Aliased, loader_attributes
+from ..torch_private import tree_leaves, tree_map
+from .live import Live
 from .session import ReloadSession
 from .targets import Target, find_targets
 
@@ -57,10 +59,10 @@ class StandIn(Tensor):
         if written:
             return _write(func, written, args, kwargs)
         if any(r.alias_info is not None for r in func._schema.returns):
-            seen = func(*_map(_view_of, args), **_map(_view_of, kwargs))
-            whole = next(iter(_stand_ins(args)))._whole
-            return _map(lambda view: _shown(whole, view) if isinstance(view, Tensor) else view, seen)
-        return func(*_map(_values, args), **_map(_values, kwargs))
+            seen = func(*tree_map(_view_of, args), **tree_map(_view_of, kwargs))
+            whole = next(one for one in tree_leaves(args) if isinstance(one, StandIn))._whole
+            return tree_map(lambda view: _shown(whole, view) if isinstance(view, Tensor) else view, seen)
+        return func(*tree_map(_values, args), **tree_map(_values, kwargs))
 
     @property
     def data(self) -> Tensor:
@@ -155,7 +157,7 @@ def _write(func: Any, written: list[str], args: tuple[Any, ...], kwargs: dict[st
         return target
     fresh = name in _OVERWRITES
     value = torch.empty(target.shape, dtype=target.dtype, device=target.device) if fresh else _values(target)
-    func(value, *_map(_values, args[1:]), **_map(_values, kwargs))
+    func(value, *tree_map(_values, args[1:]), **tree_map(_values, kwargs))
     _land(target, value)
     return target
 
@@ -198,29 +200,11 @@ def _values(value: Any) -> Any:
     """What the live tensor holds there, in memory of its own."""
     if not isinstance(value, StandIn):
         return value
-    place, live = _place_of(value), value._whole.target.tensor
-    part = live.detach() if not isinstance(live, _Aliased) else live
-    for dim, (start, stop) in enumerate(place.box):
-        part = part.narrow(dim, start, stop - start)
-    values = part._snapshot() if isinstance(part, _Aliased) else part.clone()
+    place = _place_of(value)
+    part = Live(value._whole.target.tensor).part(place.box)
+    values = part._snapshot() if isinstance(part, _Aliased) else part.detach().clone()
     return place.to_view(values.contiguous()).view(value.dtype)
 
 
 def _view_of(value: Any) -> Any:
     return value._view if isinstance(value, StandIn) else value
-
-
-def _map(change: Callable[[Any], Any], value: Any) -> Any:
-    if isinstance(value, (list, tuple)):
-        return type(value)(_map(change, each) for each in value)
-    if isinstance(value, dict):
-        return {key: _map(change, each) for key, each in value.items()}
-    return change(value)
-
-
-def _stand_ins(values: Any) -> Iterator[StandIn]:
-    for value in values:
-        if isinstance(value, StandIn):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from _stand_ins(value)

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 
 from ..errors import ReloadError
-from .phases import Phase
+from .checks import Phase
 from .session import ReloadSession
 
 #: Makes a session that is prepared while the old weights serve (policy "staged-journal", or ``prepare_delta``), and says what
@@ -32,6 +32,7 @@ class SessionMember:
         Raises:
             ReloadError: a session could not take its commit back, or is not prepared. What was prepared is aborted.
         """
+        self.sessions = [session for session in self.sessions if session.phase is not Phase.ENDED]  # of changes before
         said = []
         try:
             for prepare in self._prepare:

@@ -98,7 +98,7 @@ def call_abort_hooks(hooks: Hooks, session: Any) -> list[tuple[Hook, Exception]]
 @contextmanager
 def phase(name: str) -> Iterator[None]:
     """An NVTX range where CUDA is in use."""
-    used = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     if used:
         torch.cuda.nvtx.range_push(f"aliasparam.reload.{name}")  # type: ignore[no-untyped-call]
     try:

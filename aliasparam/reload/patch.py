@@ -5,17 +5,17 @@ A patch is put by writing bytes, never by changing what is there, so it may be p
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import ReloadError
+from ..layout.blocks import tiles
 from ..layout.bound import BoundLayout
-from ..layout.boxes import row_major
-from ..storage.coverage import Box
-from .live import Live
+from ..layout.boxes import Box, row_major, sizes
+from .live import Live, flat_bytes
 
 #: Bytes of a tensor that are compared at once.
 PIECE = 2 << 20
@@ -61,12 +61,19 @@ class Patch(NamedTuple):
         with torch.no_grad():
             values = values.to(device, non_blocking=True)
             if self.at is None:
-                sizes = [stop - start for start, stop in self.box]
-                self.live.part(self.box).copy_(values.view(self.live.dtype).view(sizes))
+                self.live.part(self.box).copy_(values.view(self.live.dtype).view(sizes(self.box)))
                 return
             at = self.at.to(device, non_blocking=True)
             with self.live.writing() as memory:
                 memory[self.base :].index_put_((at,), values)
+
+
+def differences(live: Live, box: Box, value: Tensor, *, keep_new: bool) -> Iterator[Patch | None]:
+    """Where ``value`` differs from what is there under ``box``, piece by piece."""
+    for tile in tiles(box, max(PIECE // live.dtype.itemsize, 1)):
+        inside = tuple(slice(a - r, b - r) for (a, b), (r, _) in zip(tile, box, strict=True))
+        new = on_device(value[inside].detach(), live.device).resolve_conj().resolve_neg()
+        yield patch_of(live, tile, live.bytes(tile), flat_bytes(new), keep_new=keep_new)
 
 
 def patch_of(live: Live, box: Box, old: Tensor, new: Tensor, *, keep_new: bool) -> Patch | None:
@@ -78,20 +85,24 @@ def patch_of(live: Live, box: Box, old: Tensor, new: Tensor, *, keep_new: bool) 
     count = int(differs.count_nonzero())
     if not count:
         return None
+    at, base = None, 0
     if count * (5 + keep_new) < old.numel() * (1 + keep_new):
-        where = differs.nonzero().view(-1)
+        where = _where(differs)
         places = live.positions(_in_tensor(live, box, where))
         if places is not None:
-            return patch_at(live, box, places, old[where], new[where] if keep_new else None)
+            base, old, new = int(places.min()), old[where], new[where]
+            at = on_host(_narrow(places - base))
     bound = None if live.storage is None else live.storage.bound
-    return Patch(live, box, None, 0, on_host(old), on_host(new) if keep_new else None, bound)
+    return Patch(live, box, at, base, on_host(old), on_host(new) if keep_new else None, bound)
 
 
-def patch_at(live: Live, box: Box, places: Tensor, old: Tensor, new: Tensor | None) -> Patch:
-    """Of single bytes ``old`` and ``new`` (uint8 [n]) at ``places`` (int64 [n]) in memory."""
-    base = int(places.min())
-    bound = None if live.storage is None else live.storage.bound
-    return Patch(live, box, on_host(_narrow(places - base)), base, on_host(old), None if new is None else on_host(new), bound)
+def _where(differs: Tensor) -> Tensor:
+    """``nonzero`` of bool [n], of which few are true: on a CPU first of words of eight, as it looks at each for a nanosecond."""
+    if differs.is_cuda or differs.numel() % 8:
+        return differs.nonzero().view(-1)
+    words = differs.view(torch.int64).nonzero().view(-1)
+    row, column = differs.view(-1, 8)[words].nonzero().unbind(1)
+    return words[row] * 8 + column
 
 
 def joined(patches: Iterable[Patch | None]) -> list[Patch]:

@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, Protocol, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -25,151 +25,80 @@ from .targets import Target
 from .written import Written
 
 PolicyName = Literal["write-through", "journal", "staged", "staged-journal"]
-#: "delta" is what :func:`aliasparam.reload.apply_delta` opens.
+#: "delta" is what :func:`aliasparam.reload.apply_delta` opens: patches, old bytes and new, wait on the host.
 AnyPolicy = PolicyName | Literal["delta"]
 
 
-class Policy(Protocol):
-    """How one session writes."""
+class Policy:
+    """How one session writes.
 
-    def update(self, target: Target, box: Box, value: Tensor) -> None: ...
+    Raises:
+        ReloadError: no such policy.
+    """
 
-    def flush(self) -> None:
-        """Write what was held. May be called again after a failure."""
-        ...
-
-    def restore(self) -> bool:
-        """Bring the old weights back. False: this policy never does. Raises where it should and cannot."""
-        ...
+    def __init__(self, name: AnyPolicy, written: Written) -> None:
+        if name not in (*get_args(PolicyName), "delta"):
+            expected = ", ".join(get_args(PolicyName))
+            raise ReloadError("unknown policy", expected=expected, found=repr(name), remedy="'write-through' is the default.")
+        self._name, self._written = name, written
+        self._journal = Journal() if name.endswith("journal") or name == "delta" else None
+        self._held: list[tuple[Target, Box, Tensor]] = []
+        self._patched: list[tuple[Target, list[Patch], Live, int]] = []  # the version that the patches were made of
 
     @property
     def nbytes(self) -> int:
         """Host memory held."""
-        ...
-
-
-class WriteThrough:
-    """Written at once; nothing is kept."""
-
-    nbytes = 0
-
-    def __init__(self, written: Written) -> None:
-        self._written = written
-
-    def update(self, target: Target, box: Box, value: Tensor, *, non_blocking: bool = False) -> None:
-        """``non_blocking``: the value stays as it is until the commit."""
-        self._written.write(target, box, value, non_blocking=non_blocking)
-
-    def flush(self) -> None:
-        pass
-
-    def begin(self, targets: list[Target]) -> None:
-        self._written.begin(targets)
-
-    def restore(self) -> bool:
-        return not self._written.any
-
-
-class Journalled(WriteThrough):
-    """Written at once, after what it replaces was kept."""
-
-    def __init__(self, written: Written) -> None:
-        super().__init__(written)
-        self.journal = Journal()
+        patches = self._patches or ([] if self._journal is None else self._journal.patches)
+        return sum(value.nbytes for _, _, value in self._held) + sum(patch.nbytes for patch in patches)
 
     @property
-    def nbytes(self) -> int:  # type: ignore[override]
-        return self.journal.nbytes
-
-    def begin(self, targets: list[Target]) -> None:
-        for target in targets:
-            self.journal.touch(target)
-        super().begin(targets)
-
-    def update(self, target: Target, box: Box, value: Tensor, *, non_blocking: bool = False) -> None:
-        self.journal.keep(target, box, value)
-        super().update(target, box, value, non_blocking=non_blocking)
-
-    def restore(self) -> bool:
-        if self._written.any:
-            self.journal.restore()
-        return True
-
-
-class Staged:
-    """Held on the host, pinned where it goes to a CUDA device; written in one pass by ``then``."""
-
-    def __init__(self, then: WriteThrough) -> None:
-        self._then = then
-        self._held: list[tuple[Target, Box, Tensor]] = []
-
-    @property
-    def nbytes(self) -> int:
-        return sum(value.nbytes for _, _, value in self._held) + self._then.nbytes
+    def _patches(self) -> list[Patch]:
+        return [patch for _, made, _, _ in self._patched for patch in made]
 
     def update(self, target: Target, box: Box, value: Tensor) -> None:
+        """Write a value, or hold it, pinned where it goes to a CUDA device."""
+        if self._name == "delta":
+            raise ReloadError("a delta takes no values", name=target.label, remedy="Open another reload for them.")
+        if not self._name.startswith("staged"):
+            self._write(target, box, value)
+            return
         held = torch.empty(value.shape, dtype=value.dtype, pin_memory=target.tensor.is_cuda)
         self._held.append((target, box, held.copy_(value.detach())))
 
+    def patch(self, targets: list[Target], patches: Callable[[list[Live]], list[list[Patch]]]) -> int:
+        """Make and hold the patches of some tensors, which must not change from now on; the bytes of them."""
+        if self._name != "delta":
+            raise ReloadError("only a delta's session takes patches", name=", ".join(target.label for target in targets))
+        lives = [Live(target.tensor) for target in targets]
+        versions = [live.version for live in lives]
+        made = [one for one in zip(targets, patches(lives), lives, versions, strict=True) if one[1]]
+        self._patched += made
+        return sum(patch.nbytes for _, found, _, _ in made for patch in found)
+
     def flush(self) -> None:
-        self._then.begin([target for target, _, _ in self._held])
+        """Write what was held, in one pass. May be called again after a failure."""
+        for target, _, live, version in self._patched if not self._written.any else ():
+            if live.version != version:
+                raise ReloadError("the tensor changed since the delta was checked against it", name=target.label)
+        targets = [*(target for target, _, _ in self._held), *(target for target, *_ in self._patched)]
+        if self._journal is not None:
+            for target in targets:
+                self._journal.touch(target)
+            self._journal.patches += self._patches if not self._written.any else ()
+        self._written.begin(targets)
         for target, box, value in self._held:
-            self._then.update(target, box, value, non_blocking=True)
+            self._write(target, box, value, non_blocking=True)
+        for patch in self._patches:
+            patch.put_new()
 
     def restore(self) -> bool:
-        return self._then.restore()
+        """Bring the old weights back. False: this policy never does. Raises where it should and cannot."""
+        if self._written.any and self._journal is not None:
+            self._journal.restore()
+        return not self._written.any or self._journal is not None
 
-
-class Patched:
-    """Patches, old and new bytes, that the commit puts in place."""
-
-    def __init__(self, written: Written) -> None:
-        self._written, self.journal = written, Journal()
-        self._held: list[tuple[Target, list[Patch], Live, int]] = []
-
-    @property
-    def nbytes(self) -> int:
-        return sum(patch.nbytes for _, patches, _, _ in self._held for patch in patches)
-
-    def add(self, target: Target, patches: Callable[[Live], list[Patch]]) -> int:
-        """Make and hold the patches of one tensor, which must not change from now on; the bytes of them."""
-        live = Live(target.tensor)
-        version, found = live.version, patches(live)
-        if found:
-            self._held.append((target, found, live, version))
-        return sum(patch.nbytes for patch in found)
-
-    def update(self, target: Target, box: Box, value: Tensor) -> None:
-        raise ReloadError("a delta takes no values", name=target.label, remedy="Open another reload for them.")
-
-    def flush(self) -> None:
-        if not self._written.any:
-            for target, _, live, version in self._held:
-                if live.version != version:
-                    raise ReloadError("the tensor changed since the delta was checked against it", name=target.label)
-        for target, _, _, _ in self._held:
-            self.journal.touch(target)
-        self._written.begin([target for target, _, _, _ in self._held])
-        for target, patches, _, _ in self._held:
-            self.journal.add(target, patches)
-            for patch in patches:
-                patch.put_new()
-
-    def restore(self) -> bool:
-        if self._written.any:
-            self.journal.restore()
-        return True
-
-
-def policy_of(name: AnyPolicy, written: Written) -> Policy:
-    """
-    Raises:
-        ReloadError: no such policy.
-    """
-    if name == "delta":
-        return Patched(written)
-    if name not in get_args(PolicyName):
-        expected = ", ".join(get_args(PolicyName))
-        raise ReloadError("unknown policy", expected=expected, found=repr(name), remedy="'write-through' is the default.")
-    writer = Journalled(written) if name.endswith("journal") else WriteThrough(written)
-    return Staged(writer) if name.startswith("staged") else writer
+    def _write(self, target: Target, box: Box, value: Tensor, *, non_blocking: bool = False) -> None:
+        """``non_blocking``: the value stays as it is until the commit."""
+        if self._journal is not None:
+            self._journal.keep(target, box, value)
+        self._written.write(target, box, value, non_blocking=non_blocking)

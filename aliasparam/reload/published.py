@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +36,13 @@ class Published(NamedTuple):
 
     folder: Path
     version: int
+
+
+def version_number(field: object) -> int | None:
+    """What a trainer wrote as a version: zero-padded text; some write numbers. None where it is neither."""
+    if isinstance(field, str) and re.fullmatch(r"[0-9]{1,18}", field):
+        return int(field)
+    return field if type(field) is int and field >= 0 else None
 
 
 def version_path(source: str | Path, version: int) -> Path:
@@ -110,8 +118,8 @@ def check_manifest(manifest: Mapping[str, Any], version: int, folder: Safetensor
     """
     where, index = folder.path / "manifest.json", folder.index_metadata
     numbers = {"version": version}
-    if "base_version" in index and str(index["base_version"]).isdigit():
-        numbers["base_version"] = int(index["base_version"])
+    if (base := version_number(index.get("base_version"))) is not None:
+        numbers["base_version"] = base
     formats = ("delta_encoding", "compression_format", "checksum_format")
     for key, expected in {**numbers, **{key: index.get(key) for key in formats}}.items():
         if (key in numbers or manifest.get(key) is not None) and manifest.get(key) != expected:
@@ -134,14 +142,8 @@ def _is_there(path: Path) -> bool:
 
 
 def _read(path: Path, limit: int) -> bytes:
-    file = HeldFile(path, path.parent)
-    try:
-        if file.size > limit:
-            found = f"{file.size} bytes"
-            raise SourceError("the file is too long", name=str(path), expected=f"at most {limit} bytes", found=found)
-        return file.read(0, file.size)
-    finally:
-        file.close()
+    with closing(HeldFile(path, path.parent)) as file:
+        return file.read_all(limit)
 
 
 def _no_pointer(path: Path, found: str, expected: str) -> SourceError:

@@ -1,31 +1,19 @@
-"""Boxes of a tensor as byte ranges of its file, and as pieces that fit a buffer."""
+"""Boxes of a tensor as byte ranges of its file."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
-from typing import TypeAlias
 
 from torch import Tensor
 
+from ..layout.boxes import Box, row_major, sizes, whole
 from .errors import SourceError
 from .header import Entry
-
-#: (start, stop) for each dim.
-Box: TypeAlias = tuple[tuple[int, int], ...]
 
 #: Storage is read by pages: what lies between two segments closer than this costs no more than a call for each.
 _PAGE = 4096
 _SCRATCH = 1 << 20
-
-
-def whole(shape: Sequence[int]) -> Box:
-    return tuple((0, size) for size in shape)
-
-
-def sizes(box: Box) -> tuple[int, ...]:
-    return tuple(stop - start for start, stop in box)
 
 
 def checked_box(entry: Entry, box: Box | None) -> Box:
@@ -46,23 +34,6 @@ def checked_box(entry: Entry, box: Box | None) -> Box:
     return box
 
 
-def split(box: Box, max_elements: int) -> Iterator[Box]:
-    """``box`` as boxes of at most ``max_elements`` (>= 1) elements, in order, cut along the first dims only."""
-    for dim, (start, stop) in enumerate(box):
-        slab = math.prod(sizes(box[dim + 1 :]))
-        if (stop - start) * slab <= max_elements:
-            break
-        if slab <= max_elements:
-            for first in range(start, stop, max_elements // slab):
-                yield (*box[:dim], (first, min(first + max_elements // slab, stop)), *box[dim + 1 :])
-            return
-        if stop - start > 1:
-            for index in range(start, stop):
-                yield from split((*box[:dim], (index, index + 1), *box[dim + 1 :]), max_elements)
-            return
-    yield box
-
-
 def read_box(entry: Entry, box: Box, out: Tensor) -> None:
     """Fill ``out`` (uint8 [bytes of the box], contiguous, on the host) with the box, in row-major order.
 
@@ -71,7 +42,7 @@ def read_box(entry: Entry, box: Box, out: Tensor) -> None:
     if out.numel() == 0:
         return
     cut = next((dim for dim in reversed(range(len(box))) if box[dim] != (0, entry.shape[dim])), 0)
-    strides = [math.prod(entry.shape[dim + 1 :]) * entry.dtype.itemsize for dim in range(len(box))]
+    strides = [stride * entry.dtype.itemsize for stride in row_major(entry.shape)]
     offset = entry.begin + sum(start * stride for (start, _), stride in zip(box, strides, strict=True))
     counts = sizes(box)
     segment = out.numel() // math.prod(counts[:cut])  # bytes that lie together

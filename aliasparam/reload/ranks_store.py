@@ -81,8 +81,8 @@ class Ranks:
         if self._doubt is not None:
             raise RanksError("this rank is in doubt about an earlier change", remedy="Call ask_again first.")
         plan = self._plan(sequence, base, target)
-        self._forget(sequence - 1)
         self._announce(plan)
+        self._forget(sequence - 1)  # now that nobody asks for it any more
         self._doubt = plan  # also if an interrupt ends the change between two lines
         outcome = self._run(change(plan), member)
         self._doubt = plan if outcome.kept is None else None
@@ -112,17 +112,20 @@ class Ranks:
         Raises:
             RanksError: the store cannot be reached.
         """
-        last = self._carry_out(Look((self._last,)))
-        if last is LOST:
-            raise RanksError("the store cannot be reached", remedy="Start this rank again when it can.")
-        if last[0] is None:
-            return None
-        fields = self._announced(last[0])
-        plan = self._plan(fields["sequence"], fields["base"], fields["target"])
-        outcome = self._run(ask_again(plan, time.monotonic() + self._patience, restarted=True), None)
-        if outcome.kept is None:
-            raise self._error(plan, outcome)
-        return plan.target if outcome.kept else plan.base
+        loads = asked = None
+        while True:
+            last = self._carry_out(Look((self._last,)))
+            if last is LOST:
+                raise RanksError("the store cannot be reached", remedy="Start this rank again when it can.")
+            if last[0] == asked:  # what a newer change has made of the records that were asked for nobody knows
+                return loads
+            asked = last[0]
+            fields = self._announced(asked)
+            plan = self._plan(fields["sequence"], fields["base"], fields["target"])
+            outcome = self._run(ask_again(plan, time.monotonic() + self._patience, restarted=True), None)
+            if outcome.kept is None:
+                raise self._error(plan, outcome)
+            loads = plan.target if outcome.kept else plan.base
 
     # -- carrying out ----------------------------------------------------------------------------------------------------
 

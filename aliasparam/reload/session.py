@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from types import TracebackType
 from typing import Literal
 
@@ -20,19 +20,16 @@ from torch import Tensor, nn
 
 from ..errors import ReloadError
 from ..module.adopt import adopt
-from ..module.registry_of import registries
-from ..module.verbs import process
 from ..spec import TensorSpec
 from ..storage.coverage import Box, Coverage
+from .checks import Phase, box_of, need, need_dense, need_fit, need_whole, shown
 from .claims import Claim
 from .collector import collector_paused
 from .drain import Drain
-from .fit import box_of, need_dense, need_fit, need_whole, shown
 from .live import Live
 from .observe import Hook, Hooks, Observed, call_abort_hooks, phase
 from .patch import Patch
-from .phases import Phase, need
-from .policies import AnyPolicy, Patched, Policy, policy_of
+from .policies import AnyPolicy, Policy
 from .targets import Target, find_targets, in_scope, target_of
 from .written import Written
 
@@ -64,7 +61,7 @@ class ReloadSession:
         self.drain = Drain(model, drain_seconds)
         self._written = Written(type(model).__name__, self.drain)
         self._claim = Claim(self)
-        self._policy: Policy = policy_of(policy, self._written)
+        self._policy = Policy(policy, self._written)
         self._lock = threading.RLock()  # of updates and of the phase; no hook and no derivation runs under it
 
     # -- the transaction -----------------------------------------------------------------------------------------------
@@ -76,17 +73,16 @@ class ReloadSession:
             ReloadError: another session has this model, or a part of it; or this one was begun before.
         """
         self._need((Phase.NEW,), "begin")
-        with torch.no_grad():
-            for _, registry in registries(self.model):
-                if not registry.is_untouched:
-                    adopt(registry)
         self._claim.take(self.model)
-        with collector_paused():
-            self._targets = find_targets(self.model)
-        self.drain.begin()
-        self.phase = Phase.OPEN
-        weakref.finalize(self, self._written.poison)  # an abandoned session leaves a refusal
         try:
+            with torch.no_grad(), collector_paused():
+                for registry in self._claim.registries:
+                    if not registry.is_untouched:
+                        adopt(registry)
+                self._targets = find_targets(self.model)
+            self.drain.begin(self._claim.modules)
+            self.phase = Phase.OPEN
+            weakref.finalize(self, self._written.poison)  # an abandoned session leaves a refusal
             for hook in self._hooks.on_begin:
                 hook(self)
         except BaseException:
@@ -189,9 +185,9 @@ class ReloadSession:
                 self._to_call[0](self)
                 self._need((Phase.COMMITTING,), doing)
                 del self._to_call[0]
-            self._claim.need_all(self.model)
+            registries = self._claim.registries_of(self.model)
             with phase("process"):
-                self.processed += process(self.model)
+                self.processed += sum(registry.process() for registry in registries)
             with self._lock:
                 self._need((Phase.COMMITTING,), doing)
                 finish()
@@ -199,7 +195,7 @@ class ReloadSession:
         except BaseException:
             with self._lock:
                 if self.phase is Phase.COMMITTING:
-                    self._claim.hold()
+                    self._reopen()  # of what was processed before the failure
                     self.phase = before
             raise
 
@@ -270,17 +266,11 @@ class ReloadSession:
         for name, value, *box in tensors.items() if isinstance(tensors, Mapping) else tensors:
             self.update(name, value, box=box[0] if box else None)
 
-    def live(self, name: str) -> Live:
-        """The bytes of one tensor, to be read. Raises ReloadError: no such name."""
-        return Live(self._target(name).tensor)
-
-    def patch(self, name: str, patches: Callable[[Live], list[Patch]]) -> None:
-        """Hold what a delta changes in one tensor. For sessions of :func:`~aliasparam.reload.prepare_delta`."""
+    def patch(self, names: Collection[str], patches: Callable[[list[Live]], list[list[Patch]]]) -> None:
+        """Hold what a delta changes in some tensors. For sessions of :func:`~aliasparam.reload.prepare_delta`."""
         self._need((Phase.OPEN,), "patch")
-        if not isinstance(self._policy, Patched):
-            raise ReloadError("only a delta's session takes patches", module=self._label, name=name)
-        self.observed.bytes += self._policy.add(self._target(name), patches)
-        self.observed.tensors += 1
+        self.observed.bytes += self._policy.patch([self._target(name) for name in names], patches)
+        self.observed.tensors += len(names)
 
     # -- checks --------------------------------------------------------------------------------------------------------
 
@@ -293,7 +283,10 @@ class ReloadSession:
     def _coverage(self, target: Target) -> Coverage:
         if not target.tensor.numel():
             return Coverage(target.tensor.shape)  # nothing is missing from it, also where nobody sends it
-        return self._arrived.setdefault(id(target.tensor), Coverage(target.tensor.shape))
+        found = self._arrived.get(id(target.tensor))
+        if found is None:
+            found = self._arrived[id(target.tensor)] = Coverage(target.tensor.shape)
+        return found
 
     @property
     def _label(self) -> str:

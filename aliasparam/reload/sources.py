@@ -9,15 +9,17 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..layout.blocks import tiles
+from ..layout.boxes import Box, sizes
 from .errors import SourceError
 from .header import MAX_JSON_BYTES, Entry, parse_json, read_header
-from .held_file import HeldFile
-from .ranges import Box, checked_box, read_box, sizes, split
+from .held_file import HeldFile, Opened
+from .ranges import checked_box, read_box
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -27,7 +29,7 @@ _SLOTS = 4
 _ALIGNED = 64
 
 
-class SafetensorsFolder:
+class SafetensorsFolder(Opened):
     """The tensors of a checkpoint folder (``model.safetensors``, or shards with an index).
 
     Opening reads and checks headers alone, and keeps one file object a shard until :meth:`close`; what is read later comes
@@ -113,24 +115,8 @@ class SafetensorsFolder:
             raise SourceError("the checkpoint has no tensor of this name", name=f"{self.path}: {name}")
         return found
 
-    def check_unchanged(self) -> None:
-        """To be called after the last read and before anything that was read is served.
-
-        Raises:
-            SourceError: a file was replaced, removed, truncated or written to since it was opened.
-        """
-        for file in self._files:
-            file.check_unchanged()
-
-    def close(self) -> None:
-        for file in self._files:
-            file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
+    def opened(self) -> list[HeldFile]:
+        return self._files
 
     def _counted(self, index: int, box: Box, coming: Future[Tensor]) -> tuple[int, Box, Tensor]:
         values = coming.result()
@@ -171,18 +157,23 @@ class SafetensorsFolder:
 
     def _weight_map(self, index: HeldFile) -> dict[str, str]:
         """Tensor name to shard; every shard a plain file name, and nothing opened yet."""
-        if index.size > MAX_JSON_BYTES:
-            expected = f"at most {MAX_JSON_BYTES} bytes"
-            raise SourceError("the index is too long", name=str(index.path), expected=expected, found=f"{index.size} bytes")
-        fields = parse_json(index.read(0, index.size), index.path)
+        fields = parse_json(index.read_all(MAX_JSON_BYTES), index.path)
         weight_map, self.index_metadata = fields.get("weight_map"), fields.get("metadata", {})
         if not isinstance(self.index_metadata, dict):
             found = repr(self.index_metadata)[:80]
             raise SourceError("metadata of the index is no object", name=str(index.path), expected="an object", found=found)
-        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-            raise _no_places(index, weight_map)
-        if not weight_map and "delta_encoding" not in self.index_metadata:  # a delta may say that nothing changed
-            raise _no_places(index, weight_map)
+        if (
+            not isinstance(weight_map, dict)
+            or not all(isinstance(shard, str) for shard in weight_map.values())
+            or not (weight_map or "delta_encoding" in self.index_metadata)  # a delta may say that nothing changed
+        ):
+            raise SourceError(
+                "the index says of no tensor where it is",
+                name=str(index.path),
+                expected="a weight_map from tensor names to file names",
+                found=repr(weight_map)[:80],
+                remedy="Copy or export the checkpoint again.",
+            )
         for name, shard in weight_map.items():
             if not _is_plain(shard):
                 where = f"{index.path}: {name[:120]}"
@@ -207,7 +198,7 @@ def _check_buffer(buffer: Tensor, entries: list[Entry]) -> None:
 
 def _pieces(wanted: Iterable[tuple[Entry, Box]], most_bytes: int) -> Iterator[tuple[int, Entry, Box]]:
     for index, (entry, box) in enumerate(wanted):
-        for piece in split(box, most_bytes // entry.dtype.itemsize):
+        for piece in list(tiles(box, most_bytes // entry.dtype.itemsize)) or [box]:  # of what is empty, itself
             yield index, entry, piece
 
 
@@ -220,13 +211,3 @@ def _into(entry: Entry, box: Box, buffer: Tensor) -> Tensor:
 
 def _is_plain(name: str) -> bool:
     return name not in ("", ".", "..") and not set(name) & set("/\\\0") and len(name.encode()) <= 255
-
-
-def _no_places(index: HeldFile, weight_map: object) -> SourceError:
-    return SourceError(
-        "the index says of no tensor where it is",
-        name=str(index.path),
-        expected="a weight_map from tensor names to file names",
-        found=repr(weight_map)[:80],
-        remedy="Copy or export the checkpoint again.",
-    )

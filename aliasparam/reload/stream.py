@@ -12,11 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..layout.boxes import Box
+from .digest import digest_of
 from .errors import StreamError
-from .hashers import digest_of
-from .ranges import Box
-from .stream_frames import parts_of
-from .stream_link import AGAIN, Link
+from .stream_link import AGAIN, Link, parts_of
 
 
 class Streamed(NamedTuple):

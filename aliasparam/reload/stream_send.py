@@ -11,11 +11,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..layout.blocks import tiles
+from ..layout.boxes import whole
+from .digest import digest_of
 from .errors import StreamError
-from .hashers import digest_of
-from .ranges import whole
-from .stream_frames import ALIGNMENT, Part, room_for
-from .stream_link import AGAIN, Link
+from .stream_link import AGAIN, ALIGNMENT, Link, Part, room_for
 
 
 def send_weights(

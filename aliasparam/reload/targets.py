@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -9,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..errors import ReloadError
+from ..errors import ReloadError, StaleKernelError
+from ..storage.kernel_name import KernelName, RefusingName
 from ..storage.overlap import extent, has_memory
-from .fit import need_dense
-from .plain import live_of
+from .checks import need_dense
 
 
 class Target(NamedTuple):
@@ -82,13 +83,13 @@ def in_scope(targets: Mapping[str, Target], scope: str | Iterable[str], begun: M
         return dict(targets)
     if scope == "partial":
         return {n: t for n, t in targets.items() if id(t.tensor) in begun}
-    prefixes = tuple(scope)
-    return {n: t for n, t in targets.items() if is_under(n, prefixes)}
+    dotted = _dotted(scope)
+    return {n: t for n, t in targets.items() if f"{n}.".startswith(dotted)}
 
 
-def is_under(name: str, prefixes: Iterable[str]) -> bool:
-    """Whether one of the dotted prefixes is of this name."""
-    return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
+def _dotted(prefixes: Iterable[str]) -> tuple[str, ...]:
+    """What a name with a dot behind it begins with if one of the prefixes is of it."""
+    return tuple(f"{prefix}." for prefix in prefixes)
 
 
 def target_of(targets: Mapping[str, Target], scope: str | tuple[str, ...], module: str, name: str) -> Target:
@@ -98,9 +99,23 @@ def target_of(targets: Mapping[str, Target], scope: str | tuple[str, ...], modul
     """
     target = targets.get(name)
     if target is None:
-        raise _no_such_name(module, name, len(targets))
-    if not isinstance(scope, str) and not is_under(name, scope):
-        raise _out_of_scope(module, name, scope)
+        raise ReloadError(
+            "the model has no tensor of this name",
+            module=module,
+            name=name,
+            expected=f"one of its {len(targets)} names",
+            found=name,
+            remedy="r.expected lists them. Map the sender's names to those first.",
+        )
+    if not isinstance(scope, str) and not f"{name}.".startswith(_dotted(scope)):
+        raise ReloadError(
+            "this tensor is outside the scope of the reload",
+            module=module,
+            name=name,
+            expected=f"names under {', '.join(scope)}",
+            found=name,
+            remedy="Open the reload with a scope that has it.",
+        )
     need_dense(module, name, target.tensor, "the model's tensor")
     if target.tensor.is_meta:
         remedy = "Load the model first: a value written here would be lost."
@@ -108,23 +123,40 @@ def target_of(targets: Mapping[str, Target], scope: str | tuple[str, ...], modul
     return target
 
 
-def _no_such_name(module: str, name: str, count: int) -> ReloadError:
-    return ReloadError(
-        "the model has no tensor of this name",
-        module=module,
-        name=name,
-        expected=f"one of its {count} names",
-        found=name,
-        remedy="r.expected lists them. Map the sender's names to those first.",
-    )
+# -- plain tensors that are being written --------------------------------------------------------------------------------
 
 
-def _out_of_scope(module: str, name: str, scope: Iterable[str]) -> ReloadError:
-    return ReloadError(
-        "this tensor is outside the scope of the reload",
-        module=module,
-        name=name,
-        expected=f"names under {', '.join(scope)}",
-        found=name,
-        remedy="Open the reload with a scope that has it.",
-    )
+class PlainName(KernelName):
+    """A plain parameter or buffer under reload: nobody may read a norm or an embedding that is being written.
+
+    As for kernel names, a hook would not do: compiled callers do not look at hooks of inner modules. The refusing twin stands in
+    the module's dict in the tensor's place; its other type fails the guards of compiled code, and after the commit the very same
+    tensor is back.
+    """
+
+    def __init__(self, label: str, live: Tensor) -> None:
+        super().__init__(label, live.data)
+        self.live = live
+
+    def refusal(self) -> StaleKernelError:
+        return StaleKernelError(
+            "this tensor is being reloaded, or its reload failed",
+            label=self.label,
+            expected="a committed reload",
+            found="one that was not committed",
+            remedy="Finish the reload, or reload the whole model; until then it does not run.",
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PlainName:
+        if id(self) not in memo:
+            memo[id(self)] = PlainName(self.label, copy.deepcopy(self.live, memo))
+        return memo[id(self)]  # type: ignore[no-any-return]
+
+    def __reduce__(self) -> Any:
+        return PlainName, (self.label, self.live)
+
+
+def live_of(shown: Tensor) -> Tensor:
+    """The tensor that a module's dict shows, also where its twin stands there."""
+    name = shown._alias_name if isinstance(shown, RefusingName) else None
+    return name.live if isinstance(name, PlainName) else shown

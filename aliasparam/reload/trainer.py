@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .delta import PIECE
 from .delta_writer import DeltaWriter, check_same
-from .hashers import digest_of
+from .digest import digest_of
 from .live import flat_bytes
 from .live_digest import CheckpointDigest
 

@@ -12,8 +12,7 @@ from ..storage.coverage import Box
 from ..tensors.faces import _Aliased
 from .drain import Drain
 from .live import Live
-from .plain import PlainName
-from .targets import Target
+from .targets import PlainName, Target
 
 
 class Written:
@@ -50,18 +49,9 @@ class Written:
             return
         names = {id(one): one for tensor in declared.values() for one in tensor._alias_storage.listeners}
         registries = [one for one in names.values() if isinstance(one, ModuleNames)]
-        places = [(holder, key, name) for name, target in plain.values() for holder, key in target.places]
-        shown = [(holder, key, holder.get(key)) for holder, key, _ in places]  # a twin, where an earlier reload failed
-
-        def hide() -> None:
-            for holder, key, name in places:
-                dict.__setitem__(holder, key, name.refusing)
-
-        def show() -> None:
-            for holder, key, tensor in shown:
-                dict.__setitem__(holder, key, tensor)
-
-        self._drain.close(registries, hide, show)
+        if plain or not all(self._drain.holds(one) for one in registries):
+            twins = [(holder, key, name.refusing) for name, target in plain.values() for holder, key in target.places]
+            self._drain.close(registries, twins)
         self._declared |= declared
         self._plain |= plain
 

@@ -13,9 +13,8 @@ from collections.abc import Iterator, Sequence
 from typing import TypeAlias
 
 from ..errors import ReloadError
-
-#: (start, stop) for each dim.
-Box: TypeAlias = tuple[tuple[int, int], ...]
+from ..layout.boxes import Box as Box
+from ..layout.boxes import whole
 
 
 class Coverage:
@@ -33,7 +32,7 @@ class Coverage:
         if any(size < 0 for size in self.shape):
             raise ReloadError("a tensor has no negative size", expected="sizes of 0 or more", found=list(self.shape))
         self._dims = self.shape or (1,)
-        self._all_of_a_row = tuple((0, size) for size in self._dims[1:]) if 0 not in self._dims else None
+        self._all_of_a_row = whole(self._dims[1:]) if 0 not in self._dims else None
         self._runs = _Runs()
 
     def add(self, box: Box) -> bool:
@@ -226,7 +225,7 @@ class _Runs(list["_Run"]):
         return False
 
     def gaps(self, dims: tuple[int, ...]) -> Iterator[Box]:
-        everything = tuple((0, size) for size in dims[1:])
+        everything = whole(dims[1:])
         at = 0
         for start, stop, inner in self:
             if at < start:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from aliasparam import TensorSpec
+from aliasparam.layout.boxes import Box
 from aliasparam.reload.errors import SourceError
-from aliasparam.reload.ranges import Box
 from aliasparam.reload.sources import SafetensorsFolder
 
 from .errors import CheckpointError

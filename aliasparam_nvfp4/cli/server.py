@@ -21,7 +21,7 @@ from transformers.cli.serving.utils import GenerationState
 
 from aliasparam import memory_report
 from aliasparam.errors import AliasError
-from aliasparam.reload.hashers import FORMATS
+from aliasparam.reload.digest import FORMATS
 
 from .delta import delta_once
 from .digest import model_digest

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from aliasparam.reload.delta_folder import DeltaFolder, Opened, need_order
-from aliasparam.reload.delta_patches import changed
+from aliasparam.reload.delta_apply import changed
+from aliasparam.reload.delta_folder import DeltaFolder, need_order
 from aliasparam.reload.errors import DeltaError
+from aliasparam.reload.held_file import Opened
 from aliasparam.reload.sources import SafetensorsFolder
 
 
@@ -69,5 +70,5 @@ class PatchedFolder(Opened):
             yield name, self.read(name)
         self.check_unchanged()
 
-    def folders(self) -> list[SafetensorsFolder]:
+    def opened(self) -> list[SafetensorsFolder]:
         return [self.base, *(delta.folder for delta in self.deltas)]

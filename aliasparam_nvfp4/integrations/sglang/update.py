@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from aliasparam import reload
 from aliasparam.errors import AliasError, ReloadError
 from aliasparam.reload import ReloadSession
+from aliasparam.reload.checks import Phase
 from aliasparam.reload.loading import loading
-from aliasparam.reload.phases import Phase
 
 from ..folder import open_checked, stream
 from ..options import said

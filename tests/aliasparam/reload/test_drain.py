@@ -207,10 +207,10 @@ def test_nothing_is_paid_while_no_reload_runs() -> None:
     for thread in threads:
         thread.start()
     drain = Drain(model, 1.0)
-    drain.begin()
+    drain.begin(list(model.modules()))
     started = time.process_time()
     for _ in range(100):
-        drain.close([], lambda: None, lambda: None)
+        drain.close([], [])
     assert (time.process_time() - started) / 100 < 0.01
     idle.set()
 

@@ -16,10 +16,12 @@ from aliasparam import Alias, Derivation, apply_delta, checkpoint_digest, checkp
 from aliasparam.errors import AliasError, ReloadError
 from aliasparam.layout.bound import BoundLayout
 from aliasparam.reload import delta as deltas
-from aliasparam.reload import delta_held, delta_patches, digest_of_folder, patch, prepare_delta
+from aliasparam.reload import delta_held, digest_of_folder, patch, prepare_delta
 from aliasparam.reload.delta_folder import Chain, DeltaFolder
 from aliasparam.reload.delta_writer import diff
+from aliasparam.reload.digest import sums_of_run
 from aliasparam.reload.errors import DeltaError
+from aliasparam.reload.live import Live, flat_bytes
 from aliasparam.reload.observe import Hooks
 from aliasparam.reload.sources import SafetensorsFolder
 from aliasparam.testing import same_bytes
@@ -50,7 +52,6 @@ def test_law_12_there_and_back(
     encoding: str, checksum: str, piece: int, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(delta_held, "PIECE", piece)
-    monkeypatch.setattr(deltas, "PIECE", piece)
     monkeypatch.setattr(patch, "JOINED", 2 * piece)
     there = trainer_writes(tmp_path / "b", raw(A), raw(B), 1, encoding, checksum, files=2)
     back = trainer_writes(tmp_path / "a", raw(B), raw(A), 2, encoding, checksum)
@@ -96,12 +97,13 @@ def test_law_12_a_chain_is_one_commit(applied: int, target: int, served: str, de
 @given(
     shares=st.lists(st.sampled_from([0.01, 0.08, 0.3]), min_size=2, max_size=4),
     pieces=st.sampled_from([7, 64, 1 << 20]),
+    ahead=st.sampled_from([1, 5, 1 << 18]),
     encodings=st.lists(st.sampled_from(["xor", "overwrite"]), min_size=4, max_size=4),
     seed=st.integers(0, 99),
 )
 @settings(max_examples=10)
 def test_law_12_deltas_of_the_same_bytes_one_after_another(
-    shares: list[float], pieces: int, encodings: list[str], seed: int, tmp_path_factory: pytest.TempPathFactory
+    shares: list[float], pieces: int, ahead: int, encodings: list[str], seed: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     source, states = tmp_path_factory.mktemp("d"), [A]
     for version, (share, encoding) in enumerate(zip(shares, encodings, strict=False), 1):
@@ -109,21 +111,36 @@ def test_law_12_deltas_of_the_same_bytes_one_after_another(
         trainer_writes(source / f"weight_v{version:06d}", raw(states[-2]), raw(states[-1]), version, encoding, "adler32")
     model = Whole()
     with pytest.MonkeyPatch.context() as patched, Chain(source, 0, len(shares)) as chain:
-        patched.setattr(deltas, "PIECE", pieces)
+        patched.setattr(delta_held, "PIECE", pieces)
+        patched.setattr(deltas, "_POSITIONS", ahead)
         apply_delta(model, chain, serving=0)
     assert raw(checkpoint_state_dict(model)) == raw(states[-1]) and same(model(), cold(Whole, states[-1]))
 
 
-def test_preparing_looks_at_what_changes_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beside the digest nothing of a tensor is gathered, unless most of it changes or its bytes have no places."""
-    compared: list[str] = []
-    real = delta_patches._compared
-    monkeypatch.setattr(delta_patches, "_compared", lambda live, name, *rest: compared.append(name) or real(live, name, *rest))
-    for share, expected in ((0.05, {"nibbles.weight", "turned.weight", "turned_plain"}), (1.0, set(A))):
-        new = changed(changed(A, share, 0), share, 1)
-        apply_delta(Whole(), trainer_writes(tmp_path / str(share), raw(A), raw(new), 1, "xor", "adler32"))
-        assert set(compared) == expected
-        compared.clear()
+@pytest.mark.parametrize("encoding", ["xor", "overwrite"])
+@pytest.mark.parametrize("right", [True, False])
+def test_where_a_tensor_is_summed_in_its_place_those_pieces_alone_are_read_that_change(
+    encoding: str, right: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU; the sums are those of the bytes, corrected for the pieces that change."""
+    read: list[int] = []
+    monkeypatch.setattr(delta_held, "PIECE", 512)
+    monkeypatch.setattr(Live, "positional_sums", lambda live: sums_of_run(flat_bytes(live.part(live.box) + 0)))
+    layer = Layer((256, 512))
+    old = checkpoint_state_dict(layer)
+    new = {"weight": old["weight"].clone()}
+    new["weight"][17, 3:40] ^= 5
+    new["weight"][200, 7] ^= 1
+    delta = trainer_writes(tmp_path / "d", raw(old), raw(new), 1, encoding, "adler32")
+    if not right:
+        with torch.no_grad():
+            layer.weight[99, 4] ^= 1
+        process(layer)
+    gathered = Live.bytes
+    monkeypatch.setattr(Live, "bytes", lambda live, box: read.append(box[0][0]) or gathered(live, box))
+    with contextlib.nullcontext() if right else pytest.raises(DeltaError, match="the checksum of the new bytes differs"):
+        apply_delta(layer, delta)
+    assert read == [17, 200] and (not right or same_bytes(layer.weight, new["weight"]))
 
 
 WRONG = {

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-from aliasparam import checkpoint_digest, checkpoint_state_dict, invalidate, process
+from aliasparam import checkpoint_digest, checkpoint_names, checkpoint_state_dict, invalidate, process
 from aliasparam.errors import AliasError
 from aliasparam.layout.bound import BoundLayout
+from aliasparam.layout.boxes import Box
 from aliasparam.reload import digest_of_folder, live_digest
 from aliasparam.reload.live import Live
 from aliasparam.reload.sources import SafetensorsFolder
@@ -55,12 +57,22 @@ def test_scratch_is_a_piece_whatever_the_size(monkeypatch: pytest.MonkeyPatch) -
     assert len(sizes) == 16 and max(value.nbytes for value in sizes) == 2048
 
 
-def test_what_holds_no_weights_or_changes_meanwhile_has_no_digest() -> None:
-    layer = Layer((6, 8))
-    with pytest.raises(AliasError, match="changed while it was read"):
-        for start, _ in Live(layer.weight).runs(16):
-            if start == 16:
-                layer.weight[0, 0] = 1
+@pytest.mark.parametrize("written", ["0.weight", "1.weight", "2"])
+def test_what_holds_no_weights_or_changes_meanwhile_has_no_digest(written: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a tensor changes after it was digested itself: the digest would be of no generation."""
+    layer = nn.ModuleList([Layer((6, 8)), Layer((6, 8))])
+    layer.register_buffer("2", torch.zeros(3))
+    names = checkpoint_names(layer)
+    read, done = Live.bytes, []
+
+    def and_write(live: Live, box: Box) -> torch.Tensor:
+        if not done and live.tensor is names["1.weight"]:
+            done.append(names[written].mul_(3))
+        return read(live, box)
+
+    monkeypatch.setattr(Live, "bytes", and_write)
+    with pytest.raises(AliasError, match=f"^{written}: .*changed while it was read"), torch.no_grad():
+        checkpoint_digest(layer)
     invalidate(layer)
     with pytest.raises(AliasError):
         checkpoint_digest(layer)
@@ -74,5 +86,5 @@ def test_positions_are_offsets() -> None:
         at = torch.randperm(bound.offsets().numel())[:37]
         assert torch.equal(bound.positions(at), bound.offsets().view(-1)[at])  # type: ignore[arg-type]
     for live in map(Live, (model.q.weight, model.k.weight, model.wide.weight)):  # type: ignore[arg-type]
-        memory, at = live.memory(), torch.arange(live.nbytes)
+        memory, at = live.storage.elements.view(torch.uint8), torch.arange(live.nbytes)  # type: ignore[union-attr]
         assert memory is not None and torch.equal(memory[live.positions(at)], live.bytes(live.box))

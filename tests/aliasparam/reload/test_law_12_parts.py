@@ -141,6 +141,19 @@ def test_a_part_that_is_wrong_anywhere_is_refused_everywhere(tmp_path: Path) -> 
     assert all(torch.equal(a, b) for rank, served in zip(ranks, before, strict=True) for a, b in zip(rank(), served, strict=True))
 
 
+def test_a_part_that_nobody_would_verify_is_refused(tmp_path: Path) -> None:
+    old = {"rows": tensors(0)["rows"]}
+    new = {"rows": old["rows"] ^ 1}
+    delta = trainer_writes(tmp_path / "d", raw(old), raw(new), 1, "xor", "adler32")
+    model = nn.Module()
+    model.rows = Layer((4, 6), SWAP)  # of another base
+    process(model)
+    served = model.rows()
+    with pytest.raises(DeltaError, match=r"rows: .* held in parts, and not among those that all processes verify"):
+        apply_delta(model, delta, names=Places({"rows": "rows.weight"}, {"rows": Part((8, 6), box_of("rows", 0))}))
+    assert torch.equal(model.rows(), served)
+
+
 def test_what_cannot_be_verified_in_parts_is_refused(tmp_path: Path) -> None:
     old = tensors(0)
     new = changed(changed(old, 0.2, 0), 0.2, 1)
@@ -151,10 +164,35 @@ def test_what_cannot_be_verified_in_parts_is_refused(tmp_path: Path) -> None:
         places = Rank(0, old).places(None)
         wrong = {"rows": Part((8, 6), ((0, 5), (0, 6)))}
         with pytest.raises(DeltaError, match="rows: the live tensor is not this part"):
-            prepare_delta(Rank(0, old), opened, names=Places(places.names, wrong, elsewhere=("right",)))
+            prepare_delta(Rank(0, old), opened, names=Places(places.names, wrong, wrong, elsewhere=("right",)))
     alone = trainer_writes(tmp_path / "e", raw(old), raw(new), 1, "xor", "adler32")
     with DeltaFolder(alone) as opened, pytest.raises(DeltaError, match="a digest of a part of a tensor"):
         prepare_delta(Rank(0, old), opened, names=Rank(0, old).places(None))
+
+
+def test_law_12_two_tensors_of_the_files_in_one_place_are_refused(tmp_path: Path) -> None:
+    """Each of them fits its checksum, and the model would be neither."""
+    old = {"a": torch.zeros(4, 6, dtype=torch.uint8), "b": torch.zeros(4, 6, dtype=torch.uint8)}
+    new = {name: value.clone() for name, value in old.items()}
+    new["a"][0, 0], new["b"][1, 1] = 1, 2
+    delta = trainer_writes(tmp_path / "d", raw(old), raw(new), 1, "xor", "adler32")
+    model = nn.Module()
+    model.layer = Layer((8, 6), SWAP)
+    with torch.no_grad():
+        model.layer.weight.zero_()
+    process(model)
+    rows = {"a": ((0, 4), (0, 6)), "b": ((3, 7), (0, 6))}
+    with pytest.raises(DeltaError, match=r"layer.weight: two tensors of the files lie in one place.*\n.*b"):
+        apply_delta(model, delta, names=Places(inside={name: [("layer.weight", box)] for name, box in rows.items()}))
+    assert not (model.layer.weight + 0).any()
+    rows["b"] = ((4, 8), (0, 6))
+    apply_delta(model, delta, names=Places(inside={name: [("layer.weight", box)] for name, box in rows.items()}))
+    assert torch.equal(model.layer.weight + 0, torch.cat([new["a"], new["b"]]))
+    alone = nn.Module()
+    alone.w = nn.Parameter(old["a"].clone(), requires_grad=False)
+    with pytest.raises(DeltaError, match="w: two tensors of the files lie in one place"):
+        apply_delta(alone, delta, names={"a": "w", "b": "w"})
+    assert not alone.w.any()
 
 
 class Halves:

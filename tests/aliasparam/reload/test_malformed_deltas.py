@@ -168,10 +168,12 @@ def test_malformed_bytes_are_refused_when_they_are_decoded(case: str, tmp_path: 
     delta(frame, delta_encoding=encoding)(tmp_path)
     start = time.process_time()
     with DeltaFolder(tmp_path) as opened, pytest.raises(DeltaError, match=message) as caught:
-        for piece in opened.pieces("w", len(OLD), 8):
-            if piece.positions is not None:
-                assert int(piece.positions.max()) < len(OLD)
-            piece.apply_(torch.zeros(10, dtype=torch.uint8))  # whatever is yielded can be applied without harm
+        changes = opened.changes("w", len(OLD))
+        for first, stop in ((0, 4), (4, 10)):
+            change = changes.read(first, stop)
+            if change is not None:
+                change.of(torch.zeros(stop - first, dtype=torch.uint8))  # whatever is read can be applied without harm
+        changes.finish()
     assert str(tmp_path) in str(caught.value) and time.process_time() - start < 2
     model = nn.Module()
     model.w = nn.Parameter(torch.arange(10, dtype=torch.uint8), requires_grad=False)
@@ -207,4 +209,4 @@ def test_a_missing_package_says_what_to_install(tmp_path: Path, monkeypatch: pyt
         DeltaFolder(tmp_path) as opened,
         pytest.raises(DeltaError, match=r"zstandard is not installed\n  pip install 'aliasparam.delta.'"),
     ):
-        list(opened.pieces("w", 10))
+        opened.changes("w", 10)

@@ -129,7 +129,7 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
     "index of numbers": (shards({"a": 1}), "the index says of no tensor where it is"),
     "index with a name twice": (text_index(b'{"weight_map":{"a":"s1","a":"s2"}}'), "a: a name is there twice"),
     "index metadata a text": (shards(GOOD, metadata="x"), "metadata of the index is no object"),
-    "index too long": (lambda folder: raw(folder / "model.safetensors.index.json", b"{", size=GIB), "the index is too long"),
+    "index too long": (lambda folder: raw(folder / "model.safetensors.index.json", b"{", size=GIB), "the file is too long"),
     "index a link to nothing": (lambda folder: os.symlink("x", folder / "model.safetensors.index.json"), "the file is missing"),
     "shard missing": (shards({**GOOD, "d": "s3"}), "s3: the file is missing"),
     "shard has not got it": (shards({**GOOD, "d": "s2"}), "d: the index and its shards disagree\n.*in s2\n.*in no shard"),

@@ -59,6 +59,17 @@ def test_law_10_two_processes_two_models_one_commit(fate: str, backend: str, tmp
     assert all(rank[2] is None if said is None else said in rank[2] for rank in found)
 
 
+def test_law_10_a_member_whose_change_failed_or_was_made_can_change_again() -> None:
+    model = Few()
+    member = SessionMember(staged(model))
+    for end in (member.revert, member.keep, member.revert):
+        before = digests(model, new=False)
+        member.prepare()
+        member.commit()
+        end()
+        assert (digests(model, new=False) != before) == (end == member.keep)
+
+
 def test_a_member_refuses_between_commit_and_keep_and_takes_no_session_that_cannot_go_back() -> None:
     target, draft = Whole(), Few()
     member = SessionMember(staged(target), staged(draft))

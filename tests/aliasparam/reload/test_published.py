@@ -137,6 +137,16 @@ def test_a_manifest_that_says_something_else_is_refused(case: str, tmp_path: Pat
         Chain(root, 0, 2)
 
 
+@pytest.mark.parametrize("base", ["\u00b2", "9" * 5000])
+def test_a_base_that_is_no_version_is_none_that_a_manifest_must_name(base: str, tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "weight_v000001", B)
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"base_version": base}, "weight_map": dict.fromkeys(B, "model.safetensors")})
+    )
+    (folder / "manifest.json").write_text(json.dumps({"protocol_version": 1, "version": 1}))
+    Chain(tmp_path, 0, 1).close()
+
+
 def test_a_manifest_may_leave_out_what_the_index_says(tmp_path: Path) -> None:
     root = board(tmp_path)
     written = {"protocol_version": 1, "version": 2, "base_version": 1}

@@ -137,6 +137,44 @@ class Breaking:
         self.broken = self.key in key
 
 
+class Between:
+    """A store that does something else before one of its calls."""
+
+    def __init__(self, store: Any, call: str, key: str, then: Callable[[], object]) -> None:
+        self.store, self.call, self.key, self.then = store, call, key, then
+
+    def __getattr__(self, name: str) -> Any:
+        def called(key: Any, *values: str) -> Any:
+            if name == self.call and key == self.key:
+                self.call = ""
+                self.then()
+            return getattr(self.store, name)(key, *values)
+
+        return called
+
+
+def test_law_10_a_rank_that_is_restarted_while_another_begins_the_next_change_loads_what_serves() -> None:
+    """Whatever is deleted then, and also where the next one is never announced."""
+    store, member = HashStore(), Member()
+    Ranks(store, 0, 1).change(member, "old", "new", 1)
+
+    def begin_the_next() -> None:
+        with pytest.raises(RanksError, match="prepare fails"):
+            Ranks(store, 0, 1).change(Member(fails="prepare"), "new", "newer", 2)
+
+    assert Ranks(Between(store, "compare_set", "aliasparam/1/done", begin_the_next), 0, 1).generation_to_load() == "new"
+
+    store = HashStore()
+    Ranks(store, 0, 1).change(member, "old", "new", 1)
+
+    def killed() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Ranks(Between(store, "compare_set", "aliasparam/last", killed), 0, 1).change(member, "new", "newer", 2)
+    assert Ranks(store, 0, 1).generation_to_load() == "new"
+
+
 def test_a_rank_that_loses_the_store_after_it_acknowledged_is_in_doubt() -> None:
     store = Breaking("done/vote")
     ranks, member = Ranks(store, 0, 1, done_seconds=0.1, patience=0.1), Member()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import pickle
@@ -15,9 +16,11 @@ from torch import Tensor, nn
 
 from aliasparam import Derivation, checkpoint_state_dict, process, registry_of, reload
 from aliasparam.errors import AliasError, ReloadError, StateError
-from aliasparam.reload import Hooks
+from aliasparam.module.registry_of import registries
+from aliasparam.reload import Hooks, claims
 from aliasparam.reload.session import ReloadSession
 
+from ..small import Layer
 from .live_models import Whole, changed, raw, same
 
 OLD = checkpoint_state_dict(Whole())
@@ -205,6 +208,69 @@ def test_law_8_no_other_reload_begins_while_derivations_run() -> None:
         session.load(NEW)
     thread.join()
     assert found and same(model(), served(NEW))
+
+
+def test_a_rectangle_is_of_whole_numbers() -> None:
+    model = Few()
+    with reload(model, scope="partial") as session:
+        for value, where in ((NEW["norm"][:8], {"box": ((0.9, 8),)}), (NEW["norm"][:8], {"first_row": 0.5})):
+            with pytest.raises(TypeError, match="float"):
+                session.update("norm", value, **where)  # type: ignore[arg-type]
+    assert torch.equal(model.norm, Few().norm)
+
+
+@pytest.mark.parametrize("step", [ReloadSession.commit, ReloadSession.switch])
+@pytest.mark.parametrize("policy", ["write-through", "journal", "staged", "staged-journal"])
+def test_law_8_after_a_commit_that_fails_each_module_refuses(policy: Any, step: Callable[[ReloadSession], None]) -> None:
+    """Those too whose new values were processed before those of the module that refuses them."""
+
+    def alpha(scale: Tensor) -> Tensor:
+        if fails:
+            raise ValueError("a bad scale")
+        return scale.max().reshape(1)
+
+    model, fails = nn.ModuleList([Layer(scale=True), Layer(scale=True)]), False
+    registry = registry_of(model[1])
+    assert registry is not None
+    registry.rederive([Derivation("alpha", ("scale",), alpha, (1,), torch.float32)])
+    process(model)
+    before = [layer() for layer in model]
+    with reload(model, policy=policy) as session:
+        session.load({name: value + 1 for name, value in checkpoint_state_dict(model).items()})
+        session.prepare()
+        fails = True
+        with pytest.raises(AliasError, match="a bad scale"):
+            step(session)
+        for layer in model:
+            with pytest.raises(AliasError):
+                layer()
+        fails = False
+    assert [layer().equal(old) for layer, old in zip(model, before, strict=True)] == [False, False]
+
+
+def test_law_10_of_two_threads_that_begin_at_once_one_has_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both look whether it is free before either takes it."""
+    model, looked, began = Few(), threading.Barrier(2), []
+
+    def slow(of: nn.Module) -> Any:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            looked.wait(0.3)
+        return registries(of)
+
+    def begin() -> None:
+        with contextlib.suppress(ReloadError):
+            session = reload(model)
+            session.begin()
+            began.append(session)
+
+    monkeypatch.setattr(claims, "registries", slow)
+    threads = [threading.Thread(target=begin) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(began) == 1
+    began[0].abort()
 
 
 def test_law_10_elements_that_two_threads_send_at_once_are_refused_once() -> None:

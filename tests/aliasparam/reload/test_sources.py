@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
@@ -18,11 +19,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from aliasparam.layout.blocks import tiles
+from aliasparam.layout.boxes import Box
+from aliasparam.reload import held_file
 from aliasparam.reload.errors import SourceError
-from aliasparam.reload.ranges import Box, split
 from aliasparam.reload.sources import SafetensorsFolder
 
-from .folders import index, raw
+from .folders import index, raw, safetensors
 
 
 def tensors() -> dict[str, Tensor]:
@@ -102,10 +105,30 @@ def test_pieces_are_in_order_and_as_large_as_may_be(data: st.DataObject) -> None
     shape = tuple(data.draw(st.lists(st.integers(1, 6), max_size=4)))
     box, most = data.draw(boxes(shape)), data.draw(st.integers(1, 40))
     marks = torch.arange(max(torch.Size(shape).numel(), 1)).view(shape)
-    parts = [cut(marks, part).flatten() for part in split(box, most)]
-    assert torch.cat(parts).tolist() == cut(marks, box).flatten().tolist()
+    parts = [cut(marks, part).flatten() for part in tiles(box, most)]
+    assert [mark for part in parts for mark in part.tolist()] == cut(marks, box).flatten().tolist()
     assert all(len(part) <= most for part in parts)
     assert all(len(a) + len(b) > most for a, b in pairwise(parts) if len(shape) == 1)
+
+
+@pytest.mark.parametrize("writes", [1, 2, 1000])
+def test_law_8_a_file_that_is_written_while_it_is_opened(writes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its time is a tick old when it is taken, so that whoever writes to it then changes it; or it is refused."""
+    path, left = tmp_path / "model.safetensors", writes
+    safetensors(path, {"w": torch.zeros(4)})
+    sleep = time.sleep
+
+    def slept(seconds: float) -> None:
+        nonlocal left
+        sleep(seconds / 10 if writes > 2 else seconds)
+        if left:
+            os.utime(path)
+            left -= 1
+
+    monkeypatch.setattr(time, "sleep", slept)
+    with pytest.raises(SourceError, match="is being written to") if writes > 2 else contextlib.nullcontext():
+        SafetensorsFolder(tmp_path).close()
+        assert time.time() - path.stat().st_mtime >= held_file._TICK
 
 
 def test_a_rank_reads_its_own_ranges_alone(files: tuple[Path, dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,7 +231,8 @@ def test_law_8_a_file_as_young_as_a_tick_of_the_clock_is_looked_at_later(tmp_pat
     slept: list[float] = []
     file = tmp_path / "model.safetensors"
     save_file({"w": torch.zeros(4)}, file)
-    monkeypatch.setattr(time, "sleep", slept.append)
+    sleep = time.sleep
+    monkeypatch.setattr(time, "sleep", lambda seconds: slept.append(seconds) or sleep(seconds))
     for age, expected in ((3600, []), (0, [0.02])):
         os.utime(file, (time.time() - age,) * 2)
         SafetensorsFolder(tmp_path).close()

@@ -16,7 +16,7 @@ from torch.distributed import TCPStore
 from aliasparam import checkpoint_digest
 from aliasparam.reload.digest import whole_digest
 from aliasparam.reload.errors import StreamError
-from aliasparam.reload.stream_frames import MESSAGE_BYTES, Part, decode, encode, parts_of
+from aliasparam.reload.stream_link import MESSAGE_BYTES, Part, decode, encode, parts_of
 
 from . import folders, stream_process
 from .live_models import Whole

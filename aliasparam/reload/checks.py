@@ -1,13 +1,16 @@
-"""Whether an incoming tensor fits the live one."""
+"""What a session checks: the order of its steps, and whether an incoming tensor fits the live one."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from operator import index
 from typing import Any
 
 from torch import Tensor
 
 from ..errors import ReloadError
+from ..layout.boxes import sizes, whole
 from ..spec import TensorSpec, other_kind
 from ..storage.coverage import Box, Coverage
 
@@ -15,11 +18,10 @@ from ..storage.coverage import Box, Coverage
 def box_of(live: Tensor, value: Tensor, first_row: int | None, box: Box | None) -> Box:
     """The rectangle of ``live`` that ``value`` is for."""
     if box is not None:
-        return tuple((int(a), int(b)) for a, b in box)
-    whole = tuple((0, n) for n in live.shape)
-    if first_row is None or not whole:
-        return whole
-    return ((first_row, first_row + (value.shape[0] if value.dim() else 1)), *whole[1:])
+        return tuple((index(a), index(b)) for a, b in box)
+    if first_row is None or not live.shape:
+        return whole(live.shape)
+    return ((index(first_row), first_row + (value.shape[0] if value.dim() else 1)), *whole(live.shape[1:]))
 
 
 def shown(box: Box) -> str:
@@ -41,15 +43,14 @@ def need_fit(module: str, name: str, live: Tensor, value: Tensor, box: Box) -> N
     Raises:
         ReloadError: another shape or dtype, no values, or a rectangle that is not within the tensor.
     """
-    sizes = tuple(stop - start for start, stop in box)
     inside = len(box) == live.dim() and all(0 <= a <= b <= n for (a, b), n in zip(box, live.shape, strict=True))
-    if inside and tuple(value.shape) == sizes and value.dtype == live.dtype and value.device.type != "meta":
+    if inside and tuple(value.shape) == sizes(box) and value.dtype == live.dtype and value.device.type != "meta":
         return
     raise ReloadError(
         "the new tensor does not fit",
         module=module,
         name=name,
-        expected=f"{TensorSpec.of(live)}" + ("" if value.dim() and sizes == tuple(live.shape) else f", {shown(box)} of it"),
+        expected=f"{TensorSpec.of(live)}" + ("" if value.dim() and sizes(box) == tuple(live.shape) else f", {shown(box)} of it"),
         found=f"{TensorSpec.of(value)}{' on meta' if value.device.type == 'meta' else ''}",
         remedy="Send it in the shape and dtype of the checkpoint that was loaded first.",
     )
@@ -71,3 +72,27 @@ def need_whole(module: str, scope: object, wanted: Mapping[str, Coverage]) -> No
             found=f"{missing[0]} without {', '.join(map(shown, first[:3]))}",
             remedy='Send the missing tensors, or open the reload with scope="partial" for a deliberate partial update.',
         )
+
+
+class Phase(Enum):
+    """COMMITTING: in its switch or commit, where hooks and derivations run. Only an abort may come between."""
+
+    NEW = "not begun"
+    OPEN = "open"
+    PREPARED = "prepared"
+    COMMITTING = "being committed"
+    SWITCHED = "switched"
+    ENDED = "ended"
+
+
+def need(label: str, phase: Phase, wanted: Sequence[Phase], doing: str) -> None:
+    """Raise ReloadError where a reload of the model ``label`` is in none of the ``wanted`` phases."""
+    if phase in wanted:
+        return
+    raise ReloadError(
+        f"cannot {doing}: this reload is {phase.value}",
+        module=label,
+        expected=f"a reload that is {' or '.join(one.value for one in wanted)}",
+        found=phase.value,
+        remedy="The order is begin, update, prepare, commit; or use it inside `with reload(model) as r:`.",
+    )
