@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from aliasparam_nvfp4.integrations import agreement, options
 from aliasparam_nvfp4.integrations.agreement import Agreement, World, agree_on
 from aliasparam_nvfp4.integrations.folder import check_folder
 from aliasparam_nvfp4.integrations.plugins import SGLANG, VLLM, Engine
+from aliasparam_nvfp4.integrations.vllm.patching import around, becomes, missing
 
 from .test_linear import tensors
 
@@ -80,6 +82,32 @@ def test_a_rank_that_says_nothing_is_a_no(votes: Callable[[int], list[Agreement]
     monkeypatch.setattr(agreement, "PATIENCE", timedelta(milliseconds=50))
     with pytest.raises(ReloadError, match="did not answer"):
         votes(2)[0].agree()
+
+
+class Stock:
+    def __init__(self, number: int) -> None:
+        self.said = f"stock {number}"
+
+
+class Special(Stock):
+    """Has no ``__init__`` of its own."""
+
+
+class Ours:
+    def __init__(self, number: int) -> None:
+        self.said = f"ours {number}"
+
+
+def test_objects_of_a_hooked_class_and_of_no_subclass_become_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = f"{__name__}.Stock.__init__"
+    monkeypatch.setattr(Stock, "__init__", Stock.__init__)  # put back at the end
+    assert missing([target]) == [target]
+    for _ in range(2):  # the second time nothing
+        around(target, becomes(Ours))
+    stock, special = Stock(1), Special(number=2)
+    assert type(stock) is Ours and (stock.said, special.said) == ("ours 1", "stock 2") and missing([target]) == []  # type: ignore[comparison-overlap]
+    monkeypatch.setattr(Stock, "__init__", functools.wraps(Stock.__init__)(lambda self, number: None))
+    assert missing([target, f"{__name__}.no_such_function"]) == [target, f"{__name__}.no_such_function"]
 
 
 @pytest.mark.parametrize(

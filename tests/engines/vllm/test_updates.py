@@ -138,10 +138,10 @@ def test_an_update_in_chunks_is_a_reload_and_a_broken_one_is_given_up(
 def test_what_fails_while_vllm_processes_its_own_layers_leaves_a_refusal(
     engine: Any, moe: tuple[Path, Path], of_b: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever the policy: some of them have new weights then, and those that are declared have their old ones."""
+    """Also where the policy gives declared layers their old weights back: some of vLLM's own have new ones then."""
     from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
-    monkeypatch.setenv("ALIASPARAM_NVFP4_POLICY", "staged")
+    monkeypatch.setenv("ALIASPARAM_NVFP4_POLICY", "staged-journal")
 
     def fails(self: Any, layer: Any) -> None:
         raise MemoryError("no memory to process it")
