@@ -29,18 +29,18 @@ _KEPT = 64
 Form: TypeAlias = tuple[int, tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...], int, bool]
 
 
-class Step(NamedTuple):
-    """One copy of a shard.
+class Move(NamedTuple):
+    """One copy of a shard, in whatever region.
 
     Attributes:
-        memory: where its elements are in kernel memory; where there are regions, in each of them, and these are the first dim.
-        elements: which ones of a value it takes; None for all, as they are.
-        by_kernel: the copy which our own kernel makes, or None. Of such a copy both others are the first element.
+        copy: which elements of a value, and where in memory; where our own kernel copies, the first of them alone.
+        by_kernel: all of them for our own kernel, or None.
+        as_it_is: whether the elements are the value itself.
     """
 
-    memory: Tensor
-    elements: Copy | None
+    copy: Copy
     by_kernel: Copy | None
+    as_it_is: bool
 
 
 class Shard:
@@ -50,22 +50,17 @@ class Shard:
         box: in the coordinates of the region.
     """
 
-    def __init__(self, box: Box, copies: Sequence[tuple[Copy, bool]], memory: Tensor, bound: BoundLayout, form: Form) -> None:
+    def __init__(self, box: Box, moves: Sequence[Move], memory: Tensor, bound: BoundLayout) -> None:
         self.box = box
         self._has_regions = bound.lead > 0
-        self._steps = []
-        as_it_is = form[3], form[4], 0, memory.dtype
-        for copy, by_kernel in copies:
-            taken = copy.start if by_kernel else copy
-            everywhere = in_every_region(taken, memory, bound.regions, bound.region_capacity)
-            elements = None if (taken.sizes, taken.value, taken.value_offset, taken.dtype) == as_it_is else taken
-            self._steps.append(Step(everywhere if bound.lead else everywhere[0], elements, copy if by_kernel else None))
+        everywhere = [in_every_region(move.copy, memory, bound.regions, bound.region_capacity) for move in moves]
+        self._moves = [(move, t if bound.lead else t[0]) for move, t in zip(moves, everywhere, strict=True)]
 
     def write(self, region: int, value: Tensor) -> None:
         """Put ``value`` in its place in one region."""
-        for memory, elements, by_kernel in self._steps:
+        for (copy, by_kernel, as_it_is), memory in self._moves:
             target = memory[region] if self._has_regions else memory
-            source = value if elements is None else of_value(elements, value)
+            source = value if as_it_is else of_value(copy, value)
             if by_kernel is None:
                 target.copy_(source)
             else:
@@ -111,12 +106,12 @@ class Shards:
         if len(self._found) == _KEPT:
             self._found.clear()
         with outside_inference():
-            self._found[form] = Shard(*found, self.memory, self.bound, form)
+            self._found[form] = Shard(*found, self.memory, self.bound)
         return self._found[form]
 
 
 @lru_cache(maxsize=1 << 14)
-def planned(bound: BoundLayout, form: Form) -> tuple[Box, list[tuple[Copy, bool]]] | None:
+def planned(bound: BoundLayout, form: Form) -> tuple[Box, list[Move]] | None:
     """The box of a region which a view is, and the copies that bring a value there; or None: see :meth:`Shards.under`."""
     offset, shape, strides, given, given_strides, align, by_kernel = form
     if not isinstance(bound, StridedLayout) or not all(shape):
@@ -124,10 +119,14 @@ def planned(bound: BoundLayout, form: Form) -> tuple[Box, list[tuple[Copy, bool]
     place = placed(bound.shape[bound.lead :], offset, shape, strides)
     if place is None:
         return None
-    value = torch.empty_strided(given, given_strides, device="meta")
-    boxed = place.to_box(value.expand(shape))
-    copies = bound.copies((*[(0, 1)] * bound.lead, *place.box), (*[0] * bound.lead, *boxed.stride()), align, by_kernel=by_kernel)
-    (copy, ours), *more = copies
-    if not (more or ours) and (copy.sizes, copy.kernel, copy.value) == ((value.numel(),), (1,), (1,)) and value.is_contiguous():
-        copies = [(copy._replace(dtype=bound.dtype, sizes=given, kernel=given_strides, value=given_strides), False)]  # one run
-    return place.box, copies
+    value = torch.empty_strided(given, given_strides, dtype=bound.dtype, device="meta")
+    boxed = (*[0] * bound.lead, *place.to_box(value.expand(shape)).stride())
+    copies = bound.copies((*[(0, 1)] * bound.lead, *place.box), boxed, align, by_kernel=by_kernel)
+    return place.box, [Move(copy.start, copy, False) if ours else _by_torch(copy, value) for copy, ours in copies]
+
+
+def _by_torch(copy: Copy, value: Tensor) -> Move:
+    if (copy.sizes, copy.kernel, copy.value) == ((value.numel(),), (1,), (1,)) and value.is_contiguous():  # all in one run
+        copy = copy._replace(dtype=value.dtype, sizes=tuple(value.shape), kernel=value.stride(), value=value.stride())
+    own = value.dtype, tuple(value.shape), value.stride(), 0
+    return Move(copy, None, (copy.dtype, copy.sizes, copy.value, copy.value_offset) == own)
