@@ -48,6 +48,7 @@ class Shard:
 
     Attributes:
         box: in the coordinates of the region.
+        is_real: False where it was made while torch shows stand-ins for tensors (``FakeTensorMode``).
     """
 
     def __init__(self, box: Box, moves: Sequence[Move], memory: Tensor, bound: BoundLayout) -> None:
@@ -55,6 +56,7 @@ class Shard:
         self._has_regions = bound.lead > 0
         everywhere = [in_every_region(move.copy, memory, bound.regions, bound.region_capacity) for move in moves]
         self._moves = [(move, t if bound.lead else t[0]) for move, t in zip(moves, everywhere, strict=True)]
+        self.is_real = all(type(t) is Tensor for t in everywhere)
 
     def write(self, region: int, value: Tensor) -> None:
         """Put ``value`` in its place in one region."""
@@ -103,11 +105,13 @@ class Shards:
         found = planned(self.bound, form)
         if found is None:
             return None
-        if len(self._found) == _KEPT:
-            self._found.clear()
         with outside_inference():
-            self._found[form] = Shard(*found, self.memory, self.bound)
-        return self._found[form]
+            shard = Shard(*found, self.memory, self.bound)
+        if shard.is_real:
+            if len(self._found) == _KEPT:
+                self._found.clear()
+            self._found[form] = shard
+        return shard
 
 
 @lru_cache(maxsize=1 << 14)

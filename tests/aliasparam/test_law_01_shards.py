@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from aliasparam import process
 from aliasparam.errors import LayoutError
@@ -110,6 +111,17 @@ def test_law_1_bits_of_a_value_that_is_moved_in_wider_elements(form: str, dtype:
     layer.weight.copy_(of_form(value, form))
 
     assert same_bytes(layer.weight.clone(), plain.copy_(of_form(value, form)))
+
+
+def test_law_1_a_write_after_one_among_stand_ins_lands() -> None:
+    layer = layer_of(torch.zeros(2, 4, 8, dtype=torch.uint8))
+    first, second, value = layer.weight[0], layer.weight[1], torch.ones(4, 8, dtype=torch.uint8)
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        first.copy_(value)
+    second.copy_(value)
+
+    assert torch.equal(layer.weight[1], value)
 
 
 def test_law_1_a_view_behind_the_tensor_is_no_shard_of_it() -> None:
