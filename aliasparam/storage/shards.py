@@ -22,7 +22,7 @@ from .coverage import Box
 from .place import placed
 
 #: Shards kept for one memory, each with a view of it for every copy.
-_KEPT = 64
+_KEPT = 16
 
 #: Where a view lies in its region (offset, shape, strides); shape and strides of a value; bytes that addresses are a multiple of;
 #: whether our own kernel may run.
@@ -114,7 +114,7 @@ class Shards:
         return shard
 
 
-@lru_cache(maxsize=1 << 14)
+@lru_cache(maxsize=1 << 13)
 def planned(bound: BoundLayout, form: Form) -> tuple[Box, list[Move]] | None:
     """The box of a region which a view is, and the copies that bring a value there; or None: see :meth:`Shards.under`."""
     offset, shape, strides, given, given_strides, align, by_kernel = form
