@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import pytest
@@ -132,3 +133,18 @@ def test_law_1_a_view_behind_the_tensor_is_no_shard_of_it() -> None:
         layer.weight.as_strided((3, 5), (5, 1), 60).copy_(torch.ones(3, 5, dtype=torch.uint8))
 
     assert torch.equal(layer.weight, before)
+
+
+def test_a_shard_write_is_twenty_calls() -> None:
+    """What every loader pays for every shard: the steps in CONTRIBUTING.md, and none that was planned before."""
+    layer, value = layer_of(torch.zeros(3, 4, 8, dtype=torch.uint8)), torch.ones(4, 8, dtype=torch.uint8)
+    layer.weight.data[0].copy_(value)
+    weight, calls = layer.weight, []
+
+    sys.setprofile(lambda frame, event, _: calls.append(frame.f_code.co_name) if event == "call" else None)
+    try:
+        weight.data[1].copy_(value)
+    finally:
+        sys.setprofile(None)
+
+    assert len(calls) <= 20, calls
