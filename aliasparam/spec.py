@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,15 @@ class TensorSpec:
 
     def __str__(self) -> str:
         return f"{str(self.dtype).removeprefix('torch.')}{list(self.shape)}"
+
+
+def instances_in(values: Any, kind: type | tuple[type, ...]) -> Iterator[Any]:
+    """Those of a class among an operator's arguments, also in lists of them."""
+    for value in values:
+        if isinstance(value, kind):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from instances_in(value, kind)
 
 
 def other_kind(value: Any) -> str | None:

@@ -28,7 +28,7 @@ class Readiness(Enum):
     OPEN = "open"
 
 
-#: For every write, processing and forward: a member of an Enum is looked up by its name each time.
+#: For every write, processing and forward: Python 3.11 looks a member of an Enum up by its name each time.
 READY, OPEN = Readiness.READY, Readiness.OPEN
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..errors import StaleKernelError
-from ..spec import TensorSpec
+from ..spec import TensorSpec, instances_in
 from ..torch_private import never_traced, outside_inference, refused_when_traced
 
 _REMEDY = "Call aliasparam.process(model) after loading."
@@ -162,7 +162,7 @@ class RefusingName(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
-        name = next(_refusing((*args, *kwargs.values())))._alias_name
+        name = next(instances_in((*args, *kwargs.values()), RefusingName))._alias_name
         if func is torch.ops.aten._to_copy.default:  # Module.to(): the library follows at the next verb
             device = torch.device(kwargs.get("device") or name.memory.device)
             memory = torch.empty_like(name.memory, dtype=kwargs.get("dtype"), device=device)
@@ -206,11 +206,3 @@ refused_when_traced(RefusingName.__torch_function__, "a kernel-format name is op
 
 def _twin_of(name: KernelName) -> Tensor:
     return name.refusing
-
-
-def _refusing(values: Any) -> Any:
-    for value in values:
-        if isinstance(value, RefusingName):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from _refusing(value)

@@ -22,25 +22,25 @@ from .coverage import Box
 from .place import placed
 
 #: Shards kept for one memory, each with a view of it for every copy.
-_KEPT = 64
+_KEPT = 16
 
 #: Where a view lies in its region (offset, shape, strides); shape and strides of a value; bytes that addresses are a multiple of;
 #: whether our own kernel may run.
 Form: TypeAlias = tuple[int, tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...], int, bool]
 
 
-class Step(NamedTuple):
-    """One copy of a shard.
+class Move(NamedTuple):
+    """One copy of a shard, in whatever region.
 
     Attributes:
-        memory: where its elements are in kernel memory; where there are regions, in each of them, and these are the first dim.
-        elements: which ones of a value it takes; None for all, as they are.
-        by_kernel: the copy which our own kernel makes, or None. Of such a copy both others are the first element.
+        copy: which elements of a value, and where in memory; where our own kernel copies, the first of them alone.
+        by_kernel: all of them for our own kernel, or None.
+        as_it_is: whether the elements are the value itself.
     """
 
-    memory: Tensor
-    elements: Copy | None
+    copy: Copy
     by_kernel: Copy | None
+    as_it_is: bool
 
 
 class Shard:
@@ -48,24 +48,21 @@ class Shard:
 
     Attributes:
         box: in the coordinates of the region.
+        is_real: False where it was made while torch shows stand-ins for tensors (``FakeTensorMode``).
     """
 
-    def __init__(self, box: Box, copies: Sequence[tuple[Copy, bool]], memory: Tensor, bound: BoundLayout, form: Form) -> None:
+    def __init__(self, box: Box, moves: Sequence[Move], memory: Tensor, bound: BoundLayout) -> None:
         self.box = box
         self._has_regions = bound.lead > 0
-        self._steps = []
-        as_it_is = form[3], form[4], 0, memory.dtype
-        for copy, by_kernel in copies:
-            taken = copy.start if by_kernel else copy
-            everywhere = in_every_region(taken, memory, bound.regions, bound.region_capacity)
-            elements = None if (taken.sizes, taken.value, taken.value_offset, taken.dtype) == as_it_is else taken
-            self._steps.append(Step(everywhere if bound.lead else everywhere[0], elements, copy if by_kernel else None))
+        everywhere = [in_every_region(move.copy, memory, bound.regions, bound.region_capacity) for move in moves]
+        self._moves = [(move, t if bound.lead else t[0]) for move, t in zip(moves, everywhere, strict=True)]
+        self.is_real = all(type(t) is Tensor for t in everywhere)
 
     def write(self, region: int, value: Tensor) -> None:
         """Put ``value`` in its place in one region."""
-        for memory, elements, by_kernel in self._steps:
+        for (copy, by_kernel, as_it_is), memory in self._moves:
             target = memory[region] if self._has_regions else memory
-            source = value if elements is None else of_value(elements, value)
+            source = value if as_it_is else of_value(copy, value)
             if by_kernel is None:
                 target.copy_(source)
             else:
@@ -108,15 +105,17 @@ class Shards:
         found = planned(self.bound, form) if isinstance(self.bound, StridedLayout) else None
         if found is None:
             return None
-        if len(self._found) == _KEPT:
-            self._found.clear()
         with outside_inference():
-            self._found[form] = Shard(*found, self.memory, self.bound, form)
-        return self._found[form]
+            shard = Shard(*found, self.memory, self.bound)
+        if shard.is_real:
+            if len(self._found) == _KEPT:
+                self._found.clear()
+            self._found[form] = shard
+        return shard
 
 
-@lru_cache(maxsize=1 << 14)
-def planned(bound: StridedLayout, form: Form) -> tuple[Box, list[tuple[Copy, bool]]] | None:
+@lru_cache(maxsize=1 << 13)
+def planned(bound: StridedLayout, form: Form) -> tuple[Box, list[Move]] | None:
     """The box of a region which a view is, and the copies that bring a value there; or None: see :meth:`Shards.under`."""
     offset, shape, strides, given, given_strides, align, by_kernel = form
     if not all(shape):
@@ -124,11 +123,15 @@ def planned(bound: StridedLayout, form: Form) -> tuple[Box, list[tuple[Copy, boo
     place = placed(bound.shape[bound.lead :], offset, shape, strides)
     if place is None:
         return None
-    value = torch.empty_strided(given, given_strides, device="meta")
+    value = torch.empty_strided(given, given_strides, dtype=bound.dtype, device="meta")
     boxed = place.to_box(value.expand(shape))
     ones, none = [1] * bound.lead, [0] * bound.lead  # of one region
     copies = bound.copies(place.box, (*ones, *place.shape), (*none, *boxed.stride()), bound.dtype, align, by_kernel=by_kernel)
-    (copy, ours), *more = copies
-    if not (more or ours) and (copy.sizes, copy.kernel, copy.value) == ((value.numel(),), (1,), (1,)) and value.is_contiguous():
-        copies = [(copy._replace(dtype=bound.dtype, sizes=given, kernel=given_strides, value=given_strides), False)]  # one run
-    return place.box, copies
+    return place.box, [Move(copy.start, copy, False) if ours else _by_torch(copy, value) for copy, ours in copies]
+
+
+def _by_torch(copy: Copy, value: Tensor) -> Move:
+    if (copy.sizes, copy.kernel, copy.value) == ((value.numel(),), (1,), (1,)) and value.is_contiguous():  # all in one run
+        copy = copy._replace(dtype=value.dtype, sizes=tuple(value.shape), kernel=value.stride(), value=value.stride())
+    own = value.dtype, tuple(value.shape), value.stride(), 0
+    return Move(copy, None, (copy.dtype, copy.sizes, copy.value, copy.value_offset) == own)

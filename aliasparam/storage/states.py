@@ -33,7 +33,7 @@ class State(Enum):
     __hash__ = object.__hash__  # compared on every write: the hash of an Enum's name is slow
 
 
-_INVALID = State.INVALID  # for every write: a member of an Enum is looked up by its name each time
+_INVALID = State.INVALID  # for every write: Python 3.11 looks a member of an Enum up by its name each time
 
 #: The regions of one write, and those of them that were not LOADED before.
 Begun: TypeAlias = tuple[Sequence[int], dict[int, State]]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor
+
+from ..spec import instances_in
 
 
 class Types:
@@ -31,9 +33,5 @@ def mapped_kwargs(change: Callable[[Any], Tensor], kwargs: dict[str, Any]) -> di
     return {k: mapped_one(change, v) for k, v in kwargs.items()} if kwargs else kwargs
 
 
-def aliased_in(values: Any) -> Any:
-    for value in values:
-        if isinstance(value, Types.aliased):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from aliased_in(value)
+def aliased_in(values: Any) -> Iterator[Any]:
+    return instances_in(values, Types.aliased)

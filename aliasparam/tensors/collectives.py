@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..spec import instances_in
 from ..torch_private import below_autograd
 
 #: Arguments that are only read; operators whose ``tensors`` are read; operators that read what they overwrite.
@@ -34,7 +35,7 @@ class Collective(NamedTuple):
         name = func._schema.name.partition("::")[2]
         given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
         sends = name in _SENDS or (name == "broadcast_" and _is_root(given))
-        read = {n: v for n, v in given.items() if sends or n in _SENT or next(_tensors((v,)), None) is None}
+        read = {n: v for n, v in given.items() if sends or n in _SENT or next(instances_in((v,), Tensor), None) is None}
         return cls(read, {n: v for n, v in given.items() if n not in read}, name in _REDUCES)
 
 
@@ -55,7 +56,7 @@ _LIBRARY = torch.library.Library("c10d", "IMPL")  # type: ignore[no-untyped-call
 
 def _counting(func: Any) -> Callable[..., Any]:
     def counted(*args: Any, **kwargs: Any) -> Any:
-        torch.autograd.graph.increment_version(list(_tensors(Collective.of(func, args, kwargs).written.values())))
+        torch.autograd.graph.increment_version(list(instances_in(Collective.of(func, args, kwargs).written.values(), Tensor)))
         with below_autograd():
             return func(*args, **kwargs)
 
@@ -71,14 +72,6 @@ def wait_for(result: Any) -> None:
             work = Work.unbox(part)
             if work is not None:
                 work.wait()
-
-
-def _tensors(values: Any) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from _tensors(value)
 
 
 def _is_root(given: dict[str, Any]) -> bool:

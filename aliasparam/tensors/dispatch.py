@@ -84,7 +84,7 @@ def _handler_for(func: Any) -> _Handler:
         return _writer(func)
     if any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns):
         return _view
-    return _to_copy if func is torch.ops.aten._to_copy.default else _read
+    return _SPECIAL.get(func, _read)
 
 
 # -- handlers ----------------------------------------------------------------------------------------------------------
@@ -98,6 +98,15 @@ def _to_copy(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "meta":
         return func(args[0]._alias_geometry, **kwargs)  # engines record shapes before anything is loaded
     return _read(func, args, kwargs)
+
+
+def _clone(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    values = values_of(args[0])
+    is_gathered = values.untyped_storage().nbytes() == values.nbytes and not args[0]._alias_storage.bound.is_identity
+    return values if is_gathered and not kwargs else func(values, **kwargs)  # a copy of a copy would be twice its size
+
+
+_SPECIAL: dict[Any, _Handler] = {torch.ops.aten._to_copy.default: _to_copy, torch.ops.aten.clone.default: _clone}
 
 
 def _blank(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

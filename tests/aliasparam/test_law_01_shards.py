@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from aliasparam import process
 from aliasparam.errors import LayoutError
@@ -112,6 +114,17 @@ def test_law_1_bits_of_a_value_that_is_moved_in_wider_elements(form: str, dtype:
     assert same_bytes(layer.weight.clone(), plain.copy_(of_form(value, form)))
 
 
+def test_law_1_a_write_after_one_among_stand_ins_lands() -> None:
+    layer = layer_of(torch.zeros(2, 4, 8, dtype=torch.uint8))
+    first, second, value = layer.weight[0], layer.weight[1], torch.ones(4, 8, dtype=torch.uint8)
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        first.copy_(value)
+    second.copy_(value)
+
+    assert torch.equal(layer.weight[1], value)
+
+
 def test_law_1_a_view_behind_the_tensor_is_no_shard_of_it() -> None:
     layer = layer_of(numbers((2, 3, 5), torch.uint8, 0), PAD8)
     before = layer.weight.clone()
@@ -120,3 +133,18 @@ def test_law_1_a_view_behind_the_tensor_is_no_shard_of_it() -> None:
         layer.weight.as_strided((3, 5), (5, 1), 60).copy_(torch.ones(3, 5, dtype=torch.uint8))
 
     assert torch.equal(layer.weight, before)
+
+
+def test_a_shard_write_is_twenty_calls() -> None:
+    """What every loader pays for every shard: the steps in CONTRIBUTING.md, and none that was planned before."""
+    layer, value = layer_of(torch.zeros(3, 4, 8, dtype=torch.uint8)), torch.ones(4, 8, dtype=torch.uint8)
+    layer.weight.data[0].copy_(value)
+    weight, calls = layer.weight, []
+
+    sys.setprofile(lambda frame, event, _: calls.append(frame.f_code.co_name) if event == "call" else None)
+    try:
+        weight.data[1].copy_(value)
+    finally:
+        sys.setprofile(None)
+
+    assert len(calls) <= 20, calls

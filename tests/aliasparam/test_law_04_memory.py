@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from aliasparam import process
+from aliasparam import AliasedStorage, process
 from aliasparam.storage import reorder, scatter
 
 from .peak import peak_bytes
@@ -44,6 +44,13 @@ def test_law_4_what_a_write_needs_beside_its_values(what: str, large: Layer) -> 
     do(large.weight, value)
 
     assert peak_bytes(lambda: do(large.weight, value), torch.device("cpu")) <= limit
+
+
+def test_law_4_a_clone_is_what_was_gathered_and_no_copy_of_it(large: Layer, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, found = AliasedStorage.read, []
+    monkeypatch.setattr(AliasedStorage, "read", lambda storage, box: found.append(read(storage, box)) or found[-1])
+
+    assert large.weight.clone().data_ptr() == found[-1].data_ptr()
 
 
 def test_law_4_another_layout_needs_the_scratch_that_is_stated(large: Layer) -> None:

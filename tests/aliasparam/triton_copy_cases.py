@@ -61,10 +61,9 @@ def shards_by_triton(bound: StridedLayout, memory: torch.Tensor, value: torch.Te
     parts = value.view(bound.regions, *bound.shape[bound.lead :])
     form = parts[0].shape, parts[0].stride()
     align = bound.region_capacity * memory.itemsize | random.choice([4, 8])
-    whole = (0, *form, *form, align & -align, True)
-    box, copies = planned(bound, whole) or (None, [])
-    assert box == bound.whole[bound.lead :]
-    shard = Shard(box, [(copy, True) for copy, _ in copies], memory, bound, whole)
+    box, moves = planned(bound, (0, *form, *form, align & -align, True)) or (None, [])
+    assert box == bound.whole[bound.lead :] and all(move.by_kernel for move in moves if len(move.copy.sizes) > 1)
+    shard = Shard(box, moves, memory, bound)
     for region, part in enumerate(parts):
         shard.write(region, part)
 
