@@ -28,7 +28,7 @@ def allocate(names: ModuleNames, source: Source, *, loaded: bool) -> None:
     if tensor is None:
         raise AssertionError(f"{names.label}.{source.name} vanished while it was being declared")
     if isinstance(tensor, AliasedParameter):
-        names.bind_storage(source, tensor._alias_storage, tensor)  # a tied weight which another module declared: see check_tie
+        names.bind_storage(source, tensor._alias_storage, tensor)  # a tied weight which another module declared: see _check_tie
     elif tensor.device.type == "meta":
         source.attributes.update(loader_attributes(tensor))  # a loader will put a real tensor here: see adopt.py
     else:
