@@ -58,7 +58,7 @@ def alias_or_bind_derived_param(
         )
     spec, device = _source_spec(module, source, source_name)
     fits = TensorSpec.of(derived_value) == spec and derived_value.device == device and aliasing_is_on()
-    if not fits or (source is None and _has_memory(module, derived_name)):
+    if not fits or (source is None and _existing(module, derived_name) is not None):
         copy_or_rebind_param(module, derived_name, derived_value)
         same_device = derived_value.device == device
         reason = Reason.OWN_MEMORY if fits else _why_apart(spec, TensorSpec.of(derived_value), same_device=same_device)
@@ -112,9 +112,10 @@ def _without_overlap(module: nn.Module, source: Source | None, name: str, value:
     return value.detach().clone() if shares_memory(value, target) else value.detach()
 
 
-def _has_memory(module: nn.Module, name: str) -> bool:
-    """Whether a tensor lives under ``name``: then it stays where it is."""
-    return module._parameters.get(name) is not None or module._buffers.get(name) is not None
+def _existing(module: nn.Module, name: str) -> Tensor | None:
+    """The tensor that lives under ``name``: it stays where it is."""
+    found: Tensor | None = module._parameters.get(name)
+    return module._buffers.get(name) if found is None else found
 
 
 def _source_spec(module: nn.Module, source: Source | None, name: str) -> tuple[TensorSpec, torch.device]:
@@ -142,9 +143,7 @@ def copy_or_rebind_param(module: nn.Module, name: str, value: Tensor) -> None:
     Raises:
         PointerError: the name has memory of another shape, dtype or device: rebinding would move an address.
     """
-    existing: Tensor | None = module._parameters.get(name)
-    if existing is None:
-        existing = module._buffers.get(name)
+    existing = _existing(module, name)
     if existing is None:
         module.__dict__.pop(name, None)
         module.register_parameter(name, nn.Parameter(value.detach().clone(), requires_grad=False))

@@ -28,7 +28,7 @@ def allocate(names: ModuleNames, source: Source, *, loaded: bool) -> None:
     if tensor is None:
         raise AssertionError(f"{names.label}.{source.name} vanished while it was being declared")
     if isinstance(tensor, AliasedParameter):
-        names.bind_storage(source, tensor._alias_storage, tensor)  # a tied weight which another module declared: see check_tie
+        names.bind_storage(source, tensor._alias_storage, tensor)  # a tied weight which another module declared: see _check_tie
     elif tensor.device.type == "meta":
         source.attributes.update(loader_attributes(tensor))  # a loader will put a real tensor here: see adopt.py
     else:
@@ -42,24 +42,23 @@ def adopt_memory(names: ModuleNames, source: Source, tensor: Tensor, *, loaded: 
     holds is brought into kernel order by blocks. Memory that somebody else owns is never written: the storage gets its own.
     """
     label = f"{names.label}.{source.name}"
-    with torch.no_grad():
-        memory = _memory_of(source, tensor)
-        values = tensor.detach() if loaded and memory is None else None
-        state = State.EMPTY if not loaded else State.INVALID  # until the values are in order
-        storage = _storage(label, source, tensor.device, memory, state)
-        parameter = take_over(tensor, storage, storage.geometry)
-        if parameter is None:  # the old object stays in somebody's hands, so its memory stays its own
-            values = tensor.detach() if loaded else None
-            storage = _storage(label, source, tensor.device, None, state)
-            parameter = make_parameter(storage, storage.geometry, type(tensor))
-            parameter.__dict__.update(loader_attributes(tensor))
-        parameter.__dict__.update({k: v for k, v in source.attributes.items() if k not in parameter.__dict__})
-        names.bind_storage(source, storage, parameter)
-        if values is not None:
-            storage.write(storage.bound.whole, values.to(storage.bound.dtype))
-        elif loaded:
-            reorder(storage.elements, bound_to(None, storage.bound.shape, storage.bound.dtype), storage.bound)
-            storage.states.put_all(State.LOADED)
+    memory = _memory_of(source, tensor)
+    values = tensor.detach() if loaded and memory is None else None
+    state = State.EMPTY if not loaded else State.INVALID  # until the values are in order
+    storage = _storage(label, source, tensor.device, memory, state)
+    parameter = take_over(tensor, storage, storage.geometry)
+    if parameter is None:  # the old object stays in somebody's hands, so its memory stays its own
+        values = tensor.detach() if loaded else None
+        storage = _storage(label, source, tensor.device, None, state)
+        parameter = make_parameter(storage, storage.geometry, type(tensor))
+        parameter.__dict__.update(loader_attributes(tensor))
+    parameter.__dict__.update({k: v for k, v in source.attributes.items() if k not in parameter.__dict__})
+    names.bind_storage(source, storage, parameter)
+    if values is not None:
+        storage.write(storage.bound.whole, values.to(storage.bound.dtype))
+    elif loaded:
+        reorder(storage.elements, bound_to(None, storage.bound.shape, storage.bound.dtype), storage.bound)
+        storage.states.put_all(State.LOADED)
 
 
 def _memory_of(source: Source, tensor: Tensor) -> Tensor | None:

@@ -41,10 +41,13 @@ class Source:
     name: str
     plan: StoragePlan
     derived: str | None  # the kernel name that lives in the storage
-    layout: Order | None = None
     storage: AliasedStorage | None = None  # None while the module is on the meta device
     bindings: list[Binding] = field(default_factory=list)
     attributes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def layout(self) -> Order | None:
+        return self.plan.layout
 
     @property
     def kernel(self) -> KernelName | None:
@@ -117,7 +120,7 @@ def _pair(module: nn.Module, alias: Alias, *, aliasing: bool) -> tuple[Source, D
     spec = parameter_spec(module, alias.source)
     layout, plan = plan_of(alias, spec, aliasing=aliasing)
     if not isinstance(layout, Reencoding) and (not alias.derived or plan.reason.aliases):
-        return Source(alias.source, plan, alias.derived or None, layout), None
+        return Source(alias.source, plan, alias.derived or None), None
     if aliasing:
         _report_fallback(alias, plan)
     function = (

@@ -107,7 +107,10 @@ class AliasRegistry(ModuleNames):
             name: the declared source.
             shards: (module, parameter name, view), where view is a slice or view of the source parameter.
         """
-        show(self, name, shards)
+        try:
+            show(self, name, shards)
+        except AliasError as error:
+            raise error.located(module=self.label, name=name) from error.__cause__
 
     def value(self, name: str) -> Tensor:
         """What a source or a derivation holds, also of a source that is shown as shards by other names."""

@@ -11,15 +11,13 @@ from ..errors import AliasError, DeclarationError, PointerError
 from ..storage.locks import all_locked
 from ..storage.reorder import move
 from .adopt import adopt
-from .declarations import Alias, AnyLayout, Order, Reencoding
+from .declarations import Alias, AnyLayout
 from .names import ModuleNames
 from .planning import plan_of
 from .verdict import StoragePlan
 
-Plans = dict[str, tuple[Order | None, StoragePlan]]
 
-
-def plan_retarget(names: ModuleNames, layouts: Mapping[str, AnyLayout | str | None]) -> Plans:
+def plan_retarget(names: ModuleNames, layouts: Mapping[str, AnyLayout | str | None]) -> dict[str, StoragePlan]:
     """See :meth:`AliasRegistry.check_retarget`."""
     plans = {}
     for name, layout in layouts.items():
@@ -43,13 +41,13 @@ def retarget(names: ModuleNames, layouts: Mapping[str, AnyLayout | str | None]) 
             for source in sources:
                 if source.storage is not None:
                     source.storage.changing()
-                source.layout, source.plan = plans[source.name]
+                source.plan = plans[source.name]
                 if source.storage is not None:
                     move(source.storage, source.layout)  # finished by adopt() where it is interrupted
         names.bind_kernel_names()
 
 
-def _plan(names: ModuleNames, name: str, layout: AnyLayout | str | None) -> tuple[Order | None, StoragePlan]:
+def _plan(names: ModuleNames, name: str, layout: AnyLayout | str | None) -> StoragePlan:
     source = names.sources.get(name)
     if source is None or not source.derived:
         raise DeclarationError(
@@ -67,13 +65,12 @@ def _plan(names: ModuleNames, name: str, layout: AnyLayout | str | None) -> tupl
             remedy="Untie it with clone() before declaring, or declare it once.",
         )
     old = source.plan
-    found, plan = plan_of(Alias(name, source.derived, layout, dtype=old.kernel.dtype), old.source)
-    fits = plan.reason.aliases and plan.capacity <= old.capacity and plan.bound.regions == old.bound.regions
-    if isinstance(found, Reencoding) or not fits:
+    _, plan = plan_of(Alias(name, source.derived, layout, dtype=old.kernel.dtype), old.source)
+    if not plan.reason.aliases or plan.capacity > old.capacity or plan.bound.regions != old.bound.regions:
         raise PointerError(
             f"this layout does not fit the storage: {plan.reason.value}",
             expected=f"{old.bound.regions} regions, at most {old.nbytes} bytes",
             found=f"{plan.bound.regions} regions, {plan.nbytes} bytes ({plan.kernel})",
             remedy="Plan room for it at creation: Alias(room_for=(layout,)).",
         )
-    return found, replace(plan, capacity=old.capacity)
+    return replace(plan, capacity=old.capacity)

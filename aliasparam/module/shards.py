@@ -22,8 +22,6 @@ def show(names: ModuleNames, name: str, shards: Iterable[tuple[nn.Module, str, T
     if storage is None:
         raise StateError(
             "a source on the meta device has no memory to show",
-            module=names.label,
-            name=name,
             expected="a loaded source",
             found="one on meta",
             remedy="Show shards after the module has memory.",
@@ -33,8 +31,6 @@ def show(names: ModuleNames, name: str, shards: Iterable[tuple[nn.Module, str, T
         if not isinstance(view, _Aliased) or view._alias_storage is not storage:
             raise DeclarationError(
                 "a shard must be a view of the source it shows",
-                module=names.label,
-                name=name,
                 expected=f"a slice or view of {storage.label}",
                 found=type(view).__name__,
                 remedy="Slice the declared Parameter itself: layer.weight[:n].",
@@ -51,8 +47,6 @@ def show(names: ModuleNames, name: str, shards: Iterable[tuple[nn.Module, str, T
     if not once or not covered.whole:
         raise DeclarationError(
             "the shards must cover the source exactly once",
-            module=names.label,
-            name=name,
             expected=f"{source.plan.source.numel} elements, each in one shard",
             found="some elements twice" if not once else f"without {covered.missing()[:3]}",
             remedy="Slice the source into parts that lie beside each other.",

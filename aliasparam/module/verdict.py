@@ -17,7 +17,7 @@ import torch
 from ..layout import BoundLayout, Layout
 from ..layout.bind import bound_to
 from ..spec import TensorSpec
-from .declarations import AnyLayout, Reencoding
+from .declarations import AnyLayout, Order, Reencoding
 
 
 class Reason(Enum):
@@ -76,13 +76,15 @@ class StoragePlan:
     Attributes:
         source: the checkpoint tensor.
         kernel: the kernel name.
-        bound: order of the memory: that of the pair, or checkpoint order where the kernel name is a copy.
+        layout: order of the memory: that of the pair, or None (checkpoint order) where the kernel name is a copy.
+        bound: the same for this tensor.
         capacity: elements of the source's dtype that are allocated, room for other layouts included.
         reason: why they share memory, or why not.
     """
 
     source: TensorSpec
     kernel: TensorSpec
+    layout: Order | None
     bound: BoundLayout
     capacity: int
     reason: Reason
@@ -126,13 +128,16 @@ def plan_storage(
         LayoutError: the digits of a layout do not fit the shape.
     """
     only_lines = all(other is None or isinstance(other, Layout) for other in (layout, *room_for))
-    plan = _plan_of_lines if only_lines else _plan  # the others hold functions and tables, which a cache would keep alive
-    return plan(source, layout, kernel_dtype or source.dtype, aliasing, room_for)
+    fit = _fit_of_lines if only_lines else _fit  # the others hold functions and tables, which a cache would keep alive
+    kernel, bound, capacity, reason = fit(source, layout, kernel_dtype or source.dtype, aliasing, room_for)
+    order = None if isinstance(layout, Reencoding) or not reason.aliases else layout
+    return StoragePlan(source, kernel, order, bound, capacity, reason)
 
 
-def _plan(
+def _fit(
     source: TensorSpec, layout: AnyLayout | None, dtype: torch.dtype, aliasing: bool, room_for: tuple[AnyLayout | None, ...]
-) -> StoragePlan:
+) -> tuple[TensorSpec, BoundLayout, int, Reason]:
+    """Kernel format, order of the memory, capacity, reason: see :class:`StoragePlan`."""
     bound = None
     if isinstance(layout, Reencoding):
         kernel = layout.output(source)
@@ -141,11 +146,10 @@ def _plan(
         kernel = TensorSpec(bound.kernel_shape, dtype)
     reason = judge(source, kernel, lossless=bound is not None) if aliasing else Reason.SWITCHED_OFF
     if bound is None or not reason.aliases:
-        return StoragePlan(source, kernel, bound_to(None, source.shape, source.dtype), source.numel, reason)
+        return kernel, bound_to(None, source.shape, source.dtype), source.numel, reason
     rooms = [bound_to(other, source.shape, source.dtype) for other in room_for if not isinstance(other, Reencoding)]
-    capacity = max(b.regions * b.region_capacity for b in (bound, *rooms))
-    return StoragePlan(source, kernel, bound, capacity, reason)
+    return kernel, bound, max(b.regions * b.region_capacity for b in (bound, *rooms)), reason
 
 
 #: A model declares the same few lines for the same few shapes over and over.
-_plan_of_lines = lru_cache(maxsize=4096)(_plan)
+_fit_of_lines = lru_cache(maxsize=4096)(_fit)

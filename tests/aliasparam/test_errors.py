@@ -137,6 +137,12 @@ def free(layer: Layer) -> None:
     layer.get_buffer("prepared").untyped_storage().resize_(0)
 
 
+def show(layer: Layer, shard: Tensor) -> None:
+    registry = registry_of(layer)
+    assert registry is not None
+    registry.show_shards("weight", [(nn.Module(), "q", shard)])
+
+
 cycle = (Derivation("x", ("y",), largest, (1,), F32), Derivation("y", ("x",), largest, (1,), F32))
 zeros = torch.zeros(6, 8, dtype=U)
 
@@ -177,6 +183,8 @@ DECLARING: dict[str, tuple[type[AliasError], Do]] = {
         lambda: copy_or_rebind_param(module(a=torch.zeros(4)), "a", torch.zeros(5)),
     ),
     "a format without room": (PointerError, after(lambda m: registry_of(m).retarget({"weight": "(g r) k -> g r k, r=64"}))),  # type: ignore[union-attr]
+    "shards that leave rows out": (DeclarationError, after(lambda m: show(m, m.weight[:2]))),
+    "a shard that is no view": (DeclarationError, after(lambda m: show(m, zeros))),
     "a format for no source": (DeclarationError, after(lambda m: registry_of(m).retarget({"w": SWAP}))),  # type: ignore[union-attr]
 }
 USING: dict[str, tuple[type[AliasError], Do]] = {

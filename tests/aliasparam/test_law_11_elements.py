@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aliasparam.layout import Layout, LayoutError
+from aliasparam.layout import IndexLayout, Layout, LayoutError
 
 from .layout_oracle import Case, Dim, bits, boxes, cases, core_shapes, random, strided
 
@@ -145,6 +146,31 @@ def test_elements_are_moved_wide_only_where_all_is_aligned(data: Any, blocks: in
 
     assert torch.equal(bits(memory), expected)
     assert torch.equal(bits(bound.read(memory, box)), bits(value[inside]))
+
+
+@given(DRAW, LEADS, st.sampled_from([torch.uint8, torch.bfloat16, torch.float32, torch.complex64, torch.complex128]))
+def test_a_table_puts_every_element_where_it_says(data: Any, lead: tuple[int, ...], dtype: torch.dtype) -> None:
+    core = data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=3).map(tuple))
+    room = math.prod(core) + data.draw(st.integers(0, 3))
+    positions = torch.tensor(data.draw(st.permutations(range(room)))[: math.prod(core)]).view(core)
+    shape, regions = (*lead, *core), math.prod(lead)
+    bound = IndexLayout(positions, (room,)).bind(shape, dtype)
+    box = data.draw(boxes(shape))
+    value = numbers([stop - start for start, stop in box], dtype, 1)
+    memory = numbers([regions * room], dtype, 100)
+    at = (torch.arange(regions).view(*lead, *[1] * len(core)) * room + positions)[tuple(slice(*ends) for ends in box)]
+    expected = memory.clone()
+    expected[at.reshape(-1)] = value.reshape(-1)
+
+    bound.write(memory, box, value)
+
+    assert torch.equal(memory, expected)
+    assert torch.equal(bound.offsets(box), at)
+    assert torch.equal(bound.read(memory, box), value)
+
+
+def numbers(shape: list[int], dtype: torch.dtype, first: int) -> torch.Tensor:
+    return torch.arange(first, first + math.prod(shape)).to(dtype).view(shape)
 
 
 def test_conjugated_and_negated_values_are_what_they_look_like() -> None:
