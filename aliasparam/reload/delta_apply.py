@@ -205,12 +205,13 @@ def _compared(
 ) -> Iterator[Patch | None]:
     nbytes = live.nbytes if part is None else math.prod(part.shape) * live.dtype.itemsize
     readers = [delta.changes(name, nbytes) for delta in deltas]
-    sums = digest if isinstance(digest, PositionalAdler32) else None
-    summed = sums is not None and full is None and part is None and add_in_place(sums, live)  # of the old bytes
+    summed = None
+    if isinstance(digest, PositionalAdler32) and full is None and part is None and add_in_place(digest, live):
+        summed = digest  # with all old bytes in it
     for span in spans(live, part):
         read = (one.read(span.start, span.start + span.nbytes) for one in readers)
         changes = [change for change in read if change is not None]
-        if summed and not changes:
+        if summed is not None and not changes:
             continue
         old = live.bytes(span.box)
         new = span.put(old) if full is None else _stored(full, name, span, old)
@@ -218,15 +219,20 @@ def _compared(
             new = change.of(new)
         own = span.take(new)
         if digest is not None:
-            digest.add(new if span.columns is None else span.put(own), span.start)
-        if sums is not None:
-            sums.count -= span.nbytes - own.numel()  # zeros in the place of what is elsewhere
-            if summed:
-                sums.add(old, span.start, sign=-1)
+            _add(digest, span, own)
+        if summed is not None:
+            summed.add(old, span.start, sign=-1)
         if changes or full is not None:
             yield patch_of(live, span.box, old, own, keep_new=True)
     for one in readers:
         one.finish()
+
+
+def _add(digest: PositionalAdler32 | Hashed, span: Span, own: Tensor) -> None:
+    """The new bytes of a span: of sums, with zeros in the place of what is elsewhere."""
+    digest.add(own if span.columns is None else span.put(own), span.start)
+    if isinstance(digest, PositionalAdler32):
+        digest.count -= span.nbytes - own.numel()
 
 
 def _stored(full: SafetensorsFolder, name: str, span: Span, like: Tensor) -> Tensor:

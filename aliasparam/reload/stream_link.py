@@ -81,6 +81,14 @@ def encode(fields: dict[str, Any], size: int = MESSAGE_BYTES) -> Tensor:
     return torch.frombuffer(bytearray(message.ljust(size)), dtype=torch.uint8)
 
 
+def _words(why: str) -> str:
+    """As much of it as fits an answer whatever is in it: a character may be twelve bytes of JSON, and half of one is none."""
+    why = why.encode(errors="replace").decode()[:800]
+    while len(json.dumps(why)) > _ANSWER_BYTES - _SEAL - 64:
+        why = why[: len(why) * 7 // 8]
+    return why
+
+
 def room_for(text: int) -> bool:
     """Whether parts whose fields are so many characters of JSON fit one message."""
     return text < MESSAGE_BYTES - _SEAL - 512
@@ -177,12 +185,15 @@ class Link:
     def say(self, frame: str, peers: Sequence[int] | None = None, **fields: Any) -> None:
         self.send(encode({"frame": frame, **fields}), peers)
 
+    def give_up(self, peer: int, why: str) -> None:
+        self.say("gave up", [peer], why=_words(why))
+
     def hear(self, peer: int) -> dict[str, Any]:
         """Raises StreamError: also for a damaged message."""
         return self._hear(peer, MESSAGE_BYTES)
 
     def answer(self, peer: int, frame: str, why: str = "") -> None:
-        self.send(encode({"frame": frame, "why": why[:800]}, _ANSWER_BYTES), [peer])
+        self.send(encode({"frame": frame, "why": _words(why)}, _ANSWER_BYTES), [peer])
 
     def hear_answer(self, peer: int) -> dict[str, Any]:
         return self._hear(peer, _ANSWER_BYTES)

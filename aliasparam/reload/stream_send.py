@@ -88,7 +88,7 @@ class _Sender:
         for peer in sorted(self._listening):
             try:
                 if peer not in self._to_answer or self._link.hear_answer(peer).get("frame") == "taken":
-                    self._link.say("gave up", [peer], why=f"{type(error).__name__}: {error}"[:800])
+                    self._link.give_up(peer, f"{type(error).__name__}: {error}")
             except StreamError:
                 continue
 

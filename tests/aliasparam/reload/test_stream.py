@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import re
 import zlib
+from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch.distributed import TCPStore
 
 from aliasparam import checkpoint_digest
+from aliasparam.reload import stream_link
 from aliasparam.reload.digest import whole_digest
 from aliasparam.reload.errors import StreamError
 from aliasparam.reload.stream_link import MESSAGE_BYTES, Part, decode, encode, parts_of
@@ -110,6 +112,21 @@ def test_messages_are_of_one_size_and_sealed() -> None:
         message[place] ^= 1
         with pytest.raises(StreamError, match="here: a message of the stream is damaged"):
             decode(message, "here")
+
+
+@pytest.mark.parametrize("why", ["文" * 900, "\U0001f600" * 900, "\1" * 900, '"' * 900, "file \udc80" + "x" * 900])
+def test_whatever_a_receiver_says_is_an_answer_of_one_size(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[torch.Tensor] = []
+    monkeypatch.setattr(stream_link.dist, "get_backend", lambda group: "gloo")
+    monkeypatch.setattr(stream_link.dist, "isend", lambda memory, peer, group: sent.append(memory) or nullcontext)
+    monkeypatch.setattr(nullcontext, "wait", lambda deadline: None, raising=False)
+    link = stream_link.Link((1,), None, 1.0)
+    link.answer(1, "refused", why)
+    link.give_up(1, why)
+    assert [memory.numel() for memory in sent] == [4096, MESSAGE_BYTES]
+    for memory in sent:
+        said = decode(memory, "here")["why"]
+        assert len(said) > 200 and why.encode(errors="replace").decode().startswith(said)
 
 
 GOOD = Part("w", torch.int16, (4, 6), ((0, 2), (0, 6)), 16)
