@@ -1,21 +1,8 @@
-"""Every test can fail: faults are planted in a copy of the packages, and each must be caught by the test file named for it.
-
-``python -m tests.planted_faults`` plants all, ``python -m tests.planted_faults 3 7`` some. A fault is a patch of source text. The
-copy is in a temporary folder; the tests run on it by its place on the path.
-"""
+"""The faults that :mod:`tests.plant` plants, each with the test files that must catch it. A fault is a patch of source text."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import sys
-import tempfile
-import time
-from pathlib import Path
 from typing import NamedTuple
-
-ROOT = Path(__file__).parents[1]
 
 
 class Planted(NamedTuple):
@@ -280,42 +267,3 @@ FAULTS = [
     ),
     Planted("cli/verify_engine.py", '"held": same != differs', '"held": same', "cli/test_verify_engine.py", _NVFP4),
 ]
-
-
-def caught(fault: Planted) -> str | None:
-    """Plant the fault in a copy and run its tests: None where they fail, else what is wrong."""
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder)
-        for name in ("aliasparam", "aliasparam_nvfp4", "tests"):
-            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-        for name in ("pyproject.toml", "pytest_aliasparam.py"):
-            shutil.copy(ROOT / name, copy / name)
-        shutil.copytree(ROOT / "docs", copy / "docs")
-        file = copy / fault.of / fault.file
-        text = file.read_text()
-        if text.count(fault.old) < 1:
-            return "the text it replaces is not there"
-        file.write_text(text.replace(fault.old, fault.new))
-        below = fault.of.removeprefix("aliasparam_")
-        tests = [f"tests/{below}/{name}" for name in fault.tests.split()]
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider", *tests]
-        environment = {**os.environ, "PYTHONPATH": str(copy), "HYPOTHESIS_PROFILE": "planted"}
-        run = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
-        return None if run.returncode == 1 else f"not caught (pytest ended with {run.returncode}): {run.stdout[-300:]}"
-
-
-def main(chosen: list[int]) -> int:
-    missed = 0
-    for number, fault in enumerate(FAULTS):
-        if chosen and number not in chosen:
-            continue
-        start = time.monotonic()
-        wrong = caught(fault)
-        missed += wrong is not None
-        print(f"{number:3} {time.monotonic() - start:5.0f} s  {fault.file}: {wrong or f'caught by {fault.tests}'}", flush=True)
-    print(f"{missed} not caught")
-    return missed
-
-
-if __name__ == "__main__":
-    sys.exit(main([int(number) for number in sys.argv[1:]]))

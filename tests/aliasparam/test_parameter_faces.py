@@ -273,36 +273,3 @@ def test_reading_what_was_never_loaded_refuses(device: torch.device) -> None:
     assert layer.weight[:2].sum() == 16  # what was written can be read
     layer.weight[2:] = 1
     assert process(layer) == 1
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
-def test_moving_the_module_to_another_device_keeps_it_right() -> None:
-    layer = nn.Module()
-    layer.weight = nn.Parameter(VALUES.clone(), requires_grad=False)
-    declare(layer, Alias("weight", "prepared", SWAP))
-    process(layer)
-
-    layer.cuda()
-    process(layer)
-
-    assert layer.weight.is_cuda and layer.prepared.is_cuda
-    assert layer.weight.data_ptr() == layer.prepared.data_ptr()
-    assert torch.equal(layer.weight.cpu(), VALUES)
-    assert torch.equal(layer.prepared.cpu(), kernel(SWAP, VALUES))
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
-def test_parameters_replaced_by_ones_on_another_device_are_followed() -> None:
-    layer = nn.Module()
-    layer.weight = nn.Parameter(VALUES.clone(), requires_grad=False)
-    declare(layer, Alias("weight", "prepared", SWAP))
-    process(layer)
-
-    layer.weight = nn.Parameter(VALUES.cuda() + 1, requires_grad=False)
-    process(layer)
-
-    assert isinstance(layer.weight, AliasedParameter)
-    assert layer.weight.data_ptr() == layer.prepared.data_ptr()
-    assert torch.equal(layer.prepared.cpu(), kernel(SWAP, VALUES + 1))

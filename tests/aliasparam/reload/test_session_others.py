@@ -1,0 +1,145 @@
+"""What else sees a session: threads, copies, memory that two names share, modules that were processed before another failed."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import pickle
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from aliasparam import Derivation, checkpoint_state_dict, process, registry_of, reload
+from aliasparam.errors import AliasError, ReloadError
+from aliasparam.module.registry_of import registries
+from aliasparam.reload import claims
+from aliasparam.reload.session import ReloadSession
+
+from ..small import Layer
+from .live_models import Whole, changed, same
+from .test_session import Few
+
+OLD = checkpoint_state_dict(Whole())
+NEW = changed(changed(OLD, 0.2, 0), 0.2, 1)
+
+
+@pytest.mark.parametrize("step", [ReloadSession.commit, ReloadSession.switch])
+@pytest.mark.parametrize("policy", ["write-through", "journal", "staged", "staged-journal"])
+def test_law_8_after_a_commit_that_fails_each_module_refuses(policy: Any, step: Callable[[ReloadSession], None]) -> None:
+    """Those too whose new values were processed before those of the module that refuses them."""
+
+    def alpha(scale: Tensor) -> Tensor:
+        if fails:
+            raise ValueError("a bad scale")
+        return scale.max().reshape(1)
+
+    model, fails = nn.ModuleList([Layer(scale=True), Layer(scale=True)]), False
+    registry = registry_of(model[1])
+    assert registry is not None
+    registry.rederive([Derivation("alpha", ("scale",), alpha, (1,), torch.float32)])
+    process(model)
+    before = [layer() for layer in model]
+    with reload(model, policy=policy) as session:
+        session.load({name: value + 1 for name, value in checkpoint_state_dict(model).items()})
+        session.prepare()
+        fails = True
+        with pytest.raises(AliasError, match="a bad scale"):
+            step(session)
+        for layer in model:
+            with pytest.raises(AliasError):
+                layer()
+        fails = False
+    assert [layer().equal(old) for layer, old in zip(model, before, strict=True)] == [False, False]
+
+
+def test_law_10_of_two_threads_that_begin_at_once_one_has_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both look whether it is free before either takes it."""
+    model, looked, began = Few(), threading.Barrier(2), []
+
+    def slow(of: nn.Module) -> Any:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            looked.wait(0.3)
+        return registries(of)
+
+    def begin() -> None:
+        with contextlib.suppress(ReloadError):
+            session = reload(model)
+            session.begin()
+            began.append(session)
+
+    monkeypatch.setattr(claims, "registries", slow)
+    threads = [threading.Thread(target=begin) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(began) == 1
+    began[0].abort()
+
+
+def test_law_10_elements_that_two_threads_send_at_once_are_refused_once() -> None:
+    """The second finds them arrived, also where the first still waits for a forward."""
+    model, started = Few(), threading.Event()
+    with reload(model, scope="partial") as session:
+        write = session._policy.update
+
+        def slow(*args: Any) -> None:
+            started.set()
+            second.join(0.2)
+            write(*args)
+
+        session._policy.update = slow  # type: ignore[method-assign]
+        found: list[BaseException] = []
+
+        def send() -> None:
+            assert started.wait(20)
+            try:
+                session.update("norm", OLD["norm"])
+            except ReloadError as error:
+                found.append(error)
+
+        second = threading.Thread(target=send)
+        second.start()
+        session.update("norm", NEW["norm"])
+        second.join()
+        assert [str(error) for error in found if "arrived twice" in str(error)]
+    assert torch.equal(model.norm, NEW["norm"])
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_law_8_a_copy_of_a_half_written_model_refuses_until_it_is_reloaded_by_itself(copied: Any) -> None:
+    model, expected = Whole(), Whole()
+    del model.turned, expected.turned  # its functions cannot be pickled
+    new = {name: value for name, value in NEW.items() if not name.startswith("turned.")}
+    with reload(expected) as session:
+        session.load(new)
+    with pytest.raises(KeyError), reload(model) as session:
+        session.load({name: new[name] for name in ("norm", "padded.weight", "turned_plain")})
+        twin = copied(model)
+        raise KeyError
+    with pytest.raises(AliasError):
+        twin()
+    with reload(twin) as session:
+        session.load(new)
+    assert same(twin(), expected()) and twin.tied is twin.norm
+    with pytest.raises(AliasError):
+        model()
+
+
+def test_law_8_parameters_in_one_memory_refuse_together() -> None:
+    """``b = nn.Parameter(a.data)`` is a tie that nobody sees by the objects; a part of it too."""
+    model = Few()
+    model.shared = nn.Parameter(model.norm.data, requires_grad=False)
+    model.part = nn.Parameter(model.norm.data[3:5], requires_grad=False)
+    model.apart = nn.Parameter(torch.ones(2), requires_grad=False)
+    with reload(model, scope="partial") as session:
+        session.update("norm", NEW["norm"])
+        for name in ("norm", "shared", "part"):
+            with pytest.raises(AliasError):
+                getattr(model, name) + 0
+        model.apart + 0
+    assert torch.equal(model.shared, NEW["norm"]) and torch.equal(model.part, NEW["norm"][3:5])

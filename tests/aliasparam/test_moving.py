@@ -1,0 +1,46 @@
+"""Modules and parameters that go to another device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from aliasparam import Alias, AliasedParameter, declare, process
+
+from .small import SWAP, kernel
+
+VALUES = torch.arange(48, dtype=torch.uint8).view(6, 8)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+def test_moving_the_module_to_another_device_keeps_it_right() -> None:
+    layer = nn.Module()
+    layer.weight = nn.Parameter(VALUES.clone(), requires_grad=False)
+    declare(layer, Alias("weight", "prepared", SWAP))
+    process(layer)
+
+    layer.cuda()
+    process(layer)
+
+    assert layer.weight.is_cuda and layer.prepared.is_cuda
+    assert layer.weight.data_ptr() == layer.prepared.data_ptr()
+    assert torch.equal(layer.weight.cpu(), VALUES)
+    assert torch.equal(layer.prepared.cpu(), kernel(SWAP, VALUES))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+def test_parameters_replaced_by_ones_on_another_device_are_followed() -> None:
+    layer = nn.Module()
+    layer.weight = nn.Parameter(VALUES.clone(), requires_grad=False)
+    declare(layer, Alias("weight", "prepared", SWAP))
+    process(layer)
+
+    layer.weight = nn.Parameter(VALUES.cuda() + 1, requires_grad=False)
+    process(layer)
+
+    assert isinstance(layer.weight, AliasedParameter)
+    assert layer.weight.data_ptr() == layer.prepared.data_ptr()
+    assert torch.equal(layer.prepared.cpu(), kernel(SWAP, VALUES + 1))
