@@ -204,8 +204,10 @@ FAULTS = [
     ),
     Planted("reload/drain.py", "del tops[threading.get_ident()]", "pass", "reload/test_drain.py"),
     Planted("reload/drain.py", "if not safe:", "if False:", "reload/test_drain.py"),
-    Planted("reload/claims.py", "        with _taking:", "        if True:", "reload/test_session.py"),
-    Planted("reload/session.py", "self._reopen()  # of what was", "self._claim.hold()  # of what was", "reload/test_session.py"),
+    Planted("reload/claims.py", "        with _taking:", "        if True:", "reload/test_session_others.py"),
+    Planted(
+        "reload/session.py", "self._reopen()  # of what was", "self._claim.hold()  # of what was", "reload/test_session_others.py"
+    ),
     Planted("reload/ranks_store.py", "if last[0] == asked:", "if asked is not None:", "reload/test_ranks_store.py"),
     Planted("reload/live_digest.py", "if one.version != versions[name]:", "if False:", "reload/test_law_12_live_digest.py"),
     Planted("reload/sources.py", "        self.bytes_read += values.nbytes\n", "", "reload/test_sources.py"),
