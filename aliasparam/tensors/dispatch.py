@@ -102,8 +102,10 @@ def _to_copy(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def _clone(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     values = values_of(args[0])
+    if kwargs or values.is_conj() or values.is_neg():  # a clone has no such bits, which torch resolves by it
+        return func(values, **kwargs)
     is_gathered = values.untyped_storage().nbytes() == values.nbytes and not args[0]._alias_storage.bound.is_identity
-    return values if is_gathered and not kwargs else func(values, **kwargs)  # a copy of a copy would be twice its size
+    return values if is_gathered else func(values)  # a copy of a copy would be twice its size
 
 
 _SPECIAL: dict[Any, _Handler] = {torch.ops.aten._to_copy.default: _to_copy, torch.ops.aten.clone.default: _clone}

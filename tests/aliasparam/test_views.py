@@ -150,10 +150,12 @@ def test_law_1_conj_and_neg_bits_are_read_and_written(bits: str) -> None:
     values = torch.complex(torch.arange(24.0).view(4, 6), torch.arange(24.0).view(4, 6) + 100)
     layer, expected = layer_of(values), values.clone()
     found, plain = BITS[bits](layer.weight), BITS[bits](expected)
+    factor = 1 + 2j if plain.is_complex() else 3.0
     assert torch.equal(found.clone().resolve_neg(), plain.clone().resolve_neg())
+    assert torch.equal(found * factor, plain * factor)
 
     new = torch.rand(plain.shape, dtype=plain.dtype)
-    for write in (lambda target: target.copy_(new), lambda target: target.mul_(2)):
+    for write in (lambda target: target.copy_(new), lambda target: target.mul_(factor)):
         write(found)
         write(plain)
         assert torch.equal(layer.weight, expected)
