@@ -61,6 +61,7 @@ def test_law_1_an_overlapping_view_does_not_cover_what_it_lists_twice(shape: tup
     [
         lambda w: w,
         lambda w: w.transpose(-1, -2),
+        lambda w: w.permute(2, 0, 1),
         lambda w: w.view(torch.int8),
         lambda w: w.flatten(0, 1) if w.is_contiguous() else w,
         lambda w: w.unsqueeze(0),
