@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from aliasparam import process
 from aliasparam.errors import LayoutError
+from aliasparam.layout import IndexLayout
 from aliasparam.testing import same_bytes
 
 from .small import INTERLEAVE, PAD8, SWAP, kernel, layer_of, storage_of
@@ -103,11 +104,12 @@ def test_law_1_a_shard_lands_as_torch_would_have_it(data: st.DataObject) -> None
         assert same_bytes(layer.prepared, kernel(line, plain))
 
 
+@pytest.mark.parametrize("layout", [INTERLEAVE, IndexLayout(torch.arange(32).flip(0).view(4, 8))])
 @pytest.mark.parametrize("form, dtype", [("negative", torch.bfloat16), ("conjugate", torch.complex64)])
-def test_law_1_bits_of_a_value_that_is_moved_in_wider_elements(form: str, dtype: torch.dtype) -> None:
+def test_law_1_bits_of_a_value_that_is_moved_as_integers(layout: Any, form: str, dtype: torch.dtype) -> None:
     plain, value = torch.zeros(4, 8, dtype=dtype), torch.arange(32).view(4, 8).to(dtype)
     value = value * 1j if dtype.is_complex else value
-    layer = layer_of(plain, INTERLEAVE)
+    layer = layer_of(plain, layout)
 
     layer.weight.copy_(of_form(value, form))
 
