@@ -127,7 +127,8 @@ def planned(bound: StridedLayout, form: Form) -> tuple[Box, list[Move]] | None:
     boxed = place.to_box(value.expand(shape))
     ones, none = [1] * bound.lead, [0] * bound.lead  # of one region
     copies = bound.copies(place.box, (*ones, *place.shape), (*none, *boxed.stride()), bound.dtype, align, by_kernel=by_kernel)
-    return (*((0, 1) for _ in ones), *place.box), [Move(copy.start, copy, False) if ours else _by_torch(copy, value) for copy, ours in copies]
+    box = *((0, 1) for _ in ones), *place.box
+    return box, [Move(copy.start, copy, False) if ours else _by_torch(copy, value) for copy, ours in copies]
 
 
 def _by_torch(copy: Copy, value: Tensor) -> Move:

@@ -17,7 +17,6 @@ from aliasparam import (
     registry_of,
 )
 from aliasparam.errors import DeclarationError, PointerError, StaleKernelError, StateError
-
 from aliasparam.storage.states import State
 
 from .small import INTERLEAVE, PAD16, SWAP, SWAP_PAD16, bytes_of, kernel, layer_of, storage_of, the_registry
