@@ -184,9 +184,9 @@ class ModuleNames:
             self._show(ready=True)
             self.readiness = Readiness.READY
 
-    def shows(self, name: str, value: Any) -> bool:
-        """Whether ``value`` is what this registry has under ``name``, a checkpoint name or a kernel name."""
-        if any(b.name == name and is_same_name(value, b.parameter) for b in self.bindings()):
+    def shows(self, names: object, name: str, value: Any) -> bool:
+        """Whether ``value`` is what this registry has under ``name``, a checkpoint name or a kernel name, in a module's ``names``."""
+        if any(b.name == name and b.module._parameters is names and is_same_name(value, b.parameter) for b in self.bindings()):
             return True
         kernel = self.kernel(name)
         return kernel is not None and kernel.shows(value)
