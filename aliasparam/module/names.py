@@ -185,7 +185,7 @@ class ModuleNames:
             self.readiness = Readiness.READY
 
     def shows(self, names: object, name: str, value: Any) -> bool:
-        """Whether ``value`` is what this registry has under ``name``, a checkpoint name or a kernel name, in a module's ``names``."""
+        """Whether ``value`` is what this registry has under ``name``, checkpoint or kernel name, in ``names``: a module's."""
         if any(b.name == name and b.module._parameters is names and is_same_name(value, b.parameter) for b in self.bindings()):
             return True
         kernel = self.kernel(name)
