@@ -158,6 +158,7 @@ FAULTS = [
         "test_law_08_no_silent_garbage.py",
     ),
     Planted("module/names.py", " and b.module._parameters is names", "", "test_adoption.py"),
+    Planted("module/names.py", "            return commit  #", "            return None  #", "test_threads_and_fork.py"),
     Planted("module/watch.py", "            if registry.moment != moment:", "            if False:", "test_threads_and_fork.py"),
     Planted(
         "storage/kernel_name.py",

@@ -109,6 +109,26 @@ def test_law_8_a_copy_of_names_from_before_and_after_a_commit_is_refused(
 
 
 @pytest.mark.parametrize("by", [copy.deepcopy, pickled])
+def test_law_8_a_copy_of_one_name_half_loaded_is_not_ready(
+    by: Callable[[nn.Module], nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = Layer((4, 8))
+    process(layer)
+    before = AliasedStorage.__getstate__
+
+    def between_two_shards(storage: AliasedStorage) -> dict[str, Any]:
+        layer.weight[:2].fill_(5)
+        state = before(storage)
+        layer.weight[2:].fill_(5)
+        process(layer)
+        return state
+
+    monkeypatch.setattr(AliasedStorage, "__getstate__", between_two_shards)
+    with pytest.raises(StateError, match="while it was copied"):
+        by(layer)
+
+
+@pytest.mark.parametrize("by", [copy.deepcopy, pickled])
 def test_law_8_a_copy_made_while_another_thread_commits_is_of_one_generation(by: Callable[[nn.Module], nn.Module]) -> None:
     layer = Layer((64, 256), scale=True)
     load_all(layer, 1)
