@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 from typing import Any
@@ -15,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from aliasparam import process
 from aliasparam.errors import LayoutError
-from aliasparam.layout import IndexLayout
+from aliasparam.layout import IndexLayout, execute
 from aliasparam.testing import same_bytes
 
 from .small import INTERLEAVE, PAD8, SWAP, kernel, layer_of, storage_of
@@ -125,6 +126,18 @@ def test_law_1_a_write_after_one_among_stand_ins_lands() -> None:
     second.copy_(value)
 
     assert torch.equal(layer.weight[1], value)
+
+
+def test_law_1_a_write_lands_after_wide_elements_were_first_moved_among_stand_ins() -> None:
+    layer, value = layer_of(torch.zeros(2, 4, 8, dtype=torch.uint8), INTERLEAVE), torch.ones(2, 4, 8, dtype=torch.uint8)
+    weight = layer.weight
+    execute._empty.cache_clear()
+
+    with FakeTensorMode(allow_non_fake_inputs=True), contextlib.suppress(RuntimeError):
+        weight.copy_(value)
+    weight.copy_(value)
+
+    assert torch.equal(weight, value)
 
 
 def test_law_1_a_view_behind_the_tensor_is_no_shard_of_it() -> None:
