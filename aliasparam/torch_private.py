@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves as tree_leaves  # tensors in the arguments of an operator
 from torch.utils._pytree import tree_map as tree_map
 
@@ -69,6 +70,11 @@ def is_alone(memory: torch.UntypedStorage) -> bool:
 def outside_inference() -> AbstractContextManager[Any]:
     """Tensors made inside can be written anywhere. Costs nothing where inference mode is off, as it is where models are made."""
     return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
+
+
+def outside_modes() -> AbstractContextManager[Any]:
+    """Tensors made inside are real ones, also among stand-ins (``FakeTensorMode``)."""
+    return _disable_current_modes()
 
 
 def is_traced_by_jit() -> bool:

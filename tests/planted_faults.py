@@ -71,6 +71,11 @@ FAULTS = [
     Planted("storage/shards.py", "self._found.get(form) or self._planned", "self._planned", "test_law_01_shards.py"),
     Planted("storage/shards.py", "        if shard.is_real:\n", "        if True:\n", "test_law_01_shards.py"),
     Planted("storage/shards.py", "shard if region < bound.regions else None", "shard", "test_law_01_shards.py"),
+    Planted("storage/shards.py", "box = *((0, 1) for _ in ones), *place.box", "box = place.box", "test_law_01_shards.py"),
+    Planted("layout/bound.py", "            value = in_bytes(value)\n", "", "test_law_01_shards.py"),
+    Planted(
+        "module/expose.py", "            storage.changing()\n", "            storage.unexpose()\n", "test_law_10_atomicity.py"
+    ),
     Planted(
         "storage/states.py",
         "            elif self._add(region, before[region], core):",
@@ -152,6 +157,8 @@ FAULTS = [
         "            pass\n\n    def __reduce",
         "test_law_08_no_silent_garbage.py",
     ),
+    Planted("module/names.py", " and b.module._parameters is names", "", "test_adoption.py"),
+    Planted("module/names.py", "            return commit  #", "            return None  #", "test_threads_and_fork.py"),
     Planted("module/watch.py", "            if registry.moment != moment:", "            if False:", "test_threads_and_fork.py"),
     Planted(
         "storage/kernel_name.py",

@@ -166,6 +166,7 @@ class RegionLayout(BoundLayout):
     def write(self, memory: Tensor, box: Box, value: Tensor) -> None:
         self.check(memory, box, value)
         with torch.no_grad():
+            value = in_bytes(value)
             for region, index in self.touched(memory, box):
                 self.put(region, box[self.lead :], value[index])
 
@@ -177,3 +178,10 @@ class RegionLayout(BoundLayout):
                 plain = out[index]
                 plain.copy_(self.get(region, box[self.lead :]).reshape(plain.shape))
         return out
+
+
+def in_bytes(value: Tensor) -> Tensor:
+    """``value`` without a gradient, and with what conj and neg bits say: such bits live on the tensor, not in its bytes."""
+    if value.requires_grad or value.is_conj() or value.is_neg():
+        return value.detach().resolve_conj().resolve_neg()
+    return value

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..torch_private import outside_modes
 from .boxes import Piece
 
 #: Bytes of the widest element.
@@ -154,4 +155,5 @@ def _view(tensor: Tensor, dtype: torch.dtype, offset: int, sizes: tuple[int, ...
 
 @lru_cache
 def _empty(dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.empty(0, dtype=dtype, device=device)
+    with outside_modes():  # it is kept
+        return torch.empty(0, dtype=dtype, device=device)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import triton_copy, triton_sum
 from .blocks import Cut, common
-from .bound import BoundLayout
+from .bound import BoundLayout, in_bytes
 from .boxes import Box, Piece, pieces, row_major
 from .compose import compose
 from .digits import BoundLine
@@ -35,9 +35,7 @@ class StridedLayout(BoundLayout):
         return pieces(self.lines, self.shape[self.lead :], box)
 
     def write(self, memory: Tensor, box: Box, value: Tensor) -> None:
-        if value.requires_grad or value.is_conj() or value.is_neg():  # such bits live on the tensor, not in its bytes
-            value = value.detach().resolve_conj().resolve_neg()
-        self._move(memory, box, value, write=True)
+        self._move(memory, box, in_bytes(value), write=True)
 
     def read(self, memory: Tensor, box: Box, out: Tensor | None = None) -> Tensor:
         if out is None or out.is_conj() or out.is_neg():

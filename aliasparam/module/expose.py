@@ -74,14 +74,14 @@ class Exposure:
                     found="invalidate(), or a failed reload, meanwhile",
                     remedy="Expose the name again.",
                 )
-            storage.unexpose()
             place = place_of(storage, target._alias_geometry)
             if place is None:
                 raise AssertionError(f"{storage.label}: exposed without a place")
-            if storage.kernel_name is not None:
-                storage.kernel_name.accept()
             storage.changing()
             before = storage.states.begin(place.box)
+            if storage.kernel_name is not None:
+                storage.kernel_name.accept()
+            storage.unexpose()  # now that it is INVALID
             if state is State.LOADED:
                 storage.states.arrived(place.box, (before[0], dict.fromkeys(before[0], State.EMPTY)))
             else:

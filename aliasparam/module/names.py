@@ -163,12 +163,13 @@ class ModuleNames:
 
     @property
     def moment(self) -> object:
-        """Equal at two times where no name was written or derived between them; always where there is only one."""
+        """Equal at two times where nothing was committed between them, and of several names none was written or derived."""
         for storage in self.storages():
             storage.notice()
+        commit = self.readiness, dict(self._committed)
         if len(self.sources) + len(self.derived) == 1:
-            return None
-        return self._versions(), [(d.version, d.seen) for d in self.derived.values()]
+            return commit  # one name is copied as of one moment, but whether it was ready then must be so at the end
+        return commit, self._versions(), [(d.version, d.seen) for d in self.derived.values()]
 
     def _versions(self) -> dict[str, int]:
         return {n: -1 if s.storage is None else s.storage.version for n, s in self.sources.items()}
@@ -184,9 +185,9 @@ class ModuleNames:
             self._show(ready=True)
             self.readiness = Readiness.READY
 
-    def shows(self, name: str, value: Any) -> bool:
-        """Whether ``value`` is what this registry has under ``name``, a checkpoint name or a kernel name."""
-        if any(b.name == name and is_same_name(value, b.parameter) for b in self.bindings()):
+    def shows(self, names: object, name: str, value: Any) -> bool:
+        """Whether ``value`` is what this registry has under ``name``, checkpoint or kernel name, in ``names``: a module's."""
+        if any(b.name == name and b.module._parameters is names and is_same_name(value, b.parameter) for b in self.bindings()):
             return True
         kernel = self.kernel(name)
         return kernel is not None and kernel.shows(value)

@@ -31,7 +31,7 @@ class Watcher(Protocol):
     def is_open(self) -> bool: ...
     @property
     def moment(self) -> object: ...
-    def shows(self, name: str, value: Any) -> bool: ...
+    def shows(self, names: object, name: str, value: Any) -> bool: ...
     def kernel(self, name: str) -> KernelName | None: ...
     def open(self) -> None: ...
     def close_if_unchanged(self) -> None: ...
@@ -49,7 +49,7 @@ class _Watched(dict[str, Any]):
         if registry is None or value is self.get(name) or isinstance(value, _TRACED):
             super().__setitem__(name, value)
             return
-        ours = registry.shows(name, value)
+        ours = registry.shows(self, name, value)
         if not ours:
             self._check(registry, name, value)
             self._tell(name)
@@ -109,10 +109,11 @@ class WatchedBuffers(_Watched):
     __slots__ = ()
 
     def _saved(self, name: str, value: Any) -> Any:
-        kernel = self.watchers[name].kernel(name) if name in self.watchers else None
-        if kernel is None or not kernel.shows(value):
+        registry = self.watchers.get(name)
+        kernel = None if registry is None else registry.kernel(name)
+        if registry is None or kernel is None or not kernel.shows(value):
             return value
-        return _SavedKernel(kernel, "tensor" if value is kernel.tensor else "refusing")
+        return _SavedKernel(kernel, registry, value is not kernel.tensor)
 
     def _check(self, registry: Watcher, name: str, value: Any) -> None:
         kernel = registry.kernel(name)
@@ -154,11 +155,16 @@ class _Unchanged:
 class _SavedKernel:
     """What stands for a kernel name in the pickle of its module: its bytes are its storage's, which is saved once."""
 
-    def __init__(self, kernel: KernelName, face: str) -> None:
-        self.kernel, self.face = kernel, face
+    def __init__(self, kernel: KernelName, registry: Watcher, is_open: bool) -> None:
+        self.kernel, self.registry, self.is_open = kernel, registry, is_open
 
     def __reduce__(self) -> Any:
-        return getattr, (self.kernel, self.face)
+        return _face, (self.kernel, self.registry, self.is_open)
+
+
+def _face(kernel: KernelName, registry: Watcher, is_open: bool) -> Tensor:
+    """What the copied registry shows; where the copy began at it, and it has no state yet, what was shown."""
+    return kernel.refusing if getattr(registry, "is_open", is_open) else kernel.tensor
 
 
 def is_watched(module: nn.Module) -> bool:

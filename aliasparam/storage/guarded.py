@@ -85,8 +85,8 @@ class GuardedMemory:
             return None
         writer = self._writer()
         if writer is None:
-            self.unexpose()
             self.states.put_all(State.INVALID, "whoever wrote the raw bytes was dropped without an end")
+            self.unexpose()
             return None
         return writer.writer
 
@@ -113,11 +113,11 @@ class GuardedMemory:
         """See whether other code wrote the kernel name. See [Note: foreign writes] in kernel_name.py."""
         name = self.kernel_name
         if name is not None and name.was_written and self.exposed is None:
-            name.accept()
             self.invalidate(
                 f"the kernel name {name.label.rpartition('.')[2]!r} was written by other code: only aliasparam.process() writes "
                 "kernel names, and DistributedDataParallel, averaged models and the like must leave such buffers out"
             )
+            name.accept()
 
     def need_memory(self) -> None:
         """Raise MemoryFreedError where other code gave the memory back (``untyped_storage().resize_(0)``)."""

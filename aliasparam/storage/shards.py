@@ -47,7 +47,7 @@ class Shard:
     """A box inside one region, and the copies that bring a value of one form into it. See [Note: shards].
 
     Attributes:
-        box: in the coordinates of the region.
+        box: where it is in the first region. In the coordinates of the tensor: another layout may count a dim of one as a region.
         is_real: False where it was made while torch shows stand-ins for tensors (``FakeTensorMode``).
     """
 
@@ -116,7 +116,7 @@ class Shards:
 
 @lru_cache(maxsize=1 << 13)
 def planned(bound: StridedLayout, form: Form) -> tuple[Box, list[Move]] | None:
-    """The box of a region which a view is, and the copies that bring a value there; or None: see :meth:`Shards.under`."""
+    """The box of the first region which a view is, and the copies that bring a value there; or None: see :meth:`Shards.under`."""
     offset, shape, strides, given, given_strides, align, by_kernel = form
     if not all(shape):
         return None
@@ -127,7 +127,8 @@ def planned(bound: StridedLayout, form: Form) -> tuple[Box, list[Move]] | None:
     boxed = place.to_box(value.expand(shape))
     ones, none = [1] * bound.lead, [0] * bound.lead  # of one region
     copies = bound.copies(place.box, (*ones, *place.shape), (*none, *boxed.stride()), bound.dtype, align, by_kernel=by_kernel)
-    return place.box, [Move(copy.start, copy, False) if ours else _by_torch(copy, value) for copy, ours in copies]
+    box = *((0, 1) for _ in ones), *place.box
+    return box, [Move(copy.start, copy, False) if ours else _by_torch(copy, value) for copy, ours in copies]
 
 
 def _by_torch(copy: Copy, value: Tensor) -> Move:

@@ -114,12 +114,8 @@ class RegionStates:
         return regions, before
 
     def arrived(self, box: Box, begun: Begun) -> None:
-        """Every element under ``box`` was written."""
-        self.arrived_in_each(box[self._lead :], begun)
-
-    def arrived_in_each(self, core: Box, begun: Begun) -> None:
-        """Every element under ``core``, a box in the coordinates of a region, was written in all regions that were begun."""
-        regions, before = begun
+        """Every element under ``box`` was written, in all regions that were begun: which ones ``box`` names does not matter."""
+        core, (regions, before) = box[self._lead :], begun
         for region in regions:
             if region not in before:
                 del self.missing[region]

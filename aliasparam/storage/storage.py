@@ -134,7 +134,7 @@ class AliasedStorage(GuardedMemory):
             self.changing()
             before = self.states.begin_regions((region,))
             shard.write(region, value)
-            self.states.arrived_in_each(shard.box, before)
+            self.states.arrived(shard.box, before)
         return True
 
     def accept(self) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from aliasparam import Alias, checkpoint_state_dict, declare, iterate_checkpoint, process
-from aliasparam.errors import AdoptionError, DeclarationError, PointerError
+from aliasparam.errors import AdoptionError, DeclarationError, PointerError, StaleKernelError
 
 from .small import SWAP, Layer, counting, is_ready, kernel, storage_of, the_registry
 
@@ -29,6 +29,20 @@ def test_law_1_a_shard_put_under_another_name_of_its_storage_takes_its_values() 
     assert torch.equal(q.weight, expected)
     assert torch.equal(k.weight, expected)
     assert torch.equal(fused.prepared, kernel(SWAP, torch.cat([expected, expected])))
+
+
+def test_law_8_shards_that_change_places_open_their_module() -> None:
+    fused, q, k = Layer((4, 4)), nn.Module(), nn.Module()
+    weight, values = fused.weight, counting(4, 4)
+    the_registry(fused).show_shards("weight", [(q, "weight", weight[:2]), (k, "weight", weight[2:])])
+    process(fused)
+
+    q.weight, k.weight = k.weight, q.weight
+
+    with pytest.raises(StaleKernelError):
+        fused()
+    process(fused)
+    assert torch.equal(fused(), kernel(SWAP, torch.cat([values[2:], values[:2]])))
 
 
 def test_law_1_a_tie_made_after_declaring_stays_a_tie() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 from typing import Any
@@ -15,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from aliasparam import process
 from aliasparam.errors import LayoutError
+from aliasparam.layout import IndexLayout, execute
 from aliasparam.testing import same_bytes
 
 from .small import INTERLEAVE, PAD8, SWAP, kernel, layer_of, storage_of
@@ -103,11 +105,12 @@ def test_law_1_a_shard_lands_as_torch_would_have_it(data: st.DataObject) -> None
         assert same_bytes(layer.prepared, kernel(line, plain))
 
 
+@pytest.mark.parametrize("layout", [INTERLEAVE, IndexLayout(torch.arange(32).flip(0).view(4, 8))])
 @pytest.mark.parametrize("form, dtype", [("negative", torch.bfloat16), ("conjugate", torch.complex64)])
-def test_law_1_bits_of_a_value_that_is_moved_in_wider_elements(form: str, dtype: torch.dtype) -> None:
+def test_law_1_bits_of_a_value_that_is_moved_as_integers(layout: Any, form: str, dtype: torch.dtype) -> None:
     plain, value = torch.zeros(4, 8, dtype=dtype), torch.arange(32).view(4, 8).to(dtype)
     value = value * 1j if dtype.is_complex else value
-    layer = layer_of(plain, INTERLEAVE)
+    layer = layer_of(plain, layout)
 
     layer.weight.copy_(of_form(value, form))
 
@@ -123,6 +126,18 @@ def test_law_1_a_write_after_one_among_stand_ins_lands() -> None:
     second.copy_(value)
 
     assert torch.equal(layer.weight[1], value)
+
+
+def test_law_1_a_write_lands_after_wide_elements_were_first_moved_among_stand_ins() -> None:
+    layer, value = layer_of(torch.zeros(2, 4, 8, dtype=torch.uint8), INTERLEAVE), torch.ones(2, 4, 8, dtype=torch.uint8)
+    weight = layer.weight
+    execute._empty.cache_clear()
+
+    with FakeTensorMode(allow_non_fake_inputs=True), contextlib.suppress(RuntimeError):
+        weight.copy_(value)
+    weight.copy_(value)
+
+    assert torch.equal(weight, value)
 
 
 def test_law_1_a_view_behind_the_tensor_is_no_shard_of_it() -> None:

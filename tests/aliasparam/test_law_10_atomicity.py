@@ -54,6 +54,20 @@ def lent(model: Model, order: Any) -> None:
         exposure.memory.copy_(NEW["b.weight"] if order == "checkpoint" else kernel(SWAP, NEW["b.weight"]))
 
 
+def spoiled(model: Model, *, abandon: bool) -> None:
+    exposure = expose_for_writing(model, "b.weight", order="kernel")
+    exposure.memory.fill_(9)
+    if abandon:
+        exposure.abandon()
+    del exposure
+    quietly(model.b.weight.clone)
+
+
+def written_by_other_code(model: Model) -> None:
+    model.b.prepared.fill_(9)
+    quietly(model.b.weight.clone)
+
+
 def reloaded(model: Model) -> None:
     with reload(model) as session:
         session.load(NEW)
@@ -98,6 +112,9 @@ ACTIONS: dict[str, Callable[[Model], Any]] = {
     "a derivation": lambda m: (m.a.scale.copy_(NEW["a.scale"]), process(m)),
     "lent in checkpoint order": lambda m: lent(m, "checkpoint"),
     "lent in kernel order": lambda m: lent(m, "kernel"),
+    "lent and given up": lambda m: spoiled(m, abandon=True),
+    "lent and dropped": lambda m: spoiled(m, abandon=False),
+    "written by other code": written_by_other_code,
     "another layout": lambda m: the_registry(m.a).retarget({"weight": ALTERNATING}),
     "another layout, without padding": lambda m: the_registry(m.b).retarget({"weight": ALTERNATING}),
     "invalidate": invalidate,
@@ -199,6 +216,7 @@ def lines_of(do: Callable[[], Any], at: int | None = None) -> list[str]:
 #: By default those which pass most of the library.
 INTERRUPTED = (
     *("a view that is no box", "two tensors at once", "setattr and process", "a derivation"),
+    *("lent and given up", "lent and dropped", "written by other code"),
     *("lent in kernel order", "another layout, without padding", "invalidate"),
     *("reload, staged with a journal", "a delta"),
 )

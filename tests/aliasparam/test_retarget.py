@@ -17,8 +17,9 @@ from aliasparam import (
     registry_of,
 )
 from aliasparam.errors import DeclarationError, PointerError, StaleKernelError, StateError
+from aliasparam.storage.states import State
 
-from .small import INTERLEAVE, PAD16, SWAP, SWAP_PAD16, bytes_of, kernel, layer_of
+from .small import INTERLEAVE, PAD16, SWAP, SWAP_PAD16, bytes_of, kernel, layer_of, storage_of, the_registry
 
 # -- exposures -----------------------------------------------------------------------------------------------------------
 
@@ -112,6 +113,21 @@ def test_retarget_changes_the_kernel_format_in_place_and_back() -> None:
         assert torch.equal(layer.prepared, kernel(transform, values))
         assert torch.equal(layer.weight, values)
         assert layer.prepared.data_ptr() == address
+
+
+@pytest.mark.parametrize("first, second", [("e r k -> e k r", "r k -> k r"), ("r k -> k r", "e r k -> e k r")])
+def test_shards_arrive_in_a_layout_that_counts_a_dim_of_one_otherwise(first: str, second: str) -> None:
+    values = bytes_of(1, 8, 6)
+    layer = layer_of(values, first, loaded=False)
+    layer.weight[0, :2].copy_(values[0, :2])
+    the_registry(layer).retarget({"weight": second})
+
+    for rows in (slice(4, 8), slice(2, 4)):
+        assert storage_of(layer).state is State.PARTIAL
+        layer.weight[0, rows].copy_(values[0, rows])
+
+    process(layer)
+    assert torch.equal(layer.weight, values)
 
 
 def test_retarget_refuses_what_does_not_fit() -> None:

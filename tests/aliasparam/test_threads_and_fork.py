@@ -17,6 +17,7 @@ from torch import nn
 
 from aliasparam import AliasedStorage, Derivation, declare, process
 from aliasparam.errors import AliasError, StateError
+from aliasparam.module.watch import WatchedBuffers
 
 from .small import SWAP, SWAP_PAD16, Layer, bytes_of, is_ready, kernel, layer_of, storage_of
 
@@ -106,6 +107,43 @@ def test_law_8_a_copy_of_names_from_before_and_after_a_commit_is_refused(
         by(layer)
 
     assert by(layer).alpha.item() == 5  # now nobody writes
+
+
+@pytest.mark.parametrize("by", [copy.deepcopy, pickled])
+def test_law_8_a_copy_of_one_name_half_loaded_is_not_ready(
+    by: Callable[[nn.Module], nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = Layer((4, 8))
+    process(layer)
+    before = AliasedStorage.__getstate__
+
+    def between_two_shards(storage: AliasedStorage) -> dict[str, Any]:
+        layer.weight[:2].fill_(5)
+        state = before(storage)
+        layer.weight[2:].fill_(5)
+        process(layer)
+        return state
+
+    monkeypatch.setattr(AliasedStorage, "__getstate__", between_two_shards)
+    with pytest.raises(StateError, match="while it was copied"):
+        by(layer)
+
+
+@pytest.mark.parametrize("by", [copy.deepcopy, pickled])
+def test_a_copy_of_a_ready_module_that_is_opened_meanwhile_serves(
+    by: Callable[[nn.Module], nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = Layer((4, 8))
+    process(layer)
+    served, before = layer(), WatchedBuffers.__reduce_ex__
+
+    def after_a_write(names: WatchedBuffers, protocol: Any) -> Any:
+        layer.weight.fill_(5)
+        return before(names, protocol)
+
+    monkeypatch.setattr(WatchedBuffers, "__reduce_ex__", after_a_write)
+
+    assert torch.equal(by(layer)(), served)
 
 
 @pytest.mark.parametrize("by", [copy.deepcopy, pickled])
