@@ -143,3 +143,18 @@ def test_law_8_parameters_in_one_memory_refuse_together() -> None:
                 getattr(model, name) + 0
         model.apart + 0
     assert torch.equal(model.shared, NEW["norm"]) and torch.equal(model.part, NEW["norm"][3:5])
+
+
+@pytest.mark.parametrize("policy", ["journal", "staged-journal"])
+def test_law_10_an_abort_restores_parameters_in_one_memory(policy: Any) -> None:
+    """Writing one makes the others refuse, which hold weights all the same."""
+    model, memory = nn.Module(), torch.arange(12.0)
+    for name, part in (("a", memory[:8]), ("b", memory[4:]), ("c", memory)):
+        model.register_parameter(name, nn.Parameter(part, requires_grad=False))
+    session = reload(model, policy=policy)
+    session.begin()
+    session.load({"a": torch.full((8,), 20.0), "b": torch.full((8,), 30.0), "c": torch.full((12,), 40.0)})
+    session.prepare()
+    session.switch()
+    session.abort()
+    assert torch.equal(model.c + 0, torch.arange(12.0)) and torch.equal(model.b + 0, model.c[4:])
