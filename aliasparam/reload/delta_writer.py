@@ -93,10 +93,12 @@ class DeltaWriter:
         Returns whether anything changed; a tensor that did not is left out.
 
         Raises:
-            DeltaError: chunks of other lengths; a tensor of 4 GiB or more as ``overwrite``; a name twice.
+            DeltaError: chunks of other lengths; a tensor of 4 GiB or more as ``overwrite``; a name twice, or ``__metadata__``.
         """
         if name in self._frames or name in self._shards:
             raise DeltaError("a tensor is written twice", name=name)
+        if name == "__metadata__":
+            raise DeltaError("no tensor of a safetensors file can have this name", name=name)
         digest, out = new_digest(self._index["checksum_format"]), io.BytesIO()
         encode = _encode_xor if self._index["delta_encoding"] == "xor" else _encode_overwrite
         compressor = optional("zstandard").ZstdCompressor(level=self._level)

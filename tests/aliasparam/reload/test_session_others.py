@@ -148,7 +148,8 @@ def test_law_8_parameters_in_one_memory_refuse_together() -> None:
 @pytest.mark.parametrize("policy", ["journal", "staged-journal"])
 def test_law_10_an_abort_restores_parameters_in_one_memory(policy: Any) -> None:
     """Writing one makes the others refuse, which hold weights all the same."""
-    model, memory = nn.Module(), torch.arange(12.0)
+    model: Any = nn.Module()
+    memory = torch.arange(12.0)
     for name, part in (("a", memory[:8]), ("b", memory[4:]), ("c", memory)):
         model.register_parameter(name, nn.Parameter(part, requires_grad=False))
     session = reload(model, policy=policy)
