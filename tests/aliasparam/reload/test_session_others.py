@@ -81,6 +81,29 @@ def test_law_10_of_two_threads_that_begin_at_once_one_has_the_model(monkeypatch:
     began[0].abort()
 
 
+def test_law_10_who_begins_while_another_ends_has_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the look whose claim it is and its removal."""
+    model, real = Few(), claims._claim_of
+    first, second, third = (reload(model, scope="partial") for _ in range(3))
+    first.begin()
+    begins = threading.Thread(target=second.begin)
+
+    def slow(module: nn.Module) -> Any:
+        found = real(module)
+        if threading.current_thread() is not begins and not begins.ident:
+            begins.start()
+            begins.join(0.2)
+        return found
+
+    monkeypatch.setattr(claims, "_claim_of", slow)
+    first.abort()
+    begins.join()
+    with pytest.raises(ReloadError, match="already open"):
+        third.begin()
+    second.prepare()
+    second.commit()
+
+
 def test_law_10_elements_that_two_threads_send_at_once_are_refused_once() -> None:
     """The second finds them arrived, also where the first still waits for a forward."""
     model, started = Few(), threading.Event()
