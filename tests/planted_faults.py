@@ -211,7 +211,8 @@ FAULTS = [
     ),
     Planted("reload/drain.py", "del tops[threading.get_ident()]", "pass", "reload/test_drain.py"),
     Planted("reload/drain.py", "if not safe:", "if False:", "reload/test_drain.py"),
-    Planted("reload/claims.py", "        with _taking:", "        if True:", "reload/test_session_others.py"),
+    Planted("reload/claims.py", "with _taking:\n            for", "if True:\n            for", "reload/test_session_others.py"),
+    Planted("reload/claims.py", "with _taking:  # whoever", "if True:  # whoever", "reload/test_session_others.py"),
     Planted(
         "reload/session.py", "self._reopen()  # of what was", "self._claim.hold()  # of what was", "reload/test_session_others.py"
     ),

@@ -13,7 +13,7 @@ from ..module.registry_of import registries, registry_of
 
 #: Who has a module. Neither keeps the other alive, so an abandoned session frees its modules.
 _claims: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Claim]] = weakref.WeakKeyDictionary()
-_taking = threading.RLock()  # from the look to the claim; an interrupt at its end may leave it held, by this thread
+_taking = threading.RLock()  # from the look to the claim, or its end; an interrupt at its end may leave it held, by this thread
 
 
 class Claim:
@@ -84,11 +84,12 @@ class Claim:
 
     def end(self) -> None:
         """Also of modules that were taken out of the model. May be called again, as an interrupt may come between."""
-        self._ended = True
-        self.lend()
-        for module in self.modules:
-            if _claim_of(module) is self:
-                del _claims[module]
+        with _taking:  # whoever takes one meanwhile keeps it
+            self._ended = True
+            self.lend()
+            for module in self.modules:
+                if _claim_of(module) is self:
+                    del _claims[module]
 
 
 def _claim_of(module: nn.Module) -> Claim | None:

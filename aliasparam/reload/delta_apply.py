@@ -223,7 +223,9 @@ def _compared(
         if summed is not None:
             summed.add(old, span.start, sign=-1)
         if changes or full is not None:
-            yield patch_of(live, span.box, old, own, keep_new=True)
+            alone = len(changes) == 1 and full is None and span.columns is None
+            places = changes[0].positions if alone else None
+            yield patch_of(live, span.box, old, own, keep_new=True, among=None if places is None else places.to(old.device))
     for one in readers:
         one.finish()
 

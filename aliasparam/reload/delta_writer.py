@@ -1,4 +1,4 @@
-"""Writing delta folders, tensor by tensor; in memory are the compressed tensors of one file."""
+"""Writing delta folders, tensor by tensor; in memory are the compressed tensors of one file, twice while it is written."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class DeltaWriter:
         encoding: "xor" (as long as the tensor, compresses to what changed) or "overwrite" (positions and bytes; tensors < 4 GiB).
         checksum_format: "xxh3-128", "blake3" or "adler32".
         level: of zstd.
-        max_shard_bytes: a file is written when it has as many bytes, which are in memory until then.
+        max_shard_bytes: a file is written when it has as many bytes, which are in memory until then, and twice meanwhile.
 
     Raises:
         DeltaError: an unknown encoding or format, versions out of order, ``out`` is there already.
@@ -70,8 +70,8 @@ class DeltaWriter:
         self._made = self.out.with_name(f".{self.out.name}.{os.getpid()}.tmp")
         self._frames: dict[str, Tensor] = {}  # of the shard in the making
         self._checksums: dict[str, str] = {}
-        self._held = 0  # bytes of them
-        self._shards: list[list[str]] = []
+        self._held = self._files = 0  # bytes of them; files written
+        self._shards: dict[str, int] = {}  # name -> number of its file
 
     def __enter__(self) -> Self:
         try:
@@ -93,10 +93,12 @@ class DeltaWriter:
         Returns whether anything changed; a tensor that did not is left out.
 
         Raises:
-            DeltaError: chunks of other lengths; a tensor of 4 GiB or more as ``overwrite``; a name twice.
+            DeltaError: chunks of other lengths; a tensor of 4 GiB or more as ``overwrite``; a name twice, or ``__metadata__``.
         """
-        if name in self._frames or any(name in shard for shard in self._shards):
+        if name in self._frames or name in self._shards:
             raise DeltaError("a tensor is written twice", name=name)
+        if name == "__metadata__":
+            raise DeltaError("no tensor of a safetensors file can have this name", name=name)
         digest, out = new_digest(self._index["checksum_format"]), io.BytesIO()
         encode = _encode_xor if self._index["delta_encoding"] == "xor" else _encode_overwrite
         compressor = optional("zstandard").ZstdCompressor(level=self._level)
@@ -111,18 +113,16 @@ class DeltaWriter:
 
     def _close_shard(self) -> None:
         if self._frames:
-            _to_disk(self._made / str(len(self._shards)), save(self._frames, self._checksums))
-            self._shards.append(list(self._frames))
-            self._frames, self._checksums, self._held = {}, {}, 0
+            _to_disk(self._made / str(self._files), save(self._frames, self._checksums))
+            self._shards.update(dict.fromkeys(self._frames, self._files))
+            self._frames, self._checksums, self._held, self._files = {}, {}, 0, self._files + 1
 
     def _publish(self) -> None:
         self._close_shard()
-        weight_map = {}
-        for number, names in enumerate(self._shards):
-            shard = f"model-{number:05d}-of-{len(self._shards):05d}.safetensors"
+        shards = [f"model-{number:05d}-of-{self._files:05d}.safetensors" for number in range(self._files)]
+        for number, shard in enumerate(shards):
             os.rename(self._made / str(number), self._made / shard)
-            weight_map.update(dict.fromkeys(names, shard))
-        index = {"metadata": self._index, "weight_map": weight_map}
+        index = {"metadata": self._index, "weight_map": {name: shards[number] for name, number in self._shards.items()}}
         _to_disk(self._made / "model.safetensors.index.json", json.dumps(index, indent=2).encode())
         os.rename(self._made, self.out)
 

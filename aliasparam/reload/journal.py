@@ -34,8 +34,11 @@ class Journal:
 
     def touch(self, target: Target) -> None:
         """To be called before the first write of a tensor."""
-        if id(target.tensor) in self._kept:
-            return
+        for one in (target, *target.beside):  # which show refusing twins from that write on
+            if id(one.tensor) not in self._kept:
+                self._look_at(one)
+
+    def _look_at(self, target: Target) -> None:
         storage = Live(target.tensor).storage
         if storage is None:
             if any(isinstance(holder.get(key), RefusingName) for holder, key in target.places):

@@ -76,18 +76,19 @@ def differences(live: Live, box: Box, value: Tensor, *, keep_new: bool) -> Itera
         yield patch_of(live, tile, live.bytes(tile), flat_bytes(new), keep_new=keep_new)
 
 
-def patch_of(live: Live, box: Box, old: Tensor, new: Tensor, *, keep_new: bool) -> Patch | None:
+def patch_of(live: Live, box: Box, old: Tensor, new: Tensor, *, keep_new: bool, among: Tensor | None = None) -> Patch | None:
     """Where ``old`` and ``new`` (uint8 [n], the bytes of ``box``, on the tensor's device) differ; None where they do not.
 
     Keeps positions and bytes (5 bytes of host memory a changed byte, 6 with the new ones), or all bytes if that is less.
+    ``among`` (int64 [n], ascending): nothing else can differ, and nothing else is compared.
     """
-    differs = old != new
+    differs = old != new if among is None else old[among] != new[among]
     count = int(differs.count_nonzero())
     if not count:
         return None
     at, base = None, 0
     if count * (5 + keep_new) < old.numel() * (1 + keep_new):
-        where = _where(differs)
+        where = _where(differs) if among is None else among[differs]
         places = live.positions(_in_tensor(live, box, where))
         if places is not None:
             base, old, new = int(places.min()), old[where], new[where]

@@ -183,6 +183,7 @@ def one_byte(length: int = 1) -> Tensor:
         (lambda out: add(out, [("w", 2, [(one_byte(), one_byte(2))])]), "w: chunks of other lengths"),
         (lambda out: add(out, [("w", 1, [(one_byte(), one_byte(2))])]), "w: chunks of other lengths"),
         (lambda out: add(out, [("w", 1, [(one_byte(), one_byte() + 1)])] * 2), "w: a tensor is written twice"),
+        (lambda out: add(out, [("__metadata__", 1, [(one_byte(), one_byte() + 1)])]), "no tensor of a safetensors file"),
         (lambda out: add(out, [("w", 1 << 32, [])], encoding="overwrite"), "w: a tensor too large for positions of 32 bits"),
         (lambda out: add(out, [("w", 1, [(one_byte(), torch.zeros(1, 1))])]), "these are no plain bytes"),
     ],
@@ -216,6 +217,25 @@ def test_a_writer_names_the_folder_that_was_asked_for(tmp_path: Path) -> None:
     with pytest.raises(NotADirectoryError) as raised, DeltaWriter(tmp_path / "file" / "d", 1, 0):
         pass
     assert raised.value.filename == str(tmp_path / "file" / "d")
+
+
+def test_a_name_is_not_compared_with_all_before_it(tmp_path: Path) -> None:
+    """Experts are a hundred thousand names in tens of files."""
+    compared = [0]
+
+    class Name(str):
+        __hash__ = str.__hash__
+
+        def __eq__(self, other: object) -> bool:
+            compared[0] += 1
+            return str.__eq__(self, other)
+
+    with DeltaWriter(tmp_path / "d", 1, 0, checksum_format="adler32", max_shard_bytes=1) as writer:
+        for number in range(60):
+            writer.add(Name(number), 1, [(one_byte(), one_byte() + 1)])
+    assert compared[0] < 600  # one with all before it: 1770
+    with DeltaFolder(tmp_path / "d") as delta:
+        assert set(delta.checksums) == set(map(str, range(60)))
 
 
 def add(out: Path, tensors: list[tuple[str, int, list[tuple[Tensor, Tensor]]]], **options: str) -> None:

@@ -81,6 +81,29 @@ def test_law_10_of_two_threads_that_begin_at_once_one_has_the_model(monkeypatch:
     began[0].abort()
 
 
+def test_law_10_who_begins_while_another_ends_has_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the look whose claim it is and its removal."""
+    model, real = Few(), claims._claim_of
+    first, second, third = (reload(model, scope="partial") for _ in range(3))
+    first.begin()
+    begins = threading.Thread(target=second.begin)
+
+    def slow(module: nn.Module) -> Any:
+        found = real(module)
+        if threading.current_thread() is not begins and not begins.ident:
+            begins.start()
+            begins.join(0.2)
+        return found
+
+    monkeypatch.setattr(claims, "_claim_of", slow)
+    first.abort()
+    begins.join()
+    with pytest.raises(ReloadError, match="already open"):
+        third.begin()
+    second.prepare()
+    second.commit()
+
+
 def test_law_10_elements_that_two_threads_send_at_once_are_refused_once() -> None:
     """The second finds them arrived, also where the first still waits for a forward."""
     model, started = Few(), threading.Event()
@@ -143,3 +166,19 @@ def test_law_8_parameters_in_one_memory_refuse_together() -> None:
                 getattr(model, name) + 0
         model.apart + 0
     assert torch.equal(model.shared, NEW["norm"]) and torch.equal(model.part, NEW["norm"][3:5])
+
+
+@pytest.mark.parametrize("policy", ["journal", "staged-journal"])
+def test_law_10_an_abort_restores_parameters_in_one_memory(policy: Any) -> None:
+    """Writing one makes the others refuse, which hold weights all the same."""
+    model: Any = nn.Module()
+    memory = torch.arange(12.0)
+    for name, part in (("a", memory[:8]), ("b", memory[4:]), ("c", memory)):
+        model.register_parameter(name, nn.Parameter(part, requires_grad=False))
+    session = reload(model, policy=policy)
+    session.begin()
+    session.load({"a": torch.full((8,), 20.0), "b": torch.full((8,), 30.0), "c": torch.full((12,), 40.0)})
+    session.prepare()
+    session.switch()
+    session.abort()
+    assert torch.equal(model.c + 0, torch.arange(12.0)) and torch.equal(model.b + 0, model.c[4:])
