@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import DeclarationError
 from ..layout import BoundLayout
 from ..layout.bind import Bindable, bound_to
 from ..spec import TensorSpec
@@ -34,9 +35,12 @@ class AliasedStorage(GuardedMemory):
         label: ``module.name`` for messages.
         spec: the checkpoint tensor.
         layout: the order of its elements in memory; None for checkpoint order.
-        buffer: flat uint8, zero wherever the layout pads. The storage owns it from now on.
+        buffer: flat uint8, a whole allocation, zero wherever the layout pads. The storage owns it from now on.
         state: of every region at the start.
         kernel_dtype: dtype of the kernel name, of the same width; None where there is no kernel name.
+
+    Raises:
+        DeclarationError: a buffer that is a part of an allocation.
     """
 
     def __init__(
@@ -49,6 +53,15 @@ class AliasedStorage(GuardedMemory):
         kernel_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if buffer.storage_offset():
+            raise DeclarationError(
+                "the memory of a storage is a part of an allocation",
+                module=label.rpartition(".")[0],
+                name=label.rpartition(".")[2],
+                expected="the begin of one",
+                found=f"its byte {buffer.storage_offset()}",
+                remedy="Give it an allocation of its own.",
+            )
         self.label = label
         self.spec = spec
         self.kernel_dtype = kernel_dtype

@@ -12,9 +12,12 @@ from torch import Tensor, nn
 
 from aliasparam import (
     Alias,
+    AliasedStorage,
     Derivation,
     Keep,
     Reencoding,
+    State,
+    TensorSpec,
     alias_or_bind_derived_param,
     copy_or_rebind_param,
     declare,
@@ -237,6 +240,10 @@ USING: dict[str, tuple[type[AliasError], Do]] = {
     "reading what is exposed": (
         StateError,
         after(lambda m: expose_for_writing(m, "weight", order="kernel"), lambda m: m.weight + 0),
+    ),
+    "a storage on a part of an allocation": (
+        DeclarationError,
+        lambda: AliasedStorage("layer.weight", TensorSpec((4,), U), None, torch.zeros(8, dtype=U)[4:], State.EMPTY),
     ),
     "closing an exposure twice": (
         ReloadError,
