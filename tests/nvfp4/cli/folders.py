@@ -20,6 +20,7 @@ def chat_folder(folder: Path, seed: int) -> Path:
     write_tokenizer(folder)
     edit(folder / "tokenizer_config.json", chat_template=TEMPLATE)
     edit(folder / "config.json", eos_token_id=None)
+    (folder / "generation_config.json").write_text(json.dumps({"suppress_tokens": [0]}))  # the unknown word has no text
     file = folder / "model.safetensors"
     wandering = torch.randn(48, generator=torch.Generator().manual_seed(seed)) * 3  # or each token is answered by itself
     save_file(load_file(file) | {"model.norm.weight": wandering.to(torch.bfloat16)}, file, metadata={"format": "pt"})
