@@ -56,8 +56,7 @@ class AliasedStorage(GuardedMemory):
         if buffer.storage_offset():
             raise DeclarationError(
                 "the memory of a storage is a part of an allocation",
-                module=label.rpartition(".")[0],
-                name=label.rpartition(".")[2],
+                label=label,
                 expected="the begin of one",
                 found=f"its byte {buffer.storage_offset()}",
                 remedy="Give it an allocation of its own.",
