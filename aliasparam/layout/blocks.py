@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from .boxes import Box
+from .boxes import Box, sizes
 from .digits import BoundLine, Place
 
 Ranges = list[list[tuple[int, int]]]  # per dim
@@ -86,10 +86,10 @@ def tiles(box: Box, elements: int) -> Iterator[Box]:
     """``box`` cut along its first dims into boxes of at most ``elements`` elements."""
     if not all(stop > start for start, stop in box):
         return
-    if math.prod(stop - start for start, stop in box) <= elements:
+    if math.prod(sizes(box)) <= elements:
         yield box
         return
-    (start, stop), rest = box[0], math.prod(stop - start for start, stop in box[1:])
+    (start, stop), rest = box[0], math.prod(sizes(box[1:]))
     many = max(elements // rest, 1)
     for first in range(start, stop, many):
         part = (first, min(first + many, stop))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import LayoutError
 from .blocks import Cut, blocks, lead_cuts, tiles
-from .boxes import Box, positions_in, row_major
+from .boxes import Box, positions_in, row_major, sizes, whole
 
 
 class BoundLayout(ABC):
@@ -37,7 +37,7 @@ class BoundLayout(ABC):
         self.shape, self.dtype, self.lead, self.region_capacity = shape, dtype, lead, capacity
         self.kernel_shape = (*shape[:lead], *kernel)
         self.regions, self.region_elements = math.prod(shape[:lead]), math.prod(shape[lead:])
-        self.whole: Box = tuple((0, n) for n in shape)
+        self.whole: Box = whole(shape)
         self.lead_strides = [stride * capacity for stride in row_major(shape[:lead])]
 
     def __deepcopy__(self, memo: Any) -> BoundLayout:
@@ -132,7 +132,7 @@ class BoundLayout(ABC):
             yield by_region[tuple(start + i for (start, _), i in zip(box, index, strict=False))], index
 
     def empty(self, memory: Tensor, box: Box) -> Tensor:
-        return torch.empty([stop - start for start, stop in box], dtype=self.dtype, device=memory.device)
+        return torch.empty(sizes(box), dtype=self.dtype, device=memory.device)
 
     def check(self, memory: Tensor, box: Box, value: Tensor) -> None:
         """Raises LayoutError unless the box lies in the tensor, the value fits it and the memory is large enough."""
@@ -145,7 +145,7 @@ class BoundLayout(ABC):
         """The same of the box and a value of ``shape`` and ``dtype``."""
         if len(box) != len(self.shape) or not all(0 <= a <= b <= n for (a, b), n in zip(box, self.shape, strict=True)):
             raise self.unfit(f"start and stop in each dim of {list(self.shape)}", box)
-        if tuple(shape) != tuple(stop - start for start, stop in box) or dtype is not self.dtype:
+        if tuple(shape) != sizes(box) or dtype is not self.dtype:
             raise self.unfit(f"{self.dtype} values of box {box}", f"{dtype} {list(shape)}")
 
     def unfit(self, expected: object, found: object) -> LayoutError:

@@ -61,6 +61,11 @@ def sizes(box: Box) -> tuple[int, ...]:
     return tuple(stop - start for start, stop in box)
 
 
+def shown(box: Box) -> str:
+    """As one writes an index: ``[0:2, 4:8]``."""
+    return "[" + ", ".join(f"{start}:{stop}" for start, stop in box) + "]"
+
+
 def row_major(shape: Sequence[int]) -> list[int]:
     """Element strides of a contiguous tensor."""
     strides = [1] * len(shape)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..errors import LayoutError
 from .bound import BoundLayout, RegionLayout
-from .boxes import Box, positions_in
+from .boxes import Box, positions_in, sizes
 
 
 class NibbleLayout(RegionLayout):
@@ -26,7 +26,7 @@ class NibbleLayout(RegionLayout):
 
     def put(self, region: Tensor, core: Box, value: Tensor) -> None:
         core, nibbles = self._nibbles(core), unpack(region)
-        self.inner.write(nibbles, core, unpack(value).view([stop - start for start, stop in core]))
+        self.inner.write(nibbles, core, unpack(value).view(sizes(core)))
         region.copy_(pack(nibbles).view(self.dtype))
 
     def get(self, region: Tensor, core: Box) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from . import triton_copy, triton_sum
 from .blocks import Cut, common
 from .bound import BoundLayout, in_bytes
-from .boxes import Box, Piece, pieces, row_major
+from .boxes import Box, Piece, pieces, row_major, sizes, whole
 from .compose import compose
 from .digits import BoundLine
 from .execute import WIDEST, Copy, plan, views
@@ -25,10 +25,10 @@ class StridedLayout(BoundLayout):
         super().__init__(shape, dtype, lead, lines[-1].kernel_shape, lines[-1].capacity)
         self._elements = self.regions * self.region_capacity
         self.lines = compose(list(lines))
-        whole = plan(self.boxes(self.whole[lead:]), [], row_major(shape[lead:]), dtype.itemsize, dtype.itemsize)
-        self.unit = _unit(whole, dtype.itemsize)
+        copies = plan(self.boxes(self.whole[lead:]), [], row_major(shape[lead:]), dtype.itemsize, dtype.itemsize)
+        self.unit = _unit(copies, dtype.itemsize)
         padded = self.region_capacity != self.region_elements
-        self.is_identity = not padded and (not whole or self.unit == self.region_elements * dtype.itemsize)
+        self.is_identity = not padded and (not copies or self.unit == self.region_elements * dtype.itemsize)
 
     def boxes(self, box: Box) -> list[Piece]:
         """The strided pieces of a box of the core dims."""
@@ -90,11 +90,11 @@ class StridedLayout(BoundLayout):
     def positional_sums(self, memory: Tensor, box: Box) -> Tensor | None:
         if not triton_copy.takes(memory, memory) or not all(stop > start for start, stop in box):
             return None
-        size, sizes = self.dtype.itemsize, tuple(stop - start for start, stop in box)
+        size, shape = self.dtype.itemsize, sizes(box)
         region = sum(start * stride for (start, _), stride in zip(box, self.lead_strides, strict=False))
         first = (int(memory.storage_offset()) + region) * size
         align = (memory.data_ptr() + region * size | first | triton_sum.WIDEST) & 31
-        copies = _planned(self, box[self.lead :], sizes, tuple(row_major(sizes)), self.dtype, align & -align, _SUMS)
+        copies = _planned(self, box[self.lead :], shape, tuple(row_major(shape)), self.dtype, align & -align, _SUMS)
         sums = [triton_sum.sums(copy, views(copy.start, memory, first // size, memory)[0]) for copy, _ in copies]
         return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
 
@@ -129,7 +129,7 @@ def _planned(
     limits: _Limits,
 ) -> list[tuple[Copy, bool]]:
     """See :meth:`StridedLayout.copies`."""
-    box = (*((0, size) for size in shape[: layout.lead]), *core)
+    box = (*whole(shape[: layout.lead]), *core)
     layout.check_value(box, shape, dtype)
     lead = list(zip(shape, layout.lead_strides, strict=False))
     copies = plan(layout.boxes(core) if math.prod(shape) else [], lead, strides, dtype.itemsize, align, *limits)

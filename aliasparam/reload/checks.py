@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import ReloadError
-from ..layout.boxes import sizes, whole
+from ..layout.boxes import shown, sizes, whole
 from ..spec import TensorSpec, other_kind
 from ..storage.coverage import Box, Coverage
 
@@ -22,10 +22,6 @@ def box_of(live: Tensor, value: Tensor, first_row: int | None, box: Box | None) 
     if first_row is None or not live.shape:
         return whole(live.shape)
     return ((index(first_row), first_row + (value.shape[0] if value.dim() else 1)), *whole(live.shape[1:]))
-
-
-def shown(box: Box) -> str:
-    return "[" + ", ".join(f"{start}:{stop}" for start, stop in box) + "]"
 
 
 def need_dense(module: str, name: str, value: Any, whose: str) -> None:

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ReloadError
+from ..layout.boxes import shown
 from ..module.adopt import adopt
 from ..spec import TensorSpec
 from ..storage.coverage import Box, Coverage
-from .checks import Phase, box_of, need, need_dense, need_fit, need_whole, shown
+from .checks import Phase, box_of, need, need_dense, need_fit, need_whole
 from .claims import Claim
 from .collector import collector_paused
 from .drain import Drain

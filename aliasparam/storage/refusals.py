@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..errors import MemoryFreedError, StateError
-from .coverage import Box
+from ..layout.boxes import shown
 from .states import RegionStates, State
 
 
@@ -30,7 +30,7 @@ def exposed(label: str, doing: str, writer: str) -> StateError:
 def not_loaded(label: str, states: RegionStates, doing: str, region: int | None) -> StateError:
     region = min(states.missing) if region is None else region
     state, count = states.of(region), states.count
-    missing = ", ".join(_shown(box) for box in states.missing_boxes(region)[:3]) if state is State.PARTIAL else ""
+    missing = ", ".join(shown(box) for box in states.missing_boxes(region)[:3]) if state is State.PARTIAL else ""
     what = f"{state.value}: {states.why}" if states.why and state is State.INVALID else state.value
     return StateError(
         f"{doing}: region {region} of {count} is {state.value!r}" if count > 1 else f"{doing}: it is {state.value!r}",
@@ -39,7 +39,3 @@ def not_loaded(label: str, states: RegionStates, doing: str, region: int | None)
         found=f"{what}, without {missing}" if missing else what,
         remedy="Load every shard of this tensor first.",
     )
-
-
-def _shown(box: Box) -> str:
-    return "[" + ", ".join(f"{start}:{stop}" for start, stop in box) + "]"

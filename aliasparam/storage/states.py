@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from enum import Enum
 from typing import TypeAlias
 
+from ..layout.boxes import whole
 from .coverage import Box, Coverage
 
 
@@ -57,7 +58,7 @@ class RegionStates:
         #: Regions which are not LOADED, with what they are: one entry changes by one assignment, so an interrupt leaves no doubt.
         self.missing: dict[int, State] = {} if state is State.LOADED else dict.fromkeys(range(count), state)
         self.count = count
-        self._whole = tuple((0, n) for n in self._core)
+        self._whole = whole(self._core)
         #: When the bytes of each region were last put in question: whoever keeps these knows which regions were written since.
         self.writes = [0] * count
         self.clock = 0
@@ -152,7 +153,7 @@ class RegionStates:
     def missing_boxes(self, region: int) -> list[Box]:
         """What has not arrived of one region, in its own coordinates."""
         coverage = self._arrived.get(region) if self.of(region) is State.PARTIAL else None
-        return [tuple((0, n) for n in self._core)] if coverage is None else coverage.missing()
+        return [self._whole] if coverage is None else coverage.missing()
 
     def put_all(self, state: State, why: str | None = None) -> None:
         """One state for every region that has elements."""

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..layout.boxes import row_major
+from ..layout.boxes import row_major, sizes, whole
 from ..storage.coverage import Box
 from ..storage.place import Place, placed
 from ..storage.storage import AliasedStorage
@@ -100,7 +100,7 @@ def rows_under(storage: AliasedStorage, view: Tensor) -> Box:
     start = first // step
     while start * step % width:
         start -= 1  # wider elements begin where they are aligned
-    return (*outer, (start, last // step + 1), *((0, n) for n in shape[len(outer) + 1 :]))
+    return (*outer, (start, last // step + 1), *whole(shape[len(outer) + 1 :]))
 
 
 def as_view(storage: AliasedStorage, rows: Tensor, box: Box, view: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ def boxes_under(storage: AliasedStorage, view: Tensor, rows: Box, *, touched: bo
     if not view.numel() or not storage.bound.shape:
         return [rows] if view.numel() else []
     width, size = storage.bound.dtype.itemsize, view.element_size()
-    shape = tuple(stop - start for start, stop in rows)
+    shape = sizes(rows)
     seen = torch.zeros(math.prod(shape) * width, dtype=torch.bool)
     first = view.storage_offset() * size - _first_byte(storage, rows)
     seen.as_strided((*view.shape, size), (*(s * size for s in view.stride()), 1), first).fill_(True)
