@@ -7,7 +7,6 @@ deltas from the version that serves, or from the newest full version on the way.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -24,6 +23,8 @@ from aliasparam.reload.loading import stand_ins
 from aliasparam.reload.targets import find_targets
 from aliasparam.storage.coverage import Box
 
+from ...checkpoint import CheckpointError
+from ...checkpoint.quant_config import read_json
 from ..patched import PatchedFolder
 from .served import served
 
@@ -33,10 +34,10 @@ Parts = Mapping[str, list[tuple[str, Box]]]
 def is_delta(path: str) -> bool:
     """Whether the folder is a version that is a delta."""
     try:
-        index = json.loads((Path(path) / "model.safetensors.index.json").read_text())
-    except (OSError, ValueError, RecursionError):
+        index = read_json(Path(path) / "model.safetensors.index.json")
+    except CheckpointError:
         return False
-    return isinstance(index, dict) and "delta_encoding" in (index.get("metadata") or {})
+    return "delta_encoding" in (index.get("metadata") or {})
 
 
 def full_version(path: str, serving: int) -> str | None:
