@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from aliasparam import Alias, AliasedParameter, declare, process
+from aliasparam import AliasedParameter, process
 
-from .small import SWAP, kernel
+from .small import SWAP, kernel, layer_of
 
 VALUES = torch.arange(48, dtype=torch.uint8).view(6, 8)
 
@@ -16,9 +16,7 @@ VALUES = torch.arange(48, dtype=torch.uint8).view(6, 8)
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
 def test_moving_the_module_to_another_device_keeps_it_right() -> None:
-    layer = nn.Module()
-    layer.weight = nn.Parameter(VALUES.clone(), requires_grad=False)
-    declare(layer, Alias("weight", "prepared", SWAP))
+    layer = layer_of(VALUES)
     process(layer)
 
     layer.cuda()
@@ -33,9 +31,7 @@ def test_moving_the_module_to_another_device_keeps_it_right() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
 def test_parameters_replaced_by_ones_on_another_device_are_followed() -> None:
-    layer = nn.Module()
-    layer.weight = nn.Parameter(VALUES.clone(), requires_grad=False)
-    declare(layer, Alias("weight", "prepared", SWAP))
+    layer = layer_of(VALUES)
     process(layer)
 
     layer.weight = nn.Parameter(VALUES.cuda() + 1, requires_grad=False)

@@ -14,6 +14,8 @@ from aliasparam_nvfp4 import NvFp4LinearMethod
 from tests.nvfp4.backend_cases import REAL_SHAPES, flashinfer
 from tests.nvfp4.test_linear import Layer, tensors
 
+from .peers import nvfp4_config
+
 #: SmolLM2's, Kimi-K2.5's and Qwen3's (narrowed), primes x 16, aligned and ragged: (partitions, K).
 SHAPES = [
     *REAL_SHAPES,
@@ -60,13 +62,7 @@ def peer_layer(module: Any, partitions: tuple[int, ...], k: int, backend: str, m
     for owner in (module, utils):
         if hasattr(owner, "get_fp4_gemm_runner_backend"):
             monkeypatch.setattr(owner, "get_fp4_gemm_runner_backend", lambda: Backend())
-    config = module.ModelOptFp4Config(
-        is_checkpoint_nvfp4_serialized=True,
-        kv_cache_quant_algo=None,
-        group_size=16,
-        exclude_modules=[],
-        packed_modules_mapping={},
-    )
+    config = nvfp4_config(module)
     method = module.ModelOptFp4LinearMethod(config)
     layer = nn.Module()
     layer.method = method

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from tests.nvfp4.moe_layers import SUFFIXES, Checkpoint, MoE, checkpoint, load, stacked
 
+from .peers import nvfp4_config
+
 DIMS = [(2, 128, 128), (3, 256, 64), (1, 384, 192)]
 every_dims = pytest.mark.parametrize("dims", DIMS, ids=str)
 MINE = ("w13_weight_prepared", "w2_weight_prepared", "w13_blockscale_swizzled", "w2_blockscale_swizzled")
@@ -121,13 +123,7 @@ def peer_layer(runner: str, dims: tuple[int, int, int], monkeypatch: pytest.Monk
         monkeypatch.setattr(owner, "get_moe_a2a_backend", lambda: Only(all_to_all), raising=False)
         monkeypatch.setattr(owner, "should_use_flashinfer_cutlass_moe_fp4_allgather", lambda: False, raising=False)
     monkeypatch.setattr(module, "get_platform", lambda: SimpleNamespace(is_blackwell=True))
-    config = module.ModelOptFp4Config(
-        is_checkpoint_nvfp4_serialized=True,
-        kv_cache_quant_algo=None,
-        group_size=16,
-        exclude_modules=[],
-        packed_modules_mapping={},
-    )
+    config = nvfp4_config(module)
     e, h, i = dims
     layer, method = nn.Module(), module.ModelOptNvFp4FusedMoEMethod(config)
     layer.moe_runner_config = SimpleNamespace(  # type: ignore[assignment]
