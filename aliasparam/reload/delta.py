@@ -8,7 +8,7 @@ long, and memory is what was asked for, a piece and the frame's window (at most 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -102,10 +102,21 @@ class Overwrite:
         values, positions = (torch.cat(parts) for parts in zip(*found, strict=True))
         return Change(values, positions - start) if len(positions) else None
 
-    def finish(self) -> None:
+    @property
+    def count(self) -> int:
+        """Positions that are left."""
+        return self._left + len(self._ahead[0])
+
+    def rest(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(values, byte positions in the tensor) of all that changes, ascending, up to 2**18 at once; then :meth:`finish`."""
         while self._left:
             self._read_ahead()
+            yield self._ahead
         self._values.end(self._expected)
+
+    def finish(self) -> None:
+        for _ in self.rest():
+            pass
 
     def _take(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """(values, positions) of those that were read ahead; what is before ``start`` is of parts that are elsewhere."""

@@ -4,8 +4,9 @@ While the old weights serve, what each tensor that the delta names would become 
 base, a wrong order or a damaged delta is found before a byte is written. What differs is kept on the host as (position in kernel
 memory, old byte, new byte). The commit writes the new bytes; an abort writes the old ones.
 
-A tensor is read in pieces, changed in scratch, digested and compared. Of one whose digest is summed where it lies (adler32 on a
-GPU), those pieces alone that a delta names. What is another tensor in the model (see
+A tensor is read in pieces, changed in scratch, digested and compared. An adler32 that is summed where the bytes lie (on a GPU),
+or of a delta that names few positions, is that of the old bytes, corrected: the pieces or positions that change alone are
+looked at. What is another tensor in the model (see
 :class:`~aliasparam.reload.delta_held.Converted`) is converted as a whole, on the host.
 """
 
@@ -21,15 +22,15 @@ from torch import Tensor, nn
 
 from ..layout.boxes import Box, whole
 from ..storage.coverage import Coverage
-from .delta import PIECE
+from .delta import PIECE, Overwrite, Xor
 from .delta_folder import Chain, DeltaFolder, need_order
 from .delta_held import Converted, Part, PartDigests, Places, Span, spans
 from .digest import Hashed, PositionalAdler32, digest_of
 from .errors import DeltaError
 from .live import Live, flat_bytes
-from .live_digest import add_in_place
+from .live_digest import add_in_place, add_pieces
 from .observe import Hooks
-from .patch import Patch, differences, joined, patch_of
+from .patch import Patch, differences, joined, on_device, patch_at, patch_of
 from .session import ReloadSession
 from .sources import SafetensorsFolder
 
@@ -206,8 +207,15 @@ def _compared(
     nbytes = live.nbytes if part is None else math.prod(part.shape) * live.dtype.itemsize
     readers = [delta.changes(name, nbytes) for delta in deltas]
     summed = None
-    if isinstance(digest, PositionalAdler32) and full is None and part is None and add_in_place(digest, live):
-        summed = digest  # with all old bytes in it
+    if isinstance(digest, PositionalAdler32) and full is None and part is None:
+        sparse = _sparse(live, readers)
+        if add_in_place(digest, live):
+            summed = digest  # with all old bytes in it
+        elif sparse is not None:
+            add_pieces(digest, live)
+        if sparse is not None:
+            yield from _corrected(live, sparse, digest)
+            return
     for span in spans(live, part):
         read = (one.read(span.start, span.start + span.nbytes) for one in readers)
         changes = [change for change in read if change is not None]
@@ -223,11 +231,31 @@ def _compared(
         if summed is not None:
             summed.add(old, span.start, sign=-1)
         if changes or full is not None:
-            alone = len(changes) == 1 and full is None and span.columns is None
-            places = changes[0].positions if alone else None
-            yield patch_of(live, span.box, old, own, keep_new=True, among=None if places is None else places.to(old.device))
+            yield patch_of(live, span.box, old, own, keep_new=True)
     for one in readers:
         one.finish()
+
+
+def _sparse(live: Live, readers: Sequence[Xor | Overwrite]) -> Overwrite | None:
+    """The one delta, if it names so few positions that they and their bytes are less than the tensor's old and new bytes."""
+    [one, *others] = readers
+    if others or not isinstance(one, Overwrite) or 3 * one.count >= live.nbytes:
+        return None
+    return None if live.positions(torch.empty(0, dtype=torch.int64)) is None else one
+
+
+def _corrected(live: Live, changes: Overwrite, digest: PositionalAdler32) -> Iterator[Patch]:
+    """What differs at the positions that a delta names; ``digest``, of the old bytes, becomes that of the new."""
+    for values, at in changes.rest():
+        at, new = on_device(at, live.device), on_device(values, live.device)
+        places = live.positions(at)
+        if places is None:
+            raise AssertionError("bytes have places of their own, or not")
+        old = live.bytes_at(places)
+        digest.change(old, new, at)
+        differs = old != new
+        if differs.any():
+            yield patch_at(live, places[differs], old[differs], new[differs], keep_new=True)
 
 
 def _add(digest: PositionalAdler32 | Hashed, span: Span, own: Tensor) -> None:

@@ -61,7 +61,7 @@ class PositionalAdler32:
 
     Sums stay on the device of the values, and nothing waits for it before :meth:`hexdigest`.
     Every byte must be added exactly once; bytes that change are added once more, as ``add(new, start)`` after
-    ``add(old, start, sign=-1)``.
+    ``add(old, start, sign=-1)``, or by :meth:`change`.
 
     Attributes:
         count: bytes added less bytes taken away.
@@ -84,6 +84,11 @@ class PositionalAdler32:
         sums = sums_of_run(flat)
         sums[1].add_(sums[0], alpha=start % _MOD)
         self.add_sums(sign * flat.numel(), sign * sums)
+
+    def change(self, old: Tensor, new: Tensor, at: Tensor) -> None:
+        """Bytes ``old``, added before, became ``new`` (uint8 [n], n at most 2**20) at checkpoint bytes ``at`` (int64 [n])."""
+        step = new.to(torch.int64) - old
+        self.add_sums(0, torch.stack((step.sum(), (step * (at % _MOD)).sum())) % _MOD)
 
     def add_sums(self, count: int, sums: Tensor) -> None:
         """``count`` bytes whose sums (int64 ``[2]``: of the bytes, of position times byte, mod 65521) were taken on a device."""

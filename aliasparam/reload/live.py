@@ -98,6 +98,19 @@ class Live:
             yield self.storage.elements.view(torch.uint8)
             self.storage.states.rollback(begun)
 
+    def bytes_at(self, places: Tensor) -> Tensor:
+        """The bytes at ``places`` in memory (int64 [n], on the tensor's device; see :meth:`positions`), uint8 [n].
+
+        Raises:
+            StateError: elements that hold no weights.
+        """
+        if self.storage is None:
+            return flat_bytes(self.tensor.detach())[places]
+        place = place_of(self.storage, self.tensor._alias_geometry)  # type: ignore[attr-defined]
+        with self.storage.lock:
+            self.storage.need_readable(self.storage.bound.whole if place is None else place.box)
+            return self.storage.elements.view(torch.uint8)[places]
+
     def positions(self, at: Tensor) -> Tensor | None:
         """Checkpoint byte positions ``at`` (int64 [n]) as positions in memory; None where bytes have no places of their own."""
         if self.storage is None:

@@ -99,8 +99,7 @@ def _digest_of(live: Live, kind: str) -> PositionalAdler32 | Hashed:
     """Of a whole tensor; of adler32 on a GPU nothing has waited for it."""
     digest = new_digest(kind)
     if not isinstance(digest, PositionalAdler32) or not add_in_place(digest, live):
-        for start, box in live.pieces(_PIECE):
-            digest.add(live.bytes(box), start)
+        add_pieces(digest, live)
     return digest
 
 
@@ -110,3 +109,9 @@ def add_in_place(sums: PositionalAdler32, live: Live) -> bool:
     if found is not None:
         sums.add_sums(live.nbytes, found)
     return found is not None
+
+
+def add_pieces(digest: PositionalAdler32 | Hashed, live: Live) -> None:
+    """Add all bytes, gathered in order."""
+    for start, box in live.pieces(_PIECE):
+        digest.add(live.bytes(box), start)

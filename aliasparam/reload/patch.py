@@ -76,25 +76,28 @@ def differences(live: Live, box: Box, value: Tensor, *, keep_new: bool) -> Itera
         yield patch_of(live, tile, live.bytes(tile), flat_bytes(new), keep_new=keep_new)
 
 
-def patch_of(live: Live, box: Box, old: Tensor, new: Tensor, *, keep_new: bool, among: Tensor | None = None) -> Patch | None:
+def patch_of(live: Live, box: Box, old: Tensor, new: Tensor, *, keep_new: bool) -> Patch | None:
     """Where ``old`` and ``new`` (uint8 [n], the bytes of ``box``, on the tensor's device) differ; None where they do not.
 
     Keeps positions and bytes (5 bytes of host memory a changed byte, 6 with the new ones), or all bytes if that is less.
-    ``among`` (int64 [n], ascending): nothing else can differ, and nothing else is compared.
     """
-    differs = old != new if among is None else old[among] != new[among]
+    differs = old != new
     count = int(differs.count_nonzero())
     if not count:
         return None
-    at, base = None, 0
     if count * (5 + keep_new) < old.numel() * (1 + keep_new):
-        where = _where(differs) if among is None else among[differs]
+        where = _where(differs)
         places = live.positions(_in_tensor(live, box, where))
         if places is not None:
-            base, old, new = int(places.min()), old[where], new[where]
-            at = on_host(_narrow(places - base))
+            return patch_at(live, places, old[where], new[where], keep_new=keep_new)
     bound = None if live.storage is None else live.storage.bound
-    return Patch(live, box, at, base, on_host(old), on_host(new) if keep_new else None, bound)
+    return Patch(live, box, None, 0, on_host(old), on_host(new) if keep_new else None, bound)
+
+
+def patch_at(live: Live, places: Tensor, old: Tensor, new: Tensor, *, keep_new: bool) -> Patch:
+    """Of bytes at ``places`` in memory (int64 [n], n > 0, no two alike), all on the tensor's device."""
+    base, bound = int(places.min()), None if live.storage is None else live.storage.bound
+    return Patch(live, live.box, on_host(_narrow(places - base)), base, on_host(old), on_host(new) if keep_new else None, bound)
 
 
 def _where(differs: Tensor) -> Tensor:
