@@ -83,10 +83,9 @@ def launch(copy: Copy, *, write: bool, columns: str = "value") -> tuple[int, dic
     runs = across[-1].kernel == across[-1].value == 1 and across[-1].size >= _COLUMNS
     bm = min(_power(m), _RUNS if runs else _ROWS)
     bn = min(_power(n), _TILE // bm)
-    constants: dict[str, Any] = {"M": m, "N": n, "BM": bm, "BN": bn}
-    for letter, side in zip("TS", sides, strict=True):  # target, source
-        for name, axes in (("GRID", grid), ("ROWS", rows), ("COLUMNS", across)):
-            constants[f"{letter}_{name}"] = tuple(itertools.chain(*_merged(axes, side)))
+    constants: dict[str, Any] = {"TILE": (m, n, bm, bn)}
+    for name, side in zip(("TARGET", "SOURCE"), sides, strict=True):
+        constants[name] = tuple(tuple(itertools.chain(*_merged(axes, side))) for axes in (grid, rows, across))
     return programs * -(-m // bm) * -(-n // bn), constants
 
 
@@ -129,27 +128,26 @@ if AVAILABLE:
         return total + index * AXES[1]
 
     @triton.jit
-    def _copy(
-        target,
-        source,
-        M: tl.constexpr,
-        N: tl.constexpr,
-        BM: tl.constexpr,
-        BN: tl.constexpr,
-        T_GRID: tl.constexpr,
-        T_ROWS: tl.constexpr,
-        T_COLUMNS: tl.constexpr,
-        S_GRID: tl.constexpr,
-        S_ROWS: tl.constexpr,
-        S_COLUMNS: tl.constexpr,
-    ):
+    def place(TILE: tl.constexpr):
+        """Of this program: which tile of the grid, its rows and columns, and which of these exist. See :func:`tile`."""
+        M: tl.constexpr = TILE[0]
+        N: tl.constexpr = TILE[1]
+        BM: tl.constexpr = TILE[2]
+        BN: tl.constexpr = TILE[3]
         program = tl.program_id(0).to(tl.int64)
         column = program % ((N + BN - 1) // BN) * BN + tl.arange(0, BN).to(tl.int64)
         program = program // ((N + BN - 1) // BN)
         row = program % ((M + BM - 1) // BM) * BM + tl.arange(0, BM).to(tl.int64)
-        region = program // ((M + BM - 1) // BM)
         mask = (row < M)[:, None] & (column < N)[None, :]
-        at = offsets(row, S_ROWS)[:, None] + offsets(column, S_COLUMNS)[None, :]
-        values = tl.load(source + offsets(region, S_GRID) + at, mask=mask)
-        at = offsets(row, T_ROWS)[:, None] + offsets(column, T_COLUMNS)[None, :]
-        tl.store(target + offsets(region, T_GRID) + at, values, mask=mask)
+        return program // ((M + BM - 1) // BM), row, column, mask
+
+    @triton.jit
+    def address(grid, row, column, AXES: tl.constexpr):
+        """Of each element of a tile on one side, from the first of the copy."""
+        return offsets(grid, AXES[0]) + (offsets(row, AXES[1])[:, None] + offsets(column, AXES[2])[None, :])
+
+    @triton.jit
+    def _copy(target, source, TILE: tl.constexpr, TARGET: tl.constexpr, SOURCE: tl.constexpr):
+        grid, row, column, mask = place(TILE)
+        values = tl.load(source + address(grid, row, column, SOURCE), mask=mask)
+        tl.store(target + address(grid, row, column, TARGET), values, mask=mask)

@@ -20,7 +20,7 @@ if AVAILABLE:
     import triton
     import triton.language as tl
 
-    from .triton_copy import offsets
+    from .triton_copy import address, offsets, place
 
 #: Bytes of the widest element, for which there is an instruction.
 WIDEST = 4
@@ -54,31 +54,18 @@ if AVAILABLE:
     def _sums(
         sums,
         source,
-        M: tl.constexpr,
-        N: tl.constexpr,
-        BM: tl.constexpr,
-        BN: tl.constexpr,
-        T_GRID: tl.constexpr,
-        T_ROWS: tl.constexpr,
-        T_COLUMNS: tl.constexpr,
-        S_GRID: tl.constexpr,
-        S_ROWS: tl.constexpr,
-        S_COLUMNS: tl.constexpr,
+        TILE: tl.constexpr,
+        TARGET: tl.constexpr,
+        SOURCE: tl.constexpr,
         WIDTH: tl.constexpr,
         FAST: tl.constexpr,
     ):
-        program = tl.program_id(0).to(tl.int64)
-        slot = sums + program * 2
-        column = program % ((N + BN - 1) // BN) * BN + tl.arange(0, BN).to(tl.int64)
-        program = program // ((N + BN - 1) // BN)
-        row = program % ((M + BM - 1) // BM) * BM + tl.arange(0, BM).to(tl.int64)
-        region = program // ((M + BM - 1) // BM)
-        mask = (row < M)[:, None] & (column < N)[None, :]
-        at = offsets(row, S_ROWS)[:, None] + offsets(column, S_COLUMNS)[None, :]
-        words = tl.load(source + offsets(region, S_GRID) + at, mask=mask, other=0)
+        slot = sums + tl.program_id(0).to(tl.int64) * 2
+        grid, row, column, mask = place(TILE)
+        words = tl.load(source + address(grid, row, column, SOURCE), mask=mask, other=0)
         plain, inner = _bytes(words, WIDTH, FAST)
-        high = (offsets(region, T_GRID) + offsets(row, T_ROWS)) * WIDTH % 65521
-        low = offsets(column, T_COLUMNS) * WIDTH % 65521
+        high = (offsets(grid, TARGET[0]) + offsets(row, TARGET[1])) * WIDTH % 65521
+        low = offsets(column, TARGET[2]) * WIDTH % 65521
         position = high.to(tl.uint32)[:, None] + low.to(tl.uint32)[None, :]
         weighted = inner.to(tl.uint64) + plain.to(tl.uint64) * position.to(tl.uint64)
         tl.store(slot, tl.sum(plain).to(tl.int64))
