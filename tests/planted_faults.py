@@ -209,6 +209,13 @@ FAULTS = [
         "new = change.of(old)",
         "reload/test_law_12_apply_delta.py",
     ),
+    Planted("reload/delta_apply.py", "digest.change(old, new, at)", "pass", "reload/test_law_12_apply_delta.py"),
+    Planted(
+        "reload/delta_apply.py",
+        "places[differs], old[differs]",
+        "places[differs], new[differs]",
+        "reload/test_law_12_apply_delta.py",
+    ),
     Planted("reload/drain.py", "del tops[threading.get_ident()]", "pass", "reload/test_drain.py"),
     Planted("reload/drain.py", "if not safe:", "if False:", "reload/test_drain.py"),
     Planted("reload/claims.py", "with _taking:\n            for", "if True:\n            for", "reload/test_session_others.py"),

@@ -84,8 +84,9 @@ def launch(copy: Copy, *, write: bool, columns: str = "value") -> tuple[int, dic
     bm = min(_power(m), _RUNS if runs else _ROWS)
     bn = min(_power(n), _TILE // bm)
     constants: dict[str, Any] = {"TILE": (m, n, bm, bn)}
-    for name, side in zip(("TARGET", "SOURCE"), sides, strict=True):
-        constants[name] = tuple(tuple(itertools.chain(*_merged(axes, side))) for axes in (grid, rows, across))
+    for letter, side in zip("TS", sides, strict=True):  # target, source; tuples within one are no constants to Triton 3.6
+        for name, axes in (("GRID", grid), ("ROWS", rows), ("COLUMNS", across)):
+            constants[f"{letter}_{name}"] = tuple(itertools.chain(*_merged(axes, side)))
     return programs * -(-m // bm) * -(-n // bn), constants
 
 
@@ -142,12 +143,22 @@ if AVAILABLE:
         return program // ((M + BM - 1) // BM), row, column, mask
 
     @triton.jit
-    def address(grid, row, column, AXES: tl.constexpr):
+    def address(grid, row, column, GRID: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
         """Of each element of a tile on one side, from the first of the copy."""
-        return offsets(grid, AXES[0]) + (offsets(row, AXES[1])[:, None] + offsets(column, AXES[2])[None, :])
+        return offsets(grid, GRID) + (offsets(row, ROWS)[:, None] + offsets(column, COLUMNS)[None, :])
 
     @triton.jit
-    def _copy(target, source, TILE: tl.constexpr, TARGET: tl.constexpr, SOURCE: tl.constexpr):
+    def _copy(
+        target,
+        source,
+        TILE: tl.constexpr,
+        T_GRID: tl.constexpr,
+        T_ROWS: tl.constexpr,
+        T_COLUMNS: tl.constexpr,
+        S_GRID: tl.constexpr,
+        S_ROWS: tl.constexpr,
+        S_COLUMNS: tl.constexpr,
+    ):
         grid, row, column, mask = place(TILE)
-        values = tl.load(source + address(grid, row, column, SOURCE), mask=mask)
-        tl.store(target + address(grid, row, column, TARGET), values, mask=mask)
+        values = tl.load(source + address(grid, row, column, S_GRID, S_ROWS, S_COLUMNS), mask=mask)
+        tl.store(target + address(grid, row, column, T_GRID, T_ROWS, T_COLUMNS), values, mask=mask)

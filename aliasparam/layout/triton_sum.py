@@ -55,17 +55,21 @@ if AVAILABLE:
         sums,
         source,
         TILE: tl.constexpr,
-        TARGET: tl.constexpr,
-        SOURCE: tl.constexpr,
+        T_GRID: tl.constexpr,
+        T_ROWS: tl.constexpr,
+        T_COLUMNS: tl.constexpr,
+        S_GRID: tl.constexpr,
+        S_ROWS: tl.constexpr,
+        S_COLUMNS: tl.constexpr,
         WIDTH: tl.constexpr,
         FAST: tl.constexpr,
     ):
         slot = sums + tl.program_id(0).to(tl.int64) * 2
         grid, row, column, mask = place(TILE)
-        words = tl.load(source + address(grid, row, column, SOURCE), mask=mask, other=0)
+        words = tl.load(source + address(grid, row, column, S_GRID, S_ROWS, S_COLUMNS), mask=mask, other=0)
         plain, inner = _bytes(words, WIDTH, FAST)
-        high = (offsets(grid, TARGET[0]) + offsets(row, TARGET[1])) * WIDTH % 65521
-        low = offsets(column, TARGET[2]) * WIDTH % 65521
+        high = (offsets(grid, T_GRID) + offsets(row, T_ROWS)) * WIDTH % 65521
+        low = offsets(column, T_COLUMNS) * WIDTH % 65521
         position = high.to(tl.uint32)[:, None] + low.to(tl.uint32)[None, :]
         weighted = inner.to(tl.uint64) + plain.to(tl.uint64) * position.to(tl.uint64)
         tl.store(slot, tl.sum(plain).to(tl.int64))

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from aliasparam.layout import Layout, triton_copy
-from aliasparam.layout.execute import plan
+from aliasparam.layout import Layout, triton_copy, triton_sum
+from aliasparam.layout.execute import Copy, plan
 from aliasparam.layout.strided import StridedLayout
 
 pytest.importorskip("triton")
@@ -32,25 +32,43 @@ def test_its_bytes_are_those_of_torchs_copy() -> None:
 @pytest.mark.parametrize("write", [True, False])
 def test_it_moves_sixteen_bytes_at_a_time_on_both_sides(write: bool) -> None:
     """Block scales of 384 experts: units of 4 bytes, one launch, and whole vectors through shared memory."""
-    compiler: Any = pytest.importorskip("triton.backends.compiler")
-    triton: Any = pytest.importorskip("triton")
+    _, constants = triton_copy.launch(scales_of_experts(), write=write)
+    ptx = compiled(triton_copy._copy, constants)
+
+    assert "ld.global.v4.b32" in ptx and "st.global.v4.b32" in ptx
+    assert "ld.global.b32" not in ptx and "st.global.b32" not in ptx
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION:UserWarning")
+def test_sums_take_four_bytes_with_one_instruction() -> None:
+    _, constants = triton_sum._planned(scales_of_experts(), True)
+    ptx = compiled(triton_sum._sums, constants)
+
+    assert "dp4a.u32.u32" in ptx and "ld.global.v4.b32" in ptx
+
+
+def scales_of_experts() -> Copy:
     bound = Layout(SWIZZLE).bind((384, 4096, 448), torch.uint8)
     assert isinstance(bound, StridedLayout)
     strides = torch.empty(bound.shape, device="meta").stride()
     (copy,) = plan(bound.boxes(bound.whole[1:]), [(384, bound.region_capacity)], strides, 1, 16)
     assert copy.dtype is torch.int32
-    _, constants = triton_copy.launch(copy, write=write)
-    names = triton_copy._copy.arg_names
+    return copy
+
+
+def compiled(kernel: Any, constants: dict[str, Any]) -> str:
+    """PTX for Hopper of a kernel of two pointers, the last to words."""
+    compiler: Any = pytest.importorskip("triton.backends.compiler")
+    triton: Any = pytest.importorskip("triton")
+    names = kernel.arg_names
+    pointers = {names[0]: "*i64" if names[0] == "sums" else "*i32", names[1]: "*i32"}
     source = triton.compiler.ASTSource(
-        fn=triton_copy._copy,
-        signature={name: "constexpr" if name in constants else "*i32" for name in names},
+        fn=kernel,
+        signature={name: pointers.get(name, "constexpr") for name in names},
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={(i,): [["tt.divisibility", 16]] for i in range(2)},
     )
-    ptx = triton.compile(source, target=compiler.GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm["ptx"]
-
-    assert "ld.global.v4.b32" in ptx and "st.global.v4.b32" in ptx
-    assert "ld.global.b32" not in ptx and "st.global.b32" not in ptx
+    return str(triton.compile(source, target=compiler.GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm["ptx"])
 
 
 @pytest.mark.gpu

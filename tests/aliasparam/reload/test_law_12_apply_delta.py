@@ -203,8 +203,9 @@ def test_law_10_processing_refuses_and_the_old_weights_serve_again(tmp_path: Pat
     assert model.get_buffer("alpha").tolist() == [2.0]
 
 
-def test_the_old_weights_serve_until_the_commit_and_after_a_switch_can_come_back(tmp_path: Path) -> None:
-    delta = trainer_writes(tmp_path / "d", raw(A), raw(B), 1, "xor", "adler32")
+@pytest.mark.parametrize("encoding", ["xor", "overwrite"])
+def test_the_old_weights_serve_until_the_commit_and_after_a_switch_can_come_back(encoding: str, tmp_path: Path) -> None:
+    delta = trainer_writes(tmp_path / "d", raw(A), raw(B), 1, encoding, "adler32")
     model = Whole()
     with DeltaFolder(delta) as opened:
         session = prepare_delta(model, opened)
