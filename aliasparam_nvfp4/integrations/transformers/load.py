@@ -69,7 +69,13 @@ def chat_ids(tokenizer: Any, prompt: str) -> Tensor:
     """
     ids = _ids(tokenizer, prompt)
     if not ids.numel():
-        raise AliasError("there is nothing to answer", expected="a prompt of one token at least", found=repr(prompt))
+        raise AliasError(
+            "there is nothing to answer",
+            name=str(getattr(tokenizer, "name_or_path", "")) or None,
+            expected="a prompt of one token at least",
+            found=repr(prompt),
+            remedy="Where the prompt is not empty, the folder's tokenizer has no words: its tokenizer.json may be missing.",
+        )
     return ids
 
 
