@@ -134,9 +134,9 @@ class Span(NamedTuple):
 
 
 def spans(live: Live, part: Part | None) -> Iterator[Span]:
-    """All that is here, in the order of the files, in pieces of 2 MiB (of a part at least one row), or 8 on a GPU, where a piece
+    """All that is here, in the order of the files, in pieces of 2 MiB (of a part at least one row), or 4 on a GPU, where a piece
     costs what its calls cost."""
-    most = PIECE if live.device.type == "cpu" else 4 * PIECE
+    most = PIECE if live.device.type == "cpu" else 2 * PIECE
     if part is None:
         for start, box in live.pieces(most):
             yield Span(start, math.prod(sizes(box)) * live.dtype.itemsize, box, None)
