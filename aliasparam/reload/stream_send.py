@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..layout.blocks import tiles
-from ..layout.boxes import whole
+from ..layout.boxes import sizes, whole
 from .digest import digest_of
 from .errors import StreamError
 from .stream_link import AGAIN, ALIGNMENT, Link, Part, room_for
@@ -69,12 +69,13 @@ class _Sender:
         self._listening = set(link.peers)  # will take another frame, after an answer if they owe one
 
     def add(self, name: str, tensor: Tensor) -> None:
-        shape, limit = tuple(tensor.shape), self._memory.numel()
-        if tensor.numel() * tensor.dtype.itemsize <= limit:
-            self._put(Part(name, tensor.dtype, shape, None, 0), tensor)
+        limit = self._memory.numel() // tensor.dtype.itemsize
+        if tensor.numel() <= limit:
+            self._put(Part(name, tensor.dtype, tuple(tensor.shape)), tensor)
             return
-        for box in tiles(whole(shape), limit // tensor.dtype.itemsize):
-            self._put(Part(name, tensor.dtype, shape, box, 0), tensor[tuple(slice(a, b) for a, b in box)])
+        for box in tiles(whole(tensor.shape), limit):
+            part = Part(name, tensor.dtype, sizes(box), tuple(start for start, _ in box))
+            self._put(part, tensor[tuple(slice(a, b) for a, b in box)])
 
     def end(self) -> int:
         self._flush()
@@ -87,23 +88,22 @@ class _Sender:
         """Tell those who still listen. What fails now is not the error to raise."""
         for peer in sorted(self._listening):
             try:
-                if peer not in self._to_answer or self._link.hear_answer(peer).get("frame") == "taken":
-                    self._link.give_up(peer, f"{type(error).__name__}: {error}")
+                if peer not in self._to_answer or self._link.hear(peer).get("frame") == "taken":
+                    self._link.say("gave up", [peer], f"{type(error).__name__}: {error}")
             except StreamError:
                 continue
 
     def _put(self, part: Part, values: Tensor) -> None:
-        offset = -(-self._used // ALIGNMENT) * ALIGNMENT
-        text = len(json.dumps(part._replace(offset=offset).fields())) + 1
+        fields = part.fields()
+        text = len(json.dumps(fields)) + 1
         if not room_for(text):
             raise StreamError("a name is too long to be sent", name=part.name[:120], found=f"{len(part.name)} characters")
-        if offset + part.nbytes > self._memory.numel() or not room_for(self._text + text):
+        if part.behind(self._used).end > self._memory.numel() or not room_for(self._text + text):
             self._flush()
-            offset = 0
-        part = part._replace(offset=offset)
+        part = part.behind(self._used)
         part.of(self._memory).copy_(values)
-        self._parts.append(part.fields())
-        self._used, self._text, self._total = offset + part.nbytes, self._text + text, self._total + part.nbytes
+        self._parts.append(fields)
+        self._used, self._text, self._total = part.end, self._text + text, self._total + part.nbytes
 
     def _flush(self) -> None:
         if not self._parts:
@@ -128,7 +128,7 @@ class _Sender:
             self._to_answer.discard(peer)
             listens = peer in self._listening
             self._listening.discard(peer)
-            answer = self._link.hear_answer(peer)
+            answer = self._link.hear(peer)
             if answer.get("frame") != "taken":
                 refused[peer] = str(answer.get("why"))
             elif listens:
