@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import io
 import os
 import stat
 import time
-import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,22 +37,18 @@ class HeldFile:
         try:
             real = os.path.realpath(path, strict=True)
             _check_place(path, Path(real), folder)
-            fd = os.open(real, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+            if not stat.S_ISREG(os.lstat(real).st_mode):  # opening a pipe would wait for who writes to it
+                raise SourceError("this is not a file", name=str(path), expected="a regular file")
+            self._file = _File(real)
         except FileNotFoundError:
             raise SourceError("the file is missing", name=str(path), remedy="Copy or export the checkpoint again.") from None
         except (OSError, ValueError) as error:
             raise SourceError(f"the file cannot be opened: {_reason(error)}", name=_short(path)) from None
-        self._fd, self._close = fd, weakref.finalize(self, os.close, fd)
-        self._seen = os.fstat(fd)
-        if not stat.S_ISREG(self._seen.st_mode):
-            self.close()
-            raise SourceError("this is not a file", name=str(path), expected="a regular file")
         for _ in range(_LOOKS):
+            self._seen = os.fstat(self._file.fileno())
             if not 0 <= time.time() - self._seen.st_mtime < _TICK:
                 return
             time.sleep(_TICK)
-            self._seen = os.fstat(fd)
-        self.close()
         raise SourceError("the file is being written to", name=str(path), remedy=_AGAIN)
 
     @property
@@ -66,17 +62,12 @@ class HeldFile:
         Raises:
             SourceError: the file ends before (it was truncated), cannot be read, or is closed.
         """
-        memory = memory_of(out)
-        done = 0
-        while done < len(memory):
-            done += self._read_some(memory[done : done + _PIECE], offset + done)
+        self._fill(memory_of(out), offset)
 
     def read(self, offset: int, count: int) -> bytes:
         """``count`` bytes from ``offset`` on. The caller has bounded ``count``."""
         buffer = bytearray(count)
-        done = 0
-        while done < count:
-            done += self._read_some(memoryview(buffer)[done : done + _PIECE], offset + done)
+        self._fill(memoryview(buffer), offset)
         return bytes(buffer)
 
     def read_all(self, limit: int) -> bytes:
@@ -89,31 +80,34 @@ class HeldFile:
             raise SourceError("the file is too long", name=str(self.path), expected=expected, found=found)
         return self.read(0, self.size)
 
-    def _read_some(self, memory: memoryview, offset: int) -> int:
-        if not self._close.alive:
+    def _fill(self, memory: memoryview, offset: int) -> None:
+        fd = self._fd()
+        while memory:
+            try:
+                count = os.preadv(fd, [memory[:_PIECE]], offset)
+            except OSError as error:
+                raise SourceError(f"the file cannot be read: {_reason(error)}", name=str(self.path)) from None
+            if count == 0:
+                raise SourceError(
+                    "the file was truncated while it was read",
+                    name=str(self.path),
+                    expected=f"{self.size} bytes, as when it was opened",
+                    found=f"it ends at or before byte {offset}",
+                    remedy="Load again when it is complete.",
+                )
+            memory, offset = memory[count:], offset + count
+
+    def _fd(self) -> int:
+        if self._file.closed:
             raise SourceError("the file was closed", name=str(self.path))
-        try:
-            count = os.preadv(self._fd, [memory], offset)
-        except OSError as error:
-            raise SourceError(f"the file cannot be read: {_reason(error)}", name=str(self.path)) from None
-        if count == 0:
-            raise SourceError(
-                "the file was truncated while it was read",
-                name=str(self.path),
-                expected=f"{self.size} bytes, as when it was opened",
-                found=f"it ends at or before byte {offset}",
-                remedy="Load again when it is complete.",
-            )
-        return count
+        return self._file.fileno()
 
     def check_unchanged(self) -> None:
         """
         Raises:
             SourceError: another file is at this path now, or this one was written to.
         """
-        if not self._close.alive:
-            raise SourceError("the file was closed", name=str(self.path))
-        now = os.fstat(self._fd)
+        now = os.fstat(self._fd())
         if (now.st_size, now.st_mtime_ns) != (self._seen.st_size, self._seen.st_mtime_ns):
             found = f"{self.size} bytes before, {now.st_size} now" if now.st_size != self.size else "it was written to"
             raise SourceError("the file changed while it was read", name=str(self.path), found=found, remedy=_AGAIN)
@@ -125,7 +119,14 @@ class HeldFile:
             raise SourceError("the file was replaced while it was read", name=str(self.path), remedy=_AGAIN)
 
     def close(self) -> None:
-        self._close()
+        self._file.close()
+
+
+class _File(io.FileIO):
+    """Has its descriptor from the first: between an ``os.open`` and who keeps its number an interrupt would leave it open."""
+
+    def __del__(self) -> None:
+        self.close()
 
 
 class Opened(ABC):
