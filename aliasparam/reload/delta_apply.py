@@ -32,6 +32,7 @@ from .observe import Hooks
 from .patch import Patch, differences, joined, patch_of
 from .session import ReloadSession
 from .sources import SafetensorsFolder
+from .written import Promised
 
 
 def apply_delta(
@@ -97,6 +98,7 @@ def prepare_delta(
 
 def _patch_all(session: ReloadSession, full: SafetensorsFolder | None, deltas: list[DeltaFolder], places: Places) -> None:
     digests, tensors, taken = PartDigests(places), session.tensors, dict[str, Coverage]()
+    last = {name: delta for delta in deltas for name in delta.checksums}
 
     def take(label: str, box: Box | None, name: str) -> None:
         covered = taken.setdefault(label, Coverage(tensors[label].shape))
@@ -106,16 +108,16 @@ def _patch_all(session: ReloadSession, full: SafetensorsFolder | None, deltas: l
     stored = dict.fromkeys([*(full.tensors if full is not None else ()), *(name for one in deltas for name in one.checksums)])
     for one in places.converted:
         if not stored.keys().isdisjoint(one.sources):
-            session.patch(one.targets, lambda lives, one=one: patches_of_converted(one, lives, full, deltas))  # type: ignore[misc]
-            for label in one.targets:
+            lives = [session.watch(label) for label in one.targets]
+            for label, patches in zip(one.targets, patches_of_converted(one, lives, full, deltas), strict=True):
+                session.hold(label, patches)
                 take(label, None, ", ".join(one.sources))
     apart = {*places.elsewhere, *(name for one in places.converted for name in one.sources)}
     for name in [name for name in stored if name not in apart]:
         for label, box in places.where(name):
-            session.patch(
-                [label],
-                lambda lives, name=name, box=box: [patches_of(lives[0].under(box), name, full, deltas, digests)],  # type: ignore[misc]
-            )
+            live, delta = session.watch(label).under(box), None if name in places.parts else last.get(name)
+            promised = None if delta is None else Promised(live, delta.checksum_format, delta.checksums[name])
+            session.hold(label, patches_of(live, name, full, deltas, digests), promised)
             take(label, box, name)
     digests.check(deltas)
 
