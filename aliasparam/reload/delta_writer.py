@@ -93,12 +93,13 @@ class DeltaWriter:
         Returns whether anything changed; a tensor that did not is left out.
 
         Raises:
-            DeltaError: chunks of other lengths; a tensor of 4 GiB or more as ``overwrite``; a name twice, or ``__metadata__``.
+            DeltaError: chunks of other lengths; a tensor of 4 GiB or more as ``overwrite``; a name twice, ``__metadata__``, or
+                half a surrogate pair.
         """
         if name in self._frames or name in self._shards:
             raise DeltaError("a tensor is written twice", name=name)
-        if name == "__metadata__":
-            raise DeltaError("no tensor of a safetensors file can have this name", name=name)
+        if (text := name.encode(errors="replace").decode()) != name or name == "__metadata__":  # half a surrogate pair is no text
+            raise DeltaError("no tensor of a safetensors file can have this name", name=text)
         digest, out = new_digest(self._index["checksum_format"]), io.BytesIO()
         encode = _encode_xor if self._index["delta_encoding"] == "xor" else _encode_overwrite
         compressor = optional("zstandard").ZstdCompressor(level=self._level)

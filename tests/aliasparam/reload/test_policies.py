@@ -284,3 +284,19 @@ def test_one_log_line_and_metrics(caplog: pytest.LogCaptureFixture) -> None:
     assert record.__dict__["reload"]["bytes"] == total and "outcome=committed source=stream" in record.getMessage()
     assert observe._metrics.__wrapped__() is None  # names that are taken: no metrics, and no reload fails for it
     assert "no metrics of reloads: Duplicated" in caplog.text
+
+
+def test_where_cuda_is_in_use_the_phases_are_nvtx_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every range that was begun has ended, also of what raises."""
+    told: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_push", told.append)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: told.append("pop"))
+    model = Few()
+    with reload(model, scope="partial") as session:
+        session.update("norm", NEW["norm"])
+    with pytest.raises(ZeroDivisionError), reload(model, scope="partial", policy="journal") as session:
+        session.update("norm", NEW["norm"])
+        _ = 1 / 0
+    begun = [one.removeprefix("aliasparam.reload.") for one in told[::2]]
+    assert begun == ["update", "flush", "process", "update", "abort"] and told[1::2] == ["pop"] * 5
