@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +40,10 @@ class DeltaFolder(Opened):
     full = None
 
     def __init__(self, folder: SafetensorsFolder | str | Path) -> None:
-        with ExitStack() as undo:
-            self.folder = folder if isinstance(folder, SafetensorsFolder) else SafetensorsFolder(folder)
-            undo.callback(self.folder.close)
-            self.path = self.folder.path
+        super().__init__()
+        self.folder = self.hold(folder if isinstance(folder, SafetensorsFolder) else SafetensorsFolder(folder))
+        self.path = self.folder.path
+        with self.opening():
             fields = self.folder.index_metadata
             self.encoding = self._one_of("delta_encoding", fields, tuple(ENCODINGS))
             self._one_of("compression_format", fields, ("zstd",))
@@ -53,7 +52,6 @@ class DeltaFolder(Opened):
             if self.base_version >= self.version:
                 raise self._wrong("base_version", f"a version before {self.version}", self.base_version)
             self.checksums: Mapping[str, str] = {name: self._checksum(name) for name in self.folder.tensors}
-            undo.pop_all()
 
     @property
     def deltas(self) -> list[DeltaFolder]:
@@ -78,9 +76,6 @@ class DeltaFolder(Opened):
                 found=digest,
                 remedy=f"The weights it was applied to are not version {self.base_version}, or the delta is damaged.",
             )
-
-    def opened(self) -> list[SafetensorsFolder]:
-        return [self.folder]
 
     def _one_of(self, key: str, fields: Mapping[str, Any], known: tuple[str, ...]) -> str:
         if fields.get(key) not in known:
@@ -136,14 +131,13 @@ def open_version(source: str | Path, version: int) -> SafetensorsFolder | DeltaF
     """
     path = version_path(source, version)
     manifest = read_manifest(path)
-    with ExitStack() as undo:
-        folder = undo.enter_context(SafetensorsFolder(path))
+    folder = SafetensorsFolder(path)
+    with folder.opening():
         found = DeltaFolder(folder) if "delta_encoding" in folder.index_metadata else folder
         if isinstance(found, DeltaFolder) and found.version != version:
             raise DeltaError("the folder holds another version", name=str(path), expected=str(version), found=str(found.version))
         if manifest is not None:
             check_manifest(manifest, version, folder)
-        undo.pop_all()
     return found
 
 
@@ -167,16 +161,15 @@ class Chain(Opened):
     """
 
     def __init__(self, source: str | Path, applied: int, target: int) -> None:
+        super().__init__()
         self.full: SafetensorsFolder | None = None
         self.deltas: list[DeltaFolder] = []
         if target < applied:
             raise DeltaError(
                 "the version is older than what serves", name=str(source), expected=f">= {applied}", found=str(target)
             )
-        with ExitStack() as undo:
-            undo.callback(self.close)
+        with self.opening():
             self._walk_back(source, applied, target)
-            undo.pop_all()
         self.deltas.reverse()
 
     def _walk_back(self, source: str | Path, applied: int, version: int) -> None:
@@ -189,15 +182,12 @@ class Chain(Opened):
                     found="deltas on " + ", ".join(str(delta.base_version) for delta in reversed(self.deltas)),
                     remedy="Load the base checkpoint (version 0) first.",
                 )
-            found = open_version(source, version)
+            found = self.hold(open_version(source, version))
             if isinstance(found, SafetensorsFolder):
                 self.full = found
                 return
             self.deltas.append(found)
             version = found.base_version
-
-    def opened(self) -> list[SafetensorsFolder]:
-        return [*([self.full] if self.full is not None else []), *(delta.folder for delta in self.deltas)]
 
 
 def need_order(deltas: Iterable[DeltaFolder], serving: int | None) -> None:

@@ -7,10 +7,10 @@ import io
 import os
 import stat
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Self
+from typing import Self, TypeVar
 
 from torch import Tensor
 
@@ -49,6 +49,7 @@ class HeldFile:
             if not 0 <= time.time() - self._seen.st_mtime < _TICK:
                 return
             time.sleep(_TICK)
+        self.close()
         raise SourceError("the file is being written to", name=str(path), remedy=_AGAIN)
 
     @property
@@ -129,12 +130,25 @@ class _File(io.FileIO):
         self.close()
 
 
-class Opened(ABC):
-    """What was opened together, and is checked and closed together; a context manager."""
+class Opened:
+    """What is opened together, and is checked and closed together; a context manager."""
 
-    @abstractmethod
-    def opened(self) -> Sequence[HeldFile | Opened]:
-        """What is open."""
+    def __init__(self) -> None:
+        self._held: list[HeldFile | Opened] = []
+
+    def hold(self, one: _Held) -> _Held:
+        """``one``, which is this one's from now on."""
+        self._held.append(one)
+        return one
+
+    @contextmanager
+    def opening(self) -> Iterator[None]:
+        """What raises inside closes it."""
+        try:
+            yield
+        except BaseException:
+            self.close()
+            raise
 
     def check_unchanged(self) -> None:
         """To be called after the last read and before anything that was read is served.
@@ -142,11 +156,11 @@ class Opened(ABC):
         Raises:
             SourceError: a file was replaced, removed, truncated or written to since it was opened.
         """
-        for one in self.opened():
+        for one in self._held:
             one.check_unchanged()
 
     def close(self) -> None:
-        for one in self.opened():
+        for one in self._held:
             one.close()
 
     def __enter__(self) -> Self:
@@ -154,6 +168,9 @@ class Opened(ABC):
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+_Held = TypeVar("_Held", bound=HeldFile | Opened)
 
 
 def memory_of(tensor: Tensor) -> memoryview:
