@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -44,11 +43,10 @@ class DeltaFolder(Opened):
         self.folder = self.hold(folder if isinstance(folder, SafetensorsFolder) else SafetensorsFolder(folder))
         self.path = self.folder.path
         with self.opening():
-            fields = self.folder.index_metadata
-            self.encoding = self._one_of("delta_encoding", fields, tuple(ENCODINGS))
-            self._one_of("compression_format", fields, ("zstd",))
-            self.checksum_format = self._one_of("checksum_format", fields, tuple(FORMATS))
-            self.version, self.base_version = self._number("version", fields), self._number("base_version", fields)
+            self.encoding = self._field("delta_encoding", ENCODINGS)
+            self._field("compression_format", ("zstd",))
+            self.checksum_format = self._field("checksum_format", FORMATS)
+            self.version, self.base_version = self._version("version"), self._version("base_version")
             if self.base_version >= self.version:
                 raise self._wrong("base_version", f"a version before {self.version}", self.base_version)
             self.checksums: Mapping[str, str] = {name: self._checksum(name) for name in self.folder.tensors}
@@ -77,15 +75,16 @@ class DeltaFolder(Opened):
                 remedy=f"The weights it was applied to are not version {self.base_version}, or the delta is damaged.",
             )
 
-    def _one_of(self, key: str, fields: Mapping[str, Any], known: tuple[str, ...]) -> str:
-        if fields.get(key) not in known:
-            raise self._wrong(key, " or ".join(known), fields.get(key))
-        return str(fields[key])
+    def _field(self, key: str, known: Iterable[str]) -> str:
+        found = self.folder.index_metadata.get(key)
+        if found not in list(known):
+            raise self._wrong(key, " or ".join(known), found)
+        return str(found)
 
-    def _number(self, key: str, fields: Mapping[str, Any]) -> int:
-        number = version_number(fields.get(key))
-        if number is None:
-            raise self._wrong(key, "a version as digits", fields.get(key))
+    def _version(self, key: str) -> int:
+        found = self.folder.index_metadata.get(key)
+        if (number := version_number(found)) is None:
+            raise self._wrong(key, "a version as digits", found)
         return number
 
     def _checksum(self, name: str) -> str:

@@ -9,6 +9,7 @@ import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from os.path import samestat
 from pathlib import Path
 from typing import Self, TypeVar
 
@@ -108,16 +109,17 @@ class HeldFile:
         Raises:
             SourceError: another file is at this path now, or this one was written to.
         """
-        now = os.fstat(self._fd())
-        if (now.st_size, now.st_mtime_ns) != (self._seen.st_size, self._seen.st_mtime_ns):
-            found = f"{self.size} bytes before, {now.st_size} now" if now.st_size != self.size else "it was written to"
-            raise SourceError("the file changed while it was read", name=str(self.path), found=found, remedy=_AGAIN)
+        self._fd()
         try:
-            there = os.stat(self.path)
+            now = os.stat(self.path)
         except OSError:
-            raise SourceError("the file was removed while it was read", name=str(self.path), remedy=_AGAIN) from None
-        if (there.st_dev, there.st_ino) != (now.st_dev, now.st_ino):
-            raise SourceError("the file was replaced while it was read", name=str(self.path), remedy=_AGAIN)
+            became, found = "was removed", None
+        else:
+            if (now.st_size, now.st_mtime_ns) == (self._seen.st_size, self._seen.st_mtime_ns) and samestat(now, self._seen):
+                return
+            found = f"{self.size} bytes before, {now.st_size} now" if now.st_size != self.size else "it was written to"
+            became = "changed" if samestat(now, self._seen) else "was replaced"
+        raise SourceError(f"the file {became} while it was read", name=str(self.path), found=found, remedy=_AGAIN)
 
     def close(self) -> None:
         self._file.close()

@@ -125,14 +125,14 @@ class _Sender:
     def _hear_answers(self) -> None:
         refused = {}
         for peer in sorted(self._to_answer):
+            listens = self._listening & {peer}
             self._to_answer.discard(peer)
-            listens = peer in self._listening
-            self._listening.discard(peer)
+            self._listening -= listens
             answer = self._link.hear(peer)
             if answer.get("frame") != "taken":
                 refused[peer] = str(answer.get("why"))
-            elif listens:
-                self._listening.add(peer)
+            else:
+                self._listening |= listens
         if refused:
             first = next(iter(refused))
             raise StreamError(f"rank {first} refused the weights", expected="taken by all", found=refused[first], remedy=AGAIN)

@@ -48,13 +48,13 @@ class Written:
         part = Live(target.tensor).under(box)
         with torch.no_grad():
             part.tensor.copy_(value, non_blocking)
-        if target.beside:
+        if len(target.together) > 1:
             new = Live(value)
             self.give(target, Promised(part, "adler32", digest_of(new.bytes(new.box), "adler32")))
 
     def give(self, target: Target, promised: Promised) -> None:
         """What a tensor must hold at the end, also if others lie in its memory."""
-        if target.beside:
+        if len(target.together) > 1:
             self._given.append((target, promised))
 
     def need_agreement(self) -> None:
@@ -64,13 +64,13 @@ class Written:
         """
         for target, (part, kind, digest) in self._given:
             if digest_of(part.bytes(part.box), kind) != digest:
-                given = {one.label for one, _ in self._given}
+                given = {one.label for one, _ in self._given if one in target.together and one is not target}
                 raise ReloadError(
                     "it shares memory with tensors that were given other values",
                     module=self.label,
                     name=target.label,
                     expected="values that agree where they are in one memory",
-                    found="others for " + ", ".join(one.label for one in target.beside if one.label in given),
+                    found="others for " + ", ".join(sorted(given)),
                     remedy="Send one of them alone, or untie them in the model.",
                 )
 
@@ -80,7 +80,7 @@ class Written:
         Raises:
             ReloadError: a forward that began before did not end in time. They serve on.
         """
-        new = {id(t.tensor): t for target in targets for t in (target, *target.beside) if not self._is_begun(t)}
+        new = {id(t.tensor): t for target in targets for t in target.together if not self._is_begun(t)}
         declared = {key: t.tensor for key, t in new.items() if isinstance(t.tensor, _Aliased)}
         plain = {key: (PlainName(t.label, t.tensor), t) for key, t in new.items() if key not in declared}
         if not new:
