@@ -86,9 +86,7 @@ def digest_of_folder(folder: SafetensorsFolder, kind: str = "adler32") -> Checkp
     buffer, found = torch.empty(_PIECE, dtype=torch.uint8), []
     for name, entry in folder.tensors.items():
         digest = new_digest(kind)
-        for start in range(0, entry.nbytes, _PIECE):
-            piece = buffer[: min(_PIECE, entry.nbytes - start)]
-            folder.raw(name, start, piece)
+        for start, piece in folder.pieces(name, buffer):
             digest.add(piece, start)
         found.append((name, entry.dtype, entry.shape, digest.hexdigest(entry.nbytes)))
     folder.check_unchanged()

@@ -101,6 +101,14 @@ class SafetensorsFolder(Opened):
         entry.file.read_into(out, entry.begin + start)
         self.bytes_read += out.numel()
 
+    def pieces(self, name: str, buffer: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """(first byte, bytes) of all of a tensor, in order, each read to the begin of ``buffer`` (uint8 [n], on the host)."""
+        nbytes = self.entry(name).nbytes
+        for start in range(0, nbytes, buffer.numel()):
+            piece = buffer[: nbytes - start]
+            self.raw(name, start, piece)
+            yield start, piece
+
     def entry(self, name: str) -> Entry:
         """
         Raises:

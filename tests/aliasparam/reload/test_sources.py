@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import json
 import os
+import sys
 import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +25,7 @@ from torch import Tensor
 
 from aliasparam.layout.blocks import tiles
 from aliasparam.layout.boxes import Box
-from aliasparam.reload import held_file
+from aliasparam.reload import held_file, sources
 from aliasparam.reload.errors import SourceError
 from aliasparam.reload.sources import SafetensorsFolder
 
@@ -282,6 +286,42 @@ def test_a_header_of_many_entries_costs_a_few_microseconds_each(tmp_path: Path) 
     small, (large, peer) = max(seconds(2_000)[0] for _ in range(3)), seconds(16_000)
     assert large < 16 * small and large < 12 * peer
     assert gc.isenabled()
+
+
+def test_law_10_an_interrupt_at_any_line_leaves_no_file_open(files: tuple[Path, dict[str, Tensor]]) -> None:
+    def interrupted(at: int) -> bool:
+        """Whether opening was interrupted at line number ``at`` of what opens files."""
+        left = at
+
+        def line(frame: FrameType, event: str, _: object) -> Any:
+            nonlocal left
+            left -= event == "line"
+            if left < 0:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+            return line
+
+        def call(frame: FrameType, *_: object) -> Any:
+            ours = frame.f_code.co_filename in (held_file.__file__, sources.__file__) and frame.f_code.co_name != "__del__"
+            return line if ours else None
+
+        before = sys.gettrace()
+        try:
+            sys.settrace(call)
+            SafetensorsFolder(files[0]).close()
+        except KeyboardInterrupt:
+            return True
+        finally:
+            sys.settrace(before)
+        return False
+
+    before = len(os.listdir("/proc/self/fd"))
+    for at in itertools.count():
+        again = interrupted(at)
+        assert len(os.listdir("/proc/self/fd")) == before, at
+        if not again:
+            break
+    assert at > 30
 
 
 def test_files_are_closed_with_the_folder(files: tuple[Path, dict[str, Tensor]]) -> None:
