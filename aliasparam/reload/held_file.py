@@ -44,7 +44,8 @@ class HeldFile:
         except FileNotFoundError:
             raise SourceError("the file is missing", name=str(path), remedy="Copy or export the checkpoint again.") from None
         except (OSError, ValueError) as error:
-            raise SourceError(f"the file cannot be opened: {_reason(error)}", name=_short(path)) from None
+            reason = getattr(error, "strerror", None) or str(error)
+            raise SourceError(f"the file cannot be opened: {reason}", name=str(path)[:200]) from None
         for _ in range(_LOOKS):
             self._seen = os.fstat(self._file.fileno())
             if not 0 <= time.time() - self._seen.st_mtime < _TICK:
@@ -88,7 +89,7 @@ class HeldFile:
             try:
                 count = os.preadv(fd, [memory[:_PIECE]], offset)
             except OSError as error:
-                raise SourceError(f"the file cannot be read: {_reason(error)}", name=str(self.path)) from None
+                raise SourceError(f"the file cannot be read: {error.strerror}", name=str(self.path)) from None
             if count == 0:
                 raise SourceError(
                     "the file was truncated while it was read",
@@ -202,12 +203,3 @@ def _check_place(path: Path, real: Path, folder: Path) -> None:
         found=str(real),
         remedy="Copy the file into the folder, or give the folder in which it is.",
     )
-
-
-def _reason(error: Exception) -> str:
-    return (error.strerror if isinstance(error, OSError) else None) or str(error)
-
-
-def _short(path: Path) -> str:
-    text = str(path)
-    return text if len(text) <= 200 else f"{text[:90]}...{text[-90:]}"

@@ -7,6 +7,7 @@ import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from os.path import lexists
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,7 @@ class SafetensorsFolder(Opened):
     def _open(self) -> dict[str, Entry]:
         if "\0" in str(self.path) or not self.path.is_dir():
             raise SourceError("this is not a folder", name=str(self.path)[:200], expected="a checkpoint folder")
-        if not (self.path / _INDEX).is_symlink() and not (self.path / _INDEX).exists():
+        if not lexists(self.path / _INDEX):
             return self._tensors_of([_SINGLE])
         weight_map = self._weight_map(self._file(_INDEX))
         entries = self._tensors_of(sorted(set(weight_map.values())))

@@ -104,6 +104,18 @@ def test_any_box_is_read_alone_and_in_pieces(files: tuple[Path, dict[str, Tensor
         assert seen == cut(value, box).numel() and equal(cut(got, box), cut(value, box))
 
 
+def test_no_piece_is_read_into_the_memory_of_one_in_use(
+    files: tuple[Path, dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[Any] = []
+    submit = sources.ThreadPoolExecutor.submit
+    monkeypatch.setattr(sources.ThreadPoolExecutor, "submit", lambda *asked: begun.append(asked) or submit(*asked))
+    with SafetensorsFolder(files[0]) as folder:
+        for number, _ in enumerate(folder.stream([("m", None)], torch.empty(1024, dtype=torch.uint8))):
+            assert len(begun) <= number + 4  # it, and three ahead
+    assert number > 20
+
+
 @given(data=st.data())
 def test_pieces_are_in_order_and_as_large_as_may_be(data: st.DataObject) -> None:
     shape = tuple(data.draw(st.lists(st.integers(1, 6), max_size=4)))
