@@ -59,7 +59,20 @@ def checkpoint_digest(model: nn.Module, kind: str = "adler32") -> CheckpointDige
         if not registry.is_untouched:
             with torch.no_grad():
                 adopt(registry)
-    live = {name: _live_of(name, tensor) for name, tensor in checkpoint_names(model).items()}
+    return digest_of_tensors(checkpoint_names(model), kind)
+
+
+def digest_of_tensors(tensors: Mapping[str, Tensor], kind: str = "adler32") -> CheckpointDigest:
+    """What :func:`~aliasparam.checkpoint_digest` gives of a model that holds these under the same names.
+
+    Args:
+        tensors: of any device and strides. adler32 is summed on their device, the others pass the host.
+
+    Raises:
+        DeltaError: an unknown kind, or its package is not installed.
+        StateError: a tensor is not dense, or changed while it was read.
+    """
+    live = {name: _live_of(name, tensor) for name, tensor in tensors.items()}
     versions = {name: one.version for name, one in live.items()}
     digests = {name: _digest_of(one, kind) for name, one in live.items()}
     PositionalAdler32.to_host([digest for digest in digests.values() if isinstance(digest, PositionalAdler32)])

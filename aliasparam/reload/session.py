@@ -267,13 +267,13 @@ class ReloadSession:
         for name, value, *box in tensors.items() if isinstance(tensors, Mapping) else tensors:
             self.update(name, value, box=box[0] if box else None)
 
-    # A delta's session (see delta_apply.py) watches live tensors, and holds what is to be changed in them.
-
     def watch(self, name: str) -> Live:
+        """The live tensor, which must not change until the commit. For sessions of :func:`~aliasparam.reload.prepare_delta`."""
         self._need((Phase.OPEN,), "patch")
         return self._policy.watch(self._target(name))
 
     def hold(self, name: str, patches: list[Patch], promised: Promised | None = None) -> None:
+        """Hold what the commit is to change in a tensor that is watched."""
         self._need((Phase.OPEN,), "patch")
         self._policy.hold(self._target(name), patches, promised)
         self.observed.bytes += sum(patch.nbytes for patch in patches)

@@ -48,7 +48,7 @@ class Written:
         part = Live(target.tensor).under(box)
         with torch.no_grad():
             part.tensor.copy_(value, non_blocking)
-        if len(target.together) > 1:
+        if len(target.together) > 1 and value.numel():
             new = Live(value)
             self.give(target, Promised(part, "adler32", digest_of(new.bytes(new.box), "adler32")))
 
