@@ -38,7 +38,8 @@ class HeldFile:
         try:
             real = os.path.realpath(path, strict=True)
             _check_place(path, Path(real), folder)
-            if not stat.S_ISREG(os.lstat(real).st_mode):  # opening a pipe would wait for who writes to it
+            there = os.lstat(real)
+            if not stat.S_ISREG(there.st_mode):  # opening a pipe would wait for who writes to it
                 raise SourceError("this is not a file", name=str(path), expected="a regular file")
             self._file = _File(real)
         except FileNotFoundError:
@@ -48,11 +49,13 @@ class HeldFile:
             raise SourceError(f"the file cannot be opened: {reason}", name=str(path)[:200]) from None
         for _ in range(_LOOKS):
             self._seen = os.fstat(self._file.fileno())
+            if not samestat(self._seen, there):  # perhaps by a link out of the folder
+                break
             if not 0 <= time.time() - self._seen.st_mtime < _TICK:
                 return
             time.sleep(_TICK)
         self.close()
-        raise SourceError("the file is being written to", name=str(path), remedy=_AGAIN)
+        raise SourceError("the file is being written to or replaced", name=str(path), remedy=_AGAIN)
 
     @property
     def size(self) -> int:

@@ -300,6 +300,21 @@ def test_a_header_of_many_entries_costs_a_few_microseconds_each(tmp_path: Path) 
     assert gc.isenabled()
 
 
+def test_a_file_that_becomes_a_link_while_it_is_opened_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_file({"w": torch.zeros(4)}, tmp_path / "model.safetensors")
+    safetensors(tmp_path.parent / "secret", {"w": torch.ones(4)})
+    file = held_file._File
+
+    def replaced(path: str) -> Any:
+        os.unlink(path)
+        os.symlink(tmp_path.parent / "secret", path)
+        return file(path)
+
+    monkeypatch.setattr(held_file, "_File", replaced)
+    with pytest.raises(SourceError, match="is being written to or replaced"):
+        SafetensorsFolder(tmp_path)
+
+
 def test_law_10_an_interrupt_at_any_line_leaves_no_file_open(files: tuple[Path, dict[str, Tensor]]) -> None:
     def interrupted(at: int) -> bool:
         """Whether opening was interrupted at line number ``at`` of what opens files."""
