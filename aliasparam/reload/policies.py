@@ -10,8 +10,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import Literal, get_args
 
 import torch
@@ -43,7 +41,7 @@ class Policy:
             raise ReloadError("unknown policy", expected=expected, found=repr(name), remedy="'write-through' is the default.")
         self._name, self._written = name, written
         self._journal = Journal() if name.endswith("journal") or name == "delta" else None
-        self._held: list[tuple[Target, Callable[[], None]]] = []  # and what writes to it
+        self._held: list[tuple[Target, Patch | tuple[Box, Tensor]]] = []
         self._values = 0  # bytes of values among them
         self._watched: dict[str, tuple[Live, int]] = {}  # by label, with the version that patches were made of
 
@@ -62,7 +60,7 @@ class Policy:
         held = torch.empty(value.shape, dtype=value.dtype, pin_memory=target.tensor.is_cuda)
         held.copy_(value.detach())
         self._values += held.nbytes
-        self._held.append((target, partial(self._write, target, box, held, non_blocking=True)))
+        self._held.append((target, (box, held)))
 
     def watch(self, target: Target) -> Live:
         """What patches are made of; it must not change from now on."""
@@ -74,7 +72,7 @@ class Policy:
         """Write them at the commit, which makes a tensor of the ``promised`` digest."""
         if self._name != "delta" or self._journal is None:
             raise ReloadError("only a delta's session takes patches", name=target.label)
-        self._held += [(target, patch.put_new) for patch in patches]
+        self._held += [(target, patch) for patch in patches]
         self._journal.patches += patches
         if promised is not None:
             self._written.give(target, promised)
@@ -89,8 +87,11 @@ class Policy:
             for target in targets:
                 self._journal.touch(target)
         self._written.begin(targets)
-        for _, write in self._held:
-            write()
+        for target, held in self._held:
+            if isinstance(held, Patch):
+                held.put_new()
+            else:
+                self._write(target, *held, non_blocking=True)
         self._written.need_agreement()
 
     def restore(self) -> bool:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import os
+import weakref
 from collections.abc import Callable
 from typing import Any, get_args
 
@@ -91,6 +93,25 @@ def test_law_10_an_abort_leaves_what_the_policy_says(policy: PolicyName, after: 
     with reload(model) as again:
         again.load(NEW)
     assert same(model(), SERVED_NEW)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("end", ["commit", "abort"])
+def test_law_4_what_a_session_holds_goes_with_it(policy: PolicyName, end: str) -> None:
+    """At once, and not when the garbage collector comes: staged values are as large as the model."""
+    model = Whole()
+    session = reload(model, policy=policy)
+    session.begin()
+    session.load(NEW)
+    session.prepare()
+    getattr(session, end)()
+    held = weakref.ref(session._policy)
+    gc.disable()
+    try:
+        del session
+        assert held() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("why", ["an earlier reload failed", "other code wrote the kernel name"])
