@@ -24,6 +24,10 @@ def box_of(live: Tensor, value: Tensor, first_row: int | None, box: Box | None) 
     return ((index(first_row), first_row + (value.shape[0] if value.dim() else 1)), *whole(live.shape[1:]))
 
 
+def within(box: Box, shape: Sequence[int]) -> bool:
+    return len(box) == len(shape) and all(0 <= start <= stop <= size for (start, stop), size in zip(box, shape, strict=True))
+
+
 def need_dense(module: str, name: str, value: Any, whose: str) -> None:
     """
     Raises:
@@ -39,8 +43,7 @@ def need_fit(module: str, name: str, live: Tensor, value: Tensor, box: Box) -> N
     Raises:
         ReloadError: another shape or dtype, no values, or a rectangle that is not within the tensor.
     """
-    inside = len(box) == live.dim() and all(0 <= a <= b <= n for (a, b), n in zip(box, live.shape, strict=True))
-    if inside and tuple(value.shape) == sizes(box) and value.dtype == live.dtype and value.device.type != "meta":
+    if within(box, live.shape) and tuple(value.shape) == sizes(box) and value.dtype == live.dtype and value.device.type != "meta":
         return
     raise ReloadError(
         "the new tensor does not fit",

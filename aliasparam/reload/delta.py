@@ -148,17 +148,17 @@ class _Stream:
     def __init__(self, source: Readable, name: str) -> None:
         zstd = optional("zstandard")
         self._error: type[Exception] = zstd.ZstdError
-        self._name, self._count = name, 0
+        self._name = name
         self._reader: Any = zstd.ZstdDecompressor(max_window_size=_MAX_WINDOW).stream_reader(source, read_size=1 << 16)
 
     def fill(self, out: Tensor, expected: str) -> None:
         """The next bytes into ``out`` (uint8 [n])."""
-        memory, done = memory_of(out), 0
-        while done < len(memory):
-            count = self._read_into(memory[done:])
+        memory = memory_of(out)
+        while memory:
+            count = self._ask(self._reader.readinto, memory)
             if count == 0:
-                raise DeltaError("the delta is too short", name=self._name, expected=expected, found=f"{self._count} bytes")
-            done += count
+                raise self._too_short(expected)
+            memory = memory[count:]
 
     def numbers(self, count: int, expected: str) -> Tensor:
         """The next ``count`` u32 as int64 [count]."""
@@ -169,18 +169,19 @@ class _Stream:
         return raw.view(torch.int32).to(torch.int64) & 0xFFFFFFFF
 
     def skip(self, count: int, expected: str) -> None:
-        scratch = torch.empty(min(count, PIECE), dtype=torch.uint8)
-        for start in range(0, count, PIECE):
-            self.fill(scratch[: min(PIECE, count - start)], expected)
+        end = self._reader.tell() + count
+        if count and self._ask(self._reader.seek, end) != end:
+            raise self._too_short(expected)
 
     def end(self, expected: str) -> None:
-        if self._read_into(memoryview(bytearray(1))):
+        if self._ask(self._reader.read, 1):
             raise DeltaError("the delta is too long", name=self._name, expected=expected, found="more")
 
-    def _read_into(self, memory: memoryview) -> int:
+    def _too_short(self, expected: str) -> DeltaError:
+        return DeltaError("the delta is too short", name=self._name, expected=expected, found=f"{self._reader.tell()} bytes")
+
+    def _ask(self, do: Callable[[Any], Any], what: object) -> Any:
         try:
-            count = int(self._reader.readinto(memory))
+            return do(what)
         except self._error as error:
             raise DeltaError(f"the delta cannot be decompressed: {error}", name=self._name) from None
-        self._count += count
-        return count

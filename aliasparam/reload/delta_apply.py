@@ -22,17 +22,18 @@ from torch import Tensor, nn
 
 from ..layout.boxes import Box, whole
 from ..storage.coverage import Coverage
-from .delta import PIECE, Overwrite, Xor
+from .delta import Overwrite, Xor
 from .delta_folder import Chain, DeltaFolder, need_order
 from .delta_held import Converted, Part, PartDigests, Places, Span, spans
-from .digest import Hashed, PositionalAdler32, digest_of
+from .digest import Hashed, PositionalAdler32
 from .errors import DeltaError
-from .live import Live, flat_bytes
+from .live import Live
 from .live_digest import add_in_place, add_pieces
 from .observe import Hooks
 from .patch import Patch, differences, joined, on_device, patch_at, patch_of
 from .session import ReloadSession
 from .sources import SafetensorsFolder
+from .written import Promised
 
 
 def apply_delta(
@@ -98,6 +99,7 @@ def prepare_delta(
 
 def _patch_all(session: ReloadSession, full: SafetensorsFolder | None, deltas: list[DeltaFolder], places: Places) -> None:
     digests, tensors, taken = PartDigests(places), session.tensors, dict[str, Coverage]()
+    last = {name: delta for delta in deltas for name in delta.checksums}
 
     def take(label: str, box: Box | None, name: str) -> None:
         covered = taken.setdefault(label, Coverage(tensors[label].shape))
@@ -107,16 +109,16 @@ def _patch_all(session: ReloadSession, full: SafetensorsFolder | None, deltas: l
     stored = dict.fromkeys([*(full.tensors if full is not None else ()), *(name for one in deltas for name in one.checksums)])
     for one in places.converted:
         if not stored.keys().isdisjoint(one.sources):
-            session.patch(one.targets, lambda lives, one=one: patches_of_converted(one, lives, full, deltas))  # type: ignore[misc]
-            for label in one.targets:
+            lives = [session.watch(label) for label in one.targets]
+            for label, patches in zip(one.targets, patches_of_converted(one, lives, full, deltas), strict=True):
+                session.hold(label, patches)
                 take(label, None, ", ".join(one.sources))
     apart = {*places.elsewhere, *(name for one in places.converted for name in one.sources)}
     for name in [name for name in stored if name not in apart]:
         for label, box in places.where(name):
-            session.patch(
-                [label],
-                lambda lives, name=name, box=box: [patches_of(lives[0].under(box), name, full, deltas, digests)],  # type: ignore[misc]
-            )
+            live, delta = session.watch(label).under(box), None if name in places.parts else last.get(name)
+            promised = None if delta is None else Promised(live, delta.checksum_format, delta.checksums[name])
+            session.hold(label, patches_of(live, name, full, deltas, digests), promised)
             take(label, box, name)
     digests.check(deltas)
 
@@ -149,7 +151,8 @@ def patches_of(
     part = parts.part_of(name, live)
     touching = [delta for delta in deltas if name in delta.checksums]
     if full is not None:
-        _need_fit(full, name, live, part)
+        entry, shape = full.entry(name), live.shape if part is None else part.shape
+        _need_fit("the full version", f"{full.path}: {name}", live, shape, entry.dtype, entry.shape)
     digest = parts.digest(name, part, touching[-1], live.dtype.itemsize) if touching else None
     found = joined(_compared(live, name, full, touching, part, digest))
     if digest is not None and part is None:
@@ -180,20 +183,12 @@ def changed(name: str, value: Tensor, deltas: list[DeltaFolder]) -> Tensor:
     Raises:
         DeltaError: a malformed delta, or its bytes are not what the last delta promised.
     """
-    touching = [delta for delta in deltas if name in delta.checksums]
-    if not touching:
+    if not any(name in delta.checksums for delta in deltas):
         return value
-    raw = flat_bytes(value.detach().cpu()).clone()
-    for delta in touching:
-        changes = delta.changes(name, raw.numel())
-        for start in range(0, raw.numel(), PIECE):
-            piece = raw[start : start + PIECE]
-            change = changes.read(start, start + piece.numel())
-            if change is not None:
-                piece.copy_(change.of(piece))
-        changes.finish()
-    touching[-1].check(name, digest_of(raw, touching[-1].checksum_format))
-    return raw.view(value.dtype).view(value.shape)
+    live = Live(value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format))
+    for patch in patches_of(live, name, None, deltas, PartDigests(Places())):
+        patch.put_new()
+    return live.tensor
 
 
 def _compared(
@@ -271,15 +266,12 @@ def _stored(full: SafetensorsFolder, name: str, span: Span, like: Tensor) -> Ten
     return raw.to(like.device)
 
 
-def _need_fit(full: SafetensorsFolder, name: str, live: Live, part: Part | None) -> None:
-    entry, shape = full.entry(name), live.shape if part is None else part.shape
-    if (entry.dtype, tuple(entry.shape)) != (live.dtype, shape):
-        expected, found = f"{live.dtype} {list(shape)}", f"{entry.dtype} {list(entry.shape)}"
-        raise DeltaError("the full version does not fit the model", name=f"{full.path}: {name}", expected=expected, found=found)
+def _need_fit(what: str, name: str, live: Live, shape: tuple[int, ...], dtype: torch.dtype, found: tuple[int, ...]) -> None:
+    if (dtype, found) != (live.dtype, shape):
+        expected = f"{live.dtype} {list(shape)}"
+        raise DeltaError(f"{what} does not fit the model", name=name, expected=expected, found=f"{dtype} {list(found)}")
 
 
 def _replaced(live: Live, name: str, value: Tensor) -> list[Patch]:
-    if (value.dtype, tuple(value.shape)) != (live.dtype, live.shape):
-        expected, found = f"{live.dtype} {list(live.shape)}", f"{value.dtype} {list(value.shape)}"
-        raise DeltaError("the converted tensor does not fit the model", name=name, expected=expected, found=found)
+    _need_fit("the converted tensor", name, live, live.shape, value.dtype, tuple(value.shape))
     return joined(differences(live, live.box, value, keep_new=True))

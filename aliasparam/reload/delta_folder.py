@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -41,19 +39,17 @@ class DeltaFolder(Opened):
     full = None
 
     def __init__(self, folder: SafetensorsFolder | str | Path) -> None:
-        with ExitStack() as undo:
-            self.folder = folder if isinstance(folder, SafetensorsFolder) else SafetensorsFolder(folder)
-            undo.callback(self.folder.close)
-            self.path = self.folder.path
-            fields = self.folder.index_metadata
-            self.encoding = self._one_of("delta_encoding", fields, tuple(ENCODINGS))
-            self._one_of("compression_format", fields, ("zstd",))
-            self.checksum_format = self._one_of("checksum_format", fields, tuple(FORMATS))
-            self.version, self.base_version = self._number("version", fields), self._number("base_version", fields)
+        super().__init__()
+        self.folder = self.hold(folder if isinstance(folder, SafetensorsFolder) else SafetensorsFolder(folder))
+        self.path = self.folder.path
+        with self.opening():
+            self.encoding = self._field("delta_encoding", ENCODINGS)
+            self._field("compression_format", ("zstd",))
+            self.checksum_format = self._field("checksum_format", FORMATS)
+            self.version, self.base_version = self._version("version"), self._version("base_version")
             if self.base_version >= self.version:
                 raise self._wrong("base_version", f"a version before {self.version}", self.base_version)
             self.checksums: Mapping[str, str] = {name: self._checksum(name) for name in self.folder.tensors}
-            undo.pop_all()
 
     @property
     def deltas(self) -> list[DeltaFolder]:
@@ -79,18 +75,16 @@ class DeltaFolder(Opened):
                 remedy=f"The weights it was applied to are not version {self.base_version}, or the delta is damaged.",
             )
 
-    def opened(self) -> list[SafetensorsFolder]:
-        return [self.folder]
+    def _field(self, key: str, known: Iterable[str]) -> str:
+        found = self.folder.index_metadata.get(key)
+        if found not in list(known):
+            raise self._wrong(key, " or ".join(known), found)
+        return str(found)
 
-    def _one_of(self, key: str, fields: Mapping[str, Any], known: tuple[str, ...]) -> str:
-        if fields.get(key) not in known:
-            raise self._wrong(key, " or ".join(known), fields.get(key))
-        return str(fields[key])
-
-    def _number(self, key: str, fields: Mapping[str, Any]) -> int:
-        number = version_number(fields.get(key))
-        if number is None:
-            raise self._wrong(key, "a version as digits", fields.get(key))
+    def _version(self, key: str) -> int:
+        found = self.folder.index_metadata.get(key)
+        if (number := version_number(found)) is None:
+            raise self._wrong(key, "a version as digits", found)
         return number
 
     def _checksum(self, name: str) -> str:
@@ -136,14 +130,13 @@ def open_version(source: str | Path, version: int) -> SafetensorsFolder | DeltaF
     """
     path = version_path(source, version)
     manifest = read_manifest(path)
-    with ExitStack() as undo:
-        folder = undo.enter_context(SafetensorsFolder(path))
+    folder = SafetensorsFolder(path)
+    with folder.opening():
         found = DeltaFolder(folder) if "delta_encoding" in folder.index_metadata else folder
         if isinstance(found, DeltaFolder) and found.version != version:
             raise DeltaError("the folder holds another version", name=str(path), expected=str(version), found=str(found.version))
         if manifest is not None:
             check_manifest(manifest, version, folder)
-        undo.pop_all()
     return found
 
 
@@ -167,16 +160,15 @@ class Chain(Opened):
     """
 
     def __init__(self, source: str | Path, applied: int, target: int) -> None:
+        super().__init__()
         self.full: SafetensorsFolder | None = None
         self.deltas: list[DeltaFolder] = []
         if target < applied:
             raise DeltaError(
                 "the version is older than what serves", name=str(source), expected=f">= {applied}", found=str(target)
             )
-        with ExitStack() as undo:
-            undo.callback(self.close)
+        with self.opening():
             self._walk_back(source, applied, target)
-            undo.pop_all()
         self.deltas.reverse()
 
     def _walk_back(self, source: str | Path, applied: int, version: int) -> None:
@@ -189,15 +181,12 @@ class Chain(Opened):
                     found="deltas on " + ", ".join(str(delta.base_version) for delta in reversed(self.deltas)),
                     remedy="Load the base checkpoint (version 0) first.",
                 )
-            found = open_version(source, version)
+            found = self.hold(open_version(source, version))
             if isinstance(found, SafetensorsFolder):
                 self.full = found
                 return
             self.deltas.append(found)
             version = found.base_version
-
-    def opened(self) -> list[SafetensorsFolder]:
-        return [*([self.full] if self.full is not None else []), *(delta.folder for delta in self.deltas)]
 
 
 def need_order(deltas: Iterable[DeltaFolder], serving: int | None) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..layout.boxes import Box, row_major, sizes, whole
+from .checks import within
 from .delta_folder import DeltaFolder
 from .digest import Hashed, PositionalAdler32, new_digest
 from .errors import DeltaError
@@ -153,13 +154,6 @@ def spans(live: Live, part: Part | None) -> Iterator[Span]:
         yield Span(start * row, (stop - start) * row, own, None if end - begin == row else (begin, end, row))
 
 
-def fits(live: Live, part: Part) -> bool:
-    """Whether the live tensor is that part, and its columns lie together in each row."""
-    inside = all(0 <= a < b <= n for (a, b), n in zip(part.box, part.shape, strict=True))
-    together = part.box[2:] == whole(part.shape[2:])
-    return inside and together and sizes(part.box) == live.shape
-
-
 class PartDigests:
     """What this process has summed of each tensor that is held in parts."""
 
@@ -170,10 +164,13 @@ class PartDigests:
     def part_of(self, name: str, live: Live) -> Part | None:
         """
         Raises:
-            DeltaError: the live tensor is another part.
+            DeltaError: the live tensor is another part, or its columns do not lie together in each row.
         """
         part = self._places.parts.get(name)
-        if part is not None and not fits(live, part):
+        if part is None:
+            return None
+        together = part.box[2:] == whole(part.shape[2:])
+        if not (together and live.nbytes and within(part.box, part.shape) and sizes(part.box) == live.shape):
             expected = f"{part.box} of {list(part.shape)}"
             raise DeltaError("the live tensor is not this part", name=name, expected=expected, found=str(list(live.shape)))
         return part
@@ -207,11 +204,8 @@ class PartDigests:
         names = sorted(last.keys() & set(self._places.divided))
         if not names:
             return
-        rows = torch.zeros(len(names), 3, dtype=torch.int64)
-        for row, name in zip(rows, names, strict=True):
-            if name in self._held:
-                sums, _ = self._held[name]
-                row.copy_(torch.tensor([sums.count, *sums.sums()]))
+        held = [self._held[name][0] if name in self._held else PositionalAdler32() for name in names]
+        rows = torch.tensor([[sums.count, *sums.sums()] for sums in held])
         if self._places.add_up is not None:
             self._places.add_up(rows)
         for name, (count, plain, weighted) in zip(names, rows.tolist(), strict=True):

@@ -93,12 +93,13 @@ class DeltaWriter:
         Returns whether anything changed; a tensor that did not is left out.
 
         Raises:
-            DeltaError: chunks of other lengths; a tensor of 4 GiB or more as ``overwrite``; a name twice, or ``__metadata__``.
+            DeltaError: chunks of other lengths; a tensor of 4 GiB or more as ``overwrite``; a name twice, ``__metadata__``, or
+                half a surrogate pair.
         """
         if name in self._frames or name in self._shards:
             raise DeltaError("a tensor is written twice", name=name)
-        if name == "__metadata__":
-            raise DeltaError("no tensor of a safetensors file can have this name", name=name)
+        if (text := name.encode(errors="replace").decode()) != name or name == "__metadata__":  # half a surrogate pair is no text
+            raise DeltaError("no tensor of a safetensors file can have this name", name=text)
         digest, out = new_digest(self._index["checksum_format"]), io.BytesIO()
         encode = _encode_xor if self._index["delta_encoding"] == "xor" else _encode_overwrite
         compressor = optional("zstandard").ZstdCompressor(level=self._level)
@@ -141,16 +142,11 @@ def diff(
     check_same(*((str(one.path), {n: (e.dtype, e.shape) for n, e in one.tensors.items()}) for one in (a, b)))
     old, new = (torch.empty(PIECE, dtype=torch.uint8) for _ in range(2))
 
-    def chunks(name: str) -> Iterator[tuple[Tensor, Tensor]]:
-        nbytes = b.entry(name).nbytes
-        for start in range(0, nbytes, PIECE):
-            pair = (old[: min(PIECE, nbytes - start)], new[: min(PIECE, nbytes - start)])
-            a.raw(name, start, pair[0])
-            b.raw(name, start, pair[1])
-            yield pair
-
     with DeltaWriter(out, version, base_version, **options) as writer:
-        changed = sum(writer.add(name, entry.nbytes, chunks(name)) for name, entry in b.tensors.items())
+        changed = 0
+        for name, entry in b.tensors.items():
+            pairs = zip(a.pieces(name, old), b.pieces(name, new), strict=True)
+            changed += writer.add(name, entry.nbytes, ((was, now) for (_, was), (_, now) in pairs))
         a.check_unchanged()
         b.check_unchanged()
     return changed, len(b.tensors)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import io
 import os
 import stat
 import time
-import weakref
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
+from os.path import samestat
 from pathlib import Path
-from typing import Self
+from typing import Self, TypeVar
 
 from torch import Tensor
 
@@ -37,21 +38,23 @@ class HeldFile:
         try:
             real = os.path.realpath(path, strict=True)
             _check_place(path, Path(real), folder)
-            fd = os.open(real, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+            self._file = _File(real, opener=_as_it_is)
         except FileNotFoundError:
             raise SourceError("the file is missing", name=str(path), remedy="Copy or export the checkpoint again.") from None
+        except IsADirectoryError:
+            raise _no_file(path) from None
         except (OSError, ValueError) as error:
-            raise SourceError(f"the file cannot be opened: {_reason(error)}", name=_short(path)) from None
-        self._fd, self._close = fd, weakref.finalize(self, os.close, fd)
-        self._seen = os.fstat(fd)
+            reason = getattr(error, "strerror", None) or str(error)
+            raise SourceError(f"the file cannot be opened: {reason}", name=str(path)[:200]) from None
+        self._seen = os.fstat(self._file.fileno())
         if not stat.S_ISREG(self._seen.st_mode):
             self.close()
-            raise SourceError("this is not a file", name=str(path), expected="a regular file")
+            raise _no_file(path)
         for _ in range(_LOOKS):
             if not 0 <= time.time() - self._seen.st_mtime < _TICK:
                 return
             time.sleep(_TICK)
-            self._seen = os.fstat(fd)
+            self._seen = os.fstat(self._file.fileno())
         self.close()
         raise SourceError("the file is being written to", name=str(path), remedy=_AGAIN)
 
@@ -66,17 +69,12 @@ class HeldFile:
         Raises:
             SourceError: the file ends before (it was truncated), cannot be read, or is closed.
         """
-        memory = memory_of(out)
-        done = 0
-        while done < len(memory):
-            done += self._read_some(memory[done : done + _PIECE], offset + done)
+        self._fill(memory_of(out), offset)
 
     def read(self, offset: int, count: int) -> bytes:
         """``count`` bytes from ``offset`` on. The caller has bounded ``count``."""
         buffer = bytearray(count)
-        done = 0
-        while done < count:
-            done += self._read_some(memoryview(buffer)[done : done + _PIECE], offset + done)
+        self._fill(memoryview(buffer), offset)
         return bytes(buffer)
 
     def read_all(self, limit: int) -> bytes:
@@ -89,51 +87,84 @@ class HeldFile:
             raise SourceError("the file is too long", name=str(self.path), expected=expected, found=found)
         return self.read(0, self.size)
 
-    def _read_some(self, memory: memoryview, offset: int) -> int:
-        if not self._close.alive:
+    def _fill(self, memory: memoryview, offset: int) -> None:
+        fd = self._fd()
+        while memory:
+            try:
+                count = os.preadv(fd, [memory[:_PIECE]], offset)
+            except OSError as error:
+                raise SourceError(f"the file cannot be read: {error.strerror}", name=str(self.path)) from None
+            if count == 0:
+                raise SourceError(
+                    "the file was truncated while it was read",
+                    name=str(self.path),
+                    expected=f"{self.size} bytes, as when it was opened",
+                    found=f"it ends at or before byte {offset}",
+                    remedy="Load again when it is complete.",
+                )
+            memory, offset = memory[count:], offset + count
+
+    def _fd(self) -> int:
+        if self._file.closed:
             raise SourceError("the file was closed", name=str(self.path))
-        try:
-            count = os.preadv(self._fd, [memory], offset)
-        except OSError as error:
-            raise SourceError(f"the file cannot be read: {_reason(error)}", name=str(self.path)) from None
-        if count == 0:
-            raise SourceError(
-                "the file was truncated while it was read",
-                name=str(self.path),
-                expected=f"{self.size} bytes, as when it was opened",
-                found=f"it ends at or before byte {offset}",
-                remedy="Load again when it is complete.",
-            )
-        return count
+        return self._file.fileno()
 
     def check_unchanged(self) -> None:
         """
         Raises:
             SourceError: another file is at this path now, or this one was written to.
         """
-        if not self._close.alive:
-            raise SourceError("the file was closed", name=str(self.path))
-        now = os.fstat(self._fd)
-        if (now.st_size, now.st_mtime_ns) != (self._seen.st_size, self._seen.st_mtime_ns):
-            found = f"{self.size} bytes before, {now.st_size} now" if now.st_size != self.size else "it was written to"
-            raise SourceError("the file changed while it was read", name=str(self.path), found=found, remedy=_AGAIN)
+        self._fd()
         try:
-            there = os.stat(self.path)
+            now = os.stat(self.path)
         except OSError:
-            raise SourceError("the file was removed while it was read", name=str(self.path), remedy=_AGAIN) from None
-        if (there.st_dev, there.st_ino) != (now.st_dev, now.st_ino):
-            raise SourceError("the file was replaced while it was read", name=str(self.path), remedy=_AGAIN)
+            became, found = "was removed", None
+        else:
+            if (now.st_size, now.st_mtime_ns) == (self._seen.st_size, self._seen.st_mtime_ns) and samestat(now, self._seen):
+                return
+            found = f"{self.size} bytes before, {now.st_size} now" if now.st_size != self.size else "it was written to"
+            became = "changed" if samestat(now, self._seen) else "was replaced"
+        raise SourceError(f"the file {became} while it was read", name=str(self.path), found=found, remedy=_AGAIN)
 
     def close(self) -> None:
-        self._close()
+        self._file.close()
 
 
-class Opened(ABC):
-    """What was opened together, and is checked and closed together; a context manager."""
+class _File(io.FileIO):
+    """Has its descriptor from the first: between an ``os.open`` and who keeps its number an interrupt would leave it open."""
 
-    @abstractmethod
-    def opened(self) -> Sequence[HeldFile | Opened]:
-        """What is open."""
+    def __del__(self) -> None:
+        self.close()
+
+
+def _no_file(path: Path) -> SourceError:
+    return SourceError("this is not a file", name=str(path), expected="a regular file")
+
+
+def _as_it_is(path: str, flags: int) -> int:
+    """A link that was put in the file's place since is not followed, and a pipe does not wait for who writes to it."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
+
+
+class Opened:
+    """What is opened together, and is checked and closed together; a context manager."""
+
+    def __init__(self) -> None:
+        self._held: list[HeldFile | Opened] = []
+
+    def hold(self, one: _Held) -> _Held:
+        """``one``, which is this one's from now on."""
+        self._held.append(one)
+        return one
+
+    @contextmanager
+    def opening(self) -> Iterator[None]:
+        """What raises inside closes it."""
+        try:
+            yield
+        except BaseException:
+            self.close()
+            raise
 
     def check_unchanged(self) -> None:
         """To be called after the last read and before anything that was read is served.
@@ -141,11 +172,11 @@ class Opened(ABC):
         Raises:
             SourceError: a file was replaced, removed, truncated or written to since it was opened.
         """
-        for one in self.opened():
+        for one in self._held:
             one.check_unchanged()
 
     def close(self) -> None:
-        for one in self.opened():
+        for one in self._held:
             one.close()
 
     def __enter__(self) -> Self:
@@ -153,6 +184,9 @@ class Opened(ABC):
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+_Held = TypeVar("_Held", bound=HeldFile | Opened)
 
 
 def memory_of(tensor: Tensor) -> memoryview:
@@ -182,12 +216,3 @@ def _check_place(path: Path, real: Path, folder: Path) -> None:
         found=str(real),
         remedy="Copy the file into the folder, or give the folder in which it is.",
     )
-
-
-def _reason(error: Exception) -> str:
-    return (error.strerror if isinstance(error, OSError) else None) or str(error)
-
-
-def _short(path: Path) -> str:
-    text = str(path)
-    return text if len(text) <= 200 else f"{text[:90]}...{text[-90:]}"

@@ -34,7 +34,7 @@ class Journal:
 
     def touch(self, target: Target) -> None:
         """To be called before the first write of a tensor."""
-        for one in (target, *target.beside):  # which show refusing twins from that write on
+        for one in target.together:  # which show refusing twins from that write on
             if id(one.tensor) not in self._kept:
                 self._look_at(one)
 

@@ -59,7 +59,20 @@ def checkpoint_digest(model: nn.Module, kind: str = "adler32") -> CheckpointDige
         if not registry.is_untouched:
             with torch.no_grad():
                 adopt(registry)
-    live = {name: _live_of(name, tensor) for name, tensor in checkpoint_names(model).items()}
+    return digest_of_tensors(checkpoint_names(model), kind)
+
+
+def digest_of_tensors(tensors: Mapping[str, Tensor], kind: str = "adler32") -> CheckpointDigest:
+    """What :func:`~aliasparam.checkpoint_digest` gives of a model that holds these under the same names.
+
+    Args:
+        tensors: of any device and strides. adler32 is summed on their device, the others pass the host.
+
+    Raises:
+        DeltaError: an unknown kind, or its package is not installed.
+        StateError: a tensor is not dense, or changed while it was read.
+    """
+    live = {name: _live_of(name, tensor) for name, tensor in tensors.items()}
     versions = {name: one.version for name, one in live.items()}
     digests = {name: _digest_of(one, kind) for name, one in live.items()}
     PositionalAdler32.to_host([digest for digest in digests.values() if isinstance(digest, PositionalAdler32)])
@@ -86,9 +99,7 @@ def digest_of_folder(folder: SafetensorsFolder, kind: str = "adler32") -> Checkp
     buffer, found = torch.empty(_PIECE, dtype=torch.uint8), []
     for name, entry in folder.tensors.items():
         digest = new_digest(kind)
-        for start in range(0, entry.nbytes, _PIECE):
-            piece = buffer[: min(_PIECE, entry.nbytes - start)]
-            folder.raw(name, start, piece)
+        for start, piece in folder.pieces(name, buffer):
             digest.add(piece, start)
         found.append((name, entry.dtype, entry.shape, digest.hexdigest(entry.nbytes)))
     folder.check_unchanged()

@@ -95,38 +95,29 @@ def loading(session: ReloadSession) -> Iterator[None]:
 @contextmanager
 def stand_ins(targets: Mapping[str, Target], write: Write) -> Iterator[None]:
     """While open, a stand-in shows in every place of ``targets``; what is written into one comes to ``write``, one at a time."""
-    lock, shown = threading.Lock(), _Shown()
+    lock = threading.Lock()
+    before: dict[tuple[int, str], tuple[dict[str, Any], Any, StandIn]] = {}
+
+    def show(stand_in: StandIn) -> None:
+        for holder, key in stand_in._whole.target.places:
+            if holder.get(key) is not stand_in:
+                before[id(holder), key] = holder, holder.get(key), stand_in
+                dict.__setitem__(holder, key, stand_in)
 
     def written(name: str, box: Box, value: Tensor) -> None:
         with lock:
             write(name, box, value)
-            shown.show(made[name])  # the first write of a plain tensor has put its refusing twin in the place
+            show(made[name])  # the first write of a plain tensor has put its refusing twin in the place
 
     made = {name: _stand_in(Whole(name, target, written)) for name, target in targets.items()}
     try:
         for stand_in in made.values():
-            shown.show(stand_in)
+            show(stand_in)
         yield
     finally:
-        shown.restore()
-
-
-class _Shown:
-    """What stood in the places of a model's dicts before a stand-in did."""
-
-    def __init__(self) -> None:
-        self._before: dict[tuple[int, str], tuple[dict[str, Any], Any, StandIn]] = {}
-
-    def show(self, stand_in: StandIn) -> None:
-        for holder, key in stand_in._whole.target.places:
-            if holder.get(key) is not stand_in:
-                self._before[id(holder), key] = holder, holder.get(key), stand_in
-                dict.__setitem__(holder, key, stand_in)
-
-    def restore(self) -> None:
-        for (_, key), (holder, before, stand_in) in self._before.items():
+        for (_, key), (holder, stood, stand_in) in before.items():
             if holder.get(key) is stand_in:
-                dict.__setitem__(holder, key, before)
+                dict.__setitem__(holder, key, stood)
 
 
 def _stand_in(whole: Whole) -> StandIn:

@@ -6,8 +6,8 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib import import_module
@@ -95,17 +95,10 @@ def call_abort_hooks(hooks: Hooks, session: Any) -> list[tuple[Hook, Exception]]
     return failed
 
 
-@contextmanager
-def phase(name: str) -> Iterator[None]:
+def phase(name: str) -> AbstractContextManager[None]:
     """An NVTX range where CUDA is in use."""
     used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    if used:
-        torch.cuda.nvtx.range_push(f"aliasparam.reload.{name}")  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        if used:
-            torch.cuda.nvtx.range_pop()  # type: ignore[no-untyped-call]
+    return torch.cuda.nvtx.range(f"aliasparam.reload.{name}") if used else nullcontext()
 
 
 @cache

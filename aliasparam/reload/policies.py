@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
@@ -22,7 +21,7 @@ from .journal import Journal
 from .live import Live
 from .patch import Patch
 from .targets import Target
-from .written import Written
+from .written import Promised, Written
 
 PolicyName = Literal["write-through", "journal", "staged", "staged-journal"]
 #: "delta" is what :func:`aliasparam.reload.apply_delta` opens: patches, old bytes and new, wait on the host.
@@ -42,18 +41,14 @@ class Policy:
             raise ReloadError("unknown policy", expected=expected, found=repr(name), remedy="'write-through' is the default.")
         self._name, self._written = name, written
         self._journal = Journal() if name.endswith("journal") or name == "delta" else None
-        self._held: list[tuple[Target, Box, Tensor]] = []
-        self._patched: list[tuple[Target, list[Patch], Live, int]] = []  # the version that the patches were made of
+        self._held: list[tuple[Target, Patch | tuple[Box, Tensor]]] = []
+        self._values = 0  # bytes of values among them
+        self._watched: dict[str, tuple[Live, int]] = {}  # by label, with the version that patches were made of
 
     @property
     def nbytes(self) -> int:
         """Host memory held."""
-        patches = self._patches or ([] if self._journal is None else self._journal.patches)
-        return sum(value.nbytes for _, _, value in self._held) + sum(patch.nbytes for patch in patches)
-
-    @property
-    def _patches(self) -> list[Patch]:
-        return [patch for _, made, _, _ in self._patched for patch in made]
+        return self._values + sum(patch.nbytes for patch in (self._journal.patches if self._journal is not None else ()))
 
     def update(self, target: Target, box: Box, value: Tensor) -> None:
         """Write a value, or hold it, pinned where it goes to a CUDA device."""
@@ -63,33 +58,41 @@ class Policy:
             self._write(target, box, value)
             return
         held = torch.empty(value.shape, dtype=value.dtype, pin_memory=target.tensor.is_cuda)
-        self._held.append((target, box, held.copy_(value.detach())))
+        held.copy_(value.detach())
+        self._values += held.nbytes
+        self._held.append((target, (box, held)))
 
-    def patch(self, targets: list[Target], patches: Callable[[list[Live]], list[list[Patch]]]) -> int:
-        """Make and hold the patches of some tensors, which must not change from now on; the bytes of them."""
-        if self._name != "delta":
-            raise ReloadError("only a delta's session takes patches", name=", ".join(target.label for target in targets))
-        lives = [Live(target.tensor) for target in targets]
-        versions = [live.version for live in lives]
-        made = [one for one in zip(targets, patches(lives), lives, versions, strict=True) if one[1]]
-        self._patched += made
-        return sum(patch.nbytes for _, found, _, _ in made for patch in found)
+    def watch(self, target: Target) -> Live:
+        """What patches are made of; it must not change from now on."""
+        live = Live(target.tensor)
+        self._watched.setdefault(target.label, (live, live.version))
+        return live
+
+    def hold(self, target: Target, patches: list[Patch], promised: Promised | None = None) -> None:
+        """Write them at the commit, which makes a tensor of the ``promised`` digest."""
+        if self._name != "delta" or self._journal is None:
+            raise ReloadError("only a delta's session takes patches", name=target.label)
+        self._held += [(target, patch) for patch in patches]
+        self._journal.patches += patches
+        if promised is not None:
+            self._written.give(target, promised)
 
     def flush(self) -> None:
         """Write what was held, in one pass. May be called again after a failure."""
-        for target, _, live, version in self._patched if not self._written.any else ():
+        for label, (live, version) in self._watched.items() if not self._written.any else ():
             if live.version != version:
-                raise ReloadError("the tensor changed since the delta was checked against it", name=target.label)
-        targets = [*(target for target, _, _ in self._held), *(target for target, *_ in self._patched)]
+                raise ReloadError("the tensor changed since the delta was checked against it", name=label)
+        targets = {target.label: target for target, _ in self._held}.values()
         if self._journal is not None:
             for target in targets:
                 self._journal.touch(target)
-            self._journal.patches += self._patches if not self._written.any else ()
         self._written.begin(targets)
-        for target, box, value in self._held:
-            self._write(target, box, value, non_blocking=True)
-        for patch in self._patches:
-            patch.put_new()
+        for target, held in self._held:
+            if isinstance(held, Patch):
+                held.put_new()
+            else:
+                self._write(target, *held, non_blocking=True)
+        self._written.need_agreement()
 
     def restore(self) -> bool:
         """Bring the old weights back. False: this policy never does. Raises where it should and cannot."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from contextlib import closing
+from os.path import lexists
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,13 +58,13 @@ def newest(source: str | Path) -> Published:
         SourceError: the source cannot be listed, or its pointer cannot be read: then nobody knows which version is meant.
     """
     root = Path(source)
-    if _is_there(root / "latest.json"):
+    if lexists(root / "latest.json"):
         fields = parse_json(_read(root / "latest.json", _POINTER_BYTES), root / "latest.json")
         version = fields.get("version")
         if fields.get("protocol_version", _PROTOCOL) != _PROTOCOL or type(version) is not int or version < 0:
             raise _no_pointer(root / "latest.json", repr(fields), "protocol_version 1 and a version")
         return Published(root, version)
-    if _is_there(root / "latest"):
+    if lexists(root / "latest"):
         text = _read(root / "latest", _POINTER_BYTES).decode(errors="replace").strip()
         match = re.fullmatch(r"(?:((?:[\w-][\w.-]*/)*[\w-][\w.-]*)/)?(?:weight_v)?([0-9]{1,18})", text, re.ASCII)
         if match is None:
@@ -95,7 +96,7 @@ def read_manifest(path: Path) -> Mapping[str, Any] | None:
         SourceError: not JSON, or too long.
     """
     file = path / "manifest.json"
-    if not _is_there(file):
+    if not lexists(file):
         return None
     fields = parse_json(_read(file, MAX_JSON_BYTES), file)
     if fields.get("protocol_version", _PROTOCOL) != _PROTOCOL:
@@ -135,10 +136,6 @@ def check_manifest(manifest: Mapping[str, Any], version: int, folder: Safetensor
         size = artifact.get("size_bytes")
         if size is not None and size != sizes.get(artifact["path"], size):
             raise _disagree(where, f"size_bytes of {artifact['path'][:80]}", sizes[artifact["path"]], size)
-
-
-def _is_there(path: Path) -> bool:
-    return path.is_symlink() or path.exists()
 
 
 def _read(path: Path, limit: int) -> bytes:

@@ -8,6 +8,7 @@ import math
 from torch import Tensor
 
 from ..layout.boxes import Box, row_major, sizes, whole
+from .checks import within
 from .errors import SourceError
 from .header import Entry
 
@@ -24,7 +25,7 @@ def checked_box(entry: Entry, box: Box | None) -> Box:
     """
     if box is None:
         return whole(entry.shape)
-    if len(box) != len(entry.shape) or any(not 0 <= a <= b <= size for (a, b), size in zip(box, entry.shape, strict=True)):
+    if not within(box, entry.shape):
         raise SourceError(
             "the tensor does not have this part",
             name=f"{entry.file.path}: {entry.name}",

@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Literal
 
@@ -32,7 +32,7 @@ from .observe import Hook, Hooks, Observed, call_abort_hooks, phase
 from .patch import Patch
 from .policies import AnyPolicy, Policy
 from .targets import Target, find_targets, in_scope, target_of
-from .written import Written
+from .written import Promised, Written
 
 #: "all": every tensor must arrive; "partial": each tensor that is begun must; or dotted prefixes, under which every tensor must.
 Scope = Literal["all", "partial"] | Iterable[str]
@@ -267,11 +267,17 @@ class ReloadSession:
         for name, value, *box in tensors.items() if isinstance(tensors, Mapping) else tensors:
             self.update(name, value, box=box[0] if box else None)
 
-    def patch(self, names: Collection[str], patches: Callable[[list[Live]], list[list[Patch]]]) -> None:
-        """Hold what a delta changes in some tensors. For sessions of :func:`~aliasparam.reload.prepare_delta`."""
+    def watch(self, name: str) -> Live:
+        """The live tensor, which must not change until the commit. For sessions of :func:`~aliasparam.reload.prepare_delta`."""
         self._need((Phase.OPEN,), "patch")
-        self.observed.bytes += self._policy.patch([self._target(name) for name in names], patches)
-        self.observed.tensors += len(names)
+        return self._policy.watch(self._target(name))
+
+    def hold(self, name: str, patches: list[Patch], promised: Promised | None = None) -> None:
+        """Hold what the commit is to change in a tensor that is watched."""
+        self._need((Phase.OPEN,), "patch")
+        self._policy.hold(self._target(name), patches, promised)
+        self.observed.bytes += sum(patch.nbytes for patch in patches)
+        self.observed.tensors += 1
 
     # -- checks --------------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from os.path import lexists
 from pathlib import Path
 from typing import Any
 
@@ -47,16 +47,13 @@ class SafetensorsFolder(Opened):
     """
 
     def __init__(self, path: str | Path) -> None:
+        super().__init__()
         self.path = Path(path)
-        self.tensors: Mapping[str, Entry] = {}
         self.metadata: dict[str, dict[str, str]] = {}
         self.index_metadata: dict[str, Any] = {}
         self.bytes_read = 0
-        self._files: list[HeldFile] = []
-        with ExitStack() as undo:
-            undo.callback(self.close)
-            self.tensors = self._open()
-            undo.pop_all()
+        with self.opening():
+            self.tensors: Mapping[str, Entry] = self._open()
 
     def read(self, name: str, box: Box | None = None) -> Tensor:
         """One tensor, or a box of it, in memory of its own (on the host). Of the rest of it no bytes are read.
@@ -105,6 +102,14 @@ class SafetensorsFolder(Opened):
         entry.file.read_into(out, entry.begin + start)
         self.bytes_read += out.numel()
 
+    def pieces(self, name: str, buffer: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """(first byte, bytes) of all of a tensor, in order, each read to the begin of ``buffer`` (uint8 [n], on the host)."""
+        nbytes = self.entry(name).nbytes
+        for start in range(0, nbytes, buffer.numel()):
+            piece = buffer[: nbytes - start]
+            self.raw(name, start, piece)
+            yield start, piece
+
     def entry(self, name: str) -> Entry:
         """
         Raises:
@@ -115,9 +120,6 @@ class SafetensorsFolder(Opened):
             raise SourceError("the checkpoint has no tensor of this name", name=f"{self.path}: {name}")
         return found
 
-    def opened(self) -> list[HeldFile]:
-        return self._files
-
     def _counted(self, index: int, box: Box, coming: Future[Tensor]) -> tuple[int, Box, Tensor]:
         values = coming.result()
         self.bytes_read += values.nbytes
@@ -125,17 +127,15 @@ class SafetensorsFolder(Opened):
 
     # -- opening -------------------------------------------------------------------------------------------------------
 
-    def _hold(self, name: str) -> HeldFile:
-        file = HeldFile(self.path / name, self.path)
-        self._files.append(file)
-        return file
+    def _file(self, name: str) -> HeldFile:
+        return self.hold(HeldFile(self.path / name, self.path))
 
     def _open(self) -> dict[str, Entry]:
         if "\0" in str(self.path) or not self.path.is_dir():
             raise SourceError("this is not a folder", name=str(self.path)[:200], expected="a checkpoint folder")
-        if not (self.path / _INDEX).is_symlink() and not (self.path / _INDEX).exists():
+        if not lexists(self.path / _INDEX):
             return self._tensors_of([_SINGLE])
-        weight_map = self._weight_map(self._hold(_INDEX))
+        weight_map = self._weight_map(self._file(_INDEX))
         entries = self._tensors_of(sorted(set(weight_map.values())))
         for name, shard in weight_map.items():
             if name not in entries or entries[name].file.path.name != shard:
@@ -147,7 +147,7 @@ class SafetensorsFolder(Opened):
     def _tensors_of(self, shards: list[str]) -> dict[str, Entry]:
         entries: dict[str, Entry] = {}
         for shard in shards:
-            found, self.metadata[shard] = read_header(self._hold(shard))
+            found, self.metadata[shard] = read_header(self._file(shard))
             for entry in found:
                 if entry.name in entries:
                     both = f"{entries[entry.name].file.path.name} and {shard}"

@@ -82,7 +82,7 @@ class WeightStream:
 
     def _answer(self, frame: str, why: str = "") -> None:
         self._owed = False
-        self._link.answer(self._src, frame, why)
+        self._link.say(frame, [self._src], why)
 
     def _bucket(self, frame: dict[str, Any], number: int) -> Iterator[Streamed]:
         where = f"rank {self._src}, bucket {number}"

@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..layout.boxes import Box, sizes
+from ..layout.boxes import Box
 from .errors import SourceError, StreamError
 from .header import DTYPES, can_be, is_sizes, parse_json
 from .held_file import memory_of
@@ -34,8 +34,6 @@ from .held_file import memory_of
 #: Bytes of a message: the parts of a bucket are as many as fit.
 MESSAGE_BYTES = 64 << 10
 _SEAL = 64
-#: Bytes of an answer.
-_ANSWER_BYTES = 4 << 10
 AGAIN = "Send all weights again, after the cause is mended."
 #: Where a part begins in its bucket: a multiple of the widest element.
 ALIGNMENT = 16
@@ -44,17 +42,25 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Part(NamedTuple):
-    """A tensor, or a box of it, in a bucket; ``offset`` in bytes, ``shape`` of the whole tensor."""
+    """Values in a bucket: a whole tensor, or the box of it that begins at ``start``; ``offset`` in bytes."""
 
     name: str
     dtype: torch.dtype
-    shape: tuple[int, ...]
-    box: Box | None
-    offset: int
+    sizes: tuple[int, ...]
+    start: tuple[int, ...] | None = None
+    offset: int = 0
 
     @property
-    def sizes(self) -> tuple[int, ...]:
-        return self.shape if self.box is None else sizes(self.box)
+    def box(self) -> Box | None:
+        return None if self.start is None else tuple((at, at + n) for at, n in zip(self.start, self.sizes, strict=True))
+
+    def behind(self, end: int) -> Part:
+        """In the place behind a part that ends there: places follow from sizes, and are not sent."""
+        return self._replace(offset=-(-end // ALIGNMENT) * ALIGNMENT)
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.nbytes
 
     @property
     def nbytes(self) -> int:
@@ -62,7 +68,7 @@ class Part(NamedTuple):
 
     def of(self, memory: Tensor) -> Tensor:
         """Its values in the bucket's memory, uint8 [n]."""
-        return memory[self.offset : self.offset + self.nbytes].view(self.dtype).view(self.sizes)
+        return memory[self.offset : self.end].view(self.dtype).view(self.sizes)
 
     def fields(self) -> list[Any]:
         """
@@ -71,22 +77,14 @@ class Part(NamedTuple):
         """
         if self.dtype not in _NAMES:
             raise StreamError("tensors of this dtype are not sent", name=self.name, expected=", ".join(DTYPES), found=self.dtype)
-        return [self.name, _NAMES[self.dtype], self.shape, self.box, self.offset]
+        return [self.name, _NAMES[self.dtype], self.sizes, self.start]
 
 
-def encode(fields: dict[str, Any], size: int = MESSAGE_BYTES) -> Tensor:
-    """uint8 [size]. The caller has seen to it that it fits."""
+def encode(fields: dict[str, Any]) -> Tensor:
+    """uint8 [MESSAGE_BYTES]. The caller has seen to it that it fits."""
     text = json.dumps(fields, separators=(",", ":")).encode()
     message = hashlib.sha256(text).hexdigest().encode() + text
-    return torch.frombuffer(bytearray(message.ljust(size)), dtype=torch.uint8)
-
-
-def _words(why: str) -> str:
-    """As much of it as fits an answer whatever is in it: a character may be twelve bytes of JSON, and half of one is none."""
-    why = why.encode(errors="replace").decode()[:800]
-    while len(json.dumps(why)) > _ANSWER_BYTES - _SEAL - 64:
-        why = why[: len(why) * 7 // 8]
-    return why
+    return torch.frombuffer(bytearray(message.ljust(MESSAGE_BYTES)), dtype=torch.uint8)
 
 
 def room_for(text: int) -> bool:
@@ -121,30 +119,20 @@ def parts_of(fields: dict[str, Any], where: str) -> list[Part]:
     entries, end, parts = fields.get("tensors"), 0, []
     for entry in entries if isinstance(entries, list) else [None]:
         part = _part(entry)
-        if part is None or part.offset % ALIGNMENT or not end <= part.offset <= part.offset + part.nbytes <= fields["bytes"]:
-            expected = "name, dtype, shape, box and offset within the bucket"
+        if part is None or (part := part.behind(end)).end > fields["bytes"]:
+            expected = "name, dtype, sizes and start, within the bucket"
             raise StreamError("a bucket's entry is not one", name=where, expected=expected, found=repr(entry)[:80])
-        end = part.offset + part.nbytes
         parts.append(part)
+        end = part.end
     return parts
 
 
 def _part(entry: Any) -> Part | None:
-    if not isinstance(entry, list) or len(entry) != 5:
-        return None
-    name, kind, shape, box, offset = entry
-    if not isinstance(name, str) or not isinstance(kind, str) or kind not in DTYPES or not is_sizes([offset]):
-        return None
-    if not is_sizes(shape) or (box is not None and not _is_box(box, shape)):
-        return None
-    part = Part(name, DTYPES[kind], tuple(shape), None if box is None else tuple((a, b) for a, b in box), offset)
-    return part if can_be(part.sizes) else None
-
-
-def _is_box(box: Any, shape: list[int]) -> bool:
-    if not isinstance(box, list) or len(box) != len(shape):
-        return False
-    return all(is_sizes(pair) and len(pair) == 2 and pair[0] <= pair[1] <= n for pair, n in zip(box, shape, strict=True))
+    match entry:
+        case [str(name), str(kind), sizes, start] if kind in DTYPES and is_sizes(sizes) and can_be(sizes):
+            if start is None or (is_sizes(start) and len(start) == len(sizes)):
+                return Part(name, DTYPES[kind], tuple(sizes), None if start is None else tuple(start))
+    return None
 
 
 class Link:
@@ -182,24 +170,13 @@ class Link:
             work: Any = dist.irecv(memory, peer, self._group)
             work.wait(self._deadline)
 
-    def say(self, frame: str, peers: Sequence[int] | None = None, **fields: Any) -> None:
-        self.send(encode({"frame": frame, **fields}), peers)
-
-    def give_up(self, peer: int, why: str) -> None:
-        self.say("gave up", [peer], why=_words(why))
+    def say(self, frame: str, peers: Sequence[int] | None = None, why: str = "", **fields: Any) -> None:
+        """``why``: as much of it as fits whatever is in it. A character may be twelve bytes of JSON, and half of one is none."""
+        self.send(encode({"frame": frame, "why": why.encode(errors="replace").decode()[:800], **fields}), peers)
 
     def hear(self, peer: int) -> dict[str, Any]:
         """Raises StreamError: also for a damaged message."""
-        return self._hear(peer, MESSAGE_BYTES)
-
-    def answer(self, peer: int, frame: str, why: str = "") -> None:
-        self.send(encode({"frame": frame, "why": _words(why)}, _ANSWER_BYTES), [peer])
-
-    def hear_answer(self, peer: int) -> dict[str, Any]:
-        return self._hear(peer, _ANSWER_BYTES)
-
-    def _hear(self, peer: int, size: int) -> dict[str, Any]:
-        memory = torch.empty(size, dtype=torch.uint8, device=self.device)
+        memory = torch.empty(MESSAGE_BYTES, dtype=torch.uint8, device=self.device)
         self.receive(memory, peer)
         return decode(memory.cpu(), f"rank {peer}")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..layout.blocks import tiles
-from ..layout.boxes import whole
+from ..layout.boxes import sizes, whole
 from .digest import digest_of
 from .errors import StreamError
 from .stream_link import AGAIN, ALIGNMENT, Link, Part, room_for
@@ -44,77 +44,65 @@ def send_weights(
     Raises:
         StreamError: a receiver refused (it says why), is gone or late; a dtype without a name. The others are told.
     """
-    link = Link((dst,) if isinstance(dst, int) else dst, group, seconds, device)
-    sender = _Sender(link, bucket_bytes, checksum)
+    if bucket_bytes < ALIGNMENT:
+        raise StreamError("the bucket is too small", expected=f"at least {ALIGNMENT} bytes", found=bucket_bytes)
+    link, total, number = Link((dst,) if isinstance(dst, int) else dst, group, seconds, device), 0, 0
+    memory = torch.zeros(bucket_bytes, dtype=torch.uint8, device=link.device)
+    receivers = _Receivers(link)
     try:
-        for name, tensor in tensors.items() if isinstance(tensors, Mapping) else tensors:
-            sender.add(name, tensor.detach())
-        return sender.end()
+        for parts in _filled(memory, tensors.items() if isinstance(tensors, Mapping) else tensors):
+            payload, fields = memory[: parts[-1].end], [part.fields() for part in parts]
+            facts = {"bytes": payload.numel(), "checksum": checksum, "digest": digest_of(payload, checksum)}
+            receivers.exchange("bucket", payload, number=number, **facts, tensors=fields)
+            number, total = number + 1, total + sum(part.nbytes for part in parts)
+        receivers.exchange("end", buckets=number)
+        receivers.end()
     except BaseException as error:
-        sender.give_up(error)
+        receivers.give_up(error)
         raise
+    return total
 
 
-class _Sender:
-    """One bucket, filled and sent; the next is filled while the receivers take it."""
-
-    def __init__(self, link: Link, bucket_bytes: int, checksum: str) -> None:
-        if bucket_bytes < ALIGNMENT:
-            raise StreamError("the bucket is too small", expected=f"at least {ALIGNMENT} bytes", found=bucket_bytes)
-        self._link, self._checksum = link, checksum
-        self._memory = torch.zeros(bucket_bytes, dtype=torch.uint8, device=link.device)
-        self._parts: list[list[Any]] = []
-        self._used = self._text = self._buckets = self._total = 0
-        self._to_answer: set[int] = set()  # have a frame
-        self._listening = set(link.peers)  # will take another frame, after an answer if they owe one
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        shape, limit = tuple(tensor.shape), self._memory.numel()
-        if tensor.numel() * tensor.dtype.itemsize <= limit:
-            self._put(Part(name, tensor.dtype, shape, None, 0), tensor)
-            return
-        for box in tiles(whole(shape), limit // tensor.dtype.itemsize):
-            self._put(Part(name, tensor.dtype, shape, box, 0), tensor[tuple(slice(a, b) for a, b in box)])
-
-    def end(self) -> int:
-        self._flush()
-        self._exchange("end", None, buckets=self._buckets)
-        self._listening = set()
-        self._hear_answers()
-        return self._total
-
-    def give_up(self, error: BaseException) -> None:
-        """Tell those who still listen. What fails now is not the error to raise."""
-        for peer in sorted(self._listening):
-            try:
-                if peer not in self._to_answer or self._link.hear_answer(peer).get("frame") == "taken":
-                    self._link.give_up(peer, f"{type(error).__name__}: {error}")
-            except StreamError:
-                continue
-
-    def _put(self, part: Part, values: Tensor) -> None:
-        offset = -(-self._used // ALIGNMENT) * ALIGNMENT
-        text = len(json.dumps(part._replace(offset=offset).fields())) + 1
-        if not room_for(text):
+def _filled(memory: Tensor, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[list[Part]]:
+    """What lies in the bucket each time that it is full, or holds the rest."""
+    parts: list[Part] = []
+    end = text = 0
+    for part, values in _parts(tensors, memory.numel()):
+        size = len(json.dumps(part.fields())) + 1
+        if not room_for(size):
             raise StreamError("a name is too long to be sent", name=part.name[:120], found=f"{len(part.name)} characters")
-        if offset + part.nbytes > self._memory.numel() or not room_for(self._text + text):
-            self._flush()
-            offset = 0
-        part = part._replace(offset=offset)
-        part.of(self._memory).copy_(values)
-        self._parts.append(part.fields())
-        self._used, self._text, self._total = offset + part.nbytes, self._text + text, self._total + part.nbytes
+        if part.behind(end).end > memory.numel() or not room_for(text + size):
+            yield parts
+            parts, end, text = [], 0, 0
+        parts.append(part.behind(end))
+        parts[-1].of(memory).copy_(values)
+        end, text = parts[-1].end, text + size
+    if parts:
+        yield parts
 
-    def _flush(self) -> None:
-        if not self._parts:
-            return
-        payload = self._memory[: self._used]
-        facts = {"bytes": self._used, "checksum": self._checksum, "digest": digest_of(payload, self._checksum)}
-        self._exchange("bucket", payload, number=self._buckets, **facts, tensors=self._parts)
-        self._parts, self._used, self._text, self._buckets = [], 0, 0, self._buckets + 1
 
-    def _exchange(self, frame: str, payload: Tensor | None, **fields: Any) -> None:
-        """Hear what became of the frame before, then send this one."""
+def _parts(tensors: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[tuple[Part, Tensor]]:
+    """Tensors, or boxes of them, of at most ``limit`` bytes."""
+    for name, tensor in tensors:
+        tensor, most = tensor.detach(), limit // tensor.dtype.itemsize
+        if tensor.numel() <= most:
+            yield Part(name, tensor.dtype, tuple(tensor.shape)), tensor
+            continue
+        for box in tiles(whole(tensor.shape), most):
+            part = Part(name, tensor.dtype, sizes(box), tuple(start for start, _ in box))
+            yield part, tensor[tuple(slice(a, b) for a, b in box)]
+
+
+class _Receivers:
+    """Who has had a frame and not answered it, and who will take another one."""
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self._to_answer: set[int] = set()
+        self._listening = set(link.peers)  # after an answer if they owe one
+
+    def exchange(self, frame: str, payload: Tensor | None = None, **fields: Any) -> None:
+        """Hear what became of the frame before, then send this one: the bucket was filled while they took the one before."""
         self._hear_answers()
         listening, self._listening = self._listening, set()  # until it went through nobody knows what they have
         self._link.say(frame, **fields)
@@ -122,17 +110,30 @@ class _Sender:
             self._link.send(payload)
         self._listening, self._to_answer = listening, set(self._link.peers)
 
+    def end(self) -> None:
+        self._listening = set()
+        self._hear_answers()
+
+    def give_up(self, error: BaseException) -> None:
+        """Tell those who still listen. What fails now is not the error to raise."""
+        for peer in sorted(self._listening):
+            try:
+                if peer not in self._to_answer or self._link.hear(peer).get("frame") == "taken":
+                    self._link.say("gave up", [peer], f"{type(error).__name__}: {error}")
+            except StreamError:
+                continue
+
     def _hear_answers(self) -> None:
         refused = {}
         for peer in sorted(self._to_answer):
+            listens = self._listening & {peer}
             self._to_answer.discard(peer)
-            listens = peer in self._listening
-            self._listening.discard(peer)
-            answer = self._link.hear_answer(peer)
+            self._listening -= listens
+            answer = self._link.hear(peer)
             if answer.get("frame") != "taken":
                 refused[peer] = str(answer.get("why"))
-            elif listens:
-                self._listening.add(peer)
+            else:
+                self._listening |= listens
         if refused:
             first = next(iter(refused))
             raise StreamError(f"rank {first} refused the weights", expected="taken by all", found=refused[first], remedy=AGAIN)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,20 +17,24 @@ from ..storage.overlap import extent, has_memory
 from .checks import need_dense
 
 
-class Target(NamedTuple):
+@dataclass(eq=False)
+class Target:
     """One live tensor.
 
     Attributes:
         tensor: a declared name, or a plain parameter or buffer.
         places: (module's dict of parameters or buffers, name) of every place that shows it.
         label: its first name.
-        beside: other plain tensors in the same memory (``b = nn.Parameter(a.data)``): who writes one writes them all.
+        together: it and other plain tensors in the same memory (``b = nn.Parameter(a.data)``): who writes one writes them all.
     """
 
     tensor: Tensor
     places: list[tuple[dict[str, Any], str]]
     label: str
-    beside: list[Target]
+    together: list[Target] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.together = [self]
 
 
 def find_targets(model: nn.Module) -> dict[str, Target]:
@@ -52,28 +57,25 @@ def find_targets(model: nn.Module) -> dict[str, Target]:
                     known.places.append((holder, name))
                 else:
                     label = called.get(id(shown)) or prefix + name
-                    found[label] = seen[id(live)] = Target(live, [(holder, name)], label, [])
-    _find_neighbours(found.values())
+                    found[label] = seen[id(live)] = Target(live, [(holder, name)], label)
+    _find_together(found.values())
     return found
 
 
-def _find_neighbours(targets: Iterable[Target]) -> None:
+def _find_together(targets: Iterable[Target]) -> None:
     by_memory: dict[int, list[Target]] = {}
     for target in targets:
         is_plain = type(target.tensor).__torch_dispatch__ is Tensor.__torch_dispatch__ and not is_lazy(target.tensor)
         if is_plain and target.tensor.layout is torch.strided:  # a quick look: most lie alone
             by_memory.setdefault(target.tensor.untyped_storage().data_ptr(), []).append(target)
     for group in by_memory.values():
-        together: list[Target] = []
-        end = 0
+        end, together = 0, list[Target]()
         shared = [target for target in group if has_memory(target.tensor)] if len(group) > 1 else []
         for target in sorted(shared, key=lambda target: target.tensor.data_ptr()):
             if target.tensor.data_ptr() >= end:
                 together = []
-            for other in together:
-                other.beside.append(target)
-            target.beside.extend(together)
             together.append(target)
+            target.together = together
             end = max(end, target.tensor.data_ptr() + extent(target.tensor))
 
 

@@ -6,27 +6,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .delta import PIECE
 from .delta_writer import DeltaWriter, check_same
-from .digest import digest_of
-from .live import flat_bytes
-from .live_digest import CheckpointDigest
-
-
-def digest_of_tensors(tensors: Mapping[str, Tensor], kind: str = "adler32") -> CheckpointDigest:
-    """What :func:`~aliasparam.checkpoint_digest` gives of a model that holds these under the same names.
-
-    Args:
-        tensors: of any device and strides. adler32 is summed on their device, the others pass the host.
-
-    Raises:
-        DeltaError: an unknown kind, or its package is not installed.
-    """
-    digests = ((n, t.dtype, t.shape, digest_of(flat_bytes(t.detach()), kind)) for n, t in tensors.items())
-    return CheckpointDigest.of(kind, digests)
+from .live import Live
+from .live_digest import digest_of_tensors as digest_of_tensors
 
 
 def diff_tensors(
@@ -48,7 +33,6 @@ def diff_tensors(
 
 
 def _pairs(old: Tensor, new: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    with torch.no_grad():
-        before, after = flat_bytes(old.detach()), flat_bytes(new.detach())
-        for start in range(0, after.numel(), PIECE):
-            yield before[start : start + PIECE].cpu(), after[start : start + PIECE].cpu()
+    was, now = Live(old), Live(new)
+    for _, box in now.pieces(PIECE):
+        yield was.bytes(box).cpu(), now.bytes(box).cpu()

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..errors import ReloadError
 from ..module.names import ModuleNames
 from ..storage.coverage import Box
 from ..tensors.faces import _Aliased
+from .digest import digest_of
 from .drain import Drain
 from .live import Live
 from .targets import PlainName, Target
+
+
+class Promised(NamedTuple):
+    """The digest, of a kind of digest.py, of what a tensor (or a part of it) is to hold."""
+
+    part: Live
+    kind: str
+    digest: str
 
 
 class Written:
@@ -22,6 +33,7 @@ class Written:
         self.label, self._drain = label, drain
         self._declared: dict[int, _Aliased] = {}
         self._plain: dict[int, tuple[PlainName, Target]] = {}
+        self._given: list[tuple[Target, Promised]] = []  # to tensors that share memory
         self._ended = False
 
     @property
@@ -33,8 +45,34 @@ class Written:
         """Write ``value`` in place, as ``copy_`` does; from now on the tensor refuses."""
         if not self._is_begun(target):
             self.begin([target])
+        part = Live(target.tensor).under(box)
         with torch.no_grad():
-            Live(target.tensor).part(box).copy_(value, non_blocking)
+            part.tensor.copy_(value, non_blocking)
+        if len(target.together) > 1 and value.numel():
+            new = Live(value)
+            self.give(target, Promised(part, "adler32", digest_of(new.bytes(new.box), "adler32")))
+
+    def give(self, target: Target, promised: Promised) -> None:
+        """What a tensor must hold at the end, also if others lie in its memory."""
+        if len(target.together) > 1:
+            self._given.append((target, promised))
+
+    def need_agreement(self) -> None:
+        """
+        Raises:
+            ReloadError: tensors that share memory were given bytes that differ.
+        """
+        for target, (part, kind, digest) in self._given:
+            if digest_of(part.bytes(part.box), kind) != digest:
+                given = {one.label for one, _ in self._given if one in target.together and one is not target}
+                raise ReloadError(
+                    "it shares memory with tensors that were given other values",
+                    module=self.label,
+                    name=target.label,
+                    expected="values that agree where they are in one memory",
+                    found="others for " + ", ".join(sorted(given)),
+                    remedy="Send one of them alone, or untie them in the model.",
+                )
 
     def begin(self, targets: Iterable[Target]) -> None:
         """The tensors are about to be written: they refuse from now on, and nobody reads them any more.
@@ -42,7 +80,7 @@ class Written:
         Raises:
             ReloadError: a forward that began before did not end in time. They serve on.
         """
-        new = {id(t.tensor): t for target in targets for t in (target, *target.beside) if not self._is_begun(t)}
+        new = {id(t.tensor): t for target in targets for t in target.together if not self._is_begun(t)}
         declared = {key: t.tensor for key, t in new.items() if isinstance(t.tensor, _Aliased)}
         plain = {key: (PlainName(t.label, t.tensor), t) for key, t in new.items() if key not in declared}
         if not new:

@@ -25,16 +25,12 @@ class PatchedFolder(Opened):
     """
 
     def __init__(self, base: str | Path, deltas: Sequence[str | Path] = ()) -> None:
-        self.base = SafetensorsFolder(base)
-        self.deltas: list[DeltaFolder] = []
-        try:
-            for path in deltas:
-                self.deltas.append(DeltaFolder(path))
+        super().__init__()
+        with self.opening():
+            self.base = self.hold(SafetensorsFolder(base))
+            self.deltas = [self.hold(DeltaFolder(path)) for path in deltas]
             need_order(self.deltas, None)
             self._need_names()
-        except BaseException:
-            self.close()
-            raise
 
     def _need_names(self) -> None:
         for delta in self.deltas:
@@ -69,6 +65,3 @@ class PatchedFolder(Opened):
         for name in self.base.tensors:
             yield name, self.read(name)
         self.check_unchanged()
-
-    def opened(self) -> list[SafetensorsFolder]:
-        return [self.base, *(delta.folder for delta in self.deltas)]

@@ -82,8 +82,8 @@ def tampered(change: Callable[[str, dict[str, Any]], Any]) -> Callable[[int], di
     def send_tampered(ranks: int) -> dict[str, Any]:
         say = stream_send.Link.say
 
-        def changed_say(link: Any, frame: str, peers: Any = None, **fields: Any) -> None:
-            say(link, change(frame, fields) or frame, peers, **fields)
+        def changed_say(link: Any, frame: str, *peers: Any, **fields: Any) -> None:
+            say(link, change(frame, fields) or frame, *peers, **fields)
 
         stream_send.Link.say = changed_say  # type: ignore[method-assign]
         return send(ranks)
@@ -103,7 +103,7 @@ def _again(frame: str, fields: dict[str, Any]) -> None:
 
 def _outside(frame: str, fields: dict[str, Any]) -> None:
     if fields.get("number") == 3:
-        fields["tensors"] = [["norm", "F32", [9], None, 96]]
+        fields["tensors"] = [["norm", "F32", [999], None]]
 
 
 def _early_end(frame: str, fields: dict[str, Any]) -> str | None:
@@ -116,8 +116,8 @@ def _early_end(frame: str, fields: dict[str, Any]) -> str | None:
 def damaged_message(ranks: int) -> dict[str, Any]:
     encode = stream_send.Link.say.__globals__["encode"]
 
-    def broken(fields: dict[str, Any], *size: int) -> Tensor:
-        message: Tensor = encode(fields, *size)
+    def broken(fields: dict[str, Any]) -> Tensor:
+        message: Tensor = encode(fields)
         if fields.get("number") == 3:
             message[80] ^= 1
         return message

@@ -184,6 +184,7 @@ def one_byte(length: int = 1) -> Tensor:
         (lambda out: add(out, [("w", 1, [(one_byte(), one_byte(2))])]), "w: chunks of other lengths"),
         (lambda out: add(out, [("w", 1, [(one_byte(), one_byte() + 1)])] * 2), "w: a tensor is written twice"),
         (lambda out: add(out, [("__metadata__", 1, [(one_byte(), one_byte() + 1)])]), "no tensor of a safetensors file"),
+        (lambda out: add(out, [("w\ud800", 1, [(one_byte(), one_byte() + 1)])]), r"w\?: no tensor of a safetensors file"),
         (lambda out: add(out, [("w", 1 << 32, [])], encoding="overwrite"), "w: a tensor too large for positions of 32 bits"),
         (lambda out: add(out, [("w", 1, [(one_byte(), torch.zeros(1, 1))])]), "these are no plain bytes"),
     ],

@@ -271,3 +271,17 @@ def test_what_this_package_writes(tmp_path: Path) -> None:
         apply_delta(model, tmp_path / "delta")
         assert checkpoint_digest(model) == digest_of_folder(b) != digest_of_folder(a)
     assert patch.PIECE == delta_held.PIECE
+
+
+@pytest.mark.parametrize("checksum", ["adler32", "xxh3-128"])
+@pytest.mark.parametrize("agrees", [True, False])
+def test_law_12_tensors_in_one_memory_are_all_that_was_promised_or_none(agrees: bool, checksum: str, tmp_path: Path) -> None:
+    """Each fits its checksum by itself; together they may be neither."""
+    model, memory = nn.Module(), torch.arange(12.0)
+    model.a, model.b = (nn.Parameter(part, requires_grad=False) for part in (memory[:8], memory[4:]))
+    old, new = {"a": memory[:8].clone(), "b": memory[4:].clone()}, memory + 1
+    changed_to = {"a": new[:8], "b": new[4:] if agrees else old["b"] + torch.arange(8).eq(7)}
+    folder = trainer_writes(tmp_path / "b", raw(old), raw(changed_to), 1, "xor", checksum)
+    with contextlib.nullcontext() if agrees else pytest.raises(ReloadError, match="others for a"):
+        apply_delta(model, folder, serving=0)
+    assert torch.equal(memory, new if agrees else torch.arange(12.0))

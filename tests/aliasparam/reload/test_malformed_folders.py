@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors import SafetensorError, safe_open
 
+from aliasparam.reload import held_file
 from aliasparam.reload.errors import SourceError
 from aliasparam.reload.sources import SafetensorsFolder
 
@@ -177,7 +178,8 @@ def test_what_safetensors_refuses_is_refused_and_what_it_takes_is_taken(case: st
 def test_names_are_checked_before_anything_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shards({**GOOD, "z": "../../secret"})(tmp_path)
     opened: list[str] = []
-    monkeypatch.setattr(os, "open", lambda path, *a, _open=os.open, **k: opened.append(str(path)) or _open(path, *a, **k))
+    file = held_file._File
+    monkeypatch.setattr(held_file, "_File", lambda path, **how: opened.append(str(path)) or file(path, **how))
     with pytest.raises(SourceError, match="plain file name"):
         SafetensorsFolder(tmp_path)
     assert [Path(path).name for path in opened] == ["model.safetensors.index.json"]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import os
+import weakref
 from collections.abc import Callable
 from typing import Any, get_args
 
@@ -91,6 +93,25 @@ def test_law_10_an_abort_leaves_what_the_policy_says(policy: PolicyName, after: 
     with reload(model) as again:
         again.load(NEW)
     assert same(model(), SERVED_NEW)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("end", ["commit", "abort"])
+def test_law_4_what_a_session_holds_goes_with_it(policy: PolicyName, end: str) -> None:
+    """At once, and not when the garbage collector comes: staged values are as large as the model."""
+    model = Whole()
+    session = reload(model, policy=policy)
+    session.begin()
+    session.load(NEW)
+    session.prepare()
+    getattr(session, end)()
+    held = weakref.ref(session._policy)
+    gc.disable()
+    try:
+        del session
+        assert held() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("why", ["an earlier reload failed", "other code wrote the kernel name"])
@@ -284,3 +305,19 @@ def test_one_log_line_and_metrics(caplog: pytest.LogCaptureFixture) -> None:
     assert record.__dict__["reload"]["bytes"] == total and "outcome=committed source=stream" in record.getMessage()
     assert observe._metrics.__wrapped__() is None  # names that are taken: no metrics, and no reload fails for it
     assert "no metrics of reloads: Duplicated" in caplog.text
+
+
+def test_where_cuda_is_in_use_the_phases_are_nvtx_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every range that was begun has ended, also of what raises."""
+    told: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_push", told.append)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: told.append("pop"))
+    model = Few()
+    with reload(model, scope="partial") as session:
+        session.update("norm", NEW["norm"])
+    with pytest.raises(ZeroDivisionError), reload(model, scope="partial", policy="journal") as session:
+        session.update("norm", NEW["norm"])
+        _ = 1 / 0
+    begun = [one.removeprefix("aliasparam.reload.") for one in told[::2]]
+    assert begun == ["update", "flush", "process", "update", "abort"] and told[1::2] == ["pop"] * 5

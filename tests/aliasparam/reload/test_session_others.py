@@ -7,7 +7,7 @@ import copy
 import pickle
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from aliasparam import Derivation, checkpoint_state_dict, process, registry_of, 
 from aliasparam.errors import AliasError, ReloadError
 from aliasparam.module.registry_of import registries
 from aliasparam.reload import claims
+from aliasparam.reload.policies import PolicyName
 from aliasparam.reload.session import ReloadSession
 
 from ..small import Layer
@@ -168,17 +169,52 @@ def test_law_8_parameters_in_one_memory_refuse_together() -> None:
     assert torch.equal(model.shared, NEW["norm"]) and torch.equal(model.part, NEW["norm"][3:5])
 
 
+class Together(nn.Module):
+    """Three plain parameters in one memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        memory = torch.arange(12.0)
+        self.a, self.b, self.c = (nn.Parameter(part, requires_grad=False) for part in (memory[:8], memory[4:], memory))
+
+
 @pytest.mark.parametrize("policy", ["journal", "staged-journal"])
-def test_law_10_an_abort_restores_parameters_in_one_memory(policy: Any) -> None:
+@pytest.mark.parametrize("of_b", [20.0, 30.0])
+def test_law_10_an_abort_restores_parameters_in_one_memory(policy: Any, of_b: float) -> None:
     """Writing one makes the others refuse, which hold weights all the same."""
-    model: Any = nn.Module()
-    memory = torch.arange(12.0)
-    for name, part in (("a", memory[:8]), ("b", memory[4:]), ("c", memory)):
-        model.register_parameter(name, nn.Parameter(part, requires_grad=False))
+    model = Together()
     session = reload(model, policy=policy)
     session.begin()
-    session.load({"a": torch.full((8,), 20.0), "b": torch.full((8,), 30.0), "c": torch.full((12,), 40.0)})
+    session.load({"a": torch.full((8,), 20.0), "b": torch.full((8,), of_b), "c": torch.full((12,), 20.0)})
     session.prepare()
-    session.switch()
+    with pytest.raises(ReloadError, match="other values") if of_b != 20.0 else contextlib.nullcontext():
+        session.switch()
     session.abort()
     assert torch.equal(model.c + 0, torch.arange(12.0)) and torch.equal(model.b + 0, model.c[4:])
+
+
+@pytest.mark.parametrize("policy", get_args(PolicyName))
+def test_law_8_parameters_in_one_memory_are_given_one_value(policy: Any) -> None:
+    """What agrees where they overlap is taken, in parts and in any order; what does not is refused, and both are named."""
+    new = torch.arange(12.0) + 100
+    model = Together()
+    with reload(model, policy=policy) as session:
+        session.update("b", new[4:])
+        session.update("a", new[:3], first_row=0)
+        session.update("a", new[3:8], first_row=3)
+        session.update("c", new)
+    assert torch.equal(model.c + 0, new)
+    with (
+        pytest.raises(ReloadError, match=r"b: it shares memory .*other values\n.*\n.*others for a\n"),
+        reload(model, scope="partial", policy=policy) as session,
+    ):
+        session.update("b", new[4:] + 1)
+        session.update("a", new[:8])
+    if policy.endswith("journal"):
+        assert torch.equal(model.c + 0, new)
+    else:
+        with pytest.raises(AliasError):
+            model.c + 0
+    with reload(model, policy=policy) as session:
+        session.load({"a": new[:8] * 2, "b": new[4:] * 2, "c": new * 2})
+    assert torch.equal(model.c + 0, new * 2)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import json
 import os
+import sys
 import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +25,7 @@ from torch import Tensor
 
 from aliasparam.layout.blocks import tiles
 from aliasparam.layout.boxes import Box
-from aliasparam.reload import held_file
+from aliasparam.reload import held_file, sources
 from aliasparam.reload.errors import SourceError
 from aliasparam.reload.sources import SafetensorsFolder
 
@@ -98,6 +102,18 @@ def test_any_box_is_read_alone_and_in_pieces(files: tuple[Path, dict[str, Tensor
             cut(got, part).copy_(piece)
             seen += piece.numel()
         assert seen == cut(value, box).numel() and equal(cut(got, box), cut(value, box))
+
+
+def test_no_piece_is_read_into_the_memory_of_one_in_use(
+    files: tuple[Path, dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[Any] = []
+    submit = sources.ThreadPoolExecutor.submit
+    monkeypatch.setattr(sources.ThreadPoolExecutor, "submit", lambda *asked: begun.append(asked) or submit(*asked))
+    with SafetensorsFolder(files[0]) as folder:
+        for number, _ in enumerate(folder.stream([("m", None)], torch.empty(1024, dtype=torch.uint8))):
+            assert len(begun) <= number + 4  # it, and three ahead
+    assert number > 20
 
 
 @given(data=st.data())
@@ -282,6 +298,60 @@ def test_a_header_of_many_entries_costs_a_few_microseconds_each(tmp_path: Path) 
     small, (large, peer) = max(seconds(2_000)[0] for _ in range(3)), seconds(16_000)
     assert large < 16 * small and large < 12 * peer
     assert gc.isenabled()
+
+
+@pytest.mark.parametrize(("what", "why"), [("link", "symbolic links"), ("pipe", "this is not a file")])
+def test_a_file_that_becomes_another_thing_while_it_is_opened_is_refused(
+    what: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_file({"w": torch.zeros(4)}, tmp_path / "model.safetensors")
+    safetensors(tmp_path.parent / "secret", {"w": torch.ones(4)})
+    file = held_file._File
+
+    def replaced(path: str, **how: Any) -> Any:
+        os.unlink(path)
+        os.mkfifo(path) if what == "pipe" else os.symlink(tmp_path.parent / "secret", path)
+        return file(path, **how)
+
+    monkeypatch.setattr(held_file, "_File", replaced)
+    with pytest.raises(SourceError, match=why):
+        SafetensorsFolder(tmp_path)
+
+
+def test_law_10_an_interrupt_at_any_line_leaves_no_file_open(files: tuple[Path, dict[str, Tensor]]) -> None:
+    def interrupted(at: int) -> bool:
+        """Whether opening was interrupted at line number ``at`` of what opens files."""
+        left = at
+
+        def line(frame: FrameType, event: str, _: object) -> Any:
+            nonlocal left
+            left -= event == "line"
+            if left < 0:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+            return line
+
+        def call(frame: FrameType, *_: object) -> Any:
+            ours = frame.f_code.co_filename in (held_file.__file__, sources.__file__) and frame.f_code.co_name != "__del__"
+            return line if ours else None
+
+        before = sys.gettrace()
+        try:
+            sys.settrace(call)
+            SafetensorsFolder(files[0]).close()
+        except KeyboardInterrupt:
+            return True
+        finally:
+            sys.settrace(before)
+        return False
+
+    before = len(os.listdir("/proc/self/fd"))
+    for at in itertools.count():
+        again = interrupted(at)
+        assert len(os.listdir("/proc/self/fd")) == before, at
+        if not again:
+            break
+    assert at > 30
 
 
 def test_files_are_closed_with_the_folder(files: tuple[Path, dict[str, Tensor]]) -> None:

@@ -121,33 +121,34 @@ def test_whatever_a_receiver_says_is_an_answer_of_one_size(why: str, monkeypatch
     monkeypatch.setattr(stream_link.dist, "isend", lambda memory, peer, group: sent.append(memory) or nullcontext)
     monkeypatch.setattr(nullcontext, "wait", lambda deadline: None, raising=False)
     link = stream_link.Link((1,), None, 1.0)
-    link.answer(1, "refused", why)
-    link.give_up(1, why)
-    assert [memory.numel() for memory in sent] == [4096, MESSAGE_BYTES]
+    link.say("refused", [1], why)
+    link.say("gave up", [1], why)
+    assert [memory.numel() for memory in sent] == [MESSAGE_BYTES, MESSAGE_BYTES]
     for memory in sent:
         said = decode(memory, "here")["why"]
         assert len(said) > 200 and why.encode(errors="replace").decode().startswith(said)
 
 
-GOOD = Part("w", torch.int16, (4, 6), ((0, 2), (0, 6)), 16)
+GOOD = [Part("v", torch.uint8, (3,)), Part("w", torch.int16, (2, 6), (1, 0), 16)]
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        None, [], "w", ["w", "I16", [4, 6], None], ["w", "I16", [4, 6], None, 0, 0], [1, "I16", [4, 6], None, 0],
-        ["w", "i16", [4, 6], None, 0], ["w", ["I16"], [4, 6], None, 0], ["w", "I16", [4, -6], None, 0],
-        ["w", "I16", [4, True], None, 0],
-        ["w", "I16", 24, None, 0], ["w", "I16", [4, 6], [[0, 2]], 0], ["w", "I16", [4, 6], [[0, 5], [0, 6]], 0],
-        ["w", "I16", [4, 6], [[2, 1], [0, 6]], 0], ["w", "I16", [4, 6], [[0, 2, 3], [0, 6]], 0], ["w", "I16", [4, 6], None, 8],
-        ["w", "I16", [4, 6], None, 0.0], ["w", "I16", [4, 6], None, -16], ["w", "I16", [4, 6], None, 16],
-        ["w", "I16", [4, 7], None, 0], ["w", "I16", [1 << 63, 0], None, 0], ["w", "I16", [1 << 40, 0, 1 << 40], None, 0],
+        None, [], "w", ["w", "I16", [2, 2]], ["w", "I16", [2, 2], None, 0], [1, "I16", [2, 2], None], ["w", "i16", [2, 2], None],
+        ["w", ["I16"], [2, 2], None], ["w", "I16", [2, -2], None], ["w", "I16", [2, True], None], ["w", "I16", 4, None],
+        ["w", "I16", [2, 2], [0]], ["w", "I16", [2, 2], [0, -1]], ["w", "I16", [2, 2], [0, 0.0]], ["w", "I16", [2, 2], 0],
+        ["w", "I16", [2, 2], [0, 0, 0]], ["w", "I16", [2, 2], [[0, 2], [0, 2]]],
+        ["w", "I16", [5, 6], None], ["w", "I16", [1 << 63, 0], None], ["w", "I16", [1 << 40, 0, 1 << 40], None],
     ],
 )  # fmt: skip
 def test_an_entry_that_is_none_is_refused(change: Any) -> None:
-    frame = {"bytes": 48, "tensors": [json.loads(json.dumps(GOOD.fields()))]}
-    assert parts_of(frame, "here") == [GOOD] and parts_of({"bytes": 48, "tensors": []}, "here") == []
-    for entries in ([change], [GOOD.fields(), change], change):
+    good = json.loads(json.dumps([part.fields() for part in GOOD]))
+    frame = {"bytes": 40, "tensors": good}
+    assert parts_of(frame, "here") == GOOD and parts_of({"bytes": 40, "tensors": []}, "here") == []
+    with pytest.raises(StreamError, match="here: a bucket's entry is not one"):  # the second ends at 40
+        parts_of({**frame, "bytes": 39}, "here")
+    for entries in ([change], [*good, change], change):
         if entries == []:
             continue
         with pytest.raises(StreamError, match="here: a bucket's entry is not one"):
