@@ -17,9 +17,9 @@ from ..storage.reorder import move
 from ..tensors.faces import _Aliased, loader_attributes, same_view
 from ..tensors.parameter import AliasedParameter, adopt_class, is_same_name, make_parameter, take_over
 from .allocate import adopt_memory
+from .containers import standing
 from .names import ModuleNames
 from .planning import Binding, Source
-from .watch import standing
 
 
 def adopt(registry: ModuleNames) -> None:

@@ -1,6 +1,6 @@
 """The forward pre-hook of every declared module: it refuses while the module is open (law 8).
 
-On a ready module it costs one look at the registry and at the two dicts of names. Compiled callers do not run it: for them the
+On a ready module it costs one look at the registry and at each name. Compiled callers do not run it: for them the
 kernel names themselves refuse, see [Note: open modules] in storage/kernel_name.py.
 """
 
@@ -16,7 +16,6 @@ from ..torch_private import is_traced_by_jit
 from .names import READY, Readiness
 from .registry import AliasRegistry
 from .registry_of import registry_of
-from .watch import is_watched
 
 
 def guard(module: nn.Module, args: Any) -> None:
@@ -34,7 +33,7 @@ def guard(module: nn.Module, args: Any) -> None:
             found="torch.jit.trace",
             remedy="Export with torch.export.",
         )
-    if registry.readiness is not READY or not is_watched(module):
+    if registry.readiness is not READY or not registry.is_bound:
         _refuse(registry)
 
 

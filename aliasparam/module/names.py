@@ -14,8 +14,8 @@ from ..storage.locks import all_locked
 from ..storage.storage import AliasedStorage
 from ..tensors.parameter import AliasedParameter, is_same_name
 from ..torch_private import outside_inference
+from .containers import put_buffer, put_parameter, standing
 from .planning import Binding, Derived, Separate, Source
-from .watch import put, put_buffer, standing, watch
 
 
 class Readiness(Enum):
@@ -48,6 +48,7 @@ class ModuleNames:
         #: Names that undeclared code derived and that could not share memory.
         self.separate: dict[str, Separate] = {}
         self._bound: tuple[KernelName, ...] = ()  # what :meth:`bind_kernel_names` bound last, for a quick look
+        self._shown: list[tuple[dict[str, Any], str, Any]] | None = None  # what stands where, once it was seen to be ours
         self.readiness = Readiness.READY
         #: The reload that has this module, alive while it is open: nothing else may let the module run.
         self.holder: weakref.ref[Any] | None = None
@@ -65,9 +66,9 @@ class ModuleNames:
         self.bind(source)
 
     def bind(self, source: Source) -> None:
+        self._shown = None
         for binding in source.bindings:
-            watch(binding.module, binding.name, self)
-            put(binding.module, binding.name, binding.parameter)
+            put_parameter(binding.module, binding.name, binding.parameter, self)
 
     def bind_kernel_names(self) -> None:
         """Show every kernel name on the module: its tensor, or its refusing twin while the module is open."""
@@ -91,6 +92,7 @@ class ModuleNames:
 
     def _show(self, *, ready: bool) -> None:
         """Switch the kernel names that are bound; what else is under a name stays for the next verb to see."""
+        self._shown = None
         for name, kernel in self.kernels():
             if kernel.shows(self.module._buffers.get(name)):
                 put_buffer(self.module, name, kernel.tensor if ready else kernel.refusing, self)
@@ -135,9 +137,24 @@ class ModuleNames:
 
     @property
     def is_ready(self) -> bool:
-        """Whether the module may run. Names which were replaced and put back do not count."""
+        """Whether the module may run."""
         self.close_if_unchanged()
-        return self.readiness is Readiness.READY
+        return self.readiness is READY and self.is_bound
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether every name of a ready module holds what the library put there. Engines put other Parameters in the place of
+        ours by ``setattr``, by ``functional_call``, by writing ``module._parameters``: so each forward and each verb looks."""
+        if self._shown is None:
+            if self.replaced_names():
+                return False
+            shown: list[tuple[dict[str, Any], str]] = [(b.module._parameters, b.name) for b in self.bindings()]
+            shown += [(self.module._buffers, name) for name, _ in self.kernels()]
+            self._shown = [(names, name, names.get(name)) for names, name in shown]
+        for names, name, tensor in self._shown:  # noqa: SIM110 - a generator costs as much as the rest
+            if names.get(name) is not tensor:
+                return False
+        return True
 
     def open(self) -> None:
         """Bytes are about to change, or something else stands under a declared name: refuse until the next commit (law 8)."""
@@ -185,13 +202,6 @@ class ModuleNames:
             self._show(ready=True)
             self.readiness = Readiness.READY
 
-    def shows(self, names: object, name: str, value: Any) -> bool:
-        """Whether ``value`` is what this registry has under ``name``, checkpoint or kernel name, in ``names``: a module's."""
-        if any(b.name == name and b.module._parameters is names and is_same_name(value, b.parameter) for b in self.bindings()):
-            return True
-        kernel = self.kernel(name)
-        return kernel is not None and kernel.shows(value)
-
     def bindings(self) -> list[Binding]:
         """Every checkpoint name, those of shards too."""
         return [binding for source in self.sources.values() for binding in source.bindings]
@@ -199,7 +209,7 @@ class ModuleNames:
     def replaced_names(self) -> list[str]:
         """Declared names under which there is another tensor than ours."""
         found = ((b, standing(b.module, b.name)) for b in self.bindings())
-        replaced = [b.name for b, tensor in found if tensor is not None and not is_same_name(tensor, b.parameter)]
+        replaced = [b.name for b, tensor in found if not is_same_name(tensor, b.parameter)]
         return replaced + [n for n, kernel in self.kernels() if not kernel.shows(self.module._buffers.get(n))]
 
     def stale_names(self) -> list[str]:
@@ -233,4 +243,4 @@ class ModuleNames:
         return storage.version if storage is not None else -1
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "holder": None}  # a copy of the module is under no reload
+        return {**self.__dict__, "holder": None, "_shown": None}  # a copy of the module is under no reload

@@ -22,7 +22,6 @@ from .names import READY, ModuleNames
 from .planning import planned
 from .retarget import plan_retarget, retarget
 from .shards import show
-from .watch import is_watched
 from .wellformed import need_wellformed
 
 
@@ -154,7 +153,7 @@ class AliasRegistry(ModuleNames):
     @property
     def is_untouched(self) -> bool:
         """Whether the module is ready, and nothing was put under its names or written to them since."""
-        return self.readiness is READY and is_watched(self.module) and are_untouched(self._bound)
+        return self.readiness is READY and self.is_bound and are_untouched(self._bound)
 
     def need_loaded(self) -> None:
         """Raise StateError where a source lacks elements."""

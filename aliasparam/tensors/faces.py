@@ -183,7 +183,7 @@ class _Aliased(Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Saved by itself (state_dict, a dict of named_parameters) a name is its values, which load as plain tensors anywhere.
-        # A module saves its names as names: see WatchedParameters in module/watch.py.
+        # A module saves its names as names: see Names in module/containers.py.
         return self._snapshot().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
