@@ -125,12 +125,7 @@ FAULTS = [
     Planted("module/derive.py", "    derived.version += 1\n", "", "test_derivations.py test_retarget.py"),
     Planted("module/derive.py", "    derived.seen = versions\n", "", "test_engine_contracts.py test_law_08_no_silent_garbage.py"),
     Planted("module/registry.py", "            self.need_loaded()\n", "", "test_errors.py"),
-    Planted(
-        "storage/kernel_name.py",
-        "        if tensor._version != name.version or",
-        "        if",
-        "test_law_08_no_silent_garbage.py",
-    ),
+    Planted("module/names.py", "(tensor._version != kernel.version or", "(", "test_law_08_no_silent_garbage.py"),
     Planted(
         "module/names.py",
         "        self._show(ready=False)\n        self.readiness = Readiness.OPEN",
@@ -153,8 +148,8 @@ FAULTS = [
     ),
     Planted(
         "module/names.py",
-        "            if names.get(name) is not tensor:",
-        "            if False:",
+        "        for at, name, tensor, _ in self._shown:",
+        "        for at, name, tensor, _ in ():",
         "test_law_08_no_silent_garbage.py",
     ),
     Planted("module/names.py", "if not is_same_name(tensor, b.parameter)]", "if tensor is None]", "test_adoption.py"),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from enum import Enum
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -32,6 +33,10 @@ class Readiness(Enum):
 READY, OPEN = Readiness.READY, Readiness.OPEN
 
 
+#: How to look a name up where it stands, the name, what is there; and of a kernel name, the library's.
+Shown: TypeAlias = tuple[Callable[[str], Any], str, Any, KernelName | None]
+
+
 class ModuleNames:
     """The declared names of one module.
 
@@ -47,8 +52,7 @@ class ModuleNames:
         self.derived: dict[str, Derived] = {}
         #: Names that undeclared code derived and that could not share memory.
         self.separate: dict[str, Separate] = {}
-        self._bound: tuple[KernelName, ...] = ()  # what :meth:`bind_kernel_names` bound last, for a quick look
-        self._shown: list[tuple[dict[str, Any], str, Any]] | None = None  # what stands where, once it was seen to be ours
+        self._shown: list[Shown] | None = None  # what stands where, once it was seen to be ours
         self.readiness = Readiness.READY
         #: The reload that has this module, alive while it is open: nothing else may let the module run.
         self.holder: weakref.ref[Any] | None = None
@@ -79,9 +83,8 @@ class ModuleNames:
                 with outside_inference():
                     memory = torch.zeros(spec.shape, dtype=spec.dtype, device=device)
                 derived.kernel = KernelName(f"{self.label}.{spec.name}", memory)
-        kernels = self.kernels()
-        self._bound = tuple(kernel for _, kernel in kernels)
-        for name, kernel in kernels:
+        self._shown = None
+        for name, kernel in self.kernels():
             put_buffer(self.module, name, kernel.tensor if self.readiness is Readiness.READY else kernel.refusing, self)
 
     def rebind(self) -> None:
@@ -148,12 +151,23 @@ class ModuleNames:
         if self._shown is None:
             if self.replaced_names():
                 return False
-            shown: list[tuple[dict[str, Any], str]] = [(b.module._parameters, b.name) for b in self.bindings()]
-            shown += [(self.module._buffers, name) for name, _ in self.kernels()]
-            self._shown = [(names, name, names.get(name)) for names, name in shown]
-        for names, name, tensor in self._shown:  # noqa: SIM110 - a generator costs as much as the rest
-            if names.get(name) is not tensor:
+            shown: list[Shown] = [(b.module._parameters.get, b.name, standing(b.module, b.name), None) for b in self.bindings()]
+            self._shown = shown + [(self.module._buffers.get, name, kernel.tensor, kernel) for name, kernel in self.kernels()]
+        for at, name, tensor, _ in self._shown:  # noqa: SIM110 - a generator costs as much as the rest
+            if at(name) is not tensor:
                 return False
+        return True
+
+    @property
+    def is_untouched(self) -> bool:
+        """Whether the module is ready, and nothing was put under its names or written to them since."""
+        if self.readiness is not READY or (self._shown is None and not self.is_bound):
+            return False
+        for at, name, tensor, kernel in self._shown or ():
+            if at(name) is not tensor:
+                return False
+            if kernel is not None and (tensor._version != kernel.version or tensor.data_ptr() != kernel.address):
+                return False  # by other code
         return True
 
     def open(self) -> None:

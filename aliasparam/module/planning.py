@@ -261,6 +261,8 @@ def _report_fallback(alias: Alias, plan: StoragePlan) -> None:
 def _in_order(derived: Sequence[Derived]) -> list[Derived]:
     """Derivations with what they derive from before them. Raises DeclarationError on a cycle."""
     by_name = {d.declaration.name: d for d in derived}
+    if all(by_name.keys().isdisjoint(d.declaration.sources) for d in derived):
+        return list(derived)  # as nearly always
     try:
         order = list(TopologicalSorter({name: d.declaration.sources for name, d in by_name.items()}).static_order())
     except CycleError as error:

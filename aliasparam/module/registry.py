@@ -12,13 +12,12 @@ from torch import Tensor, nn
 from ..errors import AliasError, DeclarationError, StateError
 from ..report.explanation import Explanation, explained
 from ..spec import TensorSpec
-from ..storage.kernel_name import are_untouched
 from ..tensors.processes import refuse_for_process
 from .adopt import adopt
 from .allocate import allocate, check_sources
 from .declarations import AnyLayout, Declaration, Derivation
 from .derive import refresh, value_of
-from .names import READY, ModuleNames
+from .names import ModuleNames
 from .planning import planned
 from .retarget import plan_retarget, retarget
 from .shards import show
@@ -149,11 +148,6 @@ class AliasRegistry(ModuleNames):
                 found="a reload in progress",
                 remedy="Leave its `with` block, which processes; or abort it.",
             )
-
-    @property
-    def is_untouched(self) -> bool:
-        """Whether the module is ready, and nothing was put under its names or written to them since."""
-        return self.readiness is READY and self.is_bound and are_untouched(self._bound)
 
     def need_loaded(self) -> None:
         """Raise StateError where a source lacks elements."""
