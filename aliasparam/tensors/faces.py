@@ -22,7 +22,7 @@ from ..torch_private import never_traced
 from .arguments import Types
 from .dispatch import PLAIN, dispatch, values_of, write_one
 from .processes import reduce_for_process
-from .read_only import read_only
+from .read_only import ReadOnlyStorage
 
 _TENSOR_COPY = Tensor.copy_
 
@@ -221,6 +221,14 @@ def make_view(storage: AliasedStorage, geometry: Tensor) -> Tensor:
     view._alias_storage = storage
     view._alias_geometry = geometry
     return view  # type: ignore[no-any-return]
+
+
+def read_only(copied: Tensor, name: _Aliased) -> Tensor:
+    """``copied``, the values of ``name``, as a copy that refuses to be written."""
+    if copied.storage_offset() or copied.is_conj() or copied.is_neg():
+        copied = copied.clone()  # which has no such bits
+    storage = ReadOnlyStorage(name._alias_storage.label, copied)
+    return make_view(storage, storage.geometry.as_strided(copied.shape, copied.stride()))
 
 
 def same_view(storage: AliasedStorage, geometry: Tensor) -> Tensor:
