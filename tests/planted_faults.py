@@ -97,8 +97,8 @@ FAULTS = [
     ),
     Planted(
         "tensors/dispatch.py",
-        "        if overwrites:  #",
-        "        if overwrites and len(written) == 1:  #",
+        "        if call.overwrites:  #",
+        "        if call.overwrites and len(written) == 1:  #",
         "test_law_01_oracle.py",
     ),
     Planted(

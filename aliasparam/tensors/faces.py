@@ -19,7 +19,7 @@ from ..errors import AdoptionError, PointerError
 from ..storage.kernel_name import Hidden
 from ..storage.storage import AliasedStorage
 from ..torch_private import never_traced
-from .arguments import Types
+from .call import Aliased
 from .dispatch import PLAIN, dispatch, values_of, write_one
 from .processes import reduce_for_process
 from .read_only import ReadOnlyStorage
@@ -27,11 +27,9 @@ from .read_only import ReadOnlyStorage
 _TENSOR_COPY = Tensor.copy_
 
 
-class _Aliased(Tensor):
+class _Aliased(Aliased):
     """Behaviour common to parameters and to views of them."""
 
-    _alias_storage: AliasedStorage
-    _alias_geometry: Tensor
     _alias_pin: weakref.ref[Any]
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -42,6 +40,9 @@ class _Aliased(Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         return dispatch(func, args, kwargs or {})
+
+    def _alias_view(self, geometry: Tensor) -> Tensor:
+        return make_view(self._alias_storage, geometry)
 
     # -- what loaders do for every shard: the same as by the dispatcher, without the way through it ---------------------
 
@@ -296,6 +297,4 @@ def is_same_view(first: _Aliased, second: _Aliased) -> bool:
     return same_place and a.shape == b.shape and a.stride() == b.stride()
 
 
-Types.aliased = (_Aliased,)
-Types.view = make_view
 ForkingPickler.register(AliasedView, reduce_for_process)
