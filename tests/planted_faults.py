@@ -165,8 +165,8 @@ FAULTS = [
     Planted("module/allocate.py", "not is_alone(memory)", "False", "test_verdicts.py"),
     Planted(
         "report/rows.py",
-        "    held, capacity = (0, 0) if tied else",
-        "    held, capacity = (0, 0) if False else",
+        "    held, allocated = (0, 0) if tied else",
+        "    held, allocated = (0, 0) if False else",
         "test_verdicts.py test_derivations.py",
     ),
     Planted(

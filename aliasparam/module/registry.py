@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import AliasError, DeclarationError, StateError
-from ..report.explanation import Explanation, explained
+from ..report.explanation import Explanation
+from ..report.modules import ExplainedModule
 from ..spec import TensorSpec
 from ..tensors.processes import refuse_for_process
 from .adopt import adopt
@@ -167,7 +168,7 @@ class AliasRegistry(ModuleNames):
                 raise source.storage.not_loaded("cannot process")
 
     def _repr_html_(self) -> str:
-        return Explanation.of([explained(self.label, self, self.about, set(), {})])._repr_html_()
+        return Explanation.of([ExplainedModule.of(self.label, self, self.about, set())])._repr_html_()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
