@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -52,9 +53,16 @@ def other_kind(value: Any) -> str | None:
         return "a nested tensor" if value.is_nested else f"a quantized tensor ({value.dtype})"
     if value.layout is not torch.strided:
         return f"a tensor in {value.layout}"
+    if isinstance(value, _distributed_tensors()):
+        return f"a DTensor ({type(value).__name__}) of shape {list(value.shape)}, a part of a tensor over several ranks"
     is_plain = type(value).__torch_dispatch__ is Tensor.__torch_dispatch__
     freed = is_plain and value.numel() and not value.is_meta and not value.untyped_storage().nbytes()
     return "a tensor whose memory was freed" if freed else None
+
+
+def _distributed_tensors() -> tuple[type, ...]:
+    distributed: Any = sys.modules.get("torch.distributed.tensor")  # who has a DTensor has imported it
+    return () if distributed is None else (distributed.DTensor,)
 
 
 def no_values(value: Any) -> str | None:

@@ -14,8 +14,8 @@ from torch import Tensor
 from ..errors import AdoptionError
 from ..spec import TensorSpec, other_kind
 from ..storage.reorder import move
-from ..tensors.faces import _Aliased, loader_attributes, same_view
-from ..tensors.parameter import AliasedParameter, adopt_class, is_same_name, make_parameter, take_over
+from ..tensors.faces import _Aliased, loader_attributes
+from ..tensors.parameter import AliasedParameter, adopt_class, is_same_name, take_over
 from .allocate import adopt_memory
 from .containers import standing
 from .names import ModuleNames
@@ -112,15 +112,8 @@ def _follow_device(registry: ModuleNames, foreign: list[tuple[Source, Binding, T
             found=f"{len(foreign)} names on {sorted(map(str, devices))}",
             remedy="Move the whole module: module.to(device).",
         )
-    device = devices.pop()
-    for source in registry.sources.values():
-        if source.storage is None:
-            raise AssertionError(f"{registry.label}.{source.name}: bound without storage")
-        source.storage.relocate(device)
-        for binding in source.bindings:
-            old = binding.parameter
-            binding.parameter = make_parameter(source.storage, same_view(source.storage, old._alias_geometry), type(old))
-            binding.parameter.__dict__.update(loader_attributes(old))
+    for _, binding, tensor in foreign:
+        binding.parameter.data = tensor.detach()  # as Module.to(device) does it
 
 
 def _without_overlap(ours: set[int], tensor: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from ..storage.overlap import check_memory
 from ..storage.reorder import reorder
 from ..storage.states import State
 from ..storage.storage import AliasedStorage
-from ..tensors.faces import _Aliased, loader_attributes
+from ..tensors.faces import _Aliased, loader_attributes, place_in
 from ..tensors.parameter import AliasedParameter, make_parameter, take_over
 from ..torch_private import is_alone, outside_inference
 from .names import ModuleNames
@@ -101,7 +101,7 @@ def _check_tie(source: Source, parameter: Tensor) -> None:
     if not isinstance(parameter, _Aliased):
         return
     storage = parameter._alias_storage
-    if not isinstance(parameter, AliasedParameter) or not _is_whole(parameter):
+    if not isinstance(parameter, AliasedParameter) or place_in(parameter._alias_geometry) != place_in(storage.geometry):
         raise DeclarationError(
             "this Parameter is a view of a storage that another module declared",
             name=source.name,
@@ -118,8 +118,3 @@ def _check_tie(source: Source, parameter: Tensor) -> None:
             found=source.layout,
             remedy="Declare it once, or untie it with clone().",
         )
-
-
-def _is_whole(parameter: AliasedParameter) -> bool:
-    geometry, whole = parameter._alias_geometry, parameter._alias_storage.geometry
-    return geometry.shape == whole.shape and geometry.dtype == whole.dtype and geometry.storage_offset() == 0

@@ -291,10 +291,8 @@ def _assign(target: _Aliased, value: Tensor) -> None:
 def is_same_view(first: _Aliased, second: _Aliased) -> bool:
     """Whether two names are the same view of one storage."""
     a, b = first._alias_geometry, second._alias_geometry
-    if first._alias_storage is not second._alias_storage or a.dtype != b.dtype or a.is_conj() != b.is_conj():
-        return False
-    same_place = a.storage_offset() == b.storage_offset() and a.is_neg() == b.is_neg()
-    return same_place and a.shape == b.shape and a.stride() == b.stride()
+    same_bits = a.is_conj() == b.is_conj() and a.is_neg() == b.is_neg()
+    return first._alias_storage is second._alias_storage and same_bits and place_in(a) == place_in(b)
 
 
 ForkingPickler.register(AliasedView, reduce_for_process)
