@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from ..errors import AdoptionError, PointerError
+from ..errors import AdoptionError
 from ..storage.kernel_name import Hidden
 from ..storage.storage import AliasedStorage
 from ..torch_private import never_traced
@@ -142,14 +142,8 @@ class _Aliased(Aliased):
             return super().untyped_storage()
         return storage.blank_storage
 
-    def set_(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise PointerError(
-            "set_() would move a fixed storage",
-            label=self._alias_storage.label,
-            expected="an operation that keeps the address, shape and dtype",
-            found="set_()",
-            remedy="Write the new values with copy_().",
-        )
+    def set_(self, *args: Any, **kwargs: Any) -> Any:
+        return torch.ops.aten.set_.default(self)  # is refused, of another dtype too: torch would look at that first
 
     def tolist(self) -> Any:
         return self._values().tolist()
