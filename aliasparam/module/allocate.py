@@ -52,7 +52,8 @@ def adopt_memory(names: ModuleNames, source: Source, tensor: Tensor, *, loaded: 
         storage = _storage(label, source, tensor.device, None, state)
         parameter = make_parameter(storage, storage.geometry, type(tensor))
         parameter.__dict__.update(loader_attributes(tensor))
-    parameter.__dict__.update({k: v for k, v in source.attributes.items() if k not in parameter.__dict__})
+    for name, value in source.attributes.items():
+        parameter.__dict__.setdefault(name, value)
     names.bind_storage(source, storage, parameter)
     if values is not None:
         storage.write(storage.bound.whole, values.to(storage.bound.dtype))
@@ -64,7 +65,7 @@ def adopt_memory(names: ModuleNames, source: Source, tensor: Tensor, *, loaded: 
 def _memory_of(source: Source, tensor: Tensor) -> Tensor | None:
     """The tensor's own allocation as flat bytes, if it can become the storage's."""
     plan, memory = source.plan, tensor.untyped_storage()
-    fits = tensor.is_contiguous() and memory.nbytes() == plan.nbytes == plan.source.nbytes and tensor.storage_offset() == 0
+    fits = plan.is_exact and memory.nbytes() == plan.nbytes and tensor.is_contiguous() and tensor.storage_offset() == 0
     if not fits or not is_alone(memory):
         return None
     with outside_inference():  # a tensor made in inference mode could not be written outside it

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from enum import Enum
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 
@@ -69,7 +69,7 @@ def without_aliasing() -> Iterator[None]:
         _switched_on.reset(token)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class StoragePlan:
     """What one pair asks of its storage.
 
@@ -89,9 +89,14 @@ class StoragePlan:
     capacity: int
     reason: Reason
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         return self.capacity * self.source.dtype.itemsize
+
+    @cached_property
+    def is_exact(self) -> bool:
+        """Whether the memory is as large as the checkpoint tensor."""
+        return self.nbytes == self.source.nbytes
 
 
 def judge(source: TensorSpec, kernel: TensorSpec, *, lossless: bool = True) -> Reason:
