@@ -5,15 +5,11 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
 
 from ..errors import AdoptionError, StateError
 from ..spec import TensorSpec
 from ..storage.kernel_name import KernelName
 from ..tensors.parameter import AliasedParameter, SavedName
-
-_TRACED = (FakeTensor, FunctionalTensor)  # torch.export traces with stand-ins, and puts everything back
 
 
 class Owner(Protocol):
@@ -38,17 +34,15 @@ class Names(dict[str, Any]):
     def __setitem__(self, name: str, value: Any) -> None:
         """Refuse a cast of a kernel name (``Module.half()`` and the like), before it goes on to other modules."""
         kernel = self.owners[name].kernel(name) if name in self.owners else None
-        if kernel is not None and isinstance(value, Tensor) and not isinstance(value, _TRACED):
-            found, expected = TensorSpec.of(value), TensorSpec.of(kernel.memory)
-            if found != expected:
-                raise AdoptionError(
-                    "a kernel-format name was given another dtype or shape",
-                    module=self.owners[name].label,
-                    name=name,
-                    expected=expected,
-                    found=found,
-                    remedy="Module.half() and the like cannot apply to declared modules; cast the others.",
-                )
+        if kernel is not None and isinstance(value, Tensor) and TensorSpec.of(value) != TensorSpec.of(kernel.memory):
+            raise AdoptionError(
+                "a kernel-format name was given another dtype or shape",
+                module=self.owners[name].label,
+                name=name,
+                expected=TensorSpec.of(kernel.memory),
+                found=TensorSpec.of(value),
+                remedy="Module.half() and the like cannot apply to declared modules; cast the others.",
+            )
         super().__setitem__(name, value)
 
     def __reduce_ex__(self, protocol: Any) -> Any:

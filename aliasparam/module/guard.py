@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import StaleKernelError, StateError
+from ..errors import StaleKernelError
+from ..tensors.dispatch import traced_by_jit
 from ..torch_private import is_traced_by_jit
 from .names import READY, Readiness
 from .registry import AliasRegistry
@@ -26,13 +27,7 @@ def guard(module: nn.Module, args: Any) -> None:
     if registry is None:
         return
     if is_traced_by_jit():
-        raise StateError(
-            "torch.jit saves raw memory, which is in kernel order",
-            module=registry.label,
-            expected="torch.export or torch.compile",
-            found="torch.jit.trace",
-            remedy="Export with torch.export.",
-        )
+        raise traced_by_jit(module=registry.label)
     if registry.readiness is not READY or not registry.is_bound:
         _refuse(registry)
 

@@ -216,14 +216,18 @@ def _refuse(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def values_of(tensor: Any) -> Tensor:
     """Checkpoint values of an aliased tensor, as a plain one."""
     if is_traced_by_jit():
-        raise StateError(
-            "torch.jit saves raw memory, which is in kernel order",
-            label=tensor._alias_storage.label,
-            expected="torch.export or torch.compile",
-            found="torch.jit.trace",
-            remedy="Trace a module that holds checkpoint_state_dict(model), or export with torch.export.",
-        )
+        raise traced_by_jit(label=tensor._alias_storage.label)
     return read_view(tensor._alias_storage, tensor._alias_geometry)
+
+
+def traced_by_jit(**where: str) -> StateError:
+    return StateError(
+        "torch.jit saves raw memory, which is in kernel order",
+        **where,
+        expected="torch.export or torch.compile",
+        found="torch.jit.trace",
+        remedy="Export with torch.export, or trace a module that holds checkpoint_state_dict(model).",
+    )
 
 
 def _geometry(tensor: Any) -> Tensor:
