@@ -5,11 +5,15 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from ..errors import AdoptionError, StateError
 from ..spec import TensorSpec
 from ..storage.kernel_name import KernelName
 from ..tensors.parameter import AliasedParameter, SavedName
+
+_TRACED = (FakeTensor, FunctionalTensor)  # torch.export traces with stand-ins, and puts everything back
 
 
 class Owner(Protocol):
@@ -22,6 +26,7 @@ class Owner(Protocol):
     @property
     def moment(self) -> object: ...
     def kernel(self, name: str) -> KernelName | None: ...
+    def look(self) -> None: ...
 
 
 class Names(dict[str, Any]):
@@ -32,8 +37,10 @@ class Names(dict[str, Any]):
     owners: dict[str, Owner]
 
     def __setitem__(self, name: str, value: Any) -> None:
-        """Refuse a cast of a kernel name (``Module.half()`` and the like), before it goes on to other modules."""
-        kernel = self.owners[name].kernel(name) if name in self.owners else None
+        """``setattr``, as engines replace Parameters, and ``Module.to()`` buffers. Compiled callers do not run the guard, which
+        compares names, so the owner looks at once. The cast of a kernel name is refused before it goes on to other modules."""
+        owner = None if isinstance(value, _TRACED) else self.owners.get(name)
+        kernel = None if owner is None else owner.kernel(name)
         if kernel is not None and isinstance(value, Tensor) and TensorSpec.of(value) != TensorSpec.of(kernel.memory):
             raise AdoptionError(
                 "a kernel-format name was given another dtype or shape",
@@ -44,6 +51,8 @@ class Names(dict[str, Any]):
                 remedy="Module.half() and the like cannot apply to declared modules; cast the others.",
             )
         super().__setitem__(name, value)
+        if owner is not None:
+            owner.look()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         unchanged = _Unchanged(self.owners)

@@ -178,6 +178,13 @@ class ModuleNames:
         self._show(ready=False)
         self.readiness = Readiness.OPEN
 
+    def look(self) -> None:
+        """A tensor was put under a name: another than ours opens the module, and ours again closes it."""
+        if self.readiness is READY and not self.is_bound:
+            self.open()
+        else:
+            self.close_if_unchanged()
+
     def close_if_unchanged(self) -> None:
         """Close again where nothing changed after all: a name was replaced in passing."""
         session = None if self.holder is None else self.holder()
