@@ -148,7 +148,7 @@ FAULTS = [
     ),
     Planted(
         "module/names.py",
-        "        for at, name, tensor, _ in self._shown:",
+        "        for at, name, tensor, _ in shown:",
         "        for at, name, tensor, _ in ():",
         "test_law_08_no_silent_garbage.py",
     ),

@@ -148,12 +148,10 @@ class ModuleNames:
     def is_bound(self) -> bool:
         """Whether every name of a ready module holds what the library put there. Engines put other Parameters in the place of
         ours by ``setattr``, by ``functional_call``, by writing ``module._parameters``: so each forward and each verb looks."""
-        if self._shown is None:
-            if self.replaced_names():
-                return False
-            shown: list[Shown] = [(b.module._parameters.get, b.name, standing(b.module, b.name), None) for b in self.bindings()]
-            self._shown = shown + [(self.module._buffers.get, name, kernel.tensor, kernel) for name, kernel in self.kernels()]
-        for at, name, tensor, _ in self._shown:  # noqa: SIM110 - a generator costs as much as the rest
+        shown = self._shown
+        if shown is None and (shown := self._find()) is None:
+            return False
+        for at, name, tensor, _ in shown:  # noqa: SIM110 - a generator costs as much as the rest
             if at(name) is not tensor:
                 return False
         return True
@@ -161,14 +159,24 @@ class ModuleNames:
     @property
     def is_untouched(self) -> bool:
         """Whether the module is ready, and nothing was put under its names or written to them since."""
-        if self.readiness is not READY or (self._shown is None and not self.is_bound):
+        shown = self._shown
+        if self.readiness is not READY or (shown is None and (shown := self._find()) is None):
             return False
-        for at, name, tensor, kernel in self._shown or ():
+        for at, name, tensor, kernel in shown:
             if at(name) is not tensor:
                 return False
             if kernel is not None and (tensor._version != kernel.version or tensor.data_ptr() != kernel.address):
                 return False  # by other code
         return True
+
+    def _find(self) -> list[Shown] | None:
+        """Where every name stands and what is there, kept for the next look; None where one is not ours."""
+        shown: list[Shown] = [(b.module._parameters.get, b.name, standing(b.module, b.name), None) for b in self.bindings()]
+        shown += [(self.module._buffers.get, name, kernel.tensor, kernel) for name, kernel in self.kernels()]
+        if self.replaced_names():  # of what was looked at already
+            return None
+        self._shown = shown
+        return shown
 
     def open(self) -> None:
         """Bytes are about to change, or something else stands under a declared name: refuse until the next commit (law 8)."""
