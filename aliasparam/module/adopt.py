@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import AdoptionError
 from ..spec import TensorSpec, other_kind
 from ..storage.reorder import move
-from ..tensors.faces import _Aliased, loader_attributes
+from ..tensors.faces import _Aliased, follow, loader_attributes
 from ..tensors.parameter import AliasedParameter, adopt_class, is_same_name, take_over
 from .allocate import adopt_memory
 from .containers import standing
@@ -112,8 +112,9 @@ def _follow_device(registry: ModuleNames, foreign: list[tuple[Source, Binding, T
             found=f"{len(foreign)} names on {sorted(map(str, devices))}",
             remedy="Move the whole module: module.to(device).",
         )
-    for _, binding, tensor in foreign:
-        binding.parameter.data = tensor.detach()  # as Module.to(device) does it
+    device = devices.pop()
+    for binding in registry.bindings():
+        follow(binding.parameter, device)
 
 
 def _without_overlap(ours: set[int], tensor: Tensor) -> Tensor:

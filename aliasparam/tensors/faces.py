@@ -275,9 +275,15 @@ def _assign(target: _Aliased, value: Tensor) -> None:
         else:
             target.copy_(value)
         return
-    if value.device != storage.buffer.device:
-        storage.relocate(value.device)
-    target._alias_geometry = same_view(storage, geometry)
+    follow(target, value.device)
+
+
+def follow(target: _Aliased, device: torch.device) -> None:
+    """Move the storage of ``target`` to another device, and ``target`` with it: the same object."""
+    storage = target._alias_storage
+    if device != storage.buffer.device:
+        storage.relocate(device)
+    target._alias_geometry = same_view(storage, target._alias_geometry)
     target.__dict__.pop("_alias_data", None)
     torch._C.TensorBase.data.__set__(target, target._alias_geometry)  # type: ignore[attr-defined]
 
