@@ -8,7 +8,6 @@ no existing name's address moves, and the source name does not show kernel bytes
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -48,24 +47,17 @@ def alias_or_bind_derived_param(
         registry.process()
         return
     if source is not None and source.derived not in (None, derived_name):
-        raise DeclarationError(
-            "this source already lives under another kernel name",
-            module=type(module).__name__,
-            name=source_name,
-            expected=source.derived,
-            found=derived_name,
-            remedy="Use the name it has, or put the other value under copy_or_rebind_param.",
-        )
+        raise _declared_otherwise(module, source, f"for the kernel name {source.derived!r}")
     spec, device = _source_spec(module, source, source_name)
-    fits = TensorSpec.of(derived_value) == spec and derived_value.device == device and aliasing_is_on()
-    if not fits or (source is None and _existing(module, derived_name) is not None):
+    reason = _why_apart(spec, TensorSpec.of(derived_value), same_device=derived_value.device == device)
+    if reason is None and source is None and _existing(module, derived_name) is not None:
+        reason = Reason.OWN_MEMORY
+    if reason is not None:
         copy_or_rebind_param(module, derived_name, derived_value)
-        same_device = derived_value.device == device
-        reason = Reason.OWN_MEMORY if fits else _why_apart(spec, TensorSpec.of(derived_value), same_device=same_device)
         (registry or declare(module)).separate[derived_name] = Separate(source_name, reason, derived_value.nbytes)
         return
     if source is not None and (source.layout is not None or source.derived is None):
-        _refuse_declared(module, source, derived_name)
+        raise _declared_otherwise(module, source, "with a layout" if source.derived else "without a kernel name")
     value = _without_overlap(module, source, source_name, derived_value)
     if source is None or registry is None:
         registry = declare(module, Alias(source_name, derived_name))
@@ -85,22 +77,14 @@ def alias_or_bind_derived_param(
     registry.commit_source(source_name)
 
 
-def _refuse_declared(module: nn.Module, source: Source, derived_name: str) -> NoReturn:
-    where = {"module": type(module).__name__, "name": source.name}
-    if source.derived:
-        raise DeclarationError(
-            "this pair was declared with a layout",
-            **where,
-            expected="aliasparam.process(module)",
-            found=f"a converted value for {derived_name!r}",
-            remedy="Call process instead of this helper.",
-        )
-    raise DeclarationError(
-        "this source was declared without a kernel name",
-        **where,
-        expected=f"{derived_name!r} declared together with it",
-        found="a source that is kept (Keep), or that a Derivation reads",
-        remedy=f"Declare Alias({source.name!r}, {derived_name!r}, layout), or put the value there by copy_or_rebind_param.",
+def _declared_otherwise(module: nn.Module, source: Source, how: str) -> DeclarationError:
+    return DeclarationError(
+        f"this source was declared {how}",
+        module=type(module).__name__,
+        name=source.name,
+        expected="a source that was not declared, or a call of this helper for its kernel name again",
+        found=f"kernel name {source.derived}, layout {source.layout}",
+        remedy="Call aliasparam.process(module) instead, declare Alias with the kernel name's layout, or copy_or_rebind_param.",
     )
 
 
@@ -127,14 +111,14 @@ def _source_spec(module: nn.Module, source: Source | None, name: str) -> tuple[T
         raise error.located(module=type(module).__name__) from error.__cause__
 
 
-def _why_apart(source: TensorSpec, derived: TensorSpec, *, same_device: bool) -> Reason:
+def _why_apart(source: TensorSpec, derived: TensorSpec, *, same_device: bool) -> Reason | None:
     """Undeclared code promises no padding and no inverse, so only the very same shape and dtype can share memory."""
     if not same_device:
         return Reason.OTHER_DEVICE
-    if source == derived:
-        return Reason.SWITCHED_OFF
-    verdict = judge(source, derived)
-    return Reason.UNDECLARED_SHAPE if verdict.aliases else verdict
+    if source != derived:
+        verdict = judge(source, derived)
+        return Reason.UNDECLARED_SHAPE if verdict.aliases else verdict
+    return None if aliasing_is_on() else Reason.SWITCHED_OFF
 
 
 def copy_or_rebind_param(module: nn.Module, name: str, value: Tensor) -> None:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
+class TensorSpec(NamedTuple):
     """Shape and dtype of a tensor in one format."""
 
     shape: tuple[int, ...]
@@ -54,9 +53,16 @@ def other_kind(value: Any) -> str | None:
         return "a nested tensor" if value.is_nested else f"a quantized tensor ({value.dtype})"
     if value.layout is not torch.strided:
         return f"a tensor in {value.layout}"
+    if isinstance(value, _distributed_tensors()):
+        return f"a DTensor ({type(value).__name__}) of shape {list(value.shape)}, a part of a tensor over several ranks"
     is_plain = type(value).__torch_dispatch__ is Tensor.__torch_dispatch__
     freed = is_plain and value.numel() and not value.is_meta and not value.untyped_storage().nbytes()
     return "a tensor whose memory was freed" if freed else None
+
+
+def _distributed_tensors() -> tuple[type, ...]:
+    distributed: Any = sys.modules.get("torch.distributed.tensor")  # who has a DTensor has imported it
+    return () if distributed is None else (distributed.DTensor,)
 
 
 def no_values(value: Any) -> str | None:

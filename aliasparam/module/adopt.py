@@ -14,12 +14,12 @@ from torch import Tensor
 from ..errors import AdoptionError
 from ..spec import TensorSpec, other_kind
 from ..storage.reorder import move
-from ..tensors.faces import _Aliased, loader_attributes, same_view
-from ..tensors.parameter import AliasedParameter, adopt_class, is_same_name, make_parameter, take_over
+from ..tensors.faces import _Aliased, follow, loader_attributes
+from ..tensors.parameter import AliasedParameter, adopt_class, is_same_name, take_over
 from .allocate import adopt_memory
+from .containers import standing
 from .names import ModuleNames
 from .planning import Binding, Source
-from .watch import standing
 
 
 def adopt(registry: ModuleNames) -> None:
@@ -113,14 +113,8 @@ def _follow_device(registry: ModuleNames, foreign: list[tuple[Source, Binding, T
             remedy="Move the whole module: module.to(device).",
         )
     device = devices.pop()
-    for source in registry.sources.values():
-        if source.storage is None:
-            raise AssertionError(f"{registry.label}.{source.name}: bound without storage")
-        source.storage.relocate(device)
-        for binding in source.bindings:
-            old = binding.parameter
-            binding.parameter = make_parameter(source.storage, same_view(source.storage, old._alias_geometry), type(old))
-            binding.parameter.__dict__.update(loader_attributes(old))
+    for binding in registry.bindings():
+        follow(binding.parameter, device)
 
 
 def _without_overlap(ours: set[int], tensor: Tensor) -> Tensor:

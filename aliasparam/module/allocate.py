@@ -15,7 +15,7 @@ from ..storage.overlap import check_memory
 from ..storage.reorder import reorder
 from ..storage.states import State
 from ..storage.storage import AliasedStorage
-from ..tensors.faces import _Aliased, loader_attributes
+from ..tensors.faces import _Aliased, loader_attributes, place_in
 from ..tensors.parameter import AliasedParameter, make_parameter, take_over
 from ..torch_private import is_alone, outside_inference
 from .names import ModuleNames
@@ -52,7 +52,8 @@ def adopt_memory(names: ModuleNames, source: Source, tensor: Tensor, *, loaded: 
         storage = _storage(label, source, tensor.device, None, state)
         parameter = make_parameter(storage, storage.geometry, type(tensor))
         parameter.__dict__.update(loader_attributes(tensor))
-    parameter.__dict__.update({k: v for k, v in source.attributes.items() if k not in parameter.__dict__})
+    for name, value in source.attributes.items():
+        parameter.__dict__.setdefault(name, value)
     names.bind_storage(source, storage, parameter)
     if values is not None:
         storage.write(storage.bound.whole, values.to(storage.bound.dtype))
@@ -64,7 +65,7 @@ def adopt_memory(names: ModuleNames, source: Source, tensor: Tensor, *, loaded: 
 def _memory_of(source: Source, tensor: Tensor) -> Tensor | None:
     """The tensor's own allocation as flat bytes, if it can become the storage's."""
     plan, memory = source.plan, tensor.untyped_storage()
-    fits = tensor.is_contiguous() and memory.nbytes() == plan.nbytes == plan.source.nbytes and tensor.storage_offset() == 0
+    fits = plan.is_exact and memory.nbytes() == plan.nbytes and tensor.is_contiguous() and tensor.storage_offset() == 0
     if not fits or not is_alone(memory):
         return None
     with outside_inference():  # a tensor made in inference mode could not be written outside it
@@ -101,7 +102,7 @@ def _check_tie(source: Source, parameter: Tensor) -> None:
     if not isinstance(parameter, _Aliased):
         return
     storage = parameter._alias_storage
-    if not isinstance(parameter, AliasedParameter) or not _is_whole(parameter):
+    if not isinstance(parameter, AliasedParameter) or place_in(parameter._alias_geometry) != place_in(storage.geometry):
         raise DeclarationError(
             "this Parameter is a view of a storage that another module declared",
             name=source.name,
@@ -118,8 +119,3 @@ def _check_tie(source: Source, parameter: Tensor) -> None:
             found=source.layout,
             remedy="Declare it once, or untie it with clone().",
         )
-
-
-def _is_whole(parameter: AliasedParameter) -> bool:
-    geometry, whole = parameter._alias_geometry, parameter._alias_storage.geometry
-    return geometry.shape == whole.shape and geometry.dtype == whole.dtype and geometry.storage_offset() == 0

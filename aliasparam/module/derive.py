@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..errors import AliasError, DerivationError, StateError
 from ..spec import TensorSpec, no_values
+from .declarations import Derivation
 from .names import ModuleNames
 from .planning import Derived
 
@@ -16,17 +17,9 @@ def refresh(registry: ModuleNames, derived: Derived) -> int:
     if registry.is_current(derived):
         return 0
     versions = registry.versions_of(derived)
-    spec = derived.declaration
-    value = compute(registry.label, derived, [_copy_of(registry, name) for name in spec.sources])
-    if derived.kernel is None or TensorSpec.of(value) != TensorSpec(spec.shape, spec.dtype):
-        raise StateError(
-            "a derivation returned another shape or dtype than it declared",
-            module=registry.label,
-            name=spec.name,
-            expected=TensorSpec(spec.shape, spec.dtype),
-            found=TensorSpec.of(value),
-            remedy="Return exactly that from the function, or declare what it returns.",
-        )
+    if derived.kernel is None:
+        raise AssertionError(f"{registry.label}.{derived.declaration.name}: derived before it has memory")
+    value = _compute(registry, derived.declaration)
     derived.seen = None  # an interrupted copy is of no version
     derived.version += 1
     derived.kernel.memory.copy_(value)
@@ -56,42 +49,38 @@ def _copy_of(registry: ModuleNames, name: str) -> Tensor:
     return value if name in registry.sources else value.clone()
 
 
-def compute(label: str, derived: Derived, values: list[Tensor]) -> Tensor:
-    """The derived value from ``values``, which the function may change: they are copies.
+def _compute(registry: ModuleNames, spec: Derivation) -> Tensor:
+    """The derived value, from copies that the function may change.
 
     Raises:
-        DerivationError: the function raised something of its own, or returned no tensor.
+        DerivationError: the function raised something of its own, or returned no tensor with values.
+        StateError: it returned one of another shape or dtype than it declared.
     """
-    spec = derived.declaration
-    found = ", ".join(f"{n} {TensorSpec.of(v)}" for n, v in zip(spec.sources, values, strict=True))
+    values, expected = [_copy_of(registry, name) for name in spec.sources], TensorSpec(spec.shape, spec.dtype)
+    where = {"module": registry.label, "name": spec.name}
+    given = ", ".join(f"{n} {TensorSpec.of(v)}" for n, v in zip(spec.sources, values, strict=True))
     try:
         value = spec.function(*values)
     except AliasError as error:
-        raise error.located(
-            module=label,
-            name=spec.name,
-            expected="sources that can be derived from",
-            found=found,
-            remedy="Load other values, or mend the function of this derivation.",
-        ) from error
+        remedy = "Load other values, or mend the function of this derivation."
+        raise error.located(**where, expected="sources that can be derived from", found=given, remedy=remedy) from error
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
         raise DerivationError(
             "the function of this derivation failed",
-            module=label,
-            name=spec.name,
-            expected=f"a tensor from {found}",
+            **where,
+            expected=f"a tensor from {given}",
             found=f"{type(error).__name__}: {error}",
             remedy="Mend the function; until then the module refuses to run.",
         ) from error
-    if (kind := no_values(value)) is not None:
-        raise DerivationError(
-            "the function of this derivation returned no tensor with values",
-            module=label,
-            name=spec.name,
-            expected="a dense tensor",
-            found=kind,
-            remedy="Return a tensor of the declared shape and dtype.",
+    kind = no_values(value)
+    if kind is not None or TensorSpec.of(value) != expected:
+        raise (StateError if kind is None else DerivationError)(
+            "the function of this derivation returned something else than it declared",
+            **where,
+            expected=expected,
+            found=kind or TensorSpec.of(value),
+            remedy="Return exactly that from the function, or declare what it returns.",
         )
     return value

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from ..errors import ReloadError
 from ..storage.states import State
-from ..storage.storage import AliasedStorage
 from ..tensors.faces import _Aliased
 from ..tensors.geometry import place_of
 
@@ -46,10 +45,8 @@ class Exposure:
             ReloadError: it is closed already, or was closed from elsewhere (the model was invalidated meanwhile); or rows that
                 this order does not keep together, and it is still open.
         """
-        if self._open:
-            _need_together(self._storage, rows, self.order)
+        target = _part(self._target, rows, self.order) if self._open else self._target
         self._close()
-        target = self._target if rows is None else self._target[rows]
         if self.order == "kernel":
             self._end_raw(target, State.LOADED)
             return
@@ -138,42 +135,30 @@ def expose_for_writing(
             found="no such module" if holder is None else "no such Parameter" if parameter is None else type(parameter).__name__,
             remedy="Declare it first, or write an undeclared Parameter directly.",
         )
-    _need_together(parameter._alias_storage, rows, order)
-    target = parameter if rows is None else parameter[rows]
+    target = _part(parameter, rows, order)
+    geometry, storage = target._alias_geometry, parameter._alias_storage
     if order == "checkpoint":
-        geometry = target._alias_geometry
-        memory = torch.empty(geometry.shape, dtype=geometry.dtype, device=geometry.device)
-    else:
-        memory = _kernel_memory(parameter, rows)
-    return Exposure(target, memory, order, writer)
+        return Exposure(target, torch.empty(geometry.shape, dtype=geometry.dtype, device=geometry.device), order, writer)
+    bound, kernel = storage.bound, storage.kernel_name
+    memory = storage.elements[: bound.regions * bound.region_capacity] if kernel is None else kernel.memory
+    place = place_of(storage, geometry) if bound.lead else None
+    return Exposure(target, memory if place is None else memory[slice(*place.box[0])], order, writer)
 
 
-def _kernel_memory(parameter: _Aliased, rows: slice | None) -> Tensor:
-    storage = parameter._alias_storage
-    bound = storage.bound
-    name_of = storage.kernel_name
-    whole = storage.elements[: bound.regions * bound.region_capacity] if name_of is None else name_of.memory
-    if parameter._alias_geometry.shape != storage.geometry.shape:
-        raise _apart(storage, "a shard")
-    return whole[rows] if rows is not None and bound.lead else whole
-
-
-def _need_together(storage: AliasedStorage, rows: slice | None, order: Order) -> None:
-    """Raise ReloadError where ``rows`` are no range of the memory that is lent in this order."""
-    if rows is None:
-        return
-    count = (*storage.bound.shape, 1)[0]
-    first, stop, step = rows.indices(count) if isinstance(rows, slice) else (0, 0, 0)
-    is_range = step == 1 and (storage.bound.lead > 0 or (first, stop) == (0, count))
-    if step < 1 or (order == "kernel" and not is_range):
-        raise _apart(storage, str(rows))
-
-
-def _apart(storage: AliasedStorage, found: str) -> ReloadError:
-    return ReloadError(
-        "these rows are no range of the memory",
-        label=storage.label,
-        expected="a slice of the rows; in kernel order the whole name, or a range of the experts of a stack",
-        found=f"{found} of {list(storage.bound.shape)}",
-        remedy='Expose the whole, or order="checkpoint".',
-    )
+def _part(target: _Aliased, rows: slice | None, order: Order) -> _Aliased:
+    """``rows`` of ``target``. Raises ReloadError where they are no range of the memory that is lent in this order."""
+    bound = target._alias_storage.bound
+    together = rows is None or (isinstance(rows, slice) and (rows.step or 1) > 0)
+    part: _Aliased = target if rows is None or not together else target[rows]
+    if together and order == "kernel" and part.numel():
+        place, inner = place_of(target._alias_storage, part._alias_geometry), 1 if bound.lead else 0
+        together = place is not None and place.box[inner:] == bound.whole[inner:]
+    if not together:
+        raise ReloadError(
+            "these rows are no range of the memory",
+            label=target._alias_storage.label,
+            expected="a slice of the rows; in kernel order the whole name, or a range of the experts of a stack",
+            found=f"{'a shard' if rows is None else rows} of {list(bound.shape)}",
+            remedy='Expose the whole, or order="checkpoint".',
+        )
+    return part

@@ -1,6 +1,6 @@
 """The forward pre-hook of every declared module: it refuses while the module is open (law 8).
 
-On a ready module it costs one look at the registry and at the two dicts of names. Compiled callers do not run it: for them the
+On a ready module it costs one look at the registry and at each name. Compiled callers do not run it: for them the
 kernel names themselves refuse, see [Note: open modules] in storage/kernel_name.py.
 """
 
@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import StaleKernelError, StateError
+from ..errors import StaleKernelError
+from ..tensors.dispatch import traced_by_jit
 from ..torch_private import is_traced_by_jit
 from .names import READY, Readiness
 from .registry import AliasRegistry
 from .registry_of import registry_of
-from .watch import is_watched
 
 
 def guard(module: nn.Module, args: Any) -> None:
@@ -27,14 +27,8 @@ def guard(module: nn.Module, args: Any) -> None:
     if registry is None:
         return
     if is_traced_by_jit():
-        raise StateError(
-            "torch.jit saves raw memory, which is in kernel order",
-            module=registry.label,
-            expected="torch.export or torch.compile",
-            found="torch.jit.trace",
-            remedy="Export with torch.export.",
-        )
-    if registry.readiness is not READY or not is_watched(module):
+        raise traced_by_jit(module=registry.label)
+    if registry.readiness is not READY or not registry.is_bound:
         _refuse(registry)
 
 

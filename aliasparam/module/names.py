@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from enum import Enum
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -14,8 +15,8 @@ from ..storage.locks import all_locked
 from ..storage.storage import AliasedStorage
 from ..tensors.parameter import AliasedParameter, is_same_name
 from ..torch_private import outside_inference
+from .containers import put_buffer, put_parameter, standing
 from .planning import Binding, Derived, Separate, Source
-from .watch import put, put_buffer, standing, watch
 
 
 class Readiness(Enum):
@@ -30,6 +31,10 @@ class Readiness(Enum):
 
 #: For every write, processing and forward: Python 3.11 looks a member of an Enum up by its name each time.
 READY, OPEN = Readiness.READY, Readiness.OPEN
+
+
+#: How to look a name up where it stands, the name, what is there; and of a kernel name, the library's.
+Shown: TypeAlias = tuple[Callable[[str], Any], str, Any, KernelName | None]
 
 
 class ModuleNames:
@@ -47,7 +52,7 @@ class ModuleNames:
         self.derived: dict[str, Derived] = {}
         #: Names that undeclared code derived and that could not share memory.
         self.separate: dict[str, Separate] = {}
-        self._bound: tuple[KernelName, ...] = ()  # what :meth:`bind_kernel_names` bound last, for a quick look
+        self._shown: list[Shown] | None = None  # what stands where, once it was seen to be ours
         self.readiness = Readiness.READY
         #: The reload that has this module, alive while it is open: nothing else may let the module run.
         self.holder: weakref.ref[Any] | None = None
@@ -65,9 +70,9 @@ class ModuleNames:
         self.bind(source)
 
     def bind(self, source: Source) -> None:
+        self._shown = None
         for binding in source.bindings:
-            watch(binding.module, binding.name, self)
-            put(binding.module, binding.name, binding.parameter)
+            put_parameter(binding.module, binding.name, binding.parameter, self)
 
     def bind_kernel_names(self) -> None:
         """Show every kernel name on the module: its tensor, or its refusing twin while the module is open."""
@@ -78,9 +83,8 @@ class ModuleNames:
                 with outside_inference():
                     memory = torch.zeros(spec.shape, dtype=spec.dtype, device=device)
                 derived.kernel = KernelName(f"{self.label}.{spec.name}", memory)
-        kernels = self.kernels()
-        self._bound = tuple(kernel for _, kernel in kernels)
-        for name, kernel in kernels:
+        self._shown = None
+        for name, kernel in self.kernels():
             put_buffer(self.module, name, kernel.tensor if self.readiness is Readiness.READY else kernel.refusing, self)
 
     def rebind(self) -> None:
@@ -91,6 +95,7 @@ class ModuleNames:
 
     def _show(self, *, ready: bool) -> None:
         """Switch the kernel names that are bound; what else is under a name stays for the next verb to see."""
+        self._shown = None
         for name, kernel in self.kernels():
             if kernel.shows(self.module._buffers.get(name)):
                 put_buffer(self.module, name, kernel.tensor if ready else kernel.refusing, self)
@@ -135,9 +140,43 @@ class ModuleNames:
 
     @property
     def is_ready(self) -> bool:
-        """Whether the module may run. Names which were replaced and put back do not count."""
+        """Whether the module may run."""
         self.close_if_unchanged()
-        return self.readiness is Readiness.READY
+        return self.readiness is READY and self.is_bound
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether every name of a ready module holds what the library put there. Engines put other Parameters in the place of
+        ours by ``setattr``, by ``functional_call``, by writing ``module._parameters``: so each forward and each verb looks."""
+        shown = self._shown
+        if shown is None and (shown := self._find()) is None:
+            return False
+        for at, name, tensor, _ in shown:  # noqa: SIM110 - a generator costs as much as the rest
+            if at(name) is not tensor:
+                return False
+        return True
+
+    @property
+    def is_untouched(self) -> bool:
+        """Whether the module is ready, and nothing was put under its names or written to them since."""
+        shown = self._shown
+        if self.readiness is not READY or (shown is None and (shown := self._find()) is None):
+            return False
+        for at, name, tensor, kernel in shown:
+            if at(name) is not tensor:
+                return False
+            if kernel is not None and (tensor._version != kernel.version or tensor.data_ptr() != kernel.address):
+                return False  # by other code
+        return True
+
+    def _find(self) -> list[Shown] | None:
+        """Where every name stands and what is there, kept for the next look; None where one is not ours."""
+        shown: list[Shown] = [(b.module._parameters.get, b.name, standing(b.module, b.name), None) for b in self.bindings()]
+        shown += [(self.module._buffers.get, name, kernel.tensor, kernel) for name, kernel in self.kernels()]
+        if self.replaced_names():  # of what was looked at already
+            return None
+        self._shown = shown
+        return shown
 
     def open(self) -> None:
         """Bytes are about to change, or something else stands under a declared name: refuse until the next commit (law 8)."""
@@ -146,6 +185,13 @@ class ModuleNames:
             kernel.changing()
         self._show(ready=False)
         self.readiness = Readiness.OPEN
+
+    def look(self) -> None:
+        """A tensor was put under a name: another than ours opens the module, and ours again closes it."""
+        if self.readiness is READY and not self.is_bound:
+            self.open()
+        else:
+            self.close_if_unchanged()
 
     def close_if_unchanged(self) -> None:
         """Close again where nothing changed after all: a name was replaced in passing."""
@@ -185,13 +231,6 @@ class ModuleNames:
             self._show(ready=True)
             self.readiness = Readiness.READY
 
-    def shows(self, names: object, name: str, value: Any) -> bool:
-        """Whether ``value`` is what this registry has under ``name``, checkpoint or kernel name, in ``names``: a module's."""
-        if any(b.name == name and b.module._parameters is names and is_same_name(value, b.parameter) for b in self.bindings()):
-            return True
-        kernel = self.kernel(name)
-        return kernel is not None and kernel.shows(value)
-
     def bindings(self) -> list[Binding]:
         """Every checkpoint name, those of shards too."""
         return [binding for source in self.sources.values() for binding in source.bindings]
@@ -199,7 +238,7 @@ class ModuleNames:
     def replaced_names(self) -> list[str]:
         """Declared names under which there is another tensor than ours."""
         found = ((b, standing(b.module, b.name)) for b in self.bindings())
-        replaced = [b.name for b, tensor in found if tensor is not None and not is_same_name(tensor, b.parameter)]
+        replaced = [b.name for b, tensor in found if not is_same_name(tensor, b.parameter)]
         return replaced + [n for n, kernel in self.kernels() if not kernel.shows(self.module._buffers.get(n))]
 
     def stale_names(self) -> list[str]:
@@ -233,4 +272,4 @@ class ModuleNames:
         return storage.version if storage is not None else -1
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "holder": None}  # a copy of the module is under no reload
+        return {**self.__dict__, "holder": None, "_shown": None}  # a copy of the module is under no reload

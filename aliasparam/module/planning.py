@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -211,36 +210,15 @@ def parameter_spec(module: nn.Module, name: str) -> TensorSpec:
             found=f"parameters {sorted(n for n, p in module._parameters.items() if p is not None)}",
             remedy="Register it first: module.register_parameter(name, nn.Parameter(..., requires_grad=False)).",
         )
-    if is_lazy(parameter):
-        raise DeclarationError(
-            "the shape of this Parameter is not known yet",
-            name=name,
-            expected="a Parameter with shape and dtype",
-            found=type(parameter).__name__,
-            remedy="Materialize it first: parameter.materialize(shape), or a first forward of the lazy module.",
-        )
     if (found := other_kind(parameter)) is not None:
         raise DeclarationError(
-            "only strided tensors can be aliased",
+            "this Parameter has no memory of its own to alias",
             name=name,
-            expected="a dense tensor",
+            expected="a dense tensor with shape and dtype",
             found=found,
-            remedy="Register tensor.to_dense() instead.",
-        )
-    if isinstance(parameter, _distributed_tensors()):
-        raise DeclarationError(
-            "a DTensor is a part of a tensor over several ranks; only local tensors can be declared",
-            name=name,
-            expected="an nn.Parameter with memory of its own",
-            found=f"{type(parameter).__name__} (a DTensor) of shape {list(parameter.shape)}",
-            remedy="Declare the module before it is sharded, on each rank with the part it serves.",
+            remedy="Register tensor.to_dense(), materialize a lazy module first, or declare before sharding, each rank its part.",
         )
     return TensorSpec.of(parameter)
-
-
-def _distributed_tensors() -> tuple[type, ...]:
-    distributed: Any = sys.modules.get("torch.distributed.tensor")  # who has a DTensor has imported it
-    return () if distributed is None else (distributed.DTensor,)
 
 
 def _report_fallback(alias: Alias, plan: StoragePlan) -> None:
@@ -261,6 +239,8 @@ def _report_fallback(alias: Alias, plan: StoragePlan) -> None:
 def _in_order(derived: Sequence[Derived]) -> list[Derived]:
     """Derivations with what they derive from before them. Raises DeclarationError on a cycle."""
     by_name = {d.declaration.name: d for d in derived}
+    if all(by_name.keys().isdisjoint(d.declaration.sources) for d in derived):
+        return list(derived)  # as nearly always
     try:
         order = list(TopologicalSorter({name: d.declaration.sources for name, d in by_name.items()}).static_order())
     except CycleError as error:

@@ -10,19 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import AliasError, DeclarationError, StateError
-from ..report.explanation import Explanation, explained
+from ..report.explanation import Explanation
+from ..report.modules import ExplainedModule
 from ..spec import TensorSpec
-from ..storage.kernel_name import are_untouched
 from ..tensors.processes import refuse_for_process
 from .adopt import adopt
 from .allocate import allocate, check_sources
 from .declarations import AnyLayout, Declaration, Derivation
 from .derive import refresh, value_of
-from .names import READY, ModuleNames
+from .names import ModuleNames
 from .planning import planned
 from .retarget import plan_retarget, retarget
 from .shards import show
-from .watch import is_watched
 from .wellformed import need_wellformed
 
 
@@ -151,11 +150,6 @@ class AliasRegistry(ModuleNames):
                 remedy="Leave its `with` block, which processes; or abort it.",
             )
 
-    @property
-    def is_untouched(self) -> bool:
-        """Whether the module is ready, and nothing was put under its names or written to them since."""
-        return self.readiness is READY and is_watched(self.module) and are_untouched(self._bound)
-
     def need_loaded(self) -> None:
         """Raise StateError where a source lacks elements."""
         for source in self.sources.values():
@@ -174,7 +168,7 @@ class AliasRegistry(ModuleNames):
                 raise source.storage.not_loaded("cannot process")
 
     def _repr_html_(self) -> str:
-        return Explanation.of([explained(self.label, self, self.about, set(), {})])._repr_html_()
+        return Explanation.of([ExplainedModule.of(self.label, self, self.about, set())])._repr_html_()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

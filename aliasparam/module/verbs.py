@@ -25,7 +25,7 @@ def process(module: nn.Module) -> int:
         StateError: a declared tensor was not loaded whole.
         AdoptionError: a tensor that does not fit was put under a declared name.
     """
-    return sum(registry.process() for _, registry in registries(module))
+    return sum([registry.process() for _, registry in registries(module)])
 
 
 def invalidate(module: nn.Module) -> None:

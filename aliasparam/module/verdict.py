@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 
@@ -69,7 +69,7 @@ def without_aliasing() -> Iterator[None]:
         _switched_on.reset(token)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class StoragePlan:
     """What one pair asks of its storage.
 
@@ -89,9 +89,14 @@ class StoragePlan:
     capacity: int
     reason: Reason
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         return self.capacity * self.source.dtype.itemsize
+
+    @cached_property
+    def is_exact(self) -> bool:
+        """Whether the memory is as large as the checkpoint tensor."""
+        return self.nbytes == self.source.nbytes
 
 
 def judge(source: TensorSpec, kernel: TensorSpec, *, lossless: bool = True) -> Reason:
@@ -128,28 +133,24 @@ def plan_storage(
         LayoutError: the digits of a layout do not fit the shape.
     """
     only_lines = all(other is None or isinstance(other, Layout) for other in (layout, *room_for))
-    fit = _fit_of_lines if only_lines else _fit  # the others hold functions and tables, which a cache would keep alive
-    kernel, bound, capacity, reason = fit(source, layout, kernel_dtype or source.dtype, aliasing, room_for)
-    order = None if isinstance(layout, Reencoding) or not reason.aliases else layout
-    return StoragePlan(source, kernel, order, bound, capacity, reason)
+    make = _plan_of_lines if only_lines else _plan  # the others hold functions and tables, which a cache would keep alive
+    plan = make(source, layout, kernel_dtype or source.dtype, aliasing, room_for)
+    # Lines that are equal may have other names for their digits, and users see them.
+    return plan if plan.layout is None or plan.layout is layout else replace(plan, layout=layout)  # type: ignore[arg-type]
 
 
-def _fit(
+def _plan(
     source: TensorSpec, layout: AnyLayout | None, dtype: torch.dtype, aliasing: bool, room_for: tuple[AnyLayout | None, ...]
-) -> tuple[TensorSpec, BoundLayout, int, Reason]:
-    """Kernel format, order of the memory, capacity, reason: see :class:`StoragePlan`."""
-    bound = None
-    if isinstance(layout, Reencoding):
-        kernel = layout.output(source)
-    else:
-        bound = bound_to(layout, source.shape, source.dtype)
-        kernel = TensorSpec(bound.kernel_shape, dtype)
-    reason = judge(source, kernel, lossless=bound is not None) if aliasing else Reason.SWITCHED_OFF
-    if bound is None or not reason.aliases:
-        return kernel, bound_to(None, source.shape, source.dtype), source.numel, reason
-    rooms = [bound_to(other, source.shape, source.dtype) for other in room_for if not isinstance(other, Reencoding)]
-    return kernel, bound, max(b.regions * b.region_capacity for b in (bound, *rooms)), reason
+) -> StoragePlan:
+    order = None if isinstance(layout, Reencoding) else layout
+    bound = bound_to(order, *source)
+    kernel = layout.output(source) if isinstance(layout, Reencoding) else TensorSpec(bound.kernel_shape, dtype)
+    reason = judge(source, kernel, lossless=order is layout) if aliasing else Reason.SWITCHED_OFF
+    if not reason.aliases:
+        return StoragePlan(source, kernel, None, bound_to(None, *source), source.numel, reason)
+    rooms = [bound_to(other, *source) for other in room_for if not isinstance(other, Reencoding)]
+    return StoragePlan(source, kernel, order, bound, max(b.regions * b.region_capacity for b in (bound, *rooms)), reason)
 
 
 #: A model declares the same few lines for the same few shapes over and over.
-_fit_of_lines = lru_cache(maxsize=4096)(_fit)
+_plan_of_lines = lru_cache(maxsize=4096)(_plan)

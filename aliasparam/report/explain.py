@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from ..module.registry_of import registries
-from .explanation import Explanation, explained
+from .explanation import Explanation
+from .modules import ExplainedModule
 
 
 def explain(module: nn.Module) -> Explanation:
@@ -15,4 +16,4 @@ def explain(module: nn.Module) -> Explanation:
     """
     paths = {id(m): path for path, m in module.named_modules()}
     seen: set[int] = set()
-    return Explanation.of(explained(path or r.label, r, r.about, seen, paths) for path, r in registries(module))
+    return Explanation.of(ExplainedModule.of(path or r.label, r, r.about, seen, paths) for path, r in registries(module))

@@ -1,14 +1,11 @@
-"""What is known of declared modules, looked up; and the text, data and drawing of it."""
+"""What is known of declared modules: as data, text and a drawing."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ..module.names import ModuleNames
-from ..spec import TensorSpec
 from .diagram import diagram
-from .explained import ExplainedDerivation, ExplainedModule, ExplainedName
-from .rows import MemoryRow, rows_of
+from .modules import ExplainedModule
 
 #: Modules that a notebook draws; the rest is one line.
 SHOWN = 12
@@ -36,38 +33,3 @@ class Explanation(str):
 
     def _repr_html_(self) -> str:
         return self.picture(SHOWN)
-
-
-def explained(path: str, registry: ModuleNames, about: str, seen: set[int], paths: dict[int, str]) -> ExplainedModule:
-    """One module: ``seen`` are storages that were counted, ``paths`` those of modules by their id."""
-    stale = registry.stale_names()
-    own = ((name, d.declaration) for name, d in registry.derived.items() if d.fallback is None)
-    return ExplainedModule(
-        path,
-        type(registry.module).__name__,
-        registry.is_ready,
-        about,
-        tuple(_name(row, registry, paths) for row in rows_of(path, registry, seen)),
-        tuple(ExplainedDerivation(n, d.sources, str(TensorSpec(d.shape, d.dtype)), n not in stale) for n, d in own),
-    )
-
-
-def _name(row: MemoryRow, registry: ModuleNames, paths: dict[int, str]) -> ExplainedName:
-    source, copy = registry.sources.get(row.source), registry.derived.get(row.derived or "")
-    storage = source.storage if source else None
-    plan = copy.fallback if copy else source.plan if source else None
-    shown = source.bindings if source and len(source.bindings) > 1 else ()
-    return ExplainedName(
-        source=row.source,
-        shown_as=tuple(f"{paths.get(id(b.module), '?')}.{b.name}" for b in shown),
-        spec=str(source.plan.source) if source else "",
-        kernel=row.derived,
-        kernel_spec=str(plan.kernel) if plan and row.derived else None,
-        verdict=f"{row.verdict} [{row.reason.code}]" if row.reason else row.verdict,
-        aliased=row.aliased,
-        layout=str(source.layout) if source and source.layout else None,
-        state=(storage.state.value if storage.state else "mixed") if storage else "on meta" if source else None,
-        version=storage.version if storage else None,
-        regions=source.plan.bound.regions if source else 1,
-        allocated=row.allocated_bytes,
-    )

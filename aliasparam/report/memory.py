@@ -12,7 +12,7 @@ from ..module.registry_of import registries
 from ..spec import TensorSpec
 from .layers import LayerMemory, layer_of, size
 from .memory_views import as_html, as_picture, as_table
-from .rows import MemoryRow, rows_of
+from .rows import NameRow, rows_of
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class MemoryReport:
         derivations: (module, bytes) of what its derivations take.
     """
 
-    rows: tuple[MemoryRow, ...]
+    rows: tuple[NameRow, ...]
     derivations: tuple[tuple[str, int], ...]
 
     @property
@@ -47,7 +47,7 @@ class MemoryReport:
         return self.two_copies_bytes - self.allocated_bytes
 
     @property
-    def fallbacks(self) -> tuple[MemoryRow, ...]:
+    def fallbacks(self) -> tuple[NameRow, ...]:
         return tuple(r for r in self.rows if r.derived and not r.aliased)
 
     @property
@@ -85,7 +85,7 @@ class MemoryReport:
 
     def __str__(self) -> str:
         lines = [f"{'kernel name':<28}{'tensors':>8}{'one copy':>13}{'two copies':>13}  verdict"]
-        groups: dict[tuple[str, str], list[MemoryRow]] = {}
+        groups: dict[tuple[str, str], list[NameRow]] = {}
         for row in self.rows:
             groups.setdefault((row.derived or "(checkpoint only)", row.verdict), []).append(row)
         for (derived, verdict), rows in groups.items():
@@ -98,7 +98,7 @@ class MemoryReport:
 
 def memory_report(model: nn.Module) -> MemoryReport:
     """Bytes of every declared tensor of ``model``: one storage, against both formats kept apart. Tied weights count once."""
-    rows: list[MemoryRow] = []
+    rows: list[NameRow] = []
     seen: set[int] = set()
     derivations: list[tuple[str, int]] = []
     for path, registry in registries(model):

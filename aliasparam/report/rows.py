@@ -1,18 +1,37 @@
-"""What each declared tensor shares memory with, why, and what it takes: a row each."""
+"""What each declared tensor shares memory with, why, in what order, and what it takes: a row each."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from ..module.names import ModuleNames
-from ..module.planning import Source
-from ..module.verdict import Reason, StoragePlan
-from .layers import LayerMemory, layer_of
+from ..module.planning import Derived, Source
+from ..module.verdict import Reason
+from .layers import LayerMemory, layer_of, size
 
 
 @dataclass(frozen=True)
-class MemoryRow:
-    """Bytes of one source and its kernel format."""
+class NameRow:
+    """One storage with its names, or a kernel name of undeclared code.
+
+    Attributes:
+        module: path of the module.
+        source: the checkpoint name in its module.
+        derived: the kernel name; None where there is none.
+        verdict: how they share memory, or why not.
+        reason: the same for programs; None of a name without a kernel format.
+        aliased: whether the kernel name lives in the source's storage.
+        checkpoint_bytes, kernel_bytes: what each format takes where they are kept apart; 0 of what is counted in an earlier row.
+        allocated_bytes: what there is.
+        spec: dtype and shape of the checkpoint tensor.
+        kernel_spec: those of the kernel name.
+        shown_as: paths of all its checkpoint names where there are several.
+        layout: the line, where one was declared.
+        state: of the storage; "mixed" where regions differ, "on meta" where nothing is allocated.
+        version: how often its content changed.
+        regions: experts, or 1.
+    """
 
     module: str
     source: str
@@ -23,11 +42,23 @@ class MemoryRow:
     checkpoint_bytes: int
     kernel_bytes: int
     allocated_bytes: int
+    spec: str = ""
+    kernel_spec: str = ""
+    shown_as: tuple[str, ...] = ()
+    layout: str | None = None
+    state: str | None = None
+    version: int | None = None
+    regions: int = 1
 
     @property
     def two_copies_bytes(self) -> int:
         """What keeping both formats apart would take."""
         return self.checkpoint_bytes + self.kernel_bytes
+
+    @property
+    def judged(self) -> str:
+        """The verdict, with the code of the reason."""
+        return f"{self.verdict} [{self.reason.code}]" if self.reason else self.verdict
 
     def as_memory(self) -> LayerMemory:
         """The row as a part of its layer."""
@@ -35,37 +66,51 @@ class MemoryRow:
         if not self.aliased:
             held = self.allocated_bytes - self.kernel_bytes
             return LayerMemory(layer, own=held, copies=self.kernel_bytes, saved=saved)
-        padding = self.allocated_bytes - self.checkpoint_bytes
-        if self.derived is None:
-            return LayerMemory(layer, own=self.checkpoint_bytes, padding=padding, saved=saved)
-        return LayerMemory(layer, shared=self.checkpoint_bytes, padding=padding, saved=saved)
+        padding, held = self.allocated_bytes - self.checkpoint_bytes, self.checkpoint_bytes
+        shared, own = (0, held) if self.derived is None else (held, 0)
+        return LayerMemory(layer, shared=shared, own=own, padding=padding, saved=saved)
+
+    def __str__(self) -> str:
+        facts = [self.judged, size(self.allocated_bytes), self.layout, self.state]
+        facts += [f"{self.regions} regions"] if self.regions > 1 else []
+        facts += [f"shown as {', '.join(self.shown_as)}"] if self.shown_as else []
+        return f"  {self.source}{f' -> {self.derived}' if self.derived else ''}: {'; '.join(filter(None, facts))}"
 
 
-def rows_of(path: str, registry: ModuleNames, seen: set[int]) -> list[MemoryRow]:
-    copies = {d.declaration.sources[0]: (n, d.fallback) for n, d in registry.derived.items() if d.fallback is not None}
-    rows = [_row(path, source, seen, *copies.get(source.name, (None, None))) for source in registry.sources.values()]
-    for name, separate in registry.separate.items():
-        count, verdict = separate.nbytes, f"copy: {separate.reason.value}"
-        rows.append(MemoryRow(path, separate.source, name, verdict, separate.reason, False, 0, count, count))
-    return rows
+def rows_of(path: str, registry: ModuleNames, seen: set[int], paths: Mapping[int, str] | None = None) -> Iterator[NameRow]:
+    """Of one module. ``seen`` are storages that were counted, ``paths`` those of modules by their id."""
+    copies = {d.declaration.sources[0]: d for d in registry.derived.values() if d.fallback is not None}
+    for source in registry.sources.values():
+        yield _row(path, source, copies.get(source.name), seen, paths or {})
+    for name, apart in registry.separate.items():
+        yield NameRow(path, apart.source, name, f"copy: {apart.reason.value}", apart.reason, False, 0, apart.nbytes, apart.nbytes)
 
 
-def _row(path: str, source: Source, seen: set[int], copy: str | None, fallback: StoragePlan | None) -> MemoryRow:
-    plan = source.plan
-    tied = id(source.storage) in seen if source.storage is not None else False
-    if source.storage is not None:
-        seen.add(id(source.storage))
-    held, capacity = (0, 0) if tied else (plan.source.nbytes, plan.nbytes)
-    if fallback is not None:
-        kernel = fallback.kernel.nbytes
-        verdict = f"copy: {fallback.reason.value}" + ("; tied to an earlier row" if tied else "")
-        return MemoryRow(path, source.name, copy, verdict, fallback.reason, False, held, kernel, capacity + kernel)
-    if tied:
-        return MemoryRow(path, source.name, source.derived, "tied: the storage of an earlier row", plan.reason, True, 0, 0, 0)
-    if not source.derived:
-        return MemoryRow(path, source.name, None, "no kernel format", None, True, held, 0, plan.nbytes)
-    if plan.bound.is_identity:
-        verdict = "alias: kernel format is the checkpoint format"
-        return MemoryRow(path, source.name, source.derived, verdict, plan.reason, True, held, 0, plan.nbytes)
-    verdict = f"alias: {plan.reason.value}"
-    return MemoryRow(path, source.name, source.derived, verdict, plan.reason, True, held, plan.kernel.nbytes, plan.nbytes)
+def _row(path: str, source: Source, copy: Derived | None, seen: set[int], paths: Mapping[int, str]) -> NameRow:
+    plan, storage = source.plan, source.storage
+    pair = plan if copy is None or copy.fallback is None else copy.fallback
+    tied = storage is not None and id(storage) in seen
+    seen.add(id(storage))
+    held, allocated = (0, 0) if tied else (plan.source.nbytes, plan.nbytes)
+    kernel = 0 if tied or plan.bound.is_identity or not source.derived else plan.kernel.nbytes
+    derived = source.derived
+    if copy is not None:
+        derived, kernel, allocated = copy.declaration.name, pair.kernel.nbytes, allocated + pair.kernel.nbytes
+        verdict = f"copy: {pair.reason.value}" + ("; tied to an earlier row" if tied else "")
+    elif tied:
+        verdict = "tied: the storage of an earlier row"
+    elif not derived:
+        verdict = "no kernel format"
+    else:
+        verdict = f"alias: {'kernel format is the checkpoint format' if plan.bound.is_identity else plan.reason.value}"
+    shown = source.bindings if len(source.bindings) > 1 else ()
+    return NameRow(
+        *(path, source.name, derived, verdict, pair.reason if derived or tied else None, copy is None, held, kernel, allocated),
+        spec=str(plan.source),
+        kernel_spec=str(pair.kernel) if derived else "",
+        shown_as=tuple(f"{paths.get(id(b.module), '?')}.{b.name}" for b in shown),
+        layout=str(source.layout) if source.layout else None,
+        state="on meta" if storage is None else storage.state.value if storage.state else "mixed",
+        version=None if storage is None else storage.version,
+        regions=plan.bound.regions,
+    )

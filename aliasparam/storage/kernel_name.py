@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Iterable
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -119,15 +118,6 @@ class KernelName:
             return _name_of, (self.owner,)
         # Of now: torch.save() writes the bytes of a tensor after all else.
         return _copy, (self.label, self.memory.clone(), self.was_written)
-
-
-def are_untouched(names: Iterable[KernelName]) -> bool:
-    """Whether their tensors are as the library left them: a look at each, for every module at every processing."""
-    for name in names:
-        tensor = name.tensor
-        if tensor._version != name.version or tensor.data_ptr() != name.address:
-            return False
-    return True
 
 
 def _copy(label: str, memory: Tensor, was_written: bool) -> KernelName:

@@ -1,12 +1,12 @@
 """What an operator does with a checkpoint name, decided once per operator from its schema.
 
-Every operator that touches an aliased tensor arrives here. There are five behaviours and a refusal:
+Every operator that touches an aliased tensor arrives here. There are four behaviours and a refusal:
 
 - *read*: aliased arguments become plain tensors with checkpoint values;
 - *view*: the result is again an aliased tensor over the same storage, so writes through slices are seen;
-- *write*: the operator computes on plain values, which land by one transaction at the end: if it raises, nothing was written;
+- *write*: the operator computes on plain values, which land by one transaction at the end: if it raises, nothing was written.
+  Collectives are such operators;
 - *blank*: operators that want a tensor like this one, without its values;
-- *collective*: c10d schemas do not say what they write, their argument names do: what is sent is read, the rest is written;
 - *refuse*: operators that would move or re-shape the allocation.
 """
 
@@ -25,8 +25,7 @@ from ..storage.scatter import is_brought_whole
 from ..storage.storage import AliasedStorage
 from ..storage.transaction import write_all
 from ..torch_private import is_traced_by_jit, shares_memory
-from .arguments import Types, aliased_in, mapped, mapped_kwargs, mapped_one
-from .collectives import Collective, wait_for
+from .call import Aliased, Call, aliased_in, called, mapped, wait_for
 from .geometry import parts_of, read_view
 
 _Handler = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
@@ -35,10 +34,6 @@ _Handler = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 PLAIN = (Tensor, nn.Parameter)
 #: Base names of operators that replace the storage or geometry of their argument.
 _MOVES_MEMORY = frozenset({"set_", "resize_", "resize_as_", "resize", "set_data", "_resize_output_", "swap_"})
-#: In-place operators whose result does not depend on what was there. All others read before they write.
-_OVERWRITES = frozenset(
-    {"copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_", "normal_", "uniform_", "random_", "exponential_"}
-)
 #: Operators that look at shape, dtype and device alone.
 _BLANK = frozenset({"empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like"})
 _handlers: dict[Any, _Handler] = {}
@@ -78,10 +73,8 @@ def _handler_for(func: Any) -> _Handler:
         return _blank
     if name in _MOVES_MEMORY or torch.Tag.inplace_view in func.tags:
         return _refuse
-    if namespace == "c10d":
-        return _collective
-    if schema.is_mutable:
-        return _writer(func)
+    if namespace == "c10d" or schema.is_mutable:
+        return _copy if func is torch.ops.aten.copy_.default else _write
     if any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns):
         return _view
     return _SPECIAL.get(func, _read)
@@ -91,7 +84,7 @@ def _handler_for(func: Any) -> _Handler:
 
 
 def _read(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return func(*mapped(values_of, args), **mapped_kwargs(values_of, kwargs))
+    return called(func, values_of, args, kwargs)
 
 
 def _to_copy(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -112,52 +105,47 @@ _SPECIAL: dict[Any, _Handler] = {torch.ops.aten._to_copy.default: _to_copy, torc
 
 
 def _blank(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    result = func(*mapped(_geometry, args), **mapped_kwargs(_geometry, kwargs))
+    result = called(func, _geometry, args, kwargs)
     if "empty" in func._schema.name:
         result._alias_uninitialized = True  # Module.to_empty() assigns it: then nothing is loaded any more
     return result
 
 
 def _view(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    owner = args[0] if isinstance(args[0], Types.aliased) else next(iter(aliased_in((*args, *kwargs.values()))))
-    return _rewrap(func(*mapped(_geometry, args), **mapped_kwargs(_geometry, kwargs)), owner)
+    owner = args[0] if isinstance(args[0], Aliased) else next(aliased_in((*args, *kwargs.values())))
+    return _rewrap(called(func, _geometry, args, kwargs), owner)
 
 
-def _rewrap(result: Any, owner: Any) -> Any:
+def _rewrap(result: Any, owner: Aliased) -> Any:
     if isinstance(result, Tensor):
-        return Types.view(owner._alias_storage, result)
+        return owner._alias_view(result)
     return type(result)(_rewrap(part, owner) for part in result)
 
 
-def _writer(func: Any) -> _Handler:
-    """A handler for one mutating operator, with the written arguments looked up in its schema once."""
-    schema = func._schema
-    positions = [i for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
-    names = [schema.arguments[i].name for i in positions]
-    overwrites = schema.name.partition("::")[2] in _OVERWRITES
-    if all(schema.arguments[i].is_out for i in positions):
-        return _into_out(func, names)
-
-    def write(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        originals = [args[i] if i < len(args) else kwargs.get(n) for i, n in zip(positions, names, strict=True)]
-        written = list(aliased_in(originals))
-        if func is torch.ops.aten.copy_.default and written:
-            value = values_of(args[1]) if isinstance(args[1], Types.aliased) else args[1]
-            write_one(written[0], value, args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
-            return args[0]
-        plain = _plain(written, overwrites)
-
-        def given(value: Any, is_written: bool) -> Any:
-            return mapped_one(lambda t: plain[id(t)], value) if is_written else mapped_one(values_of, value)
-
-        func(*(given(a, i in positions) for i, a in enumerate(args)), **{k: given(v, k in names) for k, v in kwargs.items()})
-        _land([(t, plain[id(t)]) for t in written])
-        return _returned(schema, originals)
-
-    return write
+def _copy(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    target, value, *non_blocking = args
+    if not isinstance(target, Aliased):
+        return _read(func, args, kwargs)
+    value = values_of(value) if isinstance(value, Aliased) else value
+    write_one(target, value, *non_blocking, **kwargs)
+    return target
 
 
-def _plain(written: Sequence[Any], overwrites: bool) -> dict[int, Tensor]:
+def _write(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    call = Call.of(func, args, kwargs)
+    written = list(aliased_in(call.written.values()))
+    plain = _plain(written, call)
+    given = {n: mapped(lambda t: plain[id(t)], v) for n, v in call.written.items()}
+    result = func(**given, **{n: mapped(values_of, v) for n, v in call.read.items()})
+    wait_for(result)  # the values land when they are there
+    _land([(t, plain[id(t)]) for t in written])
+    if not func._schema.returns or func._schema.returns[0].alias_info is None:
+        return result
+    returned = tuple(call.written.values())
+    return returned[0] if len(func._schema.returns) == 1 else returned
+
+
+def _plain(written: Sequence[Aliased], call: Call) -> dict[int, Tensor]:
     """Plain tensors for the written arguments, by their ids. Several views of one storage are views of one copy."""
     storages = [t._alias_storage for t in written]
     plain: dict[int, Tensor] = {}
@@ -165,8 +153,8 @@ def _plain(written: Sequence[Any], overwrites: bool) -> dict[int, Tensor]:
         storage, view = tensor._alias_storage, tensor._alias_geometry
         if id(tensor) in plain:
             continue
-        if overwrites:  # also several views of one storage: what lands last stays, as in torch
-            plain[id(tensor)] = torch.empty_like(view)
+        if call.overwrites:  # also several views of one storage: what lands last stays, as in torch
+            plain[id(tensor)] = view.new_empty(0) if call.resizes else torch.empty_like(view)
             continue
         if storages.count(storage) == 1:
             plain[id(tensor)] = _own(values_of(tensor), view)
@@ -211,52 +199,8 @@ def _reshaped(target: Any, value: Tensor) -> PointerError:
     )
 
 
-def _returned(schema: Any, originals: list[Any]) -> Any:
-    """What a mutating operator returns: the arguments it wrote."""
-    returns = len(schema.returns)
-    if returns == 0:
-        return None
-    return originals[0] if returns == 1 else tuple(originals)
-
-
-def _into_out(func: Any, names: list[str]) -> _Handler:
-    """A handler for one operator with ``out=``: torch would resize what does not fit, so it gets memory of its own."""
-    schema = func._schema
-
-    def fresh(tensor: Any) -> Tensor:
-        view = tensor._alias_geometry  # aten operators give an empty tensor the shape of their result
-        shape = (0,) if schema.name.startswith("aten::") else view.shape
-        return torch.empty(shape, dtype=view.dtype, device=view.device)
-
-    def write_out(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        originals = [kwargs[n] for n in names]
-        plain = {k: mapped_one(fresh if k in names else values_of, v) for k, v in kwargs.items()}
-        func(*mapped(values_of, args), **plain)
-        _land([pair for n in names for pair in _pairs(kwargs[n], plain[n])])
-        return _returned(schema, originals)
-
-    return write_out
-
-
-def _pairs(given: Any, got: Any) -> list[tuple[Any, Tensor]]:
-    """(aliased tensor, the result for it) of one ``out`` argument, a tensor or a list of them."""
-    pairs = zip(given, got, strict=True) if isinstance(given, (list, tuple)) else [(given, got)]
-    return [(t, result) for t, result in pairs if isinstance(t, Types.aliased)]
-
-
-def _collective(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    call = Collective.of(func, args, kwargs)
-    written = list(aliased_in(call.written.values()))
-    plain = _plain(written, not call.reduces)
-    given = {n: mapped_one(lambda t: plain[id(t)], v) for n, v in call.written.items()}
-    result = func(**given, **{n: mapped_one(values_of, v) for n, v in call.read.items()})
-    wait_for(result)  # the values land when they are there
-    _land([(t, plain[id(t)]) for t in written])
-    return result
-
-
 def _refuse(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    tensor = next(iter(aliased_in((*args, *kwargs.values()))))
+    tensor = next(aliased_in((*args, *kwargs.values())))
     raise PointerError(
         f"{func} would move or re-shape a fixed storage",
         label=tensor._alias_storage.label,
@@ -272,14 +216,18 @@ def _refuse(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def values_of(tensor: Any) -> Tensor:
     """Checkpoint values of an aliased tensor, as a plain one."""
     if is_traced_by_jit():
-        raise StateError(
-            "torch.jit saves raw memory, which is in kernel order",
-            label=tensor._alias_storage.label,
-            expected="torch.export or torch.compile",
-            found="torch.jit.trace",
-            remedy="Trace a module that holds checkpoint_state_dict(model), or export with torch.export.",
-        )
+        raise traced_by_jit(label=tensor._alias_storage.label)
     return read_view(tensor._alias_storage, tensor._alias_geometry)
+
+
+def traced_by_jit(**where: str) -> StateError:
+    return StateError(
+        "torch.jit saves raw memory, which is in kernel order",
+        **where,
+        expected="torch.export or torch.compile",
+        found="torch.jit.trace",
+        remedy="Export with torch.export, or trace a module that holds checkpoint_state_dict(model).",
+    )
 
 
 def _geometry(tensor: Any) -> Tensor:

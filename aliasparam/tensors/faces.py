@@ -15,23 +15,21 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from ..errors import AdoptionError, PointerError
+from ..errors import AdoptionError
 from ..storage.kernel_name import Hidden
 from ..storage.storage import AliasedStorage
 from ..torch_private import never_traced
-from .arguments import Types
+from .call import Aliased
 from .dispatch import PLAIN, dispatch, values_of, write_one
 from .processes import reduce_for_process
-from .read_only import read_only
+from .read_only import ReadOnlyStorage
 
 _TENSOR_COPY = Tensor.copy_
 
 
-class _Aliased(Tensor):
+class _Aliased(Aliased):
     """Behaviour common to parameters and to views of them."""
 
-    _alias_storage: AliasedStorage
-    _alias_geometry: Tensor
     _alias_pin: weakref.ref[Any]
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -42,6 +40,9 @@ class _Aliased(Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         return dispatch(func, args, kwargs or {})
+
+    def _alias_view(self, geometry: Tensor) -> Tensor:
+        return make_view(self._alias_storage, geometry)
 
     # -- what loaders do for every shard: the same as by the dispatcher, without the way through it ---------------------
 
@@ -141,14 +142,8 @@ class _Aliased(Tensor):
             return super().untyped_storage()
         return storage.blank_storage
 
-    def set_(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise PointerError(
-            "set_() would move a fixed storage",
-            label=self._alias_storage.label,
-            expected="an operation that keeps the address, shape and dtype",
-            found="set_()",
-            remedy="Write the new values with copy_().",
-        )
+    def set_(self, *args: Any, **kwargs: Any) -> Any:
+        return torch.ops.aten.set_.default(self)  # is refused, of another dtype too: torch would look at that first
 
     def tolist(self) -> Any:
         return self._values().tolist()
@@ -183,7 +178,7 @@ class _Aliased(Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Saved by itself (state_dict, a dict of named_parameters) a name is its values, which load as plain tensors anywhere.
-        # A module saves its names as names: see WatchedParameters in module/watch.py.
+        # A module saves its names as names: see Names in module/containers.py.
         return self._snapshot().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -221,6 +216,14 @@ def make_view(storage: AliasedStorage, geometry: Tensor) -> Tensor:
     view._alias_storage = storage
     view._alias_geometry = geometry
     return view  # type: ignore[no-any-return]
+
+
+def read_only(copied: Tensor, name: _Aliased) -> Tensor:
+    """``copied``, the values of ``name``, as a copy that refuses to be written."""
+    if copied.storage_offset() or copied.is_conj() or copied.is_neg():
+        copied = copied.clone()  # which has no such bits
+    storage = ReadOnlyStorage(name._alias_storage.label, copied)
+    return make_view(storage, storage.geometry.as_strided(copied.shape, copied.stride()))
 
 
 def same_view(storage: AliasedStorage, geometry: Tensor) -> Tensor:
@@ -272,9 +275,15 @@ def _assign(target: _Aliased, value: Tensor) -> None:
         else:
             target.copy_(value)
         return
-    if value.device != storage.buffer.device:
-        storage.relocate(value.device)
-    target._alias_geometry = same_view(storage, geometry)
+    follow(target, value.device)
+
+
+def follow(target: _Aliased, device: torch.device) -> None:
+    """Move the storage of ``target`` to another device, and ``target`` with it: the same object."""
+    storage = target._alias_storage
+    if device != storage.buffer.device:
+        storage.relocate(device)
+    target._alias_geometry = same_view(storage, target._alias_geometry)
     target.__dict__.pop("_alias_data", None)
     torch._C.TensorBase.data.__set__(target, target._alias_geometry)  # type: ignore[attr-defined]
 
@@ -282,12 +291,8 @@ def _assign(target: _Aliased, value: Tensor) -> None:
 def is_same_view(first: _Aliased, second: _Aliased) -> bool:
     """Whether two names are the same view of one storage."""
     a, b = first._alias_geometry, second._alias_geometry
-    if first._alias_storage is not second._alias_storage or a.dtype != b.dtype or a.is_conj() != b.is_conj():
-        return False
-    same_place = a.storage_offset() == b.storage_offset() and a.is_neg() == b.is_neg()
-    return same_place and a.shape == b.shape and a.stride() == b.stride()
+    same_bits = a.is_conj() == b.is_conj() and a.is_neg() == b.is_neg()
+    return first._alias_storage is second._alias_storage and same_bits and place_in(a) == place_in(b)
 
 
-Types.aliased = (_Aliased,)
-Types.view = make_view
 ForkingPickler.register(AliasedView, reduce_for_process)

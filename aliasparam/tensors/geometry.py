@@ -123,25 +123,13 @@ def boxes_under(storage: AliasedStorage, view: Tensor, rows: Box, *, touched: bo
     first = view.storage_offset() * size - _first_byte(storage, rows)
     seen.as_strided((*view.shape, size), (*(s * size for s in view.stride()), 1), first).fill_(True)
     by_element = seen.view(-1, width)
-    under = (by_element.any(-1) if touched else by_element.all(-1)).view(-1, shape[-1])
-    edges = torch.diff(torch.nn.functional.pad(under, (1, 1)).to(torch.int8), dim=1)
+    under = (by_element.any(-1) if touched else by_element.all(-1)).view(shape)
+    edges = torch.diff(torch.nn.functional.pad(under, (1, 1)).to(torch.int8))
     starts, stops = (edges == 1).nonzero().tolist(), (edges == -1).nonzero().tolist()
-    found: list[Box] = []
-    for (line, start), (_, stop) in zip(starts, stops, strict=True):
-        run = (rows[-1][0] + start, rows[-1][0] + stop)
-        outer = _unravelled(line, shape[:-1])
-        found.append((*((low + i, low + i + 1) for (low, _), i in zip(rows[:-1], outer, strict=True)), run))
-    return found
+    ends = [(start, [*(i + 1 for i in start[:-1]), stop[-1]]) for start, stop in zip(starts, stops, strict=True)]
+    return [tuple((low + i, low + j) for (low, _), i, j in zip(rows, *pair, strict=True)) for pair in ends]
 
 
 def _first_byte(storage: AliasedStorage, box: Box) -> int:
     steps = row_major(storage.bound.shape)
     return sum(start * step for (start, _), step in zip(box, steps, strict=True)) * storage.bound.dtype.itemsize
-
-
-def _unravelled(index: int, shape: tuple[int, ...]) -> list[int]:
-    found = []
-    for size in reversed(shape):
-        found.append(index % size)
-        index //= size
-    return found[::-1]

@@ -11,6 +11,7 @@ import torch._dynamo
 from torch import Tensor, nn
 
 from aliasparam import process, reload
+from aliasparam.errors import StaleKernelError
 
 from .small import Layer
 
@@ -75,8 +76,19 @@ def test_law_10_a_compiled_caller_refuses_the_mixture_of_a_failed_reload() -> No
         f(x)
 
 
+def written(layer: Layer) -> None:
+    layer.weight[:] = 7
+
+
+def replaced(layer: Layer) -> None:
+    layer.weight = nn.Parameter(torch.full_like(layer.weight, 7), requires_grad=False)
+
+
+@pytest.mark.parametrize("change", [written, replaced])
 @pytest.mark.parametrize("compile_it", [False, True])
-def test_law_8_a_parent_that_reads_the_name_without_calling_the_child_is_refused(compile_it: bool) -> None:
+def test_law_8_a_parent_that_reads_the_name_without_calling_the_child_is_refused(
+    compile_it: bool, change: Callable[[Layer], None]
+) -> None:
     torch._dynamo.reset()
     parent = Parent()
     process(parent)
@@ -84,9 +96,22 @@ def test_law_8_a_parent_that_reads_the_name_without_calling_the_child_is_refused
     x = torch.zeros(1, dtype=torch.uint8)
     f(x)
 
-    parent.child.weight[:] = 7
+    change(parent.child)
     with pytest.raises(Exception, match=r"RefusingName|open|reload"):
         f(x)
     process(parent)
 
     assert f(x).unique().tolist() == [7]
+
+
+def test_law_8_a_parent_goes_on_where_a_name_was_replaced_and_put_back() -> None:
+    parent, x = Parent(), torch.zeros(1, dtype=torch.uint8)
+    process(parent)
+    ours, served = parent.child.weight, parent(x)
+
+    replaced(parent.child)
+    with pytest.raises(StaleKernelError):
+        parent(x)
+    parent.child.weight = ours
+
+    assert torch.equal(parent(x), served)

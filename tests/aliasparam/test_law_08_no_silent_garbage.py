@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo
-from torch import Tensor
+from torch import Tensor, nn
 
 from aliasparam import Derivation, declare, process
 from aliasparam.errors import AdoptionError, StaleKernelError, StateError
 
-from .small import SWAP, Layer, is_ready, kernel, storage_of, the_registry
+from .small import SWAP, Layer, counting, is_ready, kernel, storage_of, the_registry
 
 # -- what a stale name still is ----------------------------------------------------------------------------------------
 
@@ -223,6 +223,32 @@ def test_law_8_a_cast_of_kernel_names_is_refused() -> None:
     assert layer.get_buffer("alpha2").dtype is torch.float32
     assert layer.get_buffer("alpha2").data_ptr() == address
     layer()
+
+
+@pytest.mark.parametrize(
+    "put",
+    [
+        lambda layer, other: setattr(layer, "weight", other),
+        lambda layer, other: layer._parameters.update(weight=other),
+        lambda layer, other: dict.__setitem__(layer._parameters, "weight", other),
+        lambda layer, other: layer.__delattr__("weight"),
+        lambda layer, other: torch.func.functional_call(layer, {"weight": other}),
+        lambda layer, other: setattr(layer, "prepared", other.data),
+    ],
+    ids=["setattr", "update", "dict", "del", "functional_call", "kernel name"],
+)
+def test_law_8_a_served_module_refuses_from_the_moment_on_that_a_name_is_replaced(put: Callable[[Any, Any], Any]) -> None:
+    layer = Layer()
+    process(layer)
+    served = layer()
+
+    with pytest.raises(StaleKernelError):
+        put(layer, nn.Parameter(torch.full((6, 8), 5, dtype=torch.uint8), requires_grad=False))
+        layer()
+
+    process(layer)
+    assert torch.equal(layer(), layer.prepared)
+    assert torch.equal(layer.weight, counting(6, 8)) == torch.equal(layer(), served)
 
 
 def test_law_8_a_kernel_name_that_was_replaced_is_refused_until_processed() -> None:

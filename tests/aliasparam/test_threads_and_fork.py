@@ -17,7 +17,7 @@ from torch import nn
 
 from aliasparam import AliasedStorage, Derivation, declare, process
 from aliasparam.errors import AliasError, StateError
-from aliasparam.module.watch import WatchedBuffers
+from aliasparam.module.containers import Names
 
 from .small import SWAP, SWAP_PAD16, Layer, bytes_of, is_ready, kernel, layer_of, storage_of
 
@@ -135,13 +135,14 @@ def test_a_copy_of_a_ready_module_that_is_opened_meanwhile_serves(
 ) -> None:
     layer = Layer((4, 8))
     process(layer)
-    served, before = layer(), WatchedBuffers.__reduce_ex__
+    served, before = layer(), Names.__reduce_ex__
 
-    def after_a_write(names: WatchedBuffers, protocol: Any) -> Any:
-        layer.weight.fill_(5)
+    def after_a_write(names: Names, protocol: Any) -> Any:
+        if "prepared" in names:
+            layer.weight.fill_(5)
         return before(names, protocol)
 
-    monkeypatch.setattr(WatchedBuffers, "__reduce_ex__", after_a_write)
+    monkeypatch.setattr(Names, "__reduce_ex__", after_a_write)
 
     assert torch.equal(by(layer)(), served)
 

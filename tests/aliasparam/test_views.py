@@ -163,3 +163,15 @@ def test_law_1_conj_and_neg_bits_are_read_and_written(bits: str) -> None:
 
     process(layer)
     assert torch.equal(layer.prepared, kernel(SWAP, expected))
+
+
+def test_law_1_an_operator_that_writes_names_and_returns_something_else_returns_it() -> None:
+    layer = Layer(dtype=torch.float32)
+    x, plain = torch.randn(3, 8), counting(6, 8).float()
+
+    normalize = torch.ops.aten._native_batch_norm_legit.default
+    found = normalize(x, None, None, layer.weight[0], layer.weight[1], True, 0.1, 1e-5)
+    expected = normalize(x, None, None, plain[0], plain[1], True, 0.1, 1e-5)
+
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(layer.weight, plain)

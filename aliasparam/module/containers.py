@@ -1,0 +1,137 @@
+"""The dicts of a module in which declared names stand: put there, looked at, and saved as names instead of values."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+
+from ..errors import AdoptionError, StateError
+from ..spec import TensorSpec
+from ..storage.kernel_name import KernelName
+from ..tensors.parameter import AliasedParameter, SavedName
+
+_TRACED = (FakeTensor, FunctionalTensor)  # torch.export traces with stand-ins, and puts everything back
+
+
+class Owner(Protocol):
+    """Whose names they are: a registry."""
+
+    label: str
+
+    @property
+    def is_open(self) -> bool: ...
+    @property
+    def moment(self) -> object: ...
+    def kernel(self, name: str) -> KernelName | None: ...
+    def look(self) -> None: ...
+
+
+class Names(dict[str, Any]):
+    """``module._parameters`` or ``module._buffers``, where ``owners`` (by name) have names among others."""
+
+    __slots__ = ("owners",)
+
+    owners: dict[str, Owner]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        """``setattr``, as engines replace Parameters, and ``Module.to()`` buffers. Compiled callers do not run the guard, which
+        compares names, so the owner looks at once. The cast of a kernel name is refused before it goes on to other modules."""
+        owner = None if isinstance(value, _TRACED) else self.owners.get(name)
+        kernel = None if owner is None else owner.kernel(name)
+        if kernel is not None and isinstance(value, Tensor) and TensorSpec.of(value) != TensorSpec.of(kernel.memory):
+            raise AdoptionError(
+                "a kernel-format name was given another dtype or shape",
+                module=self.owners[name].label,
+                name=name,
+                expected=TensorSpec.of(kernel.memory),
+                found=TensorSpec.of(value),
+                remedy="Module.half() and the like cannot apply to declared modules; cast the others.",
+            )
+        super().__setitem__(name, value)
+        if owner is not None:
+            owner.look()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        unchanged = _Unchanged(self.owners)
+        return _names_of, ({n: self._saved(n, v) for n, v in self.items()}, self.owners, unchanged)
+
+    def _saved(self, name: str, value: Any) -> Any:
+        if isinstance(value, AliasedParameter):
+            return SavedName.of(value)
+        owner = self.owners.get(name)
+        kernel = None if owner is None else owner.kernel(name)
+        return _SavedKernel(kernel, owner, value is not kernel.tensor) if kernel is not None and kernel.shows(value) else value
+
+
+class _Unchanged:
+    """What is copied or pickled after all names of a module, and refuses where one was written or derived meanwhile: a copy would
+    have some names from before a load and some from after it."""
+
+    def __init__(self, owners: dict[str, Owner]) -> None:
+        self._began = [(owner, owner.moment) for owner in {id(owner): owner for owner in owners.values()}.values()]
+
+    def __reduce__(self) -> Any:
+        for owner, moment in self._began:
+            if owner.moment != moment:
+                raise StateError(
+                    "this module was written or processed while it was copied",
+                    module=owner.label,
+                    expected="one generation of weights in all its names",
+                    found="another version of a name at the end",
+                    remedy="Copy it again, or while no other thread loads.",
+                )
+        return type(None), ()
+
+
+class _SavedKernel:
+    """What stands for a kernel name in the pickle of its module: its bytes are its storage's, which is saved once."""
+
+    def __init__(self, *saved: Any) -> None:
+        self._saved = saved
+
+    def __reduce__(self) -> Any:
+        return _face, self._saved
+
+
+def _face(kernel: KernelName, owner: Owner, is_open: bool) -> Tensor:
+    """What the copied registry shows; where the copy began at it, and it has no state yet, what was shown."""
+    return kernel.refusing if getattr(owner, "is_open", is_open) else kernel.tensor
+
+
+def _names_of(items: dict[str, Any], owners: dict[str, Owner], unchanged: None = None) -> Names:
+    names = Names(items)
+    names.owners = owners
+    return names
+
+
+def standing(module: nn.Module, name: str) -> Any:
+    """What is under the name of a Parameter: after ``del`` that may be an attribute, which hides Parameters, or a buffer."""
+    if name in module.__dict__:
+        return module.__dict__[name]
+    found = module._parameters.get(name)
+    return module._buffers.get(name) if found is None else found
+
+
+def put_parameter(module: nn.Module, name: str, parameter: AliasedParameter, owner: Owner) -> None:
+    if module._buffers.pop(name, None) is not None:
+        module._non_persistent_buffers_set.discard(name)
+    _put(module, "_parameters", name, parameter, owner)
+
+
+def put_buffer(module: nn.Module, name: str, tensor: Tensor, owner: Owner) -> None:
+    """Show a kernel name, as a non-persistent buffer."""
+    module._parameters.pop(name, None)
+    module._non_persistent_buffers_set.add(name)
+    _put(module, "_buffers", name, tensor, owner)
+
+
+def _put(module: nn.Module, attribute: str, name: str, value: Tensor, owner: Owner) -> None:
+    module.__dict__.pop(name, None)
+    names = module.__dict__[attribute]
+    if not isinstance(names, Names):
+        names = module.__dict__[attribute] = _names_of(names, {})
+    names.owners[name] = owner
+    dict.__setitem__(names, name, value)

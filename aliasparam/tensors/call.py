@@ -1,0 +1,104 @@
+"""What an operator is called with: the names among its arguments, and which arguments it writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..spec import instances_in
+from ..storage.storage import AliasedStorage
+
+#: In-place operators whose result does not depend on what was there. All others read before they write.
+_OVERWRITES = frozenset(
+    {"copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_", "normal_", "uniform_", "random_", "exponential_"}
+)
+#: Of collectives, whose schemas do not say what they write: arguments that are only read; operators whose ``tensors`` are read;
+#: operators that read what they overwrite.
+_SENT = frozenset({"input_tensors", "input_tensor", "input_list", "inputs", "input"})
+_SENDS = frozenset({"send"})
+_REDUCES = frozenset({"allreduce_", "reduce_", "allreduce_coalesced_"})
+
+
+class Aliased(Tensor):
+    """What the dispatcher knows of a name, or of a view of one."""
+
+    _alias_storage: AliasedStorage
+    _alias_geometry: Tensor
+
+    def _alias_view(self, geometry: Tensor) -> Tensor:
+        """A view of the same storage."""
+        raise NotImplementedError
+
+
+def mapped(change: Callable[[Aliased], Tensor], value: Any) -> Any:
+    if isinstance(value, Aliased):
+        return change(value)
+    if isinstance(value, (list, tuple)):
+        return type(value)([mapped(change, v) for v in value])
+    return value
+
+
+def called(func: Any, change: Callable[[Aliased], Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``func`` of what ``change`` makes of each name."""
+    return func(*[mapped(change, a) for a in args], **({k: mapped(change, v) for k, v in kwargs.items()} if kwargs else kwargs))
+
+
+def aliased_in(values: Any) -> Iterator[Aliased]:
+    return instances_in(values, Aliased)
+
+
+class Call(NamedTuple):
+    """The arguments of one call of an operator that writes, by name.
+
+    Attributes:
+        read, written: which are which.
+        overwrites: whether the result does not depend on what was there.
+        resizes: whether an ``out=`` gets the shape of the result.
+    """
+
+    read: dict[str, Any]
+    written: dict[str, Any]
+    overwrites: bool
+    resizes: bool
+
+    @classmethod
+    def of(cls, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        arguments = func._schema.arguments
+        given = dict(zip([a.name for a in arguments], args, strict=False)) | kwargs
+        namespace, _, name = func._schema.name.partition("::")
+        if namespace == "c10d":
+            sends = name in _SENDS or (name == "broadcast_" and _is_root(given))
+            read = {n: v for n, v in given.items() if sends or n in _SENT or next(instances_in((v,), Tensor), None) is None}
+            return cls(read, {n: v for n, v in given.items() if n not in read}, name not in _REDUCES, resizes=False)
+        names, are_out = _written(func)
+        written = {n: given.pop(n) for n in names if n in given}
+        return cls(given, written, are_out or name in _OVERWRITES, resizes=are_out and namespace == "aten")
+
+
+@cache
+def _written(func: Any) -> tuple[list[str], bool]:
+    """The names of the arguments that an operator writes, and whether all are ``out=``."""
+    written = [a for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    return [a.name for a in written], all(a.is_out for a in written)
+
+
+def _is_root(given: dict[str, Any]) -> bool:
+    from torch.distributed import ProcessGroup
+
+    group = ProcessGroup.unbox(given["process_group"])
+    return bool(group.rank() == given["root_rank"])
+
+
+def wait_for(result: Any) -> None:
+    """Wait for the work among what a c10d operator returned. NCCL gives an empty box where the current stream waits already."""
+    for part in result if isinstance(result, (list, tuple)) else (result,):
+        if isinstance(part, torch.ScriptObject):
+            from torch.distributed import Work
+
+            work = Work.unbox(part)
+            if work is not None:
+                work.wait()
