@@ -82,6 +82,12 @@ class Line:
         return Line(self.right, self.left, self.sizes)
 
     @property
+    def flipped(self) -> set[str]:
+        """The digits that the two sides count in opposite directions."""
+        left, right = ({digit.name for digit in side.digits() if digit.flipped} for side in (self.left, self.right))
+        return left ^ right
+
+    @property
     def shape_side(self) -> Side:
         """The side whose groups give sizes to the digits."""
         return self.right if self.left.flat else self.left

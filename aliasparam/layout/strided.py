@@ -14,7 +14,7 @@ from .blocks import Cut, common
 from .bound import BoundLayout, in_bytes
 from .boxes import Box, Piece, pieces, row_major, sizes, whole
 from .compose import compose
-from .digits import BoundLine
+from .digits import Axis, BoundLine
 from .execute import WIDEST, Copy, plan, views
 
 
@@ -25,14 +25,17 @@ class StridedLayout(BoundLayout):
         super().__init__(shape, dtype, lead, lines[-1].kernel_shape, lines[-1].capacity)
         self._elements = self.regions * self.region_capacity
         self.lines = compose(list(lines))
-        copies = plan(self.boxes(self.whole[lead:]), [], row_major(shape[lead:]), dtype.itemsize, dtype.itemsize)
+        core = shape[lead:]
+        copies = plan(pieces(self.lines, core, whole(core), row_major(core)), dtype.itemsize, dtype.itemsize)
         self.unit = _unit(copies, dtype.itemsize)
         padded = self.region_capacity != self.region_elements
         self.is_identity = not padded and (not copies or self.unit == self.region_elements * dtype.itemsize)
 
-    def boxes(self, box: Box) -> list[Piece]:
-        """The strided pieces of a box of the core dims."""
-        return pieces(self.lines, self.shape[self.lead :], box)
+    def boxes(self, core: Box, shape: Sequence[int], strides: Sequence[int]) -> list[Piece]:
+        """The strided pieces of a box of the core dims, for a value whose leading dims are regions."""
+        outer = [Axis(*axis) for axis in zip(shape, self.lead_strides, strides, strict=False) if axis[0] > 1]
+        found = pieces(self.lines, self.shape[self.lead :], core, strides[self.lead :]) if math.prod(shape) else []
+        return [piece._replace(axes=[*outer, *piece.axes]) for piece in found]
 
     def write(self, memory: Tensor, box: Box, value: Tensor) -> None:
         self._move(memory, box, in_bytes(value), write=True)
@@ -83,8 +86,12 @@ class StridedLayout(BoundLayout):
         return _planned(self, core, shape, strides, dtype, align, _TRITON if by_kernel else _TORCH)
 
     def placed(self, within: Tensor) -> Tensor:
-        for line in self.lines:
-            within = _through(line, within)
+        for line in self.lines:  # see [Note: place values]
+            offset = torch.full_like(within, line.start)
+            for _, kernel, value in line.digits:
+                offset += within // value * kernel
+                within = within % value
+            within = offset
         return within
 
     def positional_sums(self, memory: Tensor, box: Box) -> Tensor | None:
@@ -101,7 +108,7 @@ class StridedLayout(BoundLayout):
     def cuts(self, other: BoundLayout) -> list[Cut]:
         if not isinstance(other, StridedLayout) or len(self.lines) != 1 or len(other.lines) != 1:
             return []
-        found = common(self.lines[0], other.lines[0], self.lead)
+        found = common(self.lines[0], other.lines[0], self.shape, self.lead)
         return sorted(found, key=lambda c: -c.step * row_major(self.shape)[c.dim])  # long runs of the checkpoint first
 
 
@@ -131,8 +138,7 @@ def _planned(
     """See :meth:`StridedLayout.copies`."""
     box = (*whole(shape[: layout.lead]), *core)
     layout.check_value(box, shape, dtype)
-    lead = list(zip(shape, layout.lead_strides, strict=False))
-    copies = plan(layout.boxes(core) if math.prod(shape) else [], lead, strides, dtype.itemsize, align, *limits)
+    copies = plan(layout.boxes(core, shape, strides), dtype.itemsize, align, *limits)
     if limits is _SUMS:
         return [(copy, True) for copy in copies]
     return [(copy, True) if limits is _TRITON and triton_copy.wanted(copy) else (_named(copy, dtype), False) for copy in copies]
@@ -141,14 +147,3 @@ def _planned(
 def _named(copy: Copy, dtype: torch.dtype) -> Copy:
     # For torch elements of their own width are of their own dtype: engines that mask ``Tensor.copy_`` look for NaN in them.
     return copy._replace(dtype=dtype) if copy.dtype.itemsize == dtype.itemsize > 1 else copy
-
-
-def _through(line: BoundLine, position: Tensor) -> Tensor:
-    """Kernel positions of row-major positions, digit by digit. See [Note: place values]."""
-    offset = torch.zeros_like(position)
-    for stride, places in zip(row_major(line.shape), line.places, strict=True):
-        coordinate, position = position // stride, position % stride
-        for place in places:
-            digit, coordinate = coordinate // place.source, coordinate % place.source
-            offset += (place.capacity - 1 - digit if place.flipped else digit) * place.kernel
-    return offset
