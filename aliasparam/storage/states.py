@@ -138,7 +138,7 @@ class RegionStates:
         coverage = self._arrived.get(region)
         if coverage is None or state is not State.PARTIAL:
             coverage = self._arrived[region] = Coverage(self._core)
-        coverage.add(core)
+        coverage.take(core)
         return coverage.whole
 
     def readable(self, box: Box) -> int | None:
