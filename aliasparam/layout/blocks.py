@@ -83,14 +83,6 @@ def lead_cuts(shape: Sequence[int], lead: int) -> list[Cut]:
 
 def tiles(box: Box, elements: int) -> Iterator[Box]:
     """``box`` cut along its first dims into boxes of at most ``elements`` elements."""
-    if not all(stop > start for start, stop in box):
-        return
-    if math.prod(sizes(box)) <= elements:
-        yield box
-        return
-    (start, stop), rest = box[0], math.prod(sizes(box[1:]))
-    many = max(elements // rest, 1)
-    for first in range(start, stop, many):
-        part = (first, min(first + many, stop))
-        inner = [box[1:]] if rest <= elements else tiles(box[1:], elements)
-        yield from ((part, *others) for others in inner)
+    shape = sizes(box)
+    for (part,) in blocks(shape, lead_cuts(shape, len(shape)), elements):
+        yield tuple((low + start, low + stop) for (start, stop), (low, _) in zip(part, box, strict=True))
