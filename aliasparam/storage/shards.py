@@ -1,12 +1,14 @@
-"""Writing a shard: a box inside one region, over and over.
+"""Writing a shard: a box, over and over.
 
 [Note: shards] A loader writes the same few shards of every expert. A view inside one region is a view of that region's part of
 the tensor, so what follows from it, and from the form of a value, is found once for all regions: the box, and strided copies
-with their places in memory. A write is then two views and one ``copy_`` for each of them.
+with their places in memory. A write is then two views and one ``copy_`` for each of them. A view of more than a region is one of
+the whole tensor, as if that were one region.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple, TypeAlias
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..layout import BoundLayout, triton_copy
+from ..layout.boxes import sizes
 from ..layout.execute import WIDEST, Copy, in_every_region, of_value
 from ..layout.strided import StridedLayout
 from ..torch_private import outside_inference
@@ -24,8 +27,8 @@ from .place import placed
 #: Shards kept for one memory, each with a view of it for every copy.
 _KEPT = 16
 
-#: Where a view lies in its region (offset, shape, strides); shape and strides of a value; bytes that addresses are a multiple of;
-#: whether our own kernel may run.
+#: Where a view lies in its region, or in the tensor (offset, shape, strides); shape and strides of a value; bytes that addresses
+#: are a multiple of; whether our own kernel may run.
 Form: TypeAlias = tuple[int, tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...], int, bool]
 
 
@@ -44,22 +47,27 @@ class Move(NamedTuple):
 
 
 class Shard:
-    """A box inside one region, and the copies that bring a value of one form into it. See [Note: shards].
+    """A box, and the copies that bring a value of one form into it. See [Note: shards].
 
     Attributes:
-        box: where it is in the first region. In the coordinates of the tensor: another layout may count a dim of one as a region.
+        box: where it is; in the first region, if it is in one. In the coordinates of the tensor: another layout may count a dim
+            of one as a region.
+        in_region: whether it is in one region.
         is_real: False where it was made while torch shows stand-ins for tensors (``FakeTensorMode``).
     """
 
     def __init__(self, box: Box, moves: Sequence[Move], memory: Tensor, bound: BoundLayout) -> None:
         self.box = box
-        self._has_regions = bound.lead > 0
-        everywhere = [in_every_region(move.copy, memory, bound.regions, bound.region_capacity) for move in moves]
-        self._moves = [(move, t if bound.lead else t[0]) for move, t in zip(moves, everywhere, strict=True)]
+        self.in_region = math.prod(sizes(box)) <= bound.region_elements
+        self._has_regions = self.in_region and bound.lead > 0
+        first = sum(start * stride for (start, _), stride in zip(box, bound.lead_strides, strict=False))
+        count = bound.regions if self.in_region else 1
+        everywhere = [in_every_region(move.copy, memory, first, count, bound.region_capacity) for move in moves]
+        self._moves = [(move, t if self._has_regions else t[0]) for move, t in zip(moves, everywhere, strict=True)]
         self.is_real = all(type(t) is Tensor for t in everywhere)
 
     def write(self, region: int, value: Tensor) -> None:
-        """Put ``value`` in its place in one region."""
+        """Put ``value`` in its place, in one region where it is in one."""
         for (copy, by_kernel, as_it_is), memory in self._moves:
             target = memory[region] if self._has_regions else memory
             source = value if as_it_is else of_value(copy, value)
@@ -83,10 +91,10 @@ class Shards:
         self._found: dict[Form, Shard] = {}
 
     def under(self, view: Tensor, value: Tensor) -> tuple[Shard | None, int]:
-        """The shard that ``view``, of the checkpoint tensor, is for values like ``value``; and its region.
+        """The shard that ``view``, of the checkpoint tensor, is for values like ``value``; and its region, where it is in one.
 
-        None where ``value`` is of another dtype or device or lies in the memory itself, where the view is no box of one region,
-        and where values do not get there by strided copies.
+        None where ``value`` is of another dtype or device or lies in the memory itself, where the view is no box, or a small one
+        of several regions, and where values do not get there by strided copies.
         """
         bound, memory, address, pointer = self.bound, self.memory, self.memory.data_ptr(), value.data_ptr()
         is_like = value.dtype is view.dtype is self._dtype and value.device == self._device
@@ -94,7 +102,9 @@ class Shards:
             return None, 0
         if value.is_conj() or value.is_neg() or view.is_conj() or view.is_neg():  # such bits are not in the bytes
             return None, 0
-        region, offset = divmod(int(view.storage_offset()), bound.region_elements or 1)
+        region, offset = 0, int(view.storage_offset())
+        if view.numel() <= bound.region_elements:
+            region, offset = divmod(offset, bound.region_elements or 1)
         align = address | pointer | (int(value.storage_offset()) | bound.region_capacity) * self._width | WIDEST
         by_kernel = memory.is_cuda and triton_copy.takes(memory, value)
         form = offset, view.shape, view.stride(), value.shape, value.stride(), align & -align, by_kernel
@@ -116,18 +126,20 @@ class Shards:
 
 @lru_cache(maxsize=1 << 13)
 def planned(bound: StridedLayout, form: Form) -> tuple[Box, list[Move]] | None:
-    """The box of the first region which a view is, and the copies that bring a value there; or None: see :meth:`Shards.under`."""
+    """The :attr:`Shard.box` that a view is, and the copies that bring a value there; or None: see :meth:`Shards.under`."""
     offset, shape, strides, given, given_strides, align, by_kernel = form
     if not all(shape):
         return None
-    place = placed(bound.shape[bound.lead :], offset, shape, strides)
+    lead = bound.lead if math.prod(shape) <= bound.region_elements else 0
+    place = placed(bound.shape[lead:], offset, shape, strides)
     if place is None:
         return None
     value = torch.empty_strided(given, given_strides, dtype=bound.dtype, device="meta")
     boxed = place.to_box(value.expand(shape))
-    ones, none = [1] * bound.lead, [0] * bound.lead  # of one region
-    copies = bound.copies(place.box, (*ones, *place.shape), (*none, *boxed.stride()), bound.dtype, align, by_kernel=by_kernel)
+    ones, none = [1] * lead, [0] * lead  # of one region
     box = *((0, 1) for _ in ones), *place.box
+    to = box[bound.lead :], (*ones, *place.shape), (*none, *boxed.stride())
+    copies = bound.copies(*to, bound.dtype, align, by_kernel=by_kernel)
     return box, [Move(copy.start, copy, False) if ours else _by_torch(copy, value) for copy, ours in copies]
 
 

@@ -144,7 +144,7 @@ class AliasedStorage(GuardedMemory):
             if shard is None:
                 return False
             self.changing()
-            before = self.states.begin_regions((region,))
+            before = self.states.begin_regions((region,) if shard.in_region else self.states.regions(shard.box))
             shard.write(region, value)
             self.states.arrived(shard.box, before)
         return True
