@@ -19,7 +19,7 @@ from torch import Tensor
 from ..layout import BoundLayout, triton_copy
 from ..layout.boxes import sizes
 from ..layout.execute import WIDEST, Copy, in_every_region, of_value
-from ..layout.strided import StridedLayout
+from ..layout.strided import TORCH, TRITON, StridedLayout
 from ..torch_private import outside_inference
 from .coverage import Box
 from .place import placed
@@ -139,7 +139,7 @@ def planned(bound: StridedLayout, form: Form) -> tuple[Box, list[Move]] | None:
     ones, none = [1] * lead, [0] * lead  # of one region
     box = *((0, 1) for _ in ones), *place.box
     to = box[bound.lead :], (*ones, *place.shape), (*none, *boxed.stride())
-    copies = bound.copies(*to, bound.dtype, align, by_kernel=by_kernel)
+    copies = bound.copies(*to, bound.dtype, align, TRITON if by_kernel else TORCH)
     return box, [Move(copy.start, copy, False) if ours else _by_torch(copy, value) for copy, ours in copies]
 
 

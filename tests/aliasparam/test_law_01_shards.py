@@ -152,7 +152,7 @@ def test_law_1_a_view_behind_the_tensor_is_no_shard_of_it() -> None:
 
 @pytest.mark.parametrize("region", [1, None])
 def test_a_shard_write_is_twenty_calls(region: int | None) -> None:
-    """What every loader pays for every shard: the steps in CONTRIBUTING.md, and none that was planned before. Also for a whole."""
+    """What every loader pays for every shard, or a whole: the steps in CONTRIBUTING.md, and none that was planned before."""
     layer, value = layer_of(torch.zeros(3, 4, 8, dtype=torch.uint8)), torch.ones(4, 8, dtype=torch.uint8)
     (layer.weight.data if region is None else layer.weight.data[0]).copy_(value)
     weight, calls = layer.weight, []
