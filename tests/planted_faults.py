@@ -91,7 +91,7 @@ FAULTS = [
     Planted("tensors/geometry.py", "raw[: raw.numel() // width * width]", "raw", "test_views.py"),
     Planted(
         "storage/place.py",
-        "value.permute(_inverse(self.order))",
+        "value.permute(sorted(range(len(self.order)), key=self.order.__getitem__))",
         "value.permute(self.order)",
         "test_views.py test_law_01_oracle.py",
     ),

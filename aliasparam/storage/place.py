@@ -38,7 +38,7 @@ class Place(NamedTuple):
     def to_view(self, value: Tensor) -> Tensor:
         """A value of the box's shape in the view's."""
         value = value.view(self.squeezed)
-        return value if self.order is None else value.permute(_inverse(self.order))
+        return value if self.order is None else value.permute(sorted(range(len(self.order)), key=self.order.__getitem__))
 
 
 @lru_cache(maxsize=1 << 16)
@@ -75,10 +75,3 @@ def _match(base: tuple[int, ...], steps: list[int], shape: tuple[int, ...], stri
             return None
         found[at] = dim
     return found
-
-
-def _inverse(order: tuple[int, ...]) -> list[int]:
-    back = [0] * len(order)
-    for position, dim in enumerate(order):
-        back[dim] = position
-    return back
