@@ -64,8 +64,9 @@ class _Digit(NamedTuple):
     free: bool = False
 
 
-def lines(dims: Sequence[Factored], room: int, kernel_shape: tuple[int, ...]) -> Iterator[str]:
-    """Lines that have these digits, ``room`` positions in all; those that generalize best first."""
+def lines(dims: Sequence[Factored], kernel_shape: tuple[int, ...]) -> Iterator[str]:
+    """Lines that have these digits; those that generalize best first."""
+    room = math.prod(kernel_shape)
     places = sorted((abs(step.place) for dim in dims for step in dim.digits), reverse=True)
     if places[-1:] != [1] or any(above % place for above, place in pairwise([room, *places])):
         return

@@ -15,7 +15,7 @@ from ..errors import InferenceError, LayoutError
 from . import lines as bind
 from .factor import lines, ways
 from .index import IndexLayout
-from .pattern import Digit, Group, Line, Side, parse
+from .pattern import Line, parse
 from .trace import Function, Trace, trace
 
 #: Bytes of the largest other shape that is tried to tell which digits are free.
@@ -40,10 +40,10 @@ def infer(function: Function, shape: Sequence[int], dtype: torch.dtype, device: 
         for found, shaped in itertools.islice(_candidates(sample), _CANDIDATES):
             fits = sum(_fits(found, other, shaped=shaped) for other in samples) if _fits(found, base, shaped=shaped) else 0
             if fits == len(samples):
-                return _without_lead(found)
+                return found
             if fits > most:
                 best, most = found, fits
-    return _without_lead(best) if best else _table(base)
+    return best or IndexLayout(*_core(base), base.bits)
 
 
 def _others(function: Function, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Iterator[Trace]:
@@ -58,21 +58,22 @@ def _others(function: Function, shape: tuple[int, ...], dtype: torch.dtype, devi
 
 def _candidates(sample: Trace) -> Iterator[tuple[Found, bool]]:
     """Layouts that have this sample's digits, and whether their kernel shape is the function's; the most likely first."""
-    axes = sample.axes or []
+    positions, kernel = _core(sample)
+    axes = (sample.axes or [])[-positions.dim() :]
     for shaped in (True, False):
-        yield from ((Found((line,), sample.bits), shaped) for line in _lines(sample, axes))
+        yield from ((Found((line,), sample.bits), shaped) for line in _lines(axes, kernel))
         for dim, axis in enumerate(axes):
             if len(axis) % 2 == 0 and sample.bits is None:  # halves exchanged, then tiles that cut them
                 names = [f"d{i}" for i in range(len(axes))]
                 left, right = (" ".join([*names[:dim], f"({h} {names[dim]})", *names[dim + 1 :]]) for h in ("h", "~h"))
                 swap = parse(f"{left} -> {right}, h=2", {})[0]
                 exchanged = [*axes[:dim], axis.roll(len(axis) // 2), *axes[dim + 1 :]]
-                yield from ((Found((swap, line), None), shaped) for line in _lines(sample, exchanged))
+                yield from ((Found((swap, line), None), shaped) for line in _lines(exchanged, kernel))
 
 
-def _lines(sample: Trace, axes: Sequence[Tensor]) -> Iterator[Line]:
+def _lines(axes: Sequence[Tensor], kernel: tuple[int, ...]) -> Iterator[Line]:
     for dims in itertools.product(*map(ways, axes)) if axes else ():
-        for text in lines(dims, math.prod(sample.kernel_shape), sample.kernel_shape):
+        for text in lines(dims, kernel):
             with contextlib.suppress(LayoutError):
                 yield parse(text, {})[0]
 
@@ -96,26 +97,14 @@ def _fits(found: Found, sample: Trace, *, shaped: bool) -> bool:
     return True
 
 
-def _without_lead(found: Found) -> Found:
-    """Experts are regions, no digits: a first dim that stays outermost is left out."""
-    while len(found.lines) == 1 and bind.core_dims(found.lines) > 2:
-        (line,) = found.lines
-        first, *rest = line.left.dims
-        digits = list(line.right.digits())
-        alone = len(first.items) == 1 and isinstance(first.items[0], Digit) and first.items[0] == digits[0]
-        if not alone or digits[0].name in dict(line.sizes) or not (line.right.flat or line.right.dims[0] == first):
-            break
-        right = Side((Group(tuple(digits[1:])),), flat=True) if line.right.flat else Side(line.right.dims[1:])
-        found = Found((Line(Side(tuple(rest)), right, line.sizes),), found.bits)
-    return found
-
-
-def _table(found: Trace) -> IndexLayout:
+def _core(found: Trace) -> tuple[Tensor, tuple[int, ...]]:
+    """Positions and kernel shape of one region: experts whose memory follows one another are regions, no digits."""
     positions, kernel = found.positions, found.kernel_shape
-    while positions.dim() > 2 and kernel and kernel[0] == positions.shape[0]:
-        room = math.prod(kernel[1:])
-        starts = torch.arange(positions.shape[0]).view(-1, *[1] * (positions.dim() - 1)) * room
+    while kernel and positions.dim() > 2 and math.prod(kernel) % len(positions) == 0:
+        count, room = len(positions), math.prod(kernel) // len(positions)
+        starts = torch.arange(count).view(-1, *[1] * (positions.dim() - 1)) * room
         if not torch.equal(positions, positions[:1] + starts):
             break
-        positions, kernel = positions[0], kernel[1:]
-    return IndexLayout(positions, kernel, found.bits)
+        first = [] if kernel[0] == count else [kernel[0] // count]
+        positions, kernel = positions[0], (*first, *kernel[1:]) if kernel[0] % count == 0 else (room,)
+    return positions, kernel
