@@ -43,7 +43,7 @@ def infer(function: Function, shape: Sequence[int], dtype: torch.dtype, device: 
                 return found
             if fits > most:
                 best, most = found, fits
-    return best or IndexLayout(*_core(base), base.bits)
+    return best or IndexLayout(*_core(base, shaped=True), base.bits)
 
 
 def _others(function: Function, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Iterator[Trace]:
@@ -58,9 +58,9 @@ def _others(function: Function, shape: tuple[int, ...], dtype: torch.dtype, devi
 
 def _candidates(sample: Trace) -> Iterator[tuple[Found, bool]]:
     """Layouts that have this sample's digits, and whether their kernel shape is the function's; the most likely first."""
-    positions, kernel = _core(sample)
-    axes = (sample.axes or [])[-positions.dim() :]
     for shaped in (True, False):
+        positions, kernel = _core(sample, shaped=shaped)
+        axes = (sample.axes or [])[-positions.dim() :]
         yield from ((Found((line,), sample.bits), shaped) for line in _lines(axes, kernel))
         for dim, axis in enumerate(axes):
             if len(axis) % 2 == 0 and sample.bits is None:  # halves exchanged, then tiles that cut them
@@ -97,14 +97,17 @@ def _fits(found: Found, sample: Trace, *, shaped: bool) -> bool:
     return True
 
 
-def _core(found: Trace) -> tuple[Tensor, tuple[int, ...]]:
-    """Positions and kernel shape of one region: experts whose memory follows one another are regions, no digits."""
+def _core(found: Trace, *, shaped: bool) -> tuple[Tensor, tuple[int, ...]]:
+    """Positions and kernel shape of one region: experts whose memory follows one another are regions, no digits.
+
+    ``shaped``: only if they are a kernel dim of their own.
+    """
     positions, kernel = found.positions, found.kernel_shape
-    while kernel and positions.dim() > 2 and math.prod(kernel) % len(positions) == 0:
-        count, room = len(positions), math.prod(kernel) // len(positions)
+    while positions.dim() > 2 and kernel and (kernel[0] == len(positions) or not shaped):
+        count = len(positions)
+        room, rest = divmod(math.prod(kernel), count)
         starts = torch.arange(count).view(-1, *[1] * (positions.dim() - 1)) * room
-        if not torch.equal(positions, positions[:1] + starts):
+        if rest or not torch.equal(positions, positions[:1] + starts):
             break
-        first = [] if kernel[0] == count else [kernel[0] // count]
-        positions, kernel = positions[0], (*first, *kernel[1:]) if kernel[0] % count == 0 else (room,)
+        positions, kernel = positions[0], kernel[1:] if kernel[0] == count else (room,)
     return positions, kernel
