@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..errors import LayoutError
-from .pattern import Digit, Group, Line, fixed_size
+from .pattern import Group, Line, fixed_size
 
 
 class Axis(NamedTuple):
@@ -66,14 +66,14 @@ class _Sizes:
             self.refuse(group, rest, extent, dim, exact=free is None)
         extents = [-(-extent // rest) if size is None else size for size in sizes]
         for item, size in zip(reversed(group.items), reversed(extents), strict=True):
-            if isinstance(item, Digit):
-                self.capacity[item.name], self.source[item.name] = size, stride
-            else:
+            if isinstance(item, Group):
                 self.resolve(item, size, stride, dim)
+            else:
+                self.capacity[item.removeprefix("~")], self.source[item.removeprefix("~")] = size, stride
             stride *= size
 
     def refuse(self, group: Group, rest: int, extent: int, dim: int, *, exact: bool) -> None:
-        sized = " ".join(f"{name}={size}" for name, size in self.line.sizes if name in {d.name for d in group.digits()})
+        sized = " ".join(f"{name}={size}" for name, size in self.line.sizes if name in group.digits())
         raise LayoutError(
             f"the digits {group} ({sized}) do not fit {extent}, dim {dim} of {list(self.shape)}",
             expected=f"{rest}" if exact else f"a multiple of {rest}",
@@ -81,12 +81,12 @@ class _Sizes:
             remedy=None if exact else f"Pad it to {-(-extent // rest) * rest}, or give the digits other sizes.",
         )
 
-    def place_values(self, digits: Iterable[Digit]) -> dict[str, int]:
+    def place_values(self, digits: Sequence[str]) -> dict[str, int]:
         """In memory that has these digits, outermost first."""
         values, value = {}, 1
-        for digit in reversed(list(digits)):
-            values[digit.name] = value
-            value *= self.capacity[digit.name]
+        for digit in reversed(digits):
+            values[digit] = value
+            value *= self.capacity[digit]
         return values
 
 
@@ -101,20 +101,20 @@ def bind_line(line: Line, shape: Sequence[int]) -> BoundLine:
         sizes.resolve(group, extent, stride, dim)
     capacity = sizes.capacity
     padded, grouped = (
-        tuple(math.prod(capacity[digit.name] for digit in group.digits()) for group in dims) for dims in (groups, line.right.dims)
+        tuple(math.prod(capacity[digit] for digit in group.digits()) for group in dims) for dims in (groups, line.right.dims)
     )
     if line.left.flat:
         if padded != shape:
             raise LayoutError(f"{line} takes whole tiles", expected=f"{list(padded)}", found=f"{list(shape)}")
         sizes.source = sizes.place_values(line.left.digits())
     kernel = sizes.place_values(line.right.digits())
-    start, digits = 0, []
+    start, digits, flipped = 0, [], line.flipped
     for digit in line.left.digits():
-        size, place = capacity[digit.name], kernel[digit.name]
-        if digit.name in line.flipped:
+        size, place = capacity[digit], kernel[digit]
+        if digit in flipped:
             start, place = start + (size - 1) * place, -place
         if size != 1:
-            digits.append(Axis(size, place, sizes.source[digit.name]))
+            digits.append(Axis(size, place, sizes.source[digit]))
     return BoundLine(start, joined(digits), padded if line.right.flat else grouped)
 
 

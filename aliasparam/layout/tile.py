@@ -46,8 +46,8 @@ def _tile(lines: Sequence[Line], bits: int | None) -> BoundLayout | None:
     """For the smallest shape that fills whole tiles: digits without a size count 1, or as little more as the layout takes."""
     sizes = dict(lines[0].sizes)
     for free in (1, 2, 4, 8, 16, 32, 64, 128):
-        digits = [list(dim.digits()) for dim in lines[0].shape_side.dims]
-        *outer, last = [math.prod(sizes.get(d.name, max(free, 4) if len(dim) == 1 else free) for d in dim) for dim in digits]
+        digits = [dim.digits() for dim in lines[0].shape_side.dims]
+        *outer, last = [math.prod(sizes.get(d, max(free, 4) if len(dim) == 1 else free) for d in dim) for dim in digits]
         if math.prod(outer) * last > LARGEST:
             return None
         if bits and last % 2:
