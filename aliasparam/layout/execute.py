@@ -104,11 +104,10 @@ def views(copy: Copy, memory: Tensor, first: int, value: Tensor) -> tuple[Tensor
     return _view(memory, copy.dtype, offset, copy.sizes, copy.kernel), of_value(copy, value)
 
 
-def in_every_region(copy: Copy, memory: Tensor, first: int, regions: int, capacity: int) -> Tensor:
-    """The elements of ``copy`` in each region (the first dim) of ``capacity`` elements, the first one at element ``first``."""
-    many = copy.dtype.itemsize // memory.itemsize
-    sizes, strides = (regions, *copy.sizes), (capacity // many, *copy.kernel)
-    return _view(memory, copy.dtype, copy.kernel_offset + first // many, sizes, strides)
+def in_every_region(copy: Copy, memory: Tensor, regions: int, capacity: int) -> Tensor:
+    """The elements of ``copy`` from each region, of ``capacity`` elements, of kernel memory on: these are the first dim."""
+    stride = capacity * memory.itemsize // copy.dtype.itemsize
+    return _view(memory, copy.dtype, copy.kernel_offset, (regions, *copy.sizes), (stride, *copy.kernel))
 
 
 def of_value(copy: Copy, value: Tensor) -> Tensor:

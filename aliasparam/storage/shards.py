@@ -1,14 +1,12 @@
-"""Writing a shard: a box, over and over.
+"""Writing a shard: a box of one region or several, over and over.
 
-[Note: shards] A loader writes the same few shards of every expert. A view inside one region is a view of that region's part of
-the tensor, so what follows from it, and from the form of a value, is found once for all regions: the box, and strided copies
-with their places in memory. A write is then two views and one ``copy_`` for each of them. A view of more than a region is one of
-the whole tensor, as if that were one region.
+[Note: shards] A loader writes the same few shards of every expert. All regions are alike, so what follows from where a view lies,
+counted from its first region, and from the form of a value, is found once for all of them: the box, and strided copies with their
+places in memory. A write is then two views and one ``copy_`` for each of them.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple, TypeAlias
@@ -17,23 +15,23 @@ import torch
 from torch import Tensor
 
 from ..layout import BoundLayout, triton_copy
-from ..layout.boxes import sizes
 from ..layout.execute import WIDEST, Copy, in_every_region, of_value
 from ..layout.strided import TORCH, TRITON, StridedLayout
 from ..torch_private import outside_inference
 from .coverage import Box
 from .place import placed
+from .states import regions_under
 
 #: Shards kept for one memory, each with a view of it for every copy.
 _KEPT = 16
 
-#: Where a view lies in its region, or in the tensor (offset, shape, strides); shape and strides of a value; bytes that addresses
+#: Where a view lies, counted from its first region (offset, shape, strides); shape and strides of a value; bytes that addresses
 #: are a multiple of; whether our own kernel may run.
 Form: TypeAlias = tuple[int, tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...], int, bool]
 
 
 class Move(NamedTuple):
-    """One copy of a shard, in whatever region.
+    """One copy of a shard, wherever it begins.
 
     Attributes:
         copy: which elements of a value, and where in memory; where our own kernel copies, the first of them alone.
@@ -50,24 +48,23 @@ class Shard:
     """A box, and the copies that bring a value of one form into it. See [Note: shards].
 
     Attributes:
-        box: where it is; in the first region, if it is in one. In the coordinates of the tensor: another layout may count a dim
-            of one as a region.
-        in_region: whether it is in one region.
+        box: where it is, if its first region is the first of all. In the coordinates of the tensor: another layout may count a
+            dim of one as a region.
+        regions: the numbers of its regions, counted from its first.
         is_real: False where it was made while torch shows stand-ins for tensors (``FakeTensorMode``).
     """
 
     def __init__(self, box: Box, moves: Sequence[Move], memory: Tensor, bound: BoundLayout) -> None:
         self.box = box
-        self.in_region = math.prod(sizes(box)) <= bound.region_elements
-        self._has_regions = self.in_region and bound.lead > 0
-        first = sum(start * stride for (start, _), stride in zip(box, bound.lead_strides, strict=False))
-        count = bound.regions if self.in_region else 1
-        everywhere = [in_every_region(move.copy, memory, first, count, bound.region_capacity) for move in moves]
-        self._moves = [(move, t if self._has_regions else t[0]) for move, t in zip(moves, everywhere, strict=True)]
+        self.regions = regions_under(box, bound.shape[: bound.lead])
+        firsts = bound.regions - self.regions[-1]
+        everywhere = [in_every_region(move.copy, memory, firsts, bound.region_capacity) for move in moves]
+        self._has_regions = bound.lead > 0
+        self._moves = [(move, t if bound.lead else t[0]) for move, t in zip(moves, everywhere, strict=True)]
         self.is_real = all(type(t) is Tensor for t in everywhere)
 
     def write(self, region: int, value: Tensor) -> None:
-        """Put ``value`` in its place, in one region where it is in one."""
+        """Put ``value`` in its place, from one region on."""
         for (copy, by_kernel, as_it_is), memory in self._moves:
             target = memory[region] if self._has_regions else memory
             source = value if as_it_is else of_value(copy, value)
@@ -91,10 +88,10 @@ class Shards:
         self._found: dict[Form, Shard] = {}
 
     def under(self, view: Tensor, value: Tensor) -> tuple[Shard | None, int]:
-        """The shard that ``view``, of the checkpoint tensor, is for values like ``value``; and its region, where it is in one.
+        """The shard that ``view``, of the checkpoint tensor, is for values like ``value``; and its first region.
 
-        None where ``value`` is of another dtype or device or lies in the memory itself, where the view is no box, or a small one
-        of several regions, and where values do not get there by strided copies.
+        None where ``value`` is of another dtype or device or lies in the memory itself, where the view is no box, and where
+        values do not get there by strided copies.
         """
         bound, memory, address, pointer = self.bound, self.memory, self.memory.data_ptr(), value.data_ptr()
         is_like = value.dtype is view.dtype is self._dtype and value.device == self._device
@@ -102,14 +99,12 @@ class Shards:
             return None, 0
         if value.is_conj() or value.is_neg() or view.is_conj() or view.is_neg():  # such bits are not in the bytes
             return None, 0
-        region, offset = 0, int(view.storage_offset())
-        if view.numel() <= bound.region_elements:
-            region, offset = divmod(offset, bound.region_elements or 1)
+        region, offset = divmod(int(view.storage_offset()), bound.region_elements or 1)
         align = address | pointer | (int(value.storage_offset()) | bound.region_capacity) * self._width | WIDEST
         by_kernel = memory.is_cuda and triton_copy.takes(memory, value)
         form = offset, view.shape, view.stride(), value.shape, value.stride(), align & -align, by_kernel
         shard = self._found.get(form) or self._planned(form)
-        return shard if region < bound.regions else None, region
+        return None if shard is None or region + shard.regions[-1] >= bound.regions else shard, region
 
     def _planned(self, form: Form) -> Shard | None:
         found = planned(self.bound, form) if isinstance(self.bound, StridedLayout) else None
@@ -130,8 +125,9 @@ def planned(bound: StridedLayout, form: Form) -> tuple[Box, list[Move]] | None:
     offset, shape, strides, given, given_strides, align, by_kernel = form
     if not all(shape):
         return None
-    lead = bound.lead if math.prod(shape) <= bound.region_elements else 0
-    place = placed(bound.shape[lead:], offset, shape, strides)
+    lead, place = bound.lead, placed(bound.shape[bound.lead :], offset, shape, strides)
+    if place is None:
+        lead, place = 0, placed(bound.shape, offset, shape, strides)
     if place is None:
         return None
     value = torch.empty_strided(given, given_strides, dtype=bound.dtype, device="meta")

@@ -83,19 +83,9 @@ class RegionStates:
     def of(self, region: int) -> State:
         return _state(self.missing.get(region, State.LOADED))
 
-    def regions(self, box: Box) -> range | list[int]:
+    def regions(self, box: Box) -> Sequence[int]:
         """The numbers of the regions which a box of the whole tensor touches."""
-        for start, stop in box:
-            if start >= stop:
-                return range(0)
-        if self._lead == 0:
-            return range(1)
-        if self._lead == 1:
-            return range(*box[0])
-        found = [0]
-        for (start, stop), size in zip(box[: self._lead], self._outer, strict=True):
-            found = [r * size + i for r in found for i in range(start, stop)]
-        return found
+        return regions_under(box, self._outer)
 
     def begin(self, box: Box) -> Begun:
         """Bytes under ``box`` are about to change. Returns what :meth:`arrived` or :meth:`rollback` need."""
@@ -161,6 +151,19 @@ class RegionStates:
             self.missing.pop(region, None)
         else:
             self.missing[region] = to
+
+
+def regions_under(box: Box, outer: Sequence[int]) -> Sequence[int]:
+    """The numbers of the regions, which the dims ``outer`` count, that a box of the whole tensor touches."""
+    for start, stop in box:
+        if start >= stop:
+            return range(0)
+    if len(outer) == 1:
+        return range(*box[0])
+    found = [0]
+    for (start, stop), size in zip(box, outer, strict=False):
+        found = [r * size + i for r in found for i in range(start, stop)]
+    return found
 
 
 def _state(lacking: Lacking) -> State:

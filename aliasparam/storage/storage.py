@@ -144,7 +144,8 @@ class AliasedStorage(GuardedMemory):
             if shard is None:
                 return False
             self.changing()
-            before = self.states.begin_regions((region,) if shard.in_region else self.states.regions(shard.box))
+            others = shard.regions
+            before = self.states.begin_regions((region,) if len(others) == 1 else [region + other for other in others])
             shard.write(region, value)
             self.states.arrived(shard.box, before)
         return True
