@@ -86,21 +86,18 @@ class Coverage:
 
     def _checked(self, box: Box) -> Box | None:
         """The box, of a tensor of one dim at least; None where it has no elements. Raises ReloadError for what is none."""
-        if box == () and self._dims == (1,):
-            return ((0, 1),)
-        empty = False
         try:
-            for (start, stop), size in zip(box, self._dims, strict=True):
-                if not 0 <= _index(start) <= _index(stop) <= size:
-                    raise ValueError
-                empty |= start == stop
+            plain = tuple([(_index(start), _index(stop)) for start, stop in box])
+            plain = plain or ((0, 1),) * (self._dims == (1,))
+            if not all(0 <= start <= stop <= size for (start, stop), size in zip(plain, self._dims, strict=True)):
+                raise ValueError
         except (TypeError, ValueError):
             raise ReloadError(
                 "these elements are not in the tensor",
                 expected=f"a (start, stop) within each dim of {list(self.shape)}",
                 found=repr(box)[:80],
             ) from None
-        return None if empty else box
+        return None if any(start == stop for start, stop in plain) else plain
 
 
 _Run: TypeAlias = "tuple[int, int, _Runs | None]"
