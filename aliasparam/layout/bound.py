@@ -119,10 +119,9 @@ class BoundLayout(ABC):
         """Zero what no element of the tensor reaches. Scratch: a region."""
         memory[self.regions * self.region_capacity :].view(torch.uint8).zero_()
         if self.region_capacity != self.region_elements:
-            for box in self.region_boxes():
+            for region, box in enumerate(self.region_boxes()):
                 values = self.read(memory, box)
-                for region, _ in self.touched(memory, box):
-                    region.view(torch.uint8).zero_()
+                memory[region * self.region_capacity :][: self.region_capacity].view(torch.uint8).zero_()
                 self.write(memory, box, values)
 
     def region_boxes(self) -> Iterator[Box]:

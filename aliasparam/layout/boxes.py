@@ -89,20 +89,15 @@ def _divide(piece: Piece, value: int) -> Iterator[Piece]:
     cut = max(low, key=lambda a: abs(a.kernel))
     size, unit, step = cut
     others = [a for a in axes if a is not cut]
-    aligned = ascending and unit < value and value % unit == 0 and at % unit + reach - (size - 1) * unit < unit
-    cuts = _runs(size, at // unit % (value // unit), value // unit) if aligned else ((i, 1, 1) for i in range(size))
+    if ascending and unit < value and value % unit == 0 and at % unit + reach - (size - 1) * unit < unit:
+        period = value // unit  # whole blocks of so many steps, and what is before and after them
+        head = min(-(at // unit) % period, size)
+        blocks, tail = divmod(size - head, period)
+        cuts = [(0, 1, head), (head, blocks, period), (size - tail, 1, tail)]
+    else:
+        cuts = [(i, 1, 1) for i in range(size)]
     for first, blocks, run in cuts:
+        if not blocks or not run:
+            continue
         parts = [a for a in (Axis(blocks, unit * run, step * run), Axis(run, unit, step)) if a.size > 1]
         yield from _divide(Piece(at + first * unit, offset + first * step, [*others, *parts]), value)
-
-
-def _runs(size: int, phase: int, period: int) -> Iterator[tuple[int, int, int]]:
-    """0..size cut where ``phase + i`` is a multiple of ``period``: (first, whole blocks, size of a block)."""
-    head = min((-phase) % period, size)
-    if head:
-        yield 0, 1, head
-    blocks, tail = divmod(size - head, period)
-    if blocks:
-        yield head, blocks, period
-    if tail:
-        yield head + blocks * period, 1, tail

@@ -62,8 +62,8 @@ def plan(pieces: Iterable[Piece], itemsize: int, align: int, widest: int = WIDES
         for kernel_offset, value_offset, axes in [piece] if backwards else _forward(piece):
             merged = joined(sorted(axes, key=lambda a: -abs(a.kernel)))  # in the order of kernel memory
             one_run = backward is None and [(a.kernel, a.value) for a in merged] == [(1, 1)]
-            width = itemsize if one_run else _width(merged, kernel_offset, value_offset, itemsize, min(align, widest))
-            copies.append(_copy(merged, kernel_offset, value_offset, width, itemsize))
+            most = itemsize if one_run else min(align, widest)
+            copies.append(_copy(merged, kernel_offset, value_offset, itemsize, most))
     return copies
 
 
@@ -78,24 +78,13 @@ def _forward(piece: Piece) -> Iterator[Piece]:
         yield from _forward(Piece(piece.kernel + i * back.kernel, piece.value + i * back.value, rest))
 
 
-def _width(axes: list[Axis], kernel_offset: int, value_offset: int, itemsize: int, align: int) -> int:
-    """Bytes of the widest element, at most ``align``. See [Note: wide elements]."""
-    last = axes[-1] if axes and axes[-1].kernel == axes[-1].value == 1 else Axis(1, 1, 1)
-    numbers = [last.size, kernel_offset, value_offset]
-    numbers += [number for axis in axes if axis is not last for number in (axis.kernel, axis.value)]
-    width = itemsize
-    while align % (2 * width) == 0 and all(number % (2 * width // itemsize) == 0 for number in numbers):
-        width *= 2
-    return width
-
-
-def _copy(axes: list[Axis], kernel_offset: int, value_offset: int, width: int, itemsize: int) -> Copy:
-    many = width // itemsize
-    if many > 1:
-        last = axes[-1]._replace(size=axes[-1].size // many)
-        axes = [Axis(a.size, a.kernel // many, a.value // many) for a in axes[:-1]] + ([last] if last.size > 1 else [])
-    sizes, kernel, value = zip(*axes, strict=True) if axes else ((), (), ())
-    return Copy(WIDE[width], sizes, kernel, kernel_offset // many, value, value_offset // many)
+def _copy(axes: list[Axis], kernel_offset: int, value_offset: int, itemsize: int, most: int) -> Copy:
+    """In the widest elements, of at most ``most`` bytes. See [Note: wide elements]."""
+    outer, run = (axes[:-1], axes[-1].size) if axes and axes[-1].kernel == axes[-1].value == 1 else (axes, 1)
+    many = math.gcd(max(most // itemsize, 1), run, kernel_offset, value_offset, *(n for a in outer for n in (a.kernel, a.value)))
+    wide = [Axis(a.size, a.kernel // many, a.value // many) for a in outer] + [Axis(run // many, 1, 1)] * (run > many)
+    sizes, kernel, value = zip(*wide, strict=True) if wide else ((), (), ())
+    return Copy(WIDE[many * itemsize], sizes, kernel, kernel_offset // many, value, value_offset // many)
 
 
 def views(copy: Copy, memory: Tensor, first: int, value: Tensor) -> tuple[Tensor, Tensor]:
