@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from ..errors import MemoryFreedError, StateError
+from ..layout import BoundLayout
 from ..layout.boxes import shown
 from .kernel_name import KernelName
 from .locks import LOCKS, lock_number
@@ -33,7 +34,9 @@ class GuardedMemory:
     """A buffer with the state of every region, a lock, a version, and whoever must know before its bytes change."""
 
     label: str
+    bound: BoundLayout
     buffer: Tensor
+    elements: Tensor  #: Of the checkpoint's dtype, flat, with a version counter of its own: a write is none to the geometry.
     _address: int
     states: RegionStates
     kernel_name: KernelName | None
