@@ -110,7 +110,7 @@ class _Runs(list["_Run"]):
 
     def __init__(self, runs: Sequence[_Run] = ()) -> None:
         super().__init__(runs)
-        #: Two runs hold this list (one was cut in two): whoever changes it makes a copy first.
+        #: Another run may hold this list (one was cut in two): whoever changes it makes a copy first.
         self.shared = False
 
     def is_all(self, size: int) -> bool:
@@ -129,7 +129,7 @@ class _Runs(list["_Run"]):
                 pieces.append((at, begin, _of(box[1:])))
             if start < begin:
                 pieces.append((start, begin, inner))
-            fresh, grown = _grown(inner, box[1:], dims[1:], cut=(start < begin) + (end < stop))
+            fresh, grown = _grown(inner, box[1:], dims[1:], cut=start < begin or end < stop)
             pieces.append((begin, end, grown))
             if end < stop:
                 pieces.append((end, stop, inner))
@@ -188,14 +188,13 @@ def _of(box: Box) -> _Runs | None:
     return _Runs([(*box[0], _of(box[1:]))]) if box else None
 
 
-def _grown(inner: _Runs | None, box: Box, dims: tuple[int, ...], cut: int) -> tuple[bool, _Runs | None]:
-    """(whether ``box`` was new, ``inner`` with it). ``cut``: how many other pieces of its run keep ``inner`` as it is."""
+def _grown(inner: _Runs | None, box: Box, dims: tuple[int, ...], *, cut: bool) -> tuple[bool, _Runs | None]:
+    """(whether ``box`` was new, ``inner`` with it). ``cut``: other pieces of its run keep ``inner`` as it is."""
     if inner is None:
         return False, None
-    if cut == 2:
-        inner.shared = True
+    inner.shared |= cut
     if not box:
         return False, None
-    own = inner.copy() if cut or inner.shared else inner
+    own = inner.copy() if inner.shared else inner
     new = own.add(box, dims)
     return new, None if own.is_all(dims[0]) else own
