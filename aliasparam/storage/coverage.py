@@ -119,6 +119,9 @@ class _Runs(list["_Run"]):
     def add(self, box: Box, dims: tuple[int, ...]) -> bool:
         """Take in a non-empty box whose missing last dims mean everything. True if it was wholly new."""
         low, high = box[0]
+        if not self or self[-1][1] < low:  # behind all others: what loaders do
+            self.append((low, high, _of(box[1:])))
+            return True
         first = last = self._reached(low)
         new, at = True, low
         pieces: list[_Run] = []
