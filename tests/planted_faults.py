@@ -70,7 +70,7 @@ FAULTS = [
     Planted("storage/shards.py", "value.is_conj() or value.is_neg() or ", "", "test_law_01_shards.py"),
     Planted("storage/shards.py", "self._found.get(form) or self._planned", "self._planned", "test_law_01_shards.py"),
     Planted("storage/shards.py", "        if shard.is_real:\n", "        if True:\n", "test_law_01_shards.py"),
-    Planted("storage/shards.py", "shard if region < bound.regions else None", "shard", "test_law_01_shards.py"),
+    Planted("storage/shards.py", "or region + shard.regions[-1] >= bound.regions", "", "test_law_01_shards.py"),
     Planted("storage/shards.py", "box = *((0, 1) for _ in ones), *place.box", "box = place.box", "test_law_01_shards.py"),
     Planted("layout/bound.py", "            value = in_bytes(value)\n", "", "test_law_01_shards.py"),
     Planted(
@@ -78,8 +78,8 @@ FAULTS = [
     ),
     Planted(
         "storage/states.py",
-        "            elif self._add(region, before[region], core):",
-        "            elif True:",
+        "                if not found.whole:\n",
+        "                if False:\n",
         "test_law_01_shards.py",
     ),
     # views and operators
@@ -91,7 +91,7 @@ FAULTS = [
     Planted("tensors/geometry.py", "raw[: raw.numel() // width * width]", "raw", "test_views.py"),
     Planted(
         "storage/place.py",
-        "value.permute(_inverse(self.order))",
+        "value.permute(sorted(range(len(self.order)), key=self.order.__getitem__))",
         "value.permute(self.order)",
         "test_views.py test_law_01_oracle.py",
     ),
@@ -193,9 +193,9 @@ FAULTS = [
         "test_triton_copy.py",
     ),
     Planted(
-        "layout/compose.py",
-        "(high.source, high.kernel, high.flipped) == step",
-        "high.source == step[0]",
+        "layout/digits.py",
+        "found[-1].kernel == axis.kernel * axis.size and found",
+        "found",
         "test_law_11_layout.py test_law_11_elements.py",
     ),
     # sources and streams

@@ -11,8 +11,8 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from .boxes import Box, sizes
-from .digits import BoundLine, Place
+from .boxes import Box, row_major, sizes
+from .digits import BoundLine
 
 Ranges = list[list[tuple[int, int]]]  # per dim
 
@@ -25,27 +25,26 @@ class Cut(NamedTuple):
     size: int
 
 
-def common(first: BoundLine, second: BoundLine, lead: int) -> Iterator[Cut]:
-    """The digits with the same place value in both orders."""
-    for dim, (extent, one, other) in enumerate(zip(first.shape, first.places, second.places, strict=True)):
-        steps = sorted({place.source for place in (*one, *other)} | {1}, reverse=True)
-        for above, step in zip([None, *steps], steps, strict=False):
-            size = -(-extent // step) if above is None else above // step
-            kept = _part(one, step, above)
-            if size > 1 and not (above and above % step) and kept and kept == _part(other, step, above):
-                yield Cut(lead + dim, step, size)
+def common(first: BoundLine, second: BoundLine, shape: Sequence[int], lead: int) -> Iterator[Cut]:
+    """The digits with the same place value in both orders of the dims from ``lead`` on."""
+    elements, values = math.prod(shape[lead:]), {digit.value for digit in (*first.digits, *second.digits)}
+    for dim, (extent, stride) in list(enumerate(zip(shape, row_major(shape), strict=True)))[lead:]:
+        end = stride * extent
+        for value in sorted({v for v in values if stride < v < end and v % stride == 0} | {stride}, reverse=True):
+            kept = _part(first, elements, value, end)
+            size = -(-end // value)
+            if size > 1 and (end == stride * extent or end % value == 0) and kept and kept == _part(second, elements, value, end):
+                yield Cut(dim, value // stride, size)
+            end = value
 
 
-def _part(places: Sequence[Place], step: int, above: int | None) -> tuple[int, int] | None:
-    """Of coordinates ``x % above // step``: the kernel place value and the one above it. None where no digit has them."""
-    end = None
-    for place in places:
-        if place.source <= step and (end is None or step < end):
-            times = place.capacity if above == end else (above or 0) // place.source
-            if step % place.source or place.flipped or place.capacity % times:
-                return None
-            return place.kernel * (step // place.source), place.kernel * times
-        end = place.source
+def _part(line: BoundLine, above: int, value: int, end: int) -> tuple[int, int] | None:
+    """Of ``x % end // value``, for x below ``above``: the kernel place value and the next. None where no digit has them."""
+    for size, kernel, low in line.digits:
+        if low <= value:
+            times = size if above == end else end // low
+            return None if value % low or kernel < 0 or size % times else (kernel * (value // low), kernel * times)
+        above = low
     return None
 
 
@@ -84,14 +83,6 @@ def lead_cuts(shape: Sequence[int], lead: int) -> list[Cut]:
 
 def tiles(box: Box, elements: int) -> Iterator[Box]:
     """``box`` cut along its first dims into boxes of at most ``elements`` elements."""
-    if not all(stop > start for start, stop in box):
-        return
-    if math.prod(sizes(box)) <= elements:
-        yield box
-        return
-    (start, stop), rest = box[0], math.prod(sizes(box[1:]))
-    many = max(elements // rest, 1)
-    for first in range(start, stop, many):
-        part = (first, min(first + many, stop))
-        inner = [box[1:]] if rest <= elements else tiles(box[1:], elements)
-        yield from ((part, *others) for others in inner)
+    shape = sizes(box)
+    for (part,) in blocks(shape, lead_cuts(shape, len(shape)), elements):
+        yield tuple((low + start, low + stop) for (start, stop), (low, _) in zip(part, box, strict=True))

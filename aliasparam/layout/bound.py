@@ -99,26 +99,30 @@ class BoundLayout(ABC):
         yield from tiles(self.whole, max(max_bytes // self.dtype.itemsize, 1))
 
     def in_place_blocks(self, other: BoundLayout, max_bytes: int) -> Iterator[list[Box]]:
-        """Blocks of boxes whose memory no other block touches, under this order and under ``other``.
+        """Blocks of boxes whose memory no block that follows has under this order.
 
-        Reading all boxes of a block in this order and writing them in the other, block by block, brings memory from the one to
-        the other in place. A block has at most ``max_bytes`` where digits that both keep in place allow it; one block is
-        everything where the capacities of a region differ. Padding that only the new order has holds old bytes afterwards:
-        ``clear_padding``.
+        Reading all boxes of a block in this order and writing them in ``other``, block by block, brings memory from one to the
+        other in place. A block has at most ``max_bytes`` where digits that both keep in place allow it; a region where the
+        capacities of regions differ; everything where their number does. Padding that only the new order has holds old bytes
+        afterwards: ``clear_padding``.
         """
-        keep = self.region_capacity == other.region_capacity and (self.shape, self.lead) == (other.shape, other.lead)
-        found = [*lead_cuts(self.shape, self.lead), *self.cuts(other)] if keep else []
-        yield from blocks(self.shape, found, max_bytes // self.dtype.itemsize)
+        if (self.shape, self.lead) != (other.shape, other.lead):
+            yield [self.whole]
+        elif self.region_capacity == other.region_capacity:
+            found = [*lead_cuts(self.shape, self.lead), *self.cuts(other)]
+            yield from blocks(self.shape, found, max_bytes // self.dtype.itemsize)
+        else:  # regions that grow move from the last on
+            regions = [[box] for box in self.region_boxes()]
+            yield from regions[::-1] if other.region_capacity > self.region_capacity else regions
 
     def clear_padding(self, memory: Tensor) -> None:
         """Zero what no element of the tensor reaches. Scratch: a region."""
-        if self.region_capacity == self.region_elements:
-            return
-        for box in self.region_boxes():
-            values = self.read(memory, box)
-            for region, _ in self.touched(memory, box):
-                region.view(torch.uint8).zero_()
-            self.write(memory, box, values)
+        memory[self.regions * self.region_capacity :].view(torch.uint8).zero_()
+        if self.region_capacity != self.region_elements:
+            for region, box in enumerate(self.region_boxes()):
+                values = self.read(memory, box)
+                memory[region * self.region_capacity :][: self.region_capacity].view(torch.uint8).zero_()
+                self.write(memory, box, values)
 
     def region_boxes(self) -> Iterator[Box]:
         """The box of every region, in order."""

@@ -15,7 +15,7 @@ def canonical(lines: tuple[Line, ...]) -> tuple[Any, ...]:
 
 def _line(line: Line) -> tuple[Any, ...]:
     sizes = dict(line.sizes)
-    flipped = {d.name for d in line.left.digits() if d.flipped} ^ {d.name for d in line.right.digits() if d.flipped}
+    flipped = line.flipped
     left, right = ([token for token in _tokens(side) if sizes.get(token) != 1] for side in (line.left, line.right))
     for first, second in list(pairwise(left)):
         alike = first in sizes and second in sizes and (first in flipped) == (second in flipped)

@@ -1,86 +1,46 @@
-"""Two bound lines as one, where the digits of the first can be refined until each lies within one digit of the second."""
+"""Bound lines one after the other as few lines, where the digits of one lie within digits of the next."""
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterable
 
-from .boxes import row_major
-from .digits import BoundLine, Place
+from .digits import Axis, BoundLine, joined
 
 
-class _Apart(Exception):
-    """A digit of the one line straddles two of the other (halves of 192 rows in tiles of 128)."""
-
-
-def compose(lines: list[BoundLine]) -> list[BoundLine]:
+def compose(lines: Iterable[BoundLine]) -> list[BoundLine]:
     """The same order in as few lines as possible."""
     done: list[BoundLine] = []
-    for line in map(_merged, lines):
-        try:
-            done.append(_merged(_joined(done.pop(), line)) if done else line)
-        except _Apart as apart:
-            done += [*apart.args, line]
+    for line in lines:
+        both = _both(done[-1], line) if done else None
+        done[len(done) - (both is not None) :] = [both or line]
     return done
 
 
-def _merged(line: BoundLine) -> BoundLine:
-    """With digits joined that follow one another in both orders: a row count is one digit, whatever it was padded by."""
-    dims = []
-    for places in line.places:
-        found: list[Place] = []
-        for low in places:
-            high = found[-1] if found else low
-            step = low.source * low.capacity, low.kernel * low.capacity, low.flipped
-            if found and (high.source, high.kernel, high.flipped) == step:
-                low = replace(low, capacity=found.pop().capacity * low.capacity)
-            found.append(low)
-        dims.append(tuple(found))
-    return replace(line, places=tuple(dims))
+def _both(first: BoundLine, second: BoundLine) -> BoundLine | None:
+    """One line, or None: a digit of the one straddles two of the other (halves of 192 rows in tiles of 128)."""
+    start, digits, backwards = second.start, [], 0
+    for size, kernel, value in first.digits:
+        parts = _parts(size, abs(kernel), value, second, first.capacity)
+        if parts is None or (kernel < 0 and math.prod(part.size for part in parts) != size):
+            return None
+        if kernel < 0:  # so is every part of it
+            backwards -= (size - 1) * kernel
+            start += sum((part.size - 1) * part.kernel for part in parts)
+            parts = [part._replace(kernel=-part.kernel) for part in parts]
+        digits += parts
+    # What is counted backwards from an end that no element reaches does not begin where its parts do.
+    return BoundLine(start, joined(digits), second.kernel_shape) if first.start == backwards else None
 
 
-def _joined(first: BoundLine, second: BoundLine) -> BoundLine:
-    spans = list(_spans(second))
-    filled = {digit: 1 for _, _, digit in spans}
-    try:
-        dims = [[list(_parts(place, spans)) for place in dim] for dim in first.places]
-    except _Apart:
-        raise _Apart(first) from None
-    for place, parts in zip(itertools.chain(*first.places), itertools.chain(*dims), strict=True):
-        for digit, part in parts:
-            filled[digit] *= part.capacity
-        if place.flipped and place.capacity != math.prod(part.capacity for _, part in parts):
-            raise _Apart(first)
-    if any(digit.flipped and size != digit.capacity for digit, size in filled.items()):
-        raise _Apart(first)  # counted backwards from an end that no element reaches
-    places = tuple(tuple(part for parts in dim for _, part in parts) for dim in dims)
-    return BoundLine(first.shape, places, second.kernel_shape, second.capacity)
-
-
-_Span = tuple[int, int, Place]
-
-
-def _spans(line: BoundLine) -> Iterator[_Span]:
-    """(from, to, digit) of the row-major positions that each digit counts, the most significant first."""
-    for stride, extent, places in zip(row_major(line.shape), line.shape, line.places, strict=True):
-        end = stride * extent
-        for place in places:
-            yield stride * place.source, end, place
-            end = stride * place.source
-
-
-def _parts(place: Place, spans: list[_Span]) -> Iterator[tuple[Place, Place]]:
-    """``place``, whose kernel place value is a row-major position, in the digits of the second line: each with its digit."""
-    stop = place.kernel * place.capacity
-    for start, end, digit in spans:
-        low, high = max(start, place.kernel), min(end, stop)
-        if low >= high:
-            continue
-        if low % start or low % place.kernel:
-            raise _Apart
-        size = -(-high // low)
-        if size > 1:
-            source, kernel = place.source * (low // place.kernel), digit.kernel * (low // start)
-            yield digit, Place(source, kernel, size, place.flipped ^ digit.flipped)
+def _parts(size: int, kernel: int, value: int, line: BoundLine, end: int) -> list[Axis] | None:
+    """A digit whose steps are ``kernel`` positions of ``line``, which has ``end`` of them, in digits of ``line``."""
+    found = []
+    for digit in line.digits:
+        low, high = max(digit.value, kernel), min(end, kernel * size)
+        end = digit.value
+        if low < high:
+            if low % digit.value or low % kernel:
+                return None
+            found.append(Axis(-(-high // low), digit.kernel * (low // digit.value), value * (low // kernel)))
+    return [part for part in found if part.size > 1]

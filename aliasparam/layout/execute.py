@@ -8,7 +8,7 @@ and a view of another width takes three calls where one of the same takes one: m
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -17,6 +17,8 @@ from torch import Tensor
 
 from ..torch_private import outside_modes
 from .boxes import Piece
+from .digits import Axis as Axis
+from .digits import joined as joined
 
 #: Bytes of the widest element.
 WIDEST = 16
@@ -48,82 +50,41 @@ class Copy(NamedTuple):
         return self._replace(sizes=(), kernel=(), value=())
 
 
-class Axis(NamedTuple):
-    size: int
-    kernel: int
-    value: int
+def plan(pieces: Iterable[Piece], itemsize: int, align: int, widest: int = WIDEST, backward: int | None = None) -> list[Copy]:
+    """The copies of ``pieces``, in elements of at most ``widest`` bytes.
 
-
-def plan(
-    pieces: Sequence[Piece],
-    lead: Sequence[tuple[int, int]],
-    strides: Sequence[int],
-    itemsize: int,
-    align: int,
-    widest: int = WIDEST,
-    backward: int | None = None,
-) -> list[Copy]:
-    """The copies of ``pieces`` of every region, in elements of at most ``widest`` bytes.
-
-    ``lead``: (size, kernel stride) of each lead dim. ``strides``: the value's, lead dims first. ``align``: the bytes that both
-    addresses are a multiple of (a power of two). ``backward``: from how many bytes on a copy may run backwards in kernel memory;
-    None: never.
+    ``align``: the bytes that both addresses are a multiple of (a power of two). ``backward``: from how many bytes on a copy may
+    run backwards in kernel memory; None: never.
     """
     copies = []
-    outer = [Axis(size, kernel, strides[dim]) for dim, (size, kernel) in enumerate(lead) if size > 1]
-    core = strides[len(lead) :]
     for piece in pieces:
-        value_offset = sum(at * stride for at, stride in zip(piece.start, core, strict=True))
-        axes = [Axis(a.size, a.image, a.step * core[a.dim]) for a in piece.axes]
-        backwards = backward is not None and math.prod(a.size for a in (*outer, *axes)) * itemsize >= backward
-        ways = [(piece.offset, value_offset, axes)] if backwards else _forward(piece.offset, value_offset, axes)
-        for kernel_offset, offset, forward in ways:
-            merged = joined(sorted([*outer, *forward], key=lambda a: -abs(a.kernel)))  # in the order of kernel memory
+        backwards = backward is not None and math.prod(a.size for a in piece.axes) * itemsize >= backward
+        for kernel_offset, value_offset, axes in [piece] if backwards else _forward(piece):
+            merged = joined(sorted(axes, key=lambda a: -abs(a.kernel)))  # in the order of kernel memory
             one_run = backward is None and [(a.kernel, a.value) for a in merged] == [(1, 1)]
-            width = itemsize if one_run else _width(merged, kernel_offset, offset, itemsize, min(align, widest))
-            copies.append(_copy(merged, kernel_offset, offset, width, itemsize))
+            most = itemsize if one_run else min(align, widest)
+            copies.append(_copy(merged, kernel_offset, value_offset, itemsize, most))
     return copies
 
 
-def _forward(kernel_offset: int, value_offset: int, axes: list[Axis]) -> Iterator[tuple[int, int, list[Axis]]]:
+def _forward(piece: Piece) -> Iterator[Piece]:
     """An axis that runs backwards in memory is copied value by value: torch has no negative strides."""
-    back = next((axis for axis in axes if axis.kernel < 0), None)
+    back = next((axis for axis in piece.axes if axis.kernel < 0), None)
     if back is None:
-        yield kernel_offset, value_offset, axes
+        yield piece
         return
-    rest = [axis for axis in axes if axis is not back]
+    rest = [axis for axis in piece.axes if axis is not back]
     for i in range(back.size):
-        yield from _forward(kernel_offset + i * back.kernel, value_offset + i * back.value, rest)
+        yield from _forward(Piece(piece.kernel + i * back.kernel, piece.value + i * back.value, rest))
 
 
-def joined(axes: Iterable[Axis]) -> list[Axis]:
-    """With axes as one that follow one another, the second within the first, on both sides."""
-    found: list[Axis] = []
-    for axis in axes:
-        if found and found[-1].kernel == axis.kernel * axis.size and found[-1].value == axis.value * axis.size:
-            axis = axis._replace(size=found.pop().size * axis.size)
-        found.append(axis)
-    return found
-
-
-def _width(axes: list[Axis], kernel_offset: int, value_offset: int, itemsize: int, align: int) -> int:
-    """Bytes of the widest element, at most ``align``. See [Note: wide elements]."""
-    last = axes[-1] if axes and axes[-1].kernel == axes[-1].value == 1 else Axis(1, 1, 1)
-    numbers = [last.size, kernel_offset, value_offset]
-    numbers += [number for axis in axes if axis is not last for number in (axis.kernel, axis.value)]
-    width = itemsize
-    while align % (2 * width) == 0 and all(number % (2 * width // itemsize) == 0 for number in numbers):
-        width *= 2
-    return width
-
-
-def _copy(axes: list[Axis], kernel_offset: int, value_offset: int, width: int, itemsize: int) -> Copy:
-    many = width // itemsize
-    if many > 1:
-        last = axes[-1]._replace(size=axes[-1].size // many)
-        axes = [Axis(a.size, a.kernel // many, a.value // many) for a in axes[:-1]] + ([last] if last.size > 1 else [])
-    sizes, kernel, value = zip(*axes, strict=True) if axes else ((), (), ())
-    return Copy(WIDE[width], sizes, kernel, kernel_offset // many, value, value_offset // many)
+def _copy(axes: list[Axis], kernel_offset: int, value_offset: int, itemsize: int, most: int) -> Copy:
+    """In the widest elements, of at most ``most`` bytes. See [Note: wide elements]."""
+    outer, run = (axes[:-1], axes[-1].size) if axes and axes[-1].kernel == axes[-1].value == 1 else (axes, 1)
+    many = math.gcd(max(most // itemsize, 1), run, kernel_offset, value_offset, *(n for a in outer for n in (a.kernel, a.value)))
+    wide = [Axis(a.size, a.kernel // many, a.value // many) for a in outer] + [Axis(run // many, 1, 1)] * (run > many)
+    sizes, kernel, value = zip(*wide, strict=True) if wide else ((), (), ())
+    return Copy(WIDE[many * itemsize], sizes, kernel, kernel_offset // many, value, value_offset // many)
 
 
 def views(copy: Copy, memory: Tensor, first: int, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,7 +94,7 @@ def views(copy: Copy, memory: Tensor, first: int, value: Tensor) -> tuple[Tensor
 
 
 def in_every_region(copy: Copy, memory: Tensor, regions: int, capacity: int) -> Tensor:
-    """The elements of ``copy`` in each region, of ``capacity`` elements, of kernel memory: these are the first dim."""
+    """The elements of ``copy`` from each region, of ``capacity`` elements, of kernel memory on: these are the first dim."""
     stride = capacity * memory.itemsize // copy.dtype.itemsize
     return _view(memory, copy.dtype, copy.kernel_offset, (regions, *copy.sizes), (stride, *copy.kernel))
 

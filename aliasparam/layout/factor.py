@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -25,14 +26,8 @@ class Factored(NamedTuple):
     halves: bool
 
 
-def factor(positions: Tensor) -> list[list[Factored]] | None:
-    """For every dim, the ways to write it in digits; None where there is none. Positions must be a sum over dims."""
-    dims = range(positions.dim())
-    found = [list(_ways(positions[tuple(slice(None) if d == dim else 0 for d in dims)])) for dim in dims]
-    return found if all(found) else None
-
-
-def _ways(line: Tensor) -> Iterator[Factored]:
+def ways(line: Tensor) -> Iterator[Factored]:
+    """The ways to write positions along one dim in digits."""
     chain = _chain(line)
     if chain is not None:
         yield Factored(tuple(chain), False)
@@ -60,52 +55,46 @@ def _chain(line: Tensor) -> list[Step] | None:
     return found
 
 
-def lines(dims: tuple[Factored, ...], room: int, kernel_shape: tuple[int, ...]) -> Iterator[str]:
-    """Lines that have these digits, ``room`` positions in all; those that generalize best first."""
-    keys = [(d, i) for d, dim in enumerate(dims) for i in range(len(dim.digits))]
-    order = sorted(keys, key=lambda key: -abs(dims[key[0]].digits[key[1]].place))
-    places = [abs(dims[d].digits[i].place) for d, i in order]
-    capacities = [above // place if above % place == 0 else 0 for above, place in zip([room, *places], places, strict=False)]
-    if not order or places[-1] != 1 or not all(capacities):
+class _Digit(NamedTuple):
+    """``place``: what one step is in kernel memory, negative where it is counted backwards; ``room`` for so many steps."""
+
+    name: str
+    place: int
+    room: int
+    free: bool = False
+
+
+def lines(dims: Sequence[Factored], kernel_shape: tuple[int, ...]) -> Iterator[str]:
+    """Lines that have these digits; those that generalize best first."""
+    room = math.prod(kernel_shape)
+    places = sorted((abs(step.place) for dim in dims for step in dim.digits), reverse=True)
+    if places[-1:] != [1] or any(above % place for above, place in pairwise([room, *places])):
         return
-    capacity = dict(zip(order, capacities, strict=True))
-    options = [list(_left(d, dim, capacity)) for d, dim in enumerate(dims)]
-    for choice in itertools.product(*options):
-        names = {key: name for _, _, named in choice for key, name in named.items()}
-        sizes = {name: size for _, sized, _ in choice for name, size in sized.items()}
-        ones = [["abcdefgh"[d]] for d, dim in enumerate(dims) if not dim.digits]
-        right = [*ones, *([f"{'~' * (dims[d].digits[i].place < 0)}{name}" for name in names[d, i]] for d, i in order)]
-        room_of = [1] * len(ones) + [capacity[key] for key in order]
-        text = " ".join(text for text, _, _ in choice)
-        spelled = " ".join(f"{name}={size}" for name, size in sizes.items())
-        for side in _sides(right, room_of, kernel_shape):
-            yield f"{text} -> {side}" + (f", {spelled}" if spelled else "")
+    above = dict(zip(places, [room, *places], strict=False))
+    for choice in itertools.product(*(_options("abcdefgh"[d], dim, above) for d, dim in enumerate(dims))):
+        digits = sorted(itertools.chain(*(own for _, own in choice)), key=lambda digit: -abs(digit.place))
+        left = " ".join(text for text, _ in choice)
+        sizes = ", " + " ".join(f"{digit.name}={digit.room}" for digit in digits if not digit.free)
+        for right in _sides(digits, kernel_shape):
+            yield f"{left} -> {right}{sizes}"
 
 
-_Left = tuple[str, dict[str, int], dict[tuple[int, int], list[str]]]
-
-
-def _left(d: int, dim: Factored, capacity: dict[tuple[int, int], int]) -> Iterator[_Left]:
-    """(left side, fixed sizes, names of each digit) of one dim, for every choice of the digit that is free."""
-    head = 1 if dim.halves else 0
-    names = {(d, i): [f"{'abcdefgh'[d]}{i}"] for i in range(len(dim.digits))}
-    room = {names[key][0]: capacity[key] for key in names}
-    if not names:
-        yield f"{'abcdefgh'[d]}", {}, {}
-        return
-    for i in range(head, len(dim.digits)):
-        key = (d, i)
-        leading = i == head
-        rounded = capacity[key] != dim.digits[i].size
-        if not leading and rounded:
-            continue
-        for tile in _tiles(dim.digits[i].size, capacity[key]) if leading else [1]:
-            mine = {**names, key: names[key] if tile == 1 else [names[key][0], f"{names[key][0]}t"]}
-            flat = [name for k in range(head, len(dim.digits)) for name in mine[d, k]]
-            inner = " ".join(flat)
-            text = f"({names[d, 0][0]} ({inner}))" if head else f"({inner})"
-            sizes = {name: size for name, size in room.items() if name != names[key][0]}
-            yield text, {**sizes, **({f"{names[key][0]}t": tile} if tile > 1 else {})}, mine
+def _options(letter: str, dim: Factored, above: dict[int, int]) -> Iterator[tuple[str, list[_Digit]]]:
+    """The left side of one dim and its digits, for every choice of the digit that is free, and of the tiles it is padded to."""
+    digits = [_Digit(f"{letter}{i}", place, above[abs(place)] // abs(place)) for i, (_, place) in enumerate(dim.digits)]
+    if not digits:
+        yield letter, [_Digit(letter, max(above.values()), 1, free=True)]
+    head = int(dim.halves)
+    for i, (name, place, room, _) in list(enumerate(digits))[head:]:
+        size = dim.digits[i].size
+        if i > head and size != room:
+            continue  # only the first is ragged
+        for tile in _tiles(size, room) if i == head else [1]:
+            free = _Digit(name, place * tile, room // tile, free=True)
+            tiled = [_Digit(f"{name}t", place, tile)] if tile > 1 else []
+            own = [*digits[:i], free, *tiled, *digits[i + 1 :]]
+            inner = " ".join(digit.name for digit in own[head:])
+            yield f"({own[0].name} ({inner}))" if head else f"({inner})", own
 
 
 def _tiles(size: int, capacity: int) -> list[int]:
@@ -115,17 +104,18 @@ def _tiles(size: int, capacity: int) -> list[int]:
     return [tile for tile in range(2, capacity + 1) if capacity % tile == 0 and -(-size // tile) * tile == capacity]
 
 
-def _sides(right: list[list[str]], room: list[int], kernel_shape: tuple[int, ...]) -> Iterator[str]:
-    """The right side: grouped as ``kernel_shape`` where the digits allow it, and flat."""
-    yield " ".join(name for names in right for name in names)
-    groups, rest = [], list(zip(right, room, strict=True))
+def _sides(digits: Sequence[_Digit], kernel_shape: tuple[int, ...]) -> Iterator[str]:
+    """The right side: flat, and grouped as ``kernel_shape`` where the digits allow it."""
+    names = [f"{'~' * (digit.place < 0)}{digit.name}" for digit in digits]
+    yield " ".join(names)
+    groups, at = [], 0
     for extent in kernel_shape:
-        inner: list[str] = []
-        while extent > 1 and rest and extent % rest[0][1] == 0:
-            extent //= rest[0][1]
-            inner += rest.pop(0)[0]
-        groups.append(f"({' '.join(inner)})")
+        first = at
+        while extent > 1 and at < len(digits) and extent % digits[at].room == 0:
+            extent //= digits[at].room
+            at += 1
+        groups.append(f"({' '.join(names[first:at])})")
         if extent != 1:
             return
-    if not rest:
+    if at == len(digits):
         yield " ".join(groups)

@@ -11,7 +11,7 @@ import torch
 
 from ..errors import LayoutError
 from .bound import BoundLayout
-from .boxes import Piece, pieces
+from .boxes import Piece, pieces, row_major
 from .canonical import canonical
 from .compose import compose
 from .index import IndexLayout
@@ -163,8 +163,8 @@ class Layout:
         return sized(self.lines, sizes_of(shape))[-1].capacity
 
     def boxes(self, rows: tuple[int, int], columns: tuple[int, int], shape: Sequence[int]) -> list[Piece]:
-        """The strided pieces of kernel memory that hold a rectangle (start, stop each) of a matrix of ``shape``."""
-        return pieces(compose(sized(self.lines, shape)), shape, (rows, columns))
+        """The strided pieces of kernel memory that hold a rectangle (start, stop each) of a matrix of ``shape``, contiguous."""
+        return pieces(compose(sized(self.lines, shape)), shape, (rows, columns), row_major(shape))
 
 
 @lru_cache(maxsize=4096)

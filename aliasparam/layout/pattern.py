@@ -4,39 +4,34 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..errors import LayoutError
 
-_TOKEN = re.compile(r"\s*([A-Za-z_][A-Za-z_0-9]*|\d+|->|[()\[\]~,=])")
+_TOKEN = re.compile(r"\s*(~?\s*[A-Za-z_][A-Za-z_0-9]*|\d+|->|[()\[\]~,=])")
 #: Groups in one another: each is padded for itself, and three levels are the most that any kernel has.
 _DEEPEST = 50
 
 
 @dataclass(frozen=True, slots=True)
-class Digit:
-    """One digit of an index; ``flipped``: counted backwards."""
-
-    name: str
-    flipped: bool = False
-
-    def __str__(self) -> str:
-        return f"~{self.name}" if self.flipped else self.name
-
-
-@dataclass(frozen=True, slots=True)
 class Group:
-    """Digits of one index, most significant first. A group within a group has an extent, and a ragged end, of its own."""
+    """Digits of one index by name, most significant first; ``~`` before the name: counted backwards.
 
-    items: tuple[Digit | Group, ...]
+    A group within a group has an extent, and a ragged end, of its own.
+    """
+
+    items: tuple[str | Group, ...]
 
     def __str__(self) -> str:
         return f"({' '.join(map(str, self.items))})"
 
-    def digits(self) -> Iterator[Digit]:
+    def tokens(self) -> Iterator[str]:
         for item in self.items:
-            yield from item.digits() if isinstance(item, Group) else (item,)
+            yield from item.tokens() if isinstance(item, Group) else (item,)
+
+    def digits(self) -> list[str]:
+        return [token.removeprefix("~") for token in self.tokens()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,16 +45,15 @@ class Side:
     dims: tuple[Group, ...]
     flat: bool = False
 
-    def digits(self) -> Iterator[Digit]:
-        for dim in self.dims:
-            yield from dim.digits()
+    def digits(self) -> list[str]:
+        return Group(self.dims).digits()
 
     def text(self, *, grouped: bool) -> str:
         """``grouped``: with parentheses somewhere, so that a right side is not read as flat."""
         if self.flat:
-            names = " ".join(map(str, self.digits()))
+            names = " ".join(Group(self.dims).tokens())
             return f"[{names}]" if grouped else names
-        bare = [str(dim.items[0]) if len(dim.items) == 1 and isinstance(dim.items[0], Digit) else str(dim) for dim in self.dims]
+        bare = [dim.items[0] if len(dim.items) == 1 and isinstance(dim.items[0], str) else str(dim) for dim in self.dims]
         if grouped and bare and not any("(" in dim for dim in bare):
             bare[0] = f"({bare[0]})"
         return " ".join(bare)
@@ -82,6 +76,12 @@ class Line:
         return Line(self.right, self.left, self.sizes)
 
     @property
+    def flipped(self) -> set[str]:
+        """The digits that the two sides count in opposite directions."""
+        left, right = (set(Group(side.dims).tokens()) for side in (self.left, self.right))
+        return {token.removeprefix("~") for token in left ^ right}
+
+    @property
     def shape_side(self) -> Side:
         """The side whose groups give sizes to the digits."""
         return self.right if self.left.flat else self.left
@@ -96,11 +96,10 @@ def parse(text: str, sizes: Mapping[str, int]) -> tuple[Line, dict[str, int]]:
     comma = tokens.index(",", arrow) if "," in tokens[arrow:] else len(tokens)
     given = {**_sizes(tokens[comma + 1 :], text), **sizes}
     left, right = _side(tokens[:arrow], text), _side(tokens[arrow + 1 : comma], text)
-    if not right.flat and all(len(d.items) == 1 for d in right.dims) and not {"(", "["} & set(tokens[arrow:comma]):
-        right = Side((Group(tuple(right.digits())),), flat=True)
-    names = [digit.name for digit in left.digits()]
-    own = tuple((name, given[name]) for name in names if name in given)
-    line = Line(left, right, own)
+    if "(" not in tokens[arrow:comma]:
+        right = Side((Group(tuple(Group(right.dims).tokens())),), flat=True)
+    names = left.digits()
+    line = Line(left, right, tuple((name, given[name]) for name in names if name in given))
     _check(line, text)
     return line, {name: size for name, size in given.items() if name not in names}
 
@@ -111,7 +110,7 @@ def _tokens(text: str) -> Iterator[str]:
         match = _TOKEN.match(text, at)
         if match is None:
             raise LayoutError("a layout has an unexpected character", expected="names, ( ) [ ] ~ -> , =", found=text[at:])
-        yield match[1]
+        yield "".join(match[1].split())
         at = match.end()
 
 
@@ -125,40 +124,37 @@ def _sizes(tokens: list[str], text: str) -> dict[str, int]:
     return {name: int(size) for name, size in zip(names, tokens[2::3], strict=True)}
 
 
-def _side(tokens: list[str], text: str) -> Side:
+def _side(tokens: Sequence[str], text: str) -> Side:
     if tokens and tokens[0] == "[":
         if tokens[-1] != "]" or {"(", ")", "["} & set(tokens[1:]):
             raise LayoutError("brackets hold all digits of a side and no parentheses", expected="[g a b k]", found=text)
-        group, _ = _group(tokens[1:-1], 0, text)
-        return Side((group,), flat=True)
-    whole, end = _group(tokens, 0, text)
-    if end != len(tokens):
-        raise LayoutError("a layout has a closing parenthesis too many", found=text)
-    return Side(tuple(item if isinstance(item, Group) else Group((item,)) for item in whole.items))
+        return Side((_group(tokens[1:-1], text),), flat=True)
+    return Side(tuple(item if isinstance(item, Group) else Group((item,)) for item in _group(tokens, text).items))
 
 
-def _group(tokens: list[str], at: int, text: str, depth: int = 0) -> tuple[Group, int]:
-    if depth > _DEEPEST:
-        raise LayoutError("groups of a layout are nested too deep", expected=f"at most {_DEEPEST} deep", found=text[:80])
-    items: list[Digit | Group] = []
-    while at < len(tokens) and tokens[at] != ")":
-        if tokens[at] == "(":
-            inner, at = _group(tokens, at + 1, text, depth + 1)
-            if at == len(tokens):
-                raise LayoutError("a layout has an open parenthesis that is not closed", found=text)
-            items.append(inner)
+def _group(tokens: Sequence[str], text: str) -> Group:
+    open_groups: list[list[str | Group]] = [[]]
+    for token in tokens:
+        if token == "(":
+            if len(open_groups) > _DEEPEST:
+                raise LayoutError("groups of a layout are nested too deep", expected=f"at most {_DEEPEST} deep", found=text[:80])
+            open_groups.append([])
+        elif token == ")":
+            inner = Group(tuple(open_groups.pop()))
+            if not open_groups:
+                raise LayoutError("a layout has a closing parenthesis too many", found=text)
+            open_groups[-1].append(inner)
+        elif not token.removeprefix("~").isidentifier():
+            raise LayoutError("a layout names its digits", expected="a name", found=text)
         else:
-            flipped = tokens[at] == "~"
-            at += flipped
-            if at == len(tokens) or not tokens[at].isidentifier():
-                raise LayoutError("a layout names its digits", expected="a name", found=text)
-            items.append(Digit(tokens[at], flipped))
-        at += 1
-    return Group(tuple(items)), at
+            open_groups[-1].append(token)
+    if len(open_groups) > 1:
+        raise LayoutError("a layout has an open parenthesis that is not closed", found=text)
+    return Group(tuple(open_groups[0]))
 
 
 def _check(line: Line, text: str) -> None:
-    left, right = ([digit.name for digit in side.digits()] for side in (line.left, line.right))
+    left, right = line.left.digits(), line.right.digits()
     for names, side in ((left, "left"), (right, "right")):
         for name in names:
             if names.count(name) > 1:
@@ -188,9 +184,7 @@ def _one_free(group: Group, sizes: Mapping[str, int], text: str) -> None:
             _one_free(item, sizes, text)
 
 
-def fixed_size(item: Digit | Group, sizes: Mapping[str, int]) -> int | None:
+def fixed_size(item: str | Group, sizes: Mapping[str, int]) -> int | None:
     """The product of its sizes, or None where one of them is free."""
-    if isinstance(item, Digit):
-        return sizes.get(item.name)
-    inner = [fixed_size(part, sizes) for part in item.items]
-    return None if None in inner else math.prod(size for size in inner if size is not None)
+    digits = Group((item,)).digits()
+    return math.prod(sizes[name] for name in digits) if sizes.keys() >= set(digits) else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,8 +15,14 @@ from .blocks import Cut, common
 from .bound import BoundLayout, in_bytes
 from .boxes import Box, Piece, pieces, row_major, sizes, whole
 from .compose import compose
-from .digits import BoundLine
+from .digits import Axis, BoundLine
 from .execute import WIDEST, Copy, plan, views
+
+#: What a copy may be: bytes of its widest element, and from how many bytes on it may run backwards (None: never).
+Limits: TypeAlias = tuple[int, int | None]
+TORCH: Limits = (WIDEST, None)
+TRITON: Limits = (triton_copy.WIDEST, triton_copy.SMALLEST)
+_SUMS: Limits = (triton_sum.WIDEST, 0)
 
 
 class StridedLayout(BoundLayout):
@@ -25,14 +32,17 @@ class StridedLayout(BoundLayout):
         super().__init__(shape, dtype, lead, lines[-1].kernel_shape, lines[-1].capacity)
         self._elements = self.regions * self.region_capacity
         self.lines = compose(list(lines))
-        copies = plan(self.boxes(self.whole[lead:]), [], row_major(shape[lead:]), dtype.itemsize, dtype.itemsize)
+        core = shape[lead:]
+        copies = plan(pieces(self.lines, core, whole(core), row_major(core)), dtype.itemsize, dtype.itemsize)
         self.unit = _unit(copies, dtype.itemsize)
         padded = self.region_capacity != self.region_elements
         self.is_identity = not padded and (not copies or self.unit == self.region_elements * dtype.itemsize)
 
-    def boxes(self, box: Box) -> list[Piece]:
-        """The strided pieces of a box of the core dims."""
-        return pieces(self.lines, self.shape[self.lead :], box)
+    def boxes(self, core: Box, shape: Sequence[int], strides: Sequence[int]) -> list[Piece]:
+        """The strided pieces of a box of the core dims, for a value whose leading dims are regions."""
+        outer = [Axis(*axis) for axis in zip(shape, self.lead_strides, strides, strict=False) if axis[0] > 1]
+        found = pieces(self.lines, self.shape[self.lead :], core, strides[self.lead :]) if math.prod(shape) else []
+        return [piece._replace(axes=[*outer, *piece.axes]) for piece in found]
 
     def write(self, memory: Tensor, box: Box, value: Tensor) -> None:
         self._move(memory, box, in_bytes(value), write=True)
@@ -53,8 +63,8 @@ class StridedLayout(BoundLayout):
                 self.check(memory, box, value)  # raises
         first, other = (int(memory.storage_offset()) + region) * size, int(value.storage_offset()) * size
         align = (memory.data_ptr() + region * size | value.data_ptr() | first | other | WIDEST) & 31
-        by_kernel = memory.is_cuda and triton_copy.takes(memory, value)
-        copies = self.copies(box[self.lead :], shape, value.stride(), value.dtype, align & -align, by_kernel=by_kernel)
+        limits = TRITON if memory.is_cuda and triton_copy.takes(memory, value) else TORCH
+        copies = _planned(self, box[self.lead :], shape, value.stride(), value.dtype, align & -align, limits)
         if memory.dtype is not self.dtype or memory.numel() < self._elements:
             self.check(memory, box, value)  # raises
         for copy, ours in copies:
@@ -67,24 +77,31 @@ class StridedLayout(BoundLayout):
                 plain.copy_(kernel)
 
     def copies(
-        self, core: Box, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, align: int, *, by_kernel: bool
+        self, core: Box, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype, align: int, limits: Limits
     ) -> list[tuple[Copy, bool]]:
-        """The copies between a value and memory from its box's first region on; and whether our own kernel runs each.
+        """The copies between a value and memory from its box's first region on; and whether a kernel of our own runs each.
 
         Args:
             core: the box of the core dims.
             shape, strides, dtype: of the value; its leading dims are regions.
             align: bytes that both addresses are a multiple of.
-            by_kernel: whether our kernel may run.
+            limits: of whoever copies.
 
         Raises:
             LayoutError: a box or value that does not fit.
         """
-        return _planned(self, core, shape, strides, dtype, align, _TRITON if by_kernel else _TORCH)
+        self.check_value((*whole(shape[: self.lead]), *core), shape, dtype)
+        copies = plan(self.boxes(core, shape, strides), dtype.itemsize, align, *limits)
+        ours = [limits is _SUMS or (limits is TRITON and triton_copy.wanted(copy)) for copy in copies]
+        return [(copy if mine else _named(copy, dtype), mine) for copy, mine in zip(copies, ours, strict=True)]
 
     def placed(self, within: Tensor) -> Tensor:
-        for line in self.lines:
-            within = _through(line, within)
+        for line in self.lines:  # see [Note: place values]
+            offset = torch.full_like(within, line.start)
+            for _, kernel, value in line.digits:
+                offset += within // value * kernel
+                within = within % value
+            within = offset
         return within
 
     def positional_sums(self, memory: Tensor, box: Box) -> Tensor | None:
@@ -101,7 +118,7 @@ class StridedLayout(BoundLayout):
     def cuts(self, other: BoundLayout) -> list[Cut]:
         if not isinstance(other, StridedLayout) or len(self.lines) != 1 or len(other.lines) != 1:
             return []
-        found = common(self.lines[0], other.lines[0], self.lead)
+        found = common(self.lines[0], other.lines[0], self.shape, self.lead)
         return sorted(found, key=lambda c: -c.step * row_major(self.shape)[c.dim])  # long runs of the checkpoint first
 
 
@@ -111,44 +128,9 @@ def _unit(copies: list[Copy], itemsize: int) -> int:
     return itemsize * math.gcd(*runs) if runs else itemsize
 
 
-#: What a copy may be: bytes of its widest element, and from how many bytes on it may run backwards (None: never).
-_Limits = tuple[int, int | None]
-_TORCH: _Limits = (WIDEST, None)
-_TRITON: _Limits = (triton_copy.WIDEST, triton_copy.SMALLEST)
-_SUMS: _Limits = (triton_sum.WIDEST, 0)
-
-
-@lru_cache(maxsize=1 << 14)  # a model writes the same few shards of a shape over and over
-def _planned(
-    layout: StridedLayout,
-    core: Box,
-    shape: tuple[int, ...],
-    strides: tuple[int, ...],
-    dtype: torch.dtype,
-    align: int,
-    limits: _Limits,
-) -> list[tuple[Copy, bool]]:
-    """See :meth:`StridedLayout.copies`."""
-    box = (*whole(shape[: layout.lead]), *core)
-    layout.check_value(box, shape, dtype)
-    lead = list(zip(shape, layout.lead_strides, strict=False))
-    copies = plan(layout.boxes(core) if math.prod(shape) else [], lead, strides, dtype.itemsize, align, *limits)
-    if limits is _SUMS:
-        return [(copy, True) for copy in copies]
-    return [(copy, True) if limits is _TRITON and triton_copy.wanted(copy) else (_named(copy, dtype), False) for copy in copies]
+_planned = lru_cache(maxsize=1 << 14)(StridedLayout.copies)  # a model writes the same few shards of a shape over and over
 
 
 def _named(copy: Copy, dtype: torch.dtype) -> Copy:
     # For torch elements of their own width are of their own dtype: engines that mask ``Tensor.copy_`` look for NaN in them.
     return copy._replace(dtype=dtype) if copy.dtype.itemsize == dtype.itemsize > 1 else copy
-
-
-def _through(line: BoundLine, position: Tensor) -> Tensor:
-    """Kernel positions of row-major positions, digit by digit. See [Note: place values]."""
-    offset = torch.zeros_like(position)
-    for stride, places in zip(row_major(line.shape), line.places, strict=True):
-        coordinate, position = position // stride, position % stride
-        for place in places:
-            digit, coordinate = coordinate // place.source, coordinate % place.source
-            offset += (place.capacity - 1 - digit if place.flipped else digit) * place.kernel
-    return offset

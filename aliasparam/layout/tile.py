@@ -6,12 +6,12 @@ import math
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor
 
 from ..errors import LayoutError
 from ..svg import box, page, text
-from .lines import bound, sized
-from .pattern import Group, Line
+from .bound import BoundLayout
+from .lines import bound
+from .pattern import Line
 
 #: Elements of kernel memory that are drawn at most, and elements that a tile may have to be looked at.
 DRAWN, LARGEST = 1024, 1 << 18
@@ -24,64 +24,45 @@ def tile_picture(name: str, lines: Sequence[Line], bits: int | None) -> str | No
     Cells are elements in the order of kernel memory, a line of cells a run of it. The hue is the row in the checkpoint, darker
     for columns further right; grey is padding. Of a large tile the first ``DRAWN`` elements are drawn.
     """
-    shape = tile_shape(lines, bits)
-    if shape is None:
+    tile = _tile(lines, bits)
+    if tile is None:
         return None
-    offsets = bound(lines, bits, _stored(shape, bits), torch.uint8).offsets().reshape(shape)
-    kernel = sized(lines, shape)[-1]
-    capacity = kernel.capacity
-    source = torch.full((capacity,), -1, dtype=torch.int64)
-    source[offsets.reshape(-1)] = torch.arange(offsets.numel())
-    columns = shape[-1] if len(shape) > 1 else 1
-    wide = _line(kernel.kernel_shape[-1], capacity)
-    shown = source[:DRAWN]
-    size = " × ".join(map(str, shape))
-    more = f", the first {len(shown)} of {capacity} elements" if capacity > len(shown) else ""
+    many = 2 if bits else 1  # elements a byte
+    offsets, capacity, last = tile.offsets(), tile.region_capacity * many, tile.kernel_shape[-1] * many
+    source = torch.full((capacity,), -1).scatter_(0, offsets.view(-1), torch.arange(offsets.numel()))[:DRAWN].tolist()
+    columns = offsets.shape[-1] if offsets.dim() > 1 else 1
+    wide = last if 16 <= last <= 64 else min(32 if capacity > 256 else 16, capacity)
+    size = " × ".join(map(str, offsets.shape))
+    more = f", the first {DRAWN} of {capacity} elements" if capacity > DRAWN else ""
     parts = [
         text(10, 18, name, "m"),
         text(10, 36, f"a tile of {size} in kernel memory, {wide} elements a line{more}; hue: row of the checkpoint", "s"),
-        *_cells(shown, wide, columns, offsets.numel() // columns),
+        *_cells(source, wide, columns, offsets.numel() // columns),
     ]
-    return page(max(20 + wide * _SIDE, 640), 56 + math.ceil(len(shown) / wide) * _SIDE, f"A tile of {name}", parts)
+    return page(max(20 + wide * _SIDE, 640), 56 + math.ceil(len(source) / wide) * _SIDE, f"A tile of {name}", parts)
 
 
-def tile_shape(lines: Sequence[Line], bits: int | None) -> tuple[int, ...] | None:
-    """The smallest shape that fills whole tiles: digits without a size count 1, or as little more as the layout takes."""
+def _tile(lines: Sequence[Line], bits: int | None) -> BoundLayout | None:
+    """For the smallest shape that fills whole tiles: digits without a size count 1, or as little more as the layout takes."""
     sizes = dict(lines[0].sizes)
     for free in (1, 2, 4, 8, 16, 32, 64, 128):
-        shape = tuple(math.prod(_extents(dim, sizes, free)) for dim in lines[0].shape_side.dims)
-        if bits and shape[-1] % 2:
-            continue
-        if math.prod(shape) > LARGEST:
+        digits = [dim.digits() for dim in lines[0].shape_side.dims]
+        *outer, last = [math.prod(sizes.get(d, max(free, 4) if len(dim) == 1 else free) for d in dim) for dim in digits]
+        if math.prod(outer) * last > LARGEST:
             return None
+        if bits and last % 2:
+            continue
         try:
-            if sized(lines, shape)[-1].capacity <= LARGEST:
-                bound(lines, bits, _stored(shape, bits), torch.uint8)
-                return shape
+            tile = bound(lines, bits, (*outer, last // 2 if bits else last), torch.uint8)
         except LayoutError:
             continue
+        if tile.region_capacity <= LARGEST:
+            return tile
     return None
 
 
-def _stored(shape: tuple[int, ...], bits: int | None) -> tuple[int, ...]:
-    """The shape in bytes of elements that are bytes, or nibbles."""
-    return (*shape[:-1], shape[-1] // 2) if bits else shape
-
-
-def _extents(dim: Group, sizes: dict[str, int], free: int) -> Iterator[int]:
-    digits = list(dim.digits())
-    alone = len(digits) == 1 and digits[0].name not in sizes
-    yield from (max(free, 4) if alone else sizes.get(digit.name, free) for digit in digits)
-
-
-def _line(last: int, capacity: int) -> int:
-    """Elements a line: the last kernel dim where that makes a fair picture."""
-    return last if 16 <= last <= 64 else min(32 if capacity > 256 else 16, capacity)
-
-
-def _cells(source: Tensor, wide: int, columns: int, rows: int) -> Iterator[str]:
-    values = source.tolist()
-    for at, element in enumerate(values):
+def _cells(source: list[int], wide: int, columns: int, rows: int) -> Iterator[str]:
+    for at, element in enumerate(source):
         y, x = divmod(at, wide)
         row, column = divmod(element, columns)
         light = 75 - 35 * column / max(columns - 1, 1)

@@ -30,13 +30,16 @@ Function = Callable[[Tensor], Tensor]
 class Trace(NamedTuple):
     """``positions``: int64, the input's shape in units (last dim): where each goes. ``kernel_shape``: the result's, in units.
 
-    ``bits``: 4 where the units are nibbles, None where they are elements.
+    ``bits``: 4 where the units are nibbles, None where they are elements. ``axes``: positions along each dim from the first unit
+    on; None where a position is no sum over dims. Where it is one, agreeing along each dim is agreeing everywhere.
     """
 
     shape: tuple[int, ...]
+    dtype: torch.dtype
     positions: Tensor
     kernel_shape: tuple[int, ...]
     bits: int | None
+    axes: list[Tensor] | None
 
 
 def trace(function: Function, shape: Sequence[int], dtype: torch.dtype, device: str) -> Trace:
@@ -56,7 +59,8 @@ def trace(function: Function, shape: Sequence[int], dtype: torch.dtype, device: 
             raise change from None
         size, bits = 2 * dtype.itemsize, 4
     units = (*shape[:-1], shape[-1] * size)
-    found = Trace(run.shape, _positions(source, units, run.name), kernel, bits)
+    positions = _positions(source, units, run.name)
+    found = Trace(run.shape, dtype, positions, kernel, bits, _axes(positions))
     _confirm(run, found)
     return found
 
@@ -154,6 +158,15 @@ def _positions(source: Tensor, shape: tuple[int, ...], name: str) -> Tensor:
     positions = torch.empty(count, dtype=torch.int64)
     positions[source[places]] = places
     return positions.view(shape)
+
+
+def _axes(positions: Tensor) -> list[Tensor] | None:
+    dims = range(positions.dim())
+    axes = [positions[tuple(slice(None) if d == dim else 0 for d in dims)] for dim in dims]
+    total = positions.reshape(-1)[0] * (1 - len(axes))
+    for dim, axis in enumerate(axes):
+        total = total + axis.view([-1 if d == dim else 1 for d in dims])
+    return axes if torch.equal(total, positions) else None
 
 
 def _confirm(run: _Runner, found: Trace) -> None:

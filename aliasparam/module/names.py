@@ -63,7 +63,7 @@ class ModuleNames:
     def bind_storage(self, source: Source, storage: AliasedStorage, parameter: AliasedParameter) -> None:
         """Make ``parameter`` over ``storage`` the checkpoint name of ``source``."""
         source.storage = storage
-        storage.listeners.add(self)
+        storage.listen(self)
         if storage.kernel_name is not None and source.derived:
             storage.kernel_name.label = f"{self.label}.{source.derived}"
         source.bindings = [Binding(self.module, source.name, parameter)]

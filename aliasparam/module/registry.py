@@ -173,7 +173,7 @@ class AliasRegistry(ModuleNames):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         for storage in self.storages():
-            storage.listeners.add(self)
+            storage.listen(self)
 
 
 ForkingPickler.register(AliasRegistry, refuse_for_process)

@@ -7,9 +7,9 @@ one run a dim, and "everything" has one form only.
 
 from __future__ import annotations
 
-import operator
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
+from operator import index as _index
 from typing import TypeAlias
 
 from ..errors import ReloadError
@@ -25,14 +25,13 @@ class Coverage:
     the logarithm of the number of runs. Every change is a single assignment, so an interrupt loses at most the box being added.
     """
 
-    __slots__ = ("_all_of_a_row", "_dims", "_runs", "shape")
+    __slots__ = ("_dims", "_runs", "shape")
 
     def __init__(self, shape: Sequence[int]) -> None:
-        self.shape = tuple(operator.index(size) for size in shape)
+        self.shape = tuple(_index(size) for size in shape)
         if any(size < 0 for size in self.shape):
             raise ReloadError("a tensor has no negative size", expected="sizes of 0 or more", found=list(self.shape))
         self._dims = self.shape or (1,)
-        self._all_of_a_row = whole(self._dims[1:]) if 0 not in self._dims else None
         self._runs = _Runs()
 
     def add(self, box: Box) -> bool:
@@ -41,27 +40,23 @@ class Coverage:
         Raises:
             ReloadError: the box is not within the tensor. Nothing is noted then.
         """
-        try:  # rows, the usual case
-            (first, stop), rows = box[0], box[1:] == self._all_of_a_row
-        except (TypeError, ValueError, IndexError):
-            rows = False
-        if rows and type(first) is type(stop) is int and 0 <= first < stop <= self._dims[0] and self._runs.add_rows(first, stop):
-            return True
         checked = self._checked(box)
-        if _is_empty(checked):
-            return True
-        return self._runs.add(self._significant(checked), self._dims)
+        return checked is None or self.take(checked)
+
+    def take(self, box: Box) -> bool:
+        """:meth:`add` for a box which is known to have elements, and to lie within the tensor."""
+        dims, count = self._dims, len(box)
+        while count > 1 and box[count - 1] == (0, dims[count - 1]):
+            count -= 1
+        return self._runs.add(box[:count], dims)
 
     def overlap(self, box: Box) -> Box | None:
         """Some part of ``box`` that has arrived already, or None. (The part of a 0-d tensor is ``()``: compare with None.)"""
-        checked = self._checked(box)
-        found = None if _is_empty(checked) else self._runs.overlap(checked)
-        return None if found is None else self._as_asked(found)
+        return next((part for arrived, part in self._parts(box) if arrived), None)
 
     def covers(self, box: Box) -> bool:
         """Whether all of ``box`` has arrived."""
-        checked = self._checked(box)
-        return _is_empty(checked) or self._runs.covers(self._significant(checked))
+        return all(arrived for arrived, _ in self._parts(box))
 
     @property
     def whole(self) -> bool:
@@ -74,7 +69,7 @@ class Coverage:
 
     def missing(self) -> list[Box]:
         """Disjoint boxes of what has not arrived, in order."""
-        return [] if 0 in self._dims else [self._as_asked(box) for box in self._runs.gaps(self._dims)]
+        return [part for arrived, part in self._parts(whole(self.shape)) if not arrived]
 
     def clear(self) -> None:
         self._runs = _Runs()
@@ -83,31 +78,26 @@ class Coverage:
         state = "whole" if self.whole else "empty" if self.empty else f"{len(self._runs)} runs"
         return f"Coverage({list(self.shape)}: {state})"
 
-    def _checked(self, box: Box) -> Box:
+    def _parts(self, box: Box) -> Iterator[tuple[bool, Box]]:
+        """Disjoint parts of ``box``, in order, and whether each has arrived."""
+        checked = self._checked(box)
+        found = iter(()) if checked is None else self._runs.parts(checked)
+        return found if self.shape else ((arrived, ()) for arrived, _ in found)
+
+    def _checked(self, box: Box) -> Box | None:
+        """The box, of a tensor of one dim at least; None where it has no elements. Raises ReloadError for what is none."""
         try:
-            plain = tuple((operator.index(start), operator.index(stop)) for start, stop in box)
+            plain = tuple([(_index(start), _index(stop)) for start, stop in box])
+            plain = plain or ((0, 1),) * (self._dims == (1,))
+            if not all(0 <= start <= stop <= size for (start, stop), size in zip(plain, self._dims, strict=True)):
+                raise ValueError
         except (TypeError, ValueError):
-            plain = None
-        if plain == () and self._dims == (1,):
-            return ((0, 1),)
-        fits = plain is not None and len(plain) == len(self._dims)
-        if plain is None or not fits or any(not 0 <= a <= b <= size for (a, b), size in zip(plain, self._dims, strict=True)):
             raise ReloadError(
                 "these elements are not in the tensor",
                 expected=f"a (start, stop) within each dim of {list(self.shape)}",
                 found=repr(box)[:80],
-            )
-        return plain
-
-    def _significant(self, box: Box) -> Box:
-        """The box without the dims at its end of which it has everything (dim 0 stays)."""
-        count = len(box)
-        while count > 1 and box[count - 1] == (0, self._dims[count - 1]):
-            count -= 1
-        return box[:count]
-
-    def _as_asked(self, box: Box) -> Box:
-        return box if self.shape else ()
+            ) from None
+        return None if any(start == stop for start, stop in plain) else plain
 
 
 _Run: TypeAlias = "tuple[int, int, _Runs | None]"
@@ -120,7 +110,7 @@ class _Runs(list["_Run"]):
 
     def __init__(self, runs: Sequence[_Run] = ()) -> None:
         super().__init__(runs)
-        #: Two runs hold this list (one was cut in two): whoever changes it makes a copy first.
+        #: Another run may hold this list (one was cut in two): whoever changes it makes a copy first.
         self.shared = False
 
     def is_all(self, size: int) -> bool:
@@ -129,6 +119,9 @@ class _Runs(list["_Run"]):
     def add(self, box: Box, dims: tuple[int, ...]) -> bool:
         """Take in a non-empty box whose missing last dims mean everything. True if it was wholly new."""
         low, high = box[0]
+        if not self or self[-1][1] < low:  # behind all others: what loaders do
+            self.append((low, high, _of(box[1:])))
+            return True
         first = last = self._reached(low)
         new, at = True, low
         pieces: list[_Run] = []
@@ -139,7 +132,7 @@ class _Runs(list["_Run"]):
                 pieces.append((at, begin, _of(box[1:])))
             if start < begin:
                 pieces.append((start, begin, inner))
-            fresh, grown = _grown(inner, box[1:], dims[1:], cut=(start < begin) + (end < stop))
+            fresh, grown = _grown(inner, box[1:], dims[1:], cut=start < begin or end < stop)
             pieces.append((begin, end, grown))
             if end < stop:
                 pieces.append((end, stop, inner))
@@ -148,31 +141,6 @@ class _Runs(list["_Run"]):
             pieces.append((at, high, _of(box[1:])))
         self._put(first, last, pieces)
         return new
-
-    def add_rows(self, low: int, high: int) -> bool:
-        """Take in all elements of runs ``low`` to ``high`` if none of them is there yet; otherwise False and no change."""
-        if not self or self[-1][1] < low:
-            self.append((low, high, None))
-            return True
-        if self[-1][1] == low:
-            index = len(self)
-        else:
-            index = bisect_left(self, (low,))
-            if index and self[index - 1][1] > low:
-                return False
-        first, last = index, index
-        if index < len(self):
-            start, stop, inner = self[index]
-            if start < high:
-                return False
-            if start == high and inner is None:
-                high, last = stop, index + 1
-        if index:
-            start, stop, inner = self[index - 1]
-            if stop == low and inner is None:
-                low, first = start, index - 1
-        self[first:last] = ((low, high, None),)
-        return True
 
     def _reached(self, low: int) -> int:
         """Index of the first run that ends behind ``low``."""
@@ -202,57 +170,34 @@ class _Runs(list["_Run"]):
                 inner.shared = True
         return _Runs(self)
 
-    def overlap(self, box: Box) -> Box | None:
-        low, high = box[0]
-        for index in range(self._reached(low), len(self)):
-            start, stop, inner = self[index]
-            if start >= high:
-                return None
-            rest = box[1:] if inner is None else inner.overlap(box[1:])
-            if rest is not None:
-                return ((max(start, low), min(stop, high)), *rest)
-        return None
-
-    def covers(self, box: Box) -> bool:
-        at, high = box[0]
+    def parts(self, box: Box) -> Iterator[tuple[bool, Box]]:
+        """See :meth:`Coverage._parts`."""
+        (at, high), *rest = box
         for index in range(self._reached(at), len(self)):
             start, stop, inner = self[index]
-            if start > at or not (inner is None or (len(box) > 1 and inner.covers(box[1:]))):
-                return False
-            at = stop
-            if at >= high:
-                return True
-        return False
-
-    def gaps(self, dims: tuple[int, ...]) -> Iterator[Box]:
-        everything = whole(dims[1:])
-        at = 0
-        for start, stop, inner in self:
+            if start >= high:
+                break
             if at < start:
-                yield ((at, start), *everything)
-            if inner is not None:
-                yield from (((start, stop), *gap) for gap in inner.gaps(dims[1:]))
-            at = stop
-        if at < dims[0]:
-            yield ((at, dims[0]), *everything)
+                yield False, ((at, start), *rest)
+            run = max(start, at), min(stop, high)
+            for arrived, part in [(True, rest)] if inner is None else inner.parts(tuple(rest)):
+                yield arrived, (run, *part)
+            at = run[1]
+        if at < high:
+            yield False, ((at, high), *rest)
 
 
 def _of(box: Box) -> _Runs | None:
     return _Runs([(*box[0], _of(box[1:]))]) if box else None
 
 
-def _grown(inner: _Runs | None, box: Box, dims: tuple[int, ...], cut: int) -> tuple[bool, _Runs | None]:
-    """(whether ``box`` was new, ``inner`` with it). ``cut``: how many other pieces of its run keep ``inner`` as it is."""
+def _grown(inner: _Runs | None, box: Box, dims: tuple[int, ...], *, cut: bool) -> tuple[bool, _Runs | None]:
+    """(whether ``box`` was new, ``inner`` with it). ``cut``: other pieces of its run keep ``inner`` as it is."""
     if inner is None:
         return False, None
-    if cut == 2:
-        inner.shared = True
+    inner.shared |= cut
     if not box:
         return False, None
-    own = inner.copy() if cut or inner.shared else inner
+    own = inner.copy() if inner.shared else inner
     new = own.add(box, dims)
     return new, None if own.is_all(dims[0]) else own
-
-
-def _is_empty(box: Box) -> bool:
-    return any(start == stop for start, stop in box)

@@ -4,23 +4,39 @@ from __future__ import annotations
 
 import weakref
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
-from ..errors import StateError
-from . import refusals
+from ..errors import MemoryFreedError, StateError
+from ..layout import BoundLayout
+from ..layout.boxes import shown
 from .kernel_name import KernelName
-from .listeners import Listeners, RawWriter
 from .locks import LOCKS, lock_number
 from .states import RegionStates, State
+
+
+class Listener(Protocol):
+    """A registry that shows a storage's kernel name or derives from it."""
+
+    @property
+    def is_open(self) -> bool: ...
+    def open(self) -> None: ...
+
+
+class RawWriter(Protocol):
+    """Who outside writes the raw bytes: an exposure in kernel order."""
+
+    writer: str
 
 
 class GuardedMemory:
     """A buffer with the state of every region, a lock, a version, and whoever must know before its bytes change."""
 
     label: str
+    bound: BoundLayout
     buffer: Tensor
+    elements: Tensor  #: Of the checkpoint's dtype, flat, with a version counter of its own: a write is none to the geometry.
     _address: int
     states: RegionStates
     kernel_name: KernelName | None
@@ -28,7 +44,7 @@ class GuardedMemory:
     def __init__(self) -> None:
         self.version = 0  #: Counts changes of content; whoever derives from this storage compares it with what it saw last.
         self._writer: weakref.ref[RawWriter] | None = None
-        self.listeners = Listeners()
+        self._listeners: list[weakref.ref[Listener]] = []
         self.lock_number = lock_number()
 
     @property
@@ -67,7 +83,19 @@ class GuardedMemory:
 
     def tell(self) -> None:
         """What shows a kernel name of this storage or derives from it refuses from now on, until it is processed."""
-        self.listeners.open_all()
+        for reference in self._listeners:
+            listener = reference()
+            if listener is not None and not listener.is_open:
+                listener.open()
+
+    @property
+    def listeners(self) -> list[Listener]:
+        """Whoever :meth:`tell` tells and still is."""
+        return [found for reference in self._listeners if (found := reference()) is not None]
+
+    def listen(self, listener: Listener) -> None:
+        """Tell ``listener``, which is held weakly, once each time."""
+        self._listeners = [weakref.ref(known) for known in self.listeners if known is not listener] + [weakref.ref(listener)]
 
     def invalidate(self, why: str | None = None) -> None:
         """Nobody knows what the bytes are (failed load, sleep). Only a whole rewrite leads out."""
@@ -123,13 +151,36 @@ class GuardedMemory:
         """Raise MemoryFreedError where other code gave the memory back (``untyped_storage().resize_(0)``)."""
         held = self.buffer.untyped_storage().nbytes()
         if held < self.buffer.numel() and self.buffer.device.type != "meta":
-            raise refusals.freed(self.label, self.buffer.numel(), held)
+            raise MemoryFreedError(
+                "the memory of this name was freed",
+                label=self.label,
+                expected=f"{self.buffer.numel()} bytes",
+                found=f"{held} bytes",
+                remedy="Call aliasparam.invalidate(model) before memory is lent; have it back at its address, and load again.",
+            )
 
     def need_unexposed(self, doing: str) -> None:
         """Raise StateError while somebody outside writes the raw bytes."""
         if (writer := self.exposed) is not None:
-            raise refusals.exposed(self.label, doing, writer)
+            raise StateError(
+                f"cannot {doing}: the raw bytes are exposed to {writer}",
+                label=self.label,
+                expected="written() or abandon() of the exposure first",
+                found="an open exposure",
+                remedy="Close it, or leave its `with` block.",
+            )
 
     def not_loaded(self, doing: str, region: int | None = None) -> StateError:
         """What to raise where a region (default: the first) lacks elements."""
-        return refusals.not_loaded(self.label, self.states, doing, region)
+        states = self.states
+        region = min(states.missing) if region is None else region
+        state, count = states.of(region), states.count
+        missing = ", ".join(map(shown, states.missing_boxes(region)[:3])) if state is State.PARTIAL else ""
+        what = f"{state.value}: {states.why}" if states.why and state is State.INVALID else state.value
+        return StateError(
+            f"{doing}: region {region} of {count} is {state.value!r}" if count > 1 else f"{doing}: it is {state.value!r}",
+            label=self.label,
+            expected="every element of the tensor written",
+            found=f"{what}, without {missing}" if missing else what,
+            remedy="Load every shard of this tensor first.",
+        )

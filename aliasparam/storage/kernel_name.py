@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import copy
 import weakref
-from typing import Any, NoReturn, Protocol
+from operator import attrgetter
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -27,12 +28,6 @@ from ..torch_private import never_traced, outside_inference, refused_when_traced
 _REMEDY = "Call aliasparam.process(model) after loading."
 
 
-class Owner(Protocol):
-    """The storage whose memory a kernel name shows."""
-
-    kernel_name: KernelName | None
-
-
 class KernelName:
     """One kernel-format name: its tensor, and its memory as the library writes it.
 
@@ -42,7 +37,7 @@ class KernelName:
         owner: the storage whose buffer ``memory`` is a view of, or None where it has memory of its own.
     """
 
-    def __init__(self, label: str, memory: Tensor, owner: Owner | None = None) -> None:
+    def __init__(self, label: str, memory: Tensor, owner: object = None) -> None:
         self.label = label
         self.memory = memory
         self.owner = owner
@@ -115,7 +110,7 @@ class KernelName:
 
     def __reduce__(self) -> Any:
         if self.owner is not None:
-            return _name_of, (self.owner,)
+            return attrgetter("kernel_name"), (self.owner,)
         # Of now: torch.save() writes the bytes of a tensor after all else.
         return _copy, (self.label, self.memory.clone(), self.was_written)
 
@@ -125,10 +120,6 @@ def _copy(label: str, memory: Tensor, was_written: bool) -> KernelName:
     name = KernelName(label, memory)
     name.version -= was_written
     return name
-
-
-def _name_of(storage: Owner) -> KernelName | None:
-    return storage.kernel_name
 
 
 class Hidden:
@@ -187,12 +178,8 @@ class RefusingName(Tensor):
         return copy.deepcopy(self._alias_name, memo).refusing
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _twin_of, (self._alias_name,)
+        return attrgetter("refusing"), (self._alias_name,)
 
 
 never_traced(RefusingName)
 refused_when_traced(RefusingName.__torch_function__, "a kernel-format name is open: call aliasparam.process(model) after loading")
-
-
-def _twin_of(name: KernelName) -> Tensor:
-    return name.refusing

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Mapping
 
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -20,7 +19,7 @@ def check_memory(label: str, tensors: Mapping[str, Tensor], beside: Mapping[str,
         tensors: declared sources by name; those on the meta device have no memory and pass.
         beside: other Parameters of the module. One that lies in a source's memory would lose it, unseen.
     """
-    real = _real(tensors)
+    real = {name: t for name, t in tensors.items() if t.device.type != "meta" and t.numel()}
     devices = {str(t.device) for t in real.values()}
     if len(devices) > 1:
         raise DeclarationError(
@@ -40,53 +39,28 @@ def check_memory(label: str, tensors: Mapping[str, Tensor], beside: Mapping[str,
                 found=f"shape {list(tensor.shape)}, strides {list(tensor.stride())}",
                 remedy="Register tensor.contiguous() instead.",
             )
-    for first, second in _overlaps([_Range.of(n, t, True) for n, t in real.items()] + _ranges_beside(real, beside)):
-        raise DeclarationError(
-            "two names overlap in memory",
-            module=label,
-            name=f"{first.name}, {second.name}",
-            expected="tensors apart from each other",
-            found=f"bytes {second.start} to {min(first.end, second.end) - 1} in both",
-            remedy="Declare the tensor which owns the memory and show parts of it: registry.show_shards(...).",
-        )
-
-
-class _Range(NamedTuple):
-    start: int
-    end: int
-    name: str
-    declared: bool
-
-    @classmethod
-    def of(cls, name: str, tensor: Tensor, declared: bool) -> _Range:
-        return cls(tensor.data_ptr(), tensor.data_ptr() + extent(tensor), name, declared)
-
-
-def _real(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: t for name, t in tensors.items() if t.device.type != "meta" and t.numel()}
-
-
-def _ranges_beside(real: Mapping[str, Tensor], beside: Mapping[str, Tensor]) -> list[_Range]:
     objects = {id(t) for t in real.values()}  # the same object under a second name is a tie, which is kept
-    return [_Range.of(n, t, False) for n, t in _real(beside).items() if id(t) not in objects and has_memory(t)]
+    others = {name: t for name, t in beside.items() if id(t) not in objects and has_memory(t)}
+    every = [(t.data_ptr(), t.data_ptr() + extent(t), name, of is real) for of in (real, others) for name, t in of.items()]
+    furthest: dict[bool, tuple[int, str]] = {}  # of what is declared, and of what is not: where one ends
+    for start, end, name, declared in sorted(every):
+        for known, (stop, other) in furthest.items():
+            if start < stop and (known or declared):
+                raise DeclarationError(
+                    "two names overlap in memory",
+                    module=label,
+                    name=f"{other}, {name}",
+                    expected="tensors apart from each other",
+                    found=f"bytes {start} to {min(stop, end) - 1} in both",
+                    remedy="Declare the tensor which owns the memory and show parts of it: registry.show_shards(...).",
+                )
+        furthest[declared] = max(furthest.get(declared, (0, "")), (end, name))
 
 
 def has_memory(tensor: Tensor) -> bool:
     """Whether it has bytes at an address."""
     strided = other_kind(tensor) is None and not is_traceable_wrapper_subclass(tensor)
     return strided and tensor.device.type != "meta" and tensor.numel() > 0
-
-
-def _overlaps(ranges: list[_Range]) -> Iterator[tuple[_Range, _Range]]:
-    """Pairs with bytes in common, of which one at least is declared."""
-    furthest: dict[bool, _Range] = {}
-    for current in sorted(ranges):
-        for declared, earlier in furthest.items():
-            if current.start < earlier.end and (declared or current.declared):
-                yield earlier, current
-        kept = furthest.get(current.declared)
-        if kept is None or current.end > kept.end:
-            furthest[current.declared] = current
 
 
 def extent(tensor: Tensor) -> int:

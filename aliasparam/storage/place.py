@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ..layout.boxes import row_major
+from ..layout.boxes import row_major, sizes
 from .coverage import Box
 
 
@@ -38,47 +38,23 @@ class Place(NamedTuple):
     def to_view(self, value: Tensor) -> Tensor:
         """A value of the box's shape in the view's."""
         value = value.view(self.squeezed)
-        return value if self.order is None else value.permute(_inverse(self.order))
+        return value if self.order is None else value.permute(sorted(range(len(self.order)), key=self.order.__getitem__))
 
 
 @lru_cache(maxsize=1 << 16)
 def placed(base: tuple[int, ...], offset: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> Place | None:
     if not all(shape):
         return Place(tuple((0, 0) for _ in base), (0,) * len(base), None, shape) if base else None
-    steps = row_major(base)
-    starts, left = [], offset
-    for step, size in zip(steps, base, strict=True):
-        starts.append(left // step if size > 1 else 0)
-        left -= starts[-1] * step
-    found = _match(base, steps, shape, strides)
-    if left or found is None:
+    over = [(stride, dim) for dim, (size, stride) in enumerate(zip(shape, strides, strict=True)) if size > 1]
+    dims = dict(over)  # of the view, by what one step is in the tensor
+    box, order = [], []
+    for step, size in zip(row_major(base), base, strict=True):
+        start, offset = divmod(offset, step) if size > 1 else (0, offset)
+        dim = dims.pop(step, None) if size > 1 else None
+        order += [] if dim is None else [dim]
+        box.append((start, start + (1 if dim is None else shape[dim])))  # an index was taken, or a range
+    if offset or dims or len(order) < len(over) or any(stop > size for (_, stop), size in zip(box, base, strict=True)):
         return None
-    sizes = [shape[v] if v is not None else 1 for v in found]
-    if any(start + size > limit for start, size, limit in zip(starts, sizes, base, strict=True)):
-        return None
-    order = tuple(v for v in found if v is not None)
-    ones = [v for v, n in enumerate(shape) if n == 1 and v not in order]  # dims of one element lie anywhere: first
-    order = (*ones, *order)
-    box = tuple((start, start + size) for start, size in zip(starts, sizes, strict=True))
-    in_order = order == tuple(range(len(shape)))
-    return Place(box, tuple(sizes), None if in_order else order, tuple(shape[v] for v in order))
-
-
-def _match(base: tuple[int, ...], steps: list[int], shape: tuple[int, ...], strides: tuple[int, ...]) -> list[int | None] | None:
-    """For each dim of the tensor, the view's dim over it (None: an index was taken); None where a dim is over none."""
-    found: list[int | None] = [None] * len(base)
-    for dim, (size, stride) in enumerate(zip(shape, strides, strict=True)):
-        if size == 1:
-            continue
-        at = next((b for b, step in enumerate(steps) if step == stride and base[b] > 1 and found[b] is None), None)
-        if at is None:
-            return None
-        found[at] = dim
-    return found
-
-
-def _inverse(order: tuple[int, ...]) -> list[int]:
-    back = [0] * len(order)
-    for position, dim in enumerate(order):
-        back[dim] = position
-    return back
+    order = [*(dim for dim in range(len(shape)) if dim not in order), *order]  # dims of one element lie anywhere: first
+    in_order = order == list(range(len(shape)))
+    return Place(tuple(box), sizes(tuple(box)), None if in_order else tuple(order), tuple(shape[dim] for dim in order))

@@ -1,8 +1,8 @@
-"""Writing a shard: a box inside one region, over and over.
+"""Writing a shard: a box of one region or several, over and over.
 
-[Note: shards] A loader writes the same few shards of every expert. A view inside one region is a view of that region's part of
-the tensor, so what follows from it, and from the form of a value, is found once for all regions: the box, and strided copies
-with their places in memory. A write is then two views and one ``copy_`` for each of them.
+[Note: shards] A loader writes the same few shards of every expert. All regions are alike, so what follows from where a view lies,
+counted from its first region, and from the form of a value, is found once for all of them: the box, and strided copies with their
+places in memory. A write is then two views and one ``copy_`` for each of them.
 """
 
 from __future__ import annotations
@@ -16,21 +16,22 @@ from torch import Tensor
 
 from ..layout import BoundLayout, triton_copy
 from ..layout.execute import WIDEST, Copy, in_every_region, of_value
-from ..layout.strided import StridedLayout
+from ..layout.strided import TORCH, TRITON, StridedLayout
 from ..torch_private import outside_inference
 from .coverage import Box
 from .place import placed
+from .states import regions_under
 
 #: Shards kept for one memory, each with a view of it for every copy.
 _KEPT = 16
 
-#: Where a view lies in its region (offset, shape, strides); shape and strides of a value; bytes that addresses are a multiple of;
-#: whether our own kernel may run.
+#: Where a view lies, counted from its first region (offset, shape, strides); shape and strides of a value; bytes that addresses
+#: are a multiple of; whether our own kernel may run.
 Form: TypeAlias = tuple[int, tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...], int, bool]
 
 
 class Move(NamedTuple):
-    """One copy of a shard, in whatever region.
+    """One copy of a shard, wherever it begins.
 
     Attributes:
         copy: which elements of a value, and where in memory; where our own kernel copies, the first of them alone.
@@ -44,22 +45,26 @@ class Move(NamedTuple):
 
 
 class Shard:
-    """A box inside one region, and the copies that bring a value of one form into it. See [Note: shards].
+    """A box, and the copies that bring a value of one form into it. See [Note: shards].
 
     Attributes:
-        box: where it is in the first region. In the coordinates of the tensor: another layout may count a dim of one as a region.
+        box: where it is, if its first region is the first of all. In the coordinates of the tensor: another layout may count a
+            dim of one as a region.
+        regions: the numbers of its regions, counted from its first.
         is_real: False where it was made while torch shows stand-ins for tensors (``FakeTensorMode``).
     """
 
     def __init__(self, box: Box, moves: Sequence[Move], memory: Tensor, bound: BoundLayout) -> None:
         self.box = box
+        self.regions = regions_under(box, bound.shape[: bound.lead])
+        firsts = bound.regions - self.regions[-1]
+        everywhere = [in_every_region(move.copy, memory, firsts, bound.region_capacity) for move in moves]
         self._has_regions = bound.lead > 0
-        everywhere = [in_every_region(move.copy, memory, bound.regions, bound.region_capacity) for move in moves]
         self._moves = [(move, t if bound.lead else t[0]) for move, t in zip(moves, everywhere, strict=True)]
         self.is_real = all(type(t) is Tensor for t in everywhere)
 
     def write(self, region: int, value: Tensor) -> None:
-        """Put ``value`` in its place in one region."""
+        """Put ``value`` in its place, from one region on."""
         for (copy, by_kernel, as_it_is), memory in self._moves:
             target = memory[region] if self._has_regions else memory
             source = value if as_it_is else of_value(copy, value)
@@ -83,10 +88,10 @@ class Shards:
         self._found: dict[Form, Shard] = {}
 
     def under(self, view: Tensor, value: Tensor) -> tuple[Shard | None, int]:
-        """The shard that ``view``, of the checkpoint tensor, is for values like ``value``; and its region.
+        """The shard that ``view``, of the checkpoint tensor, is for values like ``value``; and its first region.
 
-        None where ``value`` is of another dtype or device or lies in the memory itself, where the view is no box of one region,
-        and where values do not get there by strided copies.
+        None where ``value`` is of another dtype or device or lies in the memory itself, where the view is no box, and where
+        values do not get there by strided copies.
         """
         bound, memory, address, pointer = self.bound, self.memory, self.memory.data_ptr(), value.data_ptr()
         is_like = value.dtype is view.dtype is self._dtype and value.device == self._device
@@ -99,7 +104,7 @@ class Shards:
         by_kernel = memory.is_cuda and triton_copy.takes(memory, value)
         form = offset, view.shape, view.stride(), value.shape, value.stride(), align & -align, by_kernel
         shard = self._found.get(form) or self._planned(form)
-        return shard if region < bound.regions else None, region
+        return None if shard is None or region + shard.regions[-1] >= bound.regions else shard, region
 
     def _planned(self, form: Form) -> Shard | None:
         found = planned(self.bound, form) if isinstance(self.bound, StridedLayout) else None
@@ -116,18 +121,21 @@ class Shards:
 
 @lru_cache(maxsize=1 << 13)
 def planned(bound: StridedLayout, form: Form) -> tuple[Box, list[Move]] | None:
-    """The box of the first region which a view is, and the copies that bring a value there; or None: see :meth:`Shards.under`."""
+    """The :attr:`Shard.box` that a view is, and the copies that bring a value there; or None: see :meth:`Shards.under`."""
     offset, shape, strides, given, given_strides, align, by_kernel = form
     if not all(shape):
         return None
-    place = placed(bound.shape[bound.lead :], offset, shape, strides)
+    lead, place = bound.lead, placed(bound.shape[bound.lead :], offset, shape, strides)
+    if place is None:
+        lead, place = 0, placed(bound.shape, offset, shape, strides)
     if place is None:
         return None
     value = torch.empty_strided(given, given_strides, dtype=bound.dtype, device="meta")
     boxed = place.to_box(value.expand(shape))
-    ones, none = [1] * bound.lead, [0] * bound.lead  # of one region
-    copies = bound.copies(place.box, (*ones, *place.shape), (*none, *boxed.stride()), bound.dtype, align, by_kernel=by_kernel)
+    ones, none = [1] * lead, [0] * lead  # of one region
     box = *((0, 1) for _ in ones), *place.box
+    to = box[bound.lead :], (*ones, *place.shape), (*none, *boxed.stride())
+    copies = bound.copies(*to, bound.dtype, align, TRITON if by_kernel else TORCH)
     return box, [Move(copy.start, copy, False) if ours else _by_torch(copy, value) for copy, ours in copies]
 
 

@@ -36,8 +36,10 @@ class State(Enum):
 
 _INVALID = State.INVALID  # for every write: Python 3.11 looks a member of an Enum up by its name each time
 
+#: What a region is that is not LOADED; a PARTIAL one is what has arrived of it.
+Lacking: TypeAlias = State | Coverage
 #: The regions of one write, and those of them that were not LOADED before.
-Begun: TypeAlias = tuple[Sequence[int], dict[int, State]]
+Begun: TypeAlias = tuple[Sequence[int], dict[int, Lacking]]
 
 
 class RegionStates:
@@ -56,13 +58,12 @@ class RegionStates:
         if math.prod(self._core) == 0:
             state = State.LOADED
         #: Regions which are not LOADED, with what they are: one entry changes by one assignment, so an interrupt leaves no doubt.
-        self.missing: dict[int, State] = {} if state is State.LOADED else dict.fromkeys(range(count), state)
+        self.missing: dict[int, Lacking] = {} if state is State.LOADED else dict.fromkeys(range(count), state)
         self.count = count
         self._whole = whole(self._core)
         #: When the bytes of each region were last put in question: whoever keeps these knows which regions were written since.
         self.writes = [0] * count
         self.clock = 0
-        self._arrived: dict[int, Coverage] = {}
         #: What made regions INVALID, where that is not plain.
         self.why: str | None = None
 
@@ -71,7 +72,7 @@ class RegionStates:
         """The state of all regions, or None where they differ. No regions are LOADED."""
         if not self.missing:
             return State.LOADED
-        found = set(self.missing.values())
+        found = {_state(lacking) for lacking in self.missing.values()}
         return found.pop() if len(self.missing) == self.count and len(found) == 1 else None
 
     @property
@@ -80,21 +81,11 @@ class RegionStates:
         return [self.of(region) for region in range(self.count)]
 
     def of(self, region: int) -> State:
-        return self.missing.get(region, State.LOADED)
+        return _state(self.missing.get(region, State.LOADED))
 
-    def regions(self, box: Box) -> range | list[int]:
+    def regions(self, box: Box) -> Sequence[int]:
         """The numbers of the regions which a box of the whole tensor touches."""
-        for start, stop in box:
-            if start >= stop:
-                return range(0)
-        if self._lead == 0:
-            return range(1)
-        if self._lead == 1:
-            return range(*box[0])
-        found = [0]
-        for (start, stop), size in zip(box[: self._lead], self._outer, strict=True):
-            found = [r * size + i for r in found for i in range(start, stop)]
-        return found
+        return regions_under(box, self._outer)
 
     def begin(self, box: Box) -> Begun:
         """Bytes under ``box`` are about to change. Returns what :meth:`arrived` or :meth:`rollback` need."""
@@ -118,13 +109,14 @@ class RegionStates:
         """Every element under ``box`` was written, in all regions that were begun: which ones ``box`` names does not matter."""
         core, (regions, before) = box[self._lead :], begun
         for region in regions:
-            if region not in before:
-                del self.missing[region]
-            elif self._add(region, before[region], core):
-                del self.missing[region]
-                self._arrived.pop(region, None)
-            else:
-                self.missing[region] = State.PARTIAL
+            if before and region in before and core != self._whole:
+                lacking = before[region]
+                found = lacking if isinstance(lacking, Coverage) else Coverage(self._core)
+                found.take(core)
+                if not found.whole:
+                    self.missing[region] = found
+                    continue
+            del self.missing[region]
 
     def rollback(self, begun: Begun) -> None:
         """No byte was changed after all."""
@@ -132,28 +124,18 @@ class RegionStates:
         for region in regions:
             self._put(region, before.get(region, State.LOADED))
 
-    def _add(self, region: int, state: State, core: Box) -> bool:
-        if core == self._whole:
-            return True
-        coverage = self._arrived.get(region)
-        if coverage is None or state is not State.PARTIAL:
-            coverage = self._arrived[region] = Coverage(self._core)
-        coverage.add(core)
-        return coverage.whole
-
     def readable(self, box: Box) -> int | None:
         """None where every element under ``box`` has arrived; else the first region which lacks some."""
         for region in self.regions(box):
-            state = self.of(region)
-            if state is State.LOADED or (state is State.PARTIAL and self._arrived[region].covers(box[self._lead :])):
-                continue
-            return region
+            lacking = self.missing.get(region)
+            if lacking is not None and not (isinstance(lacking, Coverage) and lacking.covers(box[self._lead :])):
+                return region
         return None
 
     def missing_boxes(self, region: int) -> list[Box]:
         """What has not arrived of one region, in its own coordinates."""
-        coverage = self._arrived.get(region) if self.of(region) is State.PARTIAL else None
-        return [self._whole] if coverage is None else coverage.missing()
+        lacking = self.missing.get(region)
+        return lacking.missing() if isinstance(lacking, Coverage) else [self._whole]
 
     def put_all(self, state: State, why: str | None = None) -> None:
         """One state for every region that has elements."""
@@ -162,11 +144,27 @@ class RegionStates:
                 self._put(region, state)
         self.clock += 1
         self.writes = [self.clock] * self.count
-        self._arrived.clear()
         self.why = why
 
-    def _put(self, region: int, to: State) -> None:
+    def _put(self, region: int, to: Lacking) -> None:
         if to is State.LOADED:
             self.missing.pop(region, None)
         else:
             self.missing[region] = to
+
+
+def regions_under(box: Box, outer: Sequence[int]) -> Sequence[int]:
+    """The numbers of the regions, which the dims ``outer`` count, that a box of the whole tensor touches."""
+    for start, stop in box:
+        if start >= stop:
+            return range(0)
+    if len(outer) == 1:
+        return range(*box[0])
+    found = [0]
+    for (start, stop), size in zip(box, outer, strict=False):
+        found = [r * size + i for r in found for i in range(start, stop)]
+    return found
+
+
+def _state(lacking: Lacking) -> State:
+    return lacking if isinstance(lacking, State) else State.PARTIAL

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from ..errors import DeclarationError
-from ..layout import BoundLayout
 from ..layout.bind import Bindable, bound_to
 from ..spec import TensorSpec
 from ..torch_private import outside_inference
@@ -23,9 +22,9 @@ from .coverage import Box
 from .guarded import GuardedMemory
 from .kernel_name import KernelName
 from .locks import LOCKS
-from .scatter import scatter
 from .shards import Shards
 from .states import RegionStates, State
+from .transaction import Part, write_all
 
 
 class AliasedStorage(GuardedMemory):
@@ -69,8 +68,6 @@ class AliasedStorage(GuardedMemory):
         self.states = RegionStates(spec.shape, self.bound.lead, state)
 
     layout: Bindable | None
-    bound: BoundLayout
-    elements: Tensor  #: Of the checkpoint's dtype, flat, with a version counter of its own: a write is none to the geometry.
     shards: Shards
     #: What the checkpoint name looks like; its bytes are the checkpoint's where the layout is the identity.
     geometry: Tensor
@@ -125,10 +122,7 @@ class AliasedStorage(GuardedMemory):
             StateError: the bytes are being written from outside. Nothing has changed then.
         """
         with LOCKS[self.lock_number]:
-            self.before_write()
-            before = self.states.begin(box)
-            scatter(self.bound, self.elements, box, value, non_blocking)
-            self.states.arrived(box, before)
+            write_all([Part(self, box, value)], non_blocking)
 
     def write_shard(self, view: Tensor, value: Tensor) -> bool:
         """:meth:`write` through ``view`` of :attr:`geometry`, where it is a shard for such values: what loaders do all day.
@@ -144,7 +138,8 @@ class AliasedStorage(GuardedMemory):
             if shard is None:
                 return False
             self.changing()
-            before = self.states.begin_regions((region,))
+            others = shard.regions
+            before = self.states.begin_regions((region,) if len(others) == 1 else [region + other for other in others])
             shard.write(region, value)
             self.states.arrived(shard.box, before)
         return True

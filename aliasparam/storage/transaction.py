@@ -16,8 +16,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from .coverage import Box
+from .guarded import GuardedMemory
 from .scatter import scatter
-from .storage import AliasedStorage
 
 
 class Part(NamedTuple):
@@ -30,7 +30,7 @@ class Part(NamedTuple):
         arrived: the boxes that count as written where that is not ``box``: values beside them are what was there.
     """
 
-    storage: AliasedStorage
+    storage: GuardedMemory
     box: Box
     value: Tensor
     arrived: Sequence[Box] | None = None

@@ -150,15 +150,16 @@ def test_law_1_a_view_behind_the_tensor_is_no_shard_of_it() -> None:
     assert torch.equal(layer.weight, before)
 
 
-def test_a_shard_write_is_twenty_calls() -> None:
-    """What every loader pays for every shard: the steps in CONTRIBUTING.md, and none that was planned before."""
+@pytest.mark.parametrize("region", [1, None])
+def test_a_shard_write_is_twenty_calls(region: int | None) -> None:
+    """What every loader pays for every shard, or a whole: the steps in CONTRIBUTING.md, and none that was planned before."""
     layer, value = layer_of(torch.zeros(3, 4, 8, dtype=torch.uint8)), torch.ones(4, 8, dtype=torch.uint8)
-    layer.weight.data[0].copy_(value)
+    (layer.weight.data if region is None else layer.weight.data[0]).copy_(value)
     weight, calls = layer.weight, []
 
     sys.setprofile(lambda frame, event, _: calls.append(frame.f_code.co_name) if event == "call" else None)
     try:
-        weight.data[1].copy_(value)
+        (weight.data if region is None else weight.data[region]).copy_(value)
     finally:
         sys.setprofile(None)
 

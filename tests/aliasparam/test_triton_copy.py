@@ -51,7 +51,7 @@ def scales_of_experts() -> Copy:
     bound = Layout(SWIZZLE).bind((384, 4096, 448), torch.uint8)
     assert isinstance(bound, StridedLayout)
     strides = torch.empty(bound.shape, device="meta").stride()
-    (copy,) = plan(bound.boxes(bound.whole[1:]), [(384, bound.region_capacity)], strides, 1, 16)
+    (copy,) = plan(bound.boxes(bound.whole[1:], bound.shape, strides), 1, 16)
     assert copy.dtype is torch.int32
     return copy
 

@@ -48,10 +48,8 @@ def main() -> None:
 
 
 def by_triton(bound: StridedLayout, memory: torch.Tensor, value: torch.Tensor, *, write: bool) -> None:
-    lead = list(zip(value.shape, bound.lead_strides, strict=False))
-    copies = plan(
-        bound.boxes(bound.whole[bound.lead :]), lead, value.stride(), bound.dtype.itemsize, random.choice([4, 8]), backward=0
-    )
+    found = bound.boxes(bound.whole[bound.lead :], value.shape, value.stride())
+    copies = plan(found, bound.dtype.itemsize, random.choice([4, 8]), backward=0)
     for copy in copies:
         triton_copy.run(copy, *views(copy.start, memory, 0, value), write=write)
 
@@ -76,9 +74,8 @@ def sums_by_triton(bound: StridedLayout, memory: torch.Tensor, box: Box) -> list
         return found.tolist()
     sizes = [stop - start for start, stop in box]
     first = sum(start * stride for (start, _), stride in zip(box, bound.lead_strides, strict=False))
-    lead = list(zip(sizes, bound.lead_strides, strict=False))
     align = (first * memory.element_size() | 4) & -(first * memory.element_size() | 4)
-    copies = plan(bound.boxes(box[bound.lead :]), lead, row_major(sizes), memory.element_size(), align, 4, 0)
+    copies = plan(bound.boxes(box[bound.lead :], sizes, row_major(sizes)), memory.element_size(), align, 4, 0)
     sums = [triton_sum.sums(copy, views(copy.start, memory, first, memory)[0]) for copy in copies]
     return torch.stack(sums).sum(0).tolist()
 

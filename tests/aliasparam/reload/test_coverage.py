@@ -64,6 +64,11 @@ def test_a_union_of_boxes_in_any_order_is_exact(case: tuple[tuple[int, ...], lis
     assert coverage.empty and coverage.whole == (0 in shape)
 
 
+def test_a_box_of_lists_is_the_box() -> None:
+    coverage = Coverage((4, 3))
+    assert coverage.add([[0, 4], [0, 3]]) and coverage.whole  # type: ignore[arg-type]
+
+
 def test_0d_and_one_element_are_one_thing() -> None:
     for shape in ((), (1,)):
         for box in ((), ((0, 1),)):
