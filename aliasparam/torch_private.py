@@ -77,6 +77,11 @@ def outside_modes() -> AbstractContextManager[Any]:
     return _disable_current_modes()
 
 
+def is_among_stand_ins() -> bool:
+    """Whether torch computes with stand-ins for tensors (``FakeTensorMode``): nothing that is called writes any memory."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+
+
 def is_traced_by_jit() -> bool:
     """Whether ``torch.jit.trace`` is running: what it makes saves raw memory."""
     return torch._C._get_tracing_state() is not None

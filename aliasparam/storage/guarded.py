@@ -11,6 +11,7 @@ from torch import Tensor
 from ..errors import MemoryFreedError, StateError
 from ..layout import BoundLayout
 from ..layout.boxes import shown
+from ..torch_private import is_among_stand_ins
 from .kernel_name import KernelName
 from .locks import LOCKS, lock_number
 from .states import RegionStates, State
@@ -72,6 +73,14 @@ class GuardedMemory:
 
     def need_writable(self) -> None:
         """Raise StateError or MemoryFreedError where the bytes are not the library's to write. The caller holds the lock."""
+        if is_among_stand_ins():
+            raise StateError(
+                "a write among stand-ins for tensors lands nowhere",
+                label=self.label,
+                expected="a real tensor",
+                found="an active FakeTensorMode",
+                remedy="Load weights outside of it.",
+            )
         self._look_at_memory()
         if self._writer is not None:
             self.need_unexposed("write")

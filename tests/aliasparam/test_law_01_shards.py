@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from aliasparam import process
-from aliasparam.errors import LayoutError
+from aliasparam.errors import LayoutError, StateError
 from aliasparam.layout import IndexLayout, execute
 from aliasparam.testing import same_bytes
 
@@ -117,12 +118,14 @@ def test_law_1_bits_of_a_value_that_is_moved_as_integers(layout: Any, form: str,
     assert same_bytes(layer.weight.clone(), plain.copy_(of_form(value, form)))
 
 
-def test_law_1_a_write_after_one_among_stand_ins_lands() -> None:
+@pytest.mark.parametrize("write", [lambda w, v: w.copy_(v), lambda w, v: w.fill_(1), lambda w, v: w.copy_(v.float())])
+def test_law_8_a_write_among_stand_ins_is_none(write: Callable[[Any, Tensor], Any]) -> None:
     layer = layer_of(torch.zeros(2, 4, 8, dtype=torch.uint8))
-    first, second, value = layer.weight[0], layer.weight[1], torch.ones(4, 8, dtype=torch.uint8)
+    first, second, value = layer.weight[:1], layer.weight[1], torch.ones(4, 8, dtype=torch.uint8)
 
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        first.copy_(value)
+    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(StateError, match="lands nowhere"):
+        write(first, value)
+    assert not layer.weight.any()
     second.copy_(value)
 
     assert torch.equal(layer.weight[1], value)
@@ -133,7 +136,7 @@ def test_law_1_a_write_lands_after_wide_elements_were_first_moved_among_stand_in
     weight = layer.weight
     execute._empty.cache_clear()
 
-    with FakeTensorMode(allow_non_fake_inputs=True), contextlib.suppress(RuntimeError):
+    with FakeTensorMode(allow_non_fake_inputs=True), contextlib.suppress(RuntimeError, StateError):
         weight.copy_(value)
     weight.copy_(value)
 
