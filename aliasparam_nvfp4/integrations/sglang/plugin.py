@@ -12,12 +12,13 @@ _logger = logging.getLogger(__name__)
 _MODELOPT = "sglang.srt.layers.quantization.modelopt_quant"
 _LOADER = "sglang.srt.model_loader.loader"
 _UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
-_MANAGER = "sglang.srt.managers.scheduler_components.weight_updater"
+_COMPONENTS = "sglang.srt.managers.scheduler_components"
+_MANAGER = f"{_COMPONENTS}.weight_updater"
 
 
 def hooks() -> dict[str, Callable[..., Any]]:
     """Every seam and what goes around it, tried on SGLang 0.5.23."""
-    from . import checker, eplb, linear, moe, served, sleep, update
+    from . import checker, eplb, failed_step, linear, moe, served, sleep, update
 
     manager = f"{_MANAGER}.SchedulerWeightUpdaterManager"
     return {
@@ -34,6 +35,8 @@ def hooks() -> dict[str, Callable[..., Any]]:
         f"{manager}.end_weight_update": update.end_session,
         f"{manager}.resume_memory_occupation": sleep.resume,
         f"{_MANAGER}._export_static_state": sleep.export_state,
+        "sglang.srt.managers.tp_worker.TpModelWorker.forward_batch_generation": failed_step.forward,
+        f"{_COMPONENTS}.batch_result_processor.SchedulerBatchResultProcessor.process_batch_result_decode": failed_step.decode,
         "sglang.srt.eplb.expert_location_updater.ExpertLocationUpdater.update": eplb.update,
         "sglang.srt.utils.weight_checker.WeightChecker._model_state": checker.model_state,
     }

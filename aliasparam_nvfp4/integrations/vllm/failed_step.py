@@ -13,26 +13,15 @@ from vllm.logger import init_logger
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.request import RequestStatus
 
-from aliasparam.errors import StateError
+from ..refusal import SENT, is_refusal
 
 logger = init_logger("vllm.aliasparam_nvfp4")
-#: What the text of a refusal that a worker sends begins with, and what torch.compile says where it meets one while it traces.
-_SENT, _TRACED = "aliasparam_nvfp4 refused: ", "a kernel-format name is open"
-
-
-def is_refusal(error: BaseException | None) -> bool:
-    """Whether the model refused to run; what went wrong otherwise is vLLM's to judge."""
-    while error is not None:
-        if isinstance(error, StateError) or _SENT in str(error) or _TRACED in str(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def enqueue_output(original: Any, worker: Any, output: Any) -> None:
     """AROUND ``WorkerProc.enqueue_output`` (vllm/v1/executor/multiproc_executor.py, 0.32.0), which sends an error as its text."""
     refused = isinstance(output, Exception) and is_refusal(output)
-    original(worker, RuntimeError(f"{_SENT}{output}") if refused else output)
+    original(worker, RuntimeError(f"{SENT}{output}") if refused else output)
 
 
 def step(original: Any, core: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 def register() -> None:
     from sglang.srt.managers.scheduler import Scheduler
 
-    Scheduler.probe = probe
+    Scheduler.probe, Scheduler.invalidate_all = probe, invalidate_all
 
 
 def probe(scheduler: Any, path: str) -> None:
@@ -30,3 +30,10 @@ def probe(scheduler: Any, path: str) -> None:
         "model_path": runner.model_config.model_path,
     }
     Path(f"{path}.{get_parallel().tp_rank}.json").write_text(json.dumps(found))
+
+
+def invalidate_all(scheduler: Any) -> None:
+    """Have every layer of this package refuse, as after an update that could not be taken back."""
+    from aliasparam import invalidate
+
+    invalidate(scheduler.tp_worker.model_runner.model)
