@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ...errors import BackendError, ShapeError
 from ...moe import ExpertActivation, NvFp4MoEMethod
 from ..emulated import emulate_on_cpu
+from ..engine_experts import need_no_biases
 from ..leftover import pass_over
 from .options import moe_backend
 
@@ -44,9 +45,10 @@ class AliasedModelOptNvFp4FusedMoEMethod(ModelOptNvFp4FusedMoEMethod):  # type: 
     ) -> None:
         """
         Raises:
-            BackendError: an activation, or a way to combine experts, that no runner has.
+            BackendError: biases, an activation, or a way to combine experts, that no runner has.
             ShapeError: experts that are not spread evenly.
         """
+        need_no_biases(bool(extra_weight_attrs.get("with_bias")), type(layer).__name__)
         if layer.num_experts != num_experts * layer.moe_ep_size:
             raise ShapeError(
                 "the experts are not spread evenly over the ranks",

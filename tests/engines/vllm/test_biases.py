@@ -1,0 +1,38 @@
+"""Biases: of linear layers they are vLLM's parameters, added by ours; of experts they are refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from .engine import reload, start, stop  # skips without vLLM
+
+from vllm import SamplingParams  # isort: skip
+from ..biases import biased, gpt_oss, near  # isort: skip
+
+PROMPT = list(range(5, 25))
+
+
+def answer(llm: Any) -> Tensor:
+    """Log probabilities of the token after the prompt, ``[V]``."""
+    sampling = SamplingParams(temperature=0, max_tokens=1, logprobs=64, detokenize=False)
+    found = llm.generate([{"prompt_token_ids": PROMPT}], sampling, use_tqdm=False)[0].outputs[0].logprobs[0]
+    return torch.tensor([found[token].logprob for token in range(64)])
+
+
+def test_biases_of_fused_projections_are_added_and_reloaded(tmp_path: Path) -> None:
+    a, b = (biased(tmp_path / tag, seed) for seed, tag in enumerate("ab"))
+    llm = start(a, skip_tokenizer_init=True, max_logprobs=64)
+    assert near(answer(llm), a, PROMPT)
+    reload(llm, weights_path=str(b))
+    assert near(answer(llm), b, PROMPT)
+    stop(llm)
+
+
+def test_biases_of_experts_are_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(Exception, match="biases of experts"):
+        start(gpt_oss(tmp_path / "gpt-oss"), skip_tokenizer_init=True)
