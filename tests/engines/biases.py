@@ -13,6 +13,8 @@ from ..nvfp4.moe_models import exact
 from .vllm.tiny import tiny_dense
 from .w4a16 import as_w4a16
 
+PROMPT = list(range(5, 25))
+
 
 def biased(where: Path, seed: int) -> Path:
     """A Qwen2, whose q, k and v have biases; W4A16, because quantized activations make small differences large."""
@@ -22,15 +24,16 @@ def biased(where: Path, seed: int) -> Path:
 def near(found: Tensor, folder: Path, prompt: list[int]) -> bool:
     """Whether these are the log probabilities (f32 ``[V]``) of the token after the prompt; without the biases they are not."""
     model = exact(folder)
-    wanted = _after(model, prompt)
+    wanted = after(model, prompt)
     for name, bias in model.named_parameters():
         if name.endswith("_proj.bias"):
             bias.data.zero_()
-    plain = _after(model, prompt)
+    plain = after(model, prompt)
     return bool((found - wanted).abs().max() < 0.3 < 3 < (plain - wanted).abs().max())
 
 
-def _after(model: torch.nn.Module, prompt: list[int]) -> Tensor:
+def after(model: torch.nn.Module, prompt: list[int]) -> Tensor:
+    """Log probabilities of the token after the prompt, f32 ``[V]``."""
     with torch.no_grad():
         return model(input_ids=torch.tensor([prompt])).logits[0, -1].log_softmax(-1)  # type: ignore[no-any-return]
 

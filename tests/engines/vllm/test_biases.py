@@ -3,25 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
 
-from .engine import reload, start, stop  # skips without vLLM
+from .engine import answer, reload, start, stop  # skips without vLLM
 
-from vllm import SamplingParams  # isort: skip
-from ..biases import biased, gpt_oss, near  # isort: skip
-
-PROMPT = list(range(5, 25))
-
-
-def answer(llm: Any) -> Tensor:
-    """Log probabilities of the token after the prompt, ``[V]``."""
-    sampling = SamplingParams(temperature=0, max_tokens=1, logprobs=64, detokenize=False)
-    found = llm.generate([{"prompt_token_ids": PROMPT}], sampling, use_tqdm=False)[0].outputs[0].logprobs[0]
-    return torch.tensor([found[token].logprob for token in range(64)])
+from ..biases import PROMPT, biased, gpt_oss, near  # isort: skip
 
 
 def test_biases_of_fused_projections_are_added_and_reloaded(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from typing import Any
 def register() -> None:
     from sglang.srt.managers.scheduler import Scheduler
 
+    if os.environ.get("ALIASPARAM_PROBE_UNPINNED"):
+        unpin()
     Scheduler.probe, Scheduler.invalidate_all = probe, invalidate_all
 
 
@@ -37,3 +40,15 @@ def invalidate_all(scheduler: Any) -> None:
     from aliasparam import invalidate
 
     invalidate(scheduler.tp_worker.model_runner.model)
+
+
+def unpin() -> None:
+    """Plain memory where pinned memory is asked for, which only a machine with an accelerator has."""
+    import torch
+
+    def made(make: Any) -> Any:
+        return lambda *args, pin_memory=False, **kwargs: make(*args, **kwargs)
+
+    for name in ("tensor", "empty", "zeros", "ones"):
+        setattr(torch, name, made(getattr(torch, name)))
+    torch.Tensor.pin_memory = lambda self: self
