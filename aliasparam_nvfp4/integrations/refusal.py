@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import weakref
+
+from torch import nn
+
 from aliasparam.errors import StateError
+from aliasparam.module.guard import guard
+from aliasparam.module.registry_of import registries
 
 #: What the text of a refusal that a worker sends begins with, and what torch.compile says where it meets one while it traces.
 SENT, _TRACED = "aliasparam_nvfp4 refused: ", "a kernel-format name is open"
+#: Layers of this package in each model that ran.
+_declared: weakref.WeakKeyDictionary[nn.Module, list[nn.Module]] = weakref.WeakKeyDictionary()
 
 
 def is_refusal(error: BaseException | None) -> bool:
@@ -15,3 +23,17 @@ def is_refusal(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def need_runnable(model: nn.Module) -> None:
+    """What every layer of this package asks before its forward, of all at once: code that an engine compiles without guards, and
+    graphs that it captured, run without asking.
+
+    Raises:
+        StateError: a layer refuses.
+    """
+    found = _declared.get(model)
+    if found is None:
+        found = _declared[model] = [registry.module for _, registry in registries(model)]
+    for module in found:
+        guard(module, ())

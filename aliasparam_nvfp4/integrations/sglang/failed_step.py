@@ -19,7 +19,7 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.managers.utils import GenerationBatchResult
 from sglang.srt.runtime_context import get_parallel
 
-from ..refusal import is_refusal
+from ..refusal import is_refusal, need_runnable
 
 _logger = logging.getLogger(__name__)
 
@@ -31,9 +31,11 @@ class _Refused(GenerationBatchResult):  # type: ignore[misc]
 def forward(original: Any, worker: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
     """AROUND ``TpModelWorker.forward_batch_generation`` (``sglang/srt/managers/tp_worker.py``).
 
-    Pipeline stages and draft models want more of a result than this, so there the refusal goes on.
+    Graphs that were captured replay without a module, so a model that refuses is asked before. Pipeline stages and draft models
+    want more of a result than this, so there the refusal goes on.
     """
     try:
+        need_runnable(worker.model_runner.model)
         return original(worker, batch, *args, **kwargs)
     except Exception as error:
         if not is_refusal(error) or not _is_plain(worker, batch):

@@ -7,15 +7,33 @@ dies of it, and in-process the request stays scheduled and fails at every later 
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
 from typing import Any
 
 from vllm.logger import init_logger
+from vllm.v1.core.sched.output import CachedRequestData
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.request import RequestStatus
 
-from ..refusal import SENT, is_refusal
+from aliasparam.errors import StateError
+
+from ..refusal import SENT, is_refusal, need_runnable
 
 logger = init_logger("vllm.aliasparam_nvfp4")
+
+
+def execute_model(original: Any, worker: Any, scheduled: Any) -> Any:
+    """AROUND ``Worker.execute_model`` (vllm/v1/worker/gpu_worker.py, 0.32.0): vLLM compiles without guards, and its graphs replay
+    without a module, so a model that refuses is asked before. What the scheduler tells of requests that ended is taken in."""
+    try:
+        if scheduled.total_num_scheduled_tokens:
+            need_runnable(worker.model_runner.get_model())
+    except StateError:
+        nothing = {"scheduled_new_reqs": [], "scheduled_cached_reqs": CachedRequestData.make_empty(), "num_scheduled_tokens": {}}
+        nothing |= {"total_num_scheduled_tokens": 0, "scheduled_spec_decode_tokens": {}, "scheduled_encoder_inputs": {}}
+        original(worker, replace(scheduled, **nothing))
+        raise
+    return original(worker, scheduled)
 
 
 def enqueue_output(original: Any, worker: Any, output: Any) -> None:

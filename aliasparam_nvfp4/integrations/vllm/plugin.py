@@ -50,6 +50,7 @@ def hooks() -> dict[str, Hook]:
         f"{_WORKER}.finish_weight_update": transfer.finish,
         f"{_WORKER}.load_model": say_what_serves,
         f"{_WORKER}.sleep": sleep.sleep,
+        f"{_WORKER}.execute_model": failed_step.execute_model,
         f"{_ENGINE}.step": failed_step.step,
         f"{_ENGINE}.step_with_batch_queue": failed_step.step,
         f"{_EXECUTOR}.WorkerProc.enqueue_output": failed_step.enqueue_output,
