@@ -6,14 +6,16 @@ import weakref
 
 from torch import nn
 
+from aliasparam import AliasRegistry
 from aliasparam.errors import StateError
 from aliasparam.module.guard import guard
+from aliasparam.module.names import READY
 from aliasparam.module.registry_of import registries
 
 #: What the text of a refusal that a worker sends begins with, and what torch.compile says where it meets one while it traces.
 SENT, _TRACED = "aliasparam_nvfp4 refused: ", "a kernel-format name is open"
 #: Layers of this package in each model that ran.
-_declared: weakref.WeakKeyDictionary[nn.Module, list[nn.Module]] = weakref.WeakKeyDictionary()
+_declared: weakref.WeakKeyDictionary[nn.Module, list[weakref.ref[AliasRegistry]]] = weakref.WeakKeyDictionary()
 
 
 def is_refusal(error: BaseException | None) -> bool:
@@ -34,6 +36,8 @@ def need_runnable(model: nn.Module) -> None:
     """
     found = _declared.get(model)
     if found is None:
-        found = _declared[model] = [registry.module for _, registry in registries(model)]
-    for module in found:
-        guard(module, ())
+        found = _declared[model] = [weakref.ref(registry) for _, registry in registries(model)]
+    for reference in found:
+        registry = reference()
+        if registry is not None and registry.readiness is not READY:
+            guard(registry.module, ())

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from http import HTTPStatus
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -43,6 +44,19 @@ def forward(original: Any, worker: Any, batch: Any, *args: Any, **kwargs: Any) -
         _refuse(batch.reqs, error)
         tokens = torch.zeros(len(batch.reqs), dtype=torch.int64, device=batch.device)
         return _Refused(logits_output=LogitsProcessorOutput(next_token_logits=None), next_token_ids=tokens)
+
+
+def embed(original: Any, worker: Any, batch: Any) -> Any:
+    """AROUND ``BaseTpWorker.forward_batch_embedding``, beside it: the same."""
+    try:
+        need_runnable(worker.model_runner.model)
+        return original(worker, batch)
+    except Exception as error:
+        if not is_refusal(error) or get_parallel().pp_size != 1:
+            raise
+        _refuse(batch.reqs, error)
+        nothing = torch.zeros(len(batch.reqs), 1, device=batch.device)
+        return SimpleNamespace(embeddings=nothing, pooled_hidden_states=None), False
 
 
 def _is_plain(worker: Any, batch: Any) -> bool:
