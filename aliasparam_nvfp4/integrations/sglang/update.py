@@ -21,6 +21,7 @@ from aliasparam.reload import ReloadSession
 from aliasparam.reload.checks import Phase
 
 from ..folder import open_checked, stream
+from ..hooking import Hook
 from ..options import said
 from ..patched import PatchedFolder
 from . import delta
@@ -168,7 +169,7 @@ def end(original: Any, updater: Any, *, run_post_load: bool) -> None:
     """AROUND ``WeightUpdater.end_weight_update``: commits on all ranks, or aborts on all.
 
     Raises:
-        ReloadError: some tensor did not arrive whole, or cannot be served; the old weights serve. :func:`end_session` answers it.
+        ReloadError: some tensor did not arrive whole, or cannot be served; the old weights serve. :func:`answered` says it.
     """
     model = updater.get_model()
     session = _sessions.pop(model, None)
@@ -185,25 +186,20 @@ def end(original: Any, updater: Any, *, run_post_load: bool) -> None:
         raise ReloadError(problem)
 
 
-def begin_session(original: Any, manager: Any, request: Any) -> Any:
-    """AROUND ``SchedulerWeightUpdaterManager.begin_weight_update``: an error is an answer and no end of the scheduler."""
-    from sglang.srt.managers.io_struct import BeginWeightUpdateReqOutput
+def answered(output: str) -> Hook:
+    """AROUND ``begin_weight_update`` and ``end_weight_update`` of ``SchedulerWeightUpdaterManager``, answering with ``output``;
+    so an error is an answer, and no end of the scheduler. All ranks come here or none."""
 
-    try:
-        return original(manager, request)
-    except AliasError as error:
-        return BeginWeightUpdateReqOutput(success=False, message=str(error))
+    def hook(original: Any, manager: Any, request: Any) -> Any:
+        from sglang.srt.managers import io_struct
 
+        try:
+            return original(manager, request)
+        except AliasError as error:
+            manager._session = None
+            return getattr(io_struct, output)(success=False, message=str(error))
 
-def end_session(original: Any, manager: Any, request: Any) -> Any:
-    """AROUND ``SchedulerWeightUpdaterManager.end_weight_update``: the same. All ranks come here or none."""
-    from sglang.srt.managers.io_struct import EndWeightUpdateReqOutput
-
-    try:
-        return original(manager, request)
-    except AliasError as error:
-        manager._session = None
-        return EndWeightUpdateReqOutput(success=False, message=str(error))
+    return hook
 
 
 # -- the transaction ---------------------------------------------------------------------------------------------------
