@@ -4,8 +4,9 @@ and serve by their own classes then."""
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Iterator
 
-from torch import nn
+from torch import Tensor, nn
 
 from aliasparam.module.registry_of import registries
 
@@ -21,6 +22,8 @@ def said_of(model: nn.Module) -> str | None:
     return f"aliasparam_nvfp4 serves {layers}" if layers else None
 
 
-def kernel_names(model: nn.Module) -> set[str]:
-    """Dotted names of the buffers that hold weights in kernel order or derive from them: no other code saves or writes them."""
-    return {f"{path}.{name}".lstrip(".") for path, registry in registries(model) for name in registry.kernel_names()}
+def without_kernel_names(model: nn.Module, named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """The pairs, but for the model's buffers that hold weights in kernel order or derive from them: no other code saves or writes
+    them."""
+    ours = {f"{path}.{name}".lstrip(".") for path, registry in registries(model) for name in registry.kernel_names()}
+    return ((name, tensor) for name, tensor in named if name not in ours)

@@ -25,8 +25,8 @@ from aliasparam_nvfp4.errors import ScaleError
 from aliasparam_nvfp4.integrations import agreement, options
 from aliasparam_nvfp4.integrations.agreement import Agreement, World, agree_on
 from aliasparam_nvfp4.integrations.folder import check_folder
+from aliasparam_nvfp4.integrations.hooking import around, becomes, missing
 from aliasparam_nvfp4.integrations.plugins import SGLANG, VLLM, Engine
-from aliasparam_nvfp4.integrations.vllm.patching import around, becomes, missing
 
 from .test_linear import tensors
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import pkgutil
-
+from ..hooking import missing
 from ..plugins import SGLANG
 
 
@@ -12,11 +11,11 @@ def status() -> str:
     if (doubt := SGLANG.doubt()) is not None:
         return doubt
     try:
-        missing = missing_hooks()
+        left = missing_hooks()
     except Exception as error:  # another engine's import may fail in any way
         return f"SGLang cannot be imported: {error}"
-    if missing:
-        return f"SGLang: the plugin is not in place at {', '.join(missing)}"
+    if left:
+        return f"SGLang: the plugin is not in place at {', '.join(left)}"
     return f"SGLang {SGLANG.installed()}: the plugin is in place"
 
 
@@ -25,30 +24,15 @@ def check_installed() -> None:
     Raises:
         RuntimeError: the plugin is not in place everywhere.
     """
-    if missing := missing_hooks():
-        raise RuntimeError(f"this library's SGLang plugin is not in place at {', '.join(missing)}; SGLang's log says why")
+    if left := missing_hooks():
+        raise RuntimeError(f"this library's SGLang plugin is not in place at {', '.join(left)}; SGLang's log says why")
 
 
 def missing_hooks() -> list[str]:
     """Targets that do not lead to our hooks, after SGLang's plugins were loaded."""
     from sglang.srt.plugins import load_plugins
 
-    load_plugins()
-    return unhooked()
-
-
-def unhooked() -> list[str]:
-    """The same as things are now."""
     from .plugin import hooks
 
-    return [target for target in hooks() if not _is_hooked(target)]
-
-
-def _is_hooked(target: str) -> bool:
-    from sglang.srt.plugins.hook_registry import HookRegistry
-
-    try:
-        found = pkgutil.resolve_name(target)
-    except (AttributeError, ImportError):
-        return False
-    return target in HookRegistry._patched and hasattr(found, "__wrapped__")
+    load_plugins()
+    return missing(hooks())

@@ -7,10 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..serving import kernel_names
+from ..serving import without_kernel_names
 
 
 def model_state(original: Any, checker: Any) -> Iterator[tuple[str, Tensor]]:
-    """AROUND ``WeightChecker._model_state`` (``sglang/srt/utils/weight_checker.py``, 0.5.23): without kernel names."""
-    ours = kernel_names(checker._get_model())
-    return ((name, tensor) for name, tensor in original(checker) if name not in ours)
+    """AROUND ``WeightChecker._model_state`` (``sglang/srt/utils/weight_checker.py``, 0.5.23)."""
+    return without_kernel_names(checker._get_model(), original(checker))

@@ -19,13 +19,12 @@ from aliasparam import TensorSpec
 from aliasparam.reload import ReloadSession, prepare_delta
 from aliasparam.reload.delta_folder import Chain
 from aliasparam.reload.delta_held import Places
-from aliasparam.reload.loading import stand_ins
-from aliasparam.reload.targets import find_targets
 from aliasparam.storage.coverage import Box
 
 from ...checkpoint import CheckpointError
 from ...checkpoint.quant_config import read_json
 from ..patched import PatchedFolder
+from .loaders import written_to
 from .served import served
 
 Parts = Mapping[str, list[tuple[str, Box]]]
@@ -88,7 +87,7 @@ def parts_of(model: Any, tensors: Mapping[str, TensorSpec]) -> Parts:
 
     The model's own ``load_weights`` is run with tensors without memory, on stand-ins (aliasparam/reload/loading.py)."""
     rehearsal = _Rehearsal(tensors)
-    with stand_ins(find_targets(model), rehearsal.write), torch.no_grad():
+    with written_to(model, rehearsal.write), torch.no_grad():
         model.load_weights(iter(rehearsal))
     return rehearsal.parts
 

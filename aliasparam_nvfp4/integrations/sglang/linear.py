@@ -12,33 +12,30 @@ from typing import Any
 from sglang.srt.layers.quantization.base_config import LinearMethodBase
 
 from ..engine_linear import EngineLinear
-from .options import linear_backend
-
-_W4A16 = "ModelOptNvFp4A16LinearMethod"
+from .options import linear_backend, reads
 
 
 class AliasedFp4LinearMethod(LinearMethodBase, EngineLinear):  # type: ignore[misc]
     """SGLang's base comes first, or objects of its class could not become ours."""
 
     quant_mode = "aliased"  # models compare it with "w4a4" before they fuse
+    input_scale = True
     create_weights, apply = EngineLinear.create_weights, EngineLinear.apply
     process_weights_after_loading = EngineLinear.process_weights_after_loading
 
-    def __init__(self, quant_config: Any, *, input_scale: bool = True) -> None:
+    def __init__(self, quant_config: Any) -> None:
         self.quant_config = quant_config
-        EngineLinear.__init__(self, linear_backend() or "auto", pre_quant_scale=quant_config.is_awq, input_scale=input_scale)
+        options = {"pre_quant_scale": quant_config.is_awq, "input_scale": self.input_scale}
+        EngineLinear.__init__(self, linear_backend() or "auto", **options)
 
 
-def take_over(original: Any, method: Any, *args: Any, **kwargs: Any) -> None:
-    """AROUND the ``__init__`` of SGLang's NVFP4 and W4A16 methods: an object of the very class becomes one of ours.
+class AliasedFp4A16LinearMethod(AliasedFp4LinearMethod):
+    """Of weights alone."""
 
-    So every config that makes one (ModelOpt's, the mixed and the hybrid one) does. Subclasses, Marlin and weights that are
-    quantized while they load stay SGLang's.
-    """
-    config, stock = args[0] if args else kwargs["quant_config"], type(method).__name__
-    ours = stock in ("ModelOptFp4LinearMethod", _W4A16) and config.is_checkpoint_nvfp4_serialized
-    if not ours or config.use_per_token_activation or linear_backend() is None:
-        original(method, *args, **kwargs)
-        return
-    method.__class__ = AliasedFp4LinearMethod
-    method.__init__(config, input_scale=stock != _W4A16)
+    input_scale = False
+
+
+def is_ours(quant_config: Any) -> bool:
+    """Whether SGLang's NVFP4 and W4A16 methods, which every config makes that has one (ModelOpt's, the mixed and the hybrid one),
+    become ours. Subclasses, Marlin and weights that are quantized while they load stay SGLang's."""
+    return reads(quant_config) and linear_backend() is not None

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from ...errors import BackendError, ShapeError
 from ...moe import ExpertActivation, NvFp4MoEMethod
 from ..emulated import emulate_on_cpu
+from ..engine_experts import need_no_biases
 from ..leftover import pass_over
-from .options import moe_backend
+from .options import moe_backend, reads
 
 
 class AliasedModelOptNvFp4FusedMoEMethod(ModelOptNvFp4FusedMoEMethod):  # type: ignore[misc]
@@ -44,9 +45,10 @@ class AliasedModelOptNvFp4FusedMoEMethod(ModelOptNvFp4FusedMoEMethod):  # type: 
     ) -> None:
         """
         Raises:
-            BackendError: an activation, or a way to combine experts, that no runner has.
+            BackendError: biases, an activation, or a way to combine experts, that no runner has.
             ShapeError: experts that are not spread evenly.
         """
+        need_no_biases(bool(extra_weight_attrs.get("with_bias")), type(layer).__name__)
         if layer.num_experts != num_experts * layer.moe_ep_size:
             raise ShapeError(
                 "the experts are not spread evenly over the ranks",
@@ -129,13 +131,7 @@ def _activation(config: Any) -> ExpertActivation:
     return ExpertActivation("swiglu", 1.0 if alpha is None else alpha, 0.0 if beta is None else beta, limit)
 
 
-def take_over(original: Any, method: Any, *args: Any, **kwargs: Any) -> None:
-    """AROUND ``ModelOptNvFp4FusedMoEMethod.__init__``: an object of the very class becomes one of ours. Subclasses, weights that
-    are quantized while they load, scales of each token, and runners that are not ours stay SGLang's."""
-    config = args[0] if args else kwargs["quant_config"]
-    stock = type(method).__name__ == "ModelOptNvFp4FusedMoEMethod"
-    if not stock or not config.is_checkpoint_nvfp4_serialized or config.use_per_token_activation or moe_backend() is None:
-        original(method, *args, **kwargs)
-        return
-    method.__class__ = AliasedModelOptNvFp4FusedMoEMethod
-    AliasedModelOptNvFp4FusedMoEMethod.__init__(method, config)
+def is_ours(quant_config: Any) -> bool:
+    """Whether experts of SGLang's method become ours. Subclasses, weights that are quantized while they load, scales of each
+    token, and runners that are not ours stay SGLang's."""
+    return reads(quant_config) and moe_backend() is not None

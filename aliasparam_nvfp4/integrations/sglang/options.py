@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ..options import said
 
 #: SGLang's names of MoE runners that are ours too; its others (marlin, lora, megamoe, …) stay SGLang's.
 _RUNNERS = ("auto", "flashinfer_trtllm", "flashinfer_trtllm_routed", "flashinfer_cutlass", "flashinfer_cutedsl")
+
+
+def reads(quant_config: Any) -> bool:
+    """Whether weights come quantized, with scales that are not of each token."""
+    return quant_config.is_checkpoint_nvfp4_serialized and not quant_config.use_per_token_activation
 
 
 def linear_backend() -> str | None:

@@ -15,7 +15,7 @@ from aliasparam import TensorSpec
 from aliasparam.errors import ReloadError
 
 from ..folder import same
-from ..serving import said_of
+from ..hooking import say_what_serves
 
 _logger = logging.getLogger(__name__)
 
@@ -43,6 +43,8 @@ def served(model: nn.Module) -> Served:
 
 def record(original: Any, model: nn.Module, weights: Iterable[tuple[str, Tensor]], target_device: torch.device) -> None:
     """AROUND ``DefaultModelLoader.load_weights_only`` (``sglang/srt/model_loader/loader.py``, 0.5.23): notes the first load."""
+    from .plugin import hooks
+
     known = served(model).tensors
     if known:
         original(model, weights, target_device)
@@ -50,16 +52,7 @@ def record(original: Any, model: nn.Module, weights: Iterable[tuple[str, Tensor]
     seen: dict[str, TensorSpec] = {}
     original(model, _noted(weights, seen), target_device)
     known.update(seen)
-    _say_what_serves(model)
-
-
-def _say_what_serves(model: nn.Module) -> None:
-    from .check import unhooked
-
-    if (line := said_of(model)) is not None:
-        _logger.info(line)
-    if missing := unhooked():  # of our classes too, and then nothing of the model is ours
-        _logger.error("aliasparam_nvfp4 is in place in part only; missing: %s", ", ".join(missing))
+    say_what_serves(model, hooks(), _logger)
 
 
 def _noted(weights: Iterable[tuple[str, Tensor]], seen: dict[str, TensorSpec]) -> Iterator[tuple[str, Tensor]]:

@@ -13,13 +13,12 @@ from torch import nn
 
 from aliasparam.module.registry_of import registries
 
-from ..serving import kernel_names
+from ..serving import without_kernel_names
 
 
 def export_state(original: Any, model: nn.Module) -> Any:
     """AROUND ``_export_static_state`` (``sglang/srt/managers/scheduler_components/weight_updater.py``, 0.5.23)."""
-    ours = kernel_names(model)
-    return {"buffers": [(name, b.detach().clone()) for name, b in model.named_buffers() if name not in ours]}
+    return {"buffers": [(name, b.detach().clone()) for name, b in without_kernel_names(model, model.named_buffers())]}
 
 
 def resume(original: Any, manager: Any, request: Any) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from typing import Any
 
 import torch
@@ -19,15 +19,16 @@ from aliasparam import reload
 from aliasparam.errors import AliasError, ReloadError
 from aliasparam.reload import ReloadSession
 from aliasparam.reload.checks import Phase
-from aliasparam.reload.loading import loading
 
 from ..folder import open_checked, stream
+from ..hooking import Hook
 from ..options import said
 from ..patched import PatchedFolder
 from . import delta
+from .loaders import checked_loading, loaded_before, need_all
 from .models import finish, is_ours
 from .ranks import attempt, attempt_on_all, world
-from .served import checked, served
+from .served import served
 
 #: The update session of each model, between ``begin_weight_update`` and ``end_weight_update``; or why it was aborted.
 _sessions: weakref.WeakKeyDictionary[nn.Module, ReloadSession | str] = weakref.WeakKeyDictionary()
@@ -65,7 +66,7 @@ def from_disk(
     wanted = [n for n in known.tensors if n in folder.tensors and (weight_name_filter is None or weight_name_filter(n))]
     kept = (pair for pair in stream(folder, known.tensors) if weight_name_filter is None or weight_name_filter(pair[0]))
     with closing(folder):
-        problem = _replaced(updater, model, kept, wanted)
+        problem = _replaced(updater, model, kept, wanted, whole=weight_name_filter is None)
     if problem is not None:
         return False, f"Failed to update weights: {problem}"
     known.base = known.version = 0
@@ -73,15 +74,19 @@ def from_disk(
     return True, "Succeeded to update model weights."
 
 
-def _replaced(updater: Any, model: Any, weights: Iterator[tuple[str, Tensor]], wanted: list[str]) -> str | None:
-    """One transaction; what went wrong, or None."""
+def _replaced(
+    updater: Any, model: Any, weights: Iterator[tuple[str, Tensor]], wanted: list[str], *, whole: bool = True
+) -> str | None:
+    """One transaction; what went wrong, or None. ``whole``: every tensor of our layers must come."""
     session = reload(model, scope="partial", policy=said("policy", "journal"), source="disk")
 
     def fill() -> None:
         session.begin()
-        with _checked_loading(model, session, whole=True) as seen:
+        with checked_loading(model, session, whole=True) as (seen, written):
             _load_weights(updater, model, weights)
-        _need_all(wanted, seen)
+        need_all(wanted, seen)
+        if whole:
+            need_all(loaded_before(session), written)
 
     return committed(model, session, fill)
 
@@ -147,7 +152,7 @@ def receive(original: Any, updater: Any, *args: Any, **kwargs: Any) -> tuple[boo
     result: list[tuple[bool, str]] = []
 
     def load() -> None:
-        with _checked_loading(model, session, whole=False):
+        with checked_loading(model, session, whole=False):
             result.append(original(updater, *args, **kwargs))
         if not result[0][0]:
             raise ReloadError(result[0][1])
@@ -164,7 +169,7 @@ def end(original: Any, updater: Any, *, run_post_load: bool) -> None:
     """AROUND ``WeightUpdater.end_weight_update``: commits on all ranks, or aborts on all.
 
     Raises:
-        ReloadError: some tensor did not arrive whole, or cannot be served; the old weights serve. :func:`end_session` answers it.
+        ReloadError: some tensor did not arrive whole, or cannot be served; the old weights serve. :func:`answered` says it.
     """
     model = updater.get_model()
     session = _sessions.pop(model, None)
@@ -181,25 +186,20 @@ def end(original: Any, updater: Any, *, run_post_load: bool) -> None:
         raise ReloadError(problem)
 
 
-def begin_session(original: Any, manager: Any, request: Any) -> Any:
-    """AROUND ``SchedulerWeightUpdaterManager.begin_weight_update``: an error is an answer and no end of the scheduler."""
-    from sglang.srt.managers.io_struct import BeginWeightUpdateReqOutput
+def answered(output: str) -> Hook:
+    """AROUND ``begin_weight_update`` and ``end_weight_update`` of ``SchedulerWeightUpdaterManager``, answering with ``output``;
+    so an error is an answer, and no end of the scheduler. All ranks come here or none."""
 
-    try:
-        return original(manager, request)
-    except AliasError as error:
-        return BeginWeightUpdateReqOutput(success=False, message=str(error))
+    def hook(original: Any, manager: Any, request: Any) -> Any:
+        from sglang.srt.managers import io_struct
 
+        try:
+            return original(manager, request)
+        except AliasError as error:
+            manager._session = None
+            return getattr(io_struct, output)(success=False, message=str(error))
 
-def end_session(original: Any, manager: Any, request: Any) -> Any:
-    """AROUND ``SchedulerWeightUpdaterManager.end_weight_update``: the same. All ranks come here or none."""
-    from sglang.srt.managers.io_struct import EndWeightUpdateReqOutput
-
-    try:
-        return original(manager, request)
-    except AliasError as error:
-        manager._session = None
-        return EndWeightUpdateReqOutput(success=False, message=str(error))
+    return hook
 
 
 # -- the transaction ---------------------------------------------------------------------------------------------------
@@ -239,30 +239,12 @@ def _aborted(model: nn.Module, session: ReloadSession) -> str:
 # -- the engine's parts ------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _checked_loading(model: Any, session: ReloadSession, *, whole: bool) -> Iterator[set[str]]:
-    """While open, ``model.load_weights`` checks what it is given, and writes through the session. Gives the names that came."""
-    known, seen, load = served(model).tensors, set[str](), model.load_weights
-    model.load_weights = lambda weights, *args, **kwargs: load(checked(weights, known, seen, whole=whole), *args, **kwargs)
-    try:
-        with loading(session):
-            yield seen
-    finally:
-        del model.load_weights
-
-
 def _load_weights(updater: Any, model: nn.Module, weights: Iterator[Any]) -> None:
     from sglang.srt.model_loader.loader import DefaultModelLoader
     from sglang.srt.model_loader.utils import set_default_torch_dtype
 
     with set_default_torch_dtype(updater.model_config.dtype):
         DefaultModelLoader.load_weights_only(model, weights, torch.device(updater.device))
-
-
-def _need_all(wanted: list[str], seen: set[str]) -> None:
-    missing = [name for name in wanted if name not in seen]
-    if missing:
-        raise ReloadError("tensors are missing", name=", ".join(missing[:5]), found=f"{len(missing)} of {len(wanted)} missing")
 
 
 def _forbidden(updater: Any, what: str) -> str | None:

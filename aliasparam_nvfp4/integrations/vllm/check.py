@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .patching import missing
+from ..hooking import missing
 from .plugin import hooks
 
 

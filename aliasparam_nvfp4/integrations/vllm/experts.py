@@ -17,6 +17,7 @@ from ...moe import NvFp4MoEMethod
 from ...moe.activation import GEGLU, RELU2, SWIGLU, ExpertActivation
 from ...moe.scales import InputScales
 from ..emulated import emulate_on_cpu
+from ..engine_experts import need_no_biases
 from ..leftover import pass_over
 from .options import options
 
@@ -53,6 +54,7 @@ class ModelOptNvFp4Experts(FusedMoEMethodBase):  # type: ignore[misc]
         **other: Any,
     ) -> None:
         """See :meth:`NvFp4MoEMethod.create_weights`; ``num_experts`` are those of this rank."""
+        need_no_biases(self.moe.has_bias, layer.layer_name)  # type: ignore[arg-type]
         parallel = self.moe.moe_parallel_config
         ranks = {"ep_rank": parallel.ep_rank, "ep_size": parallel.ep_size} if parallel.use_ep else {}
         self.method = NvFp4MoEMethod(

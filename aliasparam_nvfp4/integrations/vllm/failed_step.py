@@ -7,32 +7,39 @@ dies of it, and in-process the request stays scheduled and fails at every later 
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
 from typing import Any
 
 from vllm.logger import init_logger
+from vllm.v1.core.sched.output import CachedRequestData
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.request import RequestStatus
 
 from aliasparam.errors import StateError
 
+from ..refusal import SENT, is_refusal, need_runnable
+
 logger = init_logger("vllm.aliasparam_nvfp4")
-#: What the text of a refusal that a worker sends begins with, and what torch.compile says where it meets one while it traces.
-_SENT, _TRACED = "aliasparam_nvfp4 refused: ", "a kernel-format name is open"
 
 
-def is_refusal(error: BaseException | None) -> bool:
-    """Whether the model refused to run; what went wrong otherwise is vLLM's to judge."""
-    while error is not None:
-        if isinstance(error, StateError) or _SENT in str(error) or _TRACED in str(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+def execute_model(original: Any, worker: Any, scheduled: Any) -> Any:
+    """AROUND ``Worker.execute_model`` (vllm/v1/worker/gpu_worker.py, 0.32.0): vLLM compiles without guards, and its graphs replay
+    without a module, so a model that refuses is asked before. What the scheduler tells of requests that ended is taken in."""
+    try:
+        if scheduled.total_num_scheduled_tokens:
+            need_runnable(worker.model_runner.get_model())
+    except StateError:
+        nothing = {"scheduled_new_reqs": [], "scheduled_cached_reqs": CachedRequestData.make_empty(), "num_scheduled_tokens": {}}
+        nothing |= {"total_num_scheduled_tokens": 0, "scheduled_spec_decode_tokens": {}, "scheduled_encoder_inputs": {}}
+        original(worker, replace(scheduled, **nothing))
+        raise
+    return original(worker, scheduled)
 
 
 def enqueue_output(original: Any, worker: Any, output: Any) -> None:
     """AROUND ``WorkerProc.enqueue_output`` (vllm/v1/executor/multiproc_executor.py, 0.32.0), which sends an error as its text."""
     refused = isinstance(output, Exception) and is_refusal(output)
-    original(worker, RuntimeError(f"{_SENT}{output}") if refused else output)
+    original(worker, RuntimeError(f"{SENT}{output}") if refused else output)
 
 
 def step(original: Any, core: Any) -> Any:

@@ -16,8 +16,9 @@ from aliasparam import AliasedStorage, TensorSpec
 from aliasparam.errors import ReloadError
 from aliasparam.module.registry_of import registries
 
+from ..agreement import Agreement
 from .options import Options
-from .ranks import agreement
+from .ranks import world
 from .ties import follow
 
 
@@ -33,7 +34,7 @@ def load_runtime_tensors(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]
         for name, source in registry.sources.items()
         if source.derived and source.storage is not None and source.storage.kernel_name is not None
     }
-    votes = agreement()
+    votes = Agreement(world())
     try:
         with aliasparam.reload(model, scope="partial", policy=chosen.policy, source="vllm") as session:
             for name, value in tensors:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from ..hooking import Hook, becomes, put_in_place, say_what_serves
 from ..plugins import VLLM
-from ..serving import said_of
-from .patching import Hook, around, becomes, missing
 
 logger = logging.getLogger("vllm.aliasparam_nvfp4")
 _LAYERS = "vllm.model_executor.layers"
@@ -48,8 +47,9 @@ def hooks() -> dict[str, Hook]:
         f"{_TRANSFER}.base.WeightTransferEngine.reset_weight_update_target": transfer.reset,
         f"{_WORKER}._start_weight_update": transfer.start,
         f"{_WORKER}.finish_weight_update": transfer.finish,
-        f"{_WORKER}.load_model": say_what_serves,
+        f"{_WORKER}.load_model": loaded,
         f"{_WORKER}.sleep": sleep.sleep,
+        f"{_WORKER}.execute_model": failed_step.execute_model,
         f"{_ENGINE}.step": failed_step.step,
         f"{_ENGINE}.step_with_batch_queue": failed_step.step,
         f"{_EXECUTOR}.WorkerProc.enqueue_output": failed_step.enqueue_output,
@@ -60,25 +60,16 @@ def hooks() -> dict[str, Hook]:
 
 
 def register() -> None:
-    """Put this package's methods and its reload in place of vLLM's for NVFP4. Does nothing the second time, and nothing but one
-    line in the log with a version of vLLM that it does not know."""
-    if (reason := VLLM.doubt()) is not None:
-        logger.warning("aliasparam_nvfp4 is not in place: %s", reason)
-        return
-    from .transfer import register_engine
+    """Put this package's methods and its reload in place of vLLM's for NVFP4. Does nothing the second time."""
+    if put_in_place(VLLM, hooks, logger):
+        from .transfer import register_engine
 
-    for target, hook in hooks().items():
-        around(target, hook)
-    register_engine()
-    if left := missing(hooks()):
-        logger.error("aliasparam_nvfp4 is in place in part only; missing: %s", ", ".join(left))
+        register_engine()
 
 
-def say_what_serves(original: Any, worker: Any, **kwargs: Any) -> None:
-    """AROUND ``Worker.load_model``: vLLM only logs plugins that fail, and serves by its own methods then."""
+def loaded(original: Any, worker: Any, **kwargs: Any) -> None:
+    """AROUND ``Worker.load_model``."""
     original(worker, **kwargs)
-    line, kind = said_of(worker.model_runner.get_model()), worker.model_config.quantization
-    if line is not None:
-        logger.info(line)
-    elif kind in _NVFP4:
+    kind = worker.model_config.quantization
+    if not say_what_serves(worker.model_runner.get_model(), hooks(), logger) and kind in _NVFP4:
         logger.warning("aliasparam_nvfp4 serves none of this %s checkpoint: none of its layers are NVFP4 it knows", kind)

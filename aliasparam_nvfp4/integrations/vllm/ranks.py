@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from vllm.distributed.parallel_state import get_world_group
 
-from ..agreement import Agreement, World
+from ..agreement import World
 
 
 def world() -> World:
     group = get_world_group()
     return World.of(group.rank_in_group, group.ranks)
-
-
-def agreement(questions: int = 2) -> Agreement:
-    return Agreement(world(), questions)

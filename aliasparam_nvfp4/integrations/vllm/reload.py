@@ -24,13 +24,13 @@ from aliasparam.reload.loading import stand_ins
 from aliasparam.reload.targets import Target, find_targets
 from aliasparam.storage.coverage import Box
 
-from ..agreement import agree_on
+from ..agreement import Agreement, agree_on
 from ..folder import check_folder
 from ..leftover import is_passed_over
 from . import layerwise as plain
 from .kernel_format import load_runtime_tensors
 from .options import Options, options
-from .ranks import agreement, world
+from .ranks import world
 from .ties import follow
 
 #: The reload in progress of each model.
@@ -51,7 +51,7 @@ class Reloading:
 
     def __init__(self, model: nn.Module, chosen: Options) -> None:
         self.model, self.options = model, chosen
-        self.agreement = agreement()
+        self.agreement = Agreement(world())
         self.declared = Declared(model)
         self.session = aliasparam.reload(self.declared, scope="partial", policy=chosen.policy, source="vllm")
         self.session.begin()

@@ -4,13 +4,14 @@ kernel names among them: as many bytes as the weights, and of no use, for they c
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from torch import nn
 
 from aliasparam import invalidate
 
-from ..serving import kernel_names
+from ..serving import without_kernel_names
 
 
 def sleep(original: Any, worker: Any, level: int = 1) -> None:
@@ -31,9 +32,5 @@ def sleep(original: Any, worker: Any, level: int = 1) -> None:
 
 def _hide_kernel_names(model: nn.Module) -> None:
     """``model.named_buffers()`` leaves kernel names out, until the attribute is deleted."""
-    kernel = kernel_names(model)
-
-    def named_buffers(*args: Any, **kwargs: Any) -> Any:
-        return ((n, b) for n, b in nn.Module.named_buffers(model, *args, **kwargs) if n not in kernel)
-
-    model.__dict__["named_buffers"] = named_buffers
+    named = functools.partial(nn.Module.named_buffers, model)
+    model.__dict__["named_buffers"] = lambda *args, **kwargs: without_kernel_names(model, named(*args, **kwargs))

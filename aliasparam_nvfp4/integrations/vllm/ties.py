@@ -1,8 +1,9 @@
-"""Layers that are tied to another's tensor: a head to the embedding.
+"""Layers that are tied to another's tensor: a head to the embedding, a plain linear layer to another.
 
-vLLM gives both the same parameter before it loads. What it then makes of the head alone, as the packed copy that a CPU computes
-with, its reload leaves as it was (vllm/model_executor/model_loader/reload/, 0.32.0), and so does whoever writes the embedding.
-:func:`follow` processes the head again from the tensor that it is tied to.
+vLLM gives both the same parameter before it loads. What it then makes of the second alone, as the packed copy that a CPU computes
+with, its reload leaves as it was (vllm/model_executor/model_loader/reload/, 0.32.0), and so does whoever writes the first.
+:func:`follow` processes the second again from the tensor that it is tied to; where that was packed itself, and is gone, it
+computes with the packed copy of the first.
 """
 
 from __future__ import annotations
@@ -44,6 +45,9 @@ def tied(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
 def follow(model: nn.Module) -> None:
     """Process what is tied from what the others hold now. Addresses stay."""
     for layer, name, owner in tied(model):
+        if not owner.get_parameter(name).numel():
+            layer.cpu_linear = owner.cpu_linear
+            continue
         before: Any = dict(layer._parameters)
         layer.register_parameter(name, owner._parameters[name])
         layer.quant_method.process_weights_after_loading(layer)  # type: ignore[union-attr, operator]

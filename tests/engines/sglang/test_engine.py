@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,27 +16,12 @@ from safetensors.torch import load_file, save_file
 pytest.importorskip("sglang", reason="SGLang is not installed: make test-sglang")
 
 from ..server import free_port, server
+from .engine import GREEDY, SAID, engine, fails, tokens
 from .folders import DENSE, moe, need_dense
 from .runner import CPU, PROMPT
 from .trainer import buckets
 
-GREEDY = {"temperature": 0, "max_new_tokens": 8}
 WEIGHT = "model.layers.1.self_attn.o_proj.weight"
-
-
-@contextmanager
-def engine(folder: Path, **options: Any) -> Iterator[Any]:
-    import sglang
-
-    started = sglang.Engine(model_path=str(folder), **CPU, **options)
-    try:
-        yield started
-    finally:
-        started.shutdown()
-
-
-def tokens(engine: Any) -> list[int]:
-    return engine.generate(input_ids=PROMPT, sampling_params=GREEDY)["output_ids"]  # type: ignore[no-any-return]
 
 
 def served(engine: Any, path: Path, ranks: int = 1) -> list[dict[str, Any]]:
@@ -109,6 +93,13 @@ def test_two_ranks_update_together_or_not_at_all(pair: Pair, experts: dict[str, 
     assert pair.serves() == pair.a and [rank["addresses"] for rank in after] == [rank["addresses"] for rank in before]
 
 
+def test_two_ranks_whose_layers_refuse_go_on_after_a_load(pair: Pair, experts: dict[str, Path]) -> None:
+    assert pair.engine.update_weights_from_disk(str(experts["a"]))[0]
+    fails(pair.engine)
+    assert pair.engine.update_weights_from_disk(str(experts["b"]))[0] and pair.serves() == pair.b
+    assert pair.engine.update_weights_from_disk(str(experts["a"]))[0] and pair.serves() == pair.a
+
+
 def test_two_ranks_take_deltas(pair: Pair, experts: dict[str, Path], tmp_path: Path) -> None:
     """The tensors of the folder that was loaded are patched on their way; one whose checksums do not hold changes nothing."""
     from aliasparam.reload.delta_writer import diff
@@ -168,4 +159,9 @@ def test_the_server_answers_before_and_after_updates(tmp_path: Path) -> None:
         assert post("/generate", ask)["output_ids"] == first and first != second
         post("/release_memory_occupation")
         post("/resume_memory_occupation")
+        assert post("/generate", ask)["output_ids"] == first and post("/weights_checker")["per_engine_checksum"] == sums
+        assert post("/weights_checker", {"action": "reset_tensors"})["success"]
+        for more in ({}, {"return_logprob": True, "logprob_start_len": 0}):  # the model refuses, and the server lives
+            assert SAID in str(post("/generate", ask | more, status=503))
+        assert post("/update_weights_from_disk", {"model_path": str(DENSE["a"])})["success"]
         assert post("/generate", ask)["output_ids"] == first and post("/weights_checker")["per_engine_checksum"] == sums

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -51,6 +52,29 @@ def test_a_model_that_is_loaded_where_a_hook_is_not_in_place_says_so(
     monkeypatch.setattr(method, "__init__", method.__init__.__wrapped__)
     record(lambda *_: None, torch.nn.Linear(2, 2), [], torch.device("cpu"))
     assert "in part only; missing: sglang.srt.layers.quantization.modelopt_quant.ModelOptFp4LinearMethod.__init__" in caplog.text
+
+
+def test_a_model_that_refuses_is_asked_before_it_runs(dense: Dense) -> None:
+    """A graph that SGLang captured would not ask."""
+    from aliasparam import invalidate
+    from aliasparam.errors import StateError
+    from aliasparam_nvfp4.integrations.sglang.failed_step import forward
+
+    worker = SimpleNamespace(model_runner=SimpleNamespace(model=dense.model))
+    assert forward(lambda *_: "ran", worker, None) == "ran"
+    invalidate(dense.model)
+    with pytest.raises(StateError, match="open"):
+        forward(lambda *_: "ran", worker, None)
+
+
+def test_a_tensor_that_a_loader_passes_over_is_missed(dense: Dense, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang's loaders log a name that they do not find, and go on."""
+    kind = type(dense.model)
+    load = kind.load_weights
+    passes_over = lambda model, weights: load(model, (pair for pair in weights if pair[0] != OUT))  # noqa: E731
+    monkeypatch.setattr(kind, "load_weights", passes_over)
+    success, said = dense.update(DENSE["b"])
+    assert not success and OUT in said and dense.serves("a")
 
 
 def test_a_folder_is_served_as_if_it_was_loaded_first(dense: Dense) -> None:

@@ -21,7 +21,10 @@ os.environ.update(
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 pytest.importorskip("vllm", reason="vLLM is not installed: make engine-vllm, then make test-vllm")
 
+import torch
 from vllm import LLM, SamplingParams
+
+from ..biases import PROMPT
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 
@@ -50,6 +53,13 @@ def tokens(llm: LLM, count: int = 6) -> list[int]:
     prompt = {"prompt_token_ids": [3, 17, 5, 60, 8, 41, 2, 29]}
     sampling = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, detokenize=False)
     return list(llm.generate([prompt], sampling, use_tqdm=False)[0].outputs[0].token_ids)
+
+
+def answer(llm: LLM, **options: Any) -> torch.Tensor:
+    """Log probabilities of the token after the prompt, ``[V]``; of an engine whose ``max_logprobs`` are those of 64 tokens."""
+    sampling = SamplingParams(temperature=0, max_tokens=1, logprobs=64, detokenize=False)
+    found = llm.generate([{"prompt_token_ids": PROMPT}], sampling, use_tqdm=False, **options)[0].outputs[0].logprobs[0]
+    return torch.tensor([found[token].logprob for token in range(64)])
 
 
 def digest(llm: LLM) -> list[str]:

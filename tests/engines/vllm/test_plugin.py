@@ -73,6 +73,10 @@ def test_unknown_options_are_refused(dense: tuple[Path, Path]) -> None:
 
 def test_compiled_code_serves_new_weights(dense: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """torch.compile by vLLM: the compiled engine reloaded answers as one that was started with the new weights."""
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    from aliasparam import invalidate
+
     from .engine import digest, reload
 
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
@@ -85,6 +89,12 @@ def test_compiled_code_serves_new_weights(dense: tuple[Path, Path], monkeypatch:
     assert llm.llm_engine.vllm_config.compilation_config.mode.name != "NONE"
     reload(llm, weights_path=str(dense[1]))
     assert (digest(llm), tokens(llm)) == of_b and a != of_b[1]
+    invalidate(model_of(llm))
+    with monkeypatch.context() as patch:  # it is asked before it runs: inductor's code, compiled without guards, would not ask
+        patch.setattr(CPUModelRunner, "_model_forward", lambda *_, **__: pytest.fail("it ran"))
+        assert tokens(llm) == [] and tokens(llm) == []
+    reload(llm, weights_path=str(dense[1]))
+    assert (digest(llm), tokens(llm)) == of_b
     stop(llm)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from .engine import digest, model_of, reload, start, stop, tokens  # skips without vLLM
 
 from safetensors.torch import load_file  # isort: skip
-from .tiny import tiny_dense, tiny_plain  # isort: skip
+from .tiny import tiny_dense, tiny_plain, twins  # isort: skip
 
 Stream = Iterator[tuple[str, Tensor]]
 ATTENTION = "model.layers.0.self_attn"
@@ -149,3 +149,21 @@ def test_a_head_that_is_tied_to_the_embedding(tmp_path: Path) -> None:
     torch.testing.assert_close(head.quant_method.apply(head, x), x @ embedding.T / 2)
     for each in served:
         stop(each.llm)
+
+
+def test_two_plain_layers_that_share_a_weight(tmp_path: Path) -> None:
+    """What a CPU packs of the first is the second's too, though it is loaded by the first's name alone."""
+    from vllm import ModelRegistry
+    from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
+
+    class Twins(Qwen2ForCausalLM):  # type: ignore[misc]
+        def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+            super().__init__(vllm_config=vllm_config, prefix=prefix)
+            first, second = (layer.mlp.down_proj for layer in self.model.layers)
+            second.register_parameter("weight", first.weight)
+
+    ModelRegistry.register_model("Twins", Twins)
+    ours = Served((twins(tmp_path / "a", 0), twins(tmp_path / "b", 1)))
+    ours.takes(whole)
+    assert ours.is_right()
+    stop(ours.llm)

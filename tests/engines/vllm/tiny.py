@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 _COMMON: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -83,6 +83,19 @@ def tiny_plain(folder: Path, seed: int, *, tied: bool = False) -> Path:
     folder.mkdir(parents=True)
     save_file({n: p.detach() for n, p in model.named_parameters()}, folder / "model.safetensors", metadata={"format": "pt"})
     fields = {**config.to_dict(), "architectures": ["Qwen2ForCausalLM"], "dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps(fields))
+    return folder
+
+
+def twins(folder: Path, seed: int) -> Path:
+    """The same in NVFP4 but for one down projection in bf16, which both layers of a model called Twins share."""
+    tiny_dense(folder, seed)
+    tensors = {n: t for n, t in load_file(folder / "model.safetensors").items() if ".down_proj." not in n}
+    torch.manual_seed(seed)
+    tensors["model.layers.0.mlp.down_proj.weight"] = torch.randn(128, 160, dtype=torch.bfloat16) / 5
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    fields = json.loads((folder / "config.json").read_text()) | {"architectures": ["Twins"]}
+    fields["quantization_config"]["ignore"] += [f"model.layers.{layer}.mlp.down_proj" for layer in range(2)]
     (folder / "config.json").write_text(json.dumps(fields))
     return folder
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ from typing import Any
 def register() -> None:
     from sglang.srt.managers.scheduler import Scheduler
 
-    Scheduler.probe = probe
+    if os.environ.get("ALIASPARAM_PROBE_UNPINNED"):
+        unpin()
+    Scheduler.probe, Scheduler.invalidate_all = probe, invalidate_all
 
 
 def probe(scheduler: Any, path: str) -> None:
@@ -30,3 +33,22 @@ def probe(scheduler: Any, path: str) -> None:
         "model_path": runner.model_config.model_path,
     }
     Path(f"{path}.{get_parallel().tp_rank}.json").write_text(json.dumps(found))
+
+
+def invalidate_all(scheduler: Any) -> None:
+    """Have every layer of this package refuse, as after an update that could not be taken back."""
+    from aliasparam import invalidate
+
+    invalidate(scheduler.tp_worker.model_runner.model)
+
+
+def unpin() -> None:
+    """Plain memory where pinned memory is asked for, which only a machine with an accelerator has."""
+    import torch
+
+    def made(make: Any) -> Any:
+        return lambda *args, pin_memory=False, **kwargs: make(*args, **kwargs)
+
+    for name in ("tensor", "empty", "zeros", "ones"):
+        setattr(torch, name, made(getattr(torch, name)))
+    torch.Tensor.pin_memory = lambda self: self
