@@ -15,8 +15,9 @@ from .plugins import Engine
 from .serving import said_of
 
 Hook: TypeAlias = Callable[..., Any]
-#: What was put in place.
+#: What was put in place, and every place that was to have one.
 _hooked: set[Any] = set()
+_wanted: set[str] = set()
 
 
 def around(target: str, hook: Hook) -> None:
@@ -89,6 +90,7 @@ def put_in_place(engine: Engine, hooks: Callable[[], Mapping[str, Hook]], logger
         logger.warning("aliasparam_nvfp4 is not in place: %s", reason)
         return False
     wanted = hooks()
+    _wanted.update(wanted)
     for target in wanted:
         pkgutil.resolve_name(target)
     for target, hook in wanted.items():
@@ -96,11 +98,11 @@ def put_in_place(engine: Engine, hooks: Callable[[], Mapping[str, Hook]], logger
     return True
 
 
-def say_what_serves(model: nn.Module, hooks: Iterable[str], logger: Logger) -> bool:
+def say_what_serves(model: nn.Module, logger: Logger) -> bool:
     """A line in the log when a model was loaded, for engines only log plugins that fail. Whether anything of it is ours."""
     line = said_of(model)
     if line is not None:
         logger.info(line)
-    if left := missing(hooks):  # of our classes too, and then nothing of the model is ours
+    if left := missing(sorted(_wanted)):  # of our classes too, and then nothing of the model is ours
         logger.error("aliasparam_nvfp4 is in place in part only; missing: %s", ", ".join(left))
     return line is not None

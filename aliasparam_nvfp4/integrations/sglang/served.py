@@ -43,8 +43,6 @@ def served(model: nn.Module) -> Served:
 
 def record(original: Any, model: nn.Module, weights: Iterable[tuple[str, Tensor]], target_device: torch.device) -> None:
     """AROUND ``DefaultModelLoader.load_weights_only`` (``sglang/srt/model_loader/loader.py``, 0.5.23): notes the first load."""
-    from .plugin import hooks
-
     known = served(model).tensors
     if known:
         original(model, weights, target_device)
@@ -52,7 +50,7 @@ def record(original: Any, model: nn.Module, weights: Iterable[tuple[str, Tensor]
     seen: dict[str, TensorSpec] = {}
     original(model, _noted(weights, seen), target_device)
     known.update(seen)
-    say_what_serves(model, hooks(), _logger)
+    say_what_serves(model, _logger)
 
 
 def _noted(weights: Iterable[tuple[str, Tensor]], seen: dict[str, TensorSpec]) -> Iterator[tuple[str, Tensor]]:

@@ -71,5 +71,5 @@ def loaded(original: Any, worker: Any, **kwargs: Any) -> None:
     """AROUND ``Worker.load_model``."""
     original(worker, **kwargs)
     kind = worker.model_config.quantization
-    if not say_what_serves(worker.model_runner.get_model(), hooks(), logger) and kind in _NVFP4:
+    if not say_what_serves(worker.model_runner.get_model(), logger) and kind in _NVFP4:
         logger.warning("aliasparam_nvfp4 serves none of this %s checkpoint: none of its layers are NVFP4 it knows", kind)
