@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,17 @@ def engine(folder: Path, **options: Any) -> Iterator[Any]:
 
 def tokens(engine: Any) -> list[int]:
     return engine.generate(input_ids=PROMPT, sampling_params=GREEDY)["output_ids"]  # type: ignore[no-any-return]
+
+
+def update(engine: Any, folder: Path) -> bool:
+    """Whether the folder's weights are served. SGLang says that they are not, though they are, while a request that has ended
+    stands on its lists for one more step: then the update is sent again."""
+    for _ in range(50):
+        success, message, *_ = engine.update_weights_from_disk(str(folder))
+        if success or "cache was not flushed" not in message:
+            break
+        time.sleep(0.1)
+    return bool(success)
 
 
 def fails(engine: Any) -> None:

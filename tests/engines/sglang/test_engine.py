@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 pytest.importorskip("sglang", reason="SGLang is not installed: make test-sglang")
 
 from ..server import free_port, server
-from .engine import GREEDY, SAID, engine, fails, tokens
+from .engine import GREEDY, SAID, engine, fails, tokens, update
 from .folders import DENSE, moe, need_dense
 from .runner import CPU, PROMPT
 from .trainer import buckets
@@ -96,8 +96,8 @@ def test_two_ranks_update_together_or_not_at_all(pair: Pair, experts: dict[str, 
 def test_two_ranks_whose_layers_refuse_go_on_after_a_load(pair: Pair, experts: dict[str, Path]) -> None:
     assert pair.engine.update_weights_from_disk(str(experts["a"]))[0]
     fails(pair.engine)
-    assert pair.engine.update_weights_from_disk(str(experts["b"]))[0] and pair.serves() == pair.b
-    assert pair.engine.update_weights_from_disk(str(experts["a"]))[0] and pair.serves() == pair.a
+    assert update(pair.engine, experts["b"]) and pair.serves() == pair.b
+    assert update(pair.engine, experts["a"]) and pair.serves() == pair.a
 
 
 def test_two_ranks_take_deltas(pair: Pair, experts: dict[str, Path], tmp_path: Path) -> None:
@@ -109,12 +109,11 @@ def test_two_ranks_take_deltas(pair: Pair, experts: dict[str, Path], tmp_path: P
         diff(a, b, tmp_path / "weight_v000001", 1, 0)
         diff(b, a, tmp_path / "weight_v000002", 2, 1)
         diff(b, a, tmp_path / "wrong" / "weight_v000001", 1, 0)
-    update = pair.engine.update_weights_from_disk
-    assert update(str(experts["a"]))[0]
-    success, message, *_ = update(str(tmp_path / "wrong" / "weight_v000001"))
+    assert update(pair.engine, experts["a"])
+    success, message, *_ = pair.engine.update_weights_from_disk(str(tmp_path / "wrong" / "weight_v000001"))
     assert not success and "checksum" in message and pair.serves() == pair.a
-    assert update(str(tmp_path / "weight_v000001"))[0] and pair.serves() == pair.b
-    assert update(str(tmp_path / "weight_v000002"))[0] and pair.serves() == pair.a
+    assert update(pair.engine, tmp_path / "weight_v000001") and pair.serves() == pair.b
+    assert update(pair.engine, tmp_path / "weight_v000002") and pair.serves() == pair.a
 
 
 def test_two_ranks_take_what_a_trainer_broadcasts(pair: Pair, experts: dict[str, Path]) -> None:
@@ -163,5 +162,5 @@ def test_the_server_answers_before_and_after_updates(tmp_path: Path) -> None:
         assert post("/weights_checker", {"action": "reset_tensors"})["success"]
         for more in ({}, {"return_logprob": True, "logprob_start_len": 0}):  # the model refuses, and the server lives
             assert SAID in str(post("/generate", ask | more, status=503))
-        assert post("/update_weights_from_disk", {"model_path": str(DENSE["a"])})["success"]
+        assert post("/update_weights_from_disk", {"model_path": str(DENSE["a"]), "flush_cache": False})["success"]
         assert post("/generate", ask)["output_ids"] == first and post("/weights_checker")["per_engine_checksum"] == sums

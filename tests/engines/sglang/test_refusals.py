@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("sglang", reason="SGLang is not installed: make test-sglang")
 
 from ..vllm.tiny import tiny_dense
-from .engine import GREEDY, LONG, SAID, engine, fails
+from .engine import GREEDY, LONG, SAID, engine, fails, update
 from .folders import moe
 
 
@@ -44,4 +44,4 @@ def test_embeddings_fail_and_the_engine_goes_on(tmp_path: Path) -> None:
         for tokens in (LONG, LONG[:5]):
             with pytest.raises(Exception, match=SAID):
                 embedding(tokens)
-        assert warm.update_weights_from_disk(str(folder))[0] and embedding(LONG) == first
+        assert update(warm, folder) and embedding(LONG) == first
