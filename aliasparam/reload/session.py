@@ -32,7 +32,7 @@ from .observe import Hook, Hooks, Observed, call_abort_hooks, phase
 from .patch import Patch
 from .policies import AnyPolicy, Policy
 from .targets import Target, find_targets, in_scope, target_of
-from .written import Promised, Written
+from .written import Written
 
 #: "all": every tensor must arrive; "partial": each tensor that is begun must; or dotted prefixes, under which every tensor must.
 Scope = Literal["all", "partial"] | Iterable[str]
@@ -272,10 +272,10 @@ class ReloadSession:
         self._need((Phase.OPEN,), "patch")
         return self._policy.watch(self._target(name))
 
-    def hold(self, name: str, patches: list[Patch], promised: Promised | None = None) -> None:
-        """Hold what the commit is to change in a tensor that is watched."""
+    def hold(self, name: str, live: Live, patches: list[Patch]) -> None:
+        """Hold what the commit is to change in a tensor that is watched, or in a part of it."""
         self._need((Phase.OPEN,), "patch")
-        self._policy.hold(self._target(name), patches, promised)
+        self._policy.hold(self._target(name), live, patches)
         self.observed.bytes += sum(patch.nbytes for patch in patches)
         self.observed.tensors += 1
 

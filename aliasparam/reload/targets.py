@@ -36,6 +36,10 @@ class Target:
     def __post_init__(self) -> None:
         self.together = [self]
 
+    @property
+    def shares_memory(self) -> bool:
+        return len(self.together) > 1
+
 
 def find_targets(model: nn.Module) -> dict[str, Target]:
     """Parameters and persistent buffers by the name that the state dict gives them; of tied ones the first. What hooks or extra

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from aliasparam import checkpoint_names
 from aliasparam.reload import prepare_delta
-from aliasparam.reload.delta_apply import version_of
 from aliasparam.reload.delta_folder import Chain, DeltaFolder
 from aliasparam.reload.delta_held import AddUp, Part, Places
 from aliasparam.reload.observe import Hooks
@@ -57,7 +56,7 @@ def apply_delta_folder(
         with session:
             _agree(model, None)
             session.commit()
-        return version_of(opened, serving)
+        return opened.version
 
 
 @dataclass

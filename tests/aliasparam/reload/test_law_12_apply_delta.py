@@ -90,6 +90,8 @@ def test_law_12_a_chain_is_one_commit(applied: int, target: int, served: str, de
     process(model)
     with Chain(published(tmp_path), applied, target) as chain:
         version = apply_delta(model, chain, serving=applied, hooks=Hooks(on_commit=[commits.append]))
+    with Chain(tmp_path, target, target) as nothing:
+        assert apply_delta(model, nothing) == target
     assert version == target and len(commits) == 1
     assert same(model(), SERVED[served])
 
