@@ -79,7 +79,12 @@ class Drain:
             for holder, key, twin in twins:
                 dict.__setitem__(holder, key, twin)
             self._wait_for(self._in_flight(until), until)  # who came in between ends; who comes now is refused
+            self._may_go_on = frozenset()
+            if not self._waited_for_devices:
+                self.wait_for_devices()
+                self._waited_for_devices = True
         except BaseException:
+            self._may_go_on = frozenset()
             for holder, key, tensor in shown:
                 dict.__setitem__(holder, key, tensor)
             self._held -= {id(one) for one in closed}
@@ -88,11 +93,6 @@ class Drain:
                     one.readiness = Readiness.READY
                 one.close_if_unchanged()
             raise
-        finally:
-            self._may_go_on = frozenset()
-        if not self._waited_for_devices:
-            self.wait_for_devices()
-            self._waited_for_devices = True
 
     def wait_for_devices(self) -> None:
         """What other threads have launched has run; what they launch from now on sees what was written."""

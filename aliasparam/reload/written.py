@@ -86,11 +86,17 @@ class Written:
             return
         names = {id(one): one for tensor in declared.values() for one in tensor._alias_storage.listeners}
         registries = [one for one in names.values() if isinstance(one, ModuleNames)]
-        if plain or not all(self._drain.holds(one) for one in registries):
-            twins = [(holder, key, name.refusing) for name, target in plain.values() for holder, key in target.places]
-            self._drain.close(registries, twins)
-        self._declared |= declared
-        self._plain |= plain
+        twins = [(holder, key, name.refusing) for name, target in plain.values() for holder, key in target.places]
+        try:
+            self._declared |= declared  # before, as an interrupt may come when twins are in their places
+            self._plain |= plain
+            if plain or not all(self._drain.holds(one) for one in registries):
+                self._drain.close(registries, twins)
+        except BaseException:
+            for key in new:
+                self._declared.pop(key, None)
+                self._plain.pop(key, None)
+            raise
 
     def _is_begun(self, target: Target) -> bool:
         return id(target.tensor) in self._declared or id(target.tensor) in self._plain

@@ -287,3 +287,18 @@ def test_law_12_tensors_in_one_memory_are_all_that_was_promised_or_none(agrees: 
     with contextlib.nullcontext() if agrees else pytest.raises(ReloadError, match="others for a"):
         apply_delta(model, folder, serving=0)
     assert torch.equal(memory, new if agrees else torch.arange(12.0))
+
+
+@pytest.mark.parametrize("encoding", ["xor", "overwrite"])
+def test_law_12_a_buffer_that_is_a_view_of_its_conjugate(encoding: str, device: torch.device, tmp_path: Path) -> None:
+    """torch conjugates and negates when it reads: the bytes in memory are others than those of the values."""
+    model = nn.Module()
+    values = torch.arange(8.0, device=device).view(torch.complex64)
+    model.register_buffer("conjugated", values.conj())
+    model.register_buffer("negated", values.clone().conj().imag)
+    old = {name: value.resolve_conj().resolve_neg().cpu() for name, value in model.state_dict().items()}
+    new = {name: value.clone() for name, value in old.items()}
+    for value in new.values():
+        value[1] += 1
+    apply_delta(model, trainer_writes(tmp_path / "v", raw(old), raw(new), 1, encoding, "adler32"))
+    assert all(torch.equal(model.state_dict()[name].cpu(), value) for name, value in new.items())
