@@ -29,7 +29,15 @@ _canonical = lru_cache(maxsize=1024)(canonical)
 @lru_cache(maxsize=1024)
 def _parsed(text: str, given: tuple[tuple[str, int], ...]) -> tuple[tuple[Line, ...], int | None]:
     """The lines of a text, and the width of elements; modules declare the same few lines over and over."""
-    sizes = dict(given)
+    try:
+        return _lines_of(text, dict(given))
+    except LayoutError as error:
+        raise error.located(
+            remedy="Write each digit once on both sides, then the sizes: (g b a) k -> g a b k, a=4 b=8."
+        ) from None
+
+
+def _lines_of(text: str, sizes: dict[str, int]) -> tuple[tuple[Line, ...], int | None]:
     lines, unused, bits = [], set(sizes), sizes.get("bits")
     for part in text.split("|"):
         line, rest = parse(part, sizes)

@@ -46,7 +46,8 @@ def apply_delta(
     """Bring a serving model to the version that ``delta`` makes, or leave it as it is; returns that version.
 
     The pause is the commit: it writes the bytes that differ, and computes what derives from them. Host memory: 6 bytes for each
-    that differs, at most twice the tensor's; device scratch: a few pieces of 8 MiB.
+    that differs, at most twice the tensor's, and while it is prepared once more where it shares memory with another; device
+    scratch: a few pieces of 8 MiB.
 
     Args:
         model: of the version that the delta is based on.

@@ -229,7 +229,7 @@ class ReloadSession:
             name: a name of :attr:`expected`.
             value: of the tensor's dtype, on any device. Nothing of it is kept.
             first_row: where the rows of ``value`` begin.
-            box: (start, stop) for each dim.
+            box: (start, stop) for each dim; not with ``first_row``.
 
         Raises:
             ReloadError: unknown name, wrong shape or dtype, outside the tensor, or elements sent twice. Nothing is written then.
@@ -244,7 +244,7 @@ class ReloadSession:
         need_dense(self._label, name, value, "the new value")
         if value.numel() == live.numel() == 1 and value.dim() <= 1 and live.dim() <= 1:
             value = value.reshape(live.shape)  # 0-d and [1] are one thing
-        box = box_of(live, value, first_row, box)
+        box = box_of(self._label, name, live, value, first_row, box)
         need_fit(self._label, name, live, value, box)
         coverage = self._coverage(target)
         if coverage.overlap(box) is not None:
