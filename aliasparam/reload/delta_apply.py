@@ -73,13 +73,16 @@ def apply_delta(
 
 def prepare_delta(
     model: nn.Module,
-    delta: DeltaFolder | Chain,
+    delta: DeltaFolder | Chain | str | Path,
     *,
     serving: int | None = None,
     names: Mapping[str, str] | Places | None = None,
     hooks: Hooks | None = None,
 ) -> ReloadSession:
     """A prepared session, all checksums verified; the old weights serve until it commits. Else as :func:`apply_delta`."""
+    if isinstance(delta, (str, Path)):  # of its files nothing is read afterwards
+        with DeltaFolder(delta) as opened:
+            return prepare_delta(model, opened, serving=serving, names=names, hooks=hooks)
     full, deltas = delta.full, delta.deltas
     need_order(deltas, None if full is not None else serving)
     places = names if isinstance(names, Places) else Places(names or {})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 from pathlib import Path
 
 import pytest
@@ -302,3 +303,13 @@ def test_law_12_a_buffer_that_is_a_view_of_its_conjugate(encoding: str, device: 
         value[1] += 1
     apply_delta(model, trainer_writes(tmp_path / "v", raw(old), raw(new), 1, encoding, "adler32"))
     assert all(torch.equal(model.state_dict()[name].cpu(), value) for name, value in new.items())
+
+
+def test_law_12_a_folder_is_given_by_its_path_too(tmp_path: Path) -> None:
+    """Its files are closed again, before the commit of a delta too."""
+    model, held = Whole(), len(os.listdir("/proc/self/fd"))
+    session = prepare_delta(model, str(trainer_writes(tmp_path / "b", raw(A), raw(B), 1, "xor", "adler32")))
+    assert len(os.listdir("/proc/self/fd")) == held
+    session.commit()
+    assert checkpoint_digest(model) == digest_of_folder(folder_of(tmp_path / "whole", B))
+    assert len(os.listdir("/proc/self/fd")) == held
