@@ -69,8 +69,8 @@ class Drain:
         self._may_go_on = frozenset(running)
         shown = [(holder, key, holder.get(key)) for holder, key, _ in twins]  # a twin, where an earlier reload failed
         closed = [one for one in names if one.readiness is Readiness.READY]
-        self._held |= {id(one) for one in closed}
         try:
+            self._held |= {id(one) for one in closed}
             for one in closed:
                 one.readiness = Readiness.CLOSED
             self._wait_for(running, until)
@@ -84,7 +84,6 @@ class Drain:
                 self.wait_for_devices()
                 self._waited_for_devices = True
         except BaseException:
-            self._may_go_on = frozenset()
             for holder, key, tensor in shown:
                 dict.__setitem__(holder, key, tensor)
             self._held -= {id(one) for one in closed}
@@ -92,6 +91,7 @@ class Drain:
                 if one.readiness is Readiness.CLOSED:
                     one.readiness = Readiness.READY
                 one.close_if_unchanged()
+            self._may_go_on = frozenset()  # not before those in flight run into nothing closed
             raise
 
     def wait_for_devices(self) -> None:
