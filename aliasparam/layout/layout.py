@@ -29,7 +29,15 @@ _canonical = lru_cache(maxsize=1024)(canonical)
 @lru_cache(maxsize=1024)
 def _parsed(text: str, given: tuple[tuple[str, int], ...]) -> tuple[tuple[Line, ...], int | None]:
     """The lines of a text, and the width of elements; modules declare the same few lines over and over."""
-    sizes = dict(given)
+    try:
+        return _lines_of(text, dict(given))
+    except LayoutError as error:
+        raise error.located(
+            remedy="Write each digit once on both sides, then the sizes: (g b a) k -> g a b k, a=4 b=8."
+        ) from None
+
+
+def _lines_of(text: str, sizes: dict[str, int]) -> tuple[tuple[Line, ...], int | None]:
     lines, unused, bits = [], set(sizes), sizes.get("bits")
     for part in text.split("|"):
         line, rest = parse(part, sizes)
@@ -163,8 +171,18 @@ class Layout:
         return sized(self.lines, sizes_of(shape))[-1].capacity
 
     def boxes(self, rows: tuple[int, int], columns: tuple[int, int], shape: Sequence[int]) -> list[Piece]:
-        """The strided pieces of kernel memory that hold a rectangle (start, stop each) of a matrix of ``shape``, contiguous."""
-        return pieces(compose(sized(self.lines, shape)), shape, (rows, columns), row_major(shape))
+        """The strided pieces of kernel memory that hold a rectangle (start, stop each) of a matrix of ``shape``, contiguous.
+
+        Raises:
+            LayoutError: the matrix has no such rectangle.
+        """
+        shape, box = sizes_of(shape), (rows, columns)
+        if len(shape) != 2 or not all(0 <= start <= stop <= size for (start, stop), size in zip(box, shape, strict=True)):
+            expected = "(start, stop) within each dim of a matrix"
+            raise LayoutError(
+                "this is no rectangle of the matrix", expected=expected, found=f"{rows}, {columns} of {list(shape)}"
+            )
+        return pieces(compose(sized(self.lines, shape)), shape, box, row_major(shape))
 
 
 @lru_cache(maxsize=4096)

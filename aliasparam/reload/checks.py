@@ -15,8 +15,15 @@ from ..spec import TensorSpec, other_kind
 from ..storage.coverage import Box, Coverage
 
 
-def box_of(live: Tensor, value: Tensor, first_row: int | None, box: Box | None) -> Box:
-    """The rectangle of ``live`` that ``value`` is for."""
+def box_of(module: str, name: str, live: Tensor, value: Tensor, first_row: int | None, box: Box | None) -> Box:
+    """The rectangle of ``live`` that ``value`` is for.
+
+    Raises:
+        ReloadError: rows and a rectangle at once.
+    """
+    if box is not None and first_row is not None:
+        found = f"{first_row=}, {box=}"[:120]
+        raise ReloadError("rows and a rectangle at once", module=module, name=name, expected="first_row or box", found=found)
     if box is not None:
         return tuple((index(a), index(b)) for a, b in box)
     if first_row is None or not live.shape:

@@ -30,10 +30,9 @@ from .errors import DeltaError
 from .live import Live
 from .live_digest import add_in_place, add_pieces
 from .observe import Hooks
-from .patch import Patch, differences, joined, on_device, patch_at, patch_of
+from .patch import Patch, differences, in_host_memory, joined, on_device, patch_at, patch_of
 from .session import ReloadSession
 from .sources import SafetensorsFolder
-from .written import Promised
 
 
 def apply_delta(
@@ -47,7 +46,8 @@ def apply_delta(
     """Bring a serving model to the version that ``delta`` makes, or leave it as it is; returns that version.
 
     The pause is the commit: it writes the bytes that differ, and computes what derives from them. Host memory: 6 bytes for each
-    that differs, at most twice the tensor's; device scratch: a few pieces of 8 MiB.
+    that differs, at most twice the tensor's, and while it is prepared once more where it shares memory with another; device
+    scratch: a few pieces of 8 MiB.
 
     Args:
         model: of the version that the delta is based on.
@@ -68,18 +68,21 @@ def apply_delta(
         opened = stack.enter_context(DeltaFolder(delta)) if isinstance(delta, (str, Path)) else delta
         with prepare_delta(model, opened, serving=serving, names=names, hooks=hooks) as session:
             session.commit()
-        return version_of(opened, serving)
+        return opened.version
 
 
 def prepare_delta(
     model: nn.Module,
-    delta: DeltaFolder | Chain,
+    delta: DeltaFolder | Chain | str | Path,
     *,
     serving: int | None = None,
     names: Mapping[str, str] | Places | None = None,
     hooks: Hooks | None = None,
 ) -> ReloadSession:
     """A prepared session, all checksums verified; the old weights serve until it commits. Else as :func:`apply_delta`."""
+    if isinstance(delta, (str, Path)):  # of its files nothing is read afterwards
+        with DeltaFolder(delta) as opened:
+            return prepare_delta(model, opened, serving=serving, names=names, hooks=hooks)
     full, deltas = delta.full, delta.deltas
     need_order(deltas, None if full is not None else serving)
     places = names if isinstance(names, Places) else Places(names or {})
@@ -99,7 +102,6 @@ def prepare_delta(
 
 def _patch_all(session: ReloadSession, full: SafetensorsFolder | None, deltas: list[DeltaFolder], places: Places) -> None:
     digests, tensors, taken = PartDigests(places), session.tensors, dict[str, Coverage]()
-    last = {name: delta for delta in deltas for name in delta.checksums}
 
     def take(label: str, box: Box | None, name: str) -> None:
         covered = taken.setdefault(label, Coverage(tensors[label].shape))
@@ -110,24 +112,16 @@ def _patch_all(session: ReloadSession, full: SafetensorsFolder | None, deltas: l
     for one in places.converted:
         if not stored.keys().isdisjoint(one.sources):
             lives = [session.watch(label) for label in one.targets]
-            for label, patches in zip(one.targets, patches_of_converted(one, lives, full, deltas), strict=True):
-                session.hold(label, patches)
+            for label, live, patches in zip(one.targets, lives, patches_of_converted(one, lives, full, deltas), strict=True):
+                session.hold(label, live, patches)
                 take(label, None, ", ".join(one.sources))
     apart = {*places.elsewhere, *(name for one in places.converted for name in one.sources)}
     for name in [name for name in stored if name not in apart]:
         for label, box in places.where(name):
-            live, delta = session.watch(label).under(box), None if name in places.parts else last.get(name)
-            promised = None if delta is None else Promised(live, delta.checksum_format, delta.checksums[name])
-            session.hold(label, patches_of(live, name, full, deltas, digests), promised)
+            live = session.watch(label).under(box)
+            session.hold(label, live, patches_of(live, name, full, deltas, digests))
             take(label, box, name)
     digests.check(deltas)
-
-
-def version_of(delta: DeltaFolder | Chain, serving: int | None) -> int:
-    """What the model is afterwards."""
-    if delta.deltas:
-        return delta.deltas[-1].version
-    return serving or 0 if delta.full is None else int(delta.full.path.name.rpartition("_v")[2])
 
 
 def _need_all(session: ReloadSession, full: SafetensorsFolder, places: Places) -> None:
@@ -185,7 +179,7 @@ def changed(name: str, value: Tensor, deltas: list[DeltaFolder]) -> Tensor:
     """
     if not any(name in delta.checksums for delta in deltas):
         return value
-    live = Live(value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format))
+    live = in_host_memory(value)
     for patch in patches_of(live, name, None, deltas, PartDigests(Places())):
         patch.put_new()
     return live.tensor

@@ -153,6 +153,7 @@ class Chain(Opened):
     Attributes:
         full: a whole checkpoint to start from, or None: the deltas apply to ``applied``.
         deltas: in the order in which they apply.
+        version: the target.
 
     Raises:
         DeltaError: the target is older than ``applied``, or no chain leads to it.
@@ -163,6 +164,7 @@ class Chain(Opened):
         super().__init__()
         self.full: SafetensorsFolder | None = None
         self.deltas: list[DeltaFolder] = []
+        self.version = target
         if target < applied:
             raise DeltaError(
                 "the version is older than what serves", name=str(source), expected=f">= {applied}", found=str(target)

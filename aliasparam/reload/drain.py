@@ -69,8 +69,8 @@ class Drain:
         self._may_go_on = frozenset(running)
         shown = [(holder, key, holder.get(key)) for holder, key, _ in twins]  # a twin, where an earlier reload failed
         closed = [one for one in names if one.readiness is Readiness.READY]
-        self._held |= {id(one) for one in closed}
         try:
+            self._held |= {id(one) for one in closed}
             for one in closed:
                 one.readiness = Readiness.CLOSED
             self._wait_for(running, until)
@@ -79,6 +79,10 @@ class Drain:
             for holder, key, twin in twins:
                 dict.__setitem__(holder, key, twin)
             self._wait_for(self._in_flight(until), until)  # who came in between ends; who comes now is refused
+            self._may_go_on = frozenset()
+            if not self._waited_for_devices:
+                self.wait_for_devices()
+                self._waited_for_devices = True
         except BaseException:
             for holder, key, tensor in shown:
                 dict.__setitem__(holder, key, tensor)
@@ -87,12 +91,8 @@ class Drain:
                 if one.readiness is Readiness.CLOSED:
                     one.readiness = Readiness.READY
                 one.close_if_unchanged()
+            self._may_go_on = frozenset()  # not before those in flight run into nothing closed
             raise
-        finally:
-            self._may_go_on = frozenset()
-        if not self._waited_for_devices:
-            self.wait_for_devices()
-            self._waited_for_devices = True
 
     def wait_for_devices(self) -> None:
         """What other threads have launched has run; what they launch from now on sees what was written."""

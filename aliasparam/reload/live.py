@@ -63,7 +63,7 @@ class Live:
             StateError: elements that hold no weights.
         """
         if self.storage is None:
-            if self.tensor.is_cpu or not self.tensor.is_contiguous() or not self.nbytes:
+            if self.tensor.is_cpu or not _lies_as_it_reads(self.tensor) or not self.nbytes:
                 return None
             return sums_of_run(flat_bytes(self.tensor.detach()))
         place = place_of(self.storage, self.tensor._alias_geometry)  # type: ignore[attr-defined]
@@ -114,9 +114,9 @@ class Live:
     def positions(self, at: Tensor) -> Tensor | None:
         """Checkpoint byte positions ``at`` (int64 [n]) as positions in memory; None where bytes have no places of their own."""
         if self.storage is None:
-            return at if self.tensor.is_contiguous() else None
+            return at if _lies_as_it_reads(self.tensor) else None
         geometry, bound = self.tensor._alias_geometry, self.storage.bound  # type: ignore[attr-defined]
-        if not geometry.is_contiguous() or geometry.dtype is not bound.dtype or geometry.is_conj() or geometry.is_neg():
+        if not _lies_as_it_reads(geometry) or geometry.dtype is not bound.dtype:
             return None
         size, first = bound.dtype.itemsize, geometry.storage_offset() - self.storage.geometry.storage_offset()
         found = bound.positions(at + first if size == 1 else at // size + first)
@@ -125,6 +125,10 @@ class Live:
     @property
     def box(self) -> Box:
         return whole(self.shape)
+
+
+def _lies_as_it_reads(tensor: Tensor) -> bool:
+    return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
 
 
 def flat_bytes(values: Tensor) -> Tensor:

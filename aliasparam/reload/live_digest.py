@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Self
 
 import torch
@@ -90,12 +91,16 @@ def _live_of(name: str, tensor: Tensor) -> Live:
     return Live(tensor)
 
 
-def digest_of_folder(folder: SafetensorsFolder, kind: str = "adler32") -> CheckpointDigest:
-    """The same of a checkpoint's files, in 8 MiB of memory.
+def digest_of_folder(folder: SafetensorsFolder | str | Path, kind: str = "adler32") -> CheckpointDigest:
+    """The same of a checkpoint's files, opened or by path, in 8 MiB of memory.
 
     Raises:
+        DeltaError: as there.
         SourceError: a file cannot be read, or changed meanwhile.
     """
+    if isinstance(folder, (str, Path)):
+        with SafetensorsFolder(folder) as opened:
+            return digest_of_folder(opened, kind)
     buffer, found = torch.empty(_PIECE, dtype=torch.uint8), []
     for name, entry in folder.tensors.items():
         digest = new_digest(kind)

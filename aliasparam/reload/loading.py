@@ -107,9 +107,11 @@ def stand_ins(targets: Mapping[str, Target], write: Write) -> Iterator[None]:
     def written(name: str, box: Box, value: Tensor) -> None:
         with lock:
             write(name, box, value)
-            show(made[name])  # the first write of a plain tensor has put its refusing twin in the place
+            for one in targets[name].together:  # the first write of plain tensors has put refusing twins in their places
+                if one in made:
+                    show(made[one])
 
-    made = {name: _stand_in(Whole(name, target, written)) for name, target in targets.items()}
+    made = {target: _stand_in(Whole(name, target, written)) for name, target in targets.items()}
     try:
         for stand_in in made.values():
             show(stand_in)

@@ -100,6 +100,19 @@ def patch_at(live: Live, places: Tensor, old: Tensor, new: Tensor, *, keep_new: 
     return Patch(live, live.box, on_host(_narrow(places - base)), base, on_host(old), on_host(new) if keep_new else None, bound)
 
 
+def patched(live: Live, patches: Iterable[Patch]) -> Live:
+    """What a plain tensor becomes with its patches, in host memory of its own."""
+    found = in_host_memory(live.tensor)
+    for patch in patches:
+        patch._replace(live=found).put_new()
+    return found
+
+
+def in_host_memory(values: Tensor) -> Live:
+    """A copy of a plain tensor, contiguous."""
+    return Live(values.detach().to("cpu", copy=True, memory_format=torch.contiguous_format))
+
+
 def _where(differs: Tensor) -> Tensor:
     """``nonzero`` of bool [n], of which few are true: on a CPU first of words of eight, as it looks at each for a nanosecond."""
     if differs.is_cuda or differs.numel() % 8:

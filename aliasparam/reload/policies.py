@@ -19,9 +19,9 @@ from ..errors import ReloadError
 from ..storage.coverage import Box
 from .journal import Journal
 from .live import Live
-from .patch import Patch
+from .patch import Patch, patched
 from .targets import Target
-from .written import Promised, Written
+from .written import Written
 
 PolicyName = Literal["write-through", "journal", "staged", "staged-journal"]
 #: "delta" is what :func:`aliasparam.reload.apply_delta` opens: patches, old bytes and new, wait on the host.
@@ -68,14 +68,14 @@ class Policy:
         self._watched.setdefault(target.label, (live, live.version))
         return live
 
-    def hold(self, target: Target, patches: list[Patch], promised: Promised | None = None) -> None:
-        """Write them at the commit, which makes a tensor of the ``promised`` digest."""
+    def hold(self, target: Target, live: Live, patches: list[Patch]) -> None:
+        """Write the patches of ``live``, the tensor or a part of it, at the commit."""
         if self._name != "delta" or self._journal is None:
             raise ReloadError("only a delta's session takes patches", name=target.label)
         self._held += [(target, patch) for patch in patches]
         self._journal.patches += patches
-        if promised is not None:
-            self._written.give(target, promised)
+        if target.shares_memory:
+            self._written.give(target, live, patched(live, patches))
 
     def flush(self) -> None:
         """Write what was held, in one pass. May be called again after a failure."""

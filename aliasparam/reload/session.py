@@ -32,7 +32,7 @@ from .observe import Hook, Hooks, Observed, call_abort_hooks, phase
 from .patch import Patch
 from .policies import AnyPolicy, Policy
 from .targets import Target, find_targets, in_scope, target_of
-from .written import Promised, Written
+from .written import Written
 
 #: "all": every tensor must arrive; "partial": each tensor that is begun must; or dotted prefixes, under which every tensor must.
 Scope = Literal["all", "partial"] | Iterable[str]
@@ -229,7 +229,7 @@ class ReloadSession:
             name: a name of :attr:`expected`.
             value: of the tensor's dtype, on any device. Nothing of it is kept.
             first_row: where the rows of ``value`` begin.
-            box: (start, stop) for each dim.
+            box: (start, stop) for each dim; not with ``first_row``.
 
         Raises:
             ReloadError: unknown name, wrong shape or dtype, outside the tensor, or elements sent twice. Nothing is written then.
@@ -244,7 +244,7 @@ class ReloadSession:
         need_dense(self._label, name, value, "the new value")
         if value.numel() == live.numel() == 1 and value.dim() <= 1 and live.dim() <= 1:
             value = value.reshape(live.shape)  # 0-d and [1] are one thing
-        box = box_of(live, value, first_row, box)
+        box = box_of(self._label, name, live, value, first_row, box)
         need_fit(self._label, name, live, value, box)
         coverage = self._coverage(target)
         if coverage.overlap(box) is not None:
@@ -272,10 +272,10 @@ class ReloadSession:
         self._need((Phase.OPEN,), "patch")
         return self._policy.watch(self._target(name))
 
-    def hold(self, name: str, patches: list[Patch], promised: Promised | None = None) -> None:
-        """Hold what the commit is to change in a tensor that is watched."""
+    def hold(self, name: str, live: Live, patches: list[Patch]) -> None:
+        """Hold what the commit is to change in a tensor that is watched, or in a part of it."""
         self._need((Phase.OPEN,), "patch")
-        self._policy.hold(self._target(name), patches, promised)
+        self._policy.hold(self._target(name), live, patches)
         self.observed.bytes += sum(patch.nbytes for patch in patches)
         self.observed.tensors += 1
 

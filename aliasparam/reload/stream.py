@@ -55,7 +55,8 @@ class WeightStream:
         self._src, self._max = src, max_bucket_bytes
         self._link = Link((src,), group, seconds, device)
         self._memory = torch.empty(0, dtype=torch.uint8, device=self._link.device)
-        self._owed = self._ended = False
+        self._owed: int | None = None  # the frame that waits for an answer, counted from 0
+        self._ended = False
 
     def __iter__(self) -> Iterator[Streamed]:
         for number in range(1 << 62):
@@ -71,9 +72,9 @@ class WeightStream:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if self._owed and error is None and self._ended:
+        if self._owed is not None and error is None and self._ended:
             self._answer("taken")
-        elif self._owed:
+        elif self._owed is not None:
             try:
                 self._answer("refused", f"{type(error).__name__}: {error}" if error is not None else "it stopped before the end")
             except StreamError:
@@ -81,8 +82,8 @@ class WeightStream:
                     raise
 
     def _answer(self, frame: str, why: str = "") -> None:
-        self._owed = False
-        self._link.say(frame, [self._src], why)
+        number, self._owed = self._owed, None
+        self._link.say(frame, [self._src], why, number=number)
 
     def _bucket(self, frame: dict[str, Any], number: int) -> Iterator[Streamed]:
         where = f"rank {self._src}, bucket {number}"
@@ -96,7 +97,7 @@ class WeightStream:
         payload = self._memory[:nbytes]
         if nbytes:
             self._link.receive(payload, self._src)
-        self._owed = True
+        self._owed = number
         if frame.get("number") != number:
             raise StreamError("a bucket is missing or came twice", name=where, expected=number, found=frame.get("number"))
         parts = parts_of(frame, where)
@@ -107,9 +108,9 @@ class WeightStream:
             yield Streamed(part.name, part.of(payload), part.box)
 
     def _end(self, frame: dict[str, Any], number: int) -> None:
-        self._owed = frame.get("frame") != "gave up"
-        if not self._owed:
+        if frame.get("frame") == "gave up":
             raise StreamError("the trainer gave up", name=f"rank {self._src}", found=str(frame.get("why"))[:800])
+        self._owed = number
         if frame.get("frame") != "end" or frame.get("buckets") != number:
             raise StreamError(
                 "the stream ends with something else",

@@ -9,7 +9,7 @@ A message is SHA-256 (hex) of its text and the text, padded with spaces: of one 
 | ``bucket`` | ``number``; ``bytes`` that follow, their ``checksum`` and ``digest``; ``tensors``: fields of each :class:`Part` |
 | ``end`` | ``buckets``: how many there were |
 | ``gave up`` | ``why`` |
-| ``taken``, ``refused`` | the receiver's answers; ``why`` |
+| ``taken``, ``refused`` | the receiver's answers: ``number`` of the frame, from 0; ``why`` |
 """
 
 from __future__ import annotations

@@ -99,6 +99,7 @@ class _Receivers:
     def __init__(self, link: Link) -> None:
         self._link = link
         self._to_answer: set[int] = set()
+        self._sent = 0  # frames; an answer has the number of its own, from 0
         self._listening = set(link.peers)  # after an answer if they owe one
 
     def exchange(self, frame: str, payload: Tensor | None = None, **fields: Any) -> None:
@@ -108,7 +109,7 @@ class _Receivers:
         self._link.say(frame, **fields)
         if payload is not None and payload.numel():
             self._link.send(payload)
-        self._listening, self._to_answer = listening, set(self._link.peers)
+        self._listening, self._to_answer, self._sent = listening, set(self._link.peers), self._sent + 1
 
     def end(self) -> None:
         self._listening = set()
@@ -132,6 +133,8 @@ class _Receivers:
             answer = self._link.hear(peer)
             if answer.get("frame") != "taken":
                 refused[peer] = str(answer.get("why"))
+            elif answer.get("number") != self._sent - 1:
+                refused[peer] = f"an answer to frame {answer.get('number')} in the place of one to {self._sent - 1}"
             else:
                 self._listening |= listens
         if refused:

@@ -36,6 +36,10 @@ class Target:
     def __post_init__(self) -> None:
         self.together = [self]
 
+    @property
+    def shares_memory(self) -> bool:
+        return len(self.together) > 1
+
 
 def find_targets(model: nn.Module) -> dict[str, Target]:
     """Parameters and persistent buffers by the name that the state dict gives them; of tied ones the first. What hooks or extra
@@ -80,13 +84,20 @@ def _find_together(targets: Iterable[Target]) -> None:
 
 
 def in_scope(targets: Mapping[str, Target], scope: str | Iterable[str], begun: Mapping[int, object]) -> dict[str, Target]:
-    """The targets that must arrive whole."""
+    """The targets that must arrive whole.
+
+    Raises:
+        ReloadError: a prefix of the scope that no target has.
+    """
     if scope == "all":
         return dict(targets)
     if scope == "partial":
         return {n: t for n, t in targets.items() if id(t.tensor) in begun}
-    dotted = _dotted(scope)
-    return {n: t for n, t in targets.items() if f"{n}.".startswith(dotted)}
+    for prefix in scope:
+        if not any(f"{name}.".startswith(_dotted([prefix])) for name in targets):
+            remedy = "r.expected lists the names; a prefix ends at a dot."
+            raise ReloadError("the model has no tensor under this prefix of the scope", name=prefix, remedy=remedy)
+    return {n: t for n, t in targets.items() if f"{n}.".startswith(_dotted(scope))}
 
 
 def _dotted(prefixes: Iterable[str]) -> tuple[str, ...]:
@@ -99,8 +110,9 @@ def target_of(targets: Mapping[str, Target], scope: str | tuple[str, ...], modul
     Raises:
         ReloadError: no target of this name, or one outside the scope, or of a kind that is not reloaded.
     """
-    target = targets.get(name)
+    target = targets.get(name) if isinstance(name, str) else None
     if target is None:
+        name = str(name)[:120]
         raise ReloadError(
             "the model has no tensor of this name",
             module=module,

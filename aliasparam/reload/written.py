@@ -12,17 +12,18 @@ from ..errors import ReloadError
 from ..module.names import ModuleNames
 from ..storage.coverage import Box
 from ..tensors.faces import _Aliased
-from .digest import digest_of
+from .digest import Hashed
 from .drain import Drain
 from .live import Live
+from .live_digest import add_pieces
 from .targets import PlainName, Target
 
 
-class Promised(NamedTuple):
-    """The digest, of a kind of digest.py, of what a tensor (or a part of it) is to hold."""
+class Given(NamedTuple):
+    """What a tensor, or a part of it, is to hold at the end: the SHA-256 (hex) of its bytes."""
 
+    target: Target
     part: Live
-    kind: str
     digest: str
 
 
@@ -33,7 +34,7 @@ class Written:
         self.label, self._drain = label, drain
         self._declared: dict[int, _Aliased] = {}
         self._plain: dict[int, tuple[PlainName, Target]] = {}
-        self._given: list[tuple[Target, Promised]] = []  # to tensors that share memory
+        self._given: list[Given] = []  # to tensors that share memory
         self._ended = False
 
     @property
@@ -48,29 +49,27 @@ class Written:
         part = Live(target.tensor).under(box)
         with torch.no_grad():
             part.tensor.copy_(value, non_blocking)
-        if len(target.together) > 1 and value.numel():
-            new = Live(value)
-            self.give(target, Promised(part, "adler32", digest_of(new.bytes(new.box), "adler32")))
+        if target.shares_memory:
+            self.give(target, part, Live(value))
 
-    def give(self, target: Target, promised: Promised) -> None:
-        """What a tensor must hold at the end, also if others lie in its memory."""
-        if len(target.together) > 1:
-            self._given.append((target, promised))
+    def give(self, target: Target, part: Live, value: Live) -> None:
+        """``part`` of a tensor that shares memory must hold these bytes at the end, whatever the others are given."""
+        self._given.append(Given(target, part, _sha256(value)))
 
     def need_agreement(self) -> None:
         """
         Raises:
             ReloadError: tensors that share memory were given bytes that differ.
         """
-        for target, (part, kind, digest) in self._given:
-            if digest_of(part.bytes(part.box), kind) != digest:
-                given = {one.label for one, _ in self._given if one in target.together and one is not target}
+        for target, part, digest in self._given:
+            others = {one.target.label for one in self._given if one.target in target.together and one.target is not target}
+            if others and _sha256(part) != digest:
                 raise ReloadError(
                     "it shares memory with tensors that were given other values",
                     module=self.label,
                     name=target.label,
                     expected="values that agree where they are in one memory",
-                    found="others for " + ", ".join(sorted(given)),
+                    found="others for " + ", ".join(sorted(others)),
                     remedy="Send one of them alone, or untie them in the model.",
                 )
 
@@ -87,11 +86,17 @@ class Written:
             return
         names = {id(one): one for tensor in declared.values() for one in tensor._alias_storage.listeners}
         registries = [one for one in names.values() if isinstance(one, ModuleNames)]
-        if plain or not all(self._drain.holds(one) for one in registries):
-            twins = [(holder, key, name.refusing) for name, target in plain.values() for holder, key in target.places]
-            self._drain.close(registries, twins)
-        self._declared |= declared
-        self._plain |= plain
+        twins = [(holder, key, name.refusing) for name, target in plain.values() for holder, key in target.places]
+        try:
+            self._declared |= declared  # before, as an interrupt may come when twins are in their places
+            self._plain |= plain
+            if plain or not all(self._drain.holds(one) for one in registries):
+                self._drain.close(registries, twins)
+        except BaseException:
+            for key in new:
+                self._declared.pop(key, None)
+                self._plain.pop(key, None)
+            raise
 
     def _is_begun(self, target: Target) -> bool:
         return id(target.tensor) in self._declared or id(target.tensor) in self._plain
@@ -117,3 +122,10 @@ class Written:
         for tensor in self._declared.values():
             tensor._alias_storage.invalidate("a reload failed after it had written this tensor")
         self._ended = True
+
+
+def _sha256(live: Live) -> str:
+    """No weaker sum: small numbers in another order have the same adler32."""
+    digest = Hashed("hashlib", "sha256")
+    add_pieces(digest, live)
+    return digest.hexdigest(live.nbytes)

@@ -79,6 +79,21 @@ def test_a_line_that_does_not_parse_is_refused(text: Any, error: str) -> None:
         Layout(text)
 
 
+@pytest.mark.parametrize(
+    ("rows", "columns", "shape"),
+    [
+        ((0, 65), (0, 4), (64, 4)),
+        ((-3, 3), (0, 4), (64, 4)),
+        ((5, 3), (0, 4), (64, 4)),
+        ((0, 3), (0, 5), (64, 4)),
+        ((0, 3), (0, 4), (64,)),
+    ],
+)
+def test_what_is_no_rectangle_has_no_pieces(rows: Any, columns: Any, shape: Any) -> None:
+    with pytest.raises(LayoutError, match="no rectangle of the matrix"):
+        Layout("(g b a) k -> g a b k, a=4 b=8").boxes(rows, columns, shape)
+
+
 @pytest.mark.parametrize("size", [[2], "2", 2.0, None, True, -1])
 def test_sizes_that_are_no_positive_integers_are_refused(size: Any) -> None:
     with pytest.raises(LayoutError, match="size of digit a is no positive integer"):

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from aliasparam import checkpoint_names
 from aliasparam.reload import prepare_delta
-from aliasparam.reload.delta_apply import version_of
 from aliasparam.reload.delta_folder import Chain, DeltaFolder
 from aliasparam.reload.delta_held import AddUp, Part, Places
 from aliasparam.reload.observe import Hooks
@@ -26,6 +25,7 @@ from .conversions import Conversion
 from .dropped import dropping_rule
 from .experts import Experts
 from .reload import _agree, _names
+from .ties import equal_in_deltas, tied_names
 from .unwrap import plain_name, unwrapped
 
 
@@ -57,7 +57,7 @@ def apply_delta_folder(
         with session:
             _agree(model, None)
             session.commit()
-        return version_of(opened, serving)
+        return opened.version
 
 
 @dataclass
@@ -85,7 +85,8 @@ def places_of(model: nn.Module, delta: DeltaFolder | Chain, add_up: AddUp | None
     converted = tuple(_Converted(model, one, names) for one in _names(model).conversions)
     parts: dict[str, Part] = {}
     divided: set[str] = set()
-    elsewhere = set(_dropped(model, delta, {*names, *(name for one in converted for name in one.sources)}))
+    tied = equal_in_deltas(tied_names(model, _names(model).ours), delta)
+    elsewhere = {*tied} | set(_dropped(model, delta, {*names, *(name for one in converted for name in one.sources)}))
     for module in model.modules():
         if isinstance(module, Experts) and module.ranks.size > 1:
             split = {name: part for name, part in _of_experts(module) if name in module.names.values()}

@@ -30,6 +30,7 @@ from .fused_experts import check_scalars
 from .modules import FusedLinear, Projection
 from .names import Names
 from .source import castable
+from .ties import need_equal, tied_names
 from .unwrap import need_whole, plain_name, unwrapped
 
 
@@ -146,9 +147,9 @@ def _check_names(
     others: set[str],
     converted: Mapping[str, Tensor],
 ) -> None:
-    """Raise CheckpointError for tensors that are missing, unexpected or do not fit, converted ones included."""
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    """Raise CheckpointError for tensors that are missing, unexpected or do not fit, converted and tied ones included."""
     theirs = _names(model).ours
+    tied = tied_names(model, theirs)
     rule = dropping_rule(model, {name: theirs.get(name, name) for name in source.tensors})
     known = {*expected, *others, *tied}
     dropped = {name for name in source.tensors if name not in known and rule(name, theirs.get(name, name)) is not None}
@@ -161,6 +162,7 @@ def _check_names(
             if spec.shape != tuple(converted[name].shape):
                 wanted[name] = TensorSpec.of(converted[name])
     check_tensors(source, wanted, ignore={*tied, *others, *dropped})
+    need_equal(tied, source)
 
 
 def _names(model: Any) -> Names:

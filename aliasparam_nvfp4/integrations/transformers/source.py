@@ -29,6 +29,7 @@ from .dropped import dropping_rule
 from .experts import Experts, first_projection, fused_experts
 from .names import Names
 from .report import FolderReport
+from .ties import tied_names
 
 #: float32 tensors whose dtype in the file must be the model's.
 _SCALARS = ("_scale_2", "_global_scale", "input_scale", *KV_SCALES)
@@ -161,21 +162,25 @@ class Source:
         """
         if self.folder is None:
             return FolderReport()
-        tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+        tied = tied_names(model, self.names.ours)
         theirs = {mine: name for name, mine in self.names.ours.items()}
         fused = self._check_experts(model)
         converted = {name for conversion in self.names.conversions for name in conversion.targets}
         optional = _patterns(model._keys_to_ignore_on_load_missing)
         expected = {}
         for name, tensor in model.state_dict().items():
-            if name in tied or name in fused or (optional and name not in self.tensors and optional.search(name)):
+            if (
+                theirs.get(name, name) in tied
+                or name in fused
+                or (optional and name not in self.tensors and optional.search(name))
+            ):
                 continue
             spec = castable(name, TensorSpec.of(tensor), self.tensors)
             if name not in converted or self.tensors[name].spec != spec:
                 expected[theirs.get(name, name)] = spec
         own = {entry.name for layer in self.experts.values() for entry in layer.entries.values()}
         sources = [name for conversion in self.names.conversions for name in conversion.sources]
-        known = {*expected, *own, *sources, *(theirs.get(name, name) for name in tied)}
+        known = {*expected, *own, *sources, *tied}
         rule = dropping_rule(model, dict(self.names.ours))
         dropped = {n: why for n, mine in self.names.ours.items() if n not in known and (why := rule(n, mine)) is not None}
         orphans = {n for path, layer in self.experts.items() if _module(model, path) is None for n in _names(layer)}

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from aliasparam import checkpoint_digest, checkpoint_state_dict, process, registry_of, reload
 from aliasparam.errors import AliasError
-from aliasparam.reload import stream_send
+from aliasparam.reload import stream, stream_send
 from aliasparam.reload.stream import WeightStream
 from aliasparam.reload.stream_send import send_weights
 
@@ -188,6 +188,16 @@ def serve_with_a_check() -> dict[str, Any]:
     return serve(model)
 
 
+def serve_with_an_old_answer() -> dict[str, Any]:
+    say = stream.Link.say
+
+    def late(link: Any, frame: str, *args: Any, number: int) -> None:
+        say(link, frame, *args, number=2 if number == 3 else number)
+
+    stream.Link.say = late  # type: ignore[method-assign, assignment]
+    return serve()
+
+
 def serve_and_stop() -> dict[str, Any]:
     model, found = Whole(), {"error": None}
     with observed(model, found), WeightStream(0, seconds=SECONDS) as stream, reload(model, policy="journal") as session:
@@ -217,6 +227,7 @@ SERVERS: dict[str, Callable[[], dict[str, Any]]] = {
     "every bucket size": serve_every_bucket_size,
     "one of two refuses": serve_one_and_refuse_on_another,
     "a check refuses": serve_with_a_check,
+    "an answer of before": serve_with_an_old_answer,
     "the server is killed": serve_and_stop,
     "a small receiver": lambda: serve(max_bucket_bytes=64),
 }

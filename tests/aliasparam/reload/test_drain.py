@@ -124,10 +124,11 @@ def test_a_forward_that_does_not_end_leaves_everything_as_it_was(policy: Any) ->
         if policy == "staged":
             session.load(NEW)
             session.prepare()
-            with pytest.raises(ReloadError, match=message):
-                session.commit()
+            for _ in range(2):
+                with pytest.raises(ReloadError, match=message):
+                    session.commit()
         else:
-            for name in ("padded.weight", "norm"):
+            for name in ("padded.weight", "norm", "padded.weight", "norm"):
                 with pytest.raises(ReloadError, match=message):
                     session.update(name, NEW[name])
         assert same(pool.submit(model).result(20), SERVED["old"])  # others go on

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,8 @@ def test_law_12_a_chain_is_one_commit(applied: int, target: int, served: str, de
     process(model)
     with Chain(published(tmp_path), applied, target) as chain:
         version = apply_delta(model, chain, serving=applied, hooks=Hooks(on_commit=[commits.append]))
+    with Chain(tmp_path, target, target) as nothing:
+        assert apply_delta(model, nothing) == target
     assert version == target and len(commits) == 1
     assert same(model(), SERVED[served])
 
@@ -285,3 +288,28 @@ def test_law_12_tensors_in_one_memory_are_all_that_was_promised_or_none(agrees: 
     with contextlib.nullcontext() if agrees else pytest.raises(ReloadError, match="others for a"):
         apply_delta(model, folder, serving=0)
     assert torch.equal(memory, new if agrees else torch.arange(12.0))
+
+
+@pytest.mark.parametrize("encoding", ["xor", "overwrite"])
+def test_law_12_a_buffer_that_is_a_view_of_its_conjugate(encoding: str, device: torch.device, tmp_path: Path) -> None:
+    """torch conjugates and negates when it reads: the bytes in memory are others than those of the values."""
+    model = nn.Module()
+    values = torch.arange(8.0, device=device).view(torch.complex64)
+    model.register_buffer("conjugated", values.conj())
+    model.register_buffer("negated", values.clone().conj().imag)
+    old = {name: value.resolve_conj().resolve_neg().cpu() for name, value in model.state_dict().items()}
+    new = {name: value.clone() for name, value in old.items()}
+    for value in new.values():
+        value[1] += 1
+    apply_delta(model, trainer_writes(tmp_path / "v", raw(old), raw(new), 1, encoding, "adler32"))
+    assert all(torch.equal(model.state_dict()[name].cpu(), value) for name, value in new.items())
+
+
+def test_law_12_a_folder_is_given_by_its_path_too(tmp_path: Path) -> None:
+    """Its files are closed again, before the commit of a delta too."""
+    model, held = Whole(), len(os.listdir("/proc/self/fd"))
+    session = prepare_delta(model, str(trainer_writes(tmp_path / "b", raw(A), raw(B), 1, "xor", "adler32")))
+    assert len(os.listdir("/proc/self/fd")) == held
+    session.commit()
+    assert checkpoint_digest(model) == digest_of_folder(folder_of(tmp_path / "whole", B))
+    assert len(os.listdir("/proc/self/fd")) == held

@@ -54,6 +54,16 @@ def engine_loads(model: nn.Module, new: dict[str, Tensor]) -> None:
     names["norm"].data = new["norm"].float()
 
 
+def test_a_loader_writes_tensors_that_share_memory() -> None:
+    """A write of one makes all refuse, but for the loader, who writes the next one."""
+    model, new = Model(), new_values()
+    model.shared = nn.Parameter(model.norm.data[2:], requires_grad=False)
+    with reload(model, scope=["norm", "shared"]) as session, loading(session):
+        model.norm.data.copy_(new["norm"])
+        model.shared.data.copy_(new["norm"][2:])
+    assert torch.equal(model.shared, new["norm"][2:]) and torch.equal(model.norm, new["norm"])
+
+
 def test_a_loader_writes_through_a_session() -> None:
     model, new = Model(), new_values()
     where = [parameter.data_ptr() for parameter in model.parameters()]

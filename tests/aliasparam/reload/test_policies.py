@@ -16,7 +16,7 @@ from torch import Tensor
 
 from aliasparam import checkpoint_digest, checkpoint_state_dict, process, registry_of, reload
 from aliasparam.errors import AliasError, ReloadError
-from aliasparam.reload import observe
+from aliasparam.reload import drain, observe, written
 from aliasparam.reload.observe import Hooks
 from aliasparam.reload.policies import PolicyName
 from aliasparam.testing import same_bytes
@@ -24,6 +24,7 @@ from aliasparam.testing._faults import FailingAt, Fault
 
 from ..peak import peak_bytes
 from ..small import Layer, storage_of
+from .interrupted import interrupted
 from .live_models import Few, Whole, changed, raw, same
 
 POLICIES: tuple[PolicyName, ...] = get_args(PolicyName)
@@ -321,3 +322,24 @@ def test_where_cuda_is_in_use_the_phases_are_nvtx_ranges(monkeypatch: pytest.Mon
         _ = 1 / 0
     begun = [one.removeprefix("aliasparam.reload.") for one in told[::2]]
     assert begun == ["update", "flush", "process", "update", "abort"] and told[1::2] == ["pop"] * 5
+
+
+@pytest.mark.parametrize("policy", ["journal", "staged-journal"])
+def test_law_10_an_interrupt_at_any_line_of_a_write_leaves_weights_that_serve(policy: PolicyName) -> None:
+    """Also between refusing twins in the places of plain tensors and the list of those that are to come back."""
+
+    def whole_reload() -> None:
+        with reload(model, policy=policy) as session:
+            session.load(new)
+
+    model = Few()
+    new = {name: value for name, value in NEW.items() if name in checkpoint_state_dict(model)}
+    served = [model()]
+    whole_reload()
+    served.append(model())
+    model = Few()
+    for at in itertools.count():
+        if not interrupted(at, (drain, written), whole_reload):
+            break
+        assert any(same(model(), one) for one in served), at
+    assert at > 100

@@ -146,10 +146,25 @@ def test_a_scope_is_all_of_it_and_nothing_else(case: str) -> None:
     if rest:
         with pytest.raises(ReloadError, match="1 of 2 tensors did not arrive whole"), reload(Whole(), scope=scope) as session:
             session.update(first, NEW[first])
+    with (
+        pytest.raises(ReloadError, match=r"nrom: .*no tensor under this prefix"),
+        reload(Whole(), scope=[*scope, "nrom"]) as session,
+    ):
+        session.load({name: NEW[name] for name in names})
     model = Whole()
     with reload(model, scope=scope) as session:
         session.load({name: NEW[name] for name in names})
     assert raw(checkpoint_state_dict(model)) == raw({**OLD, **{name: NEW[name] for name in names}})
+
+
+def test_what_is_no_place_in_a_model_is_refused() -> None:
+    model = Whole()
+    with reload(model, scope="partial") as session:
+        with pytest.raises(ReloadError, match="norm: rows and a rectangle at once"):
+            session.update("norm", NEW["norm"], first_row=0, box=((0, 9),))
+        with pytest.raises(ReloadError, match="the model has no tensor of this name"):
+            session.load(NEW["wide.weight"])  # its rows, as if each were a name and a value
+    assert same(model(), served(OLD))
 
 
 # -- what comes between -------------------------------------------------------------------------------------------------

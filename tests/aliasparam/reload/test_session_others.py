@@ -11,17 +11,21 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from aliasparam import Derivation, checkpoint_state_dict, process, registry_of, reload
+from aliasparam import Derivation, apply_delta, checkpoint_state_dict, process, registry_of, reload
 from aliasparam.errors import AliasError, ReloadError
 from aliasparam.module.registry_of import registries
 from aliasparam.reload import claims
+from aliasparam.reload.delta_folder import Chain
 from aliasparam.reload.policies import PolicyName
 from aliasparam.reload.session import ReloadSession
 
 from ..small import Layer
-from .live_models import Whole, changed, same
+from .delta_cases import trainer_writes
+from .live_models import Whole, changed, folder_of, raw, same
 from .test_session import Few
 
 OLD = checkpoint_state_dict(Whole())
@@ -167,6 +171,62 @@ def test_law_8_parameters_in_one_memory_refuse_together() -> None:
                 getattr(model, name) + 0
         model.apart + 0
     assert torch.equal(model.shared, NEW["norm"]) and torch.equal(model.part, NEW["norm"][3:5])
+
+
+class Views(nn.Module):
+    """Plain parameters that are views of one memory of 24 bytes."""
+
+    def __init__(self, views: list[slice]) -> None:
+        super().__init__()
+        self.memory = [torch.arange(24, dtype=torch.uint8)]
+        for number, view in enumerate(views):
+            setattr(self, f"v{number}", nn.Parameter(self.memory[0][view], requires_grad=False))
+
+
+#: The last of these has the sum, and the sum of position times value, of no change at all.
+CHANGES = [{}, {0: 1}, {1: 7, 2: -7}, {0: 1, 1: -2, 2: 1}]
+VIEWS = st.builds(slice, st.integers(0, 20), st.just(24), st.sampled_from([1, 1, 2, 3])).filter(lambda s: len(range(24)[s]) >= 3)
+
+
+@given(
+    views=st.lists(VIEWS, min_size=2, max_size=4),
+    other=st.sampled_from(CHANGES),
+    way=st.sampled_from([*get_args(PolicyName), "full", "xor", "overwrite"]),
+    step=st.integers(1, 9),
+)
+def test_law_8_views_of_one_memory_hold_what_each_was_given(
+    views: list[slice], other: dict[int, int], way: Any, step: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """By any policy, a full version or a delta: what contradicts is refused, however small it is."""
+    model, old, new = Views(views), torch.arange(24, dtype=torch.uint8), torch.arange(24, dtype=torch.uint8)
+    new[::step] += 100
+    values = {f"v{number}": new[view].clone() for number, view in enumerate(views)}
+    for place, change in other.items():
+        values["v0"][place] += change
+    expected = old.clone()
+    for number, view in enumerate(views):
+        expected[view] = values[f"v{number}"]
+    agree = all(torch.equal(expected[view], values[f"v{number}"]) for number, view in enumerate(views))
+
+    with contextlib.nullcontext() if agree else pytest.raises(ReloadError, match="other values"):
+        if way in get_args(PolicyName):
+            with reload(model, policy=way) as session:
+                session.load(values)
+        else:
+            source = tmp_path_factory.mktemp("d")
+            if way == "full":
+                folder_of(source / "weight_v000001", values)
+            else:
+                was = {f"v{number}": old[view] for number, view in enumerate(views)}
+                trainer_writes(source / "weight_v000001", raw(was), raw(values), 1, way, "adler32")
+            with Chain(source, 0, 1) as chain:
+                apply_delta(model, chain)
+    if agree or way not in ("write-through", "staged"):
+        model.v0 + 0
+        assert torch.equal(model.memory[0], expected if agree else old)
+    else:
+        with pytest.raises(AliasError):
+            model.v0 + 0
 
 
 class Together(nn.Module):

@@ -7,12 +7,10 @@ import gc
 import itertools
 import json
 import os
-import sys
 import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
@@ -30,6 +28,7 @@ from aliasparam.reload.errors import SourceError
 from aliasparam.reload.sources import SafetensorsFolder
 
 from .folders import index, raw, safetensors
+from .interrupted import interrupted
 
 
 def tensors() -> dict[str, Tensor]:
@@ -319,35 +318,9 @@ def test_a_file_that_becomes_another_thing_while_it_is_opened_is_refused(
 
 
 def test_law_10_an_interrupt_at_any_line_leaves_no_file_open(files: tuple[Path, dict[str, Tensor]]) -> None:
-    def interrupted(at: int) -> bool:
-        """Whether opening was interrupted at line number ``at`` of what opens files."""
-        left = at
-
-        def line(frame: FrameType, event: str, _: object) -> Any:
-            nonlocal left
-            left -= event == "line"
-            if left < 0:
-                sys.settrace(None)
-                raise KeyboardInterrupt
-            return line
-
-        def call(frame: FrameType, *_: object) -> Any:
-            ours = frame.f_code.co_filename in (held_file.__file__, sources.__file__) and frame.f_code.co_name != "__del__"
-            return line if ours else None
-
-        before = sys.gettrace()
-        try:
-            sys.settrace(call)
-            SafetensorsFolder(files[0]).close()
-        except KeyboardInterrupt:
-            return True
-        finally:
-            sys.settrace(before)
-        return False
-
     before = len(os.listdir("/proc/self/fd"))
     for at in itertools.count():
-        again = interrupted(at)
+        again = interrupted(at, (held_file, sources), lambda: SafetensorsFolder(files[0]).close())
         assert len(os.listdir("/proc/self/fd")) == before, at
         if not again:
             break

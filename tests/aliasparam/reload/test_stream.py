@@ -48,6 +48,7 @@ BROKEN: dict[str, tuple[str | None, str | None]] = {
     "another shape": ("rank 1 refused", "norm: the new tensor does not fit"),
     "a dtype without a name": ("not sent", "the trainer gave up.*not sent"),
     "a check refuses": ("rank 1 refused.*.*a bad scale", "a bad scale"),
+    "an answer of before": ("rank 1 refused.*an answer to frame 2 in the place of one to 3", "cannot receive from rank 0"),
     "the server is killed": ("cannot (send to|receive from) rank 1", "-"),
     "a small receiver": ("cannot send to rank 1", r"bucket 0: the bucket is larger.*at most 64"),
 }

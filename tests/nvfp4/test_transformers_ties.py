@@ -1,0 +1,51 @@
+"""A head that the config ties to the embedding, and that the files have too."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from aliasparam.reload.delta_folder import Chain
+from aliasparam.reload.delta_writer import diff
+from aliasparam.reload.sources import SafetensorsFolder
+from aliasparam_nvfp4.checkpoint import CheckpointError
+
+pytest.importorskip("transformers")
+from aliasparam_nvfp4.integrations.transformers import apply_delta_folder, reload_folder
+
+from .test_transformers import load, out, write_checkpoint
+
+
+def with_head(folder: Path, made: Path, change: int) -> Path:
+    """A copy of the folder that has the head too, which the config ties to the embedding."""
+    shutil.copytree(folder, made)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + change
+    save_file(tensors, made / "model.safetensors", metadata={"format": "pt"})
+    return made
+
+
+@pytest.mark.parametrize("change", [0, 1])
+@pytest.mark.parametrize("way", ["folder", "full", "delta"])
+def test_law_9_a_head_in_the_files_is_tied_if_it_is_equal(way: str, change: int, tmp_path: Path) -> None:
+    """As a cold load does it; a model that is tied has no place for another."""
+    a = with_head(write_checkpoint(tmp_path / "a", 1), tmp_path / "heads" / "a", 0)
+    b = with_head(write_checkpoint(tmp_path / "b", 2), tmp_path / "heads" / "weight_v000001", change)
+    if way == "delta":
+        with SafetensorsFolder(a) as old, SafetensorsFolder(b) as new:
+            diff(old, new, tmp_path / "deltas" / "weight_v000001", 1, 0)
+    model, cold = load(a), load(b)
+    before = out(model)
+    with contextlib.nullcontext() if not change else pytest.raises(CheckpointError, match=r"lm_head.weight: .* the model ties"):
+        if way == "folder":
+            reload_folder(model, b)
+        else:
+            with Chain(tmp_path / ("heads" if way == "full" else "deltas"), 0, 1) as chain:
+                apply_delta_folder(model, chain)
+    assert torch.equal(out(model), before if change else out(cold))
+    assert (cold.lm_head.weight is cold.model.embed_tokens.weight) == (not change)
