@@ -148,9 +148,16 @@ FAULTS = [
     ),
     Planted(
         "module/names.py",
-        "        for at, name, tensor, _ in shown:",
-        "        for at, name, tensor, _ in ():",
+        "        for held, names, name, tensor, _ in shown:",
+        "        for held, names, name, tensor, _ in ():",
         "test_law_08_no_silent_garbage.py",
+    ),
+    Planted("module/names.py", " is not tensor or name in held:", " is not tensor:", "test_law_08_no_silent_garbage.py"),
+    Planted(
+        "storage/transaction.py",
+        "value=landable(part.value, part.storage.elements)",
+        "value=part.value",
+        "test_law_10_refusals.py",
     ),
     Planted("module/names.py", "if not is_same_name(tensor, b.parameter)]", "if tensor is None]", "test_adoption.py"),
     Planted("module/names.py", "            return commit  #", "            return None  #", "test_threads_and_fork.py"),

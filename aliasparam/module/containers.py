@@ -108,7 +108,7 @@ def _names_of(items: dict[str, Any], owners: dict[str, Owner], unchanged: None =
 
 
 def standing(module: nn.Module, name: str) -> Any:
-    """What is under the name of a Parameter: after ``del`` that may be an attribute, which hides Parameters, or a buffer."""
+    """What is under a name: an attribute, which hides Parameters, which hide buffers. After ``del`` any may be put there."""
     if name in module.__dict__:
         return module.__dict__[name]
     found = module._parameters.get(name)
