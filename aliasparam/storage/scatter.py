@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..layout import BoundLayout
 from ..layout.blocks import tiles
+from ..torch_private import has_no_bytes
 from .coverage import Box
 
 #: Bytes of that memory, on the device of the storage.
@@ -18,6 +19,19 @@ _PINNED_BYTES = 4 << 20
 def is_brought_whole(value: Tensor, dtype: torch.dtype) -> bool:
     """Whether ``value`` lies on the host, is of ``dtype``, and goes to a GPU in one piece."""
     return value.device.type == "cpu" and value.dtype is dtype and value.nbytes < _PINNED_BYTES
+
+
+def landable(value: Tensor, memory: Tensor) -> Tensor:
+    """``value`` as it can be scattered into ``memory``. What torch cannot copy there (without data, a dtype without a conversion,
+    bits that cannot be resolved, another library's tensor) raises torch's own error here, before anything is written."""
+    is_like = type(value) is Tensor and value.dtype is memory.dtype and value.device == memory.device
+    if is_like and value.layout is torch.strided and not (value.is_conj() or value.is_neg() or has_no_bytes(value)):
+        return value
+    is_torchs = value.layout is torch.strided and type(value).__torch_dispatch__ is Tensor.__torch_dispatch__
+    has_bytes = is_torchs and not has_no_bytes(value)
+    tried = value[(slice(1),) * value.dim()] if has_bytes else value  # one element tells of all that torch copies itself
+    landed = torch.empty(tried.shape, dtype=memory.dtype, device=memory.device).copy_(tried)
+    return value if has_bytes else landed
 
 
 def scatter(bound: BoundLayout, memory: Tensor, box: Box, value: Tensor, non_blocking: bool = False) -> None:
