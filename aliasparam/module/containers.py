@@ -38,7 +38,8 @@ class Names(dict[str, Any]):
 
     def __setitem__(self, name: str, value: Any) -> None:
         """``setattr``, as engines replace Parameters, and ``Module.to()`` buffers. Compiled callers do not run the guard, which
-        compares names, so the owner looks at once. The cast of a kernel name is refused before it goes on to other modules."""
+        compares names, so the owner looks at once, and what they find under a kernel name is of no use to them. The cast of a
+        kernel name is refused before it goes on to other modules."""
         owner = None if isinstance(value, _TRACED) else self.owners.get(name)
         kernel = None if owner is None else owner.kernel(name)
         if kernel is not None and isinstance(value, Tensor) and TensorSpec.of(value) != TensorSpec.of(kernel.memory):
@@ -50,6 +51,8 @@ class Names(dict[str, Any]):
                 found=TensorSpec.of(value),
                 remedy="Module.half() and the like cannot apply to declared modules; cast the others.",
             )
+        if kernel is not None and isinstance(value, Tensor) and not value.is_meta and not kernel.shows(value):
+            value = kernel.other()
         super().__setitem__(name, value)
         if owner is not None:
             owner.look()
