@@ -15,9 +15,10 @@ import pytest
 import torch
 from torch import nn
 
-from aliasparam import AliasedStorage, Derivation, declare, process
-from aliasparam.errors import AliasError, StateError
+from aliasparam import AliasedStorage, Derivation, State, declare, process
+from aliasparam.errors import AliasError, StaleKernelError, StateError
 from aliasparam.module.containers import Names
+from aliasparam.storage import states
 
 from .small import SWAP, SWAP_PAD16, Layer, bytes_of, is_ready, kernel, layer_of, storage_of
 
@@ -55,6 +56,20 @@ def test_law_1_eight_threads_load_and_process_at_once() -> None:
 
     process(layer)
     assert torch.equal(layer.prepared, kernel(SWAP_PAD16, torch.full((8, 64, 32), 29, dtype=torch.uint8)))
+
+
+def test_law_8_a_forward_asks_for_the_state_while_another_thread_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, state_of = layer_of(bytes_of(8, 4, 4), loaded=False), states._state
+
+    def meanwhile(lacking: Any) -> State:
+        layer.weight[0].copy_(torch.zeros(4, 4, dtype=torch.uint8))
+        return state_of(lacking)
+
+    monkeypatch.setattr(states, "_state", meanwhile)
+
+    with pytest.raises(StaleKernelError):
+        layer()
+    assert storage_of(layer).states.of(1) is State.EMPTY
 
 
 @pytest.mark.parametrize("by", [copy.deepcopy, lambda m: m.state_dict()["weight"].clone()], ids=["deepcopy", "state dict"])
