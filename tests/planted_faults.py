@@ -161,6 +161,12 @@ FAULTS = [
     ),
     Planted("module/names.py", "if not is_same_name(tensor, b.parameter)]", "if tensor is None]", "test_adoption.py"),
     Planted("module/names.py", "            return commit  #", "            return None  #", "test_threads_and_fork.py"),
+    Planted(
+        "module/names.py",
+        "self._commit(versions)\n\n    def commit_source",
+        "self._commit(self._versions())\n\n    def commit_source",
+        "test_threads_and_fork.py",
+    ),
     Planted("module/containers.py", "value = kernel.other()", "pass", "test_law_08_compiled_callers.py"),
     Planted("module/containers.py", "            owner.look()", "            pass", "test_law_08_compiled_callers.py"),
     Planted("module/containers.py", "if owner.moment != moment:", "if False:", "test_threads_and_fork.py"),

@@ -200,8 +200,9 @@ class ModuleNames:
         session = None if self.holder is None else self.holder()
         if session is not None and session.drain.holds(self):
             return
+        versions = self._versions()  # before they are judged: what is written meanwhile is not committed
         if self.readiness is not Readiness.READY and self._committed and not self.replaced_names() and not self.stale_names():
-            self._commit(self._versions())
+            self._commit(versions)
 
     def commit_source(self, name: str) -> None:
         """The module's own code put kernel bytes under this source's kernel name; the module runs if that was the last."""
