@@ -24,14 +24,15 @@ def is_brought_whole(value: Tensor, dtype: torch.dtype) -> bool:
 def landable(value: Tensor, memory: Tensor) -> Tensor:
     """``value`` as it can be scattered into ``memory``. What torch cannot copy there (without data, a dtype without a conversion,
     bits that cannot be resolved, another library's tensor) raises torch's own error here, before anything is written."""
-    is_like = type(value) is Tensor and value.dtype is memory.dtype and value.device == memory.device
+    is_like = type(value) is Tensor and value.dtype is memory.dtype and not value.is_meta
     if is_like and value.layout is torch.strided and not (value.is_conj() or value.is_neg() or has_no_bytes(value)):
         return value
     is_torchs = value.layout is torch.strided and type(value).__torch_dispatch__ is Tensor.__torch_dispatch__
-    has_bytes = is_torchs and not has_no_bytes(value)
-    tried = value[(slice(1),) * value.dim()] if has_bytes else value  # one element tells of all that torch copies itself
-    landed = torch.empty(tried.shape, dtype=memory.dtype, device=memory.device).copy_(tried)
-    return value if has_bytes else landed
+    if not is_torchs or value.is_meta or has_no_bytes(value):
+        return torch.empty(value.shape, dtype=memory.dtype, device=memory.device).copy_(value)
+    one = value[(slice(1),) * value.dim()]  # tells of all elements; where it is, so that no device waits for another
+    torch.empty(one.shape, dtype=memory.dtype, device=one.device).copy_(one)
+    return value
 
 
 def scatter(bound: BoundLayout, memory: Tensor, box: Box, value: Tensor, non_blocking: bool = False) -> None:
