@@ -58,6 +58,10 @@ def shares_memory(first: Tensor, second: Tensor) -> bool:
     return bool(torch._C._is_alias_of(first, second))  # type: ignore[attr-defined]
 
 
+#: Whether a tensor is one of the zeros that autograd makes, which have an address and no bytes.
+has_no_bytes = Tensor._is_zerotensor
+
+
 def is_alone(memory: torch.UntypedStorage) -> bool:
     """Whether torch allocated this memory and one tensor alone looks at it.
 

@@ -148,12 +148,26 @@ FAULTS = [
     ),
     Planted(
         "module/names.py",
-        "        for at, name, tensor, _ in shown:",
-        "        for at, name, tensor, _ in ():",
+        "        for held, names, name, tensor, _ in shown:",
+        "        for held, names, name, tensor, _ in ():",
         "test_law_08_no_silent_garbage.py",
+    ),
+    Planted("module/names.py", " is not tensor or name in held:", " is not tensor:", "test_law_08_no_silent_garbage.py"),
+    Planted(
+        "storage/transaction.py",
+        "value=landable(part.value, part.storage.elements)",
+        "value=part.value",
+        "test_law_10_refusals.py",
     ),
     Planted("module/names.py", "if not is_same_name(tensor, b.parameter)]", "if tensor is None]", "test_adoption.py"),
     Planted("module/names.py", "            return commit  #", "            return None  #", "test_threads_and_fork.py"),
+    Planted(
+        "module/names.py",
+        "self._commit(versions)\n\n    def commit_source",
+        "self._commit(self._versions())\n\n    def commit_source",
+        "test_threads_and_fork.py",
+    ),
+    Planted("module/containers.py", "value = kernel.other()", "pass", "test_law_08_compiled_callers.py"),
     Planted("module/containers.py", "            owner.look()", "            pass", "test_law_08_compiled_callers.py"),
     Planted("module/containers.py", "if owner.moment != moment:", "if False:", "test_threads_and_fork.py"),
     Planted(

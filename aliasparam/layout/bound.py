@@ -184,6 +184,12 @@ class RegionLayout(BoundLayout):
         return out
 
 
+def flat_bytes(value: Tensor) -> Tensor:
+    """u8: the bytes of its elements, row-major. (To torch one element is contiguous at any stride, but has no such view then.)"""
+    value = in_bytes(value).contiguous()
+    return value.as_strided((value.numel(),), (1,)).view(torch.uint8)
+
+
 def in_bytes(value: Tensor) -> Tensor:
     """``value`` without a gradient, and with what conj and neg bits say: such bits live on the tensor, not in its bytes."""
     if value.requires_grad or value.is_conj() or value.is_neg():

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LayoutError
-from .bound import BoundLayout, RegionLayout
+from .bound import BoundLayout, RegionLayout, flat_bytes
 from .boxes import Box, positions_in, sizes
 
 
@@ -46,8 +46,7 @@ class NibbleLayout(RegionLayout):
 
 def unpack(words: Tensor) -> Tensor:
     """A byte a nibble, flat."""
-    words = words.contiguous()
-    packed = words.as_strided((words.numel(),), (1,)).view(torch.uint8)
+    packed = flat_bytes(words)
     return torch.stack((packed & 15, packed >> 4), -1).view(-1)
 
 

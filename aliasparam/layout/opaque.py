@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LayoutError
-from .bound import BoundLayout, RegionLayout
+from .bound import BoundLayout, RegionLayout, flat_bytes
 from .boxes import Box
 
 Function = Callable[[Tensor], Tensor]
@@ -53,9 +53,9 @@ class _Bound(RegionLayout):
         super().__init__(shape, dtype, lead, kernel.shape, kernel.numel())
         self._layout, self._kernel = layout, (kernel.dtype, tuple(kernel.shape))
         back = layout.decode(kernel.clone())
-        if back.shape != probe.shape or back.dtype is not dtype or not torch.equal(_bytes(back), _bytes(probe)):
+        if back.shape != probe.shape or back.dtype is not dtype or not torch.equal(flat_bytes(back), flat_bytes(probe)):
             raise LayoutError(f"{layout}: decode does not invert encode", expected=f"{dtype} {list(probe.shape)}, the same bytes")
-        if not torch.equal(_bytes(layout.encode(probe.clone())), _bytes(kernel)):
+        if not torch.equal(flat_bytes(layout.encode(probe.clone())), flat_bytes(kernel)):
             raise LayoutError(f"{layout}: encoding the same values twice gives other bytes")
 
     def put(self, region: Tensor, core: Box, value: Tensor) -> None:
@@ -67,16 +67,12 @@ class _Bound(RegionLayout):
         kernel = self._layout.encode(plain)
         if (kernel.dtype, tuple(kernel.shape)) != self._kernel:
             raise self.unfit(self._kernel, (kernel.dtype, tuple(kernel.shape)))
-        region.view(torch.uint8).copy_(_bytes(kernel))
+        region.view(torch.uint8).copy_(flat_bytes(kernel))
 
     def get(self, region: Tensor, core: Box) -> Tensor:
         dtype, shape = self._kernel
         plain = self._layout.decode(region.view(torch.uint8).clone().view(dtype).view(shape))
         return plain[tuple(slice(*ends) for ends in core)]
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 def _random(shape: Sequence[int], dtype: torch.dtype, device: str) -> Tensor:

@@ -22,6 +22,7 @@ from ..errors import (
     ValuesChangeError,
 )
 from ..spec import no_values
+from .bound import flat_bytes
 from .nibbles import pack, unpack
 
 Function = Callable[[Tensor], Tensor]
@@ -83,13 +84,14 @@ class _Runner:
         try:
             with torch.no_grad():
                 result = self.function(value)
+            found = no_values(result)
+            given = raw if found else flat_bytes(result).cpu()
         except Exception as error:
             raise FunctionFailedError(f"{self.name} raised {error!r}", found=f"{self.dtype} {list(self.shape)}") from error
-        if (found := no_values(result)) is not None:
+        if found is not None:
             raise FunctionFailedError(f"{self.name} returned no tensor with values", expected="one dense tensor", found=found)
         shape = tuple(result.shape) or (1,)
-        bytes_out = result.detach().contiguous().reshape(-1).view(torch.uint8).cpu()
-        return bytes_out, (*shape[:-1], shape[-1] * result.element_size())
+        return given, (*shape[:-1], shape[-1] * result.element_size())
 
 
 def _sources(run: _Runner, bits: int) -> tuple[Tensor, tuple[int, ...]]:

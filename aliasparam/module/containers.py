@@ -38,7 +38,8 @@ class Names(dict[str, Any]):
 
     def __setitem__(self, name: str, value: Any) -> None:
         """``setattr``, as engines replace Parameters, and ``Module.to()`` buffers. Compiled callers do not run the guard, which
-        compares names, so the owner looks at once. The cast of a kernel name is refused before it goes on to other modules."""
+        compares names, so the owner looks at once, and what they find under a kernel name is of no use to them. The cast of a
+        kernel name is refused before it goes on to other modules."""
         owner = None if isinstance(value, _TRACED) else self.owners.get(name)
         kernel = None if owner is None else owner.kernel(name)
         if kernel is not None and isinstance(value, Tensor) and TensorSpec.of(value) != TensorSpec.of(kernel.memory):
@@ -50,6 +51,8 @@ class Names(dict[str, Any]):
                 found=TensorSpec.of(value),
                 remedy="Module.half() and the like cannot apply to declared modules; cast the others.",
             )
+        if kernel is not None and isinstance(value, Tensor) and not value.is_meta and not kernel.shows(value):
+            value = kernel.other()
         super().__setitem__(name, value)
         if owner is not None:
             owner.look()
@@ -108,7 +111,7 @@ def _names_of(items: dict[str, Any], owners: dict[str, Owner], unchanged: None =
 
 
 def standing(module: nn.Module, name: str) -> Any:
-    """What is under the name of a Parameter: after ``del`` that may be an attribute, which hides Parameters, or a buffer."""
+    """What is under a name: an attribute, which hides Parameters, which hide buffers. After ``del`` any may be put there."""
     if name in module.__dict__:
         return module.__dict__[name]
     found = module._parameters.get(name)

@@ -141,7 +141,7 @@ def expose_for_writing(
         return Exposure(target, torch.empty(geometry.shape, dtype=geometry.dtype, device=geometry.device), order, writer)
     bound, kernel = storage.bound, storage.kernel_name
     memory = storage.elements[: bound.regions * bound.region_capacity] if kernel is None else kernel.memory
-    place = place_of(storage, geometry) if bound.lead else None
+    place = place_of(storage, geometry) if bound.lead or not geometry.numel() else None  # of no rows, no memory
     return Exposure(target, memory if place is None else memory[slice(*place.box[0])], order, writer)
 
 

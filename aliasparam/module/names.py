@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from enum import Enum
 from typing import Any, TypeAlias
 
@@ -33,8 +32,9 @@ class Readiness(Enum):
 READY, OPEN = Readiness.READY, Readiness.OPEN
 
 
-#: How to look a name up where it stands, the name, what is there; and of a kernel name, the library's.
-Shown: TypeAlias = tuple[Callable[[str], Any], str, Any, KernelName | None]
+#: A module's ``__dict__``, which of the dicts in it has a name, the name, what is there; and of a kernel name, the library's.
+#: By the way from the module on: other code may put another dict in its place, or an attribute, which hides both.
+Shown: TypeAlias = tuple[dict[str, Any], str, str, Any, KernelName | None]
 
 
 class ModuleNames:
@@ -97,7 +97,7 @@ class ModuleNames:
         """Switch the kernel names that are bound; what else is under a name stays for the next verb to see."""
         self._shown = None
         for name, kernel in self.kernels():
-            if kernel.shows(self.module._buffers.get(name)):
+            if kernel.shows(standing(self.module, name)):
                 put_buffer(self.module, name, kernel.tensor if ready else kernel.refusing, self)
 
     def kernels(self) -> list[tuple[str, KernelName]]:
@@ -151,8 +151,8 @@ class ModuleNames:
         shown = self._shown
         if shown is None and (shown := self._find()) is None:
             return False
-        for at, name, tensor, _ in shown:  # noqa: SIM110 - a generator costs as much as the rest
-            if at(name) is not tensor:
+        for held, names, name, tensor, _ in shown:  # noqa: SIM110 - a generator costs as much as the rest
+            if held[names].get(name) is not tensor or name in held:
                 return False
         return True
 
@@ -162,8 +162,8 @@ class ModuleNames:
         shown = self._shown
         if self.readiness is not READY or (shown is None and (shown := self._find()) is None):
             return False
-        for at, name, tensor, kernel in shown:
-            if at(name) is not tensor:
+        for held, names, name, tensor, kernel in shown:
+            if held[names].get(name) is not tensor or name in held:
                 return False
             if kernel is not None and (tensor._version != kernel.version or tensor.data_ptr() != kernel.address):
                 return False  # by other code
@@ -171,8 +171,10 @@ class ModuleNames:
 
     def _find(self) -> list[Shown] | None:
         """Where every name stands and what is there, kept for the next look; None where one is not ours."""
-        shown: list[Shown] = [(b.module._parameters.get, b.name, standing(b.module, b.name), None) for b in self.bindings()]
-        shown += [(self.module._buffers.get, name, kernel.tensor, kernel) for name, kernel in self.kernels()]
+        shown: list[Shown] = [
+            (b.module.__dict__, "_parameters", b.name, standing(b.module, b.name), None) for b in self.bindings()
+        ]
+        shown += [(self.module.__dict__, "_buffers", name, kernel.tensor, kernel) for name, kernel in self.kernels()]
         if self.replaced_names():  # of what was looked at already
             return None
         self._shown = shown
@@ -198,8 +200,9 @@ class ModuleNames:
         session = None if self.holder is None else self.holder()
         if session is not None and session.drain.holds(self):
             return
+        versions = self._versions()  # before they are judged: what is written meanwhile is not committed
         if self.readiness is not Readiness.READY and self._committed and not self.replaced_names() and not self.stale_names():
-            self._commit(self._versions())
+            self._commit(versions)
 
     def commit_source(self, name: str) -> None:
         """The module's own code put kernel bytes under this source's kernel name; the module runs if that was the last."""
@@ -239,7 +242,7 @@ class ModuleNames:
         """Declared names under which there is another tensor than ours."""
         found = ((b, standing(b.module, b.name)) for b in self.bindings())
         replaced = [b.name for b, tensor in found if not is_same_name(tensor, b.parameter)]
-        return replaced + [n for n, kernel in self.kernels() if not kernel.shows(self.module._buffers.get(n))]
+        return replaced + [n for n, kernel in self.kernels() if not kernel.shows(standing(self.module, n))]
 
     def stale_names(self) -> list[str]:
         """Kernel names that the last commit does not cover: sources written since, or written or moved by other code."""

@@ -164,8 +164,9 @@ class AliasRegistry(ModuleNames):
                 )
             source.storage.need_unexposed("process")
             source.storage.need_memory()
-            if not source.storage.is_loaded:
-                raise source.storage.not_loaded("cannot process")
+            with source.storage.lock:
+                if not source.storage.is_loaded:
+                    raise source.storage.not_loaded("cannot process")
 
     def _repr_html_(self) -> str:
         return Explanation.of([ExplainedModule.of(self.label, self, self.about, set())])._repr_html_()

@@ -58,6 +58,11 @@ class KernelName:
             self._twin._alias_name = self
         return self._twin
 
+    def other(self) -> Tensor:
+        """What stands in the place of a tensor that other code put under this name (``setattr``, ``Module.to_empty()``): it would
+        be used by whoever does not ask whether the module is open, and no verb takes it in."""
+        return KernelName(self.label, self.memory).refusing
+
     @property
     def was_written(self) -> bool:
         """Whether other code wrote through the tensor since :meth:`accept`."""

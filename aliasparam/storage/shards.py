@@ -17,7 +17,7 @@ from torch import Tensor
 from ..layout import BoundLayout, triton_copy
 from ..layout.execute import WIDEST, Copy, in_every_region, of_value
 from ..layout.strided import TORCH, TRITON, StridedLayout
-from ..torch_private import outside_inference
+from ..torch_private import has_no_bytes, outside_inference
 from .coverage import Box
 from .place import placed
 from .states import regions_under
@@ -90,14 +90,14 @@ class Shards:
     def under(self, view: Tensor, value: Tensor) -> tuple[Shard | None, int]:
         """The shard that ``view``, of the checkpoint tensor, is for values like ``value``; and its first region.
 
-        None where ``value`` is of another dtype or device or lies in the memory itself, where the view is no box, and where
-        values do not get there by strided copies.
+        None where ``value`` is of another dtype or device, has no bytes or lies in the memory itself, where the view is no
+        box, and where values do not get there by strided copies.
         """
         bound, memory, address, pointer = self.bound, self.memory, self.memory.data_ptr(), value.data_ptr()
         is_like = value.dtype is view.dtype is self._dtype and value.device == self._device
         if not is_like or address <= pointer < address + self._nbytes:
             return None, 0
-        if value.is_conj() or value.is_neg() or view.is_conj() or view.is_neg():  # such bits are not in the bytes
+        if value.is_conj() or value.is_neg() or has_no_bytes(value) or view.is_conj() or view.is_neg():
             return None, 0
         region, offset = divmod(int(view.storage_offset()), bound.region_elements or 1)
         align = address | pointer | (int(value.storage_offset()) | bound.region_capacity) * self._width | WIDEST

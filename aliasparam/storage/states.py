@@ -72,7 +72,7 @@ class RegionStates:
         """The state of all regions, or None where they differ. No regions are LOADED."""
         if not self.missing:
             return State.LOADED
-        found = {_state(lacking) for lacking in self.missing.values()}
+        found = {_state(lacking) for lacking in list(self.missing.values())}  # a forward asks while others write
         return found.pop() if len(self.missing) == self.count and len(found) == 1 else None
 
     @property

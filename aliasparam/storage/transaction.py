@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .coverage import Box
 from .guarded import GuardedMemory
-from .scatter import scatter
+from .scatter import landable, scatter
 
 
 class Part(NamedTuple):
@@ -45,9 +45,11 @@ def write_all(parts: Sequence[Part], non_blocking: bool = False) -> None:
 
     Raises:
         StateError: a storage is exposed to an outside writer. Nothing has changed then.
+        RuntimeError: torch's own, for a value that it cannot copy. Nothing has changed then.
     """
     for part in parts:
         part.storage.need_writable()
+    parts = [part._replace(value=landable(part.value, part.storage.elements)) for part in parts]
     for part in parts:
         part.storage.changing()
     begun = [(part.storage, part.storage.states.begin(part.box)) for part in parts]

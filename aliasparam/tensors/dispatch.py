@@ -126,6 +126,8 @@ def _copy(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     target, value, *non_blocking = args
     if not isinstance(target, Aliased):
         return _read(func, args, kwargs)
+    if not isinstance(value, Tensor):  # a number
+        return _write(func, args, kwargs)
     value = values_of(value) if isinstance(value, Aliased) else value
     write_one(target, value, *non_blocking, **kwargs)
     return target
@@ -181,8 +183,6 @@ def _land(pairs: Sequence[tuple[Any, Tensor]], non_blocking: bool = False) -> No
                 raise value.refusal()
             if value.shape != view.shape:
                 raise _reshaped(target, value)
-            if value.dtype is not view.dtype or value.layout is not torch.strided:
-                torch.empty(0, dtype=view.dtype).copy_(value.new_empty(0))  # torch's own error where it cannot convert
             if shares_memory(value, storage.buffer):
                 value = value.clone()
             found.setdefault(id(storage), (storage, []))[1].append((view, value))

@@ -99,6 +99,10 @@ class _Aliased(Aliased):
         copied = self._values().contiguous(memory_format=memory_format)
         return read_only(copied, self) if self._alias_geometry.is_contiguous(memory_format=memory_format) else copied
 
+    def as_subclass(self, cls: Any) -> Any:
+        """This name: torch asks it of what an operator returned, whose write is done, where an argument was a ``cls``."""
+        return self
+
     def apply_(self, function: Any) -> Any:
         return self.copy_(self._snapshot().apply_(function))
 

@@ -72,8 +72,8 @@ def _boxed(storage: AliasedStorage, view: Tensor, value: Tensor, place: Place) -
 
 
 def typed(value: Tensor, like: Tensor) -> Tensor:
-    """``value`` in the dtype and on the device of ``like``."""
-    if value.dtype is like.dtype and value.device == like.device:
+    """``value`` in the dtype and on the device of ``like``, and without the bits that a view of another dtype cannot have."""
+    if value.dtype is like.dtype and value.device == like.device and not value.is_conj() and not value.is_neg():
         return value
     return torch.empty(value.shape, dtype=like.dtype, device=like.device).copy_(value)
 

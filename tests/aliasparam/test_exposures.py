@@ -88,6 +88,19 @@ def test_law_8_rows_that_are_no_range_are_neither_lent_nor_counted(rows: Any, sh
     assert torch.equal(layer.weight, bytes_of(*shape))
 
 
+@pytest.mark.parametrize("layout", [SWAP_PAD16, None])
+@pytest.mark.parametrize("shape", [(4, 8, 6), (8, 6), (48,)])
+def test_law_8_a_writer_of_no_rows_is_lent_no_memory(shape: tuple[int, ...], layout: Any) -> None:
+    values = bytes_of(*shape)
+    layer = layer_of(values, layout if len(shape) > 1 else "k -> ~k")
+
+    with expose_for_writing(layer, "weight", slice(2, 2), order="kernel") as exposure:
+        exposure.memory.fill_(9)
+
+    assert exposure.memory.numel() == 0
+    assert torch.equal(layer.weight, values)
+
+
 def test_an_abandoned_writer_in_kernel_order_leaves_a_refusal_and_in_checkpoint_order_nothing() -> None:
     layer = layer_of(bytes_of(4, 8, 6), SWAP)
     process(layer)

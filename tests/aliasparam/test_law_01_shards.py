@@ -20,10 +20,11 @@ from aliasparam.errors import LayoutError, StateError
 from aliasparam.layout import IndexLayout, execute
 from aliasparam.testing import same_bytes
 
-from .small import INTERLEAVE, PAD8, SWAP, kernel, layer_of, storage_of
+from .small import INTERLEAVE, PAD8, SWAP, counting, kernel, layer_of, storage_of
 
 LINES = ["r k -> k r", SWAP, INTERLEAVE, PAD8, f"{SWAP} | {PAD8}"]
 SHAPES = [(4, 6), (3, 4, 6), (2, 3, 2, 8)]
+FORMS = ["plain", "at an odd address", "transposed", "of one row", "negative", "conjugate", "without bytes"]
 DTYPES = [torch.uint8, torch.float8_e4m3fn, torch.bfloat16, torch.float32, torch.complex64]
 
 
@@ -70,6 +71,8 @@ def of_form(value: Tensor, form: str) -> Tensor:
         return value.transpose(0, -1).contiguous().transpose(0, -1)
     if form == "of one row" and value.dim() > 1:
         return value[:1]
+    if form == "without bytes":  # zeros that autograd makes
+        return torch._efficientzerotensor(value.shape, dtype=value.dtype)
     if form == "negative" and has_negative(value):
         return torch._neg_view(-value)
     return value.conj() if form == "conjugate" else value
@@ -87,7 +90,7 @@ def test_law_1_a_shard_lands_as_torch_would_have_it(data: st.DataObject) -> None
     for seed in range(1, 4):
         view = data.draw(views(shape))
         target = view(plain)
-        form = data.draw(st.sampled_from(["plain", "at an odd address", "transposed", "of one row", "negative", "conjugate"]))
+        form = data.draw(st.sampled_from(FORMS))
         if not target.numel():
             continue
         value = of_form(numbers(tuple(target.shape), dtype, seed), form)
@@ -116,6 +119,38 @@ def test_law_1_bits_of_a_value_that_is_moved_as_integers(layout: Any, form: str,
     layer.weight.copy_(of_form(value, form))
 
     assert same_bytes(layer.weight.clone(), plain.copy_(of_form(value, form)))
+
+
+def test_law_1_a_negative_value_lands_in_a_view_of_another_dtype() -> None:
+    layer, plain = layer_of(torch.zeros(4, 8, dtype=torch.bfloat16)), torch.zeros(4, 8, dtype=torch.bfloat16)
+
+    for target in (plain, layer.weight):
+        target.view(torch.int16)[1:].copy_(torch._neg_view(torch.arange(24, dtype=torch.int16).view(3, 8)))
+
+    assert same_bytes(layer.weight.clone(), plain)
+
+
+class Subclass(Tensor):
+    """As of other libraries: torch makes what an operator returns one of these too."""
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda w: w.copy_(5),
+        lambda w: w.copy_(torch.full((6, 8), 5, dtype=torch.uint8).as_subclass(Subclass)),
+        lambda w: w.copy_(torch.full((6, 8), 5).as_subclass(Subclass)),
+        lambda w: w[2:].add_(torch.full((4, 8), 5, dtype=torch.uint8).as_subclass(Subclass)),
+    ],
+    ids=["a number", "a subclass", "a subclass of another dtype", "a subclass added"],
+)
+def test_law_1_what_torch_takes_for_a_value_lands(write: Callable[[Any], Any]) -> None:
+    layer, plain = layer_of(counting(6, 8)), counting(6, 8)
+
+    write(plain)
+    write(layer.weight)
+
+    assert torch.equal(layer.weight, plain)
 
 
 @pytest.mark.parametrize("write", [lambda w, v: w.copy_(v), lambda w, v: w.fill_(1), lambda w, v: w.copy_(v.float())])

@@ -104,6 +104,30 @@ def test_law_8_a_parent_that_reads_the_name_without_calling_the_child_is_refused
     assert f(x).unique().tolist() == [7]
 
 
+@pytest.mark.parametrize(
+    "put",
+    [lambda layer: setattr(layer, "prepared", torch.zeros(6, 8, dtype=torch.uint8)), lambda layer: layer.to_empty(device="cpu")],
+    ids=["setattr", "to_empty"],
+)
+@pytest.mark.parametrize("compile_it", [False, True])
+def test_law_8_a_parent_does_not_read_what_other_code_put_under_a_kernel_name(
+    compile_it: bool, put: Callable[[Layer], None]
+) -> None:
+    torch._dynamo.reset()
+    parent, x = Parent(), torch.zeros(1, dtype=torch.uint8)
+    process(parent)
+    f = torch.compile(parent, backend="eager") if compile_it else parent
+    f(x)
+
+    put(parent.child)
+    with pytest.raises(Exception, match=r"RefusingName|open|reload"):
+        f(x)
+    parent.child.weight.copy_(torch.full((6, 8), 7, dtype=torch.uint8))
+    process(parent)
+
+    assert f(x).unique().tolist() == [7]
+
+
 def test_law_8_a_parent_goes_on_where_a_name_was_replaced_and_put_back() -> None:
     parent, x = Parent(), torch.zeros(1, dtype=torch.uint8)
     process(parent)

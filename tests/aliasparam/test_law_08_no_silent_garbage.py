@@ -233,9 +233,16 @@ def test_law_8_a_cast_of_kernel_names_is_refused() -> None:
         lambda layer, other: dict.__setitem__(layer._parameters, "weight", other),
         lambda layer, other: layer.__delattr__("weight"),
         lambda layer, other: torch.func.functional_call(layer, {"weight": other}),
+        lambda layer, other: setattr(layer, "_parameters", {**layer._parameters, "weight": other}),
+        lambda layer, other: layer.__dict__.update(weight=other),
         lambda layer, other: setattr(layer, "prepared", other.data),
+        lambda layer, other: setattr(layer, "_buffers", {**layer._buffers, "prepared": other.data}),
+        lambda layer, other: layer.__dict__.update(prepared=other.data),
     ],
-    ids=["setattr", "update", "dict", "del", "functional_call", "kernel name"],
+    ids=[
+        *("setattr", "update", "dict", "del", "functional_call", "another dict", "an attribute that hides it"),
+        *("kernel name", "kernel name in another dict", "an attribute that hides a kernel name"),
+    ],
 )
 def test_law_8_a_served_module_refuses_from_the_moment_on_that_a_name_is_replaced(put: Callable[[Any, Any], Any]) -> None:
     layer = Layer()

@@ -45,12 +45,34 @@ WRONG: dict[str, Callable[[list[Any]], Any]] = {
     "two tensors of which the second does not fit": lambda w: torch._foreach_copy_(w, [torch.full((6, 8), 9), torch.zeros(5, 7)]),
     "copy_ of a sparse value": lambda w: w[0].copy_(torch.zeros(6, 8, dtype=torch.uint8).to_sparse()),
     "copy_ of a complex value": lambda w: w[0].copy_(torch.zeros(6, 8, 1)),
+    "copy_ of a value without data": lambda w: w[0].copy_(torch.zeros(6, 8, device="meta")),
+    "a shard without data": lambda w: w[0][2:].copy_(torch.zeros(4, 8, dtype=torch.uint8, device="meta")),
+    "a dtype without a conversion": lambda w: w[0].copy_(torch.zeros(6, 8, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)),
+    "a subclass that raises": lambda w: w[0].copy_(torch.Tensor._make_subclass(Raising, torch.zeros(6, 8, dtype=torch.uint8))),
 }
+
+
+class Raising(Tensor):
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        raise RuntimeError(f"{func} of a tensor that cannot be read")
 
 
 @pytest.mark.parametrize("wrong", WRONG)
 def test_law_10_an_operator_that_raises_has_written_nothing(wrong: str, two: list[Layer]) -> None:
     refuses_and_changes_nothing(two, lambda: WRONG[wrong]([layer.weight for layer in two]), (RuntimeError, IndexError))
+
+
+def test_law_10_a_value_whose_bits_cannot_be_resolved_has_written_nothing() -> None:
+    layer = Layer(dtype=torch.bool)
+    process(layer)
+    values = layer.weight.clone()
+
+    with pytest.raises(NotImplementedError):
+        layer.weight.copy_(torch._neg_view(values))
+
+    assert is_ready(layer)
+    assert torch.equal(layer.weight, values)
 
 
 def test_law_10_a_refused_write_of_several_loses_no_other_tensor(two: list[Layer]) -> None:

@@ -143,11 +143,18 @@ def fails(value: Tensor) -> Tensor:
         (lambda x: None, FunctionFailedError, "no tensor"),
         (lambda x: x.to("meta"), FunctionFailedError, "on meta"),
         (lambda x: x.to_sparse(), FunctionFailedError, "sparse_coo"),
+        (torch._neg_view, ValuesChangeError, "changes values"),
     ],
 )
 def test_what_is_no_permutation_is_told_apart(function: Any, error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):
         Layout.infer(function, (16, 4), torch.uint8)
+
+
+def test_one_element_is_in_order_at_any_stride() -> None:
+    found = Layout.infer(lambda x: x.as_strided((1,), (2,)), (1,), torch.float32)
+
+    assert found.bind((1,), torch.float32).offsets().tolist() == [0]
 
 
 def test_an_order_that_depends_on_the_values() -> None:

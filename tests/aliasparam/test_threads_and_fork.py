@@ -15,11 +15,12 @@ import pytest
 import torch
 from torch import nn
 
-from aliasparam import AliasedStorage, Derivation, declare, process
-from aliasparam.errors import AliasError, StateError
+from aliasparam import AliasedStorage, Derivation, State, declare, process
+from aliasparam.errors import AliasError, StaleKernelError, StateError
 from aliasparam.module.containers import Names
+from aliasparam.storage import states
 
-from .small import SWAP, SWAP_PAD16, Layer, bytes_of, is_ready, kernel, layer_of, storage_of
+from .small import SWAP, SWAP_PAD16, Layer, bytes_of, is_ready, kernel, layer_of, storage_of, the_registry
 
 
 def at_once(*work: Callable[[], None]) -> None:
@@ -55,6 +56,20 @@ def test_law_1_eight_threads_load_and_process_at_once() -> None:
 
     process(layer)
     assert torch.equal(layer.prepared, kernel(SWAP_PAD16, torch.full((8, 64, 32), 29, dtype=torch.uint8)))
+
+
+def test_law_8_a_forward_asks_for_the_state_while_another_thread_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, state_of = layer_of(bytes_of(8, 4, 4), loaded=False), states._state
+
+    def meanwhile(lacking: Any) -> State:
+        layer.weight[0].copy_(torch.zeros(4, 4, dtype=torch.uint8))
+        return state_of(lacking)
+
+    monkeypatch.setattr(states, "_state", meanwhile)
+
+    with pytest.raises(StaleKernelError):
+        layer()
+    assert storage_of(layer).states.of(1) is State.EMPTY
 
 
 @pytest.mark.parametrize("by", [copy.deepcopy, lambda m: m.state_dict()["weight"].clone()], ids=["deepcopy", "state dict"])
@@ -199,6 +214,27 @@ def test_a_write_between_deriving_and_commit_leaves_the_module_open() -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_law_8_a_write_while_an_unchanged_module_closes_leaves_it_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = Layer(scale=True)
+    process(layer)
+    registry, ours = the_registry(layer), layer.weight
+    layer.weight = nn.Parameter(torch.zeros(6, 8, dtype=torch.uint8), requires_grad=False)
+    dict.update(layer._parameters, weight=ours)
+    stale_names = registry.stale_names
+
+    def and_then_another_thread_writes() -> list[str]:
+        found = stale_names()
+        layer.scale.fill_(9)
+        return found
+
+    monkeypatch.setattr(registry, "stale_names", and_then_another_thread_writes)
+    assert not registry.is_ready
+    monkeypatch.undo()
+
+    with pytest.raises(StaleKernelError, match="alpha"):
+        layer()
+
+
 def test_a_forked_child_does_not_wait_for_a_thread_that_it_does_not_have() -> None:
     layer = Layer()
     process(layer)
