@@ -60,8 +60,7 @@ class _Aliased(Aliased):
             if isinstance(other, _Aliased) and is_same_view(other, self):
                 return self  # onto itself: nothing changes, nothing opens
             return super().copy_(other, non_blocking)  # engines patch Tensor.copy_ to count or to mask
-        # Values of a trained Parameter, and no gradient.
-        write_one(self, other.detach() if other.requires_grad else other, non_blocking)
+        write_one(self, other.detach() if other.requires_grad else other, non_blocking)  # of a trained Parameter its values
         return self
 
     # -- faces of Tensor that do not come through the dispatcher -------------------------------------------------------
@@ -99,8 +98,7 @@ class _Aliased(Aliased):
         copied = self._values().contiguous(memory_format=memory_format)
         return read_only(copied, self) if self._alias_geometry.is_contiguous(memory_format=memory_format) else copied
 
-    def as_subclass(self, cls: Any) -> Any:
-        """This name: torch asks it of what an operator returned, whose write is done, where an argument was a ``cls``."""
+    def as_subclass(self, cls: Any) -> Any:  # torch asks it of what an operator that wrote has returned
         return self
 
     def apply_(self, function: Any) -> Any:
