@@ -112,14 +112,21 @@ def stand_ins(targets: Mapping[str, Target], write: Write) -> Iterator[None]:
                     show(made[one])
 
     made = {target: _stand_in(Whole(name, target, written)) for name, target in targets.items()}
-    try:
-        for stand_in in made.values():
-            show(stand_in)
-        yield
-    finally:
+
+    def restore() -> None:
         for (_, key), (holder, stood, stand_in) in before.items():
             if holder.get(key) is stand_in:
                 dict.__setitem__(holder, key, stood)
+
+    try:
+        try:
+            for stand_in in made.values():
+                show(stand_in)
+            yield
+        finally:
+            restore()
+    finally:
+        restore()  # also where an interrupt ended the first
 
 
 def _stand_in(whole: Whole) -> StandIn:

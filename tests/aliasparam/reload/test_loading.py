@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 
 import pytest
@@ -10,10 +11,12 @@ from torch import Tensor, nn
 
 from aliasparam import Alias, checkpoint_state_dict, declare, process, reload
 from aliasparam.errors import ReloadError
+from aliasparam.reload import loading as loading_module
 from aliasparam.reload.loading import loading
 from aliasparam.testing import same_bytes
 
 from ..small import SWAP
+from .interrupted import interrupted
 
 
 class Model(nn.Module):
@@ -52,6 +55,25 @@ def engine_loads(model: nn.Module, new: dict[str, Tensor]) -> None:
     for row, column in torch.cartesian_prod(torch.arange(4), torch.arange(2)).tolist():
         names["scales"].data[row][column].fill_(new["scales"][row, column].item())
     names["norm"].data = new["norm"].float()
+
+
+def test_law_10_an_interrupt_at_any_line_of_a_loader_leaves_no_stand_in() -> None:
+    model, new = Model(), new_values()
+    old = {name: value.clone() for name, value in checkpoint_state_dict(model).items()}
+
+    def load() -> None:
+        with reload(model, policy="journal") as session, loading_module.loading(session):
+            for name, parameter in dict(model.named_parameters()).items():
+                parameter.data[:1] = new[name][:1]
+                parameter.data[1:].copy_(new[name][1:])
+
+    for at in itertools.count():
+        if not interrupted(at, (loading_module,), load):
+            break
+        kinds = [type(tensor) for module in model.modules() for tensor in module._parameters.values()]
+        assert loading_module.StandIn not in kinds, at
+        assert all(same_bytes(value, old[name]) for name, value in checkpoint_state_dict(model).items()), at
+    assert at > 100 and all(same_bytes(value, new[name]) for name, value in checkpoint_state_dict(model).items())
 
 
 def test_a_loader_writes_tensors_that_share_memory() -> None:
