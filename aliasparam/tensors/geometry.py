@@ -40,7 +40,7 @@ def read_view(storage: AliasedStorage, view: Tensor) -> Tensor:
         return value if view.dtype is storage.bound.dtype else value.view(view.dtype)
     with storage.lock:
         rows = place.box if place is not None else rows_under(storage, view)
-        exact = place is None and storage.states.missing and view.numel()
+        exact = place is None and storage.states.missing  # no box is under a view of no elements
         for box in boxes_under(storage, view, rows, touched=True) if exact else [rows]:
             storage.need_readable(box)
         if storage.bound.is_identity:

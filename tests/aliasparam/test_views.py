@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from aliasparam import process
+from aliasparam import Alias, declare, process
 
 from .small import SWAP, SWAP_PAD8, Layer, counting, is_ready, kernel, layer_of
 
@@ -175,3 +175,15 @@ def test_law_1_an_operator_that_writes_names_and_returns_something_else_returns_
 
     assert torch.equal(found[0], expected[0])
     assert torch.equal(layer.weight, plain)
+
+
+@pytest.mark.parametrize("shape", [(), (2,), (0, 3)])
+@pytest.mark.parametrize("empty", [lambda w: w.view(-1)[1::2][:0], lambda w: w.view(-1)[w.numel() :], lambda w: w.view(-1)[:0]])
+def test_law_1_a_view_of_no_elements_lacks_none(shape: tuple[int, ...], empty: Callable[[Tensor], Tensor]) -> None:
+    layer = nn.Module()
+    layer.weight = nn.Parameter(torch.zeros(shape), requires_grad=False)
+    declare(layer, Alias("weight", "prepared"), loaded=False)
+
+    empty(layer.weight).fill_(1)
+
+    assert torch.equal(empty(layer.weight).clone(), torch.empty(0)) and not is_ready(layer)
