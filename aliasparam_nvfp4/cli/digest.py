@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from torch import nn
+
+#: How the name of a head ends.
+_HEAD = ("lm_head.", "weight")
 
 
 def model_digest(model: nn.Module, kind: str = "adler32") -> dict[str, Any]:
@@ -14,13 +18,23 @@ def model_digest(model: nn.Module, kind: str = "adler32") -> dict[str, Any]:
     return _shown(checkpoint_digest(model, kind))
 
 
-def folder_digest(folder: Any, kind: str = "adler32") -> dict[str, Any]:
-    """The same of a folder: a path, or an opened :class:`~aliasparam_nvfp4.checkpoint.CheckpointFolder`."""
-    from aliasparam.reload import digest_of_folder
+def folder_digest(folder: Any, kind: str = "adler32", served: Collection[str] | None = None) -> dict[str, Any]:
+    """The same of a folder: a path, or an opened :class:`~aliasparam_nvfp4.checkpoint.CheckpointFolder`.
+
+    ``served``: names of the model that is compared with it. A head which it lacks, and which is in the folder what another of
+    these names is, is one tensor with that in the model, and is left out.
+    """
+    from aliasparam.reload import CheckpointDigest, digest_of_folder
     from aliasparam.reload.sources import SafetensorsFolder
 
     with SafetensorsFolder(getattr(folder, "path", folder)) as opened:
-        return _shown(digest_of_folder(opened, kind))
+        found = digest_of_folder(opened, kind)
+        all_of_it = {name: (entry.dtype, entry.shape, found.tensors[name]) for name, entry in opened.tensors.items()}
+    if served is None:
+        return _shown(found)
+    there = [all_of_it[name] for name in served if name in all_of_it]
+    tied = {n for n in all_of_it.keys() - set(served) if n.rpartition("lm_head.")[1:] == _HEAD and all_of_it[n] in there}
+    return _shown(CheckpointDigest.of(kind, ((name, *one) for name, one in all_of_it.items() if name not in tied)))
 
 
 def _shown(found: Any) -> dict[str, Any]:

@@ -26,8 +26,8 @@ def compare(folder: Path, server: str | None, kind: str) -> dict[str, Any]:
     Raises:
         AliasError: the folder cannot be read, or the server does not answer.
     """
-    expected = folder_digest(folder, kind)
     found = of_server(server, kind) if server else _of_loaded(folder, kind)
+    expected = folder_digest(folder, kind, found["tensors"])
     names = sorted(expected["tensors"].keys() | found["tensors"].keys())
     differing = [name for name in names if expected["tensors"].get(name) != found["tensors"].get(name)]
     held = found["digest"] == expected["digest"]

@@ -14,6 +14,7 @@ from aliasparam.reload.delta_folder import Chain
 from aliasparam.reload.delta_writer import diff
 from aliasparam.reload.sources import SafetensorsFolder
 from aliasparam_nvfp4.checkpoint import CheckpointError
+from aliasparam_nvfp4.cli.digest import folder_digest, model_digest
 
 pytest.importorskip("transformers")
 from aliasparam_nvfp4.integrations.transformers import apply_delta_folder, reload_folder
@@ -49,3 +50,12 @@ def test_law_9_a_head_in_the_files_is_tied_if_it_is_equal(way: str, change: int,
                 apply_delta_folder(model, chain)
     assert torch.equal(out(model), before if change else out(cold))
     assert (cold.lm_head.weight is cold.model.embed_tokens.weight) == (not change)
+
+
+@pytest.mark.parametrize("change", [0, 1])
+def test_a_folder_with_a_tied_head_is_what_serves_if_it_is_equal(change: int, tmp_path: Path) -> None:
+    """``verify --folder``: the model has one tensor for both names."""
+    folder = with_head(write_checkpoint(tmp_path / "a", 1), tmp_path / "heads", change)
+    serving = model_digest(load(tmp_path / "a"))
+
+    assert (folder_digest(folder, served=serving["tensors"]) == serving) == (not change)
