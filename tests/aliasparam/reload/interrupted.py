@@ -7,9 +7,14 @@ from collections.abc import Callable
 from types import FrameType, ModuleType
 from typing import Any
 
+import torch
+
 
 def interrupted(at: int, modules: tuple[ModuleType, ...], do: Callable[[], object]) -> bool:
-    """Whether ``do()`` came to line number ``at``, from 0, of what it runs in ``modules``, and was interrupted there."""
+    """Whether ``do()`` came to line number ``at``, from 0, of what it runs in ``modules``, and was interrupted there.
+
+    CPython traces the line of a ``with`` once more before it leaves it: an interrupt there skips ``no_grad``'s exit.
+    """
     files, left = {module.__file__ for module in modules}, at
 
     def line(frame: FrameType, event: str, _: object) -> Any:
@@ -27,7 +32,8 @@ def interrupted(at: int, modules: tuple[ModuleType, ...], do: Callable[[], objec
     before = sys.gettrace()
     try:
         sys.settrace(call)
-        do()
+        with torch.enable_grad():
+            do()
     except KeyboardInterrupt:
         return True
     finally:
