@@ -185,7 +185,8 @@ class RegionLayout(BoundLayout):
 
 
 def flat_bytes(value: Tensor) -> Tensor:
-    """u8: the bytes of its elements, row-major. (To torch one element is contiguous at any stride, but has no such view then.)"""
+    """uint8 [n]: the bytes of its elements, row-major; the same memory where they lie so. (To torch one element is contiguous at
+    any stride, but has no such view then.)"""
     value = in_bytes(value).contiguous()
     return value.as_strided((value.numel(),), (1,)).view(torch.uint8)
 

@@ -47,6 +47,10 @@ def whole(shape: Sequence[int]) -> Box:
     return tuple((0, size) for size in shape)
 
 
+def within(box: Box, shape: Sequence[int]) -> bool:
+    return len(box) == len(shape) and all(0 <= start <= stop <= size for (start, stop), size in zip(box, shape, strict=True))
+
+
 def sizes(box: Box) -> tuple[int, ...]:
     return tuple(stop - start for start, stop in box)
 

@@ -11,7 +11,7 @@ import torch
 
 from ..errors import LayoutError
 from .bound import BoundLayout
-from .boxes import Piece, pieces, row_major
+from .boxes import Piece, pieces, row_major, within
 from .canonical import canonical
 from .compose import compose
 from .index import IndexLayout
@@ -177,7 +177,7 @@ class Layout:
             LayoutError: the matrix has no such rectangle.
         """
         shape, box = sizes_of(shape), (rows, columns)
-        if len(shape) != 2 or not all(0 <= start <= stop <= size for (start, stop), size in zip(box, shape, strict=True)):
+        if not within(box, shape):
             expected = "(start, stop) within each dim of a matrix"
             raise LayoutError(
                 "this is no rectangle of the matrix", expected=expected, found=f"{rows}, {columns} of {list(shape)}"

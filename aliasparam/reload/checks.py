@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import ReloadError
-from ..layout.boxes import shown, sizes, whole
+from ..layout.boxes import shown, sizes, whole, within
 from ..spec import TensorSpec, other_kind
 from ..storage.coverage import Box, Coverage
 
@@ -29,10 +29,6 @@ def box_of(module: str, name: str, live: Tensor, value: Tensor, first_row: int |
     if first_row is None or not live.shape:
         return whole(live.shape)
     return ((index(first_row), first_row + (value.shape[0] if value.dim() else 1)), *whole(live.shape[1:]))
-
-
-def within(box: Box, shape: Sequence[int]) -> bool:
-    return len(box) == len(shape) and all(0 <= start <= stop <= size for (start, stop), size in zip(box, shape, strict=True))
 
 
 def need_dense(module: str, name: str, value: Any, whose: str) -> None:

@@ -13,8 +13,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..layout.boxes import Box, row_major, sizes, whole
-from .checks import within
+from ..layout.boxes import Box, row_major, sizes, whole, within
 from .delta_folder import DeltaFolder
 from .digest import Hashed, PositionalAdler32, new_digest
 from .errors import DeltaError

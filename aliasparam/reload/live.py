@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..layout.blocks import tiles
+from ..layout.bound import flat_bytes
 from ..layout.boxes import Box, row_major, whole
 from ..storage.storage import AliasedStorage
 from ..tensors.faces import _Aliased
@@ -54,7 +55,7 @@ class Live:
         part = self.part(box)
         with torch.no_grad():
             values = part._snapshot() if isinstance(part, _Aliased) else part.detach()
-            return flat_bytes(values.resolve_conj().resolve_neg())
+            return flat_bytes(values)
 
     def positional_sums(self) -> Tensor | None:
         """int64 ``[2]``: the two sums of adler32 over all bytes, taken where they lie; None where they must be gathered.
@@ -129,9 +130,3 @@ class Live:
 
 def _lies_as_it_reads(tensor: Tensor) -> bool:
     return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
-
-
-def flat_bytes(values: Tensor) -> Tensor:
-    """uint8 [n] of the values in row-major order; the same memory where they lie so."""
-    flat = values.contiguous()
-    return flat.as_strided((flat.numel(),), (1,)).view(torch.uint8)  # a stride of one element may be anything

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ..errors import ReloadError
 from ..layout.blocks import tiles
-from ..layout.bound import BoundLayout
+from ..layout.bound import BoundLayout, flat_bytes
 from ..layout.boxes import Box, row_major, sizes
-from .live import Live, flat_bytes
+from .live import Live
 
 #: Bytes of a tensor that are compared at once.
 PIECE = 2 << 20
@@ -72,7 +72,7 @@ def differences(live: Live, box: Box, value: Tensor, *, keep_new: bool) -> Itera
     """Where ``value`` differs from what is there under ``box``, piece by piece."""
     for tile in tiles(box, max(PIECE // live.dtype.itemsize, 1)):
         inside = tuple(slice(a - r, b - r) for (a, b), (r, _) in zip(tile, box, strict=True))
-        new = on_device(value[inside].detach(), live.device).resolve_conj().resolve_neg()
+        new = on_device(value[inside].detach(), live.device)
         yield patch_of(live, tile, live.bytes(tile), flat_bytes(new), keep_new=keep_new)
 
 

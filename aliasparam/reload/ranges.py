@@ -7,8 +7,7 @@ import math
 
 from torch import Tensor
 
-from ..layout.boxes import Box, row_major, sizes, whole
-from .checks import within
+from ..layout.boxes import Box, row_major, sizes, whole, within
 from .errors import SourceError
 from .header import Entry
 

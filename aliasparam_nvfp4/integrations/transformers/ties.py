@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aliasparam.layout.bound import flat_bytes
 from aliasparam.reload.delta_folder import Chain, DeltaFolder
-from aliasparam.reload.live import flat_bytes
 from aliasparam.reload.sources import SafetensorsFolder
 
 from ...checkpoint import CheckpointError, CheckpointFolder

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from aliasparam import Alias, Derivation, apply_delta, checkpoint_digest, checkpoint_state_dict, declare, process
 from aliasparam.errors import AliasError, ReloadError
-from aliasparam.layout.bound import BoundLayout
+from aliasparam.layout.bound import BoundLayout, flat_bytes
 from aliasparam.reload import delta as deltas
 from aliasparam.reload import delta_held, digest_of_folder, patch, prepare_delta
 from aliasparam.reload.delta_folder import Chain, DeltaFolder
 from aliasparam.reload.delta_writer import diff
 from aliasparam.reload.digest import sums_of_run
 from aliasparam.reload.errors import DeltaError
-from aliasparam.reload.live import Live, flat_bytes
+from aliasparam.reload.live import Live
 from aliasparam.reload.observe import Hooks
 from aliasparam.reload.sources import SafetensorsFolder
 from aliasparam.testing import same_bytes
