@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-import torch
 from torch import Tensor
 
 from ..errors import ReloadError
@@ -20,6 +19,7 @@ from ..storage.coverage import Box
 from .journal import Journal
 from .live import Live
 from .patch import Patch, patched
+from .staged import StagedValues
 from .targets import Target
 from .written import Written
 
@@ -41,26 +41,23 @@ class Policy:
             raise ReloadError("unknown policy", expected=expected, found=repr(name), remedy="'write-through' is the default.")
         self._name, self._written = name, written
         self._journal = Journal() if name.endswith("journal") or name == "delta" else None
-        self._held: list[tuple[Target, Patch | tuple[Box, Tensor]]] = []
-        self._values = 0  # bytes of values among them
+        self._staged = StagedValues()
+        self._patches: list[tuple[Target, Patch]] = []
         self._watched: dict[str, tuple[Live, int]] = {}  # by label, with the version that patches were made of
 
     @property
     def nbytes(self) -> int:
         """Host memory held."""
-        return self._values + sum(patch.nbytes for patch in (self._journal.patches if self._journal is not None else ()))
+        return self._staged.nbytes + sum(patch.nbytes for patch in (self._journal.patches if self._journal is not None else ()))
 
     def update(self, target: Target, box: Box, value: Tensor) -> None:
-        """Write a value, or hold it, pinned where it goes to a CUDA device."""
+        """Write a value, or hold it."""
         if self._name == "delta":
             raise ReloadError("a delta takes no values", name=target.label, remedy="Open another reload for them.")
-        if not self._name.startswith("staged"):
+        if self._name.startswith("staged"):
+            self._staged.add(target, box, value)
+        else:
             self._write(target, box, value)
-            return
-        held = torch.empty(value.shape, dtype=value.dtype, pin_memory=target.tensor.is_cuda)
-        held.copy_(value.detach())
-        self._values += held.nbytes
-        self._held.append((target, (box, held)))
 
     def watch(self, target: Target) -> Live:
         """What patches are made of; it must not change from now on."""
@@ -72,7 +69,7 @@ class Policy:
         """Write the patches of ``live``, the tensor or a part of it, at the commit."""
         if self._name != "delta" or self._journal is None:
             raise ReloadError("only a delta's session takes patches", name=target.label)
-        self._held += [(target, patch) for patch in patches]
+        self._patches += [(target, patch) for patch in patches]
         self._journal.patches += patches
         if target.shares_memory:
             self._written.give(target, live, patched(live, patches))
@@ -82,16 +79,15 @@ class Policy:
         for label, (live, version) in self._watched.items() if not self._written.any else ():
             if live.version != version:
                 raise ReloadError("the tensor changed since the delta was checked against it", name=label)
-        targets = {target.label: target for target, _ in self._held}.values()
+        targets = {target.label: target for target in (*self._staged.targets, *(target for target, _ in self._patches))}.values()
         if self._journal is not None:
             for target in targets:
                 self._journal.touch(target)
         self._written.begin(targets)
-        for target, held in self._held:
-            if isinstance(held, Patch):
-                held.put_new()
-            else:
-                self._write(target, *held, non_blocking=True)
+        for staged in self._staged:
+            self._write(*staged)
+        for _, patch in self._patches:
+            patch.put_new()
         self._written.need_agreement()
 
     def restore(self) -> bool:
@@ -100,8 +96,7 @@ class Policy:
             self._journal.restore()
         return not self._written.any or self._journal is not None
 
-    def _write(self, target: Target, box: Box, value: Tensor, *, non_blocking: bool = False) -> None:
-        """``non_blocking``: the value stays as it is until the commit."""
+    def _write(self, target: Target, box: Box, value: Tensor) -> None:
         if self._journal is not None:
             self._journal.keep(target, box, value)
-        self._written.write(target, box, value, non_blocking=non_blocking)
+        self._written.write(target, box, value)

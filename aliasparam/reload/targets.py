@@ -93,11 +93,13 @@ def in_scope(targets: Mapping[str, Target], scope: str | Iterable[str], begun: M
         return dict(targets)
     if scope == "partial":
         return {n: t for n, t in targets.items() if id(t.tensor) in begun}
-    for prefix in scope:
-        if not any(f"{name}.".startswith(_dotted([prefix])) for name in targets):
+    dotted = _dotted(scope)
+    found = {name: target for name, target in targets.items() if f"{name}.".startswith(dotted)}
+    for prefix, start in zip(scope, dotted, strict=True):
+        if not any(f"{name}.".startswith(start) for name in found):
             remedy = "r.expected lists the names; a prefix ends at a dot."
             raise ReloadError("the model has no tensor under this prefix of the scope", name=prefix, remedy=remedy)
-    return {n: t for n, t in targets.items() if f"{n}.".startswith(_dotted(scope))}
+    return found
 
 
 def _dotted(prefixes: Iterable[str]) -> tuple[str, ...]:

@@ -42,13 +42,13 @@ class Written:
         """Whether a tensor was begun."""
         return bool(self._declared or self._plain)
 
-    def write(self, target: Target, box: Box, value: Tensor, *, non_blocking: bool = False) -> None:
+    def write(self, target: Target, box: Box, value: Tensor) -> None:
         """Write ``value`` in place, as ``copy_`` does; from now on the tensor refuses."""
         if not self._is_begun(target):
             self.begin([target])
         part = Live(target.tensor).under(box)
         with torch.no_grad():
-            part.tensor.copy_(value, non_blocking)
+            part.tensor.copy_(value)
         if target.shares_memory:
             self.give(target, part, Live(value))
 
