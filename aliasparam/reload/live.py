@@ -76,11 +76,7 @@ class Live:
 
     def part(self, box: Box) -> Tensor:
         """The name's own values under ``box``: what is copied into it is written."""
-        part = self.tensor
-        for dim, (start, stop) in enumerate(box):
-            if (start, stop) != (0, self.shape[dim]):
-                part = part.narrow(dim, start, stop - start)
-        return part
+        return part_of(self.tensor, box)
 
     def under(self, box: Box | None) -> Live:
         """The same of a rectangle; of the whole tensor where it is None."""
@@ -126,6 +122,14 @@ class Live:
     @property
     def box(self) -> Box:
         return whole(self.shape)
+
+
+def part_of(tensor: Tensor, box: Box) -> Tensor:
+    """A view of a tensor: its values under ``box``."""
+    for dim, ((start, stop), extent) in enumerate(zip(box, tensor.shape, strict=True)):
+        if (start, stop) != (0, extent):
+            tensor = tensor.narrow(dim, start, stop - start)
+    return tensor
 
 
 def _lies_as_it_reads(tensor: Tensor) -> bool:

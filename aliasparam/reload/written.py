@@ -14,7 +14,7 @@ from ..storage.coverage import Box
 from ..tensors.faces import _Aliased
 from .digest import Hashed
 from .drain import Drain
-from .live import Live
+from .live import Live, part_of
 from .live_digest import add_pieces
 from .targets import PlainName, Target
 
@@ -46,11 +46,11 @@ class Written:
         """Write ``value`` in place, as ``copy_`` does; from now on the tensor refuses."""
         if not self._is_begun(target):
             self.begin([target])
-        part = Live(target.tensor).under(box)
+        part = part_of(target.tensor, box)
         with torch.no_grad():
-            part.tensor.copy_(value)
+            part.copy_(value)
         if target.shares_memory:
-            self.give(target, part, Live(value))
+            self.give(target, Live(part), Live(value))
 
     def give(self, target: Target, part: Live, value: Live) -> None:
         """``part`` of a tensor that shares memory must hold these bytes at the end, whatever the others are given."""

@@ -29,7 +29,7 @@ def test_law_1_what_comes_out_is_what_went_in(
         model.register_buffer(f"b{number}", torch.zeros(shape, dtype=dtype, device=device))
     random, values, want = torch.Generator().manual_seed(first), StagedValues(), []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(staged, "STAGING_BYTES", _CHUNK)
+        patch.setattr(staged, "CHUNK", _CHUNK)
         for target, (shape, dtype, turned) in zip(find_targets(model).values(), tensors, strict=True):
             value = torch.randint(0, 100, shape, generator=random).to(dtype)
             value = value.mT.contiguous().mT if turned and len(shape) > 1 else value
