@@ -227,6 +227,8 @@ FAULTS = [
         "reload/test_law_12_apply_delta.py",
     ),
     Planted("reload/drain.py", "del tops[threading.get_ident()]", "pass", "reload/test_drain.py"),
+    Planted("reload/policies.py", "            self._journal.check_ahead()", "            pass", "reload/test_policies.py"),
+    Planted("reload/staged.py", "chunk.used += _aligned(part.nbytes)", "pass", "reload/test_staged.py"),
     Planted("reload/drain.py", "if not safe:", "if False:", "reload/test_drain.py"),
     Planted("reload/claims.py", "with _taking:\n            for", "if True:\n            for", "reload/test_session_others.py"),
     Planted("reload/claims.py", "with _taking:  # whoever", "if True:  # whoever", "reload/test_session_others.py"),

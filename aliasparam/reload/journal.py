@@ -22,15 +22,20 @@ class Journal:
     is 16 times a piece.
 
     Attributes:
-        lost: why it cannot restore, or None.
         patches: the old bytes; whoever touched a tensor may add to them.
     """
 
     def __init__(self) -> None:
-        self.lost: str | None = None
         self.patches: list[Patch] = []
         self._seen: dict[AliasedStorage, str | None] = {}  # as they were before the first write: why they would be invalid
         self._kept: dict[int, Coverage] = {}
+        self._lost: dict[int, str] = {}
+        self._ahead: dict[int, tuple[Target, int]] = {}  # of what was kept ahead: the version that it is of
+
+    @property
+    def lost(self) -> str | None:
+        """Why it cannot restore, or None."""
+        return next(iter(self._lost.values()), None)
 
     def touch(self, target: Target) -> None:
         """To be called before the first write of a tensor."""
@@ -42,12 +47,12 @@ class Journal:
         storage = Live(target.tensor).storage
         if storage is None:
             if any(isinstance(holder.get(key), RefusingName) for holder, key in target.places):
-                self.lost = f"{target.label} held no weights before: an earlier reload of it failed"
+                self._lost[id(target.tensor)] = f"{target.label} held no weights before: an earlier reload of it failed"
         elif storage not in self._seen:
             with storage.lock:
                 storage.notice()
                 if storage.states.common is not State.LOADED:
-                    self.lost = f"{target.label} held no whole weights before"
+                    self._lost[id(target.tensor)] = f"{target.label} held no whole weights before"
                 self._seen[storage] = storage.states.why
         self._kept[id(target.tensor)] = Coverage(target.tensor.shape)
 
@@ -61,8 +66,29 @@ class Journal:
             found = differences(Live(target.tensor), box, value, keep_new=False)
             self.patches += [patch for patch in found if patch is not None]
         except StateError as error:
-            self.lost = error.message
+            self._lost[id(target.tensor)] = error.message
         kept.add(box)
+
+    def keep_ahead(self, target: Target, box: Box, value: Tensor) -> None:
+        """The same before the tensor is closed, while the old weights serve. A plain tensor may change unseen: not yet."""
+        live = Live(target.tensor)
+        if live.storage is not None and not target.shares_memory:
+            self._ahead.setdefault(id(target.tensor), (target, live.version))
+            self.keep(target, box, value)
+
+    def check_ahead(self) -> None:
+        """To be called when tensors are closed and not written yet: of those that were written since, keep what is there now."""
+        for key, (target, version) in self._ahead.items():
+            live = Live(target.tensor)
+            if live.storage is not None:
+                with live.storage.lock:
+                    live.storage.notice()
+                if live.version != version:
+                    self.patches = [patch for patch in self.patches if patch.live.tensor is not target.tensor]
+                    self._lost.pop(key, None)
+                    self._seen.pop(live.storage, None)
+                    self._look_at(target)
+        self._ahead = {}
 
     def restore(self) -> None:
         """Every byte as it was, and what derives from them.

@@ -5,7 +5,7 @@
 | write-through | what was written refuses | none | a refusal |
 | journal | what was written refuses | old bytes that changed: 5 for each, at most all | the old weights |
 | staged | the old weights serve | the new values | the old weights; in the pass of the commit, a refusal |
-| staged-journal | the old weights serve | the sum of both | the old weights |
+| staged-journal | the old weights serve, and are kept meanwhile | the sum of both | the old weights |
 """
 
 from __future__ import annotations
@@ -55,6 +55,8 @@ class Policy:
         if self._name == "delta":
             raise ReloadError("a delta takes no values", name=target.label, remedy="Open another reload for them.")
         if self._name.startswith("staged"):
+            if self._journal is not None:
+                self._journal.keep_ahead(target, box, value)
             self._staged.add(target, box, value)
         else:
             self._write(target, box, value)
@@ -84,6 +86,8 @@ class Policy:
             for target in targets:
                 self._journal.touch(target)
         self._written.begin(targets)
+        if self._journal is not None:
+            self._journal.check_ahead()
         for staged in self._staged:
             self._write(*staged)
         for _, patch in self._patches:

@@ -7,7 +7,7 @@ import gc
 import itertools
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, get_args
 
 import pytest
@@ -16,8 +16,10 @@ from torch import Tensor
 
 from aliasparam import checkpoint_digest, checkpoint_state_dict, process, registry_of, reload
 from aliasparam.errors import AliasError, ReloadError
-from aliasparam.reload import drain, observe, written
+from aliasparam.reload import drain, journal, observe, written
+from aliasparam.reload.live import Live
 from aliasparam.reload.observe import Hooks
+from aliasparam.reload.patch import Patch, differences
 from aliasparam.reload.policies import PolicyName
 from aliasparam.testing import same_bytes
 from aliasparam.testing._faults import FailingAt, Fault
@@ -135,6 +137,34 @@ def test_law_10_a_journal_that_cannot_restore_refuses(why: str) -> None:
         model()
 
 
+@pytest.mark.parametrize("written", [False, True])
+def test_law_10_old_bytes_are_found_while_they_serve_and_are_those_of_the_commit(
+    written: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, looked = Whole(device), list[Live]()
+
+    def counted(live: Live, *how: Any, **also: Any) -> Iterator[Patch | None]:
+        looked.append(live)
+        return differences(live, *how, **also)
+
+    monkeypatch.setattr(journal, "differences", counted)
+    session = reload(model, policy="staged-journal")
+    session.begin()
+    session.load(NEW)
+    assert same(model(), SERVED_OLD) and any(live.storage is not None for live in looked)
+    if written:
+        with torch.no_grad():
+            model.q.weight[0].fill_(0.5)  # type: ignore[index]
+    old = raw(checkpoint_state_dict(model))
+    session.prepare()
+    looked.clear()
+    session.switch()
+    again = {live.storage for live in looked} - {None}
+    assert again == ({storage_of(model.fused)} if written else set())
+    session.abort()
+    assert raw(checkpoint_state_dict(model)) == old
+
+
 def test_what_ended_the_block_is_raised_and_a_journal_that_failed_is_a_note() -> None:
     model = Whole()
     with pytest.raises(ZeroDivisionError) as caught, reload(model, policy="journal") as session:
@@ -155,7 +185,7 @@ def test_law_4_memory_of_each_policy() -> None:
         new[::100, :] ^= 1
         with reload(layer, policy=policy) as session:
             session.load({"weight": new})
-            assert not policy.startswith("staged") or session._policy.nbytes == new.nbytes
+            assert policy != "staged" or session._policy.nbytes == new.nbytes
             session.prepare()
             session.switch()
             held[policy] = session._policy.nbytes
