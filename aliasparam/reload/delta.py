@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .digest import optional
 from .errors import DeltaError
+from .header import Entry
 from .held_file import memory_of
 
 #: Bytes that are read or skipped at once, and positions.
@@ -43,17 +44,11 @@ class Change(NamedTuple):
         return old.index_put((self.positions.to(old.device),), values)
 
 
-class Readable(Protocol):
-    """A stream of compressed bytes."""
-
-    def read(self, count: int = -1, /) -> bytes: ...
-
-
 class Xor:
-    """The changes of a tensor of ``nbytes`` bytes."""
+    """The changes of a tensor of ``nbytes`` bytes, which are stored as ``entry``. Errors name ``name``."""
 
-    def __init__(self, compressed: Callable[[], Readable], nbytes: int, name: str) -> None:
-        self._stream = _Stream(compressed(), name)
+    def __init__(self, entry: Entry, nbytes: int, name: str) -> None:
+        self._stream = _Stream(entry, name)
         self._at, self._nbytes, self._expected = 0, nbytes, f"{nbytes} bytes, as the tensor has"
 
     def read(self, start: int, stop: int) -> Change | None:
@@ -82,8 +77,8 @@ class Xor:
 class Overwrite:
     """As :class:`Xor`. Values come after all positions, so the stream is read twice, side by side."""
 
-    def __init__(self, compressed: Callable[[], Readable], nbytes: int, name: str) -> None:
-        self._places, self._values, self._name = _Stream(compressed(), name), _Stream(compressed(), name), name
+    def __init__(self, entry: Entry, nbytes: int, name: str) -> None:
+        self._places, self._values, self._name = _Stream(entry, name), _Stream(entry, name), name
         self._nbytes, self._last = nbytes, -1
         self._left = count = int(self._places.numbers(1, "a count of 4 bytes"))
         self._expected = f"{4 + 5 * count} bytes for {count} positions"
@@ -143,13 +138,14 @@ ENCODINGS: dict[str, type[Xor] | type[Overwrite]] = {"xor": Xor, "overwrite": Ov
 
 
 class _Stream:
-    """Decompressed bytes, on demand."""
+    """Decompressed bytes of a stored tensor, on demand."""
 
-    def __init__(self, source: Readable, name: str) -> None:
+    def __init__(self, entry: Entry, name: str) -> None:
         zstd = optional("zstandard")
         self._error: type[Exception] = zstd.ZstdError
         self._name = name
-        self._reader: Any = zstd.ZstdDecompressor(max_window_size=_MAX_WINDOW).stream_reader(source, read_size=1 << 16)
+        decompressor = zstd.ZstdDecompressor(max_window_size=_MAX_WINDOW)
+        self._reader: Any = decompressor.stream_reader(_Compressed(entry), read_size=1 << 16)
 
     def fill(self, out: Tensor, expected: str) -> None:
         """The next bytes into ``out`` (uint8 [n])."""
@@ -185,3 +181,15 @@ class _Stream:
             return do(what)
         except self._error as error:
             raise DeltaError(f"the delta cannot be decompressed: {error}", name=self._name) from None
+
+
+class _Compressed:
+    """The stored bytes, as the decompressor asks for them."""
+
+    def __init__(self, entry: Entry) -> None:
+        self._entry, self._at = entry, 0
+
+    def read(self, count: int) -> bytes:
+        data = self._entry.file.read(self._entry.begin + self._at, min(count, self._entry.nbytes - self._at))
+        self._at += len(data)
+        return data

@@ -15,7 +15,6 @@ import torch
 from .delta import ENCODINGS, Overwrite, Xor
 from .digest import FORMATS
 from .errors import DeltaError
-from .header import Entry
 from .held_file import Opened
 from .published import check_manifest, read_manifest, version_number, version_path
 from .sources import SafetensorsFolder
@@ -58,8 +57,7 @@ class DeltaFolder(Opened):
 
     def changes(self, name: str, nbytes: int) -> Xor | Overwrite:
         """What it changes in one tensor, which has ``nbytes`` bytes."""
-        entry = self.folder.entry(name)
-        return ENCODINGS[self.encoding](lambda: _Compressed(entry), nbytes, f"{self.path}: {name}")
+        return ENCODINGS[self.encoding](self.folder.entry(name), nbytes, f"{self.path}: {name}")
 
     def check(self, name: str, digest: str) -> None:
         """
@@ -105,20 +103,6 @@ class DeltaFolder(Opened):
 
     def _wrong(self, key: str, expected: str, found: object) -> DeltaError:
         return DeltaError(f"{key} in the index is wrong", name=str(self.path), expected=expected, found=repr(found)[:80])
-
-
-class _Compressed:
-    """The stored bytes of one tensor as a stream."""
-
-    def __init__(self, entry: Entry) -> None:
-        self._entry, self._at = entry, 0
-
-    def read(self, count: int = -1, /) -> bytes:
-        left = self._entry.nbytes - self._at
-        size = left if count < 0 else min(count, left)
-        data = self._entry.file.read(self._entry.begin + self._at, size)
-        self._at += size
-        return data
 
 
 def open_version(source: str | Path, version: int) -> SafetensorsFolder | DeltaFolder:

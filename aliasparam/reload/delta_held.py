@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ..layout.blocks import tiles
 from ..layout.boxes import Box, row_major, sizes, whole, within
 from .delta_folder import DeltaFolder
 from .digest import Hashed, PositionalAdler32, new_digest
@@ -134,23 +135,19 @@ class Span(NamedTuple):
 
 
 def spans(live: Live, part: Part | None) -> Iterator[Span]:
-    """All that is here, in the order of the files, in pieces of 2 MiB (of a part at least one row), or 4 on a GPU, where a piece
+    """All that is here, in the order of the files, in pieces of 2 MiB (of columns at least one row), or 4 on a GPU, where a piece
     costs what its calls cost."""
-    most = PIECE if live.device.type == "cpu" else 2 * PIECE
-    if part is None:
-        for start, box in live.pieces(most):
-            yield Span(start, math.prod(sizes(box)) * live.dtype.itemsize, box, None)
-        return
-    shape, box = part
-    size, strides = live.dtype.itemsize, row_major(shape)
-    row = strides[0] * size
-    begin = sum(a * stride for (a, _), stride in zip(box[1:], strides[1:], strict=True)) * size
-    end = begin + math.prod(sizes(box[1:])) * size
-    first, last = box[0]
-    for start in range(first, last, max(most // row, 1)):
-        stop = min(start + max(most // row, 1), last)
-        own = ((start - first, stop - first), *whole(live.shape[1:]))
-        yield Span(start * row, (stop - start) * row, own, None if end - begin == row else (begin, end, row))
+    shape, box = part or Part(live.shape, live.box)
+    rows, strides, size = (*box[:1], *whole(shape[1:])), row_major(shape), live.dtype.itemsize
+    most = (PIECE if live.device.type == "cpu" else 2 * PIECE) // size
+    columns = None
+    if rows != box:
+        begin = sum(a * stride for (a, _), stride in zip(box[1:], strides[1:], strict=True)) * size
+        columns, most = (begin, begin + math.prod(sizes(box[1:])) * size, strides[0] * size), max(most, strides[0])
+    for tile in tiles(rows, max(most, 1)):
+        start = sum(a * stride for (a, _), stride in zip(tile, strides, strict=True))
+        own = *((a - box[0][0], b - box[0][0]) for a, b in tile[:1]), *(tile[1:] if columns is None else whole(live.shape[1:]))
+        yield Span(start * size, math.prod(sizes(tile)) * size, own, columns)
 
 
 class PartDigests:

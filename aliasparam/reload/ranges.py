@@ -1,10 +1,11 @@
-"""Boxes of a tensor as byte ranges of its file."""
+"""A box of a tensor, read as byte ranges of its file."""
 
 from __future__ import annotations
 
 import itertools
 import math
 
+import torch
 from torch import Tensor
 
 from ..layout.boxes import Box, row_major, sizes, whole, within
@@ -34,13 +35,19 @@ def checked_box(entry: Entry, box: Box | None) -> Box:
     return box
 
 
-def read_box(entry: Entry, box: Box, out: Tensor) -> None:
-    """Fill ``out`` (uint8 [bytes of the box], contiguous, on the host) with the box, in row-major order.
+def read_box(entry: Entry, box: Box, buffer: Tensor | None = None) -> Tensor:
+    """The values of the box, in memory of their own, or at the begin of ``buffer`` (uint8 [n], contiguous, on the host).
 
     Only its ranges are read; columns that lie less than a page apart are read with what is between them.
     """
-    if out.numel() == 0:
-        return
+    nbytes = math.prod(sizes(box)) * entry.dtype.itemsize
+    out = torch.empty(nbytes, dtype=torch.uint8) if buffer is None else buffer[:nbytes]
+    if nbytes:
+        _fill(entry, box, out)
+    return out.view(entry.dtype).view(sizes(box))
+
+
+def _fill(entry: Entry, box: Box, out: Tensor) -> None:
     cut = next((dim for dim in reversed(range(len(box))) if box[dim] != (0, entry.shape[dim])), 0)
     strides = [stride * entry.dtype.itemsize for stride in row_major(entry.shape)]
     offset = entry.begin + sum(start * stride for (start, _), stride in zip(box, strides, strict=True))
