@@ -7,7 +7,6 @@ long, and memory is what was asked for, a piece and the frame's window (at most 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -160,9 +159,7 @@ class _Stream:
         """The next ``count`` u32 as int64 [count]."""
         raw = torch.empty(4 * count, dtype=torch.uint8)
         self.fill(raw, expected)
-        if sys.byteorder == "big":
-            raw = raw.view(-1, 4).flip(1).reshape(-1)
-        return raw.view(torch.int32).to(torch.int64) & 0xFFFFFFFF
+        return raw.view(torch.uint32).to(torch.int64)
 
     def skip(self, count: int, expected: str) -> None:
         end = self._reader.tell() + count
