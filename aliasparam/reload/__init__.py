@@ -12,4 +12,4 @@ from .observe import Hooks as Hooks
 from .opening import reload as reload
 from .session import ReloadSession as ReloadSession
 from .stream import WeightStream as WeightStream
-from .stream_send import send_weights as send_weights
+from .stream import send_weights as send_weights
