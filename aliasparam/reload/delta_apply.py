@@ -235,7 +235,7 @@ def _sparse(live: Live, readers: Sequence[Xor | Overwrite]) -> Overwrite | None:
 
 def _corrected(live: Live, changes: Overwrite, digest: PositionalAdler32) -> Iterator[Patch]:
     """What differs at the positions that a delta names; ``digest``, of the old bytes, becomes that of the new."""
-    for values, at in changes.rest():
+    for values, at in changes.blocks:
         at, new = on_device(at, live.device), on_device(values, live.device)
         places = live.positions(at)
         if places is None:
