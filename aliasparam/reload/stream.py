@@ -98,49 +98,47 @@ def _parts(tensors: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[tuple[
 
 
 class _Receivers:
-    """Who has had a frame and not answered it, and who will take another one."""
+    """Who will take another frame, and whether they owe an answer to the one before."""
 
     def __init__(self, link: Link) -> None:
         self._link = link
-        self._to_answer: set[int] = set()
+        self._owe = dict.fromkeys(sorted(link.peers), False)
         self._sent = 0  # frames; an answer has the number of its own, from 0
-        self._listening = set(link.peers)  # after an answer if they owe one
 
     def exchange(self, frame: str, payload: Tensor | None = None, **fields: Any) -> None:
         """Hear what became of the frame before, then send this one: the bucket was filled while they took the one before."""
-        self._hear_answers()
-        listening, self._listening = self._listening, set()  # until it went through nobody knows what they have
+        self._hear_answers(self._owe)
+        peers, self._owe = self._owe, {}  # until it went through nobody knows what they have
         self._link.say(frame, **fields)
         if payload is not None and payload.numel():
             self._link.send(payload)
-        self._listening, self._to_answer, self._sent = listening, set(self._link.peers), self._sent + 1
+        self._owe, self._sent = dict.fromkeys(peers, True), self._sent + 1
 
     def end(self) -> None:
-        self._listening = set()
-        self._hear_answers()
+        peers, self._owe = self._owe, {}
+        self._hear_answers(peers)
 
     def give_up(self, error: BaseException) -> None:
         """Tell those who still listen. What fails now is not the error to raise."""
-        for peer in sorted(self._listening):
+        for peer, owes in self._owe.items():
             try:
-                if peer not in self._to_answer or self._link.hear(peer).get("frame") == "taken":
+                if not owes or self._link.hear(peer).get("frame") == "taken":
                     self._link.say("gave up", [peer], f"{type(error).__name__}: {error}")
             except StreamError:
                 continue
 
-    def _hear_answers(self) -> None:
+    def _hear_answers(self, peers: dict[int, bool]) -> None:
+        """Who took it owes none any more; who did not, or cannot be heard, is no more among ``peers``."""
         refused = {}
-        for peer in sorted(self._to_answer):
-            listens = self._listening & {peer}
-            self._to_answer.discard(peer)
-            self._listening -= listens
+        for peer in [peer for peer, owes in peers.items() if owes]:
+            del peers[peer]
             answer = self._link.hear(peer)
             if answer.get("frame") != "taken":
                 refused[peer] = str(answer.get("why"))
             elif answer.get("number") != self._sent - 1:
                 refused[peer] = f"an answer to frame {answer.get('number')} in the place of one to {self._sent - 1}"
             else:
-                self._listening |= listens
+                peers[peer] = False
         if refused:
             first = next(iter(refused))
             raise StreamError(f"rank {first} refused the weights", expected="taken by all", found=refused[first], remedy=AGAIN)
