@@ -154,25 +154,21 @@ class Chain(Opened):
                 "the version is older than what serves", name=str(source), expected=f">= {applied}", found=str(target)
             )
         with self.opening():
-            self._walk_back(source, applied, target)
-        self.deltas.reverse()
-
-    def _walk_back(self, source: str | Path, applied: int, version: int) -> None:
-        while version != applied:
-            if version == 0:
-                raise DeltaError(
-                    "no chain of deltas leads from what serves to the target",
-                    name=str(source),
-                    expected=f"a delta on version {applied}, or a full version",
-                    found="deltas on " + ", ".join(str(delta.base_version) for delta in reversed(self.deltas)),
-                    remedy="Load the base checkpoint (version 0) first.",
-                )
-            found = self.hold(open_version(source, version))
-            if isinstance(found, SafetensorsFolder):
-                self.full = found
-                return
-            self.deltas.append(found)
-            version = found.base_version
+            while target != applied and self.full is None:
+                if target == 0:
+                    raise DeltaError(
+                        "no chain of deltas leads from what serves to the target",
+                        name=str(source),
+                        expected=f"a delta on version {applied}, or a full version",
+                        found="deltas on " + ", ".join(str(delta.base_version) for delta in self.deltas),
+                        remedy="Load the base checkpoint (version 0) first.",
+                    )
+                found = self.hold(open_version(source, target))
+                if isinstance(found, SafetensorsFolder):
+                    self.full = found
+                else:
+                    self.deltas.insert(0, found)
+                    target = found.base_version
 
 
 def need_order(deltas: Iterable[DeltaFolder], serving: int | None) -> None:

@@ -107,16 +107,14 @@ class Outcome:
 
 def change(plan: Plan) -> Generator[Request, Reply, Outcome]:
     """The whole transaction of one rank."""
-    (fine, said), _ = yield Act("prepare")
-    ready = yield from _round(plan, "ready", _vote(plan, fine, said), plan.ready_by)
+    _, ready = yield from _round(plan, "ready")
     if ready != YES:
         reason = ready or f"rank {plan.rank} could not reach the store"
         if ready is None:  # the others may have read "yes": spares them their deadline, and costs nothing else if it is lost
             yield Claim(plan.key("done"), reason)
         return (yield from _settle(plan, reason))
-    (fine, said), now = yield Act("commit")
-    done = yield from _round(plan, "done", _vote(plan, fine, said), now + plan.done_within)
-    if done is None and fine:
+    acknowledged, done = yield from _round(plan, "done")
+    if done is None and acknowledged:
         return Outcome(None, f"rank {plan.rank} could not reach the store after it had acknowledged")
     return (yield from _settle(plan, done or f"rank {plan.rank} could not reach the store"))
 
@@ -132,12 +130,12 @@ def ask_again(plan: Plan, until: float, *, restarted: bool = False) -> Generator
     return (yield from _settle(plan, record))
 
 
-def _vote(plan: Plan, fine: bool, said: str) -> str:
-    return f"yes {plan.base} {plan.target} {said}" if fine else f"no rank {plan.rank}: {said}"
-
-
-def _round(plan: Plan, name: str, vote: str, deadline: float) -> Generator[Request, Reply, str | None]:
-    """Vote, then wait for the record of the round, or write it; None if the store gives no reply."""
+def _round(plan: Plan, name: Literal["ready", "done"]) -> Generator[Request, Reply, tuple[bool, str | None]]:
+    """Act and vote, then wait for the record of the round, or write it. (Whether the vote is yes; the record, or None if the
+    store gives no reply.)"""
+    (fine, said), now = yield Act("prepare" if name == "ready" else "commit")
+    vote = f"yes {plan.base} {plan.target} {said}" if fine else f"no rank {plan.rank}: {said}"
+    deadline = plan.ready_by if name == "ready" else now + plan.done_within
     cast, pause = False, 0.001
     while True:
         if not cast:
@@ -145,12 +143,12 @@ def _round(plan: Plan, name: str, vote: str, deadline: float) -> Generator[Reque
             cast = reply is not LOST
         reply, now = yield Look((plan.key(name),))
         if reply is not LOST and reply[0] is not None:
-            return str(reply[0])
+            return fine, str(reply[0])
         verdict = yield from _verdict(plan, name, vote, now > deadline)
         if verdict is not None:
-            return (yield from _claim(plan, name, verdict, max(now, deadline) + plan.patience))
+            return fine, (yield from _claim(plan, name, verdict, max(now, deadline) + plan.patience))
         if now > deadline + plan.patience:
-            return None
+            return fine, None
         yield Pause(pause)
         pause = min(2 * pause, 0.05)
 
