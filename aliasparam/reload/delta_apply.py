@@ -256,8 +256,7 @@ def _add(digest: PositionalAdler32 | Hashed, span: Span, own: Tensor) -> None:
 
 def _stored(full: SafetensorsFolder, name: str, span: Span, like: Tensor) -> Tensor:
     raw = torch.empty(span.nbytes, dtype=torch.uint8, pin_memory=like.is_cuda)
-    entry = full.entry(name)
-    entry.file.read_into(raw, entry.begin + span.start)
+    full.entry(name).fill(raw, span.start)
     return raw.to(like.device)
 
 

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from .delta import ENCODINGS, PIECE
 from .digest import Hashed, PositionalAdler32, new_digest, optional
+from .entry import Entry
 from .errors import DeltaError
-from .header import Entry
 from .held_file import memory_of
 from .live import Live
 from .sources import SafetensorsFolder

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from ..layout.blocks import tiles
 from ..layout.boxes import Box
+from .entry import Entry
 from .errors import SourceError
-from .header import MAX_JSON_BYTES, Entry, parse_json, read_header
+from .header import MAX_JSON_BYTES, parse_json, read_header
 from .held_file import HeldFile, Opened
-from .ranges import checked_box, read_box
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -61,7 +61,7 @@ class SafetensorsFolder(Opened):
             SourceError: no such tensor or part; the file was truncated or cannot be read.
         """
         entry = self.entry(name)
-        values = read_box(entry, checked_box(entry, box))
+        values = entry.read(entry.checked(box))
         self.bytes_read += values.nbytes
         return values
 
@@ -78,7 +78,7 @@ class SafetensorsFolder(Opened):
         Raises:
             SourceError: as :meth:`read`; the buffer is something else.
         """
-        wanted = [(entry := self.entry(name), checked_box(entry, box)) for name, box in parts]
+        wanted = [(entry := self.entry(name), entry.checked(box)) for name, box in parts]
         _check_buffer(buffer, [entry for entry, _ in wanted])
         each = buffer.numel() // _SLOTS // _ALIGNED * _ALIGNED
         slots = [buffer[i * each : (i + 1) * each] for i in range(_SLOTS)] if each else [buffer]
@@ -87,7 +87,7 @@ class SafetensorsFolder(Opened):
             for slot, (index, entry, piece) in zip(itertools.cycle(slots), _pieces(wanted, slots[0].numel()), strict=False):
                 if len(coming) == len(slots):  # the first is used before its slot takes the next
                     yield self._counted(*coming.popleft())
-                coming.append((index, piece, readers.submit(read_box, entry, piece, slot)))
+                coming.append((index, piece, readers.submit(entry.read, piece, slot)))
             while coming:
                 yield self._counted(*coming.popleft())
 
@@ -96,7 +96,7 @@ class SafetensorsFolder(Opened):
         entry = self.entry(name)
         for start in range(0, entry.nbytes, buffer.numel()):
             piece = buffer[: entry.nbytes - start]
-            entry.file.read_into(piece, entry.begin + start)
+            entry.fill(piece, start)
             self.bytes_read += piece.nbytes
             yield start, piece
 
