@@ -249,7 +249,7 @@ def _corrected(live: Live, changes: Overwrite, digest: PositionalAdler32) -> Ite
 
 def _add(digest: PositionalAdler32 | Hashed, span: Span, own: Tensor) -> None:
     """The new bytes of a span: of sums, with zeros in the place of what is elsewhere."""
-    digest.add(own if span.columns is None else span.put(own), span.start)
+    digest.add(span.put(own), span.start)
     if isinstance(digest, PositionalAdler32):
         digest.count -= span.nbytes - own.numel()
 
