@@ -30,7 +30,7 @@ from .errors import DeltaError
 from .live import Live
 from .live_digest import add_in_place, add_pieces
 from .observe import Hooks
-from .patch import Patch, differences, in_host_memory, joined, on_device, patch_at, patch_of
+from .patch import Patch, differences, joined, on_device, patch_at, patch_of, patched
 from .session import ReloadSession
 from .sources import SafetensorsFolder
 
@@ -179,10 +179,8 @@ def changed(name: str, value: Tensor, deltas: list[DeltaFolder]) -> Tensor:
     """
     if not any(name in delta.checksums for delta in deltas):
         return value
-    live = in_host_memory(value)
-    for patch in patches_of(live, name, None, deltas, PartDigests(Places())):
-        patch.put_new()
-    return live.tensor
+    live = Live(value)
+    return patched(live, patches_of(live, name, None, deltas, PartDigests(Places()))).tensor
 
 
 def _compared(
