@@ -10,12 +10,15 @@ import struct
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any, Self, TypeVar
+from typing import IO, Any, Self, TypeAlias
 
 import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from ..layout.blocks import tiles
+from ..layout.bound import flat_bytes
+from ..layout.boxes import whole
 from .delta import ENCODINGS, PIECE
 from .digest import Hashed, PositionalAdler32, new_digest, optional
 from .entry import Entry
@@ -131,41 +134,40 @@ class DeltaWriter:
 
 
 #: What has tensors: an opened folder, or what a trainer holds by name, on any device.
-Checkpoint = TypeVar("Checkpoint", SafetensorsFolder, Mapping[str, Tensor])
+Checkpoint: TypeAlias = SafetensorsFolder | Mapping[str, Tensor]
 
 
 def diff(a: Checkpoint, b: Checkpoint, out: str | Path, version: int, base_version: int, **options: Any) -> tuple[int, int]:
     """Write the delta that makes checkpoint ``b`` of checkpoint ``a``; (changed tensors, all tensors).
 
-    Both are opened folders, or a trainer's tensors before and after a step. They are read once, in pieces of 1 MiB. ``options``
+    Each is an opened folder, or a trainer's tensors before or after a step. They are read once, in pieces of 1 MiB. ``options``
     are :class:`DeltaWriter`'s.
 
     Raises:
         DeltaError: the two do not have the same names, dtypes and shapes (then a full version is what to publish).
         SourceError: a file cannot be read, or changed meanwhile. Nothing is published then.
     """
-    folders = [one for one in (a, b) if isinstance(one, SafetensorsFolder)]
-    before, after = (str(folder.path) for folder in folders) if folders else ("the old step", "the new step")
-    old, new = (one.tensors if isinstance(one, SafetensorsFolder) else one for one in (a, b))
+    (before, old), (after, new) = (
+        (str(one.path), one.tensors) if isinstance(one, SafetensorsFolder) else (step, one)
+        for one, step in ((a, "the old step"), (b, "the new step"))
+    )
     _need_same(before, after, old, new)
-    buffers = [torch.empty(PIECE if folders else 0, dtype=torch.uint8) for _ in range(2)]
+    buffers = [torch.empty(PIECE, dtype=torch.uint8) for _ in range(2)]
     with DeltaWriter(out, version, base_version, **options) as writer:
         changed = 0
         for name, tensor in new.items():
-            chunks = (_chunks(one, name, buffer) for one, buffer in zip((a, b), buffers, strict=True))
-            changed += writer.add(name, tensor.nbytes, zip(*chunks, strict=True))
-        for folder in folders:
-            folder.check_unchanged()
+            chunks = zip(_chunks(old[name], buffers[0]), _chunks(tensor, buffers[1]), strict=True)
+            changed += writer.add(name, tensor.nbytes, chunks)
+        for one in (a, b):
+            if isinstance(one, SafetensorsFolder):
+                one.check_unchanged()
     return changed, len(new)
 
 
-def _chunks(checkpoint: SafetensorsFolder | Mapping[str, Tensor], name: str, buffer: Tensor) -> Iterator[Tensor]:
-    """All bytes of a tensor, in order, on the host. Of a folder each is read into ``buffer``."""
-    if isinstance(checkpoint, SafetensorsFolder):
-        yield from (piece for _, piece in checkpoint.pieces(name, buffer))
-    else:
-        live = Live(checkpoint[name])
-        yield from (live.bytes(box).cpu() for _, box in live.pieces(PIECE))
+def _chunks(tensor: Entry | Tensor, buffer: Tensor) -> Iterator[Tensor]:
+    """All bytes, in order, on the host. Those of a file are read into ``buffer``."""
+    for box in tiles(whole(tensor.shape), PIECE // tensor.dtype.itemsize):
+        yield flat_bytes(tensor.read(box, buffer)) if isinstance(tensor, Entry) else Live(tensor).bytes(box).cpu()
 
 
 def _need_same(a: str, b: str, old: Mapping[str, Entry | Tensor], new: Mapping[str, Entry | Tensor]) -> None:
