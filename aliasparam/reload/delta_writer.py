@@ -166,6 +166,10 @@ def diff(a: Checkpoint, b: Checkpoint, out: str | Path, version: int, base_versi
 
 def _chunks(tensor: Entry | Tensor, buffer: Tensor) -> Iterator[Tensor]:
     """All bytes, in order, on the host. Those of a file are read into ``buffer``."""
+    if isinstance(tensor, Entry) and 0 < tensor.nbytes <= PIECE:  # most are small
+        tensor.fill(buffer[: tensor.nbytes], 0)
+        yield buffer[: tensor.nbytes]
+        return
     for box in tiles(whole(tensor.shape), PIECE // tensor.dtype.itemsize):
         yield flat_bytes(tensor.read(box, buffer)) if isinstance(tensor, Entry) else Live(tensor).bytes(box).cpu()
 
@@ -175,9 +179,10 @@ def _need_same(a: str, b: str, old: Mapping[str, Entry | Tensor], new: Mapping[s
     for name in sorted(old.keys() ^ new.keys()):
         found = f"in {a if name in old else b}"
         raise DeltaError("a tensor is in one checkpoint only", name=name, found=found, remedy=remedy)
-    for name in old:
-        expected, found = (f"{one.dtype} {list(one.shape)}" for one in (old[name], new[name]))
-        if expected != found:
+    for name, was in old.items():
+        now = new[name]
+        if was.dtype != now.dtype or tuple(was.shape) != tuple(now.shape):
+            expected, found = (f"{one.dtype} {list(one.shape)}" for one in (was, now))
             raise DeltaError("a tensor has another dtype or shape", name=name, expected=expected, found=found, remedy=remedy)
 
 
