@@ -18,7 +18,7 @@ from torch import Tensor, multiprocessing, nn
 
 from aliasparam import Alias, checkpoint_digest, declare, process, reload
 from aliasparam.errors import AliasError
-from aliasparam.reload import WeightStream, send_weights, stream_send
+from aliasparam.reload import WeightStream, send_weights, stream
 
 LINE = "(g b a) k -> g a b k, a=4 b=8"
 ROWS, COLUMNS = 4096, 4096
@@ -55,8 +55,8 @@ def trainer(layers: int, device: str, options: argparse.Namespace) -> None:
         digests: list[Any] = [None, None]
         dist.all_gather_object(digests, checkpoint_digest(own).whole)
         print(f"  {'proved' if digests[0] == digests[1] else 'FAILED'}  the server's digest is the trainer's", flush=True)
-    digest_of = stream_send.digest_of
-    stream_send.digest_of = lambda memory, kind: digest_of(memory, kind)[::-1]
+    digest_of = stream.digest_of
+    stream.digest_of = lambda memory, kind: digest_of(memory, kind)[::-1]
     try:
         send_weights(trained(layers, device, 3), 1, bucket_bytes=options.bucket_mib << 20)
     except AliasError as error:

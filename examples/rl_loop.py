@@ -21,8 +21,8 @@ import torch.distributed as dist
 from torch import Tensor, multiprocessing
 
 from aliasparam import checkpoint_digest, reload
-from aliasparam.reload import WeightStream, send_weights
-from aliasparam.reload.trainer import diff_tensors, digest_of_tensors
+from aliasparam.reload import WeightStream, digest_of_tensors, send_weights
+from aliasparam.reload.delta_writer import diff
 
 TRAINER, SERVER = 0, 1
 
@@ -43,9 +43,9 @@ def train(store: dist.Store, source: Path, start: str | None, steps: int) -> Non
     finetune(model, tokenizer, "B", steps=1)
     second = quantized(model, tokenizer)
     folder = source / "weight_v000002"
-    changed = diff_tensors(first, second, folder, version=2, base_version=1)
+    changed, total = diff(first, second, folder, version=2, base_version=1)
     size = sum(file.stat().st_size for file in folder.iterdir())
-    print(f"trainer: one more step, {changed} of {len(second)} tensors changed, a delta of {size / 1e6:.1f} MB", flush=True)
+    print(f"trainer: one more step, {changed} of {total} tensors changed, a delta of {size / 1e6:.1f} MB", flush=True)
     store.set("published", str(folder))
     compare(store, "delta", second)
 

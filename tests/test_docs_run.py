@@ -76,10 +76,10 @@ def declaring() -> dict[str, Any]:
 
 def published() -> dict[str, Any]:
     """A model of version 6, and the deltas from there to version 9."""
-    from aliasparam.reload.trainer import diff_tensors
+    from aliasparam.reload.delta_writer import diff
 
     for version in range(7, 10):
-        diff_tensors(linear(version - 1)[1], linear(version)[1], f"source/weight_v{version:06}", version, version - 1)
+        diff(linear(version - 1)[1], linear(version)[1], f"source/weight_v{version:06}", version, version - 1)
     return {"model": serving(6)}
 
 
@@ -144,7 +144,7 @@ def trained() -> dict[str, Any]:
     """The same, and a trainer that went from one to the other."""
     from safetensors.torch import load_file
 
-    from aliasparam.reload.trainer import digest_of_tensors
+    from aliasparam.reload import digest_of_tensors
 
     given = folders()
     before, after = (load_file(f"checkpoint-{name}/model.safetensors") for name in "ab")

@@ -84,5 +84,8 @@ def lead_cuts(shape: Sequence[int], lead: int) -> list[Cut]:
 def tiles(box: Box, elements: int) -> Iterator[Box]:
     """``box`` cut along its first dims into boxes of at most ``elements`` elements."""
     shape = sizes(box)
+    if 0 < math.prod(shape) <= elements:  # most tensors are small
+        yield box
+        return
     for (part,) in blocks(shape, lead_cuts(shape, len(shape)), elements):
         yield tuple((low + start, low + stop) for (start, stop), (low, _) in zip(part, box, strict=True))

@@ -7,8 +7,9 @@ from .delta_apply import prepare_delta as prepare_delta
 from .live_digest import CheckpointDigest as CheckpointDigest
 from .live_digest import checkpoint_digest as checkpoint_digest
 from .live_digest import digest_of_folder as digest_of_folder
+from .live_digest import digest_of_tensors as digest_of_tensors
 from .observe import Hooks as Hooks
 from .opening import reload as reload
 from .session import ReloadSession as ReloadSession
 from .stream import WeightStream as WeightStream
-from .stream_send import send_weights as send_weights
+from .stream import send_weights as send_weights

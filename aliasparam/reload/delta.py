@@ -7,14 +7,14 @@ long, and memory is what was asked for, a piece and the frame's window (at most 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .digest import optional
+from .entry import Entry
 from .errors import DeltaError
 from .held_file import memory_of
 
@@ -43,17 +43,11 @@ class Change(NamedTuple):
         return old.index_put((self.positions.to(old.device),), values)
 
 
-class Readable(Protocol):
-    """A stream of compressed bytes."""
-
-    def read(self, count: int = -1, /) -> bytes: ...
-
-
 class Xor:
-    """The changes of a tensor of ``nbytes`` bytes."""
+    """The changes of a tensor of ``nbytes`` bytes, which are stored as ``entry``. Errors name ``name``."""
 
-    def __init__(self, compressed: Callable[[], Readable], nbytes: int, name: str) -> None:
-        self._stream = _Stream(compressed(), name)
+    def __init__(self, entry: Entry, nbytes: int, name: str) -> None:
+        self._stream = _Stream(entry, name)
         self._at, self._nbytes, self._expected = 0, nbytes, f"{nbytes} bytes, as the tensor has"
 
     def read(self, start: int, stop: int) -> Change | None:
@@ -80,42 +74,33 @@ class Xor:
 
 
 class Overwrite:
-    """As :class:`Xor`. Values come after all positions, so the stream is read twice, side by side."""
+    """As :class:`Xor`.
 
-    def __init__(self, compressed: Callable[[], Readable], nbytes: int, name: str) -> None:
-        self._places, self._values, self._name = _Stream(compressed(), name), _Stream(compressed(), name), name
-        self._nbytes, self._last = nbytes, -1
-        self._left = count = int(self._places.numbers(1, "a count of 4 bytes"))
-        self._expected = f"{4 + 5 * count} bytes for {count} positions"
-        if count > nbytes:
-            raise DeltaError(
-                "more positions than the tensor has bytes", name=name, expected=f"at most {nbytes}", found=str(count)
-            )
-        self._values.skip(4 + 4 * count, self._expected)
+    Attributes:
+        count: positions in all.
+        blocks: (values, byte positions in the tensor) of all that changes, ascending, up to 2**18 at once, and what :meth:`read`
+            takes from. At its end it raises as :meth:`finish`.
+    """
+
+    def __init__(self, entry: Entry, nbytes: int, name: str) -> None:
+        places, values = _Stream(entry, name), _Stream(entry, name)
+        self.count = int(places.numbers(1, "a count of 4 bytes"))
+        if self.count > nbytes:
+            expected = f"at most {nbytes}"
+            raise DeltaError("more positions than the tensor has bytes", name=name, expected=expected, found=str(self.count))
+        self.blocks = _blocks(places, values, self.count, nbytes, name)
         self._ahead = torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.int64)  # values, positions
 
     def read(self, start: int, stop: int) -> Change | None:
         found = [self._take(start, stop)]
-        while not len(self._ahead[0]) and self._left:
-            self._read_ahead()
+        while not len(self._ahead[0]) and (block := next(self.blocks, None)) is not None:
+            self._ahead = block
             found.append(self._take(start, stop))
         values, positions = (torch.cat(parts) for parts in zip(*found, strict=True))
         return Change(values, positions - start) if len(positions) else None
 
-    @property
-    def count(self) -> int:
-        """Positions that are left."""
-        return self._left + len(self._ahead[0])
-
-    def rest(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(values, byte positions in the tensor) of all that changes, ascending, up to 2**18 at once; then :meth:`finish`."""
-        while self._left:
-            self._read_ahead()
-            yield self._ahead
-        self._values.end(self._expected)
-
     def finish(self) -> None:
-        for _ in self.rest():
+        for _ in self.blocks:
             pass
 
     def _take(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
@@ -125,17 +110,21 @@ class Overwrite:
         self._ahead = values[last:], positions[last:]
         return values[first:last], positions[first:last]
 
-    def _read_ahead(self) -> None:
-        count = min(self._left, _POSITIONS)
-        positions = self._places.numbers(count, self._expected)
-        if int(positions.max()) >= self._nbytes:
-            found = str(int(positions.max()))
-            raise DeltaError("a position outside the tensor", name=self._name, expected=f"below {self._nbytes}", found=found)
-        if int(positions[0]) <= self._last or bool((positions[1:] <= positions[:-1]).any()):
-            raise DeltaError("positions are not ascending", name=self._name, expected="every position once, in order")
-        values = torch.empty(count, dtype=torch.uint8)
-        self._values.fill(values, self._expected)
-        self._ahead, self._last, self._left = (values, positions), int(positions[-1]), self._left - count
+
+def _blocks(places: _Stream, values: _Stream, count: int, nbytes: int, name: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """Values come after all positions, so the stream is read twice, side by side."""
+    expected, last = f"{4 + 5 * count} bytes for {count} positions", -1
+    values.skip(4 + 4 * count, expected)
+    for first in range(0, count, _POSITIONS):
+        at = places.numbers(min(count - first, _POSITIONS), expected)
+        if int(at.max()) >= nbytes:
+            raise DeltaError("a position outside the tensor", name=name, expected=f"below {nbytes}", found=str(int(at.max())))
+        if int(at[0]) <= last or bool((at[1:] <= at[:-1]).any()):
+            raise DeltaError("positions are not ascending", name=name, expected="every position once, in order")
+        new, last = torch.empty(len(at), dtype=torch.uint8), int(at[-1])
+        values.fill(new, expected)
+        yield new, at
+    values.end(expected)
 
 
 #: Encoding -> what decodes it.
@@ -143,13 +132,14 @@ ENCODINGS: dict[str, type[Xor] | type[Overwrite]] = {"xor": Xor, "overwrite": Ov
 
 
 class _Stream:
-    """Decompressed bytes, on demand."""
+    """Decompressed bytes of a stored tensor, on demand."""
 
-    def __init__(self, source: Readable, name: str) -> None:
+    def __init__(self, entry: Entry, name: str) -> None:
         zstd = optional("zstandard")
         self._error: type[Exception] = zstd.ZstdError
         self._name = name
-        self._reader: Any = zstd.ZstdDecompressor(max_window_size=_MAX_WINDOW).stream_reader(source, read_size=1 << 16)
+        decompressor = zstd.ZstdDecompressor(max_window_size=_MAX_WINDOW)
+        self._reader: Any = decompressor.stream_reader(_Compressed(entry), read_size=1 << 16)
 
     def fill(self, out: Tensor, expected: str) -> None:
         """The next bytes into ``out`` (uint8 [n])."""
@@ -164,9 +154,7 @@ class _Stream:
         """The next ``count`` u32 as int64 [count]."""
         raw = torch.empty(4 * count, dtype=torch.uint8)
         self.fill(raw, expected)
-        if sys.byteorder == "big":
-            raw = raw.view(-1, 4).flip(1).reshape(-1)
-        return raw.view(torch.int32).to(torch.int64) & 0xFFFFFFFF
+        return raw.view(torch.uint32).to(torch.int64)
 
     def skip(self, count: int, expected: str) -> None:
         end = self._reader.tell() + count
@@ -185,3 +173,15 @@ class _Stream:
             return do(what)
         except self._error as error:
             raise DeltaError(f"the delta cannot be decompressed: {error}", name=self._name) from None
+
+
+class _Compressed:
+    """The stored bytes, as the decompressor asks for them."""
+
+    def __init__(self, entry: Entry) -> None:
+        self._entry, self._at = entry, 0
+
+    def read(self, count: int) -> bytes:
+        data = self._entry.file.read(self._entry.begin + self._at, min(count, self._entry.nbytes - self._at))
+        self._at += len(data)
+        return data

@@ -30,7 +30,7 @@ from .errors import DeltaError
 from .live import Live
 from .live_digest import add_in_place, add_pieces
 from .observe import Hooks
-from .patch import Patch, differences, in_host_memory, joined, on_device, patch_at, patch_of
+from .patch import Patch, differences, joined, on_device, patch_at, patch_of, patched
 from .session import ReloadSession
 from .sources import SafetensorsFolder
 
@@ -179,10 +179,8 @@ def changed(name: str, value: Tensor, deltas: list[DeltaFolder]) -> Tensor:
     """
     if not any(name in delta.checksums for delta in deltas):
         return value
-    live = in_host_memory(value)
-    for patch in patches_of(live, name, None, deltas, PartDigests(Places())):
-        patch.put_new()
-    return live.tensor
+    live = Live(value)
+    return patched(live, patches_of(live, name, None, deltas, PartDigests(Places()))).tensor
 
 
 def _compared(
@@ -235,7 +233,7 @@ def _sparse(live: Live, readers: Sequence[Xor | Overwrite]) -> Overwrite | None:
 
 def _corrected(live: Live, changes: Overwrite, digest: PositionalAdler32) -> Iterator[Patch]:
     """What differs at the positions that a delta names; ``digest``, of the old bytes, becomes that of the new."""
-    for values, at in changes.rest():
+    for values, at in changes.blocks:
         at, new = on_device(at, live.device), on_device(values, live.device)
         places = live.positions(at)
         if places is None:
@@ -249,14 +247,14 @@ def _corrected(live: Live, changes: Overwrite, digest: PositionalAdler32) -> Ite
 
 def _add(digest: PositionalAdler32 | Hashed, span: Span, own: Tensor) -> None:
     """The new bytes of a span: of sums, with zeros in the place of what is elsewhere."""
-    digest.add(own if span.columns is None else span.put(own), span.start)
+    digest.add(span.put(own), span.start)
     if isinstance(digest, PositionalAdler32):
         digest.count -= span.nbytes - own.numel()
 
 
 def _stored(full: SafetensorsFolder, name: str, span: Span, like: Tensor) -> Tensor:
     raw = torch.empty(span.nbytes, dtype=torch.uint8, pin_memory=like.is_cuda)
-    full.raw(name, span.start, raw)
+    full.entry(name).fill(raw, span.start)
     return raw.to(like.device)
 
 

@@ -15,7 +15,6 @@ import torch
 from .delta import ENCODINGS, Overwrite, Xor
 from .digest import FORMATS
 from .errors import DeltaError
-from .header import Entry
 from .held_file import Opened
 from .published import check_manifest, read_manifest, version_number, version_path
 from .sources import SafetensorsFolder
@@ -58,8 +57,7 @@ class DeltaFolder(Opened):
 
     def changes(self, name: str, nbytes: int) -> Xor | Overwrite:
         """What it changes in one tensor, which has ``nbytes`` bytes."""
-        entry = self.folder.entry(name)
-        return ENCODINGS[self.encoding](lambda: _Compressed(entry), nbytes, f"{self.path}: {name}")
+        return ENCODINGS[self.encoding](self.folder.entry(name), nbytes, f"{self.path}: {name}")
 
     def check(self, name: str, digest: str) -> None:
         """
@@ -105,20 +103,6 @@ class DeltaFolder(Opened):
 
     def _wrong(self, key: str, expected: str, found: object) -> DeltaError:
         return DeltaError(f"{key} in the index is wrong", name=str(self.path), expected=expected, found=repr(found)[:80])
-
-
-class _Compressed:
-    """The stored bytes of one tensor as a stream."""
-
-    def __init__(self, entry: Entry) -> None:
-        self._entry, self._at = entry, 0
-
-    def read(self, count: int = -1, /) -> bytes:
-        left = self._entry.nbytes - self._at
-        size = left if count < 0 else min(count, left)
-        data = self._entry.file.read(self._entry.begin + self._at, size)
-        self._at += size
-        return data
 
 
 def open_version(source: str | Path, version: int) -> SafetensorsFolder | DeltaFolder:
@@ -170,25 +154,21 @@ class Chain(Opened):
                 "the version is older than what serves", name=str(source), expected=f">= {applied}", found=str(target)
             )
         with self.opening():
-            self._walk_back(source, applied, target)
-        self.deltas.reverse()
-
-    def _walk_back(self, source: str | Path, applied: int, version: int) -> None:
-        while version != applied:
-            if version == 0:
-                raise DeltaError(
-                    "no chain of deltas leads from what serves to the target",
-                    name=str(source),
-                    expected=f"a delta on version {applied}, or a full version",
-                    found="deltas on " + ", ".join(str(delta.base_version) for delta in reversed(self.deltas)),
-                    remedy="Load the base checkpoint (version 0) first.",
-                )
-            found = self.hold(open_version(source, version))
-            if isinstance(found, SafetensorsFolder):
-                self.full = found
-                return
-            self.deltas.append(found)
-            version = found.base_version
+            while target != applied and self.full is None:
+                if target == 0:
+                    raise DeltaError(
+                        "no chain of deltas leads from what serves to the target",
+                        name=str(source),
+                        expected=f"a delta on version {applied}, or a full version",
+                        found="deltas on " + ", ".join(str(delta.base_version) for delta in self.deltas),
+                        remedy="Load the base checkpoint (version 0) first.",
+                    )
+                found = self.hold(open_version(source, target))
+                if isinstance(found, SafetensorsFolder):
+                    self.full = found
+                else:
+                    self.deltas.insert(0, found)
+                    target = found.base_version
 
 
 def need_order(deltas: Iterable[DeltaFolder], serving: int | None) -> None:

@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ..layout.blocks import tiles
 from ..layout.boxes import Box, row_major, sizes, whole, within
 from .delta_folder import DeltaFolder
 from .digest import Hashed, PositionalAdler32, new_digest
@@ -102,55 +103,51 @@ class Places:
 
 
 class Span(NamedTuple):
-    """Some rows of a tensor: bytes that lie together in its files, of which this process has some columns.
+    """Some rows of a tensor: bytes that lie together in its files, of which this process has some.
 
     Attributes:
         start: first byte in the files.
-        nbytes: in the files.
+        shape: of the rows in the files; bytes of an element are the last dim.
         box: in the live tensor.
-        columns: (begin, end) in each row's bytes, and the row's bytes; None where they are all here.
+        own: which of them are here; None: all.
     """
 
     start: int
-    nbytes: int
+    shape: tuple[int, ...]
     box: Box
-    columns: tuple[int, int, int] | None
+    own: tuple[slice, ...] | None
+
+    @property
+    def nbytes(self) -> int:
+        """In the files."""
+        return math.prod(self.shape)
 
     def put(self, own: Tensor) -> Tensor:
         """uint8 [nbytes] with ``own`` in its place, and zeros beside it."""
-        if self.columns is None:
+        if self.own is None:
             return own
-        begin, end, row = self.columns
-        whole = own.new_zeros(self.nbytes)
-        whole.view(-1, row)[:, begin:end] = own.view(-1, end - begin)
-        return whole
+        rows = own.new_zeros(self.shape)
+        rows[self.own].copy_(own.view(rows[self.own].shape))
+        return rows.view(-1)
 
-    def take(self, whole: Tensor) -> Tensor:
-        """What is here of ``whole``."""
-        if self.columns is None:
-            return whole
-        begin, end, row = self.columns
-        return whole.view(-1, row)[:, begin:end].reshape(-1)
+    def take(self, rows: Tensor) -> Tensor:
+        """What is here of ``rows``, uint8 [nbytes]."""
+        return rows if self.own is None else rows.view(self.shape)[self.own].reshape(-1)
 
 
 def spans(live: Live, part: Part | None) -> Iterator[Span]:
-    """All that is here, in the order of the files, in pieces of 2 MiB (of a part at least one row), or 4 on a GPU, where a piece
-    costs what its calls cost."""
-    most = PIECE if live.device.type == "cpu" else 2 * PIECE
-    if part is None:
-        for start, box in live.pieces(most):
-            yield Span(start, math.prod(sizes(box)) * live.dtype.itemsize, box, None)
-        return
-    shape, box = part
-    size, strides = live.dtype.itemsize, row_major(shape)
-    row = strides[0] * size
-    begin = sum(a * stride for (a, _), stride in zip(box[1:], strides[1:], strict=True)) * size
-    end = begin + math.prod(sizes(box[1:])) * size
-    first, last = box[0]
-    for start in range(first, last, max(most // row, 1)):
-        stop = min(start + max(most // row, 1), last)
-        own = ((start - first, stop - first), *whole(live.shape[1:]))
-        yield Span(start * row, (stop - start) * row, own, None if end - begin == row else (begin, end, row))
+    """All that is here, in the order of the files, in pieces of 2 MiB (of what is no whole rows at least one row), or 4 on a GPU,
+    where a piece costs what its calls cost."""
+    shape, box = part or Part(live.shape, live.box)
+    rows, strides, size = (*box[:1], *whole(shape[1:])), row_major(shape), live.dtype.itemsize
+    most = (PIECE if live.device.type == "cpu" else 2 * PIECE) // size
+    own = None
+    if rows != box:
+        own, most = (slice(None), *(slice(a, b) for a, b in box[1:])), max(most, strides[0])
+    for tile in tiles(rows, max(most, 1)):
+        start = sum(a * stride for (a, _), stride in zip(tile, strides, strict=True))
+        here = *((a - box[0][0], b - box[0][0]) for a, b in tile[:1]), *(tile[1:] if own is None else whole(live.shape[1:]))
+        yield Span(start * size, (*sizes(tile), size), here, own)
 
 
 class PartDigests:
@@ -163,13 +160,12 @@ class PartDigests:
     def part_of(self, name: str, live: Live) -> Part | None:
         """
         Raises:
-            DeltaError: the live tensor is another part, or its columns do not lie together in each row.
+            DeltaError: the live tensor is another part.
         """
         part = self._places.parts.get(name)
         if part is None:
             return None
-        together = part.box[2:] == whole(part.shape[2:])
-        if not (together and live.nbytes and within(part.box, part.shape) and sizes(part.box) == live.shape):
+        if not (live.nbytes and within(part.box, part.shape) and sizes(part.box) == live.shape):
             expected = f"{part.box} of {list(part.shape)}"
             raise DeltaError("the live tensor is not this part", name=name, expected=expected, found=str(list(live.shape)))
         return part

@@ -10,16 +10,21 @@ import struct
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO, Any, Self, TypeAlias
 
 import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from ..layout.blocks import tiles
+from ..layout.bound import flat_bytes
+from ..layout.boxes import whole
 from .delta import ENCODINGS, PIECE
 from .digest import Hashed, PositionalAdler32, new_digest, optional
+from .entry import Entry
 from .errors import DeltaError
 from .held_file import memory_of
+from .live import Live
 from .sources import SafetensorsFolder
 
 _SPOOL = 16 << 20
@@ -128,48 +133,57 @@ class DeltaWriter:
         os.rename(self._made, self.out)
 
 
-def diff(
-    a: SafetensorsFolder, b: SafetensorsFolder, out: str | Path, version: int, base_version: int, **options: Any
-) -> tuple[int, int]:
+#: What has tensors: an opened folder, or what a trainer holds by name, on any device.
+Checkpoint: TypeAlias = SafetensorsFolder | Mapping[str, Tensor]
+
+
+def diff(a: Checkpoint, b: Checkpoint, out: str | Path, version: int, base_version: int, **options: Any) -> tuple[int, int]:
     """Write the delta that makes checkpoint ``b`` of checkpoint ``a``; (changed tensors, all tensors).
 
-    Both are read once, in pieces of 1 MiB. ``options`` are :class:`DeltaWriter`'s.
+    Each is an opened folder, or a trainer's tensors before or after a step. They are read once, in pieces of 1 MiB. ``options``
+    are :class:`DeltaWriter`'s.
 
     Raises:
         DeltaError: the two do not have the same names, dtypes and shapes (then a full version is what to publish).
         SourceError: a file cannot be read, or changed meanwhile. Nothing is published then.
     """
-    check_same(*((str(one.path), {n: (e.dtype, e.shape) for n, e in one.tensors.items()}) for one in (a, b)))
-    old, new = (torch.empty(PIECE, dtype=torch.uint8) for _ in range(2))
-
+    (before, old), (after, new) = (
+        (str(one.path), one.tensors) if isinstance(one, SafetensorsFolder) else (step, one)
+        for one, step in ((a, "the old step"), (b, "the new step"))
+    )
+    _need_same(before, after, old, new)
+    buffers = [torch.empty(PIECE, dtype=torch.uint8) for _ in range(2)]
     with DeltaWriter(out, version, base_version, **options) as writer:
         changed = 0
-        for name, entry in b.tensors.items():
-            pairs = zip(a.pieces(name, old), b.pieces(name, new), strict=True)
-            changed += writer.add(name, entry.nbytes, ((was, now) for (_, was), (_, now) in pairs))
-        a.check_unchanged()
-        b.check_unchanged()
-    return changed, len(b.tensors)
+        for name, tensor in new.items():
+            chunks = zip(_chunks(old[name], buffers[0]), _chunks(tensor, buffers[1]), strict=True)
+            changed += writer.add(name, tensor.nbytes, chunks)
+        for one in (a, b):
+            if isinstance(one, SafetensorsFolder):
+                one.check_unchanged()
+    return changed, len(new)
 
 
-def check_same(*two: tuple[str, Mapping[str, tuple[torch.dtype, tuple[int, ...]]]]) -> None:
-    """
-    Args:
-        two: what a checkpoint is called, and (dtype, shape) of its tensors by name.
+def _chunks(tensor: Entry | Tensor, buffer: Tensor) -> Iterator[Tensor]:
+    """All bytes, in order, on the host. Those of a file are read into ``buffer``."""
+    if isinstance(tensor, Entry) and 0 < tensor.nbytes <= PIECE:  # most are small
+        tensor.fill(buffer[: tensor.nbytes], 0)
+        yield buffer[: tensor.nbytes]
+        return
+    for box in tiles(whole(tensor.shape), PIECE // tensor.dtype.itemsize):
+        yield flat_bytes(tensor.read(box, buffer)) if isinstance(tensor, Entry) else Live(tensor).bytes(box).cpu()
 
-    Raises:
-        DeltaError: they do not have the same tensors.
-    """
-    (a, old), (b, new) = two
+
+def _need_same(a: str, b: str, old: Mapping[str, Entry | Tensor], new: Mapping[str, Entry | Tensor]) -> None:
+    remedy = "Publish a full version."
     for name in sorted(old.keys() ^ new.keys()):
-        found, remedy = f"in {a if name in old else b}", "Publish a full version."
+        found = f"in {a if name in old else b}"
         raise DeltaError("a tensor is in one checkpoint only", name=name, found=found, remedy=remedy)
-    for name, spec in old.items():
-        if spec != new[name]:
-            expected, found = (f"{dtype} {list(shape)}" for dtype, shape in (spec, new[name]))
-            raise DeltaError(
-                "a tensor has another dtype or shape", name=name, expected=expected, found=found, remedy="Publish a full version."
-            )
+    for name, was in old.items():
+        now = new[name]
+        if was.dtype != now.dtype or tuple(was.shape) != tuple(now.shape):
+            expected, found = (f"{one.dtype} {list(one.shape)}" for one in (was, now))
+            raise DeltaError("a tensor has another dtype or shape", name=name, expected=expected, found=found, remedy=remedy)
 
 
 def _checked(
@@ -211,7 +225,7 @@ def _encode_overwrite(chunks: Iterator[tuple[Tensor, Tensor]], nbytes: int, name
     with tempfile.SpooledTemporaryFile(_SPOOL) as places, tempfile.SpooledTemporaryFile(_SPOOL) as values:
         for old, new in chunks:
             where = (old != new).nonzero().view(-1)
-            places.write(_little_endian(where + start))
+            places.write(memory_of((where + start).to(torch.uint32).view(torch.uint8)))
             values.write(memory_of(new[where]))
             start, count = start + new.numel(), count + where.numel()
         if count == 0:
@@ -222,12 +236,6 @@ def _encode_overwrite(chunks: Iterator[tuple[Tensor, Tensor]], nbytes: int, name
                 spool.seek(0)
                 shutil.copyfileobj(spool, frame, PIECE)
     return True
-
-
-def _little_endian(positions: Tensor) -> bytes:
-    """int64 [n] below 2**32 as u32."""
-    raw = positions[:, None] >> torch.tensor([0, 8, 16, 24]) & 0xFF
-    return bytes(memory_of(raw.to(torch.uint8).view(-1)))
 
 
 def _to_disk(path: Path, data: bytes) -> None:

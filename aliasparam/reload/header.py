@@ -12,11 +12,12 @@ import struct
 from collections import Counter
 from collections.abc import Sequence
 from operator import attrgetter
-from typing import Any, NamedTuple, NoReturn, TypeGuard
+from typing import Any, NoReturn, TypeGuard
 
 import torch
 
 from .collector import collector_paused
+from .entry import Entry
 from .errors import SourceError
 from .held_file import HeldFile
 
@@ -32,17 +33,6 @@ DTYPES = {
     "F8_E8M0": torch.float8_e8m0fnu, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
     "C64": torch.complex64,
 }  # fmt: skip
-
-
-class Entry(NamedTuple):
-    """One tensor as a header describes it; its bytes are ``begin`` to ``begin + nbytes`` of ``file``."""
-
-    name: str
-    file: HeldFile
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    begin: int
-    nbytes: int
 
 
 def read_header(file: HeldFile) -> tuple[list[Entry], dict[str, str]]:

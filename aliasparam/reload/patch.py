@@ -102,15 +102,10 @@ def patch_at(live: Live, places: Tensor, old: Tensor, new: Tensor, *, keep_new: 
 
 def patched(live: Live, patches: Iterable[Patch]) -> Live:
     """What a plain tensor becomes with its patches, in host memory of its own."""
-    found = in_host_memory(live.tensor)
+    found = Live(live.tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format))
     for patch in patches:
         patch._replace(live=found).put_new()
     return found
-
-
-def in_host_memory(values: Tensor) -> Live:
-    """A copy of a plain tensor, contiguous."""
-    return Live(values.detach().to("cpu", copy=True, memory_format=torch.contiguous_format))
 
 
 def _where(differs: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ From the receivers' code: SGLang's ``/pull_weights``; stitch's ``bulletin.py``, 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from os.path import lexists
 from pathlib import Path
@@ -117,25 +117,30 @@ def check_manifest(manifest: Mapping[str, Any], version: int, folder: Safetensor
     Raises:
         DeltaError: another version, base, encoding or files; a file of another size.
     """
-    where, index = folder.path / "manifest.json", folder.index_metadata
-    numbers = {"version": version}
+    for what, expected, found in _said(manifest, version, folder):
+        if found != expected:
+            where, text = f"{folder.path / 'manifest.json'}: {what}", str(expected)[:200]
+            raise DeltaError("the manifest and its version disagree", name=where, expected=text, found=repr(found)[:80])
+
+
+def _said(manifest: Mapping[str, Any], version: int, folder: SafetensorsFolder) -> Iterator[tuple[str, object, object]]:
+    """(what the manifest says something of, what the files say, what it says)."""
+    index, sizes = folder.index_metadata, {entry.file.path.name: entry.file.size for entry in folder.tensors.values()}
+    yield "version", version, manifest.get("version")
     if (base := version_number(index.get("base_version"))) is not None:
-        numbers["base_version"] = base
-    formats = ("delta_encoding", "compression_format", "checksum_format")
-    for key, expected in {**numbers, **{key: index.get(key) for key in formats}}.items():
-        if (key in numbers or manifest.get(key) is not None) and manifest.get(key) != expected:
-            raise _disagree(where, key, expected, manifest.get(key))
-    sizes = {entry.file.path.name: entry.file.size for entry in folder.tensors.values()}
-    named = manifest.get("transition_files") or []
-    if not isinstance(named, list) or (named and set(map(str, named)) != sizes.keys()):
-        raise _disagree(where, "transition_files", sorted(sizes), named)
+        yield "base_version", base, manifest.get("base_version")
+    for key in ("delta_encoding", "compression_format", "checksum_format"):
+        if manifest.get(key) is not None:
+            yield key, index.get(key), manifest[key]
+    if named := manifest.get("transition_files"):
+        yield "transition_files", sorted(sizes), sorted(set(map(str, named))) if isinstance(named, list) else named
     artifacts = manifest.get("artifacts") or []
-    for artifact in artifacts if isinstance(artifacts, list) else [None]:
-        if not isinstance(artifact, dict) or not isinstance(artifact.get("path"), str):
-            raise _disagree(where, "artifacts", "objects with a path", artifact)
-        size = artifact.get("size_bytes")
-        if size is not None and size != sizes.get(artifact["path"], size):
-            raise _disagree(where, f"size_bytes of {artifact['path'][:80]}", sizes[artifact["path"]], size)
+    for artifact in artifacts if isinstance(artifacts, list) else [artifacts]:
+        path = artifact.get("path") if isinstance(artifact, dict) else None
+        if not isinstance(path, str):
+            yield "artifacts", "objects with a path", [artifact]
+        elif artifact.get("size_bytes") is not None and path in sizes:
+            yield f"size_bytes of {path[:80]}", sizes[path], artifact["size_bytes"]
 
 
 def _read(path: Path, limit: int) -> bytes:
@@ -145,9 +150,3 @@ def _read(path: Path, limit: int) -> bytes:
 
 def _no_pointer(path: Path, found: str, expected: str) -> SourceError:
     return SourceError("the pointer to the newest version cannot be read", name=str(path), expected=expected, found=found[:80])
-
-
-def _disagree(where: Path, key: str, expected: object, found: object) -> DeltaError:
-    return DeltaError(
-        "the manifest and its version disagree", name=f"{where}: {key}", expected=str(expected)[:200], found=repr(found)[:80]
-    )

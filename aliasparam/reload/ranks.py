@@ -4,8 +4,8 @@
 1. *ready*: each rank prepares while it serves the old generation, and votes. All votes alike: the record says "yes".
 2. *done*: each rank that reads "yes" stops serving, commits, keeps what it needs to go back, and votes again. All voted yes: the
    record says "yes" and everybody serves the new generation and forgets the old one. Otherwise everybody goes back.
-A record is one key of a store, written by compare-and-set from nothing, so there is one answer, whoever asks, how often and
-when. Whoever's deadline passes tries to write "no"; the record decides, not the writer.
+A record, like a vote, is one key of a store, written by compare-and-set from nothing, so there is one answer, whoever asks, how
+often and when. Whoever's deadline passes tries to write "no"; the record decides, not the writer.
 
 [Note: why no two ranks serve different generations]
 A rank serves the new generation after it has read "yes" in *done*, for which every rank has voted, for which every rank has
@@ -25,19 +25,12 @@ from typing import Any, Literal, TypeAlias
 
 
 @dataclass(frozen=True)
-class Write:
-    """Set ``key``. Reply: True, or LOST."""
-
-    key: str
-    value: str
-
-
-@dataclass(frozen=True)
 class Claim:
-    """Set ``key`` if it has no value yet. Reply: the value that stands, or LOST."""
+    """Set ``key`` if what it has is ``standing`` ("": no value yet). Reply: the value that it has then, or LOST."""
 
     key: str
     value: str
+    standing: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,7 +60,7 @@ class _Lost(Enum):
 
 
 LOST = _Lost.LOST
-Request: TypeAlias = Write | Claim | Look | Pause | Act
+Request: TypeAlias = Claim | Look | Pause | Act
 #: Each reply comes with the rank's own clock, in seconds.
 Reply: TypeAlias = tuple[Any, float]
 YES = "yes"
@@ -95,8 +88,9 @@ class Plan:
     def key(self, name: str) -> str:
         return f"{self.prefix}{self.sequence}/{name}"
 
-    def votes(self, name: str) -> tuple[str, ...]:
-        return tuple(self.key(f"{name}/vote/{rank}") for rank in range(self.ranks))
+    def of_all(self, name: str) -> tuple[str, ...]:
+        """The keys of this name that each rank has for itself."""
+        return tuple(self.key(f"{name}/{rank}") for rank in range(self.ranks))
 
 
 @dataclass(frozen=True)
@@ -113,16 +107,14 @@ class Outcome:
 
 def change(plan: Plan) -> Generator[Request, Reply, Outcome]:
     """The whole transaction of one rank."""
-    (fine, said), _ = yield Act("prepare")
-    ready = yield from _round(plan, "ready", _vote(plan, fine, said), plan.ready_by)
+    _, ready = yield from _round(plan, "ready")
     if ready != YES:
         reason = ready or f"rank {plan.rank} could not reach the store"
         if ready is None:  # the others may have read "yes": spares them their deadline, and costs nothing else if it is lost
             yield Claim(plan.key("done"), reason)
         return (yield from _settle(plan, reason))
-    (fine, said), now = yield Act("commit")
-    done = yield from _round(plan, "done", _vote(plan, fine, said), now + plan.done_within)
-    if done is None and fine:
+    acknowledged, done = yield from _round(plan, "done")
+    if done is None and acknowledged:
         return Outcome(None, f"rank {plan.rank} could not reach the store after it had acknowledged")
     return (yield from _settle(plan, done or f"rank {plan.rank} could not reach the store"))
 
@@ -138,25 +130,25 @@ def ask_again(plan: Plan, until: float, *, restarted: bool = False) -> Generator
     return (yield from _settle(plan, record))
 
 
-def _vote(plan: Plan, fine: bool, said: str) -> str:
-    return f"yes {plan.base} {plan.target} {said}" if fine else f"no rank {plan.rank}: {said}"
-
-
-def _round(plan: Plan, name: str, vote: str, deadline: float) -> Generator[Request, Reply, str | None]:
-    """Vote, then wait for the record of the round, or write it; None if the store gives no reply."""
+def _round(plan: Plan, name: Literal["ready", "done"]) -> Generator[Request, Reply, tuple[bool, str | None]]:
+    """Act and vote, then wait for the record of the round, or write it. (Whether the vote is yes; the record, or None if the
+    store gives no reply.)"""
+    (fine, said), now = yield Act("prepare" if name == "ready" else "commit")
+    vote = f"yes {plan.base} {plan.target} {said}" if fine else f"no rank {plan.rank}: {said}"
+    deadline = plan.ready_by if name == "ready" else now + plan.done_within
     cast, pause = False, 0.001
     while True:
         if not cast:
-            reply, _ = yield Write(plan.key(f"{name}/vote/{plan.rank}"), vote)
+            reply, _ = yield Claim(plan.key(f"{name}/vote/{plan.rank}"), vote)
             cast = reply is not LOST
         reply, now = yield Look((plan.key(name),))
         if reply is not LOST and reply[0] is not None:
-            return str(reply[0])
+            return fine, str(reply[0])
         verdict = yield from _verdict(plan, name, vote, now > deadline)
         if verdict is not None:
-            return (yield from _claim(plan, name, verdict, max(now, deadline) + plan.patience))
+            return fine, (yield from _claim(plan, name, verdict, max(now, deadline) + plan.patience))
         if now > deadline + plan.patience:
-            return None
+            return fine, None
         yield Pause(pause)
         pause = min(2 * pause, 0.05)
 
@@ -165,7 +157,8 @@ def _verdict(plan: Plan, name: str, vote: str, late: bool) -> Generator[Request,
     """What the record should say, if it can be said by now."""
     if not vote.startswith("yes "):
         return vote
-    reply, _ = yield Look(plan.votes(name))
+    votes = plan.of_all(f"{name}/vote")
+    reply, _ = yield Look(votes)
     if reply is LOST:
         return None
     if None not in reply:
@@ -174,7 +167,7 @@ def _verdict(plan: Plan, name: str, vote: str, late: bool) -> Generator[Request,
         return YES if not others else refusals[0] if refusals else f"no: {vote!r} and {others[0]!r}"
     if not late:
         return None
-    reply, _ = yield Look(plan.votes(name), all_or_none=False)
+    reply, _ = yield Look(votes, all_or_none=False)
     if reply is LOST:
         return None
     missing = [str(rank) for rank, value in enumerate(reply) if value is None]
@@ -195,5 +188,5 @@ def _settle(plan: Plan, record: str) -> Generator[Request, Reply, Outcome]:
     (fine, said), _ = yield Act("keep" if record == YES else "revert")
     if not fine:
         return Outcome(record == YES, f"{record}; then: {said}", broken=True)
-    yield Write(plan.key(f"settled/{plan.rank}"), record)
+    yield Claim(plan.key(f"settled/{plan.rank}"), record)
     return Outcome(record == YES, record)

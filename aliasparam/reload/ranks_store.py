@@ -9,13 +9,12 @@ from collections.abc import Generator
 from typing import Any, Protocol
 
 from .errors import RanksError
-from .ranks import LOST, YES, Act, Claim, Look, Outcome, Pause, Plan, Reply, Request, Write, ask_again, change
+from .ranks import LOST, YES, Act, Claim, Look, Outcome, Pause, Plan, Reply, Request, ask_again, change
 
 
 class Store(Protocol):
     """What is used of ``torch.distributed.Store`` (TCPStore, HashStore, FileStore, PrefixStore)."""
 
-    def set(self, key: str, value: str, /) -> Any: ...
     def get(self, key: str, /) -> bytes: ...
     def compare_set(self, key: str, expected: str, desired: str, /) -> bytes: ...
     def check(self, keys: list[str], /) -> bool: ...
@@ -114,14 +113,11 @@ class Ranks:
         """
         loads = asked = None
         while True:
-            last = self._carry_out(Look((self._last,)))
-            if last is LOST:
-                raise RanksError("the store cannot be reached", remedy="Start this rank again when it can.")
+            last = self._reply(Look((self._last,)), "Start this rank again when it can.")
             if last[0] == asked:  # what a newer change has made of the records that were asked for nobody knows
                 return loads
             asked = last[0]
-            fields = self._announced(asked)
-            plan = self._plan(fields["sequence"], fields["base"], fields["target"])
+            plan = self._announced(asked)
             outcome = self._run(ask_again(plan, time.monotonic() + self._patience, restarted=True), None)
             if outcome.kept is None:
                 raise self._error(plan, outcome)
@@ -138,16 +134,18 @@ class Ranks:
         except StopIteration as end:
             return end.value  # type: ignore[no-any-return]
 
-    def _carry_out(self, request: Write | Claim | Look | Pause) -> Any:
+    def _reply(self, request: Claim | Look, remedy: str) -> Any:
+        if (reply := self._carry_out(request)) is LOST:
+            raise RanksError("the store cannot be reached", remedy=remedy)
+        return reply
+
+    def _carry_out(self, request: Claim | Look | Pause) -> Any:
         try:
             match request:
                 case Pause(seconds):
                     return time.sleep(seconds)
-                case Write(key, value):
-                    self._store.set(key, value)
-                    return True
-                case Claim(key, value):
-                    return self._store.compare_set(key, "", value).decode()
+                case Claim(key, value, standing):
+                    return self._store.compare_set(key, standing, value).decode()
                 case Look(keys, all_or_none):
                     together = self._store.check(list(keys))
                     there = [together or (not all_or_none and self._store.check([key])) for key in keys]
@@ -157,26 +155,23 @@ class Ranks:
 
     def _announce(self, plan: Plan) -> None:
         """``last`` says which change was begun last, for those that are restarted; it only grows. Without it nothing begins."""
-        once, me = plan.key(f"begun/{plan.rank}"), uuid.uuid4().hex
-        facts = {"sequence": plan.sequence, "base": plan.base, "target": plan.target, "ranks": plan.ranks}
-        mine, standing = json.dumps(facts), ""
-        try:
-            while (found := self._store.compare_set(self._last, standing, mine).decode()) != mine:
-                last = self._announced(found)["sequence"]
-                if last == plan.sequence:
-                    raise RanksError("another rank means another change by this sequence", expected=found, found=mine)
-                if last > plan.sequence:
-                    raise RanksError("a sequence is used once", expected=f"more than in {found}", found=mine)
-                standing = found
-            if self._store.compare_set(once, "", me).decode() != me:  # by this rank before it was restarted
-                raise RanksError("a sequence is used once", expected=f"more than {plan.sequence}", found=mine)
-        except (RuntimeError, OSError):
-            raise RanksError("the store cannot be reached", remedy="Nothing was changed; try again.") from None
+        facts, unchanged = ("sequence", "base", "target", "ranks"), "Nothing was changed; try again."
+        mine, standing = json.dumps({fact: getattr(plan, fact) for fact in facts}), ""
+        while (found := self._reply(Claim(self._last, mine, standing), unchanged)) != mine:
+            last = self._announced(found).sequence
+            if last == plan.sequence:
+                raise RanksError("another rank means another change by this sequence", expected=found, found=mine)
+            if last > plan.sequence:
+                raise RanksError("a sequence is used once", expected=f"more than in {found}", found=mine)
+            standing = found
+        once = Claim(plan.key(f"begun/{plan.rank}"), uuid.uuid4().hex)
+        if self._reply(once, unchanged) != once.value:  # by this rank before it was restarted
+            raise RanksError("a sequence is used once", expected=f"more than {plan.sequence}", found=mine)
 
-    def _announced(self, text: str) -> dict[str, Any]:
+    def _announced(self, text: str) -> Plan:
         try:
             fields = json.loads(text)
-            return {"sequence": int(fields["sequence"]), "base": str(fields["base"]), "target": str(fields["target"])}
+            return self._plan(int(fields["sequence"]), str(fields["base"]), str(fields["target"]))
         except (ValueError, TypeError, KeyError):
             expected = "what a rank wrote there"
             raise RanksError("the store has something else", name=self._last, expected=expected, found=text[:80]) from None
@@ -184,11 +179,10 @@ class Ranks:
     def _forget(self, sequence: int) -> None:
         """Delete the keys of a change that every rank has settled. Left alone if the store says otherwise, or nothing."""
         plan = self._plan(sequence, "", "")
-        begun = [plan.key(f"begun/{rank}") for rank in range(self._ranks)]
-        settled = [plan.key(f"settled/{rank}") for rank in range(self._ranks)]
+        own = [key for name in ("ready/vote", "done/vote", "begun", "settled") for key in plan.of_all(name)]
         try:
-            if self._rank == 0 and self._store.check(settled):
-                for key in (*plan.votes("ready"), *plan.votes("done"), plan.key("ready"), plan.key("done"), *begun, *settled):
+            if self._rank == 0 and self._store.check(list(plan.of_all("settled"))):
+                for key in (plan.key("ready"), plan.key("done"), *own):
                     self._store.delete_key(key)
         except (RuntimeError, OSError):
             return

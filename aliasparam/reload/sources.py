@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,11 +14,11 @@ import torch
 from torch import Tensor
 
 from ..layout.blocks import tiles
-from ..layout.boxes import Box, sizes
+from ..layout.boxes import Box
+from .entry import Entry
 from .errors import SourceError
-from .header import MAX_JSON_BYTES, Entry, parse_json, read_header
+from .header import MAX_JSON_BYTES, parse_json, read_header
 from .held_file import HeldFile, Opened
-from .ranges import checked_box, read_box
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -62,8 +61,7 @@ class SafetensorsFolder(Opened):
             SourceError: no such tensor or part; the file was truncated or cannot be read.
         """
         entry = self.entry(name)
-        box = checked_box(entry, box)
-        values = _into(entry, box, torch.empty(math.prod(sizes(box)) * entry.dtype.itemsize, dtype=torch.uint8))
+        values = entry.read(entry.checked(box))
         self.bytes_read += values.nbytes
         return values
 
@@ -80,7 +78,7 @@ class SafetensorsFolder(Opened):
         Raises:
             SourceError: as :meth:`read`; the buffer is something else.
         """
-        wanted = [(entry := self.entry(name), checked_box(entry, box)) for name, box in parts]
+        wanted = [(entry := self.entry(name), entry.checked(box)) for name, box in parts]
         _check_buffer(buffer, [entry for entry, _ in wanted])
         each = buffer.numel() // _SLOTS // _ALIGNED * _ALIGNED
         slots = [buffer[i * each : (i + 1) * each] for i in range(_SLOTS)] if each else [buffer]
@@ -89,25 +87,17 @@ class SafetensorsFolder(Opened):
             for slot, (index, entry, piece) in zip(itertools.cycle(slots), _pieces(wanted, slots[0].numel()), strict=False):
                 if len(coming) == len(slots):  # the first is used before its slot takes the next
                     yield self._counted(*coming.popleft())
-                coming.append((index, piece, readers.submit(_into, entry, piece, slot)))
+                coming.append((index, piece, readers.submit(entry.read, piece, slot)))
             while coming:
                 yield self._counted(*coming.popleft())
 
-    def raw(self, name: str, start: int, out: Tensor) -> None:
-        """Fill ``out`` (uint8 [n], on the host) with bytes ``start`` to ``start + n`` of the tensor."""
-        entry = self.entry(name)
-        if not 0 <= start <= start + out.numel() <= entry.nbytes:
-            found = f"{start} to {start + out.numel()}"
-            raise SourceError("the tensor does not have these bytes", name=name, expected=f"within {entry.nbytes}", found=found)
-        entry.file.read_into(out, entry.begin + start)
-        self.bytes_read += out.numel()
-
     def pieces(self, name: str, buffer: Tensor) -> Iterator[tuple[int, Tensor]]:
         """(first byte, bytes) of all of a tensor, in order, each read to the begin of ``buffer`` (uint8 [n], on the host)."""
-        nbytes = self.entry(name).nbytes
-        for start in range(0, nbytes, buffer.numel()):
-            piece = buffer[: nbytes - start]
-            self.raw(name, start, piece)
+        entry = self.entry(name)
+        for start in range(0, entry.nbytes, buffer.numel()):
+            piece = buffer[: entry.nbytes - start]
+            entry.fill(piece, start)
+            self.bytes_read += piece.nbytes
             yield start, piece
 
     def entry(self, name: str) -> Entry:
@@ -200,13 +190,6 @@ def _pieces(wanted: Iterable[tuple[Entry, Box]], most_bytes: int) -> Iterator[tu
     for index, (entry, box) in enumerate(wanted):
         for piece in list(tiles(box, most_bytes // entry.dtype.itemsize)) or [box]:  # of what is empty, itself
             yield index, entry, piece
-
-
-def _into(entry: Entry, box: Box, buffer: Tensor) -> Tensor:
-    """The values of a box, read to the begin of ``buffer``."""
-    out = buffer[: math.prod(sizes(box)) * entry.dtype.itemsize]
-    read_box(entry, box, out)
-    return out.view(entry.dtype).view(sizes(box))
 
 
 def _is_plain(name: str) -> bool:

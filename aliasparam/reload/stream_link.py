@@ -31,9 +31,10 @@ from .errors import SourceError, StreamError
 from .header import DTYPES, can_be, is_sizes, parse_json
 from .held_file import memory_of
 
-#: Bytes of a message: the parts of a bucket are as many as fit.
+#: Bytes of a message: the parts of a bucket are as many as fit, with as many characters of JSON.
 MESSAGE_BYTES = 64 << 10
 _SEAL = 64
+TEXT_BYTES = MESSAGE_BYTES - _SEAL - 512
 AGAIN = "Send all weights again, after the cause is mended."
 #: Where a part begins in its bucket: a multiple of the widest element.
 ALIGNMENT = 16
@@ -85,11 +86,6 @@ def encode(fields: dict[str, Any]) -> Tensor:
     text = json.dumps(fields, separators=(",", ":")).encode()
     message = hashlib.sha256(text).hexdigest().encode() + text
     return torch.frombuffer(bytearray(message.ljust(MESSAGE_BYTES)), dtype=torch.uint8)
-
-
-def room_for(text: int) -> bool:
-    """Whether parts whose fields are so many characters of JSON fit one message."""
-    return text < MESSAGE_BYTES - _SEAL - 512
 
 
 def decode(message: Tensor, where: str) -> dict[str, Any]:

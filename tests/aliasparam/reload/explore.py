@@ -13,7 +13,7 @@ from functools import cache, cached_property
 from typing import Any
 
 from aliasparam.reload import ranks as protocol
-from aliasparam.reload.ranks import LOST, Act, Claim, Look, Outcome, Pause, Plan, Reply, Request, Write
+from aliasparam.reload.ranks import LOST, Act, Claim, Look, Outcome, Pause, Plan, Reply, Request
 
 FAULTS = ("crash", "lost", "lost reply", "duplicate", "late", "stall", "fail")
 #: A deadline and a patience are 1 s each; a tick is past the one, two ticks are past both.
@@ -113,11 +113,10 @@ class State:
 def reply_of(store: dict[str, str], request: Request) -> Any:
     """The reply to a request, which changes ``store``."""
     match request:
-        case Write(key, value):
-            store[key] = value
-            return True
-        case Claim(key, value):
-            return store.setdefault(key, value)
+        case Claim(key, value, standing):
+            if store.get(key, "") == standing:
+                store[key] = value
+            return store[key]
         case Look(keys, all_or_none):
             found = tuple(store.get(key) for key in keys)
             return tuple(None for _ in found) if all_or_none and None in found else found
@@ -213,7 +212,7 @@ def _faulty(state: State, rank: Rank, request: Any, kinds: Sequence[str]) -> Ite
             yield state.then(what, replace(rank, clock=rank.clock + TICK))
         elif kind == "fail" and isinstance(request, Act):
             yield _carried_out(state, rank, request, fails=True)
-        elif kind in ("lost", "lost reply", "duplicate", "late") and isinstance(request, (Write, Claim, Look)):
+        elif kind in ("lost", "lost reply", "duplicate", "late") and isinstance(request, (Claim, Look)):
             value, store = state.stored(request)
             happened = kind in ("lost reply", "duplicate")
             later = {request} if kind in ("duplicate", "late") and not isinstance(request, Look) else set()

@@ -52,13 +52,14 @@ class DyingStore:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._store, name)
 
-    def set(self, key: str, value: str) -> None:
+    def compare_set(self, key: str, standing: str, value: str) -> bytes:
         before, _, end = self._die_at.partition(" ")
         if before == "before" and end in key:
             os.kill(os.getpid(), signal.SIGKILL)
-        self._store.set(key, value)
+        found = self._store.compare_set(key, standing, value)
         if before == "after" and end in key:
             os.kill(os.getpid(), signal.SIGKILL)
+        return found
 
 
 def ranks_of(port: int, group: str, rank: int, ranks: int, die_at: str | None, seconds: float) -> Ranks:

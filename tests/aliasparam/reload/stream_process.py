@@ -18,9 +18,7 @@ from torch import Tensor
 
 from aliasparam import checkpoint_digest, checkpoint_state_dict, process, registry_of, reload
 from aliasparam.errors import AliasError
-from aliasparam.reload import stream, stream_send
-from aliasparam.reload.stream import WeightStream
-from aliasparam.reload.stream_send import send_weights
+from aliasparam.reload.stream import Link, WeightStream, send_weights
 
 from .live_models import Whole, changed
 
@@ -80,12 +78,12 @@ def tampered(change: Callable[[str, dict[str, Any]], Any]) -> Callable[[int], di
     """Every frame passes ``change`` before it is sent."""
 
     def send_tampered(ranks: int) -> dict[str, Any]:
-        say = stream_send.Link.say
+        say = Link.say
 
         def changed_say(link: Any, frame: str, *peers: Any, **fields: Any) -> None:
             say(link, change(frame, fields) or frame, *peers, **fields)
 
-        stream_send.Link.say = changed_say  # type: ignore[method-assign]
+        Link.say = changed_say  # type: ignore[method-assign]
         return send(ranks)
 
     return send_tampered
@@ -114,7 +112,7 @@ def _early_end(frame: str, fields: dict[str, Any]) -> str | None:
 
 
 def damaged_message(ranks: int) -> dict[str, Any]:
-    encode = stream_send.Link.say.__globals__["encode"]
+    encode = Link.say.__globals__["encode"]
 
     def broken(fields: dict[str, Any]) -> Tensor:
         message: Tensor = encode(fields)
@@ -122,7 +120,7 @@ def damaged_message(ranks: int) -> dict[str, Any]:
             message[80] ^= 1
         return message
 
-    stream_send.Link.say.__globals__["encode"] = broken
+    Link.say.__globals__["encode"] = broken
     return send(ranks)
 
 
@@ -189,12 +187,12 @@ def serve_with_a_check() -> dict[str, Any]:
 
 
 def serve_with_an_old_answer() -> dict[str, Any]:
-    say = stream.Link.say
+    say = Link.say
 
     def late(link: Any, frame: str, *args: Any, number: int) -> None:
         say(link, frame, *args, number=2 if number == 3 else number)
 
-    stream.Link.say = late  # type: ignore[method-assign, assignment]
+    Link.say = late  # type: ignore[method-assign, assignment]
     return serve()
 
 

@@ -117,6 +117,21 @@ def test_law_12_what_diff_writes_receivers_read(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "weight_v000004"]
 
 
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_law_12_of_a_trainers_tensors_diff_writes_what_it_writes_of_folders(
+    pair: tuple[SafetensorsFolder, SafetensorsFolder], tmp_path: Path, encoding: str
+) -> None:
+    strided = {name: tensor.t().contiguous().t() if tensor.dim() == 2 else tensor for name, tensor in random_tensors(1).items()}
+    assert diff(*pair, tmp_path / "of folders", 4, 3, encoding=encoding) == (4, 6)
+    for old in (random_tensors(0), pair[0]):
+        assert diff(old, strided, tmp_path / type(old).__name__, 4, 3, encoding=encoding) == (4, 6)
+        with DeltaFolder(tmp_path / "of folders") as one, DeltaFolder(tmp_path / type(old).__name__) as two:
+            assert one.checksums == two.checksums and one.folder.index_metadata == two.folder.index_metadata
+            assert all(torch.equal(one.folder.read(name), two.folder.read(name)) for name in one.checksums)
+    with pytest.raises(DeltaError, match=r"x: a tensor is in one checkpoint only\n.*in the new step"):
+        diff({}, {"x": torch.ones(1)}, tmp_path / "d", 4, 3)
+
+
 def test_a_delta_of_nothing_is_empty(pair: tuple[SafetensorsFolder, SafetensorsFolder], tmp_path: Path) -> None:
     assert diff(pair[0], pair[0], tmp_path / "d", 1, 0) == (0, 6)
     with DeltaFolder(tmp_path / "d") as delta:

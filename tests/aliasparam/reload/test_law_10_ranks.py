@@ -53,8 +53,7 @@ def test_law_10_every_interleaving_with_two_faults() -> None:
 
 def keeps_when_ready(plan: Plan) -> Generator[Request, Reply, Outcome]:
     """One round: what all have prepared is kept at once."""
-    yield Act("prepare")
-    record = yield from protocol._round(plan, "ready", "yes", plan.ready_by)
+    _, record = yield from protocol._round(plan, "ready")
     if record == YES:
         yield Act("commit")
     return (yield from protocol._settle(plan, record or "no"))

@@ -24,12 +24,15 @@ from ..small import INTERLEAVE, SWAP, SWAP_PAD8, Layer
 from .delta_cases import trainer_writes
 from .live_models import changed, folder_of, raw
 
-#: The whole tensors, and how two ranks hold them: rows, columns, an expert each, all of it.
-SHAPES = {"rows": (8, 6), "columns": (6, 12), "left": (4, 4), "right": (4, 4), "both": (6, 8)}
-LAYOUTS = {"rows": SWAP, "columns": INTERLEAVE, "left": SWAP, "right": SWAP, "both": SWAP_PAD8}
+#: The whole tensors, and how two ranks hold them: rows, columns, columns of each of several matrices, an expert each, all of it.
+SHAPES = {"rows": (8, 6), "columns": (6, 12), "box": (3, 4, 6), "left": (4, 4), "right": (4, 4), "both": (6, 8)}
+DIVIDED = ("rows", "columns", "box")
+LAYOUTS = {"rows": SWAP, "columns": INTERLEAVE, "box": SWAP, "left": SWAP, "right": SWAP, "both": SWAP_PAD8}
 
 
 def box_of(name: str, rank: int) -> tuple[tuple[int, int], ...]:
+    if name == "box":
+        return ((0, 3), (0, 4), (0, 2)) if rank == 0 else ((0, 3), (0, 4), (2, 6))
     rows, columns = SHAPES[name]
     if name == "rows":
         return ((0, 4), (0, columns)) if rank == 0 else ((4, 8), (0, columns))
@@ -56,8 +59,8 @@ class Rank(nn.Module):
     def places(self, add_up: Callable[[Tensor], None] | None) -> Places:
         return Places(
             names={name: f"{name}.weight" for name in SHAPES},
-            parts={name: Part(SHAPES[name], box_of(name, self.rank)) for name in ("rows", "columns")},
-            divided=("rows", "columns"),
+            parts={name: Part(SHAPES[name], box_of(name, self.rank)) for name in DIVIDED},
+            divided=DIVIDED,
             elsewhere=(("right", "left")[self.rank],),
             add_up=add_up,
         )

@@ -132,9 +132,10 @@ class Breaking:
             raise RuntimeError("connection reset by peer")
         return getattr(self.store, name)
 
-    def set(self, key: str, value: str) -> None:
-        self.__getattr__("set")(key, value)
+    def compare_set(self, key: str, standing: str, value: str) -> bytes:
+        found: bytes = self.__getattr__("compare_set")(key, standing, value)
         self.broken = self.key in key
+        return found
 
 
 class Between:

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from aliasparam import accept_kernel_bytes, apply_delta, checkpoint_digest, checkpoint_state_dict, invalidate, process, reload
 from aliasparam.errors import AliasError, ReloadError
+from aliasparam.reload import digest_of_tensors
 from aliasparam.reload.policies import PolicyName
 from aliasparam.reload.session import ReloadSession
-from aliasparam.reload.trainer import digest_of_tensors
 from aliasparam.testing._faults import FailingAt, Fault
 
 from .delta_cases import trainer_writes
