@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LayoutError
-from .blocks import Cut, blocks, lead_cuts, tiles
+from .blocks import Cut, blocks, lead_cuts
 from .boxes import Box, positions_in, row_major, sizes, whole
 
 
@@ -27,11 +27,9 @@ class BoundLayout(ABC):
         kernel_shape: full, lead dims in front.
         whole: the box of the whole tensor.
         is_identity: kernel memory is the contiguous checkpoint tensor.
-        unit: contiguous bytes that stay together in both orders.
     """
 
     is_identity: bool = False
-    unit: int = 1
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, lead: int, kernel: Sequence[int], capacity: int) -> None:
         self.shape, self.dtype, self.lead, self.region_capacity = shape, dtype, lead, capacity
@@ -93,10 +91,6 @@ class BoundLayout(ABC):
     def cuts(self, other: BoundLayout) -> list[Cut]:
         """Digits inside a region that this order and ``other`` keep in place."""
         return []
-
-    def pieces(self, max_bytes: int) -> Iterator[Box]:
-        """Boxes that tile the tensor, each of at most ``max_bytes`` of values (or one element)."""
-        yield from tiles(self.whole, max(max_bytes // self.dtype.itemsize, 1))
 
     def in_place_blocks(self, other: BoundLayout, max_bytes: int) -> Iterator[list[Box]]:
         """Blocks of boxes whose memory no block that follows has under this order.

@@ -64,7 +64,7 @@ class _Digit(NamedTuple):
     free: bool = False
 
 
-def lines(dims: Sequence[Factored], kernel_shape: tuple[int, ...]) -> Iterator[str]:
+def texts(dims: Sequence[Factored], kernel_shape: tuple[int, ...]) -> Iterator[str]:
     """Lines that have these digits; those that generalize best first."""
     room = math.prod(kernel_shape)
     places = sorted((abs(step.place) for dim in dims for step in dim.digits), reverse=True)

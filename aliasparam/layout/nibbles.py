@@ -22,7 +22,7 @@ class NibbleLayout(RegionLayout):
         if last % many:
             raise LayoutError(f"the last kernel dim has no whole {dtype}", expected=f"a multiple of {many} nibbles", found=last)
         super().__init__(shape, dtype, lead, (*kernel, last // many), inner.region_capacity // many)
-        self.inner, self.is_identity, self.unit = inner, inner.is_identity, max(inner.unit // 2, 1)
+        self.inner, self.is_identity = inner, inner.is_identity
 
     def put(self, region: Tensor, core: Box, value: Tensor) -> None:
         core, nibbles = self._nibbles(core), unpack(region)
