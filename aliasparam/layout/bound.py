@@ -65,11 +65,11 @@ class BoundLayout(ABC):
     def offsets(self, box: Box | None = None) -> Tensor:
         """int64, the box's shape: the position of every element in ``memory``. Slow: for oracles.
 
-        Raises LayoutError where elements have no positions: the layout is two functions.
+        Raises LayoutError where elements have no positions of their own, see :meth:`positions`.
         """
         found = self.positions(positions_in(self.shape, box or self.whole))
         if found is None:
-            raise LayoutError("elements have no positions: the layout is two functions", expected="a line, or a table")
+            raise LayoutError("elements have no positions of their own", expected="a line of whole elements, or a table")
         return found
 
     def positional_sums(self, memory: Tensor, box: Box) -> Tensor | None:

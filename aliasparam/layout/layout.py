@@ -6,7 +6,8 @@ import operator
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from html import escape
-from typing import Any
+from typing import Any, TypeAlias
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -17,6 +18,7 @@ from .digits import bind_lines, core_dims
 from .index import IndexLayout
 from .infer import infer
 from .nibbles import NibbleLayout
+from .opaque import OpaqueLayout
 from .pattern import Line, parse
 from .strided import StridedLayout
 from .tile import tile_picture
@@ -92,20 +94,19 @@ class Layout:
                 raise LayoutError(f"the size of digit {name} is no positive integer", found=repr(size)[:80])
         self._set(*_parsed(text, tuple(sorted(sizes.items()))))
 
-    def _set(self, lines: Iterable[Line], bits: int | None) -> None:
+    def _set(self, lines: Iterable[Line], bits: int | None) -> Layout:
         if bits not in (None, 4):
             raise LayoutError("elements are whole, or of 4 bits", expected="bits=4, or none given", found=bits)
-        object.__setattr__(self, "lines", tuple(lines))
-        object.__setattr__(self, "bits", bits)
-        object.__setattr__(self, "_key", (_canonical(self.lines), bits))
-        object.__setattr__(self, "_hash", hash(self._key))
+        lines = tuple(lines)
+        key = (_canonical(lines), bits)
+        for name, value in zip(("lines", "bits", "_key", "_hash"), (lines, bits, key, hash(key)), strict=True):
+            object.__setattr__(self, name, value)
+        return self
 
     @classmethod
     def of(cls, lines: Iterable[Line], bits: int | None = None) -> Layout:
         """The layout of parsed lines."""
-        layout = cls.__new__(cls)
-        layout._set(lines, bits)
-        return layout
+        return cls.__new__(cls)._set(lines, bits)
 
     @classmethod
     def identity(cls, dims: int) -> Layout:
@@ -203,3 +204,22 @@ def _bound(layout: Layout, shape: tuple[int, ...], dtype: torch.dtype) -> BoundL
     nibbles = (*shape[:-1], shape[-1] * 2 * dtype.itemsize) if shape else ()
     inner = StridedLayout(bind_lines(layout.lines, nibbles), nibbles[max(lead, 0) :], 0, torch.uint8)
     return NibbleLayout(inner, shape, lead, dtype)
+
+
+#: Every kind of layout.
+Order: TypeAlias = Layout | IndexLayout | OpaqueLayout
+_identity = lru_cache(Layout.identity)
+#: While somebody has them: tables and functions are kept by nothing else.
+_in_use: WeakValueDictionary[tuple[Order, tuple[int, ...], torch.dtype], BoundLayout] = WeakValueDictionary()
+
+
+def bound_to(layout: Order | None, shape: tuple[int, ...], dtype: torch.dtype) -> BoundLayout:
+    """``layout`` for one checkpoint tensor; None is checkpoint order, the whole tensor as one region.
+
+    The same object for equal arguments, so storages of one layout and shape share what is kept with it.
+    """
+    key = (_identity(len(shape)) if layout is None else layout, shape, dtype)
+    found = _in_use.get(key)
+    if found is None:
+        found = _in_use[key] = key[0].bind(shape, dtype)
+    return found
