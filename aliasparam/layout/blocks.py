@@ -51,24 +51,19 @@ def _is_whole(line: BoundLine) -> bool:
     return all(above % (kernel * size) == 0 for (kernel, size), (above, _) in pairwise(steps))
 
 
-def blocks(shape: Sequence[int], cuts: Sequence[Cut], limit: int) -> Iterator[list[Box]]:
-    """All elements of ``shape`` in blocks of at most ``limit`` elements, where the cuts allow it."""
-    yield from _cut(shape, [[(0, extent)] for extent in shape], list(cuts), limit)
-
-
-def _cut(shape: Sequence[int], ranges: Ranges, cuts: list[Cut], limit: int) -> Iterator[list[Box]]:
+def blocks(shape: Sequence[int], cuts: Sequence[Cut], limit: int, ranges: Ranges | None = None) -> Iterator[list[Box]]:
+    """All elements of ``shape`` (of these ``ranges`` of it) in blocks of at most ``limit`` elements, where the cuts allow it."""
+    ranges = [[(0, extent)] for extent in shape] if ranges is None else ranges
     held = math.prod(sum(stop - start for start, stop in dim) for dim in ranges)
-    if not held:
-        return
     if held <= limit or not cuts:
-        yield [tuple(box) for box in itertools.product(*ranges)]
+        yield from [[tuple(box) for box in itertools.product(*ranges)]] if held else []
         return
     cut, *rest = cuts
     many = max(1, cut.size * limit // held)
     for value in range(0, cut.size, many):
         part = list(ranges)
         part[cut.dim] = list(_within(ranges[cut.dim], cut, value, min(value + many, cut.size), shape[cut.dim]))
-        yield from _cut(shape, part, rest, limit)
+        yield from blocks(shape, rest, limit, part)
 
 
 def _within(ranges: list[tuple[int, int]], cut: Cut, first: int, last: int, extent: int) -> Iterator[tuple[int, int]]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import LayoutError
 from .blocks import Cut, blocks, lead_cuts
-from .boxes import Box, positions_in, row_major, sizes, whole
+from .boxes import Box, positions_in, row_major, sizes, whole, within
 
 
 class BoundLayout(ABC):
@@ -141,7 +141,7 @@ class BoundLayout(ABC):
 
     def check_value(self, box: Box, shape: Sequence[int], dtype: torch.dtype) -> None:
         """The same of the box and a value of ``shape`` and ``dtype``."""
-        if len(box) != len(self.shape) or not all(0 <= a <= b <= n for (a, b), n in zip(box, self.shape, strict=True)):
+        if not within(box, self.shape):
             raise self.unfit(f"start and stop in each dim of {list(self.shape)}", box)
         if tuple(shape) != sizes(box) or dtype is not self.dtype:
             raise self.unfit(f"{self.dtype} values of box {box}", f"{dtype} {list(shape)}")

@@ -176,6 +176,7 @@ def test_digits_of_other_capacities_are_not_kept_in_place() -> None:
         ("(h (f t)) -> f h t, h=2 t=2", "(f t) -> f t, t=4", (6,)),
         ("r (h (f t)) -> r f h t, h=2 t=2", "(q p) c -> q p c, p=2", (3, 6)),
         ("(r a) k -> k r a, a=2", "(r t) (k c) -> r k c t, t=3 c=2", (9, 9)),  # three of ten rows are no cell of the ten
+        ("r k -> (r k) | (a b) -> b a, b=4", "r k -> (r k) | (a b c) -> c b a, b=2 c=2", (4, 10)),  # fours go on to the next row
         ("(h f t) -> f h t, t=2 h=3 | (h (r t)) -> h r t, h=2 t=9", "(h (f t u)) -> u h f t, h=3 t=2 u=3", (12,)),
     ],
 )
