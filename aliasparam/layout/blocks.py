@@ -75,12 +75,13 @@ def _within(ranges: list[tuple[int, int]], cut: Cut, first: int, last: int, exte
                 yield low, high
 
 
-def lead_cuts(shape: Sequence[int], lead: int) -> list[Cut]:
-    return [Cut(dim, 1, extent) for dim, extent in enumerate(shape[:lead]) if extent > 1]
+def each(shape: Sequence[int]) -> list[Cut]:
+    """The coordinates of the first dims."""
+    return [Cut(dim, 1, extent) for dim, extent in enumerate(shape) if extent > 1]
 
 
 def tiles(box: Box, elements: int) -> Iterator[Box]:
     """``box`` cut along its first dims into boxes of at most ``elements`` elements."""
     shape = sizes(box)
-    for (part,) in blocks(shape, lead_cuts(shape, len(shape)), elements):
+    for (part,) in blocks(shape, each(shape), elements):
         yield tuple((low + start, low + stop) for (start, stop), (low, _) in zip(part, box, strict=True))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LayoutError
-from .blocks import Cut, blocks, lead_cuts
+from .blocks import Cut, blocks, each
 from .boxes import Box, positions_in, row_major, sizes, whole, within
 
 
@@ -37,6 +37,7 @@ class BoundLayout(ABC):
         self.regions, self.region_elements = math.prod(shape[:lead]), math.prod(shape[lead:])
         self.whole: Box = whole(shape)
         self.lead_strides = [stride * capacity for stride in row_major(shape[:lead])]
+        self.lead_cuts = each(shape[:lead])
 
     def __deepcopy__(self, memo: Any) -> BoundLayout:
         return self
@@ -103,25 +104,20 @@ class BoundLayout(ABC):
         if (self.shape, self.lead) != (other.shape, other.lead):
             yield [self.whole]
         elif self.region_capacity == other.region_capacity:
-            found = [*lead_cuts(self.shape, self.lead), *self.cuts(other)]
-            yield from blocks(self.shape, found, max_bytes // self.dtype.itemsize)
+            yield from blocks(self.shape, [*self.lead_cuts, *self.cuts(other)], max_bytes // self.dtype.itemsize)
         else:  # regions that grow move from the last on
-            regions = [[box] for box in self.region_boxes()]
+            regions = list(blocks(self.shape, self.lead_cuts, self.region_elements))
             yield from regions[::-1] if other.region_capacity > self.region_capacity else regions
 
     def clear_padding(self, memory: Tensor) -> None:
         """Zero what no element of the tensor reaches. Scratch: a region."""
         memory[self.regions * self.region_capacity :].view(torch.uint8).zero_()
         if self.region_capacity != self.region_elements:
-            for region, box in enumerate(self.region_boxes()):
+            for region, index in self.touched(memory, self.whole):
+                box = (*((i, i + 1) for i in index), *self.whole[self.lead :])
                 values = self.read(memory, box)
-                memory[region * self.region_capacity :][: self.region_capacity].view(torch.uint8).zero_()
+                region.view(torch.uint8).zero_()
                 self.write(memory, box, values)
-
-    def region_boxes(self) -> Iterator[Box]:
-        """The box of every region, in order."""
-        for index in itertools.product(*(range(n) for n in self.shape[: self.lead])):
-            yield (*((i, i + 1) for i in index), *self.whole[self.lead :])
 
     def touched(self, memory: Tensor, box: Box) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
         """The memory of every region under ``box``, flat, and its index in the box: ``value[index]`` are its values."""
