@@ -48,11 +48,7 @@ def alias_or_bind_derived_param(
         return
     if source is not None and source.derived not in (None, derived_name):
         raise _declared_otherwise(module, source, f"for the kernel name {source.derived!r}")
-    spec, device = _source_spec(module, source, source_name)
-    reason = _why_apart(spec, TensorSpec.of(derived_value), same_device=derived_value.device == device)
-    if reason is None and source is None and _existing(module, derived_name) is not None:
-        reason = Reason.OWN_MEMORY
-    if reason is not None:
+    if (reason := _why_apart(module, source, source_name, derived_name, derived_value)) is not None:
         copy_or_rebind_param(module, derived_name, derived_value)
         (registry or declare(module)).separate[derived_name] = Separate(source_name, reason, derived_value.nbytes)
         return
@@ -102,23 +98,23 @@ def _existing(module: nn.Module, name: str) -> Tensor | None:
     return module._buffers.get(name) if found is None else found
 
 
-def _source_spec(module: nn.Module, source: Source | None, name: str) -> tuple[TensorSpec, torch.device]:
-    if source is not None and source.storage is not None:
-        return source.plan.source, source.storage.buffer.device
-    try:
-        return parameter_spec(module, name), module.get_parameter(name).device
-    except DeclarationError as error:
-        raise error.located(module=type(module).__name__) from error.__cause__
-
-
-def _why_apart(source: TensorSpec, derived: TensorSpec, *, same_device: bool) -> Reason | None:
+def _why_apart(module: nn.Module, source: Source | None, name: str, derived_name: str, value: Tensor) -> Reason | None:
     """Undeclared code promises no padding and no inverse, so only the very same shape and dtype can share memory."""
-    if not same_device:
+    if source is not None and source.storage is not None:
+        spec, device = source.plan.source, source.storage.buffer.device
+    else:
+        try:
+            spec, device = parameter_spec(module, name), module.get_parameter(name).device
+        except DeclarationError as error:
+            raise error.located(module=type(module).__name__) from error.__cause__
+    if value.device != device:
         return Reason.OTHER_DEVICE
-    if source != derived:
-        verdict = judge(source, derived)
+    if spec != TensorSpec.of(value):
+        verdict = judge(spec, TensorSpec.of(value))
         return Reason.UNDECLARED_SHAPE if verdict.aliases else verdict
-    return None if aliasing_is_on() else Reason.SWITCHED_OFF
+    if not aliasing_is_on():
+        return Reason.SWITCHED_OFF
+    return Reason.OWN_MEMORY if source is None and _existing(module, derived_name) is not None else None
 
 
 def copy_or_rebind_param(module: nn.Module, name: str, value: Tensor) -> None:

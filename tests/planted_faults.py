@@ -212,6 +212,12 @@ FAULTS = [
         "found",
         "test_law_11_layout.py test_law_11_elements.py",
     ),
+    Planted("layout/digits.py", "            even = even and high % low == 0\n", "", "test_law_11_layout.py"),
+    Planted("layout/blocks.py", " or (end % value and end != last)", "", "test_law_11_layout.py"),
+    Planted(
+        "layout/blocks.py", "if last != elements and not (last in one and last in other)", "if False", "test_law_11_layout.py"
+    ),
+    Planted("layout/trace.py", "    if bool(strays.any()):\n", "    if False:\n", "test_law_11_infer.py"),
     # sources and streams
     Planted(
         "reload/delta_apply.py",

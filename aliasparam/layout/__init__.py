@@ -7,6 +7,5 @@ from ..errors import LayoutError as LayoutError
 from .bound import BoundLayout as BoundLayout
 from .boxes import Box as Box
 from .index import IndexLayout as IndexLayout
-from .layout import IDENTITY as IDENTITY
 from .layout import Layout as Layout
 from .opaque import OpaqueLayout as OpaqueLayout

@@ -9,10 +9,11 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 from .boxes import Box, row_major, sizes
-from .digits import BoundLine
+from .digits import BoundLine, refined
 
 Ranges = list[list[tuple[int, int]]]  # per dim
 
@@ -26,46 +27,43 @@ class Cut(NamedTuple):
 
 
 def common(first: BoundLine, second: BoundLine, shape: Sequence[int], lead: int) -> Iterator[Cut]:
-    """The digits with the same place value in both orders of the dims from ``lead`` on."""
-    elements, values = math.prod(shape[lead:]), {digit.value for digit in (*first.digits, *second.digits)}
-    for dim, (extent, stride) in list(enumerate(zip(shape, row_major(shape), strict=True)))[lead:]:
-        end = stride * extent
-        for value in sorted({v for v in values if stride < v < end and v % stride == 0} | {stride}, reverse=True):
-            kept = _part(first, elements, value, end)
-            size = -(-end // value)
-            if size > 1 and (end == stride * extent or end % value == 0) and kept and kept == _part(second, elements, value, end):
-                yield Cut(dim, value // stride, size)
+    """The digits with the same place value and size in both orders of the dims from ``lead`` on."""
+    if not (_is_whole(first) and _is_whole(second)):
+        return
+    elements, strides = math.prod(shape[lead:]), row_major(shape)
+    places = {*strides[lead:], *(digit.value for digit in (*first.digits, *second.digits))}
+    one, other = (refined(line.digits, places, exact=True) for line in (first, second))
+    for dim, (extent, stride) in list(enumerate(zip(shape, strides, strict=True)))[lead:]:
+        last = end = stride * extent
+        if last != elements and not (last in one and last in other):
+            continue  # a digit goes on from this dim to the next
+        for value in sorted((v for v in places if stride <= v < last), reverse=True):
+            if value % stride or (end % value and end != last):
+                break  # below a ragged end that is not the dim's own (of halves), digits are not of the coordinate
+            if value in one and one[value] == other.get(value) and one[value].kernel > 0:
+                yield Cut(dim, value // stride, -(-end // value))
             end = value
 
 
-def _part(line: BoundLine, above: int, value: int, end: int) -> tuple[int, int] | None:
-    """Of ``x % end // value``, for x below ``above``: the kernel place value and the next. None where no digit has them."""
-    for size, kernel, low in line.digits:
-        if low <= value:
-            times = size if above == end else end // low
-            return None if value % low or kernel < 0 or size % times else (kernel * (value // low), kernel * times)
-        above = low
-    return None
+def _is_whole(line: BoundLine) -> bool:
+    """Whether each digit counts whole multiples of those below it in memory (of two lines made one it need not)."""
+    steps = sorted((abs(kernel), size) for size, kernel, _ in line.digits)
+    return all(above % (kernel * size) == 0 for (kernel, size), (above, _) in pairwise(steps))
 
 
-def blocks(shape: Sequence[int], cuts: Sequence[Cut], limit: int) -> Iterator[list[Box]]:
-    """All elements of ``shape`` in blocks of at most ``limit`` elements, where the cuts allow it."""
-    yield from _cut(shape, [[(0, extent)] for extent in shape], list(cuts), limit)
-
-
-def _cut(shape: Sequence[int], ranges: Ranges, cuts: list[Cut], limit: int) -> Iterator[list[Box]]:
+def blocks(shape: Sequence[int], cuts: Sequence[Cut], limit: int, ranges: Ranges | None = None) -> Iterator[list[Box]]:
+    """All elements of ``shape`` (of these ``ranges`` of it) in blocks of at most ``limit`` elements, where the cuts allow it."""
+    ranges = [[(0, extent)] for extent in shape] if ranges is None else ranges
     held = math.prod(sum(stop - start for start, stop in dim) for dim in ranges)
-    if not held:
-        return
     if held <= limit or not cuts:
-        yield [tuple(box) for box in itertools.product(*ranges)]
+        yield from [[tuple(box) for box in itertools.product(*ranges)]] if held else []
         return
     cut, *rest = cuts
     many = max(1, cut.size * limit // held)
     for value in range(0, cut.size, many):
         part = list(ranges)
         part[cut.dim] = list(_within(ranges[cut.dim], cut, value, min(value + many, cut.size), shape[cut.dim]))
-        yield from _cut(shape, part, rest, limit)
+        yield from blocks(shape, rest, limit, part)
 
 
 def _within(ranges: list[tuple[int, int]], cut: Cut, first: int, last: int, extent: int) -> Iterator[tuple[int, int]]:
@@ -77,8 +75,9 @@ def _within(ranges: list[tuple[int, int]], cut: Cut, first: int, last: int, exte
                 yield low, high
 
 
-def lead_cuts(shape: Sequence[int], lead: int) -> list[Cut]:
-    return [Cut(dim, 1, extent) for dim, extent in enumerate(shape[:lead]) if extent > 1]
+def each(shape: Sequence[int]) -> list[Cut]:
+    """The coordinates of the first dims."""
+    return [Cut(dim, 1, extent) for dim, extent in enumerate(shape) if extent > 1]
 
 
 def tiles(box: Box, elements: int) -> Iterator[Box]:
@@ -87,5 +86,5 @@ def tiles(box: Box, elements: int) -> Iterator[Box]:
     if 0 < math.prod(shape) <= elements:  # most tensors are small
         yield box
         return
-    for (part,) in blocks(shape, lead_cuts(shape, len(shape)), elements):
+    for (part,) in blocks(shape, each(shape), elements):
         yield tuple((low + start, low + stop) for (start, stop), (low, _) in zip(part, box, strict=True))

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..errors import LayoutError
-from .blocks import Cut, blocks, lead_cuts, tiles
-from .boxes import Box, positions_in, row_major, sizes, whole
+from .blocks import Cut, blocks, each
+from .boxes import Box, positions_in, row_major, sizes, whole, within
 
 
 class BoundLayout(ABC):
@@ -27,11 +27,9 @@ class BoundLayout(ABC):
         kernel_shape: full, lead dims in front.
         whole: the box of the whole tensor.
         is_identity: kernel memory is the contiguous checkpoint tensor.
-        unit: contiguous bytes that stay together in both orders.
     """
 
     is_identity: bool = False
-    unit: int = 1
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, lead: int, kernel: Sequence[int], capacity: int) -> None:
         self.shape, self.dtype, self.lead, self.region_capacity = shape, dtype, lead, capacity
@@ -39,6 +37,7 @@ class BoundLayout(ABC):
         self.regions, self.region_elements = math.prod(shape[:lead]), math.prod(shape[lead:])
         self.whole: Box = whole(shape)
         self.lead_strides = [stride * capacity for stride in row_major(shape[:lead])]
+        self.lead_cuts = each(shape[:lead])
 
     def __deepcopy__(self, memo: Any) -> BoundLayout:
         return self
@@ -67,11 +66,11 @@ class BoundLayout(ABC):
     def offsets(self, box: Box | None = None) -> Tensor:
         """int64, the box's shape: the position of every element in ``memory``. Slow: for oracles.
 
-        Raises LayoutError where elements have no positions: the layout is two functions.
+        Raises LayoutError where elements have no positions of their own, see :meth:`positions`.
         """
         found = self.positions(positions_in(self.shape, box or self.whole))
         if found is None:
-            raise LayoutError("elements have no positions: the layout is two functions", expected="a line, or a table")
+            raise LayoutError("elements have no positions of their own", expected="a line of whole elements, or a table")
         return found
 
     def positional_sums(self, memory: Tensor, box: Box) -> Tensor | None:
@@ -94,10 +93,6 @@ class BoundLayout(ABC):
         """Digits inside a region that this order and ``other`` keep in place."""
         return []
 
-    def pieces(self, max_bytes: int) -> Iterator[Box]:
-        """Boxes that tile the tensor, each of at most ``max_bytes`` of values (or one element)."""
-        yield from tiles(self.whole, max(max_bytes // self.dtype.itemsize, 1))
-
     def in_place_blocks(self, other: BoundLayout, max_bytes: int) -> Iterator[list[Box]]:
         """Blocks of boxes whose memory no block that follows has under this order.
 
@@ -109,25 +104,20 @@ class BoundLayout(ABC):
         if (self.shape, self.lead) != (other.shape, other.lead):
             yield [self.whole]
         elif self.region_capacity == other.region_capacity:
-            found = [*lead_cuts(self.shape, self.lead), *self.cuts(other)]
-            yield from blocks(self.shape, found, max_bytes // self.dtype.itemsize)
+            yield from blocks(self.shape, [*self.lead_cuts, *self.cuts(other)], max_bytes // self.dtype.itemsize)
         else:  # regions that grow move from the last on
-            regions = [[box] for box in self.region_boxes()]
+            regions = list(blocks(self.shape, self.lead_cuts, self.region_elements))
             yield from regions[::-1] if other.region_capacity > self.region_capacity else regions
 
     def clear_padding(self, memory: Tensor) -> None:
         """Zero what no element of the tensor reaches. Scratch: a region."""
         memory[self.regions * self.region_capacity :].view(torch.uint8).zero_()
         if self.region_capacity != self.region_elements:
-            for region, box in enumerate(self.region_boxes()):
+            for region, index in self.touched(memory, self.whole):
+                box = (*((i, i + 1) for i in index), *self.whole[self.lead :])
                 values = self.read(memory, box)
-                memory[region * self.region_capacity :][: self.region_capacity].view(torch.uint8).zero_()
+                region.view(torch.uint8).zero_()
                 self.write(memory, box, values)
-
-    def region_boxes(self) -> Iterator[Box]:
-        """The box of every region, in order."""
-        for index in itertools.product(*(range(n) for n in self.shape[: self.lead])):
-            yield (*((i, i + 1) for i in index), *self.whole[self.lead :])
 
     def touched(self, memory: Tensor, box: Box) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
         """The memory of every region under ``box``, flat, and its index in the box: ``value[index]`` are its values."""
@@ -147,7 +137,7 @@ class BoundLayout(ABC):
 
     def check_value(self, box: Box, shape: Sequence[int], dtype: torch.dtype) -> None:
         """The same of the box and a value of ``shape`` and ``dtype``."""
-        if len(box) != len(self.shape) or not all(0 <= a <= b <= n for (a, b), n in zip(box, self.shape, strict=True)):
+        if not within(box, self.shape):
             raise self.unfit(f"start and stop in each dim of {list(self.shape)}", box)
         if tuple(shape) != sizes(box) or dtype is not self.dtype:
             raise self.unfit(f"{self.dtype} values of box {box}", f"{dtype} {list(shape)}")

@@ -12,17 +12,13 @@ import torch
 from torch import Tensor
 
 
-class Step(NamedTuple):
-    """``size`` values, each ``place`` positions further (backwards where negative)."""
-
-    size: int
-    place: int
-
-
 class Factored(NamedTuple):
-    """Digits of one dim, most significant first; ``halves``: the first is equal parts, each ragged for itself."""
+    """Digits of one dim, most significant first: their size, and what one step is in kernel memory (negative: backwards).
 
-    digits: tuple[Step, ...]
+    ``halves``: the first is equal parts, each ragged for itself.
+    """
+
+    digits: tuple[tuple[int, int], ...]
     halves: bool
 
 
@@ -41,16 +37,16 @@ def ways(line: Tensor) -> Iterator[Factored]:
                 yield Factored((*outer, *inner), True)
 
 
-def _chain(line: Tensor) -> list[Step] | None:
+def _chain(line: Tensor) -> list[tuple[int, int]] | None:
     """Digits of a function of one coordinate, found from the least significant on."""
-    found: list[Step] = []
+    found: list[tuple[int, int]] = []
     while len(line) > 1:
         place = int(line[1] - line[0])
         breaks = ((line[1:] - line[:-1]) != place).nonzero().view(-1) + 1
         size = math.gcd(*breaks.tolist()) if len(breaks) else len(line)
         if size < 2:
             return None
-        found.insert(0, Step(size, place))
+        found.insert(0, (size, place))
         line = line[::size]
     return found
 
@@ -64,10 +60,10 @@ class _Digit(NamedTuple):
     free: bool = False
 
 
-def lines(dims: Sequence[Factored], kernel_shape: tuple[int, ...]) -> Iterator[str]:
+def texts(dims: Sequence[Factored], kernel_shape: tuple[int, ...]) -> Iterator[str]:
     """Lines that have these digits; those that generalize best first."""
     room = math.prod(kernel_shape)
-    places = sorted((abs(step.place) for dim in dims for step in dim.digits), reverse=True)
+    places = sorted((abs(place) for dim in dims for _, place in dim.digits), reverse=True)
     if places[-1:] != [1] or any(above % place for above, place in pairwise([room, *places])):
         return
     above = dict(zip(places, [room, *places], strict=False))
@@ -86,7 +82,7 @@ def _options(letter: str, dim: Factored, above: dict[int, int]) -> Iterator[tupl
         yield letter, [_Digit(letter, max(above.values()), 1, free=True)]
     head = int(dim.halves)
     for i, (name, place, room, _) in list(enumerate(digits))[head:]:
-        size = dim.digits[i].size
+        size = dim.digits[i][0]
         if i > head and size != room:
             continue  # only the first is ragged
         for tile in _tiles(size, room) if i == head else [1]:

@@ -89,8 +89,7 @@ class _Bound(RegionLayout):
 
     def __init__(self, layout: IndexLayout, shape: tuple[int, ...], lead: int, dtype: torch.dtype) -> None:
         super().__init__(shape, dtype, lead, layout.kernel, math.prod(layout.kernel))
-        self._layout, self.unit = layout, dtype.itemsize
-        self._bits = WIDE[dtype.itemsize]
+        self._layout, self._bits = layout, WIDE[dtype.itemsize]
 
     def put(self, region: Tensor, core: Box, value: Tensor) -> None:
         region.view(self._bits).index_copy_(0, self._selected(core, region.device), value.view(self._bits).reshape(-1))

@@ -6,16 +6,16 @@ import contextlib
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import InferenceError, LayoutError
-from . import lines as bind
-from .factor import lines, ways
+from .digits import bind_lines, core_dims
+from .factor import texts, ways
 from .index import IndexLayout
 from .pattern import Line, parse
+from .strided import StridedLayout
 from .trace import Function, Trace, trace
 
 #: Bytes of the largest other shape that is tried to tell which digits are free.
@@ -24,26 +24,21 @@ _OTHER = 1 << 21
 _CANDIDATES = 100
 
 
-class Found(NamedTuple):
-    """Lines one after the other; ``bits``: 4 where they count nibbles."""
-
-    lines: tuple[Line, ...]
-    bits: int | None
-
-
-def infer(function: Function, shape: Sequence[int], dtype: torch.dtype, device: str) -> Found | IndexLayout:
-    """See :meth:`aliasparam.Layout.infer`."""
+def infer(
+    function: Function, shape: Sequence[int], dtype: torch.dtype, device: str
+) -> tuple[tuple[Line, ...], int | None] | IndexLayout:
+    """Lines, and the width of elements. See :meth:`aliasparam.Layout.infer`."""
     base = trace(function, shape, dtype, device)
-    samples = [base, *_others(function, tuple(shape), dtype, device)]
+    samples = [base, *(other for other in _others(function, tuple(shape), dtype, device) if other.per == base.per)]
     best, most = None, 0
     for sample in sorted(samples, key=lambda s: -s.positions.numel()):
-        for found, shaped in itertools.islice(_candidates(sample), _CANDIDATES):
-            fits = sum(_fits(found, other, shaped=shaped) for other in samples) if _fits(found, base, shaped=shaped) else 0
+        for lines, shaped in itertools.islice(_candidates(sample), _CANDIDATES):
+            fits = sum(_fits(lines, other, shaped=shaped) for other in samples) if _fits(lines, base, shaped=shaped) else 0
             if fits == len(samples):
-                return found
+                return lines, base.bits
             if fits > most:
-                best, most = found, fits
-    return best or IndexLayout(*_core(base, shaped=True), base.bits)
+                best, most = lines, fits
+    return (best, base.bits) if best else IndexLayout(*_core(base, shaped=True), base.bits)
 
 
 def _others(function: Function, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Iterator[Trace]:
@@ -56,45 +51,41 @@ def _others(function: Function, shape: tuple[int, ...], dtype: torch.dtype, devi
                 yield trace(function, other, dtype, device)
 
 
-def _candidates(sample: Trace) -> Iterator[tuple[Found, bool]]:
-    """Layouts that have this sample's digits, and whether their kernel shape is the function's; the most likely first."""
+def _candidates(sample: Trace) -> Iterator[tuple[tuple[Line, ...], bool]]:
+    """Lines that have this sample's digits, and whether their kernel shape is the function's; the most likely first."""
     for shaped in (True, False):
         positions, kernel = _core(sample, shaped=shaped)
         axes = (sample.axes or [])[-positions.dim() :]
-        yield from ((Found((line,), sample.bits), shaped) for line in _lines(axes, kernel))
+        yield from ((line, shaped) for line in _lines(axes, kernel))
         for dim, axis in enumerate(axes):
-            if len(axis) % 2 == 0 and sample.bits is None:  # halves exchanged, then tiles that cut them
-                names = [f"d{i}" for i in range(len(axes))]
-                left, right = (" ".join([*names[:dim], f"({h} {names[dim]})", *names[dim + 1 :]]) for h in ("h", "~h"))
-                swap = parse(f"{left} -> {right}, h=2", {})[0]
+            if len(axis) % 2 == 0 and sample.per == 1:  # halves exchanged, then tiles that cut them
+                dims = " ".join(f"(h d{i})" if i == dim else f"d{i}" for i in range(len(axes)))
+                swap, _ = parse(f"{dims} -> {dims.replace('h', '~h')}, h=2", {})
                 exchanged = [*axes[:dim], axis.roll(len(axis) // 2), *axes[dim + 1 :]]
-                yield from ((Found((swap, line), None), shaped) for line in _lines(exchanged, kernel))
+                yield from (((*swap, *line), shaped) for line in _lines(exchanged, kernel))
 
 
-def _lines(axes: Sequence[Tensor], kernel: tuple[int, ...]) -> Iterator[Line]:
+def _lines(axes: Sequence[Tensor], kernel: tuple[int, ...]) -> Iterator[tuple[Line, ...]]:
     for dims in itertools.product(*map(ways, axes)) if axes else ():
-        for text in lines(dims, kernel):
+        for text in texts(dims, kernel):
             with contextlib.suppress(LayoutError):
                 yield parse(text, {})[0]
 
 
-def _fits(found: Found, sample: Trace, *, shaped: bool) -> bool:
-    """Whether the lines put every element where the function did; and, ``shaped``, gives the result the same shape."""
+def _fits(lines: tuple[Line, ...], sample: Trace, *, shaped: bool) -> bool:
+    """Whether the lines put every unit where the function did; and, ``shaped``, give the result the same shape."""
+    shape = tuple(sample.positions.shape)
     try:
-        bound = bind.bound(found.lines, found.bits, sample.shape, sample.dtype)
+        bound = StridedLayout(bind_lines(lines, shape), shape, len(shape) - core_dims(lines), torch.uint8)
     except LayoutError:
         return False
-    many = 2 * sample.dtype.itemsize if sample.bits else 1
-    kernel = (*bound.kernel_shape[:-1], bound.kernel_shape[-1] * many)
-    if sample.axes is None or math.prod(kernel) != math.prod(sample.kernel_shape):
+    kernel = bound.kernel_shape
+    if sample.axes is None or math.prod(kernel) != math.prod(sample.kernel_shape) or kernel[-1] % sample.per:
         return False
     if shaped and kernel != sample.kernel_shape:
         return False
-    for dim, axis in enumerate(sample.axes):
-        along = bound.offsets(tuple((0, n) if d == dim else (0, 1) for d, n in enumerate(sample.shape))).view(-1)
-        if not torch.equal(along[:: len(along) // len(axis)], axis):  # one of the nibbles of each element
-            return False
-    return True
+    boxes = (tuple((0, n if d == dim else 1) for d, n in enumerate(shape)) for dim in range(len(shape)))
+    return all(torch.equal(bound.offsets(box).view(-1), axis) for box, axis in zip(boxes, sample.axes, strict=True))
 
 
 def _core(found: Trace, *, shaped: bool) -> tuple[Tensor, tuple[int, ...]]:

@@ -2,52 +2,64 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from html import escape
-from typing import Any
+from typing import Any, TypeAlias
+from weakref import WeakValueDictionary
 
 import torch
 
 from ..errors import LayoutError
 from .bound import BoundLayout
 from .boxes import Piece, pieces, row_major, within
-from .canonical import canonical
-from .compose import compose
+from .digits import bind_lines, core_dims
 from .index import IndexLayout
 from .infer import infer
-from .lines import bound, core_dims, sized, sizes_of, spec_of
+from .nibbles import NibbleLayout
+from .opaque import OpaqueLayout
 from .pattern import Line, parse
+from .strided import StridedLayout
 from .tile import tile_picture
 from .trace import Function
 
 #: Characters of a text: its time grows with the square of its digits.
 _LONGEST = 4096
-_canonical = lru_cache(maxsize=1024)(canonical)
 
 
 @lru_cache(maxsize=1024)
 def _parsed(text: str, given: tuple[tuple[str, int], ...]) -> tuple[tuple[Line, ...], int | None]:
     """The lines of a text, and the width of elements; modules declare the same few lines over and over."""
     try:
-        return _lines_of(text, dict(given))
+        return parse(text, dict(given))
     except LayoutError as error:
         raise error.located(
             remedy="Write each digit once on both sides, then the sizes: (g b a) k -> g a b k, a=4 b=8."
         ) from None
 
 
-def _lines_of(text: str, sizes: dict[str, int]) -> tuple[tuple[Line, ...], int | None]:
-    lines, unused, bits = [], set(sizes), sizes.get("bits")
-    for part in text.split("|"):
-        line, rest = parse(part, sizes)
-        bits = rest.pop("bits", bits)
-        lines.append(line)
-        unused &= set(rest)
-    unused -= {"bits"}
-    if unused or set(rest) - set(sizes):
-        raise LayoutError("sizes for digits that the line lacks", found=sorted(unused or rest), expected=text)
-    return tuple(lines), bits
+@lru_cache(maxsize=1024)
+def _canonical(lines: tuple[Line, ...]) -> tuple[Any, ...]:
+    return tuple(line.canonical() for line in lines)
+
+
+def _sizes(shape: Sequence[int]) -> tuple[int, ...]:
+    """``shape`` as plain integers. Raises LayoutError where it is none of a tensor."""
+    try:
+        sizes = tuple(map(operator.index, shape))
+    except TypeError:
+        sizes = (-1,)
+    if any(size < 0 for size in sizes):
+        raise LayoutError("this is no shape of a tensor", expected="sizes of 0 or more", found=repr(shape)[:80])
+    return sizes
+
+
+def _spec(shape: Sequence[int], dtype: torch.dtype) -> tuple[tuple[int, ...], torch.dtype]:
+    """Both as they are of a tensor. Raises LayoutError where one is not."""
+    if not isinstance(dtype, torch.dtype):
+        raise LayoutError("a tensor has a torch.dtype", expected="a torch.dtype", found=repr(dtype)[:80])
+    return _sizes(shape), dtype
 
 
 class Layout:
@@ -82,20 +94,19 @@ class Layout:
                 raise LayoutError(f"the size of digit {name} is no positive integer", found=repr(size)[:80])
         self._set(*_parsed(text, tuple(sorted(sizes.items()))))
 
-    def _set(self, lines: Iterable[Line], bits: int | None) -> None:
+    def _set(self, lines: Iterable[Line], bits: int | None) -> Layout:
         if bits not in (None, 4):
             raise LayoutError("elements are whole, or of 4 bits", expected="bits=4, or none given", found=bits)
-        object.__setattr__(self, "lines", tuple(lines))
-        object.__setattr__(self, "bits", bits)
-        object.__setattr__(self, "_key", (_canonical(self.lines), bits))
-        object.__setattr__(self, "_hash", hash(self._key))
+        lines = tuple(lines)
+        key = (_canonical(lines), bits)
+        for name, value in zip(("lines", "bits", "_key", "_hash"), (lines, bits, key, hash(key)), strict=True):
+            object.__setattr__(self, name, value)
+        return self
 
     @classmethod
     def of(cls, lines: Iterable[Line], bits: int | None = None) -> Layout:
         """The layout of parsed lines."""
-        layout = cls.__new__(cls)
-        layout._set(lines, bits)
-        return layout
+        return cls.__new__(cls)._set(lines, bits)
 
     @classmethod
     def identity(cls, dims: int) -> Layout:
@@ -118,7 +129,7 @@ class Layout:
 
     def _repr_html_(self) -> str:
         """The line, and its tile coloured by source row, of a bounded size."""
-        return tile_picture(str(self), self.lines, self.bits) or f"<code>{escape(str(self))}</code>"
+        return tile_picture(str(self), self.lines) or f"<code>{escape(str(self))}</code>"
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Layout) and self._key == other._key
@@ -141,15 +152,15 @@ class Layout:
         Raises:
             InferenceError: one of its subclasses says why the function is no layout, with the first place that shows it.
         """
-        found = infer(function, *spec_of(shape, dtype), device)
-        return found if isinstance(found, IndexLayout) else cls.of(found.lines, found.bits)
+        found = infer(function, *_spec(shape, dtype), device)
+        return found if isinstance(found, IndexLayout) else cls.of(*found)
 
     def inverse(self) -> Layout:
         """From kernel order, padding included, to padded checkpoint order.
 
         Raises LayoutError where a kernel dim has two free digits.
         """
-        return Layout.of((parse(str(line.exchanged()), {})[0] for line in reversed(self.lines)), self.bits)
+        return Layout.of((line.exchanged() for line in reversed(self.lines)), self.bits)
 
     def then(self, other: Layout) -> Layout:
         """This order, then ``other`` of the result."""
@@ -159,16 +170,16 @@ class Layout:
 
     def bind(self, shape: Sequence[int], dtype: torch.dtype) -> BoundLayout:
         """This layout for tensors of the full ``shape``. Raises LayoutError where the digits do not fit."""
-        return _bound(self, *spec_of(shape, dtype))
+        return _bound(self, *_spec(shape, dtype))
 
     def kernel_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Shape in kernel format of a tensor of ``shape``, lead dims in front. ``bits=4``: both count nibbles."""
-        shape = sizes_of(shape)
-        return (*shape[: len(shape) - self.core_dims], *sized(self.lines, shape)[-1].kernel_shape)
+        shape = _sizes(shape)
+        return (*shape[: max(len(shape) - self.core_dims, 0)], *bind_lines(self.lines, shape)[-1].kernel_shape)
 
     def capacity(self, shape: Sequence[int]) -> int:
         """Elements of one region, padding included."""
-        return sized(self.lines, sizes_of(shape))[-1].capacity
+        return bind_lines(self.lines, _sizes(shape))[-1].capacity
 
     def boxes(self, rows: tuple[int, int], columns: tuple[int, int], shape: Sequence[int]) -> list[Piece]:
         """The strided pieces of kernel memory that hold a rectangle (start, stop each) of a matrix of ``shape``, contiguous.
@@ -176,18 +187,39 @@ class Layout:
         Raises:
             LayoutError: the matrix has no such rectangle.
         """
-        shape, box = sizes_of(shape), (rows, columns)
+        shape, box = _sizes(shape), (rows, columns)
         if not within(box, shape):
             expected = "(start, stop) within each dim of a matrix"
             raise LayoutError(
                 "this is no rectangle of the matrix", expected=expected, found=f"{rows}, {columns} of {list(shape)}"
             )
-        return pieces(compose(sized(self.lines, shape)), shape, box, row_major(shape))
+        return pieces(bind_lines(self.lines, shape), shape, box, row_major(shape))
 
 
 @lru_cache(maxsize=4096)
 def _bound(layout: Layout, shape: tuple[int, ...], dtype: torch.dtype) -> BoundLayout:
-    return bound(layout.lines, layout.bits, shape, dtype)
+    lead = len(shape) - layout.core_dims
+    if layout.bits is None:
+        return StridedLayout(bind_lines(layout.lines, shape), shape, lead, dtype)
+    nibbles = (*shape[:-1], shape[-1] * 2 * dtype.itemsize) if shape else ()
+    inner = StridedLayout(bind_lines(layout.lines, nibbles), nibbles[max(lead, 0) :], 0, torch.uint8)
+    return NibbleLayout(inner, shape, lead, dtype)
 
 
-IDENTITY = Layout.identity(1)
+#: Every kind of layout.
+Order: TypeAlias = Layout | IndexLayout | OpaqueLayout
+_identity = lru_cache(Layout.identity)
+#: While somebody has them: tables and functions are kept by nothing else.
+_in_use: WeakValueDictionary[tuple[Order, tuple[int, ...], torch.dtype], BoundLayout] = WeakValueDictionary()
+
+
+def bound_to(layout: Order | None, shape: tuple[int, ...], dtype: torch.dtype) -> BoundLayout:
+    """``layout`` for one checkpoint tensor; None is checkpoint order, the whole tensor as one region.
+
+    The same object for equal arguments, so storages of one layout and shape share what is kept with it.
+    """
+    key = (_identity(len(shape)) if layout is None else layout, shape, dtype)
+    found = _in_use.get(key)
+    if found is None:
+        found = _in_use[key] = key[0].bind(shape, dtype)
+    return found

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..errors import LayoutError
 from .bound import BoundLayout, RegionLayout, flat_bytes
-from .boxes import Box, positions_in, sizes
+from .boxes import Box, sizes
 
 
 class NibbleLayout(RegionLayout):
@@ -22,7 +22,7 @@ class NibbleLayout(RegionLayout):
         if last % many:
             raise LayoutError(f"the last kernel dim has no whole {dtype}", expected=f"a multiple of {many} nibbles", found=last)
         super().__init__(shape, dtype, lead, (*kernel, last // many), inner.region_capacity // many)
-        self.inner, self.is_identity, self.unit = inner, inner.is_identity, max(inner.unit // 2, 1)
+        self.inner, self.is_identity = inner, inner.is_identity
 
     def put(self, region: Tensor, core: Box, value: Tensor) -> None:
         core, nibbles = self._nibbles(core), unpack(region)
@@ -31,13 +31,6 @@ class NibbleLayout(RegionLayout):
 
     def get(self, region: Tensor, core: Box) -> Tensor:
         return pack(self.inner.read(unpack(region), self._nibbles(core)).view(-1)).view(self.dtype)
-
-    def offsets(self, box: Box | None = None) -> Tensor:
-        """Positions of nibbles; the last dim counts them."""
-        box = box or self.whole
-        within = self.inner.offsets(self._nibbles(box[self.lead :]))
-        regions = positions_in(self.shape[: self.lead], box[: self.lead])
-        return regions.reshape(*regions.shape, *[1] * within.dim()) * self.region_capacity * self.many + within
 
     def _nibbles(self, core: Box) -> Box:
         *rest, (start, stop) = core

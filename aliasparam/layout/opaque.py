@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,8 +12,7 @@ from torch import Tensor
 from ..errors import LayoutError
 from .bound import BoundLayout, RegionLayout, flat_bytes
 from .boxes import Box
-
-Function = Callable[[Tensor], Tensor]
+from .trace import Function
 
 
 class OpaqueLayout:

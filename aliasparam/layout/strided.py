@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, reduce
 from typing import TypeAlias
 
 import torch
@@ -14,7 +14,6 @@ from . import triton_copy, triton_sum
 from .blocks import Cut, common
 from .bound import BoundLayout, in_bytes
 from .boxes import Box, Piece, pieces, row_major, sizes, whole
-from .compose import compose
 from .digits import Axis, BoundLine
 from .execute import WIDEST, Copy, plan, views
 
@@ -30,13 +29,11 @@ class StridedLayout(BoundLayout):
 
     def __init__(self, lines: Sequence[BoundLine], shape: tuple[int, ...], lead: int, dtype: torch.dtype) -> None:
         super().__init__(shape, dtype, lead, lines[-1].kernel_shape, lines[-1].capacity)
+        self.lines = lines
         self._elements = self.regions * self.region_capacity
-        self.lines = compose(list(lines))
-        core = shape[lead:]
-        copies = plan(pieces(self.lines, core, whole(core), row_major(core)), dtype.itemsize, dtype.itemsize)
-        self.unit = _unit(copies, dtype.itemsize)
-        padded = self.region_capacity != self.region_elements
-        self.is_identity = not padded and (not copies or self.unit == self.region_elements * dtype.itemsize)
+        runs = [(line.start, [digit[1:] for digit in line.digits]) for line in lines]
+        in_one_run = runs in ([(0, [])], [(0, [(1, 1)])])
+        self.is_identity = self.region_capacity == self.region_elements and (in_one_run or not self.region_elements)
 
     def boxes(self, core: Box, shape: Sequence[int], strides: Sequence[int]) -> list[Piece]:
         """The strided pieces of a box of the core dims, for a value whose leading dims are regions."""
@@ -96,13 +93,7 @@ class StridedLayout(BoundLayout):
         return [(copy if mine else _named(copy, dtype), mine) for copy, mine in zip(copies, ours, strict=True)]
 
     def placed(self, within: Tensor) -> Tensor:
-        for line in self.lines:  # see [Note: place values]
-            offset = torch.full_like(within, line.start)
-            for _, kernel, value in line.digits:
-                offset += within // value * kernel
-                within = within % value
-            within = offset
-        return within
+        return reduce(lambda at, line: line.offsets(at), self.lines, within)
 
     def positional_sums(self, memory: Tensor, box: Box) -> Tensor | None:
         if not triton_copy.takes(memory, memory) or not all(stop > start for start, stop in box):
@@ -120,12 +111,6 @@ class StridedLayout(BoundLayout):
             return []
         found = common(self.lines[0], other.lines[0], self.shape, self.lead)
         return sorted(found, key=lambda c: -c.step * row_major(self.shape)[c.dim])  # long runs of the checkpoint first
-
-
-def _unit(copies: list[Copy], itemsize: int) -> int:
-    """Bytes of the smallest innermost run of the copies."""
-    runs = [c.sizes[-1] if c.sizes and c.kernel[-1] == c.value[-1] == 1 else 1 for c in copies]
-    return itemsize * math.gcd(*runs) if runs else itemsize
 
 
 _planned = lru_cache(maxsize=1 << 14)(StridedLayout.copies)  # a model writes the same few shards of a shape over and over

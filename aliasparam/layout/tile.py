@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Sequence
 
@@ -10,25 +11,25 @@ import torch
 from ..errors import LayoutError
 from ..svg import box, page, text
 from .bound import BoundLayout
-from .lines import bound
+from .digits import bind_lines
 from .pattern import Line
+from .strided import StridedLayout
 
 #: Elements of kernel memory that are drawn at most, and elements that a tile may have to be looked at.
 DRAWN, LARGEST = 1024, 1 << 18
 _SIDE = 12
 
 
-def tile_picture(name: str, lines: Sequence[Line], bits: int | None) -> str | None:
+def tile_picture(name: str, lines: Sequence[Line]) -> str | None:
     """SVG of the smallest tensor that the layout takes whole, or None where that is larger than ``LARGEST`` elements.
 
     Cells are elements in the order of kernel memory, a line of cells a run of it. The hue is the row in the checkpoint, darker
     for columns further right; grey is padding. Of a large tile the first ``DRAWN`` elements are drawn.
     """
-    tile = _tile(lines, bits)
+    tile = _tile(lines)
     if tile is None:
         return None
-    many = 2 if bits else 1  # elements a byte
-    offsets, capacity, last = tile.offsets(), tile.region_capacity * many, tile.kernel_shape[-1] * many
+    offsets, capacity, last = tile.offsets(), tile.region_capacity, tile.kernel_shape[-1]
     source = torch.full((capacity,), -1).scatter_(0, offsets.view(-1), torch.arange(offsets.numel()))[:DRAWN].tolist()
     columns = offsets.shape[-1] if offsets.dim() > 1 else 1
     wide = last if 16 <= last <= 64 else min(32 if capacity > 256 else 16, capacity)
@@ -42,22 +43,18 @@ def tile_picture(name: str, lines: Sequence[Line], bits: int | None) -> str | No
     return page(max(20 + wide * _SIDE, 640), 56 + math.ceil(len(source) / wide) * _SIDE, f"A tile of {name}", parts)
 
 
-def _tile(lines: Sequence[Line], bits: int | None) -> BoundLayout | None:
-    """For the smallest shape that fills whole tiles: digits without a size count 1, or as little more as the layout takes."""
+def _tile(lines: Sequence[Line]) -> BoundLayout | None:
+    """For the smallest shape that fills whole tiles: digits without a size count 1, or as little more as the lines take."""
     sizes = dict(lines[0].sizes)
     for free in (1, 2, 4, 8, 16, 32, 64, 128):
         digits = [dim.digits() for dim in lines[0].shape_side.dims]
-        *outer, last = [math.prod(sizes.get(d, max(free, 4) if len(dim) == 1 else free) for d in dim) for dim in digits]
-        if math.prod(outer) * last > LARGEST:
+        shape = tuple(math.prod(sizes.get(d, max(free, 4) if len(dim) == 1 else free) for d in dim) for dim in digits)
+        if math.prod(shape) > LARGEST:
             return None
-        if bits and last % 2:
-            continue
-        try:
-            tile = bound(lines, bits, (*outer, last // 2 if bits else last), torch.uint8)
-        except LayoutError:
-            continue
-        if tile.region_capacity <= LARGEST:
-            return tile
+        with contextlib.suppress(LayoutError):
+            bound = bind_lines(lines, shape)
+            if bound[-1].capacity <= LARGEST:
+                return StridedLayout(bound, shape, 0, torch.uint8)
     return None
 
 

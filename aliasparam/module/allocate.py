@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from ..errors import DeclarationError
-from ..layout.bind import bound_to
+from ..layout.layout import bound_to
 from ..storage.overlap import check_memory
 from ..storage.reorder import reorder
 from ..storage.states import State

@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from ..layout import IndexLayout, Layout, OpaqueLayout
+from ..layout.layout import Order as Order
 from ..spec import TensorSpec
 
 #: What to do where a pair cannot alias: keep a copy, keep one and warn, or refuse the declaration.
@@ -30,7 +30,6 @@ class Reencoding:
 
 
 #: Where a kernel has the elements: the memory is the checkpoint tensor's.
-Order: TypeAlias = Layout | IndexLayout | OpaqueLayout
 AnyLayout: TypeAlias = Order | Reencoding
 
 

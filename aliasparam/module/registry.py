@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import AliasError, DeclarationError, StateError
 from ..report.explanation import Explanation
-from ..report.modules import ExplainedModule
+from ..report.rows import ExplainedModule
 from ..spec import TensorSpec
 from ..tensors.processes import refuse_for_process
 from .adopt import adopt

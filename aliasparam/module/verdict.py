@@ -15,7 +15,7 @@ from functools import cached_property, lru_cache
 import torch
 
 from ..layout import BoundLayout, Layout
-from ..layout.bind import bound_to
+from ..layout.layout import bound_to
 from ..spec import TensorSpec
 from .declarations import AnyLayout, Order, Reencoding
 

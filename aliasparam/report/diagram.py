@@ -7,8 +7,7 @@ from typing import TypeAlias
 
 from ..svg import arrow, box, clipped, page, text
 from .layers import size
-from .modules import ExplainedDerivation, ExplainedModule
-from .rows import NameRow
+from .rows import ExplainedDerivation, ExplainedModule, NameRow
 
 #: Where a column begins, and how wide it is: names of the checkpoint, storages, names of the kernel.
 Column: TypeAlias = tuple[int, int]

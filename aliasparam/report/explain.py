@@ -6,7 +6,7 @@ from torch import nn
 
 from ..module.registry_of import registries
 from .explanation import Explanation
-from .modules import ExplainedModule
+from .rows import ExplainedModule
 
 
 def explain(module: nn.Module) -> Explanation:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from .diagram import diagram
-from .modules import ExplainedModule
+from .rows import ExplainedModule
 
 #: Modules that a notebook draws; the rest is one line.
 SHOWN = 12

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass
 
 #: What a layer's memory is made of, in the order in which bars stack it, and what each part is.
 PARTS = {
@@ -39,8 +39,7 @@ class LayerMemory:
 
     def plus(self, other: LayerMemory) -> LayerMemory:
         """Both together, under this name."""
-        counts = (f.name for f in fields(self) if f.name != "layer")
-        return replace(self, **{name: getattr(self, name) + getattr(other, name) for name in counts})
+        return LayerMemory(self.layer, *(getattr(self, name) + getattr(other, name) for name in (*PARTS, "saved")))
 
     def as_dict(self) -> dict[str, str | int]:
         return {**asdict(self), "allocated": self.allocated}

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from html import escape
 
 from torch import nn
 
-from ..module.registry_of import registries
-from ..spec import TensorSpec
-from .layers import LayerMemory, layer_of, size
-from .memory_views import as_html, as_picture, as_table
-from .rows import NameRow, rows_of
+from .bars import Bar, bars
+from .explain import explain
+from .layers import PARTS, LayerMemory, size
+from .rows import ExplainedModule, NameRow
+
+COLUMNS = (*PARTS, "allocated", "saved")
+#: Layers that a notebook shows; the rest is one line.
+SHOWN = 200
+_COLORS = {"shared": "#2a78b8", "own": "#8fb8d9", "padding": "#d1711f", "copies": "#b23b3b", "saved": "#d9d9d9"}
 
 
 @dataclass(frozen=True)
@@ -22,29 +28,28 @@ class MemoryReport:
     Printing it gives a line a kernel name; a notebook shows a line a layer.
 
     Attributes:
-        rows: the declared tensors.
-        derivations: (module, bytes) of what its derivations take.
+        modules: what declared something.
     """
 
-    rows: tuple[NameRow, ...]
-    derivations: tuple[tuple[str, int], ...]
+    modules: tuple[ExplainedModule, ...]
 
     @property
-    def derivation_bytes(self) -> int:
-        return sum(count for _, count in self.derivations)
+    def rows(self) -> tuple[NameRow, ...]:
+        """The declared tensors."""
+        return tuple(row for module in self.modules for row in module.names)
 
     @property
     def allocated_bytes(self) -> int:
-        return sum(r.allocated_bytes for r in self.rows) + self.derivation_bytes
+        return self.total.allocated
 
     @property
     def two_copies_bytes(self) -> int:
-        return sum(r.two_copies_bytes for r in self.rows) + self.derivation_bytes
+        return self.allocated_bytes + self.saved_bytes
 
     @property
     def saved_bytes(self) -> int:
         """What aliasing saves against keeping the checkpoint format beside the kernel format."""
-        return self.two_copies_bytes - self.allocated_bytes
+        return self.total.saved
 
     @property
     def fallbacks(self) -> tuple[NameRow, ...]:
@@ -54,9 +59,9 @@ class MemoryReport:
     def layers(self) -> tuple[LayerMemory, ...]:
         """Bytes of every layer, in the model's order. A layer is a module's path up to its first number (``model.layers.3``)."""
         found: dict[str, LayerMemory] = {}
-        derived = (LayerMemory(layer_of(module), own=count) for module, count in self.derivations)
-        for part in (*(row.as_memory() for row in self.rows), *derived):
-            found[part.layer] = found.get(part.layer, LayerMemory(part.layer)).plus(part)
+        for module in self.modules:
+            for part in module.memory():
+                found[part.layer] = found.get(part.layer, LayerMemory(part.layer)).plus(part)
         return tuple(found.values())
 
     @property
@@ -66,43 +71,61 @@ class MemoryReport:
 
     def table(self) -> str:
         """Text: a line a layer (shared, own, padding, copies, allocated, saved), and the total."""
-        return as_table(self.layers, self.total)
+        return "\n".join(_lines([("layer", *COLUMNS), *map(_cells, (*self.layers, self.total))]))
 
     def to_json(self) -> str:
         """``{"layers": [...], "total": {...}}`` with the columns of :meth:`table`, in bytes."""
         return json.dumps({"layers": [layer.as_dict() for layer in self.layers], "total": self.total.as_dict()}, indent=2)
 
     def picture(self, title: str = "weights in one copy, and what a second would add") -> str:
-        """SVG: a bar a layer. Needs matplotlib.
+        """SVG: a bar a layer, what is allocated, and above it what a second copy would add. Needs matplotlib.
 
         Raises:
             MissingExtra: matplotlib is not installed.
         """
-        return as_picture(self.layers, self.total, title)
+        layers, total = self.layers, self.total.as_dict()
+        parts = [(name, [getattr(layer, name) for layer in layers]) for name in (*PARTS, "saved") if total[name]]
+        found = [Bar(f"{name}: {size(sum(counts))}", _COLORS[name], counts) for name, counts in parts]
+        return bars([layer.layer for layer in layers], found, title=title, kind="svg").decode()
 
     def _repr_html_(self) -> str:
-        return as_html(self.layers, self.total)
+        layers = self.layers
+        head = "".join(f'<th title="{PARTS.get(name, "")}">{name}</th>' for name in COLUMNS)
+        body = [_html(_cells(layer), "td") for layer in layers[:SHOWN]]
+        if len(layers) > SHOWN:
+            body.append(f'<tr><td colspan="{len(COLUMNS) + 1}">and {len(layers) - SHOWN} more layers</td></tr>')
+        foot = _html(_cells(self.total), "th")
+        return f"<table><thead><tr><th>layer</th>{head}</tr></thead><tbody>{''.join(body)}</tbody><tfoot>{foot}</tfoot></table>"
 
     def __str__(self) -> str:
-        lines = [f"{'kernel name':<28}{'tensors':>8}{'one copy':>13}{'two copies':>13}  verdict"]
         groups: dict[tuple[str, str], list[NameRow]] = {}
         for row in self.rows:
             groups.setdefault((row.derived or "(checkpoint only)", row.verdict), []).append(row)
-        for (derived, verdict), rows in groups.items():
+        derivations = size(sum(one.nbytes for module in self.modules for one in module.derivations))
+        cells = [["kernel name", "tensors", "one copy", "two copies"]]
+        for (derived, _), rows in groups.items():
             one, two = sum(r.allocated_bytes for r in rows), sum(r.two_copies_bytes for r in rows)
-            lines.append(f"{derived:<28}{len(rows):>8}{size(one):>13}{size(two):>13}  {verdict}")
-        lines.append(f"{'derivations':<28}{'':>8}{size(self.derivation_bytes):>13}{size(self.derivation_bytes):>13}")
-        lines.append(f"{'total':<28}{'':>8}{size(self.allocated_bytes):>13}{size(self.two_copies_bytes):>13}")
-        return "\n".join(lines)
+            cells.append([derived, str(len(rows)), size(one), size(two)])
+        cells.append(["derivations", "", derivations, derivations])
+        cells.append(["total", "", size(self.allocated_bytes), size(self.two_copies_bytes)])
+        verdicts = ["verdict", *(verdict for _, verdict in groups), "", ""]
+        return "\n".join(f"{line}  {verdict}".rstrip() for line, verdict in zip(_lines(cells), verdicts, strict=True))
+
+
+def _cells(layer: LayerMemory) -> tuple[str, ...]:
+    return layer.layer, *(size(getattr(layer, column)) for column in COLUMNS)
+
+
+def _html(cells: Iterable[str], kind: str) -> str:
+    return f"<tr>{''.join(f'<{kind}>{escape(cell)}</{kind}>' for cell in cells)}</tr>"
+
+
+def _lines(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The rows of a table as text: the first column from the left, the others from the right."""
+    width = max(8, *(len(first) for first, *_ in rows)) + 2
+    return [f"{first:<{width}}{''.join(f'{cell:>13}' for cell in cells)}" for first, *cells in rows]
 
 
 def memory_report(model: nn.Module) -> MemoryReport:
     """Bytes of every declared tensor of ``model``: one storage, against both formats kept apart. Tied weights count once."""
-    rows: list[NameRow] = []
-    seen: set[int] = set()
-    derivations: list[tuple[str, int]] = []
-    for path, registry in registries(model):
-        rows.extend(rows_of(path or registry.label, registry, seen))
-        own = (d.declaration for d in registry.derived.values() if d.fallback is None)
-        derivations += [(path or registry.label, TensorSpec(d.shape, d.dtype).nbytes) for d in own]
-    return MemoryReport(tuple(rows), tuple(derivations))
+    return MemoryReport(explain(model).modules)

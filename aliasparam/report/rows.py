@@ -1,4 +1,4 @@
-"""What each declared tensor shares memory with, why, in what order, and what it takes: a row each."""
+"""What each declared tensor shares memory with, why, in what order, and what it takes: a row each, by module."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from ..module.names import ModuleNames
 from ..module.planning import Derived, Source
 from ..module.verdict import Reason
+from ..spec import TensorSpec
 from .layers import LayerMemory, layer_of, size
 
 
@@ -77,11 +78,59 @@ class NameRow:
         return f"  {self.source}{f' -> {self.derived}' if self.derived else ''}: {'; '.join(filter(None, facts))}"
 
 
-def rows_of(path: str, registry: ModuleNames, seen: set[int], paths: Mapping[int, str] | None = None) -> Iterator[NameRow]:
-    """Of one module. ``seen`` are storages that were counted, ``paths`` those of modules by their id."""
+@dataclass(frozen=True)
+class ExplainedDerivation:
+    """A small tensor with memory of its own. ``current``: it was computed from what its sources hold now."""
+
+    name: str
+    sources: tuple[str, ...]
+    spec: str
+    nbytes: int
+    current: bool
+
+    def __str__(self) -> str:
+        return f"  {self.name} = f({', '.join(self.sources)}): own memory; {'current' if self.current else 'stale'}"
+
+
+@dataclass(frozen=True)
+class ExplainedModule:
+    """One module which declared something."""
+
+    path: str
+    kind: str
+    ready: bool
+    about: str
+    names: tuple[NameRow, ...]
+    derivations: tuple[ExplainedDerivation, ...]
+
+    @classmethod
+    def of(
+        cls, path: str, registry: ModuleNames, about: str, seen: set[int], paths: Mapping[int, str] | None = None
+    ) -> ExplainedModule:
+        """``seen`` are storages that were counted, ``paths`` those of modules by their id."""
+        kind, stale, derivations = type(registry.module).__name__, registry.stale_names(), []
+        for name, derived in registry.derived.items():
+            if derived.fallback is None:
+                spec = TensorSpec(derived.declaration.shape, derived.declaration.dtype)
+                current = name not in stale
+                derivations.append(ExplainedDerivation(name, derived.declaration.sources, str(spec), spec.nbytes, current))
+        return cls(path, kind, registry.is_ready, about, tuple(_rows(path, registry, seen, paths or {})), tuple(derivations))
+
+    def memory(self) -> Iterator[LayerMemory]:
+        """All that it takes, as parts of its layer."""
+        yield from (row.as_memory() for row in self.names)
+        yield from (LayerMemory(layer_of(self.path), own=derivation.nbytes) for derivation in self.derivations)
+
+    def __str__(self) -> str:
+        about = [f"  {self.about}"] if self.about else []
+        head = f"{self.path} ({self.kind}): {'ready' if self.ready else 'open'}"
+        return "\n".join([head, *about, *map(str, self.names), *map(str, self.derivations)])
+
+
+def _rows(path: str, registry: ModuleNames, seen: set[int], paths: Mapping[int, str]) -> Iterator[NameRow]:
     copies = {d.declaration.sources[0]: d for d in registry.derived.values() if d.fallback is not None}
     for source in registry.sources.values():
-        yield _row(path, source, copies.get(source.name), seen, paths or {})
+        yield _row(path, source, copies.get(source.name), seen, paths)
     for name, apart in registry.separate.items():
         yield NameRow(path, apart.source, name, f"copy: {apart.reason.value}", apart.reason, False, 0, apart.nbytes, apart.nbytes)
 

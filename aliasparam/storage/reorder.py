@@ -5,14 +5,14 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..layout import BoundLayout, Box
-from ..layout.bind import Bindable, bound_to
+from ..layout.layout import Order, bound_to
 from .storage import AliasedStorage
 
 #: Values that are out of place at a time, where the two orders can be cut that fine.
 SCRATCH_BYTES = 16 << 20
 
 
-def move(storage: AliasedStorage, layout: Bindable | None) -> None:
+def move(storage: AliasedStorage, layout: Order | None) -> None:
     """Bring ``storage`` into another order. It is INVALID until its bytes are in place. The caller holds the lock."""
     before = storage.states.begin(storage.bound.whole)
     reorder(storage.elements, storage.bound, bound_to(layout, storage.spec.shape, storage.spec.dtype))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DeclarationError
-from ..layout.bind import Bindable, bound_to
+from ..layout.layout import Order, bound_to
 from ..spec import TensorSpec
 from ..torch_private import outside_inference
 from .coverage import Box
@@ -46,7 +46,7 @@ class AliasedStorage(GuardedMemory):
         self,
         label: str,
         spec: TensorSpec,
-        layout: Bindable | None,
+        layout: Order | None,
         buffer: Tensor,
         state: State,
         kernel_dtype: torch.dtype | None = None,
@@ -67,14 +67,14 @@ class AliasedStorage(GuardedMemory):
         self._name(buffer, layout)
         self.states = RegionStates(spec.shape, self.bound.lead, state)
 
-    layout: Bindable | None
+    layout: Order | None
     shards: Shards
     #: What the checkpoint name looks like; its bytes are the checkpoint's where the layout is the identity.
     geometry: Tensor
 
     # -- names ---------------------------------------------------------------------------------------------------------
 
-    def _name(self, buffer: Tensor, layout: Bindable | None) -> None:
+    def _name(self, buffer: Tensor, layout: Order | None) -> None:
         """Make the views of ``buffer``: its elements, the checkpoint name's geometry, the kernel name; then show all at once."""
         spec, bound, kernel = self.spec, bound_to(layout, self.spec.shape, self.spec.dtype), None
         with outside_inference():
@@ -174,7 +174,7 @@ class AliasedStorage(GuardedMemory):
             self._name(self.buffer.to(device), self.layout)
             self.__dict__.pop("blank_storage", None)
 
-    def rebind(self, layout: Bindable | None) -> None:
+    def rebind(self, layout: Order | None) -> None:
         """Another layout, whose bytes the caller has put in place. Addresses stay. The caller holds the lock."""
         self._name(self.buffer, layout)
 

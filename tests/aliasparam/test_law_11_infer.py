@@ -120,6 +120,16 @@ def test_a_permutation_without_digits_is_a_table() -> None:
     assert torch.equal(bits(again)[bound.offsets(box)], bits(part)) and int((bits(again) != 0).sum()) == part.numel()
 
 
+def test_shapes_that_move_other_units_do_not_count() -> None:
+    """Of three bytes nibbles move; of the shapes that are tried beside it some move whole ones."""
+    layout = Layout("(h (f a b)) -> f h a b, a=4 b=3 h=2 bits=4")
+
+    found = Layout.infer(lambda x: layout.bind(x.shape, x.dtype).encode(x), (3,), torch.uint8)
+
+    value = random((3,), torch.uint8)
+    assert torch.equal(found.bind((3,), torch.uint8).encode(value), layout.bind((3,), torch.uint8).encode(value))
+
+
 def random_order(value: Tensor) -> Tensor:
     return value[torch.randperm(value.shape[0])]
 

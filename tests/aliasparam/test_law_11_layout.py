@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aliasparam.layout import Layout
+from aliasparam.layout.blocks import tiles
 
 from .layout_oracle import DTYPES, Case, bits, boxes, cases, core_shapes, random, strided
 
@@ -168,6 +169,31 @@ def test_digits_of_other_capacities_are_not_kept_in_place() -> None:
     assert torch.equal(memory, expected)
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "shape"),
+    [
+        ("(h (f t)) -> t h f, h=2 t=4", "(f t) -> t f, t=4", (14,)),  # a ragged end within the dim
+        ("(h (f t)) -> f h t, h=2 t=2", "(f t) -> f t, t=4", (6,)),
+        ("r (h (f t)) -> r f h t, h=2 t=2", "(q p) c -> q p c, p=2", (3, 6)),
+        ("(r a) k -> k r a, a=2", "(r t) (k c) -> r k c t, t=3 c=2", (9, 9)),  # three of ten rows are no cell of the ten
+        ("r k -> (r k) | (a b) -> b a, b=4", "r k -> (r k) | (a b c) -> c b a, b=2 c=2", (4, 10)),  # fours go on to the next row
+        ("(h f t) -> f h t, t=2 h=3 | (h (r t)) -> h r t, h=2 t=9", "(h (f t u)) -> u h f t, h=3 t=2 u=3", (12,)),
+    ],
+)
+def test_ragged_digits_move_in_place(before: str, after: str, shape: tuple[int, ...]) -> None:
+    old, new = (Layout(text).bind(shape, torch.uint8) for text in (before, after))
+    value, memory = random(shape, torch.uint8), torch.zeros(old.region_capacity, dtype=torch.uint8)
+    old.write(memory, old.whole, value)
+
+    for block in old.in_place_blocks(new, 1):
+        parts = [old.read(memory, box) for box in block]
+        for box, part in zip(block, parts, strict=True):
+            new.write(memory, box, part)
+
+    assert old.region_capacity == new.region_capacity
+    assert torch.equal(new.read(memory, new.whole), value)
+
+
 def test_digits_that_both_keep_in_place_bound_the_blocks() -> None:
     rows = Layout("(rt r) (ct c4) -> rt r ct c4, r=128 c4=4")
     tiles = Layout("(rt r4 r32) (ct c4) -> rt ct r32 r4 c4, r4=4 r32=32 c4=4")
@@ -178,14 +204,16 @@ def test_digits_that_both_keep_in_place_bound_the_blocks() -> None:
     assert max(sizes) <= 400 and sum(sizes) == 6000
 
 
-@given(DRAW, cases(), st.integers(1, 300))
-def test_pieces_tile_the_tensor(data: Any, case: Case, limit: int) -> None:
-    shape = data.draw(core_shapes(case))
+@given(DRAW, st.integers(1, 300))
+def test_tiles_tile_the_box(data: Any, limit: int) -> None:
+    shape = tuple(data.draw(st.lists(st.integers(1, 12), max_size=3)))
+    box = data.draw(boxes(shape))
     seen = torch.zeros(shape, dtype=torch.int64)
 
-    for box in Layout(case.text).bind(shape, torch.int32).pieces(limit):
-        part = seen[tuple(slice(*ends) for ends in box)]
-        assert 0 < part.numel() <= max(limit // 4, 1)
+    for tile in tiles(box, limit):
+        part = seen[tuple(slice(*ends) for ends in tile)]
+        assert 0 < part.numel() <= limit
         part += 1
 
-    assert bool((seen == 1).all())
+    seen[tuple(slice(*ends) for ends in box)] -= 1
+    assert not seen.any()

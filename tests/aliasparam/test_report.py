@@ -66,7 +66,9 @@ def test_layers_add_up_to_the_memory_that_is_allocated() -> None:
     first = report.layers[0]
     assert (first.shared, first.padding, first.copies) == (40 * 4 * 4, 24 * 4 * 4, 8 * 4 * 2)
     assert first.own == 8 * 4 * 4 + 3 * 4 + 4
-    assert (report.total.allocated, report.total.saved) == (report.allocated_bytes, report.saved_bytes)
+    assert report.allocated_bytes == sum(memory_of(model[n]) for n in "01")
+    assert report.saved_bytes == sum(row.two_copies_bytes - row.allocated_bytes for row in report.rows)
+    assert report.two_copies_bytes == report.allocated_bytes + report.saved_bytes
     assert first.saved == 40 * 4 * 4
 
 
@@ -137,7 +139,7 @@ def test_the_diagram_follows_versions_and_states() -> None:
 
 def cells_of(layout: Layout) -> list[tuple[int, int] | None]:
     """What the titles of the cells say: (row, column) of each element of kernel memory, None for padding."""
-    picture = tile_picture(str(layout), layout.lines, layout.bits)
+    picture = tile_picture(str(layout), layout.lines)
     assert picture is not None
     titles = re.findall(r"<title>(row (\d+), column (\d+)|padding)[^<]*</title></rect>", picture)
     return [None if whole == "padding" else (int(row), int(column)) for whole, row, column in titles]
@@ -155,4 +157,4 @@ def test_every_kind_of_layout_has_a_picture_of_bounded_size() -> None:
     assert len(cells_of(Layout("(h i r) k -> i h r k, h=2 r=64 | (a b) k -> a k b, b=4"))) == 2 * 64 * 4
     assert len(cells_of(Layout("(a b) k -> b a k, a=512 b=128"))) == DRAWN
     huge = Layout("(a b) k -> b a k, a=4096 b=4096")
-    assert tile_picture(str(huge), huge.lines, huge.bits) is None and huge._repr_html_() == f"<code>{escape(str(huge))}</code>"
+    assert tile_picture(str(huge), huge.lines) is None and huge._repr_html_() == f"<code>{escape(str(huge))}</code>"
