@@ -140,7 +140,7 @@ class AliasedStorage(GuardedMemory):
             self.changing()
             others = shard.regions
             before = self.states.begin_regions((region,) if len(others) == 1 else [region + other for other in others])
-            shard.write(region, value)
+            self.shards.write(shard, region, value)
             self.states.arrived(shard.box, before)
         return True
 
