@@ -129,8 +129,8 @@ FAULTS = [
     Planted("module/names.py", "(tensor._version != kernel.version or", "(", "test_law_08_no_silent_garbage.py"),
     Planted(
         "module/names.py",
-        "        self._show(ready=False)\n        self.readiness = Readiness.OPEN",
-        "        self.readiness = Readiness.OPEN",
+        "        self._show(ready=False)\n        self.readiness = OPEN",
+        "        self.readiness = OPEN",
         "test_law_01_oracle.py",
     ),
     Planted("module/guard.py", "readiness is not READY or", "readiness is None or", "reload/test_drain.py"),

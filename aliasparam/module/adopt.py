@@ -40,8 +40,7 @@ def adopt(registry: ModuleNames) -> None:
     _drop_left_behind(registry)
     for source in registry.sources.values():
         _finish_move(source)
-        registry.bind(source)
-    registry.bind_kernel_names()
+    registry.rebind()
     _right_kernel_names(registry)
 
 

@@ -52,6 +52,15 @@ class Source:
     def kernel(self) -> KernelName | None:
         return None if self.storage is None else self.storage.kernel_name
 
+    @property
+    def version(self) -> int:
+        return -1 if self.storage is None else self.storage.version
+
+    def is_of(self, version: int | None) -> bool:
+        """Whether the kernel name may be used, and holds what this version of the storage does."""
+        moved = self.kernel is not None and self.kernel.was_moved
+        return not moved and self.storage is not None and self.storage.is_loaded and self.storage.version == version
+
 
 @dataclass(slots=True)
 class Derived:

@@ -54,7 +54,7 @@ class AliasRegistry(ModuleNames):
                 self.aliased[source.derived] = source
             allocate(self, source, loaded=loaded)
         self.derived.update({d.declaration.name: d for d in derived})
-        self.bind_kernel_names()
+        self.bind(sources)
 
     def rederive(self, derivations: Iterable[Derivation]) -> None:
         """Give derived names other formulas, in the memory they have; the next processing computes them anew.

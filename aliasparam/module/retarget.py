@@ -44,7 +44,7 @@ def retarget(names: ModuleNames, layouts: Mapping[str, AnyLayout | str | None]) 
                 source.plan = plans[source.name]
                 if source.storage is not None:
                     move(source.storage, source.layout)  # finished by adopt() where it is interrupted
-        names.bind_kernel_names()
+        names.bind()
 
 
 def _plan(names: ModuleNames, name: str, layout: AnyLayout | str | None) -> StoragePlan:

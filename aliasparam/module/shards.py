@@ -53,4 +53,4 @@ def show(names: ModuleNames, name: str, shards: Iterable[tuple[nn.Module, str, T
         )
     dict.pop(names.module._parameters, name, None)
     source.bindings = bindings
-    names.bind(source)
+    names.bind([source])
