@@ -16,7 +16,7 @@ from .module.declare import declare as declare
 from .module.expose import Exposure as Exposure
 from .module.expose import expose_for_writing as expose_for_writing
 from .module.registry import AliasRegistry as AliasRegistry
-from .module.registry_of import registry_of as registry_of
+from .module.registry import registry_of as registry_of
 from .module.verbs import accept_kernel_bytes as accept_kernel_bytes
 from .module.verbs import checkpoint_names as checkpoint_names
 from .module.verbs import checkpoint_state_dict as checkpoint_state_dict

@@ -17,7 +17,7 @@ from .module.adopt import adopt
 from .module.declarations import Alias
 from .module.declare import declare
 from .module.planning import Separate, Source, parameter_spec
-from .module.registry_of import registry_of
+from .module.registry import registry_of
 from .module.verdict import Reason, aliasing_is_on, judge
 from .spec import TensorSpec
 from .tensors.faces import _Aliased

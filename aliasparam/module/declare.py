@@ -1,4 +1,4 @@
-"""`declare`: what a quantization method calls where it creates weights."""
+"""`declare`: what a quantization method calls where it creates weights; and what a declared module does when it is called."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import nn
 
 from ..errors import DeclarationError
 from ..tensors.collectives import count_collective_writes
-from ..torch_private import import_what_dispatch_imports
+from ..tensors.dispatch import traced_by_jit
+from ..torch_private import import_what_dispatch_imports, is_traced_by_jit
 from .adopt import adopt
 from .declarations import Declaration
-from .guard import guard
-from .registry import AliasRegistry
-from .registry_of import ATTRIBUTE, registry_of
+from .names import READY
+from .registry import ATTRIBUTE, AliasRegistry, registry_of
 
 
 def declare(module: nn.Module, *declarations: Declaration, loaded: bool = True, aliasing: bool = True) -> AliasRegistry:
@@ -54,6 +54,26 @@ def declare(module: nn.Module, *declarations: Declaration, loaded: bool = True, 
     module.register_forward_pre_hook(guard, prepend=True)
     module.register_load_state_dict_post_hook(_after_load_state_dict)  # type: ignore[no-untyped-call]
     return registry
+
+
+def guard(module: nn.Module, args: Any) -> None:
+    """The forward pre-hook: it refuses while the module is open (law 8).
+
+    On a ready module it costs one look at the registry and at each name. Compiled callers do not run it: for them the
+    kernel names themselves refuse, see [Note: open modules] in storage/kernel_name.py.
+
+    Raises:
+        StaleKernelError: the module is open, or its names were replaced.
+    """
+    if torch.compiler.is_compiling():
+        return
+    registry = registry_of(module)
+    if registry is None:
+        return
+    if is_traced_by_jit():
+        raise traced_by_jit(module=registry.label)
+    if registry.readiness is not READY or not registry.is_bound:
+        registry.need_ready()
 
 
 def _after_load_state_dict(module: nn.Module, incompatible: Any) -> None:

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
+from ..errors import StaleKernelError
 from ..storage.kernel_name import KernelName
 from ..storage.locks import all_locked
 from ..storage.storage import AliasedStorage
@@ -132,6 +133,11 @@ class ModuleNames:
     # -- readiness -----------------------------------------------------------------------------------------------------
 
     @property
+    def session(self) -> Any:
+        """The reload that has this module, or None."""
+        return None if self.holder is None else self.holder()
+
+    @property
     def is_open(self) -> bool:
         return self.readiness is OPEN
 
@@ -192,9 +198,27 @@ class ModuleNames:
         else:
             self.close_if_unchanged()
 
+    def need_ready(self) -> None:
+        """Raise StaleKernelError where the module is open, or its names were replaced. Forwards that a reload waits for go on."""
+        session = self.session
+        if self.readiness is Readiness.CLOSED and session is not None and session.drain.lets_through():
+            return
+        self.close_if_unchanged()
+        replaced = self.replaced_names()
+        if (self.readiness is READY and not replaced) or not self.kernel_names():
+            return
+        raise StaleKernelError(
+            "called while a declared name holds a tensor that was not taken in yet" if replaced else "called while it is open",
+            module=self.label,
+            name=", ".join(replaced or self.stale_names()) or None,
+            expected="a module processed since the last write to its names",
+            found="another tensor under the name" if replaced else "names written and not processed since",
+            remedy="Call aliasparam.process(model) after loading.",
+        )
+
     def close_if_unchanged(self) -> None:
         """Close again where nothing changed after all: a name was replaced in passing."""
-        session = None if self.holder is None else self.holder()
+        session = self.session
         if session is not None and session.drain.holds(self):
             return
         versions = self._versions()  # before they are judged: what is written meanwhile is not committed

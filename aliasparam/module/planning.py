@@ -17,8 +17,7 @@ from ..storage.kernel_name import KernelName
 from ..storage.storage import AliasedStorage
 from ..tensors.parameter import AliasedParameter, SavedName
 from .declarations import Alias, AnyLayout, Declaration, Derivation, Order, Reencoding
-from .layout_of import layout_of
-from .verdict import Reason, StoragePlan, aliasing_is_on, plan_storage
+from .verdict import Reason, StoragePlan, aliasing_is_on, layout_of, plan_storage
 
 
 @dataclass(slots=True)

@@ -16,13 +16,12 @@ from ..spec import TensorSpec
 from ..tensors.processes import refuse_for_process
 from .adopt import adopt
 from .allocate import allocate, check_sources
-from .declarations import AnyLayout, Declaration, Derivation
+from .declarations import AnyLayout, Declaration, Derivation, need_wellformed
 from .derive import refresh, value_of
 from .names import ModuleNames
 from .planning import planned
 from .retarget import plan_retarget, retarget
 from .shards import show
-from .wellformed import need_wellformed
 
 
 class AliasRegistry(ModuleNames):
@@ -141,7 +140,7 @@ class AliasRegistry(ModuleNames):
         return work
 
     def _need_no_reload(self) -> None:
-        if self.holder is not None and self.holder() is not None:
+        if self.session is not None:
             raise StateError(
                 "cannot process: a reload of this module is open",
                 module=self.label,
@@ -178,3 +177,24 @@ class AliasRegistry(ModuleNames):
 
 
 ForkingPickler.register(AliasRegistry, refuse_for_process)
+
+#: Where a declared module has its registry.
+ATTRIBUTE = "_alias_registry"
+
+
+def registry_of(module: nn.Module) -> AliasRegistry | None:
+    """The registry of exactly this module, or None."""
+    registry: AliasRegistry | None = module.__dict__.get(ATTRIBUTE)
+    return registry
+
+
+def registries(model: nn.Module) -> list[tuple[str, AliasRegistry]]:
+    """(module path, registry) of every declared module in ``model``; labels are refreshed to the paths."""
+    found = []
+    for path, module in model.named_modules():
+        registry: AliasRegistry | None = module.__dict__.get(ATTRIBUTE)
+        if registry is not None:
+            if path and path != registry.label:
+                registry.relabel(path)
+            found.append((path, registry))
+    return found

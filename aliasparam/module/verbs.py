@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..tensors.faces import _Aliased
 from .adopt import adopt
-from .registry_of import registries
+from .registry import registries
 
 
 def process(module: nn.Module) -> int:

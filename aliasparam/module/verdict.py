@@ -5,16 +5,19 @@ Pure: looks at specs only, allocates nothing, so a plan can be made on the meta 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cached_property, lru_cache
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from ..layout import BoundLayout, Layout
+from ..errors import DeclarationError
+from ..layout import BoundLayout, IndexLayout, Layout, OpaqueLayout
 from ..layout.bind import bound_to
 from ..spec import TensorSpec
 from .declarations import AnyLayout, Order, Reencoding
@@ -154,3 +157,37 @@ def _plan(
 
 #: A model declares the same few lines for the same few shapes over and over.
 _plan_of_lines = lru_cache(maxsize=4096)(_plan)
+
+
+def layout_of(declared: Any, spec: TensorSpec) -> AnyLayout | None:
+    """The layout which a declaration means: given, parsed from its line, or inferred from a repack function.
+
+    Raises DeclarationError or LayoutError.
+    """
+    if declared is None or isinstance(declared, (Layout, IndexLayout, OpaqueLayout, Reencoding)):
+        return declared
+    if isinstance(declared, str):
+        return Layout(declared)
+    if callable(declared):
+        return _inferred(declared, spec)
+    raise DeclarationError(
+        "this is no layout",
+        expected="a Layout or its line, IndexLayout, OpaqueLayout, Reencoding, a repack function, or None",
+        found=repr(declared),
+        remedy="See the layouts page of the docs.",
+    )
+
+
+def _inferred(function: Callable[[Tensor], Tensor], spec: TensorSpec) -> AnyLayout:
+    """The layout of a repack function, found by running it on position codes; kept for the last functions and shapes."""
+    for kept, of, layout in _kept:
+        if kept is function and of == spec:
+            return layout
+    found: AnyLayout = Layout.infer(function, spec.shape, spec.dtype)
+    _kept.append((function, spec, found))
+    del _kept[:-64]
+    return found
+
+
+#: By identity of the function: two that compare equal may hold other tables.
+_kept: list[tuple[Callable[[Tensor], Tensor], TensorSpec, AnyLayout]] = []

@@ -8,7 +8,7 @@ from functools import reduce
 
 from torch import nn
 
-from ..module.registry_of import registries
+from ..module.registry import registries
 from ..spec import TensorSpec
 from .layers import LayerMemory, layer_of, size
 from .memory_views import as_html, as_picture, as_table
