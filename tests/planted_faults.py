@@ -61,16 +61,15 @@ FAULTS = [
         "test_law_10_atomicity.py test_law_10_refusals.py",
     ),
     Planted("storage/transaction.py", "        part.storage.changing()", "        pass", "test_law_01_oracle.py"),
-    Planted("storage/reorder.py", "    storage.rebind(layout)\n", "    storage.layout = layout\n", "test_retarget.py"),
-    Planted("storage/reorder.py", "    reorder(storage.elements", "    0 and reorder(storage.elements", "test_retarget.py"),
+    Planted("storage/storage.py", "self._name(self.buffer, layout)\n", "self.layout = layout\n", "test_retarget.py"),
+    Planted("storage/storage.py", "        self.bound.reorder(self", "        0 and self.bound.reorder(self", "test_retarget.py"),
     # shards
-    Planted("storage/shards.py", "copy.kernel_offset + region * step", "copy.kernel_offset", "test_law_01_shards.py"),
+    Planted("storage/shards.py", "target = memory[region] if", "target = memory[0] if", "test_law_01_shards.py"),
     Planted("storage/shards.py", "or address <= pointer < address + self._nbytes", "", "test_views.py"),
     Planted("storage/shards.py", " or view.is_conj() or view.is_neg()", "", "test_views.py"),
     Planted("storage/shards.py", "value.is_conj() or value.is_neg() or ", "", "test_law_01_shards.py"),
-    Planted(
-        "storage/shards.py", "shard = planned(bound, form)", "shard = planned.__wrapped__(bound, form)", "test_law_01_shards.py"
-    ),
+    Planted("storage/shards.py", "self._found.get(form) or self._planned", "self._planned", "test_law_01_shards.py"),
+    Planted("storage/shards.py", "        if shard.is_real:\n", "        if True:\n", "test_law_01_shards.py"),
     Planted("storage/shards.py", "or region + shard.regions[-1] >= bound.regions", "", "test_law_01_shards.py"),
     Planted("storage/shards.py", "box = *((0, 1) for _ in ones), *place.box", "box = place.box", "test_law_01_shards.py"),
     Planted("layout/bound.py", "            value = in_bytes(value)\n", "", "test_law_01_shards.py"),
@@ -134,7 +133,7 @@ FAULTS = [
         "test_law_01_oracle.py",
     ),
     Planted("module/declare.py", "readiness is not READY or", "readiness is None or", "reload/test_drain.py"),
-    Planted("module/planning.py", "kernel_dtype=alias.dtype))", "kernel_dtype=None))", "test_law_01_oracle.py"),
+    Planted("module/planning.py", "kernel_dtype=alias.dtype, ", "kernel_dtype=None, ", "test_law_01_oracle.py"),
     Planted(
         "module/planning.py",
         "        for name in derivation.sources:\n",

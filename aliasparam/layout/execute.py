@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..torch_private import outside_inference, outside_modes
+from ..torch_private import outside_modes
 from .boxes import Piece
 from .digits import Axis as Axis
 from .digits import joined as joined
@@ -93,10 +93,10 @@ def views(copy: Copy, memory: Tensor, first: int, value: Tensor) -> tuple[Tensor
     return _view(memory, copy.dtype, offset, copy.sizes, copy.kernel), of_value(copy, value)
 
 
-def wide(memory: Tensor, dtype: torch.dtype) -> Tensor:
-    """A flat memory in elements of another width, to be kept."""
-    with outside_inference():
-        return _view(memory, dtype, 0, (memory.nbytes // dtype.itemsize,), (1,))
+def in_every_region(copy: Copy, memory: Tensor, regions: int, capacity: int) -> Tensor:
+    """The elements of ``copy`` from each region, of ``capacity`` elements, of kernel memory on: these are the first dim."""
+    stride = capacity * memory.itemsize // copy.dtype.itemsize
+    return _view(memory, copy.dtype, copy.kernel_offset, (regions, *copy.sizes), (stride, *copy.kernel))
 
 
 def of_value(copy: Copy, value: Tensor) -> Tensor:

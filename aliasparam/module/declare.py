@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..errors import DeclarationError
-from ..tensors.collectives import count_collective_writes
+from ..tensors.call import count_collective_writes
 from ..tensors.dispatch import traced_by_jit
 from ..torch_private import import_what_dispatch_imports, is_traced_by_jit
 from .adopt import adopt

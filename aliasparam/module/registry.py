@@ -13,15 +13,16 @@ from ..errors import AliasError, DeclarationError, StateError
 from ..report.explanation import Explanation
 from ..report.modules import ExplainedModule
 from ..spec import TensorSpec
-from ..tensors.processes import refuse_for_process
+from ..storage.locks import all_locked
+from ..storage.storage import refuse_for_process
 from .adopt import adopt
 from .allocate import allocate, check_sources
 from .declarations import AnyLayout, Declaration, Derivation, need_wellformed
 from .derive import refresh, value_of
 from .names import ModuleNames
-from .planning import planned
-from .retarget import plan_retarget, retarget
-from .shards import show
+from .planning import planned, replanned
+from .shards import shown_as
+from .verdict import StoragePlan
 
 
 class AliasRegistry(ModuleNames):
@@ -90,11 +91,32 @@ class AliasRegistry(ModuleNames):
             DeclarationError: not a source with an aliased kernel name, or a layout that does not fit its shape.
             PointerError: the new layout needs more memory than was planned (``Alias(room_for=...)``).
         """
-        retarget(self, layouts)
+        plans = self.check_retarget(layouts)
+        with torch.no_grad():
+            adopt(self)
+            sources = [(self.sources[name], plan) for name, plan in plans.items()]
+            storages = [source.storage for source, _ in sources if source.storage is not None]
+            with all_locked(storage.lock_number for storage in storages):
+                for storage in storages:
+                    storage.need_writable()
+                for source, plan in sources:
+                    if source.storage is None:
+                        source.plan = plan
+                        continue
+                    source.storage.changing()
+                    source.plan = plan
+                    source.storage.move(plan.layout)  # finished by adopt() where it is interrupted
+            self.bind()
 
-    def check_retarget(self, layouts: Mapping[str, AnyLayout | str | None]) -> None:
-        """Raise what :meth:`retarget` would raise, for whoever moves several modules or none."""
-        plan_retarget(self, layouts)
+    def check_retarget(self, layouts: Mapping[str, AnyLayout | str | None]) -> dict[str, StoragePlan]:
+        """Raise what :meth:`retarget` would raise, for whoever moves several modules or none; the plan of each source."""
+        plans = {}
+        for name, layout in layouts.items():
+            try:
+                plans[name] = replanned(self.sources.get(name), name, layout, self.aliased.values())
+            except AliasError as error:
+                raise error.located(module=self.label, name=name) from error.__cause__
+        return plans
 
     def show_shards(self, name: str, shards: Iterable[tuple[nn.Module, str, Tensor]]) -> None:
         """Show the storage of ``name`` as several names, each a view of it (the q, k and v of a fused projection).
@@ -105,10 +127,14 @@ class AliasRegistry(ModuleNames):
             name: the declared source.
             shards: (module, parameter name, view), where view is a slice or view of the source parameter.
         """
+        source = self.sources[name]
         try:
-            show(self, name, shards)
+            bindings = shown_as(source, shards)
         except AliasError as error:
             raise error.located(module=self.label, name=name) from error.__cause__
+        dict.pop(self.module._parameters, name, None)
+        source.bindings = bindings
+        self.bind([source])
 
     def value(self, name: str) -> Tensor:
         """What a source or a derivation holds, also of a source that is shown as shards by other names."""
@@ -152,20 +178,12 @@ class AliasRegistry(ModuleNames):
     def need_loaded(self) -> None:
         """Raise StateError where a source lacks elements."""
         for source in self.sources.values():
-            if source.storage is None:
-                raise StateError(
-                    "cannot process a name which is still on the meta device",
-                    module=self.label,
-                    name=source.name,
-                    expected="a loaded tensor",
-                    found="a placeholder on meta",
-                    remedy="Load the module's weights first.",
-                )
-            source.storage.need_unexposed("process")
-            source.storage.need_memory()
-            with source.storage.lock:
-                if not source.storage.is_loaded:
-                    raise source.storage.not_loaded("cannot process")
+            storage = source.need_storage("process", self.label)
+            storage.need_unexposed("process")
+            storage.need_memory()
+            with storage.lock:
+                if not storage.is_loaded:
+                    raise storage.not_loaded("cannot process")
 
     def _repr_html_(self) -> str:
         return Explanation.of([ExplainedModule.of(self.label, self, self.about, set())])._repr_html_()

@@ -6,26 +6,17 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from ..errors import DeclarationError, StateError
+from ..errors import DeclarationError
 from ..storage.coverage import Coverage
 from ..tensors.faces import _Aliased, loader_attributes
 from ..tensors.geometry import boxes_under, place_of, rows_under
 from ..tensors.parameter import make_parameter
-from .names import ModuleNames
-from .planning import Binding
+from .planning import Binding, Source
 
 
-def show(names: ModuleNames, name: str, shards: Iterable[tuple[nn.Module, str, Tensor]]) -> None:
-    """See :meth:`AliasRegistry.show_shards`."""
-    source = names.sources[name]
-    storage = source.storage
-    if storage is None:
-        raise StateError(
-            "a source on the meta device has no memory to show",
-            expected="a loaded source",
-            found="one on meta",
-            remedy="Show shards after the module has memory.",
-        )
+def shown_as(source: Source, shards: Iterable[tuple[nn.Module, str, Tensor]]) -> list[Binding]:
+    """The names of :meth:`AliasRegistry.show_shards`."""
+    storage = source.need_storage("show shards of")
     bindings, covered, once = [], Coverage(storage.bound.shape), True
     for module, shard_name, view in shards:
         if not isinstance(view, _Aliased) or view._alias_storage is not storage:
@@ -51,6 +42,4 @@ def show(names: ModuleNames, name: str, shards: Iterable[tuple[nn.Module, str, T
             found="some elements twice" if not once else f"without {covered.missing()[:3]}",
             remedy="Slice the source into parts that lie beside each other.",
         )
-    dict.pop(names.module._parameters, name, None)
-    source.bindings = bindings
-    names.bind([source])
+    return bindings

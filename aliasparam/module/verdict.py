@@ -79,7 +79,7 @@ class StoragePlan:
     Attributes:
         source: the checkpoint tensor.
         kernel: the kernel name.
-        layout: order of the memory: that of the pair, or None (checkpoint order) where the kernel name is a copy.
+        layout: order of the kernel name, and of the memory that they share; None: checkpoint order.
         bound: the same for this tensor.
         capacity: elements of the source's dtype that are allocated, room for other layouts included.
         reason: why they share memory, or why not.
@@ -149,8 +149,6 @@ def _plan(
     bound = bound_to(order, *source)
     kernel = layout.output(source) if isinstance(layout, Reencoding) else TensorSpec(bound.kernel_shape, dtype)
     reason = judge(source, kernel, lossless=order is layout) if aliasing else Reason.SWITCHED_OFF
-    if not reason.aliases:
-        return StoragePlan(source, kernel, None, bound_to(None, *source), source.numel, reason)
     rooms = [bound_to(other, *source) for other in room_for if not isinstance(other, Reencoding)]
     return StoragePlan(source, kernel, order, bound, max(b.regions * b.region_capacity for b in (bound, *rooms)), reason)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import MemoryFreedError, StateError
 from ..layout import BoundLayout
 from ..layout.boxes import shown
-from ..torch_private import is_among_stand_ins
+from ..torch_private import stand_ins
 from .kernel_name import KernelName
 from .locks import LOCKS, lock_number
 from .states import RegionStates, State
@@ -73,7 +73,7 @@ class GuardedMemory:
 
     def need_writable(self) -> None:
         """Raise StateError or MemoryFreedError where the bytes are not the library's to write. The caller holds the lock."""
-        if is_among_stand_ins():
+        if stand_ins() is not None:
             raise StateError(
                 "a write among stand-ins for tensors lands nowhere",
                 label=self.label,

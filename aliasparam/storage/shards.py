@@ -15,12 +15,15 @@ import torch
 from torch import Tensor
 
 from ..layout import BoundLayout, triton_copy
-from ..layout.execute import WIDEST, Copy, of_value, wide
+from ..layout.execute import WIDEST, Copy, in_every_region, of_value
 from ..layout.strided import TORCH, TRITON, StridedLayout
-from ..torch_private import has_no_bytes
+from ..torch_private import has_no_bytes, outside_inference
 from .coverage import Box
 from .place import placed
 from .states import regions_under
+
+#: Shards kept for one memory, each with a view of it for every copy.
+_KEPT = 16
 
 #: Where a view lies, counted from its first region (offset, shape, strides); shape and strides of a value; bytes that addresses
 #: are a multiple of; whether our own kernel may run.
@@ -32,34 +35,47 @@ class Move(NamedTuple):
 
     Attributes:
         copy: which elements of a value, and where in memory; where our own kernel copies, the first of them alone.
-        step: elements of its dtype from one region to the next.
         by_kernel: all of them for our own kernel, or None.
         as_it_is: whether the elements are the value itself.
     """
 
     copy: Copy
-    step: int
     by_kernel: Copy | None
     as_it_is: bool
 
 
-class Shard(NamedTuple):
+class Shard:
     """A box, and the copies that bring a value of one form into it. See [Note: shards].
 
     Attributes:
         box: where it is, if its first region is the first of all. In the coordinates of the tensor: another layout may count a
             dim of one as a region.
         regions: the numbers of its regions, counted from its first.
-        moves: the copies.
+        is_real: False where it was made while torch shows stand-ins for tensors (``FakeTensorMode``).
     """
 
-    box: Box
-    regions: Sequence[int]
-    moves: Sequence[Move]
+    def __init__(self, box: Box, moves: Sequence[Move], memory: Tensor, bound: BoundLayout) -> None:
+        self.box = box
+        self.regions = regions_under(box, bound.shape[: bound.lead])
+        firsts = bound.regions - self.regions[-1]
+        everywhere = [in_every_region(move.copy, memory, firsts, bound.region_capacity) for move in moves]
+        self._has_regions = bound.lead > 0
+        self._moves = [(move, t if bound.lead else t[0]) for move, t in zip(moves, everywhere, strict=True)]
+        self.is_real = all(type(t) is Tensor for t in everywhere)
+
+    def write(self, region: int, value: Tensor) -> None:
+        """Put ``value`` in its place, from one region on."""
+        for (copy, by_kernel, as_it_is), memory in self._moves:
+            target = memory[region] if self._has_regions else memory
+            source = value if as_it_is else of_value(copy, value)
+            if by_kernel is None:
+                target.copy_(source)
+            else:
+                triton_copy.run(by_kernel, target, source, write=True)
 
 
 class Shards:
-    """One memory, for writing shards.
+    """The shards of one memory that were written last.
 
     Args:
         bound: the layout.
@@ -69,7 +85,7 @@ class Shards:
     def __init__(self, bound: BoundLayout, memory: Tensor) -> None:
         self.bound, self.memory = bound, memory
         self._dtype, self._device, self._width, self._nbytes = memory.dtype, memory.device, memory.itemsize, memory.nbytes
-        self._wide = {memory.dtype: memory}  # the same memory in elements of other widths, those that were needed
+        self._found: dict[Form, Shard] = {}
 
     def under(self, view: Tensor, value: Tensor) -> tuple[Shard | None, int]:
         """The shard that ``view``, of the checkpoint tensor, is for values like ``value``; and its first region.
@@ -79,7 +95,7 @@ class Shards:
         """
         bound, memory, address, pointer = self.bound, self.memory, self.memory.data_ptr(), value.data_ptr()
         is_like = value.dtype is view.dtype is self._dtype and value.device == self._device
-        if not is_like or address <= pointer < address + self._nbytes or not isinstance(bound, StridedLayout):
+        if not is_like or address <= pointer < address + self._nbytes:
             return None, 0
         if value.is_conj() or value.is_neg() or has_no_bytes(value) or view.is_conj() or view.is_neg():
             return None, 0
@@ -87,26 +103,25 @@ class Shards:
         align = address | pointer | (int(value.storage_offset()) | bound.region_capacity) * self._width | WIDEST
         by_kernel = memory.is_cuda and triton_copy.takes(memory, value)
         form = offset, view.shape, view.stride(), value.shape, value.stride(), align & -align, by_kernel
-        shard = planned(bound, form)
+        shard = self._found.get(form) or self._planned(form)
         return None if shard is None or region + shard.regions[-1] >= bound.regions else shard, region
 
-    def write(self, shard: Shard, region: int, value: Tensor) -> None:
-        """Put ``value`` in its place, from one region on."""
-        for copy, step, by_kernel, as_it_is in shard.moves:
-            memory = self._wide.get(copy.dtype)
-            if memory is None:
-                memory = self._wide[copy.dtype] = wide(self.memory, copy.dtype)
-            target = memory.as_strided(copy.sizes, copy.kernel, copy.kernel_offset + region * step)
-            source = value if as_it_is else of_value(copy, value)
-            if by_kernel is None:
-                target.copy_(source)
-            else:
-                triton_copy.run(by_kernel, target, source, write=True)
+    def _planned(self, form: Form) -> Shard | None:
+        found = planned(self.bound, form) if isinstance(self.bound, StridedLayout) else None
+        if found is None:
+            return None
+        with outside_inference():
+            shard = Shard(*found, self.memory, self.bound)
+        if shard.is_real:
+            if len(self._found) == _KEPT:
+                self._found.clear()
+            self._found[form] = shard
+        return shard
 
 
 @lru_cache(maxsize=1 << 13)
-def planned(bound: StridedLayout, form: Form) -> Shard | None:
-    """What a view is for values of one form, in every memory of this layout; or None: see :meth:`Shards.under`."""
+def planned(bound: StridedLayout, form: Form) -> tuple[Box, list[Move]] | None:
+    """The :attr:`Shard.box` that a view is, and the copies that bring a value there; or None: see :meth:`Shards.under`."""
     offset, shape, strides, given, given_strides, align, by_kernel = form
     if not all(shape):
         return None
@@ -121,15 +136,11 @@ def planned(bound: StridedLayout, form: Form) -> Shard | None:
     box = *((0, 1) for _ in ones), *place.box
     to = box[bound.lead :], (*ones, *place.shape), (*none, *boxed.stride())
     copies = bound.copies(*to, bound.dtype, align, TRITON if by_kernel else TORCH)
-    regions = regions_under(box, bound.shape[: bound.lead])
-    return Shard(box, regions, [_move(copy, value, bound, ours=ours) for copy, ours in copies])
+    return box, [Move(copy.start, copy, False) if ours else _by_torch(copy, value) for copy, ours in copies]
 
 
-def _move(copy: Copy, value: Tensor, bound: BoundLayout, *, ours: bool) -> Move:
-    step = bound.region_capacity * bound.dtype.itemsize // copy.dtype.itemsize
-    if ours:
-        return Move(copy.start, step, copy, False)
-    own = value.dtype, tuple(value.shape), value.stride(), 0
+def _by_torch(copy: Copy, value: Tensor) -> Move:
     if (copy.sizes, copy.kernel, copy.value) == ((value.numel(),), (1,), (1,)) and value.is_contiguous():  # all in one run
-        copy = copy._replace(dtype=value.dtype, sizes=own[1], kernel=own[2], value=own[2])
-    return Move(copy, step, None, (copy.dtype, copy.sizes, copy.value, copy.value_offset) == own)
+        copy = copy._replace(dtype=value.dtype, sizes=tuple(value.shape), kernel=value.stride(), value=value.stride())
+    own = value.dtype, tuple(value.shape), value.stride(), 0
+    return Move(copy, None, (copy.dtype, copy.sizes, copy.value, copy.value_offset) == own)

@@ -61,9 +61,8 @@ class RegionStates:
         self.missing: dict[int, Lacking] = {} if state is State.LOADED else dict.fromkeys(range(count), state)
         self.count = count
         self._whole = whole(self._core)
-        #: When the bytes of each region were last put in question: whoever keeps these knows which regions were written since.
+        #: How often the bytes of each region were put in question: whoever keeps these knows which regions were written since.
         self.writes = [0] * count
-        self.clock = 0
         #: What made regions INVALID, where that is not plain.
         self.why: str | None = None
 
@@ -95,14 +94,13 @@ class RegionStates:
         """:meth:`begin` for some bytes of these regions."""
         missing = self.missing
         before = {r: missing[r] for r in regions if r in missing} if missing else {}
-        self.clock += 1
         if len(regions) == 1:
             missing[regions[0]] = _INVALID
-            self.writes[regions[0]] = self.clock
+            self.writes[regions[0]] += 1
         else:
             missing.update(dict.fromkeys(regions, _INVALID))
             for region in regions:
-                self.writes[region] = self.clock
+                self.writes[region] += 1
         return regions, before
 
     def arrived(self, box: Box, begun: Begun) -> None:
@@ -142,8 +140,7 @@ class RegionStates:
         if math.prod(self._core):
             for region in range(self.count):
                 self._put(region, state)
-        self.clock += 1
-        self.writes = [self.clock] * self.count
+        self.writes = [count + 1 for count in self.writes]
         self.why = why
 
     def _put(self, region: int, to: Lacking) -> None:

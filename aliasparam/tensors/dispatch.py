@@ -21,9 +21,8 @@ from torch import Tensor, nn
 from ..errors import PointerError, StateError
 from ..storage.kernel_name import RefusingName
 from ..storage.locks import all_locked
-from ..storage.scatter import is_brought_whole
 from ..storage.storage import AliasedStorage
-from ..storage.transaction import write_all
+from ..storage.transaction import is_brought_whole, write_all
 from ..torch_private import is_traced_by_jit, shares_memory
 from .call import Aliased, Call, aliased_in, called, mapped, wait_for
 from .geometry import parts_of, read_view

@@ -18,6 +18,7 @@ from ..storage.coverage import Box
 from ..storage.place import Place, placed
 from ..storage.storage import AliasedStorage
 from ..storage.transaction import Part
+from .call import Aliased
 
 
 def place_of(storage: AliasedStorage, view: Tensor) -> Place | None:
@@ -133,3 +134,28 @@ def boxes_under(storage: AliasedStorage, view: Tensor, rows: Box, *, touched: bo
 def _first_byte(storage: AliasedStorage, box: Box) -> int:
     steps = row_major(storage.bound.shape)
     return sum(start * step for (start, _), step in zip(box, steps, strict=True)) * storage.bound.dtype.itemsize
+
+
+def is_same_view(first: Aliased, second: Aliased) -> bool:
+    """Whether two names are the same view of one storage."""
+    a, b = first._alias_geometry, second._alias_geometry
+    same_bits = a.is_conj() == b.is_conj() and a.is_neg() == b.is_neg()
+    return first._alias_storage is second._alias_storage and same_bits and place_in(a) == place_in(b)
+
+
+def same_view(storage: AliasedStorage, geometry: Tensor) -> Tensor:
+    """The view of ``storage`` which ``geometry`` is of another storage of the same shape."""
+    return view_at(storage, *place_in(geometry))
+
+
+Placed = tuple[torch.dtype, tuple[int, ...], tuple[int, ...], int]
+
+
+def place_in(geometry: Tensor) -> Placed:
+    """Dtype, shape, strides and offset: where a view lies, whatever storage it is of."""
+    return geometry.dtype, tuple(geometry.shape), geometry.stride(), int(geometry.storage_offset())
+
+
+def view_at(storage: AliasedStorage, dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...], offset: int) -> Tensor:
+    whole = storage.geometry if dtype.itemsize == storage.bound.dtype.itemsize else storage.buffer
+    return whole.view(dtype).as_strided(shape, strides, offset)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import copy
 import types
-from multiprocessing.reduction import ForkingPickler
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..storage.storage import AliasedStorage
-from .faces import Placed, _Aliased, is_same_view, loader_attributes, make, pin, place_in, view_at
-from .processes import reduce_for_process, refuse_for_process
+from .faces import _Aliased, loader_attributes, make, pin
+from .geometry import Placed, is_same_view, place_in, view_at
 
 
 class AliasedParameter(_Aliased, nn.Parameter):
@@ -114,7 +113,6 @@ def _aliased_class(engine_class: type[Any]) -> type[Any]:
     made: type[Any] = types.new_class(
         engine_class.__name__, (AliasedParameter, engine_class), exec_body=lambda body: body.update(namespace)
     )
-    ForkingPickler.register(made, reduce_for_process)
     return _classes.setdefault(engine_class, made)
 
 
@@ -132,7 +130,3 @@ def is_same_name(tensor: Any, parameter: AliasedParameter) -> bool:
     if tensor is parameter or not isinstance(tensor, AliasedParameter):
         return tensor is parameter
     return is_same_view(tensor, parameter)
-
-
-ForkingPickler.register(AliasedParameter, reduce_for_process)
-ForkingPickler.register(AliasedStorage, refuse_for_process)

@@ -12,7 +12,7 @@ from aliasparam.layout import Layout, triton_copy, triton_sum
 from aliasparam.layout.boxes import Box, row_major
 from aliasparam.layout.execute import plan, views
 from aliasparam.layout.strided import StridedLayout
-from aliasparam.storage.shards import Shards, planned
+from aliasparam.storage.shards import Shard, planned
 
 LINES = [
     ("(g b a) k -> g a b k, a=4 b=8", (2, 96, 24)),
@@ -59,11 +59,11 @@ def shards_by_triton(bound: StridedLayout, memory: torch.Tensor, value: torch.Te
     parts = value.view(bound.regions, *bound.shape[bound.lead :])
     form = parts[0].shape, parts[0].stride()
     align = bound.region_capacity * memory.itemsize | random.choice([4, 8])
-    shard, shards = planned(bound, (0, *form, *form, align & -align, True)), Shards(bound, memory)
-    assert shard is not None and shard.box[bound.lead :] == bound.whole[bound.lead :]
-    assert all(move.by_kernel for move in shard.moves if len(move.copy.sizes) > 1)
+    box, moves = planned(bound, (0, *form, *form, align & -align, True)) or (None, [])
+    assert box[bound.lead :] == bound.whole[bound.lead :] and all(move.by_kernel for move in moves if len(move.copy.sizes) > 1)
+    shard = Shard(box, moves, memory, bound)
     for region, part in enumerate(parts):
-        shards.write(shard, region, part)
+        shard.write(region, part)
 
 
 def sums_by_triton(bound: StridedLayout, memory: torch.Tensor, box: Box) -> list[int]:
