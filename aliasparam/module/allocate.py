@@ -133,9 +133,8 @@ def _check_memory(label: str, tensors: Mapping[str, Tensor], beside: Mapping[str
         tensors: declared sources by name; those on the meta device have no memory and pass.
         beside: other Parameters of the module. One that lies in a source's memory would lose it, unseen.
     """
-    real = {name: t for name, t in tensors.items() if t.device.type != "meta" and t.numel()}
-    devices = {str(t.device) for t in real.values()}
-    if len(devices) > 1:
+    real = {name: t for name, t in tensors.items() if not t.is_meta and t.numel()}
+    if len({t.device for t in real.values()}) > 1:
         raise DeclarationError(
             "the declared names are on several devices",
             module=label,
@@ -174,7 +173,7 @@ def _check_memory(label: str, tensors: Mapping[str, Tensor], beside: Mapping[str
 def has_memory(tensor: Tensor) -> bool:
     """Whether it has bytes at an address."""
     strided = other_kind(tensor) is None and not is_traceable_wrapper_subclass(tensor)
-    return strided and tensor.device.type != "meta" and tensor.numel() > 0
+    return strided and not tensor.is_meta and tensor.numel() > 0
 
 
 def extent(tensor: Tensor) -> int:
@@ -185,6 +184,8 @@ def extent(tensor: Tensor) -> int:
 
 def overlaps_itself(tensor: Tensor) -> bool:
     """Whether two elements may share memory."""
+    if tensor.is_contiguous():
+        return False
     reach = 1
     for size, stride in sorted(zip(tensor.shape, tensor.stride(), strict=True), key=lambda pair: pair[1]):
         if size > 1:

@@ -52,11 +52,8 @@ class Reason(Enum):
 
 
 _switched_on: ContextVar[bool] = ContextVar("aliasing", default=True)
-
-
-def aliasing_is_on() -> bool:
-    """False inside :func:`without_aliasing`."""
-    return _switched_on.get()
+#: False inside :func:`without_aliasing`.
+aliasing_is_on = _switched_on.get
 
 
 @contextmanager

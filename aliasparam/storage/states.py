@@ -15,12 +15,11 @@ A region is INVALID while its bytes are being written, so an interrupt between a
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from enum import Enum
 from typing import TypeAlias
 
-from ..layout.boxes import whole
+from ..layout import BoundLayout
 from .coverage import Box, Coverage
 
 
@@ -46,23 +45,19 @@ class RegionStates:
     """The state of every region of one storage, and which elements of the PARTIAL ones have arrived.
 
     Args:
-        shape: of the checkpoint tensor; the first ``lead`` dims count regions.
-        lead: how many dims count regions.
+        bound: the layout, which says what the regions are.
         state: of every region at the start. Regions without elements are LOADED whatever it is.
     """
 
-    def __init__(self, shape: tuple[int, ...], lead: int, state: State) -> None:
-        self._lead = lead
-        self._outer, self._core = shape[:lead], shape[lead:]
-        count = math.prod(self._outer)
-        if math.prod(self._core) == 0:
-            state = State.LOADED
+    def __init__(self, bound: BoundLayout, state: State) -> None:
+        self._lead, self._outer, self._core = bound.lead, bound.shape[: bound.lead], bound.shape[bound.lead :]
+        self._whole, self._has_elements, self.count = bound.whole[bound.lead :], bound.region_elements > 0, bound.regions
         #: Regions which are not LOADED, with what they are: one entry changes by one assignment, so an interrupt leaves no doubt.
-        self.missing: dict[int, Lacking] = {} if state is State.LOADED else dict.fromkeys(range(count), state)
-        self.count = count
-        self._whole = whole(self._core)
+        self.missing: dict[int, Lacking] = {}
+        if state is not State.LOADED and self._has_elements:
+            self.missing = dict.fromkeys(range(self.count), state)
         #: How often the bytes of each region were put in question: whoever keeps these knows which regions were written since.
-        self.writes = [0] * count
+        self.writes = [0] * self.count
         #: What made regions INVALID, where that is not plain.
         self.why: str | None = None
 
@@ -137,7 +132,7 @@ class RegionStates:
 
     def put_all(self, state: State, why: str | None = None) -> None:
         """One state for every region that has elements."""
-        if math.prod(self._core):
+        if self._has_elements:
             for region in range(self.count):
                 self._put(region, state)
         self.writes = [count + 1 for count in self.writes]

@@ -69,7 +69,7 @@ class AliasedStorage(GuardedMemory):
         self.kernel_dtype = kernel_dtype
         self.kernel_name: KernelName | None = None
         self._name(buffer, layout)
-        self.states = RegionStates(spec.shape, self.bound.lead, state)
+        self.states = RegionStates(self.bound, state)
 
     layout: Bindable | None
     shards: Shards

@@ -13,6 +13,7 @@ Every operator that touches an aliased tensor arrives here. There are four behav
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ _MOVES_MEMORY = frozenset({"set_", "resize_", "resize_as_", "resize", "set_data"
 #: Operators that look at shape, dtype and device alone.
 _BLANK = frozenset({"empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like"})
 _handlers: dict[Any, _Handler] = {}
+_geometry = attrgetter("_alias_geometry")
 
 
 def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -227,8 +229,3 @@ def traced_by_jit(**where: str) -> StateError:
         found="torch.jit.trace",
         remedy="Export with torch.export, or trace a module that holds checkpoint_state_dict(model).",
     )
-
-
-def _geometry(tensor: Any) -> Tensor:
-    plain: Tensor = tensor._alias_geometry
-    return plain

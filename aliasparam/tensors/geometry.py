@@ -67,16 +67,11 @@ def parts_of(storage: AliasedStorage, pairs: Sequence[tuple[Tensor, Tensor]]) ->
 
 
 def _boxed(storage: AliasedStorage, view: Tensor, value: Tensor, place: Place) -> Part:
-    if view.dtype is not storage.bound.dtype:  # of the same width
-        value = typed(value, view).view(storage.bound.dtype)
+    if view.dtype is not storage.bound.dtype:  # of the same width; without the bits that a view of another dtype cannot have
+        if value.dtype is not view.dtype or value.device != view.device or value.is_conj() or value.is_neg():
+            value = torch.empty(value.shape, dtype=view.dtype, device=view.device).copy_(value)
+        value = value.view(storage.bound.dtype)
     return Part(storage, place.box, place.to_box(value))
-
-
-def typed(value: Tensor, like: Tensor) -> Tensor:
-    """``value`` in the dtype and on the device of ``like``, and without the bits that a view of another dtype cannot have."""
-    if value.dtype is like.dtype and value.device == like.device and not value.is_conj() and not value.is_neg():
-        return value
-    return torch.empty(value.shape, dtype=like.dtype, device=like.device).copy_(value)
 
 
 def rows_under(storage: AliasedStorage, view: Tensor) -> Box:
@@ -88,20 +83,17 @@ def rows_under(storage: AliasedStorage, view: Tensor) -> Box:
     reach = sum((n - 1) * s for n, s in zip(view.shape, view.stride(), strict=True)) + 1
     first = view.storage_offset() * width
     last = first + reach * width - 1
-    step = math.prod(shape) * storage.bound.dtype.itemsize
-    outer: list[tuple[int, int]] = []
-    for size in shape[:-1]:
+    step, box = math.prod(shape) * storage.bound.dtype.itemsize, list[tuple[int, int]]()
+    for size in shape:
         step //= size
-        if first // step != last // step or step % width:
+        start, stop = first // step, last // step + 1
+        while start * step % width:
+            start -= 1  # wider elements begin where they are aligned
+        box.append((start, stop))
+        if start + 1 < stop or step % width:
             break
-        outer.append((first // step, first // step + 1))  # all in one index of this dim: look inside it
-        first, last = first % step, last % step
-    else:
-        step //= shape[-1]
-    start = first // step
-    while start * step % width:
-        start -= 1  # wider elements begin where they are aligned
-    return (*outer, (start, last // step + 1), *whole(shape[len(outer) + 1 :]))
+        first, last = first % step, last % step  # all in one index of this dim: look inside it
+    return (*box, *whole(shape[len(box) :]))
 
 
 def as_view(storage: AliasedStorage, rows: Tensor, box: Box, view: Tensor) -> Tensor:

@@ -127,6 +127,4 @@ def _rebuild(storage: AliasedStorage, place: Placed, attributes: dict[str, Any],
 
 def is_same_name(tensor: Any, parameter: AliasedParameter) -> bool:
     """Whether ``tensor`` is ``parameter``, or another object that is the same name: engines keep and put back old ones."""
-    if tensor is parameter or not isinstance(tensor, AliasedParameter):
-        return tensor is parameter
-    return is_same_view(tensor, parameter)
+    return tensor is parameter or (isinstance(tensor, AliasedParameter) and is_same_view(tensor, parameter))
