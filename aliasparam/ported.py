@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from .errors import DeclarationError, PointerError
 from .module.adopt import adopt
 from .module.declarations import Alias
-from .module.declare import declare
 from .module.planning import Separate, Source, parameter_spec
 from .module.registry import registry_of
+from .module.verbs import declare
 from .module.verdict import Reason, aliasing_is_on, judge
 from .spec import TensorSpec
 from .tensors.faces import _Aliased

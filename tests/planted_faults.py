@@ -132,7 +132,7 @@ FAULTS = [
         "        self.readiness = OPEN",
         "test_law_01_oracle.py",
     ),
-    Planted("module/declare.py", "readiness is not READY or", "readiness is None or", "reload/test_drain.py"),
+    Planted("module/verbs.py", "readiness is not READY or", "readiness is None or", "reload/test_drain.py"),
     Planted("module/planning.py", "kernel_dtype=alias.dtype, ", "kernel_dtype=None, ", "test_law_01_oracle.py"),
     Planted(
         "module/planning.py",

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..errors import AliasError, DeclarationError, LayoutError, PointerError, StateError
+from ..errors import AliasError, DeclarationError, LayoutError, StateError
 from ..spec import TensorSpec, other_kind
 from ..storage.kernel_name import KernelName
 from ..storage.storage import AliasedStorage
@@ -189,35 +189,6 @@ def plan_of(alias: Alias, spec: TensorSpec, *, aliasing: bool = True) -> tuple[A
             found=f"{type(error).__name__}: {error}",
             remedy="Mend its functions.",
         ) from error
-
-
-def replanned(source: Source | None, name: str, layout: AnyLayout | str | None, aliased: Iterable[Source]) -> StoragePlan:
-    """The plan of ``source`` in another layout, in the memory it has. See :meth:`AliasRegistry.retarget`."""
-    if source is None or not source.derived:
-        raise DeclarationError(
-            "only a source with an aliased kernel name has a layout to change",
-            expected="the name of an aliased source",
-            found=f"aliased sources {sorted(s.name for s in aliased)}",
-            remedy="Declare the pair with Alias first.",
-        )
-    modules = [] if source.storage is None else list(source.storage.listeners)
-    if len(modules) > 1:
-        raise DeclarationError(
-            "another module declares this tied weight too, to the layout it has",
-            expected="a weight of one module",
-            found=f"{len(modules)} modules that show it",
-            remedy="Untie it with clone() before declaring, or declare it once.",
-        )
-    old = source.plan
-    _, plan = plan_of(Alias(name, source.derived, layout, dtype=old.kernel.dtype), old.source)
-    if not plan.reason.aliases or plan.capacity > old.capacity or plan.bound.regions != old.bound.regions:
-        raise PointerError(
-            f"this layout does not fit the storage: {plan.reason.value}",
-            expected=f"{old.bound.regions} regions, at most {old.nbytes} bytes",
-            found=f"{plan.bound.regions} regions, {plan.nbytes} bytes ({plan.kernel})",
-            remedy="Plan room for it at creation: Alias(room_for=(layout,)).",
-        )
-    return replace(plan, capacity=old.capacity)
 
 
 def _need_free(taken: set[str], *names: str) -> None:

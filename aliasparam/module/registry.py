@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import AliasError, DeclarationError, StateError
+from ..errors import AliasError, DeclarationError, PointerError, StateError
 from ..report.explanation import Explanation
 from ..report.modules import ExplainedModule
 from ..spec import TensorSpec
+from ..storage.coverage import Coverage
 from ..storage.locks import all_locked
 from ..storage.storage import refuse_for_process
+from ..tensors.faces import _Aliased, loader_attributes
+from ..tensors.geometry import boxes_under, place_of, rows_under
+from ..tensors.parameter import make_parameter
 from .adopt import adopt
 from .allocate import allocate, check_sources
-from .declarations import AnyLayout, Declaration, Derivation, need_wellformed
+from .declarations import Alias, AnyLayout, Declaration, Derivation, need_wellformed
 from .derive import refresh, value_of
 from .names import ModuleNames
-from .planning import planned, replanned
-from .shards import shown_as
+from .planning import Binding, Source, plan_of, planned
 from .verdict import StoragePlan
 
 
@@ -113,10 +117,39 @@ class AliasRegistry(ModuleNames):
         plans = {}
         for name, layout in layouts.items():
             try:
-                plans[name] = replanned(self.sources.get(name), name, layout, self.aliased.values())
+                plans[name] = self._replanned(name, layout)
             except AliasError as error:
                 raise error.located(module=self.label, name=name) from error.__cause__
         return plans
+
+    def _replanned(self, name: str, layout: AnyLayout | str | None) -> StoragePlan:
+        """The plan of a source in another layout, in the memory it has."""
+        source = self.sources.get(name)
+        if source is None or not source.derived:
+            raise DeclarationError(
+                "only a source with an aliased kernel name has a layout to change",
+                expected="the name of an aliased source",
+                found=f"aliased sources {sorted(s.name for s in self.aliased.values())}",
+                remedy="Declare the pair with Alias first.",
+            )
+        modules = [] if source.storage is None else list(source.storage.listeners)
+        if len(modules) > 1:
+            raise DeclarationError(
+                "another module declares this tied weight too, to the layout it has",
+                expected="a weight of one module",
+                found=f"{len(modules)} modules that show it",
+                remedy="Untie it with clone() before declaring, or declare it once.",
+            )
+        old = source.plan
+        _, plan = plan_of(Alias(name, source.derived, layout, dtype=old.kernel.dtype), old.source)
+        if not plan.reason.aliases or plan.capacity > old.capacity or plan.bound.regions != old.bound.regions:
+            raise PointerError(
+                f"this layout does not fit the storage: {plan.reason.value}",
+                expected=f"{old.bound.regions} regions, at most {old.nbytes} bytes",
+                found=f"{plan.bound.regions} regions, {plan.nbytes} bytes ({plan.kernel})",
+                remedy="Plan room for it at creation: Alias(room_for=(layout,)).",
+            )
+        return replace(plan, capacity=old.capacity)
 
     def show_shards(self, name: str, shards: Iterable[tuple[nn.Module, str, Tensor]]) -> None:
         """Show the storage of ``name`` as several names, each a view of it (the q, k and v of a fused projection).
@@ -129,7 +162,7 @@ class AliasRegistry(ModuleNames):
         """
         source = self.sources[name]
         try:
-            bindings = shown_as(source, shards)
+            bindings = _shown_as(source, shards)
         except AliasError as error:
             raise error.located(module=self.label, name=name) from error.__cause__
         dict.pop(self.module._parameters, name, None)
@@ -216,3 +249,34 @@ def registries(model: nn.Module) -> list[tuple[str, AliasRegistry]]:
                 registry.relabel(path)
             found.append((path, registry))
     return found
+
+
+def _shown_as(source: Source, shards: Iterable[tuple[nn.Module, str, Tensor]]) -> list[Binding]:
+    """The names of :meth:`AliasRegistry.show_shards`."""
+    storage = source.need_storage("show shards of")
+    bindings, covered, once = [], Coverage(storage.bound.shape), True
+    for module, shard_name, view in shards:
+        if not isinstance(view, _Aliased) or view._alias_storage is not storage:
+            raise DeclarationError(
+                "a shard must be a view of the source it shows",
+                expected=f"a slice or view of {storage.label}",
+                found=type(view).__name__,
+                remedy="Slice the declared Parameter itself: layer.weight[:n].",
+            )
+        geometry = view._alias_geometry
+        place = place_of(storage, geometry)
+        for box in [place.box] if place is not None else boxes_under(storage, geometry, rows_under(storage, geometry)):
+            once = covered.add(box) and once
+        old = module._parameters.get(shard_name)
+        parameter = make_parameter(storage, geometry, type(old) if old is not None else nn.Parameter)
+        if old is not None:
+            parameter.__dict__.update(loader_attributes(old))
+        bindings.append(Binding(module, shard_name, parameter))
+    if not once or not covered.whole:
+        raise DeclarationError(
+            "the shards must cover the source exactly once",
+            expected=f"{source.plan.source.numel} elements, each in one shard",
+            found="some elements twice" if not once else f"without {covered.missing()[:3]}",
+            remedy="Slice the source into parts that lie beside each other.",
+        )
+    return bindings
