@@ -23,7 +23,7 @@ from .coverage import Box
 from .guarded import GuardedMemory
 from .kernel_name import KernelName
 from .locks import LOCKS
-from .shards import Shards
+from .shards import Form, Shard, shard_under
 from .states import RegionStates, State
 from .transaction import Part, write_all
 
@@ -72,7 +72,7 @@ class AliasedStorage(GuardedMemory):
         self.states = RegionStates(self.bound, state)
 
     layout: Bindable | None
-    shards: Shards
+    _shards: dict[Form, Shard]
     #: What the checkpoint name looks like; its bytes are the checkpoint's where the layout is the identity.
     geometry: Tensor
 
@@ -90,7 +90,7 @@ class AliasedStorage(GuardedMemory):
                 kernel = KernelName(label, held.as_strided(bound.kernel_shape, bound.kernel_strides), self)
             elements = elements.data
         shown = {"layout": layout, "bound": bound, "elements": elements, "geometry": geometry, "kernel_name": kernel}
-        self.__dict__.update(shown, buffer=buffer, _address=buffer.data_ptr(), shards=Shards(bound, elements))
+        self.__dict__.update(shown, buffer=buffer, _address=buffer.data_ptr(), _shards={})
 
     @cached_property
     def blank_storage(self) -> torch.UntypedStorage:
@@ -138,7 +138,7 @@ class AliasedStorage(GuardedMemory):
         """
         with LOCKS[self.lock_number]:
             self.need_writable()
-            shard, region = self.shards.under(view, value)
+            shard, region = shard_under(self.bound, self.elements, self._shards, view, value)
             if shard is None:
                 return False
             self.changing()
