@@ -10,19 +10,18 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 
 from ..errors import AdoptionError, StateError
 from ..spec import TensorSpec
+from ..storage.guarded import Listener
 from ..storage.kernel_name import KernelName
 from ..tensors.parameter import AliasedParameter, SavedName
 
 _TRACED = (FakeTensor, FunctionalTensor)  # torch.export traces with stand-ins, and puts everything back
 
 
-class Owner(Protocol):
+class Owner(Listener, Protocol):
     """Whose names they are: a registry."""
 
     label: str
 
-    @property
-    def is_open(self) -> bool: ...
     @property
     def moment(self) -> object: ...
     def kernel(self, name: str) -> KernelName | None: ...

@@ -31,11 +31,11 @@ class Exposure:
 
     def __init__(self, target: _Aliased, memory: Tensor, order: Order, writer: str) -> None:
         self._target, self._storage = target, target._alias_storage
-        self.memory, self.order, self.writer = memory, order, writer
+        self.memory, self.order = memory, order
         self.address: int = memory.data_ptr()
         self._open = True
         if order == "kernel":
-            self._storage.expose(self)
+            self._storage.expose(self, writer)
 
     def written(self, rows: slice | None = None) -> None:
         """The writer is done: ``rows`` of the memory (default: all) are new, the others as before.

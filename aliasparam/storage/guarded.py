@@ -25,12 +25,6 @@ class Listener(Protocol):
     def open(self) -> None: ...
 
 
-class RawWriter(Protocol):
-    """Who outside writes the raw bytes: an exposure in kernel order."""
-
-    writer: str
-
-
 class GuardedMemory:
     """A buffer with the state of every region, a lock, a version, and whoever must know before its bytes change."""
 
@@ -44,7 +38,8 @@ class GuardedMemory:
 
     def __init__(self) -> None:
         self.version = 0  #: Counts changes of content; whoever derives from this storage compares it with what it saw last.
-        self._writer: weakref.ref[RawWriter] | None = None
+        #: Who outside writes the raw bytes (an exposure in kernel order), and what it is called.
+        self._writer: tuple[weakref.ref[object], str] | None = None
         self._listeners: list[weakref.ref[Listener]] = []
         self.lock_number = lock_number()
 
@@ -120,22 +115,22 @@ class GuardedMemory:
         """Who outside is writing the raw bytes now, or None. One that was dropped without an end has left rubbish."""
         if self._writer is None:
             return None
-        writer = self._writer()
-        if writer is None:
+        writer, name = self._writer
+        if writer() is None:
             self.states.put_all(State.INVALID, "whoever wrote the raw bytes was dropped without an end")
             self.unexpose()
             return None
-        return writer.writer
+        return name
 
-    def expose(self, writer: RawWriter) -> None:
-        """Let ``writer`` write the raw bytes: until :meth:`unexpose` nothing else reads or writes them."""
+    def expose(self, writer: object, name: str) -> None:
+        """Let ``writer``, called ``name``, write the raw bytes: until :meth:`unexpose` nothing else reads or writes them."""
         with LOCKS[self.lock_number]:
             self.need_unexposed("expose")
             self.before_write()
-            self._writer = weakref.ref(writer)
+            self._writer = weakref.ref(writer), name
 
-    def is_exposed_to(self, writer: RawWriter) -> bool:
-        return self._writer is not None and self._writer() is writer
+    def is_exposed_to(self, writer: object) -> bool:
+        return self._writer is not None and self._writer[0]() is writer
 
     def unexpose(self) -> None:
         self._writer = None

@@ -77,13 +77,9 @@ class RegionStates:
     def of(self, region: int) -> State:
         return _state(self.missing.get(region, State.LOADED))
 
-    def regions(self, box: Box) -> Sequence[int]:
-        """The numbers of the regions which a box of the whole tensor touches."""
-        return regions_under(box, self._outer)
-
     def begin(self, box: Box) -> Begun:
         """Bytes under ``box`` are about to change. Returns what :meth:`arrived` or :meth:`rollback` need."""
-        return self.begin_regions(self.regions(box))
+        return self.begin_regions(regions_under(box, self._outer))
 
     def begin_regions(self, regions: Sequence[int]) -> Begun:
         """:meth:`begin` for some bytes of these regions."""
@@ -119,7 +115,7 @@ class RegionStates:
 
     def readable(self, box: Box) -> int | None:
         """None where every element under ``box`` has arrived; else the first region which lacks some."""
-        for region in self.regions(box):
+        for region in regions_under(box, self._outer):
             lacking = self.missing.get(region)
             if lacking is not None and not (isinstance(lacking, Coverage) and lacking.covers(box[self._lead :])):
                 return region
