@@ -1,7 +1,7 @@
 """What parameters and views of them have in common: every way into a tensor, right or refused.
 
 [Note: is-a] The parameter *is* a tensor over the real memory (right ``data_ptr``, sizes and strides), not a wrapper around
-one. Every operator on it still comes to `_dispatch.py`, because the class defines ``__torch_dispatch__``. What goes past the
+one. Every operator on it still comes to `dispatch.py`, because the class defines ``__torch_dispatch__``. What goes past the
 dispatcher (Python attributes of Tensor, raw-pointer readers) is overridden here: right, or refused.
 """
 
