@@ -69,7 +69,6 @@ FAULTS = [
     Planted("storage/shards.py", " or view.is_conj() or view.is_neg()", "", "test_views.py"),
     Planted("storage/shards.py", "value.is_conj() or value.is_neg() or ", "", "test_law_01_shards.py"),
     Planted("storage/shards.py", "kept.get(form) or _found", "_found", "test_law_01_shards.py"),
-    Planted("storage/shards.py", "    if shard.is_real:\n", "    if True:\n", "test_law_01_shards.py"),
     Planted("storage/shards.py", "or region + shard.regions[-1] >= bound.regions", "", "test_law_01_shards.py"),
     Planted("storage/shards.py", "box = *((0, 1) for _ in ones), *place.box", "box = place.box", "test_law_01_shards.py"),
     Planted("layout/bound.py", "            value = in_bytes(value)\n", "", "test_law_01_shards.py"),

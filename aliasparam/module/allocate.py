@@ -54,8 +54,7 @@ def adopt_memory(names: ModuleNames, source: Source, tensor: Tensor, *, loaded: 
     if parameter is None:  # the old object stays in somebody's hands, so its memory stays its own
         values = tensor.detach() if loaded else None
         storage = _storage(label, source, tensor.device, None, state)
-        parameter = make_parameter(storage, storage.geometry, type(tensor))
-        parameter.__dict__.update(loader_attributes(tensor))
+        parameter = make_parameter(storage, storage.geometry, type(tensor), loader_attributes(tensor))
     for name, value in source.attributes.items():
         parameter.__dict__.setdefault(name, value)
     names.bind_storage(source, storage, parameter)

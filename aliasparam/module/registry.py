@@ -268,9 +268,7 @@ def _shown_as(source: Source, shards: Iterable[tuple[nn.Module, str, Tensor]]) -
         for box in [place.box] if place is not None else boxes_under(storage, geometry, rows_under(storage, geometry)):
             once = covered.add(box) and once
         old = module._parameters.get(shard_name)
-        parameter = make_parameter(storage, geometry, type(old) if old is not None else nn.Parameter)
-        if old is not None:
-            parameter.__dict__.update(loader_attributes(old))
+        parameter = make_parameter(storage, geometry, *(() if old is None else (type(old), loader_attributes(old))))
         bindings.append(Binding(module, shard_name, parameter))
     if not once or not covered.whole:
         raise DeclarationError(

@@ -51,7 +51,6 @@ class Shard:
         box: where it is, if its first region is the first of all. In the coordinates of the tensor: another layout may count a
             dim of one as a region.
         regions: the numbers of its regions, counted from its first.
-        is_real: False where it was made while torch shows stand-ins for tensors (``FakeTensorMode``).
     """
 
     def __init__(self, box: Box, moves: Sequence[Move], memory: Tensor, bound: BoundLayout) -> None:
@@ -61,7 +60,6 @@ class Shard:
         everywhere = [in_every_region(move.copy, memory, firsts, bound.region_capacity) for move in moves]
         self._has_regions = bound.lead > 0
         self._moves = [(move, t if bound.lead else t[0]) for move, t in zip(moves, everywhere, strict=True)]
-        self.is_real = all(type(t) is Tensor for t in everywhere)
 
     def write(self, region: int, value: Tensor) -> None:
         """Put ``value`` in its place, from one region on."""
@@ -106,10 +104,9 @@ def _found(bound: BoundLayout, memory: Tensor, kept: dict[Form, Shard], form: Fo
         return None
     with outside_inference():
         shard = Shard(*found, memory, bound)
-    if shard.is_real:
-        if len(kept) == _KEPT:
-            kept.clear()
-        kept[form] = shard
+    if len(kept) == _KEPT:
+        kept.clear()
+    kept[form] = shard
     return shard
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import types
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -65,9 +66,12 @@ class SavedName:
         return _rebuild, (parameter._alias_storage, place, loader_attributes(parameter), plain_class(type(parameter)))
 
 
-def make_parameter(storage: AliasedStorage, geometry: Tensor, like: type[Any] = nn.Parameter) -> AliasedParameter:
+def make_parameter(
+    storage: AliasedStorage, geometry: Tensor, like: type[Any] = nn.Parameter, attributes: Mapping[str, Any] | None = None
+) -> AliasedParameter:
     """An AliasedParameter over ``geometry``, a plain view of ``storage.geometry``; also of the class ``like``."""
     parameter: AliasedParameter = make(_aliased_class(plain_class(like)), storage, geometry)
+    parameter.__dict__.update(attributes or {})
     pin(parameter)
     return parameter
 
@@ -120,9 +124,7 @@ _classes: dict[type[Any], type[Any]] = {}
 
 
 def _rebuild(storage: AliasedStorage, place: Placed, attributes: dict[str, Any], like: type[Any]) -> AliasedParameter:
-    parameter = make_parameter(storage, view_at(storage, *place), like)
-    parameter.__dict__.update(attributes)
-    return parameter
+    return make_parameter(storage, view_at(storage, *place), like, attributes)
 
 
 def is_same_name(tensor: Any, parameter: AliasedParameter) -> bool:
