@@ -12,14 +12,14 @@ from .module.declarations import Declaration as Declaration
 from .module.declarations import Derivation as Derivation
 from .module.declarations import Keep as Keep
 from .module.declarations import Reencoding as Reencoding
-from .module.declare import declare as declare
 from .module.expose import Exposure as Exposure
 from .module.expose import expose_for_writing as expose_for_writing
 from .module.registry import AliasRegistry as AliasRegistry
-from .module.registry_of import registry_of as registry_of
+from .module.registry import registry_of as registry_of
 from .module.verbs import accept_kernel_bytes as accept_kernel_bytes
 from .module.verbs import checkpoint_names as checkpoint_names
 from .module.verbs import checkpoint_state_dict as checkpoint_state_dict
+from .module.verbs import declare as declare
 from .module.verbs import invalidate as invalidate
 from .module.verbs import iterate_checkpoint as iterate_checkpoint
 from .module.verbs import process as process

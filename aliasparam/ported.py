@@ -12,12 +12,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .errors import DeclarationError, PointerError, StateError
+from .errors import DeclarationError, PointerError
 from .module.adopt import adopt
 from .module.declarations import Alias
-from .module.declare import declare
 from .module.planning import Separate, Source, parameter_spec
-from .module.registry_of import registry_of
+from .module.registry import registry_of
+from .module.verbs import declare
 from .module.verdict import Reason, aliasing_is_on, judge
 from .spec import TensorSpec
 from .tensors.faces import _Aliased
@@ -58,18 +58,10 @@ def alias_or_bind_derived_param(
     if source is None or registry is None:
         registry = declare(module, Alias(source_name, derived_name))
         source = registry.sources[source_name]
-    if source.storage is None:
-        raise StateError(
-            "the source has no memory yet",
-            module=type(module).__name__,
-            name=source_name,
-            expected="a Parameter on a real device",
-            found="one on meta",
-            remedy="Load the module before processing it.",
-        )
+    storage = source.need_storage("process", type(module).__name__)
     with torch.no_grad():
         adopt(registry)
-        source.storage.put_foreign(value)
+        storage.put_foreign(value)
     registry.commit_source(source_name)
 
 

@@ -11,7 +11,7 @@ import sys
 import types
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -81,9 +81,9 @@ def outside_modes() -> AbstractContextManager[Any]:
     return _disable_current_modes()
 
 
-def is_among_stand_ins() -> bool:
-    """Whether torch computes with stand-ins for tensors (``FakeTensorMode``): nothing that is called writes any memory."""
-    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+#: The mode, or None: whether torch computes with stand-ins for tensors (``FakeTensorMode``), so that nothing writes any memory.
+#: No function of our own around it, as every write asks.
+stand_ins = partial(torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey.FAKE)
 
 
 def is_traced_by_jit() -> bool:

@@ -25,6 +25,7 @@ class BoundLayout(ABC):
         shape, dtype: of the checkpoint tensor. Its first ``lead`` dims number the regions.
         regions: how many there are; each has ``region_elements`` values in ``region_capacity`` elements of memory.
         kernel_shape: full, lead dims in front.
+        strides, kernel_strides: of contiguous tensors of these shapes.
         whole: the box of the whole tensor.
         is_identity: kernel memory is the contiguous checkpoint tensor.
     """
@@ -34,6 +35,7 @@ class BoundLayout(ABC):
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, lead: int, kernel: Sequence[int], capacity: int) -> None:
         self.shape, self.dtype, self.lead, self.region_capacity = shape, dtype, lead, capacity
         self.kernel_shape = (*shape[:lead], *kernel)
+        self.strides, self.kernel_strides = tuple(row_major(shape)), tuple(row_major(self.kernel_shape))
         self.regions, self.region_elements = math.prod(shape[:lead]), math.prod(shape[lead:])
         self.whole: Box = whole(shape)
         self.lead_strides = [stride * capacity for stride in row_major(shape[:lead])]
@@ -108,6 +110,21 @@ class BoundLayout(ABC):
         else:  # regions that grow move from the last on
             regions = list(blocks(self.shape, self.lead_cuts, self.region_elements))
             yield from regions[::-1] if other.region_capacity > self.region_capacity else regions
+
+    def reorder(self, memory: Tensor, new: BoundLayout, max_bytes: int) -> None:
+        """Move every element of ``memory`` (flat) from its place in this order to that in ``new``; padding becomes zero.
+
+        A block is read before it is written: scratch is one, see :meth:`in_place_blocks`, and a region where ``new`` pads.
+        """
+        if self is new or (self.is_identity and new.is_identity):
+            return
+        for block in self.in_place_blocks(new, max_bytes):
+            self._move_block(memory, block, new)
+        new.clear_padding(memory)
+
+    def _move_block(self, memory: Tensor, block: list[Box], new: BoundLayout) -> None:
+        for box, value in [(box, self.read(memory, box)) for box in block]:
+            new.write(memory, box, value)
 
     def clear_padding(self, memory: Tensor) -> None:
         """Zero what no element of the tensor reaches. Scratch: a region."""

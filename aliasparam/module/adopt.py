@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ..errors import AdoptionError
 from ..spec import TensorSpec, other_kind
-from ..storage.reorder import move
 from ..tensors.faces import _Aliased, follow, loader_attributes
 from ..tensors.parameter import AliasedParameter, adopt_class, is_same_name, take_over
 from .allocate import adopt_memory
@@ -40,8 +39,7 @@ def adopt(registry: ModuleNames) -> None:
     _drop_left_behind(registry)
     for source in registry.sources.values():
         _finish_move(source)
-        registry.bind(source)
-    registry.bind_kernel_names()
+    registry.rebind()
     _right_kernel_names(registry)
 
 
@@ -51,7 +49,7 @@ def _finish_move(source: Source) -> None:
     if storage is not None and storage.layout != source.layout:
         with storage.lock:
             storage.before_write()
-            move(storage, source.layout)
+            storage.move(source.layout)
 
 
 def _right_kernel_names(registry: ModuleNames) -> None:

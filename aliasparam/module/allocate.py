@@ -1,21 +1,25 @@
-"""How a Parameter that was registered becomes the checkpoint name of a storage."""
+"""How a Parameter that was registered becomes the checkpoint name of a storage.
+
+What cannot: tensors that overlap themselves or each other, or lie on several devices; views of storages that others declared.
+"""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..errors import DeclarationError
 from ..layout.layout import bound_to
-from ..storage.overlap import check_memory
-from ..storage.reorder import reorder
+from ..spec import other_kind
 from ..storage.states import State
-from ..storage.storage import AliasedStorage
-from ..tensors.faces import _Aliased, loader_attributes, place_in
+from ..storage.storage import SCRATCH_BYTES, AliasedStorage
+from ..tensors.faces import _Aliased, loader_attributes
+from ..tensors.geometry import place_in
 from ..tensors.parameter import AliasedParameter, make_parameter, take_over
 from ..torch_private import is_alone, outside_inference
 from .names import ModuleNames
@@ -50,15 +54,14 @@ def adopt_memory(names: ModuleNames, source: Source, tensor: Tensor, *, loaded: 
     if parameter is None:  # the old object stays in somebody's hands, so its memory stays its own
         values = tensor.detach() if loaded else None
         storage = _storage(label, source, tensor.device, None, state)
-        parameter = make_parameter(storage, storage.geometry, type(tensor))
-        parameter.__dict__.update(loader_attributes(tensor))
+        parameter = make_parameter(storage, storage.geometry, type(tensor), loader_attributes(tensor))
     for name, value in source.attributes.items():
         parameter.__dict__.setdefault(name, value)
     names.bind_storage(source, storage, parameter)
     if values is not None:
         storage.write(storage.bound.whole, values.to(storage.bound.dtype))
     elif loaded:
-        reorder(storage.elements, bound_to(None, storage.bound.shape, storage.bound.dtype), storage.bound)
+        bound_to(None, *storage.spec).reorder(storage.elements, storage.bound, SCRATCH_BYTES)
         storage.states.put_all(State.LOADED)
 
 
@@ -84,7 +87,7 @@ def check_sources(names: ModuleNames, sources: Sequence[Source]) -> None:
     """Raise DeclarationError where the Parameters of ``sources`` cannot each have a storage of their own."""
     beside = {n: p for n, p in names.module._parameters.items() if p is not None and not is_lazy(p)}
     declared = {source.name: beside.pop(source.name) for source in sources}
-    check_memory(names.label, declared, beside)
+    _check_memory(names.label, declared, beside)
     for source in sources:
         _check_tie(source, declared[source.name])
     trained = sorted(name for name, parameter in declared.items() if parameter.requires_grad)
@@ -119,3 +122,73 @@ def _check_tie(source: Source, parameter: Tensor) -> None:
             found=source.layout,
             remedy="Declare it once, or untie it with clone().",
         )
+
+
+def _check_memory(label: str, tensors: Mapping[str, Tensor], beside: Mapping[str, Tensor]) -> None:
+    """Raise DeclarationError for sources which cannot each have a storage of their own.
+
+    Args:
+        label: the module, for messages.
+        tensors: declared sources by name; those on the meta device have no memory and pass.
+        beside: other Parameters of the module. One that lies in a source's memory would lose it, unseen.
+    """
+    real = {name: t for name, t in tensors.items() if not t.is_meta and t.numel()}
+    if len({t.device for t in real.values()}) > 1:
+        raise DeclarationError(
+            "the declared names are on several devices",
+            module=label,
+            expected="one device",
+            found={name: str(t.device) for name, t in real.items()},
+            remedy="Move the whole module first: module.to(device).",
+        )
+    for name, tensor in real.items():
+        if overlaps_itself(tensor):
+            raise DeclarationError(
+                "elements of this tensor share memory (an expanded or overlapping view)",
+                module=label,
+                name=name,
+                expected="every element in bytes of its own",
+                found=f"shape {list(tensor.shape)}, strides {list(tensor.stride())}",
+                remedy="Register tensor.contiguous() instead.",
+            )
+    objects = {id(t) for t in real.values()}  # the same object under a second name is a tie, which is kept
+    others = {name: t for name, t in beside.items() if id(t) not in objects and has_memory(t)}
+    every = [(t.data_ptr(), t.data_ptr() + extent(t), name, of is real) for of in (real, others) for name, t in of.items()]
+    furthest: dict[bool, tuple[int, str]] = {}  # of what is declared, and of what is not: where one ends
+    for start, end, name, declared in sorted(every):
+        for known, (stop, other) in furthest.items():
+            if start < stop and (known or declared):
+                raise DeclarationError(
+                    "two names overlap in memory",
+                    module=label,
+                    name=f"{other}, {name}",
+                    expected="tensors apart from each other",
+                    found=f"bytes {start} to {min(stop, end) - 1} in both",
+                    remedy="Declare the tensor which owns the memory and show parts of it: registry.show_shards(...).",
+                )
+        furthest[declared] = max(furthest.get(declared, (0, "")), (end, name))
+
+
+def has_memory(tensor: Tensor) -> bool:
+    """Whether it has bytes at an address."""
+    strided = other_kind(tensor) is None and not is_traceable_wrapper_subclass(tensor)
+    return strided and not tensor.is_meta and tensor.numel() > 0
+
+
+def extent(tensor: Tensor) -> int:
+    """Bytes from the first element to the end of the last."""
+    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return int((last + 1) * tensor.element_size())
+
+
+def overlaps_itself(tensor: Tensor) -> bool:
+    """Whether two elements may share memory."""
+    if tensor.is_contiguous():
+        return False
+    reach = 1
+    for size, stride in sorted(zip(tensor.shape, tensor.stride(), strict=True), key=lambda pair: pair[1]):
+        if size > 1:
+            if stride < reach:
+                return True
+            reach += (size - 1) * stride
+    return False

@@ -10,19 +10,18 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 
 from ..errors import AdoptionError, StateError
 from ..spec import TensorSpec
+from ..storage.guarded import Listener
 from ..storage.kernel_name import KernelName
 from ..tensors.parameter import AliasedParameter, SavedName
 
 _TRACED = (FakeTensor, FunctionalTensor)  # torch.export traces with stand-ins, and puts everything back
 
 
-class Owner(Protocol):
+class Owner(Listener, Protocol):
     """Whose names they are: a registry."""
 
     label: str
 
-    @property
-    def is_open(self) -> bool: ...
     @property
     def moment(self) -> object: ...
     def kernel(self, name: str) -> KernelName | None: ...
@@ -34,7 +33,9 @@ class Names(dict[str, Any]):
 
     __slots__ = ("owners",)
 
-    owners: dict[str, Owner]
+    def __init__(self, items: dict[str, Any], owners: dict[str, Owner], unchanged: None = None) -> None:
+        super().__init__(items)
+        self.owners = owners
 
     def __setitem__(self, name: str, value: Any) -> None:
         """``setattr``, as engines replace Parameters, and ``Module.to()`` buffers. Compiled callers do not run the guard, which
@@ -59,7 +60,7 @@ class Names(dict[str, Any]):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         unchanged = _Unchanged(self.owners)
-        return _names_of, ({n: self._saved(n, v) for n, v in self.items()}, self.owners, unchanged)
+        return Names, ({n: self._saved(n, v) for n, v in self.items()}, self.owners, unchanged)
 
     def _saved(self, name: str, value: Any) -> Any:
         if isinstance(value, AliasedParameter):
@@ -104,12 +105,6 @@ def _face(kernel: KernelName, owner: Owner, is_open: bool) -> Tensor:
     return kernel.refusing if getattr(owner, "is_open", is_open) else kernel.tensor
 
 
-def _names_of(items: dict[str, Any], owners: dict[str, Owner], unchanged: None = None) -> Names:
-    names = Names(items)
-    names.owners = owners
-    return names
-
-
 def standing(module: nn.Module, name: str) -> Any:
     """What is under a name: an attribute, which hides Parameters, which hide buffers. After ``del`` any may be put there."""
     if name in module.__dict__:
@@ -118,23 +113,15 @@ def standing(module: nn.Module, name: str) -> Any:
     return module._buffers.get(name) if found is None else found
 
 
-def put_parameter(module: nn.Module, name: str, parameter: AliasedParameter, owner: Owner) -> None:
-    if module._buffers.pop(name, None) is not None:
-        module._non_persistent_buffers_set.discard(name)
-    _put(module, "_parameters", name, parameter, owner)
-
-
-def put_buffer(module: nn.Module, name: str, tensor: Tensor, owner: Owner) -> None:
-    """Show a kernel name, as a non-persistent buffer."""
-    module._parameters.pop(name, None)
-    module._non_persistent_buffers_set.add(name)
-    _put(module, "_buffers", name, tensor, owner)
-
-
-def _put(module: nn.Module, attribute: str, name: str, value: Tensor, owner: Owner) -> None:
+def put(module: nn.Module, name: str, tensor: Tensor, owner: Owner) -> None:
+    """Show a checkpoint name, or a kernel name: as a non-persistent buffer."""
+    is_parameter = isinstance(tensor, AliasedParameter)
+    attribute, other = ("_parameters", "_buffers") if is_parameter else ("_buffers", "_parameters")
     module.__dict__.pop(name, None)
+    module.__dict__[other].pop(name, None)
+    (module._non_persistent_buffers_set.discard if is_parameter else module._non_persistent_buffers_set.add)(name)
     names = module.__dict__[attribute]
     if not isinstance(names, Names):
-        names = module.__dict__[attribute] = _names_of(names, {})
+        names = module.__dict__[attribute] = Names(names, {})
     names.owners[name] = owner
-    dict.__setitem__(names, name, value)
+    dict.__setitem__(names, name, tensor)

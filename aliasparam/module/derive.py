@@ -16,14 +16,12 @@ def refresh(registry: ModuleNames, derived: Derived) -> int:
     """Compute one derivation again if it is not current; returns how many were computed. Its sources come first."""
     if registry.is_current(derived):
         return 0
-    versions = registry.versions_of(derived)
-    if derived.kernel is None:
-        raise AssertionError(f"{registry.label}.{derived.declaration.name}: derived before it has memory")
+    versions, kernel = registry.versions_of(derived), derived.need_kernel()
     value = _compute(registry, derived.declaration)
     derived.seen = None  # an interrupted copy is of no version
     derived.version += 1
-    derived.kernel.memory.copy_(value)
-    derived.kernel.accept()  # whatever other code wrote there is gone
+    kernel.memory.copy_(value)
+    kernel.accept()  # whatever other code wrote there is gone
     derived.seen = versions
     return 1
 
@@ -31,22 +29,11 @@ def refresh(registry: ModuleNames, derived: Derived) -> int:
 def value_of(registry: ModuleNames, name: str) -> Tensor:
     """What a source or a derived name holds, also of a source that is shown as shards by other names."""
     if name in registry.derived:
-        kernel = registry.derived[name].kernel
-        if kernel is None:
-            raise AssertionError(f"{registry.label}.{name}: derived before it has memory")
-        return kernel.memory
-    storage = registry.source_of(name).storage
-    if storage is None:
-        raise AssertionError(f"{registry.label}.{name}: read before it has memory")
+        return registry.derived[name].need_kernel().memory
+    storage = registry.source_of(name).need_storage("read", registry.label)
     if name not in registry.sources and storage.kernel_name is not None:
         return storage.kernel_name.memory
     return storage.read(storage.bound.whole)
-
-
-def _copy_of(registry: ModuleNames, name: str) -> Tensor:
-    """A value that the function may overwrite."""
-    value = value_of(registry, name)
-    return value if name in registry.sources else value.clone()
 
 
 def _compute(registry: ModuleNames, spec: Derivation) -> Tensor:
@@ -56,7 +43,9 @@ def _compute(registry: ModuleNames, spec: Derivation) -> Tensor:
         DerivationError: the function raised something of its own, or returned no tensor with values.
         StateError: it returned one of another shape or dtype than it declared.
     """
-    values, expected = [_copy_of(registry, name) for name in spec.sources], TensorSpec(spec.shape, spec.dtype)
+    held = [(name, value_of(registry, name)) for name in spec.sources]
+    values = [value if name in registry.sources else value.clone() for name, value in held]  # which it may overwrite
+    expected = TensorSpec(spec.shape, spec.dtype)
     where = {"module": registry.label, "name": spec.name}
     given = ", ".join(f"{n} {TensorSpec.of(v)}" for n, v in zip(spec.sources, values, strict=True))
     try:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ReloadError
-from ..storage.states import State
 from ..tensors.faces import _Aliased
 from ..tensors.geometry import place_of
 
@@ -32,11 +31,11 @@ class Exposure:
 
     def __init__(self, target: _Aliased, memory: Tensor, order: Order, writer: str) -> None:
         self._target, self._storage = target, target._alias_storage
-        self.memory, self.order, self.writer = memory, order, writer
+        self.memory, self.order = memory, order
         self.address: int = memory.data_ptr()
         self._open = True
         if order == "kernel":
-            self._storage.expose(self)
+            self._storage.expose(self, writer)
 
     def written(self, rows: slice | None = None) -> None:
         """The writer is done: ``rows`` of the memory (default: all) are new, the others as before.
@@ -46,22 +45,29 @@ class Exposure:
                 this order does not keep together, and it is still open.
         """
         target = _part(self._target, rows, self.order) if self._open else self._target
-        self._close()
-        if self.order == "kernel":
-            self._end_raw(target, State.LOADED)
-            return
-        with torch.no_grad():
-            target.copy_(self.memory if rows is None else self.memory[rows])
+        self._close(target, written=True)
+        if self.order == "checkpoint":
+            with torch.no_grad():
+                target.copy_(self.memory if rows is None else self.memory[rows])
 
     def abandon(self) -> None:
         """The writer failed. Staging is dropped; raw memory that it may have written refuses until it is loaded again."""
-        self._close()
-        if self.order == "kernel":
-            self._end_raw(self._target, State.INVALID)
+        self._close(self._target, written=False)
 
-    def _end_raw(self, target: _Aliased, state: State) -> None:
-        """Take the memory back; what is under ``target`` is in ``state`` now."""
+    def _close(self, target: _Aliased, *, written: bool) -> None:
+        """Take raw memory back: what is under ``target`` is LOADED or INVALID now."""
         storage = self._storage
+        if not self._open:
+            raise ReloadError(
+                "this exposure is closed already",
+                label=storage.label,
+                expected="one written() or abandon()",
+                found="a second one",
+                remedy="Expose the name again.",
+            )
+        self._open = False
+        if self.order == "checkpoint":
+            return
         with storage.lock:
             if not storage.is_exposed_to(self):
                 raise ReloadError(
@@ -75,25 +81,14 @@ class Exposure:
             if place is None:
                 raise AssertionError(f"{storage.label}: exposed without a place")
             storage.changing()
-            before = storage.states.begin(place.box)
+            regions, _ = storage.states.begin(place.box)
             if storage.kernel_name is not None:
                 storage.kernel_name.accept()
             storage.unexpose()  # now that it is INVALID
-            if state is State.LOADED:
-                storage.states.arrived(place.box, (before[0], dict.fromkeys(before[0], State.EMPTY)))
+            if written:
+                storage.states.rollback((regions, {}))  # none lacks anything
             else:
                 storage.states.why = "whoever wrote the raw bytes failed"
-
-    def _close(self) -> None:
-        if not self._open:
-            raise ReloadError(
-                "this exposure is closed already",
-                label=self._storage.label,
-                expected="one written() or abandon()",
-                found="a second one",
-                remedy="Expose the name again.",
-            )
-        self._open = False
 
     def __enter__(self) -> Exposure:
         return self

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 from enum import Enum
 from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
+from ..errors import StaleKernelError
 from ..storage.kernel_name import KernelName
 from ..storage.locks import all_locked
 from ..storage.storage import AliasedStorage
 from ..tensors.parameter import AliasedParameter, is_same_name
 from ..torch_private import outside_inference
-from .containers import put_buffer, put_parameter, standing
+from .containers import put, standing
 from .planning import Binding, Derived, Separate, Source
 
 
@@ -53,7 +55,7 @@ class ModuleNames:
         #: Names that undeclared code derived and that could not share memory.
         self.separate: dict[str, Separate] = {}
         self._shown: list[Shown] | None = None  # what stands where, once it was seen to be ours
-        self.readiness = Readiness.READY
+        self.readiness = READY
         #: The reload that has this module, alive while it is open: nothing else may let the module run.
         self.holder: weakref.ref[Any] | None = None
         self._committed: dict[str, int] = {}  # versions of the sources which the kernel names are of
@@ -67,15 +69,10 @@ class ModuleNames:
         if storage.kernel_name is not None and source.derived:
             storage.kernel_name.label = f"{self.label}.{source.derived}"
         source.bindings = [Binding(self.module, source.name, parameter)]
-        self.bind(source)
 
-    def bind(self, source: Source) -> None:
-        self._shown = None
-        for binding in source.bindings:
-            put_parameter(binding.module, binding.name, binding.parameter, self)
-
-    def bind_kernel_names(self) -> None:
-        """Show every kernel name on the module: its tensor, or its refusing twin while the module is open."""
+    def bind(self, sources: Iterable[Source] = ()) -> None:
+        """Show the checkpoint names of ``sources``; and every kernel name: its tensor, or its refusing twin while the module is
+        open."""
         device = self.device()
         for derived in self.derived.values():
             if derived.kernel is None and device is not None:
@@ -84,25 +81,26 @@ class ModuleNames:
                     memory = torch.zeros(spec.shape, dtype=spec.dtype, device=device)
                 derived.kernel = KernelName(f"{self.label}.{spec.name}", memory)
         self._shown = None
+        for source in sources:
+            for binding in source.bindings:
+                put(binding.module, binding.name, binding.parameter, self)
         for name, kernel in self.kernels():
-            put_buffer(self.module, name, kernel.tensor if self.readiness is Readiness.READY else kernel.refusing, self)
+            put(self.module, name, kernel.tensor if self.readiness is READY else kernel.refusing, self)
 
     def rebind(self) -> None:
         """Put the library's own names back and discard whatever replaced them."""
-        for source in self.sources.values():
-            self.bind(source)
-        self.bind_kernel_names()
+        self.bind(self.sources.values())
 
     def _show(self, *, ready: bool) -> None:
         """Switch the kernel names that are bound; what else is under a name stays for the next verb to see."""
         self._shown = None
         for name, kernel in self.kernels():
             if kernel.shows(standing(self.module, name)):
-                put_buffer(self.module, name, kernel.tensor if ready else kernel.refusing, self)
+                put(self.module, name, kernel.tensor if ready else kernel.refusing, self)
 
     def kernels(self) -> list[tuple[str, KernelName]]:
         """Every kernel name that has memory."""
-        owners: list[tuple[str, Source | Derived]] = [*self.aliased.items(), *self.derived.items()]
+        owners: tuple[tuple[str, Source | Derived], ...] = (*self.aliased.items(), *self.derived.items())
         return [(name, owner.kernel) for name, owner in owners if owner.kernel is not None]
 
     def kernel(self, name: str) -> KernelName | None:
@@ -133,6 +131,11 @@ class ModuleNames:
             kernel.label = f"{path}.{name}"
 
     # -- readiness -----------------------------------------------------------------------------------------------------
+
+    @property
+    def session(self) -> Any:
+        """The reload that has this module, or None."""
+        return None if self.holder is None else self.holder()
 
     @property
     def is_open(self) -> bool:
@@ -186,7 +189,7 @@ class ModuleNames:
         for _, kernel in self.kernels():
             kernel.changing()
         self._show(ready=False)
-        self.readiness = Readiness.OPEN
+        self.readiness = OPEN
 
     def look(self) -> None:
         """A tensor was put under a name: another than ours opens the module, and ours again closes it."""
@@ -195,19 +198,36 @@ class ModuleNames:
         else:
             self.close_if_unchanged()
 
+    def need_ready(self) -> None:
+        """Raise StaleKernelError where the module is open, or its names were replaced. Forwards that a reload waits for go on."""
+        session = self.session
+        if self.readiness is Readiness.CLOSED and session is not None and session.drain.lets_through():
+            return
+        self.close_if_unchanged()
+        replaced = self.replaced_names()
+        if (self.readiness is READY and not replaced) or not self.kernel_names():
+            return
+        raise StaleKernelError(
+            "called while a declared name holds a tensor that was not taken in yet" if replaced else "called while it is open",
+            module=self.label,
+            name=", ".join(replaced or self.stale_names()) or None,
+            expected="a module processed since the last write to its names",
+            found="another tensor under the name" if replaced else "names written and not processed since",
+            remedy="Call aliasparam.process(model) after loading.",
+        )
+
     def close_if_unchanged(self) -> None:
         """Close again where nothing changed after all: a name was replaced in passing."""
-        session = None if self.holder is None else self.holder()
+        session = self.session
         if session is not None and session.drain.holds(self):
             return
         versions = self._versions()  # before they are judged: what is written meanwhile is not committed
-        if self.readiness is not Readiness.READY and self._committed and not self.replaced_names() and not self.stale_names():
+        if self.readiness is not READY and self._committed and not self.replaced_names() and not self.stale_names():
             self._commit(versions)
 
     def commit_source(self, name: str) -> None:
         """The module's own code put kernel bytes under this source's kernel name; the module runs if that was the last."""
-        storage = self.sources[name].storage
-        self._committed[name] = -1 if storage is None else storage.version
+        self._committed[name] = self.sources[name].version
         self.close_if_unchanged()
 
     @property
@@ -221,7 +241,7 @@ class ModuleNames:
         return commit, self._versions(), [(d.version, d.seen) for d in self.derived.values()]
 
     def _versions(self) -> dict[str, int]:
-        return {n: -1 if s.storage is None else s.storage.version for n, s in self.sources.items()}
+        return {name: source.version for name, source in self.sources.items()}
 
     def _commit(self, versions: dict[str, int]) -> None:
         """Let the module run with sources of these versions, if they still are."""
@@ -232,7 +252,7 @@ class ModuleNames:
             self._committed = versions
             self.readiness = Readiness.OPENING
             self._show(ready=True)
-            self.readiness = Readiness.READY
+            self.readiness = READY
 
     def bindings(self) -> list[Binding]:
         """Every checkpoint name, those of shards too."""
@@ -246,12 +266,7 @@ class ModuleNames:
 
     def stale_names(self) -> list[str]:
         """Kernel names that the last commit does not cover: sources written since, or written or moved by other code."""
-        stale = []
-        for name, source in self.aliased.items():
-            storage, kernel = source.storage, source.kernel
-            moved = kernel is not None and kernel.was_moved
-            if moved or storage is None or not storage.is_loaded or storage.version != self._committed.get(source.name):
-                stale.append(name)
+        stale = [name for name, source in self.aliased.items() if not source.is_of(self._committed.get(source.name))]
         older: list[str] = []
         for name, derived in self.derived.items():
             if not self.is_current(derived) or not set(older).isdisjoint(derived.declaration.sources):
@@ -260,19 +275,12 @@ class ModuleNames:
 
     def is_current(self, derived: Derived) -> bool:
         kernel = derived.kernel
-        if kernel is None or kernel.was_written or kernel.was_moved:
-            return False
-        return derived.seen == self.versions_of(derived)
+        untouched = kernel is not None and not kernel.was_written and not kernel.was_moved
+        return untouched and derived.seen == self.versions_of(derived)
 
     def versions_of(self, derived: Derived) -> tuple[int, ...]:
         """What the sources of a derivation have come to."""
-        return tuple(self._version_of(name) for name in derived.declaration.sources)
-
-    def _version_of(self, name: str) -> int:
-        if name in self.derived:
-            return self.derived[name].version
-        storage = self.source_of(name).storage
-        return storage.version if storage is not None else -1
+        return tuple((self.derived.get(name) or self.source_of(name)).version for name in derived.declaration.sources)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "holder": None, "_shown": None}  # a copy of the module is under no reload

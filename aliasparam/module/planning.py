@@ -11,14 +11,13 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..errors import AliasError, DeclarationError, LayoutError
+from ..errors import AliasError, DeclarationError, LayoutError, StateError
 from ..spec import TensorSpec, other_kind
 from ..storage.kernel_name import KernelName
 from ..storage.storage import AliasedStorage
 from ..tensors.parameter import AliasedParameter, SavedName
 from .declarations import Alias, AnyLayout, Declaration, Derivation, Order, Reencoding
-from .layout_of import layout_of
-from .verdict import Reason, StoragePlan, aliasing_is_on, plan_storage
+from .verdict import Reason, StoragePlan, aliasing_is_on, layout_of, plan_storage
 
 
 @dataclass(slots=True)
@@ -52,6 +51,28 @@ class Source:
     def kernel(self) -> KernelName | None:
         return None if self.storage is None else self.storage.kernel_name
 
+    def need_storage(self, doing: str, module: str | None = None) -> AliasedStorage:
+        """Its storage. Raises StateError while it is on the meta device."""
+        if self.storage is None:
+            raise StateError(
+                f"cannot {doing} a name which is still on the meta device",
+                module=module,
+                name=self.name,
+                expected="a loaded tensor",
+                found="a placeholder on meta",
+                remedy="Load the module's weights first.",
+            )
+        return self.storage
+
+    @property
+    def version(self) -> int:
+        return -1 if self.storage is None else self.storage.version
+
+    def is_of(self, version: int | None) -> bool:
+        """Whether the kernel name may be used, and holds what this version of the storage does."""
+        moved = self.kernel is not None and self.kernel.was_moved
+        return not moved and self.storage is not None and self.storage.is_loaded and self.storage.version == version
+
 
 @dataclass(slots=True)
 class Derived:
@@ -63,6 +84,11 @@ class Derived:
     kernel: KernelName | None = None
     seen: tuple[int, ...] | None = None  # versions of its sources when it was computed
     version: int = 0
+
+    def need_kernel(self) -> KernelName:
+        if self.kernel is None:
+            raise AssertionError(f"{self.declaration.name}: derived before it has memory")
+        return self.kernel
 
 
 @dataclass(frozen=True)
@@ -122,9 +148,7 @@ def _pair(module: nn.Module, alias: Alias, *, aliasing: bool) -> tuple[Source, D
         return Source(alias.source, plan, alias.derived or None), None
     if aliasing:
         _report_fallback(alias, plan)
-    function = (
-        layout.function if isinstance(layout, Reencoding) else InOrder(plan_storage(spec, layout, kernel_dtype=alias.dtype))
-    )
+    function = layout.function if isinstance(layout, Reencoding) else InOrder(plan)
     copied = Derivation(alias.derived, (alias.source,), function, plan.kernel.shape, plan.kernel.dtype)
     return Source(alias.source, plan_storage(spec, None), None), Derived(copied, fallback=plan, layout=layout)
 

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import AliasError, DeclarationError, StateError
+from ..errors import AliasError, DeclarationError, PointerError, StateError
 from ..report.explanation import Explanation
 from ..report.rows import ExplainedModule
 from ..spec import TensorSpec
-from ..tensors.processes import refuse_for_process
+from ..storage.coverage import Coverage
+from ..storage.locks import all_locked
+from ..storage.storage import refuse_for_process
+from ..tensors.faces import _Aliased, loader_attributes
+from ..tensors.geometry import boxes_under, place_of, rows_under
+from ..tensors.parameter import make_parameter
 from .adopt import adopt
 from .allocate import allocate, check_sources
-from .declarations import AnyLayout, Declaration, Derivation
+from .declarations import Alias, AnyLayout, Declaration, Derivation, need_wellformed
 from .derive import refresh, value_of
 from .names import ModuleNames
-from .planning import planned
-from .retarget import plan_retarget, retarget
-from .shards import show
-from .wellformed import need_wellformed
+from .planning import Binding, Source, plan_of, planned
+from .verdict import StoragePlan
 
 
 class AliasRegistry(ModuleNames):
@@ -54,7 +58,7 @@ class AliasRegistry(ModuleNames):
                 self.aliased[source.derived] = source
             allocate(self, source, loaded=loaded)
         self.derived.update({d.declaration.name: d for d in derived})
-        self.bind_kernel_names()
+        self.bind(sources)
 
     def rederive(self, derivations: Iterable[Derivation]) -> None:
         """Give derived names other formulas, in the memory they have; the next processing computes them anew.
@@ -91,11 +95,61 @@ class AliasRegistry(ModuleNames):
             DeclarationError: not a source with an aliased kernel name, or a layout that does not fit its shape.
             PointerError: the new layout needs more memory than was planned (``Alias(room_for=...)``).
         """
-        retarget(self, layouts)
+        plans = self.check_retarget(layouts)
+        with torch.no_grad():
+            adopt(self)
+            sources = [(self.sources[name], plan) for name, plan in plans.items()]
+            storages = [source.storage for source, _ in sources if source.storage is not None]
+            with all_locked(storage.lock_number for storage in storages):
+                for storage in storages:
+                    storage.need_writable()
+                for source, plan in sources:
+                    if source.storage is None:
+                        source.plan = plan
+                        continue
+                    source.storage.changing()
+                    source.plan = plan
+                    source.storage.move(plan.layout)  # finished by adopt() where it is interrupted
+            self.bind()
 
-    def check_retarget(self, layouts: Mapping[str, AnyLayout | str | None]) -> None:
-        """Raise what :meth:`retarget` would raise, for whoever moves several modules or none."""
-        plan_retarget(self, layouts)
+    def check_retarget(self, layouts: Mapping[str, AnyLayout | str | None]) -> dict[str, StoragePlan]:
+        """Raise what :meth:`retarget` would raise, for whoever moves several modules or none; the plan of each source."""
+        plans = {}
+        for name, layout in layouts.items():
+            try:
+                plans[name] = self._replanned(name, layout)
+            except AliasError as error:
+                raise error.located(module=self.label, name=name) from error.__cause__
+        return plans
+
+    def _replanned(self, name: str, layout: AnyLayout | str | None) -> StoragePlan:
+        """The plan of a source in another layout, in the memory it has."""
+        source = self.sources.get(name)
+        if source is None or not source.derived:
+            raise DeclarationError(
+                "only a source with an aliased kernel name has a layout to change",
+                expected="the name of an aliased source",
+                found=f"aliased sources {sorted(s.name for s in self.aliased.values())}",
+                remedy="Declare the pair with Alias first.",
+            )
+        modules = [] if source.storage is None else list(source.storage.listeners)
+        if len(modules) > 1:
+            raise DeclarationError(
+                "another module declares this tied weight too, to the layout it has",
+                expected="a weight of one module",
+                found=f"{len(modules)} modules that show it",
+                remedy="Untie it with clone() before declaring, or declare it once.",
+            )
+        old = source.plan
+        _, plan = plan_of(Alias(name, source.derived, layout, dtype=old.kernel.dtype), old.source)
+        if not plan.reason.aliases or plan.capacity > old.capacity or plan.bound.regions != old.bound.regions:
+            raise PointerError(
+                f"this layout does not fit the storage: {plan.reason.value}",
+                expected=f"{old.bound.regions} regions, at most {old.nbytes} bytes",
+                found=f"{plan.bound.regions} regions, {plan.nbytes} bytes ({plan.kernel})",
+                remedy="Plan room for it at creation: Alias(room_for=(layout,)).",
+            )
+        return replace(plan, capacity=old.capacity)
 
     def show_shards(self, name: str, shards: Iterable[tuple[nn.Module, str, Tensor]]) -> None:
         """Show the storage of ``name`` as several names, each a view of it (the q, k and v of a fused projection).
@@ -106,10 +160,14 @@ class AliasRegistry(ModuleNames):
             name: the declared source.
             shards: (module, parameter name, view), where view is a slice or view of the source parameter.
         """
+        source = self.sources[name]
         try:
-            show(self, name, shards)
+            bindings = _shown_as(source, shards)
         except AliasError as error:
             raise error.located(module=self.label, name=name) from error.__cause__
+        dict.pop(self.module._parameters, name, None)
+        source.bindings = bindings
+        self.bind([source])
 
     def value(self, name: str) -> Tensor:
         """What a source or a derivation holds, also of a source that is shown as shards by other names."""
@@ -141,7 +199,7 @@ class AliasRegistry(ModuleNames):
         return work
 
     def _need_no_reload(self) -> None:
-        if self.holder is not None and self.holder() is not None:
+        if self.session is not None:
             raise StateError(
                 "cannot process: a reload of this module is open",
                 module=self.label,
@@ -153,20 +211,12 @@ class AliasRegistry(ModuleNames):
     def need_loaded(self) -> None:
         """Raise StateError where a source lacks elements."""
         for source in self.sources.values():
-            if source.storage is None:
-                raise StateError(
-                    "cannot process a name which is still on the meta device",
-                    module=self.label,
-                    name=source.name,
-                    expected="a loaded tensor",
-                    found="a placeholder on meta",
-                    remedy="Load the module's weights first.",
-                )
-            source.storage.need_unexposed("process")
-            source.storage.need_memory()
-            with source.storage.lock:
-                if not source.storage.is_loaded:
-                    raise source.storage.not_loaded("cannot process")
+            storage = source.need_storage("process", self.label)
+            storage.need_unexposed("process")
+            storage.need_memory()
+            with storage.lock:
+                if not storage.is_loaded:
+                    raise storage.not_loaded("cannot process")
 
     def _repr_html_(self) -> str:
         return Explanation.of([ExplainedModule.of(self.label, self, self.about, set())])._repr_html_()
@@ -178,3 +228,53 @@ class AliasRegistry(ModuleNames):
 
 
 ForkingPickler.register(AliasRegistry, refuse_for_process)
+
+#: Where a declared module has its registry.
+ATTRIBUTE = "_alias_registry"
+
+
+def registry_of(module: nn.Module) -> AliasRegistry | None:
+    """The registry of exactly this module, or None."""
+    registry: AliasRegistry | None = module.__dict__.get(ATTRIBUTE)
+    return registry
+
+
+def registries(model: nn.Module) -> list[tuple[str, AliasRegistry]]:
+    """(module path, registry) of every declared module in ``model``; labels are refreshed to the paths."""
+    found = []
+    for path, module in model.named_modules():
+        registry: AliasRegistry | None = module.__dict__.get(ATTRIBUTE)
+        if registry is not None:
+            if path and path != registry.label:
+                registry.relabel(path)
+            found.append((path, registry))
+    return found
+
+
+def _shown_as(source: Source, shards: Iterable[tuple[nn.Module, str, Tensor]]) -> list[Binding]:
+    """The names of :meth:`AliasRegistry.show_shards`."""
+    storage = source.need_storage("show shards of")
+    bindings, covered, once = [], Coverage(storage.bound.shape), True
+    for module, shard_name, view in shards:
+        if not isinstance(view, _Aliased) or view._alias_storage is not storage:
+            raise DeclarationError(
+                "a shard must be a view of the source it shows",
+                expected=f"a slice or view of {storage.label}",
+                found=type(view).__name__,
+                remedy="Slice the declared Parameter itself: layer.weight[:n].",
+            )
+        geometry = view._alias_geometry
+        place = place_of(storage, geometry)
+        for box in [place.box] if place is not None else boxes_under(storage, geometry, rows_under(storage, geometry)):
+            once = covered.add(box) and once
+        old = module._parameters.get(shard_name)
+        parameter = make_parameter(storage, geometry, *(() if old is None else (type(old), loader_attributes(old))))
+        bindings.append(Binding(module, shard_name, parameter))
+    if not once or not covered.whole:
+        raise DeclarationError(
+            "the shards must cover the source exactly once",
+            expected=f"{source.plan.source.numel} elements, each in one shard",
+            found="some elements twice" if not once else f"without {covered.missing()[:3]}",
+            remedy="Slice the source into parts that lie beside each other.",
+        )
+    return bindings

@@ -5,16 +5,19 @@ Pure: looks at specs only, allocates nothing, so a plan can be made on the meta 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cached_property, lru_cache
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from ..layout import BoundLayout, Layout
+from ..errors import DeclarationError
+from ..layout import BoundLayout, IndexLayout, Layout, OpaqueLayout
 from ..layout.layout import bound_to
 from ..spec import TensorSpec
 from .declarations import AnyLayout, Order, Reencoding
@@ -49,11 +52,8 @@ class Reason(Enum):
 
 
 _switched_on: ContextVar[bool] = ContextVar("aliasing", default=True)
-
-
-def aliasing_is_on() -> bool:
-    """False inside :func:`without_aliasing`."""
-    return _switched_on.get()
+#: False inside :func:`without_aliasing`.
+aliasing_is_on = _switched_on.get
 
 
 @contextmanager
@@ -76,7 +76,7 @@ class StoragePlan:
     Attributes:
         source: the checkpoint tensor.
         kernel: the kernel name.
-        layout: order of the memory: that of the pair, or None (checkpoint order) where the kernel name is a copy.
+        layout: order of the kernel name, and of the memory that they share; None: checkpoint order.
         bound: the same for this tensor.
         capacity: elements of the source's dtype that are allocated, room for other layouts included.
         reason: why they share memory, or why not.
@@ -146,11 +146,43 @@ def _plan(
     bound = bound_to(order, *source)
     kernel = layout.output(source) if isinstance(layout, Reencoding) else TensorSpec(bound.kernel_shape, dtype)
     reason = judge(source, kernel, lossless=order is layout) if aliasing else Reason.SWITCHED_OFF
-    if not reason.aliases:
-        return StoragePlan(source, kernel, None, bound_to(None, *source), source.numel, reason)
     rooms = [bound_to(other, *source) for other in room_for if not isinstance(other, Reencoding)]
     return StoragePlan(source, kernel, order, bound, max(b.regions * b.region_capacity for b in (bound, *rooms)), reason)
 
 
 #: A model declares the same few lines for the same few shapes over and over.
 _plan_of_lines = lru_cache(maxsize=4096)(_plan)
+
+
+def layout_of(declared: Any, spec: TensorSpec) -> AnyLayout | None:
+    """The layout which a declaration means: given, parsed from its line, or inferred from a repack function.
+
+    Raises DeclarationError or LayoutError.
+    """
+    if declared is None or isinstance(declared, (Layout, IndexLayout, OpaqueLayout, Reencoding)):
+        return declared
+    if isinstance(declared, str):
+        return Layout(declared)
+    if callable(declared):
+        return _inferred(declared, spec)
+    raise DeclarationError(
+        "this is no layout",
+        expected="a Layout or its line, IndexLayout, OpaqueLayout, Reencoding, a repack function, or None",
+        found=repr(declared),
+        remedy="See the layouts page of the docs.",
+    )
+
+
+def _inferred(function: Callable[[Tensor], Tensor], spec: TensorSpec) -> AnyLayout:
+    """The layout of a repack function, found by running it on position codes; kept for the last functions and shapes."""
+    for kept, of, layout in _kept:
+        if kept is function and of == spec:
+            return layout
+    found: AnyLayout = Layout.infer(function, spec.shape, spec.dtype)
+    _kept.append((function, spec, found))
+    del _kept[:-64]
+    return found
+
+
+#: By identity of the function: two that compare equal may hold other tables.
+_kept: list[tuple[Callable[[Tensor], Tensor], TensorSpec, AnyLayout]] = []

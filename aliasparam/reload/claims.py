@@ -8,8 +8,7 @@ import weakref
 from torch import nn
 
 from ..errors import ReloadError
-from ..module.registry import AliasRegistry
-from ..module.registry_of import registries, registry_of
+from ..module.registry import AliasRegistry, registries, registry_of
 
 #: Who has a module. Neither keeps the other alive, so an abandoned session frees its modules.
 _claims: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Claim]] = weakref.WeakKeyDictionary()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import StateError
 from ..module.adopt import adopt
-from ..module.registry_of import registries
+from ..module.registry import registries
 from ..module.verbs import checkpoint_names
 from ..spec import no_values
 from .digest import Hashed, PositionalAdler32, new_digest, whole_digest

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..errors import ReloadError, StaleKernelError
+from ..module.allocate import extent, has_memory
 from ..storage.kernel_name import KernelName, RefusingName
-from ..storage.overlap import extent, has_memory
 from .checks import need_dense
 
 

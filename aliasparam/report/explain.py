@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..module.registry_of import registries
+from ..module.registry import registries
 from .explanation import Explanation
 from .rows import ExplainedModule
 

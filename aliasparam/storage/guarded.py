@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import MemoryFreedError, StateError
 from ..layout import BoundLayout
 from ..layout.boxes import shown
-from ..torch_private import is_among_stand_ins
+from ..torch_private import stand_ins
 from .kernel_name import KernelName
 from .locks import LOCKS, lock_number
 from .states import RegionStates, State
@@ -23,12 +23,6 @@ class Listener(Protocol):
     @property
     def is_open(self) -> bool: ...
     def open(self) -> None: ...
-
-
-class RawWriter(Protocol):
-    """Who outside writes the raw bytes: an exposure in kernel order."""
-
-    writer: str
 
 
 class GuardedMemory:
@@ -44,7 +38,8 @@ class GuardedMemory:
 
     def __init__(self) -> None:
         self.version = 0  #: Counts changes of content; whoever derives from this storage compares it with what it saw last.
-        self._writer: weakref.ref[RawWriter] | None = None
+        #: Who outside writes the raw bytes (an exposure in kernel order), and what it is called.
+        self._writer: tuple[weakref.ref[object], str] | None = None
         self._listeners: list[weakref.ref[Listener]] = []
         self.lock_number = lock_number()
 
@@ -73,7 +68,7 @@ class GuardedMemory:
 
     def need_writable(self) -> None:
         """Raise StateError or MemoryFreedError where the bytes are not the library's to write. The caller holds the lock."""
-        if is_among_stand_ins():
+        if stand_ins() is not None:
             raise StateError(
                 "a write among stand-ins for tensors lands nowhere",
                 label=self.label,
@@ -120,22 +115,22 @@ class GuardedMemory:
         """Who outside is writing the raw bytes now, or None. One that was dropped without an end has left rubbish."""
         if self._writer is None:
             return None
-        writer = self._writer()
-        if writer is None:
+        writer, name = self._writer
+        if writer() is None:
             self.states.put_all(State.INVALID, "whoever wrote the raw bytes was dropped without an end")
             self.unexpose()
             return None
-        return writer.writer
+        return name
 
-    def expose(self, writer: RawWriter) -> None:
-        """Let ``writer`` write the raw bytes: until :meth:`unexpose` nothing else reads or writes them."""
+    def expose(self, writer: object, name: str) -> None:
+        """Let ``writer``, called ``name``, write the raw bytes: until :meth:`unexpose` nothing else reads or writes them."""
         with LOCKS[self.lock_number]:
             self.need_unexposed("expose")
             self.before_write()
-            self._writer = weakref.ref(writer)
+            self._writer = weakref.ref(writer), name
 
-    def is_exposed_to(self, writer: RawWriter) -> bool:
-        return self._writer is not None and self._writer() is writer
+    def is_exposed_to(self, writer: object) -> bool:
+        return self._writer is not None and self._writer[0]() is writer
 
     def unexpose(self) -> None:
         self._writer = None

@@ -2,7 +2,7 @@
 
 [Note: foreign writes] Kernel names are written by this library alone, through a view of its own. The tensor which the module
 shows has a version counter of its own too: whatever bumps it was other code (``copy_`` over all buffers, an averaged model,
-and collectives: see tensors/torch_private.py). Looking costs one attribute. Writes through ``.data`` and by raw pointer bump no
+and collectives: see tensors/call.py). Looking costs one attribute. Writes through ``.data`` and by raw pointer bump no
 counter and are not seen.
 
 [Note: open modules] A forward pre-hook refuses the declaring module's forward, but compiled callers do not look at hooks of inner

@@ -51,7 +51,6 @@ class Shard:
         box: where it is, if its first region is the first of all. In the coordinates of the tensor: another layout may count a
             dim of one as a region.
         regions: the numbers of its regions, counted from its first.
-        is_real: False where it was made while torch shows stand-ins for tensors (``FakeTensorMode``).
     """
 
     def __init__(self, box: Box, moves: Sequence[Move], memory: Tensor, bound: BoundLayout) -> None:
@@ -61,7 +60,6 @@ class Shard:
         everywhere = [in_every_region(move.copy, memory, firsts, bound.region_capacity) for move in moves]
         self._has_regions = bound.lead > 0
         self._moves = [(move, t if bound.lead else t[0]) for move, t in zip(moves, everywhere, strict=True)]
-        self.is_real = all(type(t) is Tensor for t in everywhere)
 
     def write(self, region: int, value: Tensor) -> None:
         """Put ``value`` in its place, from one region on."""
@@ -74,54 +72,47 @@ class Shard:
                 triton_copy.run(by_kernel, target, source, write=True)
 
 
-class Shards:
-    """The shards of one memory that were written last.
+def shard_under(
+    bound: BoundLayout, memory: Tensor, kept: dict[Form, Shard], view: Tensor, value: Tensor
+) -> tuple[Shard | None, int]:
+    """The shard that ``view``, of the checkpoint tensor in ``memory``, is for values like ``value``; and its first region.
+
+    None where ``value`` is of another dtype or device, has no bytes or lies in the memory itself, where the view is no
+    box, and where values do not get there by strided copies.
 
     Args:
-        bound: the layout.
-        memory: flat, of the layout's dtype.
+        memory: flat, of the dtype of the layout ``bound``.
+        kept: the shards of this memory that were written last.
     """
+    address, pointer, dtype = memory.data_ptr(), value.data_ptr(), bound.dtype
+    is_like = value.dtype is view.dtype is dtype and value.device == memory.device
+    if not is_like or address <= pointer < address + memory.nbytes:
+        return None, 0
+    if value.is_conj() or value.is_neg() or has_no_bytes(value) or view.is_conj() or view.is_neg():
+        return None, 0
+    region, offset = divmod(int(view.storage_offset()), bound.region_elements or 1)
+    align = address | pointer | (int(value.storage_offset()) | bound.region_capacity) * dtype.itemsize | WIDEST
+    by_kernel = memory.is_cuda and triton_copy.takes(memory, value)
+    form = offset, view.shape, view.stride(), value.shape, value.stride(), align & -align, by_kernel
+    shard = kept.get(form) or _found(bound, memory, kept, form)
+    return None if shard is None or region + shard.regions[-1] >= bound.regions else shard, region
 
-    def __init__(self, bound: BoundLayout, memory: Tensor) -> None:
-        self.bound, self.memory = bound, memory
-        self._dtype, self._device, self._width, self._nbytes = memory.dtype, memory.device, memory.itemsize, memory.nbytes
-        self._found: dict[Form, Shard] = {}
 
-    def under(self, view: Tensor, value: Tensor) -> tuple[Shard | None, int]:
-        """The shard that ``view``, of the checkpoint tensor, is for values like ``value``; and its first region.
-
-        None where ``value`` is of another dtype or device, has no bytes or lies in the memory itself, where the view is no
-        box, and where values do not get there by strided copies.
-        """
-        bound, memory, address, pointer = self.bound, self.memory, self.memory.data_ptr(), value.data_ptr()
-        is_like = value.dtype is view.dtype is self._dtype and value.device == self._device
-        if not is_like or address <= pointer < address + self._nbytes:
-            return None, 0
-        if value.is_conj() or value.is_neg() or has_no_bytes(value) or view.is_conj() or view.is_neg():
-            return None, 0
-        region, offset = divmod(int(view.storage_offset()), bound.region_elements or 1)
-        align = address | pointer | (int(value.storage_offset()) | bound.region_capacity) * self._width | WIDEST
-        by_kernel = memory.is_cuda and triton_copy.takes(memory, value)
-        form = offset, view.shape, view.stride(), value.shape, value.stride(), align & -align, by_kernel
-        shard = self._found.get(form) or self._planned(form)
-        return None if shard is None or region + shard.regions[-1] >= bound.regions else shard, region
-
-    def _planned(self, form: Form) -> Shard | None:
-        found = planned(self.bound, form) if isinstance(self.bound, StridedLayout) else None
-        if found is None:
-            return None
-        with outside_inference():
-            shard = Shard(*found, self.memory, self.bound)
-        if shard.is_real:
-            if len(self._found) == _KEPT:
-                self._found.clear()
-            self._found[form] = shard
-        return shard
+def _found(bound: BoundLayout, memory: Tensor, kept: dict[Form, Shard], form: Form) -> Shard | None:
+    found = planned(bound, form) if isinstance(bound, StridedLayout) else None
+    if found is None:
+        return None
+    with outside_inference():
+        shard = Shard(*found, memory, bound)
+    if len(kept) == _KEPT:
+        kept.clear()
+    kept[form] = shard
+    return shard
 
 
 @lru_cache(maxsize=1 << 13)
 def planned(bound: StridedLayout, form: Form) -> tuple[Box, list[Move]] | None:
-    """The :attr:`Shard.box` that a view is, and the copies that bring a value there; or None: see :meth:`Shards.under`."""
+    """The :attr:`Shard.box` that a view is, and the copies that bring a value there; or None: see :func:`shard_under`."""
     offset, shape, strides, given, given_strides, align, by_kernel = form
     if not all(shape):
         return None

@@ -15,12 +15,11 @@ A region is INVALID while its bytes are being written, so an interrupt between a
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from enum import Enum
 from typing import TypeAlias
 
-from ..layout.boxes import whole
+from ..layout import BoundLayout
 from .coverage import Box, Coverage
 
 
@@ -46,24 +45,19 @@ class RegionStates:
     """The state of every region of one storage, and which elements of the PARTIAL ones have arrived.
 
     Args:
-        shape: of the checkpoint tensor; the first ``lead`` dims count regions.
-        lead: how many dims count regions.
+        bound: the layout, which says what the regions are.
         state: of every region at the start. Regions without elements are LOADED whatever it is.
     """
 
-    def __init__(self, shape: tuple[int, ...], lead: int, state: State) -> None:
-        self._lead = lead
-        self._outer, self._core = shape[:lead], shape[lead:]
-        count = math.prod(self._outer)
-        if math.prod(self._core) == 0:
-            state = State.LOADED
+    def __init__(self, bound: BoundLayout, state: State) -> None:
+        self._lead, self._outer, self._core = bound.lead, bound.shape[: bound.lead], bound.shape[bound.lead :]
+        self._whole, self._has_elements, self.count = bound.whole[bound.lead :], bound.region_elements > 0, bound.regions
         #: Regions which are not LOADED, with what they are: one entry changes by one assignment, so an interrupt leaves no doubt.
-        self.missing: dict[int, Lacking] = {} if state is State.LOADED else dict.fromkeys(range(count), state)
-        self.count = count
-        self._whole = whole(self._core)
-        #: When the bytes of each region were last put in question: whoever keeps these knows which regions were written since.
-        self.writes = [0] * count
-        self.clock = 0
+        self.missing: dict[int, Lacking] = {}
+        if state is not State.LOADED and self._has_elements:
+            self.missing = dict.fromkeys(range(self.count), state)
+        #: How often the bytes of each region were put in question: whoever keeps these knows which regions were written since.
+        self.writes = [0] * self.count
         #: What made regions INVALID, where that is not plain.
         self.why: str | None = None
 
@@ -83,26 +77,21 @@ class RegionStates:
     def of(self, region: int) -> State:
         return _state(self.missing.get(region, State.LOADED))
 
-    def regions(self, box: Box) -> Sequence[int]:
-        """The numbers of the regions which a box of the whole tensor touches."""
-        return regions_under(box, self._outer)
-
     def begin(self, box: Box) -> Begun:
         """Bytes under ``box`` are about to change. Returns what :meth:`arrived` or :meth:`rollback` need."""
-        return self.begin_regions(self.regions(box))
+        return self.begin_regions(regions_under(box, self._outer))
 
     def begin_regions(self, regions: Sequence[int]) -> Begun:
         """:meth:`begin` for some bytes of these regions."""
         missing = self.missing
         before = {r: missing[r] for r in regions if r in missing} if missing else {}
-        self.clock += 1
         if len(regions) == 1:
             missing[regions[0]] = _INVALID
-            self.writes[regions[0]] = self.clock
+            self.writes[regions[0]] += 1
         else:
             missing.update(dict.fromkeys(regions, _INVALID))
             for region in regions:
-                self.writes[region] = self.clock
+                self.writes[region] += 1
         return regions, before
 
     def arrived(self, box: Box, begun: Begun) -> None:
@@ -126,7 +115,7 @@ class RegionStates:
 
     def readable(self, box: Box) -> int | None:
         """None where every element under ``box`` has arrived; else the first region which lacks some."""
-        for region in self.regions(box):
+        for region in regions_under(box, self._outer):
             lacking = self.missing.get(region)
             if lacking is not None and not (isinstance(lacking, Coverage) and lacking.covers(box[self._lead :])):
                 return region
@@ -139,11 +128,10 @@ class RegionStates:
 
     def put_all(self, state: State, why: str | None = None) -> None:
         """One state for every region that has elements."""
-        if math.prod(self._core):
+        if self._has_elements:
             for region in range(self.count):
                 self._put(region, state)
-        self.clock += 1
-        self.writes = [self.clock] * self.count
+        self.writes = [count + 1 for count in self.writes]
         self.why = why
 
     def _put(self, region: int, to: Lacking) -> None:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import copy
 from functools import cached_property
-from typing import Any
+from multiprocessing.reduction import ForkingPickler
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from ..errors import DeclarationError
+from ..errors import AdoptionError, DeclarationError, StateError
 from ..layout.layout import Order, bound_to
 from ..spec import TensorSpec
 from ..torch_private import outside_inference
@@ -22,9 +23,12 @@ from .coverage import Box
 from .guarded import GuardedMemory
 from .kernel_name import KernelName
 from .locks import LOCKS
-from .shards import Shards
+from .shards import Form, Shard, shard_under
 from .states import RegionStates, State
 from .transaction import Part, write_all
+
+#: Values that are out of place at a time where bytes are reordered, if the two orders can be cut that fine.
+SCRATCH_BYTES = 16 << 20
 
 
 class AliasedStorage(GuardedMemory):
@@ -65,10 +69,10 @@ class AliasedStorage(GuardedMemory):
         self.kernel_dtype = kernel_dtype
         self.kernel_name: KernelName | None = None
         self._name(buffer, layout)
-        self.states = RegionStates(spec.shape, self.bound.lead, state)
+        self.states = RegionStates(self.bound, state)
 
     layout: Order | None
-    shards: Shards
+    _shards: dict[Form, Shard]
     #: What the checkpoint name looks like; its bytes are the checkpoint's where the layout is the identity.
     geometry: Tensor
 
@@ -76,17 +80,17 @@ class AliasedStorage(GuardedMemory):
 
     def _name(self, buffer: Tensor, layout: Order | None) -> None:
         """Make the views of ``buffer``: its elements, the checkpoint name's geometry, the kernel name; then show all at once."""
-        spec, bound, kernel = self.spec, bound_to(layout, self.spec.shape, self.spec.dtype), None
+        bound, kernel = bound_to(layout, *self.spec), None
         with outside_inference():
-            elements = buffer.view(spec.dtype)
-            geometry = elements[: spec.numel].view(spec.shape)
+            elements = buffer.view(bound.dtype)
+            geometry = elements.as_strided(bound.shape, bound.strides)
             if self.kernel_dtype is not None:
                 label = self.label if self.kernel_name is None else self.kernel_name.label
-                held = elements[: bound.regions * bound.region_capacity]  # room for other layouts lies behind it
-                kernel = KernelName(label, held.view(self.kernel_dtype).view(bound.kernel_shape), self)
+                held = elements.view(self.kernel_dtype)  # room for other layouts lies behind the name
+                kernel = KernelName(label, held.as_strided(bound.kernel_shape, bound.kernel_strides), self)
             elements = elements.data
         shown = {"layout": layout, "bound": bound, "elements": elements, "geometry": geometry, "kernel_name": kernel}
-        self.__dict__.update(shown, buffer=buffer, _address=buffer.data_ptr(), shards=Shards(bound, elements))
+        self.__dict__.update(shown, buffer=buffer, _address=buffer.data_ptr(), _shards={})
 
     @cached_property
     def blank_storage(self) -> torch.UntypedStorage:
@@ -134,7 +138,7 @@ class AliasedStorage(GuardedMemory):
         """
         with LOCKS[self.lock_number]:
             self.need_writable()
-            shard, region = self.shards.under(view, value)
+            shard, region = shard_under(self.bound, self.elements, self._shards, view, value)
             if shard is None:
                 return False
             self.changing()
@@ -174,9 +178,12 @@ class AliasedStorage(GuardedMemory):
             self._name(self.buffer.to(device), self.layout)
             self.__dict__.pop("blank_storage", None)
 
-    def rebind(self, layout: Order | None) -> None:
-        """Another layout, whose bytes the caller has put in place. Addresses stay. The caller holds the lock."""
+    def move(self, layout: Order | None) -> None:
+        """Bring the bytes into another order, in place and in pieces; INVALID until they are there. The caller holds the lock."""
+        before = self.states.begin(self.bound.whole)
+        self.bound.reorder(self.elements, bound_to(layout, *self.spec), SCRATCH_BYTES)
         self._name(self.buffer, layout)
+        self.states.rollback(before)
 
     def __getstate__(self) -> dict[str, Any]:
         with LOCKS[self.lock_number], outside_inference():
@@ -206,3 +213,41 @@ class AliasedStorage(GuardedMemory):
     def __repr__(self) -> str:
         state = self.state.value if self.state else "mixed"
         return f"AliasedStorage({self.label!r}, {self.spec}, {self.buffer.numel()} bytes, {state})"
+
+
+class ReadOnlyStorage(AliasedStorage):
+    """A copy where a plain tensor would have given itself: it can be read, and refuses to be written.
+
+    ``parameter.contiguous().fill_(0)`` writes a plain Parameter. Where the memory is in kernel order ``contiguous()`` must be
+    a gathered copy, and a write into it would be lost without a word. So the copy is a view of a storage that nobody may write.
+
+    Args:
+        label: of the name whose values they are.
+        values: dense, in memory of their own, flat.
+    """
+
+    def __init__(self, label: str, values: Tensor) -> None:
+        memory = values.as_strided((values.numel(),), (1,)).view(torch.uint8)
+        super().__init__(label, TensorSpec((values.numel(),), values.dtype), None, memory, State.LOADED)
+
+    def need_writable(self) -> NoReturn:
+        raise StateError(
+            "contiguous() of a name in kernel format is a gathered copy: a write into it would be lost",
+            label=self.label,
+            expected="a write through the name itself",
+            found="one into the copy",
+            remedy="Write the parameter, its .data or a slice of them: they are contiguous in shape and strides.",
+        )
+
+
+def refuse_for_process(owner: Any) -> NoReturn:
+    raise AdoptionError(
+        "a declared module cannot be sent to another process: torch would move its memory to a shared segment",
+        label=owner.label,
+        expected="values, or a module that is not declared",
+        found="a declared module",
+        remedy="Send checkpoint_state_dict(module), or declare in the other process.",
+    )
+
+
+ForkingPickler.register(AliasedStorage, refuse_for_process)

@@ -1,4 +1,4 @@
-"""What an operator is called with: the names among its arguments, and which arguments it writes."""
+"""What an operator is called with: the names among its arguments, and which arguments it writes. Collectives write too."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..spec import instances_in
 from ..storage.storage import AliasedStorage
+from ..torch_private import below_autograd
 
 #: In-place operators whose result does not depend on what was there. All others read before they write.
 _OVERWRITES = frozenset(
@@ -102,3 +103,34 @@ def wait_for(result: Any) -> None:
             work = Work.unbox(part)
             if work is not None:
                 work.wait()
+
+
+_WRITERS = (
+    *("broadcast_", "allreduce_", "allreduce_coalesced_", "reduce_", "allgather_", "_allgather_base_", "allgather_coalesced_"),
+    *("allgather_into_tensor_coalesced_", "gather_", "scatter_", "reduce_scatter_", "_reduce_scatter_base_"),
+    *("reduce_scatter_tensor_coalesced_", "alltoall_", "alltoall_base_", "recv_", "recv_any_source_"),
+)
+
+
+@cache
+def count_collective_writes() -> None:
+    """From now on collectives bump the version counters of what they write, as operators do. torch leaves that out, and a
+    broadcast into a kernel name could not be noticed."""
+    if not torch.distributed.is_available():
+        return
+    for name in _WRITERS:
+        if hasattr(torch.ops.c10d, name):  # not every version of torch has each
+            for key in ("AutogradCPU", "AutogradCUDA"):
+                _LIBRARY.impl(name, _counting(getattr(torch.ops.c10d, name).default), key)  # type: ignore[no-untyped-call]
+
+
+_LIBRARY = torch.library.Library("c10d", "IMPL")  # type: ignore[no-untyped-call]
+
+
+def _counting(func: Any) -> Callable[..., Any]:
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        torch.autograd.graph.increment_version(list(instances_in(Call.of(func, args, kwargs).written.values(), Tensor)))
+        with below_autograd():
+            return func(*args, **kwargs)
+
+    return counted

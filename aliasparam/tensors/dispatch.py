@@ -13,6 +13,7 @@ Every operator that touches an aliased tensor arrives here. There are four behav
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -21,9 +22,8 @@ from torch import Tensor, nn
 from ..errors import PointerError, StateError
 from ..storage.kernel_name import RefusingName
 from ..storage.locks import all_locked
-from ..storage.scatter import is_brought_whole
 from ..storage.storage import AliasedStorage
-from ..storage.transaction import write_all
+from ..storage.transaction import is_brought_whole, write_all
 from ..torch_private import is_traced_by_jit, shares_memory
 from .call import Aliased, Call, aliased_in, called, mapped, wait_for
 from .geometry import parts_of, read_view
@@ -37,6 +37,7 @@ _MOVES_MEMORY = frozenset({"set_", "resize_", "resize_as_", "resize", "set_data"
 #: Operators that look at shape, dtype and device alone.
 _BLANK = frozenset({"empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like"})
 _handlers: dict[Any, _Handler] = {}
+_geometry = attrgetter("_alias_geometry")
 
 
 def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -228,8 +229,3 @@ def traced_by_jit(**where: str) -> StateError:
         found="torch.jit.trace",
         remedy="Export with torch.export, or trace a module that holds checkpoint_state_dict(model).",
     )
-
-
-def _geometry(tensor: Any) -> Tensor:
-    plain: Tensor = tensor._alias_geometry
-    return plain

@@ -1,7 +1,7 @@
 """What parameters and views of them have in common: every way into a tensor, right or refused.
 
 [Note: is-a] The parameter *is* a tensor over the real memory (right ``data_ptr``, sizes and strides), not a wrapper around
-one. Every operator on it still comes to `_dispatch.py`, because the class defines ``__torch_dispatch__``. What goes past the
+one. Every operator on it still comes to `dispatch.py`, because the class defines ``__torch_dispatch__``. What goes past the
 dispatcher (Python attributes of Tensor, raw-pointer readers) is overridden here: right, or refused.
 """
 
@@ -14,17 +14,22 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import reduce_tensor
 
 from ..errors import AdoptionError
 from ..storage.kernel_name import Hidden
-from ..storage.storage import AliasedStorage
+from ..storage.storage import AliasedStorage, ReadOnlyStorage
 from ..torch_private import never_traced
 from .call import Aliased
 from .dispatch import PLAIN, dispatch, values_of, write_one
-from .processes import reduce_for_process
-from .read_only import ReadOnlyStorage
+from .geometry import is_same_view, same_view
 
 _TENSOR_COPY = Tensor.copy_
+
+
+def reduce_for_process(tensor: Any) -> Any:
+    # torch would move the memory to a shared segment; a name that is sent arrives as its values, in a plain tensor.
+    return reduce_tensor(tensor._snapshot().detach())  # type: ignore[no-untyped-call]
 
 
 class _Aliased(Aliased):
@@ -34,6 +39,10 @@ class _Aliased(Aliased):
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
     __dlpack_c_exchange_api__ = Hidden()  # by which tvm_ffi would take the memory past __dlpack__
+
+    def __init_subclass__(cls, **given: Any) -> None:
+        super().__init_subclass__(**given)
+        ForkingPickler.register(cls, reduce_for_process)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -228,24 +237,6 @@ def read_only(copied: Tensor, name: _Aliased) -> Tensor:
     return make_view(storage, storage.geometry.as_strided(copied.shape, copied.stride()))
 
 
-def same_view(storage: AliasedStorage, geometry: Tensor) -> Tensor:
-    """The view of ``storage`` which ``geometry`` is of another storage of the same shape."""
-    return view_at(storage, *place_in(geometry))
-
-
-Placed = tuple[torch.dtype, tuple[int, ...], tuple[int, ...], int]
-
-
-def place_in(geometry: Tensor) -> Placed:
-    """Dtype, shape, strides and offset: where a view lies, whatever storage it is of."""
-    return geometry.dtype, tuple(geometry.shape), geometry.stride(), int(geometry.storage_offset())
-
-
-def view_at(storage: AliasedStorage, dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...], offset: int) -> Tensor:
-    whole = storage.geometry if dtype.itemsize == storage.bound.dtype.itemsize else storage.buffer
-    return whole.view(dtype).as_strided(shape, strides, offset)
-
-
 def loader_attributes(tensor: Tensor) -> dict[str, Any]:
     """What engines hang on parameters (weight_loader, output_dim, ...)."""
     return {k: v for k, v in tensor.__dict__.items() if k not in _OURS}
@@ -288,13 +279,3 @@ def follow(target: _Aliased, device: torch.device) -> None:
     target._alias_geometry = same_view(storage, target._alias_geometry)
     target.__dict__.pop("_alias_data", None)
     torch._C.TensorBase.data.__set__(target, target._alias_geometry)  # type: ignore[attr-defined]
-
-
-def is_same_view(first: _Aliased, second: _Aliased) -> bool:
-    """Whether two names are the same view of one storage."""
-    a, b = first._alias_geometry, second._alias_geometry
-    same_bits = a.is_conj() == b.is_conj() and a.is_neg() == b.is_neg()
-    return first._alias_storage is second._alias_storage and same_bits and place_in(a) == place_in(b)
-
-
-ForkingPickler.register(AliasedView, reduce_for_process)

@@ -18,6 +18,7 @@ from ..storage.coverage import Box
 from ..storage.place import Place, placed
 from ..storage.storage import AliasedStorage
 from ..storage.transaction import Part
+from .call import Aliased
 
 
 def place_of(storage: AliasedStorage, view: Tensor) -> Place | None:
@@ -66,16 +67,11 @@ def parts_of(storage: AliasedStorage, pairs: Sequence[tuple[Tensor, Tensor]]) ->
 
 
 def _boxed(storage: AliasedStorage, view: Tensor, value: Tensor, place: Place) -> Part:
-    if view.dtype is not storage.bound.dtype:  # of the same width
-        value = typed(value, view).view(storage.bound.dtype)
+    if view.dtype is not storage.bound.dtype:  # of the same width; without the bits that a view of another dtype cannot have
+        if value.dtype is not view.dtype or value.device != view.device or value.is_conj() or value.is_neg():
+            value = torch.empty(value.shape, dtype=view.dtype, device=view.device).copy_(value)
+        value = value.view(storage.bound.dtype)
     return Part(storage, place.box, place.to_box(value))
-
-
-def typed(value: Tensor, like: Tensor) -> Tensor:
-    """``value`` in the dtype and on the device of ``like``, and without the bits that a view of another dtype cannot have."""
-    if value.dtype is like.dtype and value.device == like.device and not value.is_conj() and not value.is_neg():
-        return value
-    return torch.empty(value.shape, dtype=like.dtype, device=like.device).copy_(value)
 
 
 def rows_under(storage: AliasedStorage, view: Tensor) -> Box:
@@ -87,20 +83,17 @@ def rows_under(storage: AliasedStorage, view: Tensor) -> Box:
     reach = sum((n - 1) * s for n, s in zip(view.shape, view.stride(), strict=True)) + 1
     first = view.storage_offset() * width
     last = first + reach * width - 1
-    step = math.prod(shape) * storage.bound.dtype.itemsize
-    outer: list[tuple[int, int]] = []
-    for size in shape[:-1]:
+    step, box = math.prod(shape) * storage.bound.dtype.itemsize, list[tuple[int, int]]()
+    for size in shape:
         step //= size
-        if first // step != last // step or step % width:
+        start, stop = first // step, last // step + 1
+        while start * step % width:
+            start -= 1  # wider elements begin where they are aligned
+        box.append((start, stop))
+        if start + 1 < stop or step % width:
             break
-        outer.append((first // step, first // step + 1))  # all in one index of this dim: look inside it
-        first, last = first % step, last % step
-    else:
-        step //= shape[-1]
-    start = first // step
-    while start * step % width:
-        start -= 1  # wider elements begin where they are aligned
-    return (*outer, (start, last // step + 1), *whole(shape[len(outer) + 1 :]))
+        first, last = first % step, last % step  # all in one index of this dim: look inside it
+    return (*box, *whole(shape[len(box) :]))
 
 
 def as_view(storage: AliasedStorage, rows: Tensor, box: Box, view: Tensor) -> Tensor:
@@ -133,3 +126,28 @@ def boxes_under(storage: AliasedStorage, view: Tensor, rows: Box, *, touched: bo
 def _first_byte(storage: AliasedStorage, box: Box) -> int:
     steps = row_major(storage.bound.shape)
     return sum(start * step for (start, _), step in zip(box, steps, strict=True)) * storage.bound.dtype.itemsize
+
+
+def is_same_view(first: Aliased, second: Aliased) -> bool:
+    """Whether two names are the same view of one storage."""
+    a, b = first._alias_geometry, second._alias_geometry
+    same_bits = a.is_conj() == b.is_conj() and a.is_neg() == b.is_neg()
+    return first._alias_storage is second._alias_storage and same_bits and place_in(a) == place_in(b)
+
+
+def same_view(storage: AliasedStorage, geometry: Tensor) -> Tensor:
+    """The view of ``storage`` which ``geometry`` is of another storage of the same shape."""
+    return view_at(storage, *place_in(geometry))
+
+
+Placed = tuple[torch.dtype, tuple[int, ...], tuple[int, ...], int]
+
+
+def place_in(geometry: Tensor) -> Placed:
+    """Dtype, shape, strides and offset: where a view lies, whatever storage it is of."""
+    return geometry.dtype, tuple(geometry.shape), geometry.stride(), int(geometry.storage_offset())
+
+
+def view_at(storage: AliasedStorage, dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...], offset: int) -> Tensor:
+    whole = storage.geometry if dtype.itemsize == storage.bound.dtype.itemsize else storage.buffer
+    return whole.view(dtype).as_strided(shape, strides, offset)

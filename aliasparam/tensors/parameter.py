@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import copy
 import types
-from multiprocessing.reduction import ForkingPickler
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..storage.storage import AliasedStorage
-from .faces import Placed, _Aliased, is_same_view, loader_attributes, make, pin, place_in, view_at
-from .processes import reduce_for_process, refuse_for_process
+from .faces import _Aliased, loader_attributes, make, pin
+from .geometry import Placed, is_same_view, place_in, view_at
 
 
 class AliasedParameter(_Aliased, nn.Parameter):
@@ -66,9 +66,12 @@ class SavedName:
         return _rebuild, (parameter._alias_storage, place, loader_attributes(parameter), plain_class(type(parameter)))
 
 
-def make_parameter(storage: AliasedStorage, geometry: Tensor, like: type[Any] = nn.Parameter) -> AliasedParameter:
+def make_parameter(
+    storage: AliasedStorage, geometry: Tensor, like: type[Any] = nn.Parameter, attributes: Mapping[str, Any] | None = None
+) -> AliasedParameter:
     """An AliasedParameter over ``geometry``, a plain view of ``storage.geometry``; also of the class ``like``."""
     parameter: AliasedParameter = make(_aliased_class(plain_class(like)), storage, geometry)
+    parameter.__dict__.update(attributes or {})
     pin(parameter)
     return parameter
 
@@ -114,7 +117,6 @@ def _aliased_class(engine_class: type[Any]) -> type[Any]:
     made: type[Any] = types.new_class(
         engine_class.__name__, (AliasedParameter, engine_class), exec_body=lambda body: body.update(namespace)
     )
-    ForkingPickler.register(made, reduce_for_process)
     return _classes.setdefault(engine_class, made)
 
 
@@ -122,17 +124,9 @@ _classes: dict[type[Any], type[Any]] = {}
 
 
 def _rebuild(storage: AliasedStorage, place: Placed, attributes: dict[str, Any], like: type[Any]) -> AliasedParameter:
-    parameter = make_parameter(storage, view_at(storage, *place), like)
-    parameter.__dict__.update(attributes)
-    return parameter
+    return make_parameter(storage, view_at(storage, *place), like, attributes)
 
 
 def is_same_name(tensor: Any, parameter: AliasedParameter) -> bool:
     """Whether ``tensor`` is ``parameter``, or another object that is the same name: engines keep and put back old ones."""
-    if tensor is parameter or not isinstance(tensor, AliasedParameter):
-        return tensor is parameter
-    return is_same_view(tensor, parameter)
-
-
-ForkingPickler.register(AliasedParameter, reduce_for_process)
-ForkingPickler.register(AliasedStorage, refuse_for_process)
+    return tensor is parameter or (isinstance(tensor, AliasedParameter) and is_same_view(tensor, parameter))

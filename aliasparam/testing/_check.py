@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from .. import process as process_declared
-from ..module.registry_of import registries
+from ..module.registry import registries
 from ._engine import Forward, Outputs, forward_of, kernel_names
 from ._laws import LawBroken, Report
 from ._method import Method

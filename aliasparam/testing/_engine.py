@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from .. import registry_of
-from ..module.registry_of import registries
+from ..module.registry import registries
 from ._values import same_bytes
 
 Outputs = Callable[[nn.Module], Mapping[str, Tensor]]

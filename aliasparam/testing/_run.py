@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..module.registry_of import registries
+from ..module.registry import registries
 from ..spec import TensorSpec
 from ._engine import allocated_bytes, forward_of, load, load_rows, loader_attributes, same_answer
 from ._faults import FailingAt

@@ -8,9 +8,9 @@ from torch import nn
 
 from aliasparam import AliasRegistry
 from aliasparam.errors import StateError
-from aliasparam.module.guard import guard
 from aliasparam.module.names import READY
-from aliasparam.module.registry_of import registries
+from aliasparam.module.registry import registries
+from aliasparam.module.verbs import guard
 
 #: What the text of a refusal that a worker sends begins with, and what torch.compile says where it meets one while it traces.
 SENT, _TRACED = "aliasparam_nvfp4 refused: ", "a kernel-format name is open"

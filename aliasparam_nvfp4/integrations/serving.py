@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 
 from torch import Tensor, nn
 
-from aliasparam.module.registry_of import registries
+from aliasparam.module.registry import registries
 
 
 def serving(model: nn.Module) -> dict[str, int]:

@@ -7,10 +7,12 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 import aliasparam
 import aliasparam.testing
 from aliasparam import State
+from aliasparam.layout.layout import bound_to
 from aliasparam.storage.coverage import Box
 from aliasparam.storage.states import RegionStates
 from aliasparam.testing import LAWS
@@ -29,7 +31,7 @@ def public(module: ModuleType) -> set[str]:
 
 def written(before: State, box: Box) -> State | None:
     """What a region of [2, 3] in this state is after a write of ``box``."""
-    states = RegionStates((2, 3), 0, State.EMPTY if before is State.PARTIAL else before)
+    states = RegionStates(bound_to(None, (2, 3), torch.uint8), State.EMPTY if before is State.PARTIAL else before)
     if before is State.PARTIAL:
         states.arrived(((0, 1), (0, 3)), states.begin(((0, 1), (0, 3))))
     assert states.common is before

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from aliasparam import AliasedStorage, process
-from aliasparam.storage import reorder, scatter
+from aliasparam.storage.storage import SCRATCH_BYTES
+from aliasparam.storage.transaction import STAGING_BYTES
 
 from .peak import peak_bytes
 from .small import INTERLEAVE, PAD8, SWAP, Layer, kernel, storage_of, the_registry
@@ -30,7 +31,7 @@ WITHIN: dict[str, tuple[int, Callable[[Any, Any], Any]]] = {
     "a write of the same dtype": (1 << 16, lambda w, v: w.copy_(v)),
     "a write of strided values": (1 << 16, lambda w, v: w.copy_(v.expand(LARGE).transpose(0, 1).transpose(0, 1))),
     "a shard": (1 << 16, lambda w, v: w[5:700, 3:9000].copy_(v[5:700, 3:9000])),
-    "values of another dtype": (scatter.STAGING_BYTES, lambda w, v: w.copy_(v.view(torch.int8))),
+    "values of another dtype": (STAGING_BYTES, lambda w, v: w.copy_(v.view(torch.int8))),
     "asking whether it is contiguous": (1 << 10, lambda w, v: w.is_contiguous()),
     "reading a few elements": (1 << 10, lambda w, v: w[5:7, 3:9].clone()),
     "writing every second row of four": (1 << 20, lambda w, v: w[:4:2].copy_(v[:4:2])),
@@ -60,7 +61,7 @@ def test_law_4_another_layout_needs_the_scratch_that_is_stated(large: Layer) -> 
         for line in (INTERLEAVE, SWAP):
             the_registry(large).retarget({"weight": line})
 
-    assert peak_bytes(there_and_back, torch.device("cpu")) <= 2 * reorder.SCRATCH_BYTES
+    assert peak_bytes(there_and_back, torch.device("cpu")) <= 2 * SCRATCH_BYTES
     assert torch.equal(large.weight, before)
 
 

@@ -160,11 +160,7 @@ def test_digits_of_other_capacities_are_not_kept_in_place() -> None:
     old.write(memory, old.whole, value)
     new.write(expected, new.whole, value)
 
-    for block in old.in_place_blocks(new, 5):
-        parts = [old.read(memory, box) for box in block]
-        for box, part in zip(block, parts, strict=True):
-            new.write(memory, box, part)
-    new.clear_padding(memory)
+    old.reorder(memory, new, 5)
 
     assert torch.equal(memory, expected)
 

@@ -162,11 +162,7 @@ def test_any_layout_goes_to_any_other_in_place_by_blocks(shape: tuple[int, int],
     for old, new in [(old, new) for old in bounds for new in bounds if old.region_capacity == new.region_capacity]:
         memory = torch.zeros(old.regions * old.region_capacity, dtype=torch.uint8)
         old.write(memory, old.whole, value)
-        for block in old.in_place_blocks(new, limit):
-            values = [old.read(memory, box) for box in block]
-            for box, part in zip(block, values, strict=True):
-                new.write(memory, box, part)
-        new.clear_padding(memory)
+        old.reorder(memory, new, limit)
         expected = torch.zeros_like(memory)
         new.write(expected, new.whole, value)
         assert torch.equal(memory, expected)

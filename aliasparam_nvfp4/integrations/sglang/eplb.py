@@ -12,7 +12,7 @@ from aliasparam.tensors.faces import _Aliased
 
 
 class _Mover:
-    writer = "SGLang's ExpertLocationUpdater"
+    """Who writes while experts move."""
 
 
 def update(
@@ -33,7 +33,7 @@ def update(
         name = storage.kernel_name
         if name is None or name.memory.shape[0] != tensor.shape[0]:
             return tensor
-        storage.expose(mover)
+        storage.expose(mover, "SGLang's ExpertLocationUpdater")
         moved.append(storage)
         return name.memory.view(torch.uint8)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from aliasparam.module.registry_of import registries
+from aliasparam.module.registry import registries
 
 from ..serving import without_kernel_names
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import aliasparam
 from aliasparam import AliasedStorage, TensorSpec
 from aliasparam.errors import ReloadError
-from aliasparam.module.registry_of import registries
+from aliasparam.module.registry import registries
 
 from ..agreement import Agreement
 from .options import Options

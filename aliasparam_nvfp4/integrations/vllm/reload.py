@@ -19,7 +19,7 @@ from vllm.model_executor.model_loader.reload.meta import SKIP_LOAD_TENSORS
 import aliasparam
 from aliasparam import AliasedParameter, registry_of
 from aliasparam.errors import ReloadError
-from aliasparam.module.registry_of import registries
+from aliasparam.module.registry import registries
 from aliasparam.reload.loading import stand_ins
 from aliasparam.reload.targets import Target, find_targets
 from aliasparam.storage.coverage import Box

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from aliasparam import Derivation, apply_delta, checkpoint_state_dict, process, registry_of, reload
 from aliasparam.errors import AliasError, ReloadError
-from aliasparam.module.registry_of import registries
+from aliasparam.module.registry import registries
 from aliasparam.reload import claims
 from aliasparam.reload.delta_folder import Chain
 from aliasparam.reload.policies import PolicyName

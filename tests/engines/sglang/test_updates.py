@@ -121,7 +121,7 @@ def test_a_bad_folder_is_refused_before_the_first_write(dense: Dense, what: str,
 
 
 def storages(model: Any) -> list[Any]:
-    from aliasparam.module.registry_of import registries
+    from aliasparam.module.registry import registries
 
     return [storage for _, registry in registries(model) for storage in registry.storages()]
 

@@ -58,6 +58,6 @@ def test_input_scales_that_a_w4a16_folder_still_has_are_passed_over(
 
 def _about(llm: object) -> set[str]:
     """What serves the layers."""
-    from aliasparam.module.registry_of import registries
+    from aliasparam.module.registry import registries
 
     return {registry.about.partition(":")[0] for _, registry in registries(model_of(llm))}

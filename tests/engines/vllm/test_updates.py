@@ -213,7 +213,7 @@ def test_tensors_of_a_rank_in_checkpoint_and_in_kernel_order(
     engine: Any, moe: tuple[Path, Path], of_b: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """``is_checkpoint_format=False``: from a peer of the same layout, kernel bytes as they lie."""
-    from aliasparam.module.registry_of import registries
+    from aliasparam.module.registry import registries
 
     monkeypatch.setenv("ALIASPARAM_NVFP4_MOE_BACKEND", "flashinfer_trtllm")
     peer = start(moe[1], skip_tokenizer_init=True)
