@@ -154,7 +154,7 @@ class ModelOptQuantizer(HfQuantizer):  # type: ignore[misc]
         files = kwargs.get("checkpoint_files")
         folder = Path(files[0]).parent if files else None
         config = self.quantization_config.parsed if folder is None else self.quantization_config.of_folder(folder)
-        self._source = source = Source.of(model, folder) if folder else Source()
+        self._source = source = Source.of(model, folder, files) if folder else Source()
         schemes = partial(source.schemes_of_experts, config)
         replace_experts(model, source.experts, schemes, source.tensors, config.tensors, self.choice.experts, dtype)
         plain = replace_linears(model, config, source, dtype, self.choice.experts.missing_input_scale)

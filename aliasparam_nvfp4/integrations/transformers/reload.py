@@ -25,6 +25,7 @@ from .config_match import check_config, check_schemes
 from .conversions import Conversion
 from .dropped import dropping_rule
 from .experts import Experts
+from .files_read import need_same_files
 from .fp8 import Fp8Linear
 from .fused_experts import check_scalars
 from .modules import FusedLinear, Projection
@@ -119,6 +120,7 @@ class _Plan:
     @classmethod
     def checked(cls, model: Any, folder: str | Path, *, strict: bool) -> _Plan:
         source = CheckpointFolder(folder)
+        need_same_files(source)
         config = check_config(model, source.path, strict=strict)
         names = checkpoint_names(model)
         conversions = _names(model).conversions
