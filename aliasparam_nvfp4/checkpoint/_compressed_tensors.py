@@ -18,7 +18,7 @@ from .errors import UnsupportedFormatError
 from .format import COMPRESSED_TENSORS
 from .patterns import Patterns
 from .rules import Quantization, Rules
-from .scheme import NVFP4, W4A16, Inputs, Scheme
+from .scheme import FP8_BLOCK, NVFP4, W4A16, Inputs, Scheme
 
 METHOD = "compressed-tensors"
 #: What a linear module's class may be called.
@@ -74,14 +74,31 @@ def _scheme(group: Mapping[str, Any], where: str) -> Scheme:
     if bits == 4 and strategy == "tensor_group" and packing in (None, "nvfp4-pack-quantized"):
         if (size := weights.get("group_size")) != BLOCK_SIZE:
             raise UnsupportedFormatError("NVFP4 has one block scale per 16 values", name=where, expected=BLOCK_SIZE, found=size)
-        if inputs and inputs.get("num_bits") != 4:
-            raise unsupported(where, f"4-bit weights with {inputs.get('num_bits')}-bit activations")
+        if inputs and _kind(inputs) != (4, "float", BLOCK_SIZE):
+            raise unsupported(where, f"NVFP4 weights with activations {dict(inputs)}")
         return NVFP4 if inputs else W4A16
     if bits == 8 and strategy in ("tensor", "channel", "block") and packing in (None, "float-quantized", "naive-quantized"):
+        block = _block(weights, where) if strategy == "block" else None
         if not inputs:
-            return Scheme("FP8", None)
+            return Scheme("FP8", None, block)
         how = _INPUTS.get((str(inputs.get("strategy", "tensor")), inputs.get("dynamic") is True))
-        if how is None or inputs.get("num_bits") != 8 or inputs.get("type") != "float":
+        if how is None or _kind(inputs, FP8_BLOCK) != (8, "float", FP8_BLOCK):
             raise unsupported(where, f"activations {dict(inputs)}")
-        return Scheme("FP8", how)
+        return Scheme("FP8", how, block)
     raise unsupported(where, f"format {group.get('format')!r}, {bits}-bit weights by {strategy}")
+
+
+def _kind(inputs: Mapping[str, Any], group: int = BLOCK_SIZE) -> tuple[Any, Any, Any]:
+    """Bits, type and group size of activations; ``group`` where they are not in groups, or of no other size than is usual."""
+    grouped = inputs.get("strategy") in ("group", "tensor_group") and inputs.get("group_size") is not None
+    return inputs.get("num_bits"), inputs.get("type"), inputs["group_size"] if grouped else group
+
+
+def _block(weights: Mapping[str, Any], where: str) -> tuple[int, int] | None:
+    """(rows, columns) of one scale of FP8 weights, where the config says."""
+    found = weights.get("block_structure")
+    if found is None:
+        return None
+    if not isinstance(found, (list, tuple)) or len(found) != 2 or not all(type(n) is int and n > 0 for n in found):
+        raise unsupported(where, f"blocks {found!r}")
+    return found[0], found[1]
