@@ -1,9 +1,9 @@
 """compressed-tensors' config: groups of targets, each with a scheme, and modules to ignore.
 
 A target or an entry of ``ignore`` is the exact name of a module, a regular expression after ``re:``, or the name of a module's
-class; of a module's targets a name counts before an expression, and either before the class
-(``compressed_tensors/utils/match.py``, ``match_targets``). Where two expressions match, the file's weight says which is meant;
-otherwise the one that stands first.
+class; of a module's targets a name counts before an expression, and either before the class. Where two expressions match, the
+file's weight says which is meant; otherwise the first in alphabetical order. A target of two groups is the last one's
+(``compressed_tensors/utils/match.py``, ``match_targets``; ``quantization/lifecycle/apply.py``).
 """
 
 from __future__ import annotations
@@ -45,16 +45,17 @@ def read(config: Mapping[str, Any], where: str) -> Quantization:
         scheme = _scheme(group, f"{where}: {name}")
         for target in patterns(group, "targets", f"{where}: {name}"):
             if target in _CLASSES:
-                classes.append(scheme)
+                classes.insert(0, scheme)
             else:
-                named.setdefault(target, scheme)
+                named[target] = scheme
     schemes = {*named.values(), *classes}
     if not any(scheme.is_fp4 for scheme in schemes):
         raise unsupported(where, f"format {config.get('format')!r}, no group of NVFP4")
     exclude = tuple(dict.fromkeys(n for key in ("ignore", "modules_to_not_convert") for n in patterns(config, key, where)))
-    whole = () if any(name in exclude for name in _CLASSES) else tuple(dict.fromkeys(classes))
-    each = tuple((scheme,) for scheme in named.values())
-    rules = Rules(Patterns(named, exact=True), each, whole, Patterns(exclude, exact=True))
+    ignored = (*exclude, "re:") if any(name in exclude for name in _CLASSES) else exclude  # a class: every linear module
+    targets = sorted(named)
+    each = tuple((named[target],) for target in targets)
+    rules = Rules(Patterns(targets, exact=True), each, tuple(dict.fromkeys(classes)), Patterns(ignored, exact=True))
     algo = "MIXED_PRECISION" if len(schemes) > 1 else next(iter(schemes)).algo
     return Quantization(algo, BLOCK_SIZE, exclude, COMPRESSED_TENSORS, rules, kv_cache_algo(config, where), dict(config))
 
