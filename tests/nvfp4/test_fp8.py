@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import copy
+import json
+import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from aliasparam import TensorSpec
 from aliasparam_nvfp4.checkpoint import QuantConfig, UnsupportedFormatError
 from aliasparam_nvfp4.checkpoint.scheme import Scheme
+from aliasparam_nvfp4.errors import ScaleError
 
 pytest.importorskip("transformers")
+from aliasparam_nvfp4.integrations.transformers import reload_folder  # noqa: E402
 from aliasparam_nvfp4.integrations.transformers.fp8 import Fp8Linear  # noqa: E402
+
+from .test_transformers import load, out, write_checkpoint  # noqa: E402
 
 F32 = torch.float32
 
@@ -100,3 +108,39 @@ def test_activations_and_blocks_of_another_kind_are_refused_by_name(
     """They were served as those that are known."""
     with pytest.raises(UnsupportedFormatError, match="not supported"):
         QuantConfig.from_dict(config(inputs4, inputs8, **weights8))
+
+
+def mixed(folder: Path, **changed: float) -> Path:
+    """A small Llama in NVFP4 whose down projections are FP8, with scales as asked for."""
+    write_checkpoint(folder, 1)
+    tensors = load_file(folder / "model.safetensors")
+    quantized = {n.removesuffix(".weight_scale_2"): {"quant_algo": "NVFP4"} for n in tensors if n.endswith(".weight_scale_2")}
+    for name in [n for n in quantized if n.endswith("down_proj")]:
+        del tensors[f"{name}.weight_scale_2"]
+        values = {"weight_scale": 0.01, "input_scale": 0.02, **changed}
+        tensors |= {f"{name}.{leaf}": torch.tensor(value) for leaf, value in values.items()}
+        tensors[f"{name}.weight"] = torch.randn(48, 80).to(torch.float8_e4m3fn)
+        quantized[name] = {"quant_algo": "FP8"}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers": quantized}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("leaf", ["weight_scale", "input_scale"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, 0.0])
+def test_law_8_fp8_scales_that_are_none_are_refused_cold_and_warm(leaf: str, value: float, tmp_path: Path) -> None:
+    """The model answered with NaN."""
+    good, bad = mixed(tmp_path / "good"), mixed(tmp_path / "bad", **{leaf: value})
+    model = load(good)
+    before = out(model)
+    if leaf == "weight_scale" and value == 0:  # a weight of zeros
+        reload_folder(model, bad)
+        assert torch.equal(out(model), out(load(bad))) and bool(out(model).isfinite().all())
+        return
+    with pytest.raises(ScaleError, match=rf"(?s)model\.layers\.0\.mlp\.down_proj.*{leaf}"):
+        reload_folder(model, bad)
+    assert torch.equal(out(model), before)
+    with pytest.raises(ScaleError, match=rf"(?s)model\.layers\.0\.mlp\.down_proj.*{leaf}"):
+        load(bad)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,8 @@ from torch.nn import functional
 from aliasparam import TensorSpec
 
 from ...checkpoint.scheme import FP8, FP8_BLOCK, Scheme
+from ...errors import ScaleError
+from ...quantize.global_scale import need_stored_scales
 
 _E4M3_MAX = 448.0
 _F32_SCALAR = TensorSpec((), torch.float32)
@@ -70,6 +72,18 @@ class Fp8Linear(nn.Module):
             fitting = [size for size in ([said] if said else [FP8_BLOCK, *even]) if -(-dim // size) == count]
             sizes += fitting[:1]
         return (sizes[0], sizes[1]) if len(sizes) == 2 else None
+
+    def check_scales(self, path: str, value: Callable[[str], Tensor]) -> None:
+        """Raise ScaleError for scales that are none: what they are divided by or multiplied with would be NaN.
+
+        Args:
+            path: of this module, for messages.
+            value: of the tensor of such a name, loaded or about to be.
+        """
+        if not bool(torch.isfinite(value("weight_scale").float()).all()):
+            raise ScaleError("a scale of FP8 weights is no number", module=path, name="weight_scale", expected="finite")
+        if self.scheme.inputs == "stored":
+            need_stored_scales({"input_scale": value("input_scale")}, path)
 
     def forward(self, x: Tensor) -> Tensor:
         rows, factor = self._quantized(x.float())

@@ -31,6 +31,7 @@ from ...moe.runners import moe_runner
 from ...quantize.missing import Missing, need_policy
 from .carried import carry
 from .experts import ExpertChoice, Experts, replace_experts, show_apart
+from .fp8 import Fp8Linear
 from .fuse import fuse_projections
 from .fused_experts import FusedExperts
 from .linears import replace_linears
@@ -185,6 +186,8 @@ class ModelOptQuantizer(HfQuantizer):  # type: ignore[misc]
                     module.load(source.folder, source.experts[path], next(block.parameters()).device)
                 if isinstance(module, FusedExperts):
                     module.attach()
+                if isinstance(module, Fp8Linear):
+                    module.check_scales(path, module.get_parameter)
             for path in self._plain_experts:
                 show_apart(model.get_submodule(path), source.experts[path])
             if source.folder is not None:
