@@ -14,6 +14,7 @@ from aliasparam.errors import StateError
 from ..checkpoint.format import MODELOPT, CheckpointFormat
 from ..errors import ShapeError
 from ..kernels.choice import need_running
+from ..kernels.declared import need_undeclared
 from ..quantize.block_scales import FiniteBlockScales
 from ..quantize.format import BLOCK_SIZE
 from ..quantize.missing import Missing, RunTimeScales, need_policy
@@ -117,6 +118,7 @@ class NvFp4MoEMethod:
 
         Raises:
             ShapeError: dims that are not positive, or not whole blocks.
+            StateError: the layer has its weights already.
         """
         e, h, i = num_experts, hidden_size, intermediate_size_per_partition
         if min(e, h, i) <= 0 or h % BLOCK_SIZE or i % BLOCK_SIZE:
@@ -132,6 +134,7 @@ class NvFp4MoEMethod:
         shape = MoEShape(e, h, i, e * self.ep_rank, everywhere, *ranks)
         bias = params_dtype if self.bias else None
         declared = Declared(shape, self.checkpoint, self.stored, self.input_scale, self.missing_input_scale, bias)
+        need_undeclared(layer, declared.parameters())
         form = self.activation.gated, self.interleaved, self.stored.columns
         loader = ExpertLoader(e, shape.first_expert, everywhere, self.tp_rank, self.tp_size, *form)
         attributes = {"weight_loader": loader, **extra_weight_attrs}

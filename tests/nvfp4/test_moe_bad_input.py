@@ -150,6 +150,16 @@ def test_law_8_activations_that_are_none_are_refused(runner: str) -> None:
             layer(few, weights, ids)
 
 
+def test_law_10_experts_that_are_created_a_second_time_leave_the_layer_as_it_was() -> None:
+    layer = Experts("reference", SHAPES[0])
+    load(layer, stored(SHAPES[0]))
+    before, chosen = names(layer), choices(2, *SHAPES[0][:2])
+    out = layer(*chosen)
+    with pytest.raises(StateError, match="this layer has its weights already"):
+        layer.method.create_weights(layer, 3, 64, 64, torch.bfloat16)
+    assert names(layer) == before and torch.equal(layer(*chosen), out)
+
+
 # -- twice within one load -------------------------------------------------------------------------------------------------
 
 
