@@ -18,10 +18,10 @@ from aliasparam_nvfp4.checkpoint.scheme import Scheme
 from aliasparam_nvfp4.errors import ScaleError
 
 pytest.importorskip("transformers")
-from aliasparam_nvfp4.integrations.transformers import reload_folder  # noqa: E402
-from aliasparam_nvfp4.integrations.transformers.fp8 import Fp8Linear  # noqa: E402
+from aliasparam_nvfp4.integrations.transformers import reload_folder
+from aliasparam_nvfp4.integrations.transformers.fp8 import Fp8Linear
 
-from .test_transformers import load, out, write_checkpoint  # noqa: E402
+from .test_transformers import load, out, write_checkpoint
 
 F32 = torch.float32
 

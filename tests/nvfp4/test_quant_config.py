@@ -126,10 +126,12 @@ def test_compressed_tensors_names_count_before_expressions_and_those_before_clas
     assert schemes(config, "model.x") is None and schemes(config, "a.y") is None
 
 
-HELD = ("lm_head", *(f"model.layers.{n}.{part}" for n in (0, 1, 10) for part in ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate")))
+_PARTS = ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate")
+HELD = ("lm_head", *(f"model.layers.{n}.{part}" for n in (0, 1, 10) for part in _PARTS))
 TARGETS = st.sampled_from([
     "Linear", "lm_head", "re:.*q_proj$", "re:.*gate", "re:.*self_attn.*", "re:.*(q|k)_proj", "re:model.layers.1.*", "re:lm_head",
-    r"re:.*layers\.(0|10)\.", r"re:.*layers\.1\..*", "model.layers.1", "model.layers.1.mlp.gate", "re:mlp", "q_proj", "*gate*", "re:",
+    r"re:.*layers\.(0|10)\.", r"re:.*layers\.1\..*", "model.layers.1", "model.layers.1.mlp.gate", "re:mlp", "q_proj", "*gate*",
+    "re:",
 ])  # fmt: skip
 
 
@@ -138,7 +140,9 @@ TARGETS = st.sampled_from([
     groups=st.lists(st.tuples(st.lists(TARGETS, min_size=1, max_size=3, unique=True), st.booleans()), min_size=1, max_size=3),
     ignore=st.lists(TARGETS, max_size=3, unique=True),
 )
-def test_of_groups_that_match_compressed_tensors_own_choice_is_taken(groups: list[tuple[list[str], bool]], ignore: list[str]) -> None:
+def test_of_groups_that_match_compressed_tensors_own_choice_is_taken(
+    groups: list[tuple[list[str], bool]], ignore: list[str]
+) -> None:
     theirs = pytest.importorskip("compressed_tensors.quantization")
     parts = {
         f"group_{n}": {"targets": targets, "weights": {**(EIGHT if eight else FOUR), "dynamic": False}, "input_activations": None}

@@ -1,4 +1,4 @@
-"""Folders with more than one checkpoint: transformers reads plain tensors, this package experts and headers, of the same files."""
+"""Folders with more than one checkpoint: transformers reads plain tensors of the same files as this package experts."""
 
 from __future__ import annotations
 

@@ -96,8 +96,8 @@ def bart() -> Any:
         transformers.BartConfig(
             vocab_size=64, d_model=48, encoder_layers=1, decoder_layers=1, encoder_attention_heads=3, decoder_attention_heads=3,
             encoder_ffn_dim=80, decoder_ffn_dim=80, max_position_embeddings=32,
-        )  # fmt: skip
-    )
+        )
+    )  # fmt: skip
 
 
 STRUCTURES: dict[str, Callable[[], Any]] = {

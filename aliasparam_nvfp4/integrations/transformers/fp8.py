@@ -62,7 +62,7 @@ class Fp8Linear(nn.Module):
         return wide and (one or rows or self._block_sizes(shape) is not None)
 
     def _block_sizes(self, counts: Sequence[int]) -> tuple[int, int] | None:
-        """(rows, columns) of the blocks of which there are so many: the config's, 128 x 128, or what divides the weight evenly."""
+        """(rows, columns) of the blocks of which there are so many: the config's, of 128, or what divides the weight evenly."""
         if len(counts) != 2:
             return None
         sizes = []
