@@ -306,4 +306,21 @@ FAULTS = [
         _NVFP4,
     ),
     Planted("cli/verify_engine.py", '"held": same != differs', '"held": same', "cli/test_verify_engine.py", _NVFP4),
+    Planted(
+        "integrations/transformers/fuse.py",
+        'yield child, "kernel", [child]',
+        'yield parent, f"kernel{len(parent._modules)}", [child]',
+        "test_transformers_structures.py",
+        _NVFP4,
+    ),
+    Planted(
+        "integrations/transformers/files_read.py",
+        "    if ours and ours != theirs:\n",
+        "    if not ours:\n",
+        "test_transformers_files.py",
+        _NVFP4,
+    ),
+    Planted(
+        "checkpoint/_compressed_tensors.py", "targets = sorted(named)", "targets = list(named)", "test_quant_config.py", _NVFP4
+    ),
 ]

@@ -8,6 +8,8 @@ from typing import Literal
 
 #: Where the scale of activations is from: the file, or the whole input, each token, or each block of a token at run time.
 Inputs = Literal["stored", "tensor", "token", "block"]
+#: Values of a block of activations, and rows and columns of one of FP8 weights where nothing else is said.
+FP8_BLOCK = 128
 
 
 @dataclass(frozen=True)
@@ -15,10 +17,12 @@ class Scheme:
     """Attributes:
     algo: ModelOpt's name: "NVFP4", "NVFP4_AWQ", "W4A16_NVFP4" or "FP8".
     inputs: how activations are quantized; None where they are left as they are.
+    block: (rows, columns) of the FP8 weights that have one scale, where the config says.
     """
 
     algo: str
     inputs: Inputs | None
+    block: tuple[int, int] | None = None
 
     @property
     def is_fp4(self) -> bool:

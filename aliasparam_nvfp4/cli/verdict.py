@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -86,6 +87,7 @@ def fits_the_model(folder: Path, missing: Missing = "refuse") -> bool:
         from transformers.quantizers import AutoHfQuantizer
 
         from ..integrations.transformers.config import model_config, readable
+        from ..integrations.transformers.files_read import files_to_read
         from ..integrations.transformers.quantizer import compressed_tensors_here, use_backend
 
         with compressed_tensors_here(), use_backend(missing_input_scale=missing), readable(folder, "build the model"):
@@ -93,8 +95,10 @@ def fits_the_model(folder: Path, missing: Missing = "refuse") -> bool:
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config)
             quantizer = AutoHfQuantizer.from_config(config.quantization_config)
-            # The headers are checked here, see ModelOptQuantizer; any file names the folder.
-            quantizer.preprocess_model(model=model, config=config, checkpoint_files=[str(folder / "model.safetensors")])
+            # The headers are checked here, see ModelOptQuantizer.
+            with closing(CheckpointFolder(folder)) as tensors:
+                files = [str(file) for file in files_to_read(tensors)]
+            quantizer.preprocess_model(model=model, config=config, checkpoint_files=files)
     return True
 
 

@@ -14,6 +14,7 @@ from aliasparam.errors import StateError
 from ..checkpoint.format import MODELOPT, CheckpointFormat
 from ..errors import ShapeError
 from ..kernels.choice import need_running
+from ..kernels.declared import need_undeclared
 from ..quantize.block_scales import FiniteBlockScales
 from ..quantize.format import BLOCK_SIZE
 from ..quantize.missing import Missing, RunTimeScales, is_dynamic, need_policy
@@ -92,6 +93,7 @@ class NvFp4LinearMethod:
 
         Raises:
             ShapeError: K is not a multiple of 16, or dims which the backend cannot take.
+            StateError: the layer has its weights already.
         """
         k, partitions = input_size_per_partition, tuple(output_partition_sizes)
         shape = LinearShape(sum(partitions), k, partitions)
@@ -107,6 +109,7 @@ class NvFp4LinearMethod:
         for candidate in (backend, *self.retarget_to):
             candidate.check_shape(shape)
         names = self.checkpoint
+        need_undeclared(layer, (names.weight, names.block_scale, names.weight_global))
         attributes = {"weight_loader": load_partition, **extra_weight_attrs}
         matrix = {"input_dim": 1, "output_dim": 0, "output_partition_sizes": partitions, **attributes}
         scalar = {"needs_scalar_to_array": True, **attributes}

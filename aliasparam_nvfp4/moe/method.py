@@ -14,6 +14,7 @@ from aliasparam.errors import StateError
 from ..checkpoint.format import MODELOPT, CheckpointFormat
 from ..errors import ShapeError
 from ..kernels.choice import need_running
+from ..kernels.declared import need_undeclared
 from ..quantize.block_scales import FiniteBlockScales
 from ..quantize.format import BLOCK_SIZE
 from ..quantize.missing import Missing, RunTimeScales, need_policy
@@ -117,6 +118,7 @@ class NvFp4MoEMethod:
 
         Raises:
             ShapeError: dims that are not positive, or not whole blocks.
+            StateError: the layer has its weights already.
         """
         e, h, i = num_experts, hidden_size, intermediate_size_per_partition
         if min(e, h, i) <= 0 or h % BLOCK_SIZE or i % BLOCK_SIZE:
@@ -132,6 +134,7 @@ class NvFp4MoEMethod:
         shape = MoEShape(e, h, i, e * self.ep_rank, everywhere, *ranks)
         bias = params_dtype if self.bias else None
         declared = Declared(shape, self.checkpoint, self.stored, self.input_scale, self.missing_input_scale, bias)
+        need_undeclared(layer, declared.parameters())
         form = self.activation.gated, self.interleaved, self.stored.columns
         loader = ExpertLoader(e, shape.first_expert, everywhere, self.tp_rank, self.tp_size, *form)
         attributes = {"weight_loader": loader, **extra_weight_attrs}
@@ -182,21 +185,22 @@ class NvFp4MoEMethod:
             topk_ids: ``[T, k]`` global expert numbers, int32 or int64; -1 is no expert.
 
         Raises:
-            ShapeError: dims or dtypes which do not fit each other or the layer; on the CPU also numbers of no expert (on a GPU
-                they are not looked at: that would wait for it, and could not be captured).
+            ShapeError: dims or dtypes which do not fit each other, the layer or its runner; on the CPU also numbers of no expert
+                (on a GPU they are not looked at: that would wait for it, and could not be captured).
             BackendError: the runner cannot run on this device.
         """
         shape: MoEShape = layer.__dict__["nvfp4_moe_shape"]
         runner: MoERunner = layer.__dict__["nvfp4_runner"]
-        rows = x.reshape(-1, x.shape[-1])
-        if x.shape[-1] != shape.hidden or topk_ids.shape != topk_weights.shape or topk_ids.shape[:-1] != rows.shape[:1]:
+        rows = _rows(layer, x, shape)
+        if topk_ids.shape != topk_weights.shape or topk_ids.shape[:-1] != rows.shape[:1]:
             raise ShapeError(
                 "the input does not fit",
                 module=type(layer).__name__,
-                expected=f"x [T, {shape.hidden}], topk_weights and topk_ids [T, k]",
-                found=f"{list(x.shape)}, {list(topk_weights.shape)}, {list(topk_ids.shape)}",
+                expected=f"topk_weights and topk_ids [{rows.shape[0]}, k]",
+                found=f"{list(topk_weights.shape)}, {list(topk_ids.shape)}",
             )
         _need_experts(layer, topk_weights, topk_ids, shape.all_experts)
+        runner.check_dtype(x.dtype)
         need_running(runner, x.device)
         if rows.shape[0] == 0:
             return torch.empty_like(x)
@@ -212,23 +216,33 @@ class NvFp4MoEMethod:
             routing: how the model chooses.
 
         Raises:
-            ShapeError: dims which do not fit each other or the layer.
+            ShapeError: dims which do not fit each other or the layer, or activations of a dtype that the runner does not take.
             BackendError: the runner cannot run on this device, or its kernel knows no such routing.
         """
         shape: MoEShape = layer.__dict__["nvfp4_moe_shape"]
         runner: MoERunner = layer.__dict__["nvfp4_runner"]
-        rows = x.reshape(-1, x.shape[-1])
-        if x.shape[-1] != shape.hidden or router_logits.shape != (rows.shape[0], shape.all_experts):
+        rows = _rows(layer, x, shape)
+        if router_logits.shape != (rows.shape[0], shape.all_experts):
             raise ShapeError(
                 "the input does not fit",
                 module=type(layer).__name__,
-                expected=f"x [T, {shape.hidden}], router_logits [T, {shape.all_experts}]",
-                found=f"{list(x.shape)}, {list(router_logits.shape)}",
+                expected=f"router_logits [{rows.shape[0]}, {shape.all_experts}]",
+                found=list(router_logits.shape),
             )
+        runner.check_dtype(x.dtype)
         need_running(runner, x.device)
         if rows.shape[0] == 0:
             return torch.empty_like(x)
         return runner.apply_logits(cast(MoENames, layer), rows, router_logits, routing, shape).reshape(x.shape)
+
+
+def _rows(layer: nn.Module, x: Tensor, shape: MoEShape) -> Tensor:
+    """``[T, H]``."""
+    if x.dim() == 0 or x.shape[-1] != shape.hidden:
+        raise ShapeError(
+            "the input does not fit", module=type(layer).__name__, expected=f"x [..., {shape.hidden}]", found=list(x.shape)
+        )
+    return x.reshape(-1, shape.hidden)
 
 
 def _need_experts(layer: nn.Module, weights: Tensor, ids: Tensor, experts: int) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from aliasparam import reload
+from aliasparam.errors import StateError
 from aliasparam_nvfp4 import COMPRESSED_TENSORS, NvFp4LinearMethod
 from aliasparam_nvfp4.errors import ScaleError, ShapeError
 from aliasparam_nvfp4.linear.backends import KernelNames, LinearBackend, LinearShape, linear_backends
@@ -150,3 +151,14 @@ def test_negative_block_scales_are_refused_where_the_format_has_no_sign() -> Non
         session.load(source)
     assert layer.weight_scale_interleaved[1, 3] == 0
     assert torch.equal(loaded(source, (64,))(torch.zeros(1, 48)), torch.zeros(1, 64))
+
+
+def test_law_10_weights_that_are_created_a_second_time_leave_the_layer_as_it_was() -> None:
+    """The names were replaced by empty ones before it was refused."""
+    layer, x = loaded(tensors((32,), 48)), torch.randn(2, 48)
+    before, held = layer(x), dict(layer.named_parameters())
+
+    with pytest.raises(StateError, match=r"Layer\.weight: this layer has its weights already"):
+        layer.method.create_weights(layer, 64, [32, 16], 64, 48, torch.bfloat16)
+    assert all(held[name] is parameter for name, parameter in layer.named_parameters())
+    assert torch.equal(layer(x), before)

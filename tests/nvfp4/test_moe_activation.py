@@ -289,3 +289,30 @@ def test_cutedsl_gets_the_numbers_as_python_floats() -> None:
     assert _flashinfer_activation(OAI) == {"activation_type": 3, "swiglu_alpha": 1.702, "swiglu_beta": 1.0, "swiglu_limit": 7.0}
     assert _flashinfer_activation(RELU2) == {"activation_type": 6}
     assert "swiglu_limit" not in _flashinfer_activation(ExpertActivation(beta=1.0))
+
+
+@pytest.mark.parametrize("limit", [None, 7.0, 30.0, 50.0, 2000.0])
+def test_law_1_the_limit_of_a_class_of_experts_is_found_wherever_it_is(limit: float | None) -> None:
+    """Values beyond 40 were not tried, so a class that holds its sums below 50 was served without its limit."""
+    pytest.importorskip("transformers")
+    from aliasparam_nvfp4.integrations.transformers.activation import expert_activation
+
+    class Held(torch.nn.Module):
+        limit: float | None = None
+
+        def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
+            gate, up = gate_up.chunk(2, -1)
+            if self.limit is not None:
+                gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+            return torch.nn.functional.silu(gate) * up
+
+    module = Held()
+    module.limit = limit
+    assert expert_activation(module) == ExpertActivation(limit=limit)
+    module.__dict__["limit"], Held._apply_gate = None, _bounded  # type: ignore[method-assign]
+    assert expert_activation(module) is None, "a bound that it does not tell"
+
+
+def _bounded(self: torch.nn.Module, gate_up: torch.Tensor) -> torch.Tensor:
+    gate, up = gate_up.chunk(2, -1)
+    return torch.nn.functional.silu(gate.clamp(max=100.0)) * up

@@ -10,6 +10,7 @@ from aliasparam.errors import ReloadError, StateError
 from aliasparam_nvfp4 import NvFp4MoEMethod
 from aliasparam_nvfp4.errors import ScaleError, ShapeError
 from aliasparam_nvfp4.moe.activation import RELU2
+from aliasparam_nvfp4.moe.routing import Routing
 from aliasparam_nvfp4.moe.runners import moe_runner
 from aliasparam_nvfp4.moe.scales import InputScales
 
@@ -131,6 +132,32 @@ def test_choices_that_are_no_experts_are_refused(ids: list[list[float]]) -> None
         layer(x, weights.long(), torch.zeros(1, 2, dtype=torch.int64))
     one = layer(x, weights, torch.tensor([[0, -1]]))
     assert torch.equal(one, layer(x, weights * torch.tensor([1.0, 0.0]), torch.tensor([[0, 0]], dtype=torch.int32)))
+
+
+@every_runner
+def test_law_8_activations_that_are_none_are_refused(runner: str) -> None:
+    """Whole numbers were computed with, and the sums cut to them."""
+    layer = Experts(runner, SHAPES[0])
+    load(layer, stored(SHAPES[0]))
+    x, weights, ids = choices(2, *SHAPES[0][:2])
+    for dtype in (torch.uint8, torch.int32, torch.complex64, torch.float8_e4m3fn):
+        with pytest.raises(ShapeError, match=rf"{runner}: this runner does not take activations of this dtype(?s:.*){dtype}"):
+            layer(x.to(dtype), weights, ids)
+        with pytest.raises(ShapeError, match="this runner does not take activations"):
+            layer.method.apply_logits(layer, x.to(dtype), x[:, : SHAPES[0][0]].float(), Routing("softmax_topk", 1))
+    for few in (x[0, 0], x[:, :16]):
+        with pytest.raises(ShapeError, match="the input does not fit"):
+            layer(few, weights, ids)
+
+
+def test_law_10_experts_that_are_created_a_second_time_leave_the_layer_as_it_was() -> None:
+    layer = Experts("reference", SHAPES[0])
+    load(layer, stored(SHAPES[0]))
+    before, chosen = names(layer), choices(2, *SHAPES[0][:2])
+    out = layer(*chosen)
+    with pytest.raises(StateError, match="this layer has its weights already"):
+        layer.method.create_weights(layer, 3, 64, 64, torch.bfloat16)
+    assert names(layer) == before and torch.equal(layer(*chosen), out)
 
 
 # -- twice within one load -------------------------------------------------------------------------------------------------

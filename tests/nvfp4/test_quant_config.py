@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import time
+import warnings
 from fnmatch import fnmatchcase
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from aliasparam_nvfp4.checkpoint import QuantConfig
 from aliasparam_nvfp4.checkpoint.patterns import Patterns
@@ -122,3 +124,46 @@ def test_compressed_tensors_names_count_before_expressions_and_those_before_clas
     assert schemes(config, "model.layers.0.mlp.down_proj", fp4=True) == ("NVFP4", "stored"), "the files' weight decides"
     assert schemes(config, "model.x.q_proj") == ("NVFP4", "stored"), "a parent exempts nothing"
     assert schemes(config, "model.x") is None and schemes(config, "a.y") is None
+
+
+_PARTS = ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate")
+HELD = ("lm_head", *(f"model.layers.{n}.{part}" for n in (0, 1, 10) for part in _PARTS))
+TARGETS = st.sampled_from([
+    "Linear", "lm_head", "re:.*q_proj$", "re:.*gate", "re:.*self_attn.*", "re:.*(q|k)_proj", "re:model.layers.1.*", "re:lm_head",
+    r"re:.*layers\.(0|10)\.", r"re:.*layers\.1\..*", "model.layers.1", "model.layers.1.mlp.gate", "re:mlp", "q_proj", "*gate*",
+    "re:",
+])  # fmt: skip
+
+
+@settings(max_examples=60)
+@given(
+    groups=st.lists(st.tuples(st.lists(TARGETS, min_size=1, max_size=3, unique=True), st.booleans()), min_size=1, max_size=3),
+    ignore=st.lists(TARGETS, max_size=3, unique=True),
+)
+def test_of_groups_that_match_compressed_tensors_own_choice_is_taken(
+    groups: list[tuple[list[str], bool]], ignore: list[str]
+) -> None:
+    theirs = pytest.importorskip("compressed_tensors.quantization")
+    parts = {
+        f"group_{n}": {"targets": targets, "weights": {**(EIGHT if eight else FOUR), "dynamic": False}, "input_activations": None}
+        for n, (targets, eight) in enumerate([(["re:nothing"], False), *groups])
+    }
+    model = nn.Module()
+    for path in HELD:
+        held = model
+        for name in path.split(".")[:-1]:
+            if name not in held._modules:
+                held.add_module(name, nn.Module())
+            held = held.get_submodule(name)
+        held.add_module(path.rpartition(".")[2], nn.Linear(16, 16, device="meta"))
+    config = {"format": "mixed-precision", "quantization_status": "initialized", "config_groups": parts, "ignore": ignore}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs.apply_quantization_config(model, theirs.QuantizationConfig(**config))
+    read = QuantConfig.from_dict({"quant_method": "compressed-tensors", **config})
+
+    for path in HELD:
+        scheme = getattr(model.get_submodule(path), "quantization_scheme", None)
+        bits = None if scheme is None else scheme.weights.num_bits
+        ours = read.scheme_of(path)
+        assert (None if ours is None else 4 if ours.is_fp4 else 8) == bits, path

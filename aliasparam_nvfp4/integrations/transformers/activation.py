@@ -25,7 +25,8 @@ def expert_activation(module: nn.Module) -> ExpertActivation | None:
     odd = {getattr(module, "has_bias", False), getattr(module, "is_transposed", False), not _halves(module)}
     if not hasattr(type(module), "_apply_gate") or len(odd) > 1 or getattr(module, "has_post_expert_norm", False):
         return None
-    x = torch.linspace(-40, 40, 641, dtype=torch.float64, device="cpu")
+    far = torch.logspace(1.6, 6, 45, dtype=torch.float64, device="cpu")  # no class bounds its sums beyond
+    x = torch.cat([torch.linspace(-40, 40, 641, dtype=torch.float64, device="cpu"), far, -far])
     gate, up = x, x.flip(0) * 0.7 + 1
     with torch.no_grad(), torch.device("cpu"), suppress(Exception):
         if "up_proj" in module._parameters:

@@ -100,7 +100,10 @@ def check_schemes(model: nn.Module, config: QuantConfig, folder: CheckpointFolde
 
 
 def _said(scheme: Scheme | None) -> str:
-    return "none" if scheme is None else f"{scheme.algo}, activations {scheme.inputs or 'as they are'}"
+    if scheme is None:
+        return "none"
+    blocks = f" in blocks of {scheme.block[0]} x {scheme.block[1]}" if scheme.block else ""
+    return f"{scheme.algo}{blocks}, activations {scheme.inputs or 'as they are'}"
 
 
 def _another_way(folder: Path, expected: str, found: str) -> CheckpointError:

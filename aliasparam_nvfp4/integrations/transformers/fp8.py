@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from aliasparam import TensorSpec
 
-from ...checkpoint.scheme import FP8, Scheme
+from ...checkpoint.scheme import FP8, FP8_BLOCK, Scheme
+from ...errors import ScaleError
+from ...quantize.global_scale import need_stored_scales
 
 _E4M3_MAX = 448.0
 _F32_SCALAR = TensorSpec((), torch.float32)
@@ -54,7 +58,32 @@ class Fp8Linear(nn.Module):
         n, shape = self.out_features, weight_scale.shape
         rows = shape[:1] == (n,) and len(shape) <= 2 and shape[1:] in ((), (1,))
         one = len(shape) <= 1 and shape in ((), (1,))
-        return weight_scale.dtype.is_floating_point and weight_scale.dtype.itemsize > 1 and (one or rows or len(shape) == 2)
+        wide = weight_scale.dtype.is_floating_point and weight_scale.dtype.itemsize > 1
+        return wide and (one or rows or self._block_sizes(shape) is not None)
+
+    def _block_sizes(self, counts: Sequence[int]) -> tuple[int, int] | None:
+        """(rows, columns) of the blocks of which there are so many: the config's, of 128, or what divides the weight evenly."""
+        if len(counts) != 2:
+            return None
+        sizes = []
+        dims = (self.out_features, self.in_features)
+        for dim, count, said in zip(dims, counts, self.scheme.block or (None, None), strict=True):
+            even = [dim // count] if count and dim % count == 0 else []
+            fitting = [size for size in ([said] if said else [FP8_BLOCK, *even]) if -(-dim // size) == count]
+            sizes += fitting[:1]
+        return (sizes[0], sizes[1]) if len(sizes) == 2 else None
+
+    def check_scales(self, path: str, value: Callable[[str], Tensor]) -> None:
+        """Raise ScaleError for scales that are none: what they are divided by or multiplied with would be NaN.
+
+        Args:
+            path: of this module, for messages.
+            value: of the tensor of such a name, loaded or about to be.
+        """
+        if not bool(torch.isfinite(value("weight_scale").float()).all()):
+            raise ScaleError("a scale of FP8 weights is no number", module=path, name="weight_scale", expected="finite")
+        if self.scheme.inputs == "stored":
+            need_stored_scales({"input_scale": value("input_scale")}, path)
 
     def forward(self, x: Tensor) -> Tensor:
         rows, factor = self._quantized(x.float())
@@ -71,8 +100,8 @@ class Fp8Linear(nn.Module):
         how = self.scheme.inputs
         if how is None:
             return x, None
-        if how == "block":  # of 128 values
-            padded = functional.pad(x, (0, -x.shape[-1] % 128)).reshape(*x.shape[:-1], -1, 128)
+        if how == "block":
+            padded = functional.pad(x, (0, -x.shape[-1] % FP8_BLOCK)).reshape(*x.shape[:-1], -1, FP8_BLOCK)
             scale = (padded.abs().amax(-1, keepdim=True) / _E4M3_MAX).clamp(min=torch.finfo(torch.float32).tiny)
             return (_e4m3(padded / scale) * scale).flatten(-2)[..., : x.shape[-1]], None
         if how == "stored":
@@ -83,10 +112,11 @@ class Fp8Linear(nn.Module):
         return _e4m3(x / scale), scale
 
     def _by_blocks(self, scale: Tensor) -> Tensor:
-        """``[N, K]`` of one scale for each block; blocks are 128 x 128 or what divides the weight evenly."""
-        n, k = self.out_features, self.in_features
-        sizes = [128 if -(-dim // 128) == count else -(-dim // count) for dim, count in zip((n, k), scale.shape, strict=True)]
-        return scale.repeat_interleave(sizes[0], 0).repeat_interleave(sizes[1], 1)[:n, :k]
+        """``[N, K]`` of one scale for each block."""
+        sizes = self._block_sizes(scale.shape)
+        if sizes is None:
+            raise AssertionError("scales that do not divide the weight were refused before it was loaded")
+        return scale.repeat_interleave(sizes[0], 0).repeat_interleave(sizes[1], 1)[: self.out_features, : self.in_features]
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

@@ -18,6 +18,7 @@ FUSED_GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("qkv_proj", ("q_proj", "k_proj", "v_proj")),
     ("gate_up_proj", ("gate_proj", "up_proj")),
 )
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 def fuse_projections(model: nn.Module, backend: str, retarget_to: Sequence[str] = ()) -> int:
@@ -30,25 +31,28 @@ def fuse_projections(model: nn.Module, backend: str, retarget_to: Sequence[str] 
     for parent in list(model.modules()):
         if isinstance(parent, FusedLinear):
             continue
-        for name, members in _groups(parent):
+        for holder, name, members in _groups(parent):
             kind = members[0].kind
             method = methods.setdefault(kind, kind.method(backend, retarget_to))
-            _fuse(parent, name, members, method)
+            _fuse(holder, name, members, method)
             count += 1
     return count
 
 
-def _groups(parent: nn.Module) -> Iterator[tuple[str, list[Projection]]]:
-    """(name of the fused layer, its projections) among the direct children of ``parent``."""
+def _groups(parent: nn.Module) -> Iterator[tuple[nn.Module, str, list[Projection]]]:
+    """(module that gets the fused layer, its name there, its projections) among the direct children of ``parent``.
+
+    A container runs or counts all its children, so it gets none: the layer of a single projection is a child of that.
+    """
     children = {n: m for n, m in parent.named_children() if isinstance(m, Projection) and not m._fused}
-    for fused_name, members in FUSED_GROUPS:
+    for fused_name, members in () if isinstance(parent, _CONTAINERS) else FUSED_GROUPS:
         found = [children[m] for m in members if m in children]
         if len(found) == len(members) and not hasattr(parent, fused_name) and _fit_together(found):
             for member in members:
                 del children[member]
-            yield fused_name, found
-    for name, child in children.items():
-        yield f"{name}_kernel", [child]
+            yield parent, fused_name, found
+    for child in children.values():
+        yield child, "kernel", [child]
 
 
 def _fit_together(members: list[Projection]) -> bool:

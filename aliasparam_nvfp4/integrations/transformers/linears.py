@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from aliasparam import TensorSpec
 
@@ -32,7 +35,7 @@ def replace_linears(
 
     Raises:
         CheckpointError: scales of an FP8 layer that do not divide its weight.
-        UnsupportedFormatError: a quantized layer that transformers would convert.
+        UnsupportedFormatError: a quantized layer that transformers would convert, or of a class that computes something else.
     """
     tied = {name.rpartition(".")[0] for name in getattr(model, "all_tied_weights_keys", None) or ()}
     converted = {name.rpartition(".")[0] for conversion in source.names.conversions for name in conversion.targets}
@@ -53,6 +56,14 @@ def replace_linears(
                 found=f"{scheme.algo} in {theirs[name]}",
                 remedy="Export the model with this layer left unquantized.",
             )
+        if not _is_linear(module):
+            raise UnsupportedFormatError(
+                "a quantized layer is no plain linear layer: its class computes something of its own",
+                module=name,
+                expected="x @ weight.T + bias",
+                found=type(module).__name__,
+                remedy="Export the model with this layer left unquantized.",
+            )
         with torch.device("meta"):
             if scheme.is_fp4:
                 made: nn.Module = _fp4(name, module, scheme, config, source, dtype, missing)
@@ -60,6 +71,21 @@ def replace_linears(
                 made = _fp8(name, module, scheme, source, dtype)
         model.set_submodule(name, made)
     return plain
+
+
+def _is_linear(module: nn.Linear) -> bool:
+    """Whether it computes what ``nn.Linear`` does. Routers and block-diagonal projections are classes of it with a forward of
+    their own, which is run on a few values and compared."""
+    if type(module).forward is nn.Linear.forward:
+        return True
+    with torch.no_grad(), torch.device("cpu"), suppress(Exception):
+        x, weight = torch.linspace(-2, 2, 10).view(2, 5), torch.linspace(-1, 3, 15).view(3, 5)
+        bias = None if module.bias is None else torch.ones(3)
+        tried = copy.copy(module)
+        tried._parameters = {"weight": nn.Parameter(weight), "bias": None if bias is None else nn.Parameter(bias)}
+        out = tried(x)
+        return out.shape == (2, 3) and torch.allclose(out, functional.linear(x, weight, bias))
+    return False
 
 
 def _fp4(

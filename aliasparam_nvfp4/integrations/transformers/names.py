@@ -52,6 +52,8 @@ class Names:
                     continue
             if places.get(mine) is None and places.get(name) is not None:
                 mine, _ = rename_source_key(name, [], [], prefix, places)
+            if mine not in places.state and (beside := mine.removeprefix(f"{prefix}.")) in places.state:
+                mine = beside  # the model's own tensor: the base model has a place for any name
             ours[name] = mine
         return cls(ours, tuple(groups.values()))
 

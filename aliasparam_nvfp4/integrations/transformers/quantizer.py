@@ -31,6 +31,7 @@ from ...moe.runners import moe_runner
 from ...quantize.missing import Missing, need_policy
 from .carried import carry
 from .experts import ExpertChoice, Experts, replace_experts, show_apart
+from .fp8 import Fp8Linear
 from .fuse import fuse_projections
 from .fused_experts import FusedExperts
 from .linears import replace_linears
@@ -154,7 +155,7 @@ class ModelOptQuantizer(HfQuantizer):  # type: ignore[misc]
         files = kwargs.get("checkpoint_files")
         folder = Path(files[0]).parent if files else None
         config = self.quantization_config.parsed if folder is None else self.quantization_config.of_folder(folder)
-        self._source = source = Source.of(model, folder) if folder else Source()
+        self._source = source = Source.of(model, folder, files) if folder else Source()
         schemes = partial(source.schemes_of_experts, config)
         replace_experts(model, source.experts, schemes, source.tensors, config.tensors, self.choice.experts, dtype)
         plain = replace_linears(model, config, source, dtype, self.choice.experts.missing_input_scale)
@@ -185,6 +186,8 @@ class ModelOptQuantizer(HfQuantizer):  # type: ignore[misc]
                     module.load(source.folder, source.experts[path], next(block.parameters()).device)
                 if isinstance(module, FusedExperts):
                     module.attach()
+                if isinstance(module, Fp8Linear):
+                    module.check_scales(path, module.get_parameter)
             for path in self._plain_experts:
                 show_apart(model.get_submodule(path), source.experts[path])
             if source.folder is not None:

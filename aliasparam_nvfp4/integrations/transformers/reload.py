@@ -25,6 +25,7 @@ from .config_match import check_config, check_schemes
 from .conversions import Conversion
 from .dropped import dropping_rule
 from .experts import Experts
+from .files_read import need_same_files
 from .fp8 import Fp8Linear
 from .fused_experts import check_scalars
 from .modules import FusedLinear, Projection
@@ -119,6 +120,7 @@ class _Plan:
     @classmethod
     def checked(cls, model: Any, folder: str | Path, *, strict: bool) -> _Plan:
         source = CheckpointFolder(folder)
+        need_same_files(source)
         config = check_config(model, source.path, strict=strict)
         names = checkpoint_names(model)
         conversions = _names(model).conversions
@@ -134,6 +136,7 @@ class _Plan:
         modules = files_of(model, live)
         check_schemes(model, config, source, modules)
         check_fused_scales(model, modules, source)
+        check_fp8_scales(model, modules, source)
         check_scalars(model, live, source)
         check_block_scales(model, live, parts, source)
         targets = {name: TensorSpec.of(tensor) for name, tensor in live.items()}
@@ -263,6 +266,14 @@ def check_fused_scales(model: nn.Module, files: Mapping[str, str], folder: Check
                 derived.input_scale_inv(torch.tensor(list(inputs.values())))
         except ScaleError as error:
             raise error.located(module=path) from None
+
+
+def check_fp8_scales(model: nn.Module, files: Mapping[str, str], folder: CheckpointFolder) -> None:
+    """Read the scales of the FP8 layers of a mixed checkpoint and refuse those which are none."""
+    for path, module in model.named_modules():
+        if isinstance(module, Fp8Linear):
+            prefix = files[path]
+            module.check_scales(path, lambda leaf, prefix=prefix: folder.read(f"{prefix}.{leaf}"))  # type: ignore[misc]
 
 
 def check_block_scales(

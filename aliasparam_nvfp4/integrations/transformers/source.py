@@ -27,6 +27,7 @@ from ...checkpoint.scheme import Scheme
 from .carried import INPUT_SCALES, KV_SCALES
 from .dropped import dropping_rule
 from .experts import Experts, first_projection, fused_experts
+from .files_read import need_same_files
 from .names import Names
 from .report import FolderReport
 from .ties import tied_names
@@ -65,13 +66,19 @@ class Source:
     tensors: Mapping[str, TensorEntry] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: nn.Module, path: Path) -> Source:
+    def of(cls, model: nn.Module, path: Path, files: Iterable[str | Path] | None = None) -> Source:
         """The folder at ``path`` for ``model``, which nothing was replaced in yet.
+
+        Args:
+            model: on the meta device.
+            path: of the folder.
+            files: that transformers reads, see :func:`need_same_files`.
 
         Raises:
             CheckpointError: files that do not check, an expert's tensor that is there twice, or what cannot be converted.
         """
         folder = CheckpointFolder(path)
+        need_same_files(folder, files)
         names = Names.of(model, folder.tensors)
         tensors = {mine: folder.tensors[theirs] for theirs, mine in names.ours.items()}
         for conversion in names.conversions:

@@ -26,6 +26,7 @@ class Reference(MoERunner):
     swiglu_numbers = SwigluNumbers.AS_FLOATS
     needs_input_scale = False
     dynamic_scales = True
+    dtypes = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
     biases = PLAIN
     call = "torch"
 
