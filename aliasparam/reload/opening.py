@@ -31,8 +31,8 @@ def reload(
         policy: "write-through": values are written as they come, nothing is kept; a failure leaves a refusal. "journal": the
             same, with the old bytes that change on the host (5 bytes for each, at most what is overwritten); an abort restores
             them. "staged": the new values wait on the host while the old weights serve, and are written by the commit;
-            "staged-journal": both, so that a commit can be taken back too. Device scratch: 16 MiB for staged values, at most
-            32 MiB for a journal.
+            "staged-journal": both, so that a commit can be taken back too. Device scratch: at most 32 MiB for staged values
+            and 32 MiB for a journal.
         source: where the values come from, for the log and metrics.
         hooks: called at the begin, before the new weights serve, and after an abort.
         drain_seconds: the longest that a write waits for forwards that other threads began before it.

@@ -18,7 +18,7 @@ from ..layout.boxes import Box, row_major, sizes
 from .targets import Target
 
 #: Bytes of host memory that are brought at once, and of each of two buffers on a GPU.
-CHUNK = 8 << 20
+CHUNK = 16 << 20
 #: Where values begin in a chunk: no layout wants more of an address.
 _ALIGN = 256
 
