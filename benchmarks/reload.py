@@ -100,7 +100,7 @@ class Bench(Meter):
         rows.append(self.delta(f"delta, {self.options.share:.1%} new", model, self.folder / "delta"))
         rows += self.peers(model, values)
         self.show("Source and policy", rows)
-        self.one_percent(model, values["b"])
+        self.one_percent()
         self.pinned_rate(model)
         self.disk(model, {"a": a, "b": b})
         self.digest(model)
@@ -122,14 +122,17 @@ class Bench(Meter):
             del engine, load
         return rows
 
-    def one_percent(self, model: Model, values: dict[str, Tensor]) -> None:
-        few = max(1, len(model.layers) // 100)
-        scope = [f"layers.{number}" for number in range(few)]
-        part = {n: v for n, v in values.items() if any(n.startswith(f"{p}.") for p in scope)}
+    def one_percent(self) -> None:
+        """Of 400 layers four, whose values are one layer's: what a partial reload costs in proportion, and per session."""
+        model = self.model(layers=400)
+        one = {name.removeprefix("layers.0."): value for name, value in values_of(self.model(layers=1), 1)}
+        values = {f"layers.{number}.{name}": value for number in range(400) for name, value in one.items()}
+        scope = [f"layers.{number}" for number in range(4)]
+        part = {name: value for name, value in values.items() if ".".join(name.split(".")[:2]) in scope}
         total = self.seconds(lambda: self._reload(model, values))
         some = self.seconds(lambda: self._reload(model, part, scope=scope))
-        share = few / len(model.layers)
-        self.say("part of the tensors", f"{share:.2%} cost {some / total:.2%} of all", share=share, seconds=some, whole=total)
+        text = f"1% of {model.nbytes / 2**30:.1f} GiB costs {some / total:.2%}"
+        self.say("part of the tensors", text, share=0.01, seconds=some, whole=total)
 
     def pinned_rate(self, model: Model) -> None:
         """The pass of a staged commit beside copies of pinned memory, piece by piece: of this model, and of one of experts."""
@@ -230,10 +233,10 @@ class Bench(Meter):
             **asdict(row),
         )
 
-    def model(self, gib: float, *, experts: bool = False) -> Model:
+    def model(self, gib: float = 0, *, layers: int = 0, experts: bool = False) -> Model:
         """``experts``: layers as large as w13 of one rank of Kimi-K2.5 at TP 4."""
         rows, columns = (384 * 1024, 3584) if experts else (8192, 4096) if self.cuda else (1024, 1024)
-        return Model(max(1, round(gib * 2**30 / (rows * columns * 9 / 8))), rows, columns, self.device)
+        return Model(layers or max(1, round(gib * 2**30 / (rows * columns * 9 / 8))), rows, columns, self.device)
 
 
 def load_folder(session: ReloadSession, folder: Path, pinned: bool) -> None:
