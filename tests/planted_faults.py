@@ -159,6 +159,10 @@ FAULTS = [
         "test_law_10_refusals.py",
     ),
     Planted("module/names.py", "if not is_same_name(tensor, b.parameter)]", "if tensor is None]", "test_adoption.py"),
+    Planted("module/names.py", " + [b.name for b in self.left()]", "", "test_adoption.py"),
+    Planted("module/names.py", "self._shown = shown + self._ways()", "self._shown = shown", "test_adoption.py"),
+    Planted("module/names.py", "binding.below = binding.below or id", "binding.below = id", "test_adoption.py"),
+    Planted("module/containers.py", " and name not in holder.__dict__  # an attribute", "  #", "test_adoption.py"),
     Planted("module/names.py", "            return commit  #", "            return None  #", "test_threads_and_fork.py"),
     Planted(
         "module/names.py",
@@ -216,7 +220,9 @@ FAULTS = [
     Planted(
         "layout/blocks.py", "if last != elements and not (last in one and last in other)", "if False", "test_law_11_layout.py"
     ),
-    Planted("layout/trace.py", "    if bool(strays.any()):\n", "    if False:\n", "test_law_11_infer.py"),
+    Planted("layout/trace.py", "    if not bool(wrong.any()):\n", "    if False:\n", "test_law_11_infer.py"),
+    Planted("layout/trace.py", "torch.equal(shuffled[shuffled > 0]", "torch.equal(moved[moved > 0]", "test_law_11_infer.py"),
+    Planted("layout/trace.py", "(padding, source != 0,", "(padding, first != 0,", "test_law_11_infer.py"),
     # sources and streams
     Planted(
         "reload/delta_apply.py",

@@ -16,7 +16,7 @@ from ..storage.locks import all_locked
 from ..storage.storage import AliasedStorage
 from ..tensors.parameter import AliasedParameter, is_same_name
 from ..torch_private import outside_inference
-from .containers import put, standing
+from .containers import held_below, put, standing
 from .planning import Binding, Derived, Separate, Source
 
 
@@ -64,15 +64,14 @@ class ModuleNames:
 
     def bind_storage(self, source: Source, storage: AliasedStorage, parameter: AliasedParameter) -> None:
         """Make ``parameter`` over ``storage`` the checkpoint name of ``source``."""
-        source.storage = storage
         storage.listen(self)
         if storage.kernel_name is not None and source.derived:
             storage.kernel_name.label = f"{self.label}.{source.derived}"
-        source.bindings = [Binding(self.module, source.name, parameter)]
+        # At once: with one of them an interrupted adoption could not be finished.
+        source.storage, source.bindings = storage, [Binding(self.module, source.name, parameter)]
 
     def bind(self, sources: Iterable[Source] = ()) -> None:
-        """Show the checkpoint names of ``sources``; and every kernel name: its tensor, or its refusing twin while the module is
-        open."""
+        """Show the checkpoint names of ``sources``; and every kernel name: its tensor, or while the module is open its twin."""
         device = self.device()
         for derived in self.derived.values():
             if derived.kernel is None and device is not None:
@@ -86,6 +85,7 @@ class ModuleNames:
                 put(binding.module, binding.name, binding.parameter, self)
         for name, kernel in self.kernels():
             put(self.module, name, kernel.tensor if self.readiness is READY else kernel.refusing, self)
+        self._ways()
 
     def rebind(self) -> None:
         """Put the library's own names back and discard whatever replaced them."""
@@ -180,8 +180,16 @@ class ModuleNames:
         shown += [(self.module.__dict__, "_buffers", name, kernel.tensor, kernel) for name, kernel in self.kernels()]
         if self.replaced_names():  # of what was looked at already
             return None
-        self._shown = shown
-        return shown
+        self._shown = shown + self._ways()
+        return self._shown
+
+    def _ways(self) -> list[Shown]:
+        """Where the modules below this one stand that show shards of it, as another may be put in the place of one."""
+        elsewhere = [b for b in self.bindings() if b.module is not self.module]
+        held = held_below(self.module, [b.module for b in elsewhere])
+        for binding in elsewhere:
+            binding.below = binding.below or id(binding.module) in held
+        return [(holder.__dict__, "_modules", name, child, None) for holder, name, child in held.values()]
 
     def open(self) -> None:
         """Bytes are about to change, or something else stands under a declared name: refuse until the next commit (law 8)."""
@@ -212,7 +220,7 @@ class ModuleNames:
             module=self.label,
             name=", ".join(replaced or self.stale_names()) or None,
             expected="a module processed since the last write to its names",
-            found="another tensor under the name" if replaced else "names written and not processed since",
+            found="another tensor, or module, in its place" if replaced else "names written and not processed since",
             remedy="Call aliasparam.process(model) after loading.",
         )
 
@@ -259,10 +267,16 @@ class ModuleNames:
         return [binding for source in self.sources.values() for binding in source.bindings]
 
     def replaced_names(self) -> list[str]:
-        """Declared names under which there is another tensor than ours."""
+        """Declared names under which there is another tensor than ours, or whose module was replaced."""
         found = ((b, standing(b.module, b.name)) for b in self.bindings())
-        replaced = [b.name for b, tensor in found if not is_same_name(tensor, b.parameter)]
+        replaced = [b.name for b, tensor in found if not is_same_name(tensor, b.parameter)] + [b.name for b in self.left()]
         return replaced + [n for n, kernel in self.kernels() if not kernel.shows(standing(self.module, n))]
+
+    def left(self) -> list[Binding]:
+        """Names of modules that were below this one, and are no longer."""
+        below = [b for b in self.bindings() if b.below]
+        held = held_below(self.module, [b.module for b in below])
+        return [b for b in below if id(b.module) not in held]
 
     def stale_names(self) -> list[str]:
         """Kernel names that the last commit does not cover: sources written since, or written or moved by other code."""
