@@ -64,7 +64,7 @@ class ModuleNames:
     # -- names ---------------------------------------------------------------------------------------------------------
 
     def bind_storage(self, source: Source, storage: AliasedStorage, parameter: AliasedParameter) -> None:
-        """Make ``parameter`` over ``storage`` the checkpoint name of ``source``: at once, or an interrupt would leave one alone."""
+        """Make ``parameter`` over ``storage`` the checkpoint name of ``source``: at once, else an interrupt leaves one alone."""
         storage.listen(self)
         if storage.kernel_name is not None and source.derived:
             storage.kernel_name.label = f"{self.label}.{source.derived}"
