@@ -187,6 +187,7 @@ FAULTS = [
         "    held, allocated = (0, 0) if False else",
         "test_verdicts.py test_derivations.py",
     ),
+    Planted("storage/storage.py", "            value = landable(value, self.kernel_name.memory)\n", "", "test_ported_helpers.py"),
     Planted(
         "ported.py",
         "        storage.put_foreign(value)",
