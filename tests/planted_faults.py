@@ -187,6 +187,12 @@ FAULTS = [
         "    held, allocated = (0, 0) if False else",
         "test_verdicts.py test_derivations.py",
     ),
+    Planted(
+        "tensors/parameter.py",
+        "    old.__dict__.update(ours)\n",
+        "    old.__dict__.update({**ours, '_alias_geometry': None})\n",
+        "test_threads_and_fork.py",
+    ),
     Planted("storage/storage.py", "            value = landable(value, self.kernel_name.memory)\n", "", "test_ported_helpers.py"),
     Planted(
         "ported.py",

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import io
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -266,3 +267,29 @@ def test_a_forked_child_does_not_wait_for_a_thread_that_it_does_not_have() -> No
         os.kill(child, 9)
         os.waitpid(child, 0)
     assert ended and status == 0
+
+
+def test_law_8_a_parameter_that_is_being_taken_over_is_a_name_or_none_for_other_threads() -> None:
+    """torch exchanges class, attributes and memory one after the other; at each line another thread looks at the module."""
+    layer, new, seen = Layer((4, 8)), bytes_of(4, 8, seed=1), 0
+    old = layer.weight.clone()
+    process(layer)
+
+    def look(frame: Any, event: str, arg: Any) -> Any:
+        nonlocal seen
+        seen += event == "line"
+        for do in (layer, layer.weight.clone, lambda: copy.deepcopy(layer)):
+            with contextlib.suppress(AliasError):
+                do()
+        return look
+
+    layer.weight = nn.Parameter(new.clone(), requires_grad=False)
+    tracing = sys.gettrace()
+    sys.settrace(lambda frame, event, arg: look if frame.f_code.co_name in ("swap_tensors", "swap_attr") else None)
+    try:
+        process(layer)
+    finally:
+        sys.settrace(tracing)
+
+    assert seen > 10 and not torch.equal(old, new)
+    assert torch.equal(layer.weight.clone(), new) and torch.equal(layer(), kernel(SWAP, new))
