@@ -49,6 +49,12 @@ FAULTS = [
     ),
     Planted(
         "storage/kernel_name.py",
+        "        with LOCKS[COUNTERS]:\n            return",
+        "        if True:\n            return",
+        "test_threads_and_fork.py",
+    ),
+    Planted(
+        "storage/kernel_name.py",
         "return self.tensor._version != self.version",
         "return False",
         "test_law_08_no_silent_garbage.py",

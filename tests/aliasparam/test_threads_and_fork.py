@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from aliasparam import AliasedStorage, Derivation, State, declare, process
+from aliasparam import Alias, AliasedStorage, Derivation, State, declare, process
 from aliasparam.errors import AliasError, StaleKernelError, StateError
 from aliasparam.module.containers import Names
 from aliasparam.storage import states
@@ -293,3 +293,27 @@ def test_law_8_a_parameter_that_is_being_taken_over_is_a_name_or_none_for_other_
 
     assert seen > 10 and not torch.equal(old, new)
     assert torch.equal(layer.weight.clone(), new) and torch.equal(layer(), kernel(SWAP, new))
+
+
+def test_law_1_a_write_to_one_name_is_no_foreign_write_to_another_that_is_read_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module tells all its kernel names: each counts it by torch and by itself, and is looked at between the two."""
+    module = nn.Module()
+    module.a, module.b = (nn.Parameter(bytes_of(4, 4, seed=seed), requires_grad=False) for seed in (1, 2))
+    declare(module, Alias("a", "x", SWAP), Alias("b", "y", SWAP))
+    process(module)
+    values, looks, count = module.b.clone(), list[threading.Thread](), torch.autograd.graph.increment_version
+
+    def counted(tensor: Any) -> None:
+        count(tensor)
+        looks.append(threading.Thread(target=module.b.clone))
+        looks[-1].start()
+        looks[-1].join(0.2)
+
+    monkeypatch.setattr(torch.autograd.graph, "increment_version", counted)
+    module.a.fill_(1)
+    monkeypatch.undo()
+    for thread in looks:
+        thread.join(60)
+
+    assert looks and not any(thread.is_alive() for thread in looks)
+    assert torch.equal(module.b.clone(), values) and bool((module.a.clone() == 1).all())
