@@ -113,8 +113,18 @@ def copy_or_rebind_param(module: nn.Module, name: str, value: Tensor) -> None:
     """Put ``value`` under ``name``: copied into the existing memory, or bound as a new Parameter where there is none.
 
     Raises:
+        DeclarationError: the value is no tensor.
         PointerError: the name has memory of another shape, dtype or device: rebinding would move an address.
     """
+    if not isinstance(value, Tensor):
+        raise DeclarationError(
+            "this value is no tensor",
+            module=type(module).__name__,
+            name=name,
+            expected="a tensor to copy or to bind",
+            found=repr(value)[:80],
+            remedy="Call the function on the source first, or give it to alias_or_bind_derived_param.",
+        )
     existing = _existing(module, name)
     if existing is None:
         module.__dict__.pop(name, None)

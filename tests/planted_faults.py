@@ -49,6 +49,12 @@ FAULTS = [
     ),
     Planted(
         "storage/kernel_name.py",
+        "        with LOCKS[COUNTERS]:\n            return",
+        "        if True:\n            return",
+        "test_threads_and_fork.py",
+    ),
+    Planted(
+        "storage/kernel_name.py",
         "return self.tensor._version != self.version",
         "return False",
         "test_law_08_no_silent_garbage.py",
@@ -159,6 +165,10 @@ FAULTS = [
         "test_law_10_refusals.py",
     ),
     Planted("module/names.py", "if not is_same_name(tensor, b.parameter)]", "if tensor is None]", "test_adoption.py"),
+    Planted("module/names.py", " + [b.name for b in self.left()]", "", "test_adoption.py"),
+    Planted("module/names.py", "self._shown = shown + (self._reached or [])", "self._shown = shown", "test_adoption.py"),
+    Planted("module/names.py", "binding.below = binding.below or id", "binding.below = id", "test_adoption.py"),
+    Planted("module/containers.py", " and name not in holder.__dict__  # an attribute", "  #", "test_adoption.py"),
     Planted("module/names.py", "            return commit  #", "            return None  #", "test_threads_and_fork.py"),
     Planted(
         "module/names.py",
@@ -183,6 +193,13 @@ FAULTS = [
         "    held, allocated = (0, 0) if False else",
         "test_verdicts.py test_derivations.py",
     ),
+    Planted(
+        "tensors/parameter.py",
+        "    old.__dict__.update(ours)\n",
+        "    old.__dict__.update({**ours, '_alias_geometry': None})\n",
+        "test_threads_and_fork.py",
+    ),
+    Planted("storage/storage.py", "            value = landable(value, self.kernel_name.memory)\n", "", "test_ported_helpers.py"),
     Planted(
         "ported.py",
         "        storage.put_foreign(value)",
@@ -216,7 +233,9 @@ FAULTS = [
     Planted(
         "layout/blocks.py", "if last != elements and not (last in one and last in other)", "if False", "test_law_11_layout.py"
     ),
-    Planted("layout/trace.py", "    if bool(strays.any()):\n", "    if False:\n", "test_law_11_infer.py"),
+    Planted("layout/trace.py", "    if not bool(wrong.any()):\n", "    if False:\n", "test_law_11_infer.py"),
+    Planted("layout/trace.py", "torch.equal(shuffled[shuffled > 0]", "torch.equal(moved[moved > 0]", "test_law_11_infer.py"),
+    Planted("layout/trace.py", "(padding, source != 0,", "(padding, first != 0,", "test_law_11_infer.py"),
     # sources and streams
     Planted(
         "reload/delta_apply.py",

@@ -162,8 +162,10 @@ class Layout:
         """
         return Layout.of((line.exchanged() for line in reversed(self.lines)), self.bits)
 
-    def then(self, other: Layout) -> Layout:
-        """This order, then ``other`` of the result."""
+    def then(self, other: Layout | str) -> Layout:
+        """This order, then ``other`` of the result: a layout, or its line. Raises LayoutError where it is neither."""
+        if not isinstance(other, Layout):
+            other = Layout(other)
         if self.bits != other.bits:
             raise LayoutError("layouts of other element widths do not follow one another", expected=self.bits, found=other.bits)
         return Layout.of((*self.lines, *other.lines), self.bits)

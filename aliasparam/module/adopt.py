@@ -23,6 +23,7 @@ from .planning import Binding, Source
 
 def adopt(registry: ModuleNames) -> None:
     """Adopt or refuse whatever was put under the declared names since the last verb."""
+    _need_shards_here(registry)
     foreign: list[tuple[Source, Binding, Tensor]] = [
         (source, binding, tensor)
         for source in registry.sources.values()
@@ -41,6 +42,19 @@ def adopt(registry: ModuleNames) -> None:
         _finish_move(source)
     registry.rebind()
     _right_kernel_names(registry)
+
+
+def _need_shards_here(registry: ModuleNames) -> None:
+    for binding in registry.left():
+        shown = binding.parameter
+        raise AdoptionError(
+            "the module that shows a part of a declared weight was replaced",
+            module=registry.label,
+            name=binding.name,
+            expected=f"the {type(binding.module).__name__} that shows {list(shown.shape)} of {shown._alias_storage.label}",
+            found="another module in its place, or none: the weight is still what that one shows",
+            remedy="Put it back and load the new values into it; or registry.show_shards(...) with the modules that are there.",
+        )
 
 
 def _finish_move(source: Source) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -111,6 +112,24 @@ def standing(module: nn.Module, name: str) -> Any:
         return module.__dict__[name]
     found = module._parameters.get(name)
     return module._buffers.get(name) if found is None else found
+
+
+def held_below(module: nn.Module, sought: Sequence[nn.Module]) -> dict[int, tuple[nn.Module, str, nn.Module]]:
+    """Of those of ``sought`` that are below ``module``, and of all on the way there: who holds it, under what name, and it; by
+    its id."""
+    every = reversed(list(module.modules())) if sought else ()  # of several holders the first: so each way up ends at ``module``
+    held = {
+        id(child): (holder, name, child)
+        for holder in every
+        for name, child in holder._modules.items()
+        if child is not None and name not in holder.__dict__  # an attribute hides it
+    }
+    found: dict[int, tuple[nn.Module, str, nn.Module]] = {}
+    for at in sought:
+        while id(at) in held and id(at) not in found:
+            found[id(at)] = held[id(at)]
+            at = held[id(at)][0]
+    return found
 
 
 def put(module: nn.Module, name: str, tensor: Tensor, owner: Owner) -> None:

@@ -16,7 +16,7 @@ from ..storage.locks import all_locked
 from ..storage.storage import AliasedStorage
 from ..tensors.parameter import AliasedParameter, is_same_name
 from ..torch_private import outside_inference
-from .containers import put, standing
+from .containers import held_below, put, standing
 from .planning import Binding, Derived, Separate, Source
 
 
@@ -55,6 +55,7 @@ class ModuleNames:
         #: Names that undeclared code derived and that could not share memory.
         self.separate: dict[str, Separate] = {}
         self._shown: list[Shown] | None = None  # what stands where, once it was seen to be ours
+        self._reached: list[Shown] | None = None  # and modules below that show shards, where none has left
         self.readiness = READY
         #: The reload that has this module, alive while it is open: nothing else may let the module run.
         self.holder: weakref.ref[Any] | None = None
@@ -63,16 +64,14 @@ class ModuleNames:
     # -- names ---------------------------------------------------------------------------------------------------------
 
     def bind_storage(self, source: Source, storage: AliasedStorage, parameter: AliasedParameter) -> None:
-        """Make ``parameter`` over ``storage`` the checkpoint name of ``source``."""
-        source.storage = storage
+        """Make ``parameter`` over ``storage`` the checkpoint name of ``source``: at once, else an interrupt leaves one alone."""
         storage.listen(self)
         if storage.kernel_name is not None and source.derived:
             storage.kernel_name.label = f"{self.label}.{source.derived}"
-        source.bindings = [Binding(self.module, source.name, parameter)]
+        source.storage, source.bindings = storage, [Binding(self.module, source.name, parameter)]
 
     def bind(self, sources: Iterable[Source] = ()) -> None:
-        """Show the checkpoint names of ``sources``; and every kernel name: its tensor, or its refusing twin while the module is
-        open."""
+        """Show the checkpoint names of ``sources``; and every kernel name: its tensor, or while the module is open its twin."""
         device = self.device()
         for derived in self.derived.values():
             if derived.kernel is None and device is not None:
@@ -80,12 +79,13 @@ class ModuleNames:
                 with outside_inference():
                     memory = torch.zeros(spec.shape, dtype=spec.dtype, device=device)
                 derived.kernel = KernelName(f"{self.label}.{spec.name}", memory)
-        self._shown = None
+        self._shown = self._reached = None
         for source in sources:
             for binding in source.bindings:
                 put(binding.module, binding.name, binding.parameter, self)
         for name, kernel in self.kernels():
             put(self.module, name, kernel.tensor if self.readiness is READY else kernel.refusing, self)
+        self.left()
 
     def rebind(self) -> None:
         """Put the library's own names back and discard whatever replaced them."""
@@ -180,8 +180,8 @@ class ModuleNames:
         shown += [(self.module.__dict__, "_buffers", name, kernel.tensor, kernel) for name, kernel in self.kernels()]
         if self.replaced_names():  # of what was looked at already
             return None
-        self._shown = shown
-        return shown
+        self._shown = shown + (self._reached or [])
+        return self._shown
 
     def open(self) -> None:
         """Bytes are about to change, or something else stands under a declared name: refuse until the next commit (law 8)."""
@@ -212,7 +212,7 @@ class ModuleNames:
             module=self.label,
             name=", ".join(replaced or self.stale_names()) or None,
             expected="a module processed since the last write to its names",
-            found="another tensor under the name" if replaced else "names written and not processed since",
+            found="another tensor, or module, in its place" if replaced else "names written and not processed since",
             remedy="Call aliasparam.process(model) after loading.",
         )
 
@@ -259,10 +259,24 @@ class ModuleNames:
         return [binding for source in self.sources.values() for binding in source.bindings]
 
     def replaced_names(self) -> list[str]:
-        """Declared names under which there is another tensor than ours."""
+        """Declared names under which there is another tensor than ours, or whose module was replaced."""
         found = ((b, standing(b.module, b.name)) for b in self.bindings())
-        replaced = [b.name for b, tensor in found if not is_same_name(tensor, b.parameter)]
+        replaced = [b.name for b, tensor in found if not is_same_name(tensor, b.parameter)] + [b.name for b in self.left()]
         return replaced + [n for n, kernel in self.kernels() if not kernel.shows(standing(self.module, n))]
+
+    def left(self) -> list[Binding]:
+        """Names of modules that were below this one, and are no longer: another may be put in the place of one."""
+        reached = self._reached
+        if reached is not None and all(held[names].get(n) is child and n not in held for held, names, n, child, _ in reached):
+            return []
+        elsewhere = [b for b in self.bindings() if b.module is not self.module]
+        held_by = held_below(self.module, [b.module for b in elsewhere])
+        for binding in elsewhere:
+            binding.below = binding.below or id(binding.module) in held_by
+        left = [b for b in elsewhere if b.below and id(b.module) not in held_by]
+        ways: list[Shown] = [(holder.__dict__, "_modules", name, child, None) for holder, name, child in held_by.values()]
+        self._reached = None if left else ways
+        return left
 
     def stale_names(self) -> list[str]:
         """Kernel names that the last commit does not cover: sources written since, or written or moved by other code."""
@@ -283,4 +297,4 @@ class ModuleNames:
         return tuple((self.derived.get(name) or self.source_of(name)).version for name in derived.declaration.sources)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "holder": None, "_shown": None}  # a copy of the module is under no reload
+        return {**self.__dict__, "holder": None, "_shown": None, "_reached": None}  # a copy of the module is under no reload

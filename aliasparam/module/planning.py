@@ -22,14 +22,18 @@ from .verdict import Reason, StoragePlan, aliasing_is_on, layout_of, plan_storag
 
 @dataclass(slots=True)
 class Binding:
-    """One checkpoint name: the module that shows it, and the parameter it shows."""
+    """One checkpoint name: the module that shows it, and the parameter it shows.
+
+    ``below``: the module was seen below the one that declared the name, so another in its place is meant to be used instead.
+    """
 
     module: nn.Module
     name: str
     parameter: AliasedParameter
+    below: bool = False
 
     def __reduce__(self) -> Any:
-        return Binding, (self.module, self.name, SavedName.of(self.parameter))
+        return Binding, (self.module, self.name, SavedName.of(self.parameter), self.below)
 
 
 @dataclass(slots=True)

@@ -24,6 +24,7 @@ from torch import Tensor
 from ..errors import StaleKernelError
 from ..spec import TensorSpec, instances_in
 from ..torch_private import never_traced, outside_inference, refused_when_traced
+from .locks import COUNTERS, LOCKS
 
 _REMEDY = "Call aliasparam.process(model) after loading."
 
@@ -66,7 +67,8 @@ class KernelName:
     @property
     def was_written(self) -> bool:
         """Whether other code wrote through the tensor since :meth:`accept`."""
-        return self.tensor._version != self.version
+        with LOCKS[COUNTERS]:
+            return self.tensor._version != self.version
 
     @property
     def was_moved(self) -> bool:
@@ -81,12 +83,14 @@ class KernelName:
 
     def accept(self) -> None:
         """What was written is known now: it does not count again."""
-        self.version = self.tensor._version
+        with LOCKS[COUNTERS]:
+            self.version = self.tensor._version
 
     def changing(self) -> None:
         """The library is about to write: what autograd saved of the old bytes must not be used."""
-        torch.autograd.graph.increment_version(self.tensor)
-        self.version += 1  # what other code wrote before still counts
+        with LOCKS[COUNTERS]:
+            torch.autograd.graph.increment_version(self.tensor)
+            self.version += 1  # what other code wrote before still counts
 
     def put_back(self) -> None:
         """Undo what :attr:`was_moved` found: the same object has its own memory again."""

@@ -16,13 +16,15 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 _COUNT = 64
-LOCKS = [threading.RLock() for _ in range(_COUNT)]
+LOCKS = [threading.RLock() for _ in range(_COUNT + 1)]
+#: The number of the last, for counters of kernel names: a module tells all its names of a write to one. Under it none is taken.
+COUNTERS = _COUNT
 _numbers = itertools.count()
 
 
 def renew() -> None:
     """Whoever held a lock holds it no more."""
-    LOCKS[:] = [threading.RLock() for _ in range(_COUNT)]
+    LOCKS[:] = [threading.RLock() for _ in LOCKS]
 
 
 os.register_at_fork(after_in_child=renew)

@@ -25,7 +25,7 @@ from .kernel_name import KernelName
 from .locks import LOCKS
 from .shards import Form, Shard, shard_under
 from .states import RegionStates, State
-from .transaction import Part, write_all
+from .transaction import Part, landable, write_all
 
 #: Values that are out of place at a time where bytes are reordered, if the two orders can be cut that fine.
 SCRATCH_BYTES = 16 << 20
@@ -162,6 +162,7 @@ class AliasedStorage(GuardedMemory):
         if self.kernel_name is None:
             raise AssertionError(f"{self.label}: foreign bytes without a kernel name")
         with LOCKS[self.lock_number]:
+            value = landable(value, self.kernel_name.memory)
             self.before_write()
             self.states.put_all(State.INVALID)
             self.kernel_name.memory.copy_(value)

@@ -239,7 +239,7 @@ def read_only(copied: Tensor, name: _Aliased) -> Tensor:
 
 def loader_attributes(tensor: Tensor) -> dict[str, Any]:
     """What engines hang on parameters (weight_loader, output_dim, ...)."""
-    return {k: v for k, v in tensor.__dict__.items() if k not in _OURS}
+    return {k: v for k, v in tensor.__dict__.copy().items() if k not in _OURS}  # other threads may add to it
 
 
 _OURS = frozenset({"_alias_storage", "_alias_geometry", "_alias_data", "_alias_pin", "_alias_saved", "_is_param"})

@@ -80,14 +80,21 @@ def take_over(old: Tensor, storage: AliasedStorage, geometry: Tensor, like: Tens
     """Make the object ``old`` itself an AliasedParameter over ``geometry``, with the class and attributes of ``like`` (default:
     its own); None if it cannot be.
 
-    It cannot where torch holds on to the old tensor (a compiled function's guard, an autograd graph).
+    It cannot where it is a name already, or torch holds on to it (a compiled function's guard, an autograd graph).
     """
+    if isinstance(old, _Aliased):
+        return None
     like = old if like is None else like
     new = make(_aliased_class(plain_class(type(like))), storage, geometry)
     new.__dict__.update(loader_attributes(like))
+    # It gets its class before its attributes, and other threads look at it: what makes a name of it is there first.
+    ours = {"_alias_storage": storage, "_alias_geometry": geometry}
+    old.__dict__.update(ours)
     try:
         torch.utils.swap_tensors(old, new)  # type: ignore[no-untyped-call]
     except RuntimeError:
+        for name in ours:
+            del old.__dict__[name]
         return None
     pin(old)
     return cast(AliasedParameter, old)

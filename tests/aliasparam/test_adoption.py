@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -43,6 +44,75 @@ def test_law_8_shards_that_change_places_open_their_module() -> None:
         fused()
     process(fused)
     assert torch.equal(fused(), kernel(SWAP, torch.cat([values[2:], values[:2]])))
+
+
+class Attention(Layer):
+    """A fused weight of (4, 4) whose halves two modules below it show, one of them further below."""
+
+    q_proj: Any
+    inner: Any
+
+    def __init__(self) -> None:
+        super().__init__((4, 4))
+        self.q_proj, self.inner = nn.Linear(4, 2), nn.Sequential(nn.Linear(4, 2))
+        shards = (self.q_proj, "weight", self.weight[:2]), (self.inner[0], "weight", self.weight[2:])
+        the_registry(self).show_shards("weight", shards)
+        process(self)
+
+
+def hide(attention: Attention) -> None:
+    attention.__dict__["q_proj"] = nn.Linear(4, 2)
+
+
+@pytest.mark.parametrize("used", [False, True])
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize(
+    "replace",
+    [
+        lambda a: setattr(a, "q_proj", nn.Linear(4, 2)),
+        lambda a: setattr(a, "inner", nn.Sequential(nn.Linear(4, 2))),
+        lambda a: a.inner.__setitem__(0, copy.deepcopy(a.inner[0])),
+        lambda a: a._modules.update(q_proj=nn.Linear(4, 2)),
+        lambda a: delattr(a, "q_proj"),
+        hide,
+    ],
+)
+def test_law_8_a_module_put_in_the_place_of_one_that_shows_a_shard_is_refused(replace: Any, copied: bool, used: bool) -> None:
+    attention = Attention()
+    if used:
+        attention()
+    attention = copy.deepcopy(attention) if copied else attention
+    q_proj, inner, linear, values = attention.q_proj, attention.inner, attention.inner[0], attention().clone()
+
+    replace(attention)
+
+    with pytest.raises(StaleKernelError, match="weight"):
+        attention()
+    with pytest.raises(AdoptionError, match="part of a declared weight was replaced"):
+        process(attention)
+    the_registry(attention).rebind()  # of tensors, not of modules
+    with pytest.raises(StaleKernelError, match="weight"):
+        attention()
+    attention.__dict__.pop("q_proj", None)
+    attention.q_proj, attention.inner, inner[0] = q_proj, inner, linear
+    assert torch.equal(attention(), values)
+    process(attention)
+    assert torch.equal(attention(), values)
+
+
+def test_a_module_that_shows_a_shard_may_stand_elsewhere_below_or_not_below_at_all() -> None:
+    attention, values = Attention(), kernel(SWAP, counting(4, 4))
+
+    attention.q_proj, attention.inner = nn.Sequential(attention.q_proj), nn.Sequential(nn.Identity(), attention.inner[0])
+
+    assert torch.equal(attention(), values)
+    process(attention)
+    first, second = attention.q_proj[0], attention.inner[1]
+    attention.inner = nn.Identity()
+    shards = (nn.Linear(4, 2), "weight", first.weight), (nn.Linear(4, 2), "weight", second.weight)
+    the_registry(attention).show_shards("weight", shards)  # by others than before
+    process(attention)
+    assert torch.equal(attention(), values)
 
 
 def test_law_1_a_tie_made_after_declaring_stays_a_tie() -> None:

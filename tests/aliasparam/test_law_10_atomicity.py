@@ -242,3 +242,27 @@ def test_law_10_an_interrupt_at_any_line(action: str) -> None:
         except Exception as error:
             failed[lines[at]] = f"{type(error).__name__} {str(error).splitlines()[0]}"
     assert not failed, f"{len(failed)} of {len(first)} lines: {failed}"
+
+
+def test_law_10_an_interrupt_while_a_module_on_meta_gets_memory() -> None:
+    """At any line of ``module/``: what is loaded after it is there."""
+    values = {"weight": OLD["a.weight"], "scale": OLD["a.scale"]}
+
+    def placed(layer: nn.Module) -> None:
+        for name, value in values.items():
+            setattr(layer, name, nn.Parameter(value.clone(), requires_grad=False))
+        process(layer)
+
+    placed(Layer(SHAPE, PADDED, scale=True, device="meta"))  # what is kept between calls is there
+    layer = Layer(SHAPE, PADDED, scale=True, device="meta")
+    lines = lines_of(lambda: placed(layer))
+    failed: dict[str, str] = {}
+    for at in [at for at, line in enumerate(lines) if line.startswith(("module/names", "module/al")) and line not in lines[:at]]:
+        layer = Layer(SHAPE, PADDED, scale=True, device="meta")
+        lines_of(lambda m=layer: placed(m), at)  # type: ignore[misc]
+        try:
+            placed(layer)
+            assert same_bytes(layer.weight.clone(), OLD["a.weight"]) and same_bytes(layer(), kernel(SWAP_PAD16, OLD["a.weight"]))
+        except Exception as error:
+            failed[lines[at]] = f"{type(error).__name__} {str(error).splitlines()[0]}"
+    assert not failed, f"{len(failed)} lines: {failed}"

@@ -161,6 +161,28 @@ def test_what_is_no_permutation_is_told_apart(function: Any, error: type[Excepti
         Layout.infer(function, (16, 4), torch.uint8)
 
 
+@pytest.mark.parametrize("shape", [(1,), (16, 4), (256,), (3, 256), (5, 512)])
+@pytest.mark.parametrize("function", [lambda x: x + 1, lambda x: x ^ 0x15, lambda x: 255 - x.flip(0)])
+def test_a_function_of_values_changes_values_whatever_the_shape(function: Any, shape: tuple[int, ...]) -> None:
+    """Of 256 position codes each byte is there once, before and after: their counts do not tell."""
+    with pytest.raises(ValuesChangeError, match="changes values"):
+        Layout.infer(function, shape, torch.uint8)
+
+
+@pytest.mark.parametrize("shape", [(1,), (2,), (256,)])
+def test_nibbles_that_change_places_are_found_in_any_shape(shape: tuple[int, ...]) -> None:
+    found = Layout.infer(lambda x: x << 4 | x >> 4, shape, torch.uint8)
+
+    value = random(shape, torch.uint8)
+    assert torch.equal(found.bind(shape, torch.uint8).encode(value), value << 4 | value >> 4)
+
+
+def test_padding_that_is_a_function_of_values_is_told() -> None:
+    """It is zero for the first codes, and for others a number that no byte of the tensor has."""
+    with pytest.raises(DependsOnValuesError, match="byte 512 differs"):
+        Layout.infer(lambda x: torch.cat([x, x.new_full((1,), 255 * int(x.max() == 1))]), (512,), torch.uint8)
+
+
 def test_one_element_is_in_order_at_any_stride() -> None:
     found = Layout.infer(lambda x: x.as_strided((1,), (2,)), (1,), torch.float32)
 

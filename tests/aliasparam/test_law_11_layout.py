@@ -92,7 +92,7 @@ def test_one_after_the_other(data: Any, rank: int) -> None:
     a, b, c = (Layout(case.text) for case in (first, *others))
     bound = a.then(b).then(c).bind(shape, torch.uint8)
 
-    assert a.then(b).then(c) == a.then(b.then(c)) == Layout(str(a.then(b).then(c)))
+    assert a.then(b).then(c) == a.then(b.then(c)) == Layout(str(a.then(b).then(c))) == a.then(str(b.then(c)))
     assert bound.kernel_shape == at
     assert torch.equal(bound.offsets(), expected)
     box, memory = data.draw(boxes(shape)), torch.zeros(bound.region_capacity, dtype=torch.uint8)

@@ -156,3 +156,32 @@ def test_law_3_a_name_with_memory_of_its_own_keeps_it_when_a_value_fits_the_sour
         "prepared": "undeclared-shape",
         "other": "own-memory",
     }
+
+
+@pytest.mark.parametrize("loaded_before", [False, True])
+def test_law_10_a_value_that_torch_cannot_copy_leaves_the_weights(loaded_before: bool) -> None:
+    layer = Layer()
+    expected = layer.weight_scale.clone()
+    if loaded_before:
+        layer.process()
+        layer.weight_scale.copy_(expected)
+
+    with pytest.raises(RuntimeError, match="sparse"):
+        alias_or_bind_derived_param(layer, "weight_scale", "weight_scale_interleaved", expected.to_sparse())
+
+    assert torch.equal(layer.weight_scale.clone(), expected)
+    layer.process()
+    assert torch.equal(layer(), expected.flip(0))
+
+
+@pytest.mark.parametrize("bound", [False, True])
+@pytest.mark.parametrize("value", [None, 3, "alpha", torch.max])
+def test_a_value_that_is_no_tensor_is_refused(value: object, bound: bool) -> None:
+    layer = Layer()
+    if bound:
+        layer.process()
+
+    with pytest.raises(DeclarationError, match="alpha: this value is no tensor"):
+        copy_or_rebind_param(layer, "alpha", value)  # type: ignore[arg-type]
+
+    assert not bound or torch.equal(layer.get_parameter("alpha"), torch.tensor(2.0))

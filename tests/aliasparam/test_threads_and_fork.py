@@ -6,6 +6,7 @@ import contextlib
 import copy
 import io
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from aliasparam import AliasedStorage, Derivation, State, declare, process
+from aliasparam import Alias, AliasedStorage, Derivation, State, declare, process
 from aliasparam.errors import AliasError, StaleKernelError, StateError
 from aliasparam.module.containers import Names
 from aliasparam.storage import states
@@ -266,3 +267,53 @@ def test_a_forked_child_does_not_wait_for_a_thread_that_it_does_not_have() -> No
         os.kill(child, 9)
         os.waitpid(child, 0)
     assert ended and status == 0
+
+
+def test_law_8_a_parameter_that_is_being_taken_over_is_a_name_or_none_for_other_threads() -> None:
+    """torch exchanges class, attributes and memory one after the other; at each line another thread looks at the module."""
+    layer, new, seen = Layer((4, 8)), bytes_of(4, 8, seed=1), 0
+    old = layer.weight.clone()
+    process(layer)
+
+    def look(frame: Any, event: str, arg: Any) -> Any:
+        nonlocal seen
+        seen += event == "line"
+        for do in (layer, layer.weight.clone, lambda: copy.deepcopy(layer)):
+            with contextlib.suppress(AliasError):
+                do()
+        return look
+
+    layer.weight = nn.Parameter(new.clone(), requires_grad=False)
+    tracing = sys.gettrace()
+    sys.settrace(lambda frame, event, arg: look if frame.f_code.co_name in ("swap_tensors", "swap_attr") else None)
+    try:
+        process(layer)
+    finally:
+        sys.settrace(tracing)
+
+    assert seen > 10 and not torch.equal(old, new)
+    assert torch.equal(layer.weight.clone(), new) and torch.equal(layer(), kernel(SWAP, new))
+
+
+def test_law_1_a_write_to_one_name_is_no_foreign_write_to_another_that_is_read_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module tells all its kernel names: each counts it by torch and by itself, and is looked at between the two."""
+    module = nn.Module()
+    module.a, module.b = (nn.Parameter(bytes_of(4, 4, seed=seed), requires_grad=False) for seed in (1, 2))
+    declare(module, Alias("a", "x", SWAP), Alias("b", "y", SWAP))
+    process(module)
+    values, looks, count = module.b.clone(), list[threading.Thread](), torch.autograd.graph.increment_version
+
+    def counted(tensor: Any) -> None:
+        count(tensor)
+        looks.append(threading.Thread(target=module.b.clone))
+        looks[-1].start()
+        looks[-1].join(0.2)
+
+    monkeypatch.setattr(torch.autograd.graph, "increment_version", counted)
+    module.a.fill_(1)
+    monkeypatch.undo()
+    for thread in looks:
+        thread.join(60)
+
+    assert looks and not any(thread.is_alive() for thread in looks)
+    assert torch.equal(module.b.clone(), values) and bool((module.a.clone() == 1).all())
