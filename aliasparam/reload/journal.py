@@ -30,6 +30,7 @@ class Journal:
         self._seen: dict[AliasedStorage, str | None] = {}  # as they were before the first write: why they would be invalid
         self._kept: dict[int, Coverage] = {}
         self._lost: dict[int, str] = {}
+        self._begun: set[AliasedStorage | None] = set()  # whose bytes are written, or were about to be
         self._ahead: dict[int, tuple[Target, int]] = {}  # of what was kept ahead: the version that it is of
 
     @property
@@ -56,25 +57,20 @@ class Journal:
                 self._seen[storage] = storage.states.why
         self._kept[id(target.tensor)] = Coverage(target.tensor.shape)
 
-    def keep(self, target: Target, box: Box, value: Tensor) -> None:
-        """Keep what ``value`` is about to replace under ``box``."""
+    def keep(self, target: Target, box: Box, value: Tensor, *, again: bool) -> None:
+        """Keep what ``value`` is about to replace under ``box``. ``again``: what was kept there was kept for this very value."""
         self.touch(target)
-        kept = self._kept[id(target.tensor)]
-        if self.lost is not None or kept.covers(box):  # a write that failed, once more: what is there now is not old
-            return
-        try:
-            found = differences(Live(target.tensor), box, value, keep_new=False)
-            self.patches += [patch for patch in found if patch is not None]
-        except StateError as error:
-            self._lost[id(target.tensor)] = error.message
-        kept.add(box)
+        if not (again and self._kept[id(target.tensor)].covers(box)):
+            self._keep(target, box, value)
+        self._begun.add(Live(target.tensor).storage)
 
     def keep_ahead(self, target: Target, box: Box, value: Tensor) -> None:
         """The same before the tensor is closed, while the old weights serve. A plain tensor may change unseen: not yet."""
         live = Live(target.tensor)
         if live.storage is not None and not target.shares_memory:
             self._ahead.setdefault(id(target.tensor), (target, live.version))
-            self.keep(target, box, value)
+            self.touch(target)
+            self._keep(target, box, value)
 
     def check_ahead(self) -> None:
         """To be called when tensors are closed and not written yet: of those that were written since, keep what is there now."""
@@ -88,7 +84,7 @@ class Journal:
                     self._lost.pop(key, None)
                     self._seen.pop(live.storage, None)
                     self._look_at(target)
-        self._ahead = {}
+        self._ahead = {}  # and not before: where an interrupt comes between, restore() does it again
 
     def restore(self) -> None:
         """Every byte as it was, and what derives from them.
@@ -97,20 +93,45 @@ class Journal:
             ReloadError: it cannot: see :attr:`lost`, or other code wrote the memory meanwhile.
             AliasError: processing refuses.
         """
+        self.check_ahead()
         if self.lost is not None:
             raise _cannot(self.lost)
         for patch in reversed(self.patches):
             patch.put_old()
-        for storage, why in self._seen.items():
-            with storage.lock:
-                storage.notice()
-                if storage.states.why is not why:
-                    raise _cannot(f"{storage.label}: {storage.states.why}")
-                storage.accept()  # also where a write failed half-way: what it reached is old again
+        for storage in self._seen:
+            if (why := self._accept(storage)) is not None:
+                raise _cannot(why)
         listeners = {id(one): one for storage in self._seen for one in storage.listeners}
         for listener in listeners.values():
             if isinstance(listener, AliasRegistry):
                 listener.process()
+
+    def _keep(self, target: Target, box: Box, value: Tensor) -> None:
+        """Also where another value was kept for, which was not written whole: restoring goes back over that one."""
+        live, why = Live(target.tensor), None
+        if self.lost is not None:
+            return
+        try:
+            if live.storage is not None and live.storage in self._begun and live.storage.states.missing:
+                why = self._accept(live.storage)
+            if why is None:
+                found = differences(live, box, value, keep_new=False)
+                self.patches += [patch for patch in found if patch is not None]
+        except StateError as error:
+            why = error.message
+        if why is not None:
+            self._lost[id(target.tensor)] = why
+        self._kept[id(target.tensor)].add(box)
+
+    def _accept(self, storage: AliasedStorage) -> str | None:
+        """What a write of this reload left half-way holds bytes that are old, or in a patch. Why it does not, if other code wrote."""
+        with storage.lock:
+            storage.notice()
+            if storage.states.why is not self._seen[storage]:
+                return f"{storage.label}: {storage.states.why}"
+            storage.accept()
+            self._seen[storage] = storage.states.why
+            return None
 
 
 def _cannot(why: str) -> ReloadError:

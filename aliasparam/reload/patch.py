@@ -55,7 +55,7 @@ class Patch(NamedTuple):
         self._put(self.new)
 
     def _put(self, values: Tensor) -> None:
-        device, storage = self.live.device, self.live.storage
+        device, storage = self.live.tensor.device, self.live.storage
         if storage is not None and storage.bound is not self.bound:
             raise ReloadError("the layout was changed while a reload was open", label=storage.label)
         with torch.no_grad():

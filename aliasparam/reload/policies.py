@@ -59,7 +59,7 @@ class Policy:
                 self._journal.keep_ahead(target, box, value)
             self._staged.add(target, box, value)
         else:
-            self._write(target, box, value)
+            self._write(target, box, value, again=False)
 
     def watch(self, target: Target) -> Live:
         """What patches are made of; it must not change from now on."""
@@ -89,7 +89,7 @@ class Policy:
         if self._journal is not None:
             self._journal.check_ahead()
         for staged in self._staged:
-            self._write(*staged)
+            self._write(*staged, again=True)
         for _, patch in self._patches:
             patch.put_new()
         self._written.need_agreement()
@@ -100,7 +100,8 @@ class Policy:
             self._journal.restore()
         return not self._written.any or self._journal is not None
 
-    def _write(self, target: Target, box: Box, value: Tensor) -> None:
+    def _write(self, target: Target, box: Box, value: Tensor, *, again: bool) -> None:
+        """``again``: perhaps this very value was written before, by a commit that failed."""
         if self._journal is not None:
-            self._journal.keep(target, box, value)
+            self._journal.keep(target, box, value, again=again)
         self._written.write(target, box, value)
