@@ -180,4 +180,4 @@ def on_device(values: Tensor, device: torch.device) -> Tensor:
 
 def _by_pinned(values: Tensor) -> Tensor:
     """A copy in pinned memory, which torch keeps for the next one and until copies from it have run."""
-    return torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values)
+    return torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True).copy_(values)
