@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from torch import Tensor
 
 from ..errors import ReloadError, StateError
@@ -27,10 +30,12 @@ class Journal:
 
     def __init__(self) -> None:
         self.patches: list[Patch] = []
-        self._seen: dict[AliasedStorage, str | None] = {}  # as they were before the first write: why they would be invalid
+        #: By memory: the version that it had before, and after each write of this reload; None while one goes on, or where an
+        #: interrupt ended it.
+        self._seen: dict[int, tuple[Live, int | None]] = {}
         self._kept: dict[int, Coverage] = {}
         self._lost: dict[int, str] = {}
-        self._begun: set[AliasedStorage | None] = set()  # whose bytes are written, or were about to be
+        self._begun: set[int] = set()  # memory that was written, perhaps half-way
         self._ahead: dict[int, tuple[Target, int]] = {}  # of what was kept ahead: the version that it is of
 
     @property
@@ -45,16 +50,14 @@ class Journal:
                 self._look_at(one)
 
     def _look_at(self, target: Target) -> None:
-        storage = Live(target.tensor).storage
-        if storage is None:
-            if any(isinstance(holder.get(key), RefusingName) for holder, key in target.places):
-                self._lost[id(target.tensor)] = f"{target.label} held no weights before: an earlier reload of it failed"
-        elif storage not in self._seen:
-            with storage.lock:
-                storage.notice()
-                if storage.states.common is not State.LOADED:
-                    self._lost[id(target.tensor)] = f"{target.label} held no whole weights before"
-                self._seen[storage] = storage.states.why
+        live = Live(target.tensor)
+        with _lock(live):
+            if live.storage is None:
+                if any(isinstance(holder.get(key), RefusingName) for holder, key in target.places):
+                    self._lost[id(target.tensor)] = f"{target.label} held no weights before: an earlier reload of it failed"
+            elif _memory(live) not in self._seen and live.storage.states.common is not State.LOADED:
+                self._lost[id(target.tensor)] = f"{target.label} held no whole weights before"
+            self._seen.setdefault(_memory(live), (live, _version(live)))
         self._kept[id(target.tensor)] = Coverage(target.tensor.shape)
 
     def keep(self, target: Target, box: Box, value: Tensor, *, again: bool) -> None:
@@ -62,7 +65,21 @@ class Journal:
         self.touch(target)
         if not (again and self._kept[id(target.tensor)].covers(box)):
             self._keep(target, box, value)
-        self._begun.add(Live(target.tensor).storage)
+
+    @contextmanager
+    def writing(self, target: Target) -> Iterator[None]:
+        """Around every write of this reload, so that those of other code are told from them."""
+        lives = [Live(one.tensor) for one in target.together]
+        with _lock(lives[0]):
+            for live in lives:
+                if (why := self._changed(live)) is not None:
+                    self._lost.setdefault(id(target.tensor), why)
+            self._begun.add(_memory(lives[0]))
+            self._seen |= {_memory(live): (live, None) for live in lives}
+            try:
+                yield
+            finally:
+                self._seen |= {_memory(live): (live, _version(live)) for live in lives}
 
     def keep_ahead(self, target: Target, box: Box, value: Tensor) -> None:
         """The same before the tensor is closed, while the old weights serve. A plain tensor may change unseen: not yet."""
@@ -76,14 +93,13 @@ class Journal:
         """To be called when tensors are closed and not written yet: of those that were written since, keep what is there now."""
         for key, (target, version) in self._ahead.items():
             live = Live(target.tensor)
-            if live.storage is not None:
-                with live.storage.lock:
-                    live.storage.notice()
-                if live.version != version:
-                    self.patches = [patch for patch in self.patches if patch.live.tensor is not target.tensor]
-                    self._lost.pop(key, None)
-                    self._seen.pop(live.storage, None)
-                    self._look_at(target)
+            with _lock(live):
+                changed = live.version != version
+            if changed:
+                self.patches = [patch for patch in self.patches if patch.live.tensor is not target.tensor]
+                self._lost.pop(key, None)
+                self._seen.pop(_memory(live), None)
+                self._look_at(target)
         self._ahead = {}  # and not before: where an interrupt comes between, restore() does it again
 
     def restore(self) -> None:
@@ -94,14 +110,16 @@ class Journal:
             AliasError: processing refuses.
         """
         self.check_ahead()
-        if self.lost is not None:
-            raise _cannot(self.lost)
+        lives = [live for live, _ in self._seen.values()]
+        for why in (self.lost, *map(self._changed, lives)):
+            if why is not None:
+                raise _cannot(why)
         for patch in reversed(self.patches):
             patch.put_old()
-        for storage in self._seen:
-            if (why := self._accept(storage)) is not None:
-                raise _cannot(why)
-        listeners = {id(one): one for storage in self._seen for one in storage.listeners}
+        storages = [live.storage for live in lives if live.storage is not None]
+        for storage in storages:
+            storage.accept()  # also where a write failed half-way: what it reached is old again
+        listeners = {id(one): one for storage in storages for one in storage.listeners}
         for listener in listeners.values():
             if isinstance(listener, AliasRegistry):
                 listener.process()
@@ -112,8 +130,8 @@ class Journal:
         if self.lost is not None:
             return
         try:
-            if live.storage is not None and live.storage in self._begun and live.storage.states.missing:
-                why = self._accept(live.storage)
+            if live.storage is not None and _memory(live) in self._begun and live.storage.states.missing:
+                why = self._accept(live.storage, live)
             if why is None:
                 found = differences(live, box, value, keep_new=False)
                 self.patches += [patch for patch in found if patch is not None]
@@ -123,15 +141,42 @@ class Journal:
             self._lost[id(target.tensor)] = why
         self._kept[id(target.tensor)].add(box)
 
-    def _accept(self, storage: AliasedStorage) -> str | None:
+    def _accept(self, storage: AliasedStorage, live: Live) -> str | None:
         """What a write of this reload left half-way holds bytes that are old, or in a patch. Why it does not, if other code wrote."""
         with storage.lock:
-            storage.notice()
-            if storage.states.why is not self._seen[storage]:
-                return f"{storage.label}: {storage.states.why}"
-            storage.accept()
-            self._seen[storage] = storage.states.why
-            return None
+            if (why := self._changed(live)) is None:
+                storage.accept()
+                self._seen[_memory(live)] = live, storage.version
+            return why
+
+    def _changed(self, live: Live) -> str | None:
+        """Other code wrote the memory since this reload first looked at it, or wrote it; None if nobody did."""
+        with _lock(live):
+            _, version = self._seen[_memory(live)]
+            if version is None or _version(live) == version:
+                return None
+        if live.storage is None:
+            return "a plain tensor was written by other code"
+        return f"{live.storage.label}: {live.storage.states.why or 'it was written by other code'}"
+
+
+def _memory(live: Live) -> int:
+    return id(live.tensor if live.storage is None else live.storage)
+
+
+def _version(live: Live) -> int:
+    return 0 if live.storage is None and live.tensor.is_inference() else live.version  # torch counts none of those
+
+
+@contextmanager
+def _lock(live: Live) -> Iterator[None]:
+    """Of its storage, if it has one; what other code wrote before is noticed."""
+    if live.storage is None:
+        yield
+        return
+    with live.storage.lock:
+        live.storage.notice()
+        yield
 
 
 def _cannot(why: str) -> ReloadError:

@@ -10,12 +10,14 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, get_args
 
 from torch import Tensor
 
 from ..errors import ReloadError
 from ..storage.coverage import Box
+from ..tensors.faces import _Aliased
 from .journal import Journal
 from .live import Live
 from .patch import Patch, patched
@@ -90,8 +92,9 @@ class Policy:
             self._journal.check_ahead()
         for staged in self._staged:
             self._write(*staged, again=True)
-        for _, patch in self._patches:
-            patch.put_new()
+        for target, patch in self._patches:
+            with self._writing(target):
+                patch.put_new()
         self._written.need_agreement()
 
     def restore(self) -> bool:
@@ -103,5 +106,11 @@ class Policy:
     def _write(self, target: Target, box: Box, value: Tensor, *, again: bool) -> None:
         """``again``: perhaps this very value was written before, by a commit that failed."""
         if self._journal is not None:
+            value = value._snapshot() if isinstance(value, _Aliased) else value  # as the lock of its own storage may not come second
             self._journal.keep(target, box, value, again=again)
-        self._written.write(target, box, value)
+        self._written.begin([target])  # which may wait, under no lock
+        with self._writing(target):
+            self._written.write(target, box, value)
+
+    def _writing(self, target: Target) -> AbstractContextManager[None]:
+        return nullcontext() if self._journal is None else self._journal.writing(target)

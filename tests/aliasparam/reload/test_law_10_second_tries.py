@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
 
-from aliasparam import checkpoint_state_dict, reload
-from aliasparam.errors import AliasError
+from aliasparam import accept_kernel_bytes, checkpoint_state_dict, expose_for_writing, invalidate, reload
+from aliasparam.errors import AliasError, ReloadError
 from aliasparam.reload import journal, policies, staged, written
 from aliasparam.reload.live import Live
 from aliasparam.reload.policies import PolicyName
+from aliasparam.tensors.faces import _Aliased
 
 from ..small import storage_of
 from .interrupted import interrupted
@@ -121,3 +123,79 @@ def test_law_10_an_interrupt_while_a_loss_is_looked_at_again_is_no_recovery() ->
         with pytest.raises(AliasError):
             checkpoint_state_dict(model)
     assert at > 20
+
+
+def kernel_bytes(model: Whole) -> None:
+    storage = storage_of(model.scales)
+    assert storage.kernel_name is not None
+    storage.put_foreign(storage.kernel_name.memory.clone() ^ 3)
+
+
+def a_sleep(model: Whole) -> None:
+    invalidate(model.scales)
+    storage_of(model.scales).buffer.fill_(7)
+    accept_kernel_bytes(model.scales)
+
+
+def no_memory(model: Whole) -> None:
+    model.scales.to_empty(device=storage_of(model.scales).buffer.device)
+
+
+def an_exposure(model: Whole) -> None:
+    with expose_for_writing(model.scales, "weight", order="kernel"):
+        storage_of(model.scales).buffer.fill_(7)
+
+
+def a_name(model: Whole) -> None:
+    with torch.no_grad():
+        cast(Tensor, model.scales.weight)[3:5].fill_(9)
+
+
+def a_plain_tensor(model: Whole) -> None:
+    with torch.no_grad():
+        model.live_norm[3:5].fill_(9)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("policy", ["journal", "staged-journal"])
+@pytest.mark.parametrize("other", [kernel_bytes, a_sleep, no_memory, an_exposure, a_name, a_plain_tensor])
+def test_law_10_a_journal_refuses_where_other_code_wrote_between_its_write_and_the_abort(
+    policy: PolicyName, other: Callable[[Whole], None], device: torch.device
+) -> None:
+    """Old bytes where they differed, beside what the other wrote, are of no generation."""
+    model = Whole(device)
+    model.__dict__["live_norm"] = model.norm
+    session = reload(model, policy=policy)
+    session.begin()
+    session.load(NEW)
+    session.prepare()
+    session.switch()
+    other(model)
+    with pytest.raises(ReloadError, match="cannot bring the old weights back"):
+        session.abort()
+    with pytest.raises(AliasError):
+        model()
+    with reload(model) as again:
+        again.load(NEW)
+    assert raw(checkpoint_state_dict(model)) == raw(NEW)
+
+
+def test_law_10_a_value_that_is_declared_itself_is_written_under_no_other_lock() -> None:
+    """Else two reloads, each of the other's names, could wait for each other."""
+    model, sender = Whole(), Whole()
+    with reload(sender) as sent:
+        sent.load(NEW)
+    held: list[bool] = []
+    snapshot = _Aliased._snapshot
+
+    def looked(name: _Aliased) -> Tensor:
+        if name._alias_storage in {storage_of(sender.wide), storage_of(sender.fused)}:
+            lock: Any = storage_of(model.wide).lock, storage_of(model.fused).lock
+            held.append(any(one._is_owned() for one in lock))
+        return snapshot(name)
+
+    with pytest.MonkeyPatch.context() as patch, reload(model, scope="partial", policy="journal") as session:
+        patch.setattr(_Aliased, "_snapshot", looked)
+        session.update("wide.weight", sender.wide.weight)
+        session.update("q.weight", sender.q.weight)  # type: ignore[arg-type]
+    assert held and not any(held)
+    assert raw(checkpoint_state_dict(model))["wide.weight"] == raw(NEW)["wide.weight"]
