@@ -89,7 +89,10 @@ class Overwrite:
             expected = f"at most {nbytes}"
             raise DeltaError("more positions than the tensor has bytes", name=name, expected=expected, found=str(self.count))
         self.blocks = _blocks(places, values, self.count, nbytes, name)
-        self._ahead = torch.empty(0, dtype=torch.uint8, device="cpu"), torch.empty(0, dtype=torch.int64, device="cpu")  # values, positions
+        self._ahead = (
+            torch.empty(0, dtype=torch.uint8, device="cpu"),
+            torch.empty(0, dtype=torch.int64, device="cpu"),
+        )  # values, positions
 
     def read(self, start: int, stop: int) -> Change | None:
         found = [self._take(start, stop)]

@@ -142,7 +142,7 @@ class Journal:
         self._kept[id(target.tensor)].add(box)
 
     def _accept(self, storage: AliasedStorage, live: Live) -> str | None:
-        """What a write of this reload left half-way holds bytes that are old, or in a patch. Why it does not, if other code wrote."""
+        """What a write of this reload left half-way holds bytes that are old, or in a patch. Why not, if other code wrote."""
         with storage.lock:
             if (why := self._changed(live)) is None:
                 storage.accept()

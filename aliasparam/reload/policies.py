@@ -106,7 +106,8 @@ class Policy:
     def _write(self, target: Target, box: Box, value: Tensor, *, again: bool) -> None:
         """``again``: perhaps this very value was written before, by a commit that failed."""
         if self._journal is not None:
-            value = value._snapshot() if isinstance(value, _Aliased) else value  # as the lock of its own storage may not come second
+            if isinstance(value, _Aliased):  # the lock of its storage may not come second
+                value = value._snapshot()
             self._journal.keep(target, box, value, again=again)
         self._written.begin([target])  # which may wait, under no lock
         with self._writing(target):
