@@ -247,7 +247,12 @@ FAULTS = [
         "reload/test_law_10_second_tries.py",
     ),
     Planted("reload/drain.py", "if not safe:", "if False:", "reload/test_drain.py"),
-    Planted("reload/claims.py", "with _taking:\n            declared", "if True:\n            declared", "reload/test_session_others.py"),
+    Planted(
+        "reload/claims.py",
+        "with _taking:\n            declared",
+        "if True:\n            declared",
+        "reload/test_session_others.py",
+    ),
     Planted("reload/claims.py", "with _taking:  # whoever", "if True:  # whoever", "reload/test_session_others.py"),
     Planted(
         "reload/session.py", "self._reopen()  # of what was", "self._claim.hold()  # of what was", "reload/test_session_others.py"
