@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 from torch import Tensor
 
@@ -52,12 +53,13 @@ class Journal:
     def _look_at(self, target: Target) -> None:
         live = Live(target.tensor)
         with _lock(live):
+            found = _version(live)
             if live.storage is None:
                 if any(isinstance(holder.get(key), RefusingName) for holder, key in target.places):
                     self._lost[id(target.tensor)] = f"{target.label} held no weights before: an earlier reload of it failed"
             elif _memory(live) not in self._seen and live.storage.states.common is not State.LOADED:
                 self._lost[id(target.tensor)] = f"{target.label} held no whole weights before"
-            self._seen.setdefault(_memory(live), (live, _version(live)))
+            self._seen.setdefault(_memory(live), (live, found))
         self._kept[id(target.tensor)] = Coverage(target.tensor.shape)
 
     def keep(self, target: Target, box: Box, value: Tensor, *, again: bool) -> None:
@@ -66,9 +68,8 @@ class Journal:
         if not (again and self._kept[id(target.tensor)].covers(box)):
             self._keep(target, box, value)
 
-    @contextmanager
-    def writing(self, target: Target) -> Iterator[None]:
-        """Around every write of this reload, so that those of other code are told from them."""
+    def write(self, target: Target, do: Callable[[], object]) -> None:
+        """Every write of this reload, so that those of other code are told from them."""
         lives = [Live(one.tensor) for one in target.together]
         with _lock(lives[0]):
             for live in lives:
@@ -77,7 +78,7 @@ class Journal:
             self._begun.add(_memory(lives[0]))
             self._seen |= {_memory(live): (live, None) for live in lives}
             try:
-                yield
+                do()
             finally:
                 self._seen |= {_memory(live): (live, _version(live)) for live in lives}
 
@@ -94,7 +95,7 @@ class Journal:
         for key, (target, version) in self._ahead.items():
             live = Live(target.tensor)
             with _lock(live):
-                changed = live.version != version
+                changed = _version(live) != version
             if changed:
                 self.patches = [patch for patch in self.patches if patch.live.tensor is not target.tensor]
                 self._lost.pop(key, None)
@@ -165,18 +166,15 @@ def _memory(live: Live) -> int:
 
 
 def _version(live: Live) -> int:
+    """What other code wrote before is noticed. The caller holds the lock."""
+    if live.storage is not None:
+        live.storage.notice()
     return 0 if live.storage is None and live.tensor.is_inference() else live.version  # torch counts none of those
 
 
-@contextmanager
-def _lock(live: Live) -> Iterator[None]:
-    """Of its storage, if it has one; what other code wrote before is noticed."""
-    if live.storage is None:
-        yield
-        return
-    with live.storage.lock:
-        live.storage.notice()
-        yield
+def _lock(live: Live) -> AbstractContextManager[Any]:
+    """Of its storage, if it has one. The lock itself: one in Python would be left held by an interrupt at its end."""
+    return nullcontext() if live.storage is None else live.storage.lock
 
 
 def _cannot(why: str) -> ReloadError:

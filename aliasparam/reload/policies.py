@@ -10,7 +10,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
+from functools import partial
 from typing import Literal, get_args
 
 from torch import Tensor
@@ -93,8 +94,7 @@ class Policy:
         for staged in self._staged:
             self._write(*staged, again=True)
         for target, patch in self._patches:
-            with self._writing(target):
-                patch.put_new()
+            self._doing(target, patch.put_new)
         self._written.need_agreement()
 
     def restore(self) -> bool:
@@ -110,8 +110,10 @@ class Policy:
                 value = value._snapshot()
             self._journal.keep(target, box, value, again=again)
         self._written.begin([target])  # which may wait, under no lock
-        with self._writing(target):
-            self._written.write(target, box, value)
+        self._doing(target, partial(self._written.write, target, box, value))
 
-    def _writing(self, target: Target) -> AbstractContextManager[None]:
-        return nullcontext() if self._journal is None else self._journal.writing(target)
+    def _doing(self, target: Target, write: Callable[[], object]) -> None:
+        if self._journal is None:
+            write()
+        else:
+            self._journal.write(target, write)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import pytest
@@ -16,6 +16,7 @@ from aliasparam.errors import AliasError, ReloadError
 from aliasparam.reload import journal, policies, staged, written
 from aliasparam.reload.live import Live
 from aliasparam.reload.policies import PolicyName
+from aliasparam.storage.locks import renew
 
 from ..small import storage_of
 from .interrupted import interrupted
@@ -25,6 +26,13 @@ OLD = checkpoint_state_dict(Whole())
 NEW = changed(changed(OLD, 0.1, 0), 0.1, 1)
 OTHER = changed(changed(OLD, 0.5, 2), 0.5, 3)
 WRITE = written.Written.write
+
+
+@pytest.fixture(autouse=True)
+def no_lock_is_left_held() -> Iterator[None]:
+    """An interrupt at the line of a ``with`` skips its exit: see :func:`interrupted`."""
+    yield
+    renew()
 
 
 def fails(*_: Any) -> Any:
