@@ -109,7 +109,8 @@ class Policy:
             if isinstance(value, _Aliased):  # the lock of its storage may not come second
                 value = value._snapshot()
             self._journal.keep(target, box, value, again=again)
-        self._written.begin([target])  # which may wait, under no lock
+        if not again:  # a commit has begun them all
+            self._written.begin([target])  # which may wait, under no lock
         self._doing(target, partial(self._written.write, target, box, value))
 
     def _doing(self, target: Target, write: Callable[[], object]) -> None:
