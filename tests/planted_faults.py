@@ -253,8 +253,27 @@ FAULTS = [
     Planted("reload/drain.py", "del tops[threading.get_ident()]", "pass", "reload/test_drain.py"),
     Planted("reload/policies.py", "            self._journal.check_ahead()", "            pass", "reload/test_policies.py"),
     Planted("reload/staged.py", "chunk.used += _aligned(part.nbytes)", "pass", "reload/test_staged.py"),
+    Planted(
+        "reload/staged.py", "most = max(CHUNK // 2 // itemsize, 1)", "most = max(CHUNK // itemsize, 1)", "reload/test_staged.py"
+    ),
+    Planted("reload/staged.py", "placed.append((", "self._values.append((", "reload/test_staged.py"),
+    Planted("reload/policies.py", "value, again=False)", "value, again=True)", "reload/test_law_10_second_tries.py"),
+    Planted("reload/policies.py", "isinstance(value, _Aliased):", "False:", "reload/test_law_10_second_tries.py"),
+    Planted("reload/journal.py", "        self.check_ahead()\n", "", "reload/test_law_10_second_tries.py"),
+    Planted("reload/journal.py", "*map(self._changed, lives)", "", "reload/test_law_10_second_tries.py"),
+    Planted(
+        "reload/journal.py",
+        "(live, None) for live in lives",
+        "self._seen[_memory(live)] for live in lives",
+        "reload/test_law_10_second_tries.py",
+    ),
     Planted("reload/drain.py", "if not safe:", "if False:", "reload/test_drain.py"),
-    Planted("reload/claims.py", "with _taking:\n            for", "if True:\n            for", "reload/test_session_others.py"),
+    Planted(
+        "reload/claims.py",
+        "with _taking:\n            declared",
+        "if True:\n            declared",
+        "reload/test_session_others.py",
+    ),
     Planted("reload/claims.py", "with _taking:  # whoever", "if True:  # whoever", "reload/test_session_others.py"),
     Planted(
         "reload/session.py", "self._reopen()  # of what was", "self._claim.hold()  # of what was", "reload/test_session_others.py"

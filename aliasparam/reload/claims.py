@@ -33,8 +33,8 @@ class Claim:
         Raises:
             ReloadError: another session that is alive has one of the modules.
         """
-        modules = list(model.modules())
         with _taking:
+            declared, modules = [registry for _, registry in registries(model)], list(model.modules())
             for module in modules:
                 other = _claim_of(module)
                 if other is not None and other is not self and not other._ended:
@@ -45,7 +45,7 @@ class Claim:
                         found=f"another one, of {type(module).__name__}, in progress",
                         remedy="Finish or abort it first.",
                     )
-            self.modules, self.registries = modules, [registry for _, registry in registries(model)]
+            self.modules, self.registries = modules, declared
             for module in modules:
                 _claims[module] = self._self
         self.hold()

@@ -58,7 +58,7 @@ class Xor:
                 have been applied; the digest is what decides.
         """
         self._stream.skip(start - self._at, self._expected)
-        values = torch.empty(stop - start, dtype=torch.uint8)
+        values = torch.empty(stop - start, dtype=torch.uint8, device="cpu")
         self._stream.fill(values, self._expected)
         self._at = stop
         return Change(values, None) if values.any() else None
@@ -89,7 +89,10 @@ class Overwrite:
             expected = f"at most {nbytes}"
             raise DeltaError("more positions than the tensor has bytes", name=name, expected=expected, found=str(self.count))
         self.blocks = _blocks(places, values, self.count, nbytes, name)
-        self._ahead = torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.int64)  # values, positions
+        self._ahead = (
+            torch.empty(0, dtype=torch.uint8, device="cpu"),
+            torch.empty(0, dtype=torch.int64, device="cpu"),
+        )  # values, positions
 
     def read(self, start: int, stop: int) -> Change | None:
         found = [self._take(start, stop)]
@@ -106,7 +109,7 @@ class Overwrite:
     def _take(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """(values, positions) of those that were read ahead; what is before ``start`` is of parts that are elsewhere."""
         values, positions = self._ahead
-        first, last = torch.searchsorted(positions, torch.tensor([start, stop])).tolist()
+        first, last = torch.searchsorted(positions, torch.tensor([start, stop], device="cpu")).tolist()
         self._ahead = values[last:], positions[last:]
         return values[first:last], positions[first:last]
 
@@ -121,7 +124,7 @@ def _blocks(places: _Stream, values: _Stream, count: int, nbytes: int, name: str
             raise DeltaError("a position outside the tensor", name=name, expected=f"below {nbytes}", found=str(int(at.max())))
         if int(at[0]) <= last or bool((at[1:] <= at[:-1]).any()):
             raise DeltaError("positions are not ascending", name=name, expected="every position once, in order")
-        new, last = torch.empty(len(at), dtype=torch.uint8), int(at[-1])
+        new, last = torch.empty(len(at), dtype=torch.uint8, device="cpu"), int(at[-1])
         values.fill(new, expected)
         yield new, at
     values.end(expected)
@@ -152,7 +155,7 @@ class _Stream:
 
     def numbers(self, count: int, expected: str) -> Tensor:
         """The next ``count`` u32 as int64 [count]."""
-        raw = torch.empty(4 * count, dtype=torch.uint8)
+        raw = torch.empty(4 * count, dtype=torch.uint8, device="cpu")
         self.fill(raw, expected)
         return raw.view(torch.uint32).to(torch.int64)
 

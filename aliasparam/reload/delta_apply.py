@@ -228,7 +228,7 @@ def _sparse(live: Live, readers: Sequence[Xor | Overwrite]) -> Overwrite | None:
     [one, *others] = readers
     if others or not isinstance(one, Overwrite) or 3 * one.count >= live.nbytes:
         return None
-    return None if live.positions(torch.empty(0, dtype=torch.int64)) is None else one
+    return None if live.positions(torch.empty(0, dtype=torch.int64, device=live.device)) is None else one
 
 
 def _corrected(live: Live, changes: Overwrite, digest: PositionalAdler32) -> Iterator[Patch]:
@@ -253,7 +253,7 @@ def _add(digest: PositionalAdler32 | Hashed, span: Span, own: Tensor) -> None:
 
 
 def _stored(full: SafetensorsFolder, name: str, span: Span, like: Tensor) -> Tensor:
-    raw = torch.empty(span.nbytes, dtype=torch.uint8, pin_memory=like.is_cuda)
+    raw = torch.empty(span.nbytes, dtype=torch.uint8, device="cpu", pin_memory=like.is_cuda)
     full.entry(name).fill(raw, span.start)
     return raw.to(like.device)
 

@@ -200,7 +200,7 @@ class PartDigests:
         if not names:
             return
         held = [self._held[name][0] if name in self._held else PositionalAdler32() for name in names]
-        rows = torch.tensor([[sums.count, *sums.sums()] for sums in held])
+        rows = torch.tensor([[sums.count, *sums.sums()] for sums in held], device="cpu")
         if self._places.add_up is not None:
             self._places.add_up(rows)
         for name, (count, plain, weighted) in zip(names, rows.tolist(), strict=True):

@@ -55,7 +55,7 @@ class Entry(NamedTuple):
         Only its ranges are read; columns that lie less than a page apart are read with what is between them.
         """
         nbytes = math.prod(sizes(box)) * self.dtype.itemsize
-        out = torch.empty(nbytes, dtype=torch.uint8) if buffer is None else buffer[:nbytes]
+        out = torch.empty(nbytes, dtype=torch.uint8, device="cpu") if buffer is None else buffer[:nbytes]
         if nbytes:
             self._fill_box(box, out)
         return out.view(self.dtype).view(sizes(box))

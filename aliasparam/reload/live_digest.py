@@ -101,7 +101,7 @@ def digest_of_folder(folder: SafetensorsFolder | str | Path, kind: str = "adler3
     if isinstance(folder, (str, Path)):
         with SafetensorsFolder(folder) as opened:
             return digest_of_folder(opened, kind)
-    buffer, found = torch.empty(_PIECE, dtype=torch.uint8), []
+    buffer, found = torch.empty(_PIECE, dtype=torch.uint8, device="cpu"), []
     for name, entry in folder.tensors.items():
         digest = new_digest(kind)
         for start, piece in folder.pieces(name, buffer):

@@ -55,7 +55,7 @@ class Patch(NamedTuple):
         self._put(self.new)
 
     def _put(self, values: Tensor) -> None:
-        device, storage = self.live.device, self.live.storage
+        device, storage = self.live.tensor.device, self.live.storage
         if storage is not None and storage.bound is not self.bound:
             raise ReloadError("the layout was changed while a reload was open", label=storage.label)
         with torch.no_grad():
@@ -180,4 +180,4 @@ def on_device(values: Tensor, device: torch.device) -> Tensor:
 
 def _by_pinned(values: Tensor) -> Tensor:
     """A copy in pinned memory, which torch keeps for the next one and until copies from it have run."""
-    return torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values)
+    return torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True).copy_(values)

@@ -10,12 +10,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Literal, get_args
 
 from torch import Tensor
 
 from ..errors import ReloadError
 from ..storage.coverage import Box
+from ..tensors.faces import _Aliased
 from .journal import Journal
 from .live import Live
 from .patch import Patch, patched
@@ -59,7 +62,7 @@ class Policy:
                 self._journal.keep_ahead(target, box, value)
             self._staged.add(target, box, value)
         else:
-            self._write(target, box, value)
+            self._write(target, box, value, again=False)
 
     def watch(self, target: Target) -> Live:
         """What patches are made of; it must not change from now on."""
@@ -89,9 +92,9 @@ class Policy:
         if self._journal is not None:
             self._journal.check_ahead()
         for staged in self._staged:
-            self._write(*staged)
-        for _, patch in self._patches:
-            patch.put_new()
+            self._write(*staged, again=True)
+        for target, patch in self._patches:
+            self._doing(target, patch.put_new)
         self._written.need_agreement()
 
     def restore(self) -> bool:
@@ -100,7 +103,18 @@ class Policy:
             self._journal.restore()
         return not self._written.any or self._journal is not None
 
-    def _write(self, target: Target, box: Box, value: Tensor) -> None:
+    def _write(self, target: Target, box: Box, value: Tensor, *, again: bool) -> None:
+        """``again``: perhaps this very value was written before, by a commit that failed."""
         if self._journal is not None:
-            self._journal.keep(target, box, value)
-        self._written.write(target, box, value)
+            if isinstance(value, _Aliased):  # the lock of its storage may not come second
+                value = value._snapshot()
+            self._journal.keep(target, box, value, again=again)
+        if not again:  # a commit has begun them all
+            self._written.begin([target])  # which may wait, under no lock
+        self._doing(target, partial(self._written.write, target, box, value))
+
+    def _doing(self, target: Target, write: Callable[[], object]) -> None:
+        if self._journal is None:
+            write()
+        else:
+            self._journal.write(target, write)

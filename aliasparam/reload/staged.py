@@ -6,8 +6,9 @@ of the one before are scattered: it pays for each value what a write on the devi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,8 @@ from .targets import Target
 
 #: Bytes of host memory that are brought at once, and of each of two buffers on a GPU.
 CHUNK = 16 << 20
+#: Rows of a piece are a multiple of this, if there are so many.
+_ROWS = 128
 #: Where values begin in a chunk: no layout wants more of an address.
 _ALIGN = 256
 
@@ -36,64 +39,83 @@ class _Value(NamedTuple):
         return chunk.view(dtype).as_strided(shape, row_major(shape), self.start // dtype.itemsize)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Chunk:
-    """Host memory, uint8 [n], the device that it is for, and what it holds."""
+    """Host memory, uint8 [n], the device that it is for, and how much of it is taken."""
 
     memory: Tensor
     device: torch.device
-    values: list[_Value] = field(default_factory=list)
     used: int = 0
+
+    @property
+    def room(self) -> int:
+        """Bytes that are left."""
+        return self.memory.numel() - self.used
 
 
 class StagedValues:
     """Copies of values on the host, in the order of arrival for each device.
 
     Attributes:
-        nbytes: host memory.
+        nbytes: host memory: of many values at most 3/2 of theirs, and a chunk for each device.
     """
 
     def __init__(self) -> None:
         self.nbytes = 0
-        self._chunks: list[_Chunk] = []
+        self._values: list[tuple[_Chunk, _Value]] = []
         self._open: dict[torch.device, _Chunk] = {}
 
     def add(self, target: Target, box: Box, value: Tensor) -> None:
-        """Copy ``value``, of the box's shape and the tensor's dtype."""
-        for piece in list(tiles(box, max(CHUNK // value.itemsize, 1))) or [box]:  # one of nothing is written too
+        """Copy ``value``, of the box's shape and the tensor's dtype. One that cannot be copied whole is not there at all."""
+        placed = list[tuple[_Chunk, _Value]]()
+        for piece in list(tiles(box, _elements(sizes(box), value.itemsize))) or [box]:  # one of nothing is written too
             inside = tuple(slice(a - r, b - r) for (a, b), (r, _) in zip(piece, box, strict=True))
             part = value.detach()[inside]
             chunk = self._chunk(target.tensor.device, part.nbytes)
-            placed = _Value(target, piece, chunk.used)
-            placed.within(chunk.memory).copy_(part)
+            placed.append((chunk, _Value(target, piece, chunk.used)))
+            placed[-1][1].within(chunk.memory).copy_(part)
             chunk.used += _aligned(part.nbytes)
-            chunk.values.append(placed)
+        self._values += placed
 
     def _chunk(self, device: torch.device, nbytes: int) -> _Chunk:
+        """One that has room for so many bytes."""
         found = self._open.get(device)
-        if found is None or found.used + nbytes > found.memory.numel():
+        if found is None or found.room < nbytes:
             size = min(max(_aligned(nbytes), self.nbytes), CHUNK)  # small for a small reload, and few
-            memory = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+            memory = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
             found = self._open[device] = _Chunk(memory, device)
-            self._chunks.append(found)
             self.nbytes += size
         return found
 
     @property
     def targets(self) -> Iterator[Target]:
-        return (value.target for chunk in self._chunks for value in chunk.values)
+        return (value.target for _, value in self._values)
 
     def __iter__(self) -> Iterator[tuple[Target, Box, Tensor]]:
         """Every value; of a GPU's tensor there, until the next is asked for. Scratch: two chunks on each GPU."""
         uploads: dict[torch.device, _Upload] = {}
-        for chunk in self._chunks:
+        held: dict[_Chunk, list[_Value]] = {}
+        for chunk, value in self._values:
+            held.setdefault(chunk, []).append(value)
+        for chunk, values in held.items():
             memory = chunk.memory
             if chunk.device.type == "cuda":
                 if chunk.device not in uploads:
                     uploads[chunk.device] = _Upload(chunk.device)
                 memory = uploads[chunk.device].bring(memory[: chunk.used])
-            for value in chunk.values:
+            for value in values:
                 yield value.target, value.box, value.within(memory)
+
+
+def _elements(shape: tuple[int, ...], itemsize: int) -> int:
+    """Of a piece of a value: half a chunk, so that no more than a third of one is left empty; and whole tiles of every layout, so
+    that pieces of tensors which are alike are alike, and no kernel is compiled for each."""
+    most = max(CHUNK // 2 // itemsize, 1)
+    for dim in range(len(shape)):
+        row = max(math.prod(shape[dim + 1 :]), 1)
+        if (rows := most // row) > 0:
+            return (rows - rows % _ROWS if rows > _ROWS else rows) * row
+    return most
 
 
 def _aligned(nbytes: int) -> int:

@@ -43,9 +43,7 @@ class Written:
         return bool(self._declared or self._plain)
 
     def write(self, target: Target, box: Box, value: Tensor) -> None:
-        """Write ``value`` in place, as ``copy_`` does; from now on the tensor refuses."""
-        if not self._is_begun(target):
-            self.begin([target])
+        """Write ``value`` in place, as ``copy_`` does, into a tensor that was begun."""
         part = part_of(target.tensor, box)
         with torch.no_grad():
             part.copy_(value)

@@ -14,6 +14,6 @@ def explain(module: nn.Module) -> Explanation:
 
     The result is text; its ``modules`` are the same as data, and ``picture()`` draws them. A notebook shows the drawing.
     """
+    found, seen = registries(module), set[int]()
     paths = {id(m): path for path, m in module.named_modules()}
-    seen: set[int] = set()
-    return Explanation.of(ExplainedModule.of(path or r.label, r, r.about, seen, paths) for path, r in registries(module))
+    return Explanation.of(ExplainedModule.of(path or r.label, r, r.about, seen, paths) for path, r in found)

@@ -107,6 +107,6 @@ def scatter(bound: BoundLayout, memory: Tensor, box: Box, value: Tensor, non_blo
         source = value[inside]
         landing = staging[: source.numel()].view(source.shape)
         if pinned:  # torch keeps such memory until the copy has run; the next piece is brought meanwhile
-            source = torch.empty(source.shape, dtype=memory.dtype, pin_memory=True).copy_(source)
+            source = torch.empty(source.shape, dtype=memory.dtype, device="cpu", pin_memory=True).copy_(source)
         landing.copy_(source, non_blocking=pinned or non_blocking)
         bound.write(memory, piece, landing)

@@ -18,11 +18,16 @@ from aliasparam import (
     Reencoding,
     State,
     TensorSpec,
+    accept_kernel_bytes,
     alias_or_bind_derived_param,
+    checkpoint_digest,
+    checkpoint_state_dict,
     copy_or_rebind_param,
     declare,
+    explain,
     expose_for_writing,
     invalidate,
+    memory_report,
     process,
     registry_of,
     reload,
@@ -274,3 +279,14 @@ def test_an_error_keeps_what_it_knows_and_takes_the_rest_from_its_caller() -> No
 
     assert type(located) is LayoutError
     assert (located.module, located.name, located.expected, located.remedy) == ("layers.0", "weight", "even rows", "Pad it.")
+
+
+VERBS: list[Callable[[Any], object]] = [process, invalidate, accept_kernel_bytes, checkpoint_state_dict, checkpoint_digest]
+VERBS += [explain, memory_report, lambda model: reload(model).begin()]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("other", [{}, None, "model", nn.Linear])
+def test_what_is_no_model_is_named(verb: Callable[[Any], object], other: object) -> None:
+    with pytest.raises(DeclarationError, match="names are looked for in a model"):
+        verb(other)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
-from aliasparam.layout.boxes import sizes
+from aliasparam.layout.blocks import tiles
+from aliasparam.layout.boxes import Box, sizes, whole
 from aliasparam.reload import staged
 from aliasparam.reload.staged import StagedValues
 from aliasparam.reload.targets import find_targets
@@ -55,4 +59,55 @@ def test_law_4_many_small_values_take_few_chunks(device: torch.device) -> None:
     values = StagedValues()
     for target in find_targets(model).values():
         values.add(target, ((0, 1024),), torch.zeros(1024))
-    assert len(values._chunks) <= 10 and values.nbytes <= 2 * 300 * 4096
+    assert len({id(chunk) for chunk, _ in values._values}) <= 10 and values.nbytes <= 2 * 300 * 4096
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3 * _CHUNK)), st.sampled_from(_DTYPES))
+def test_law_4_values_of_any_size_leave_at_most_a_third_of_their_chunks_empty(
+    device: torch.device, shape: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    """Also of rows that are a little more than half of a chunk."""
+    model, values = nn.Module(), StagedValues()
+    for number in range(12):
+        model.register_buffer(f"b{number}", torch.zeros(shape, dtype=dtype, device=device))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(staged, "CHUNK", _CHUNK)
+        for target in find_targets(model).values():
+            values.add(target, whole(shape), torch.zeros(shape, dtype=dtype))
+    of_values = sum(-(-sizes_bytes(box, dtype) // 256) * 256 for _, box, _ in values)
+    assert values.nbytes <= of_values * 3 / 2 + _CHUNK
+
+
+def test_law_10_a_value_that_cannot_be_staged_whole_is_not_staged_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, values = nn.Module(), StagedValues()
+    model.register_buffer("b", torch.zeros(8, _CHUNK))
+    [target] = find_targets(model).values()
+    monkeypatch.setattr(staged, "CHUNK", _CHUNK)
+    place, calls = staged._Value.within, itertools.count()
+
+    def failing(value: staged._Value, chunk: Tensor) -> Tensor:
+        if next(calls) == 5:
+            raise MemoryError
+        return place(value, chunk)
+
+    monkeypatch.setattr(staged._Value, "within", failing)
+    with pytest.raises(MemoryError):
+        values.add(target, whole((8, _CHUNK)), torch.ones(8, _CHUNK))
+    assert list(values) == []
+    values.add(target, whole((8, _CHUNK)), torch.full((8, _CHUNK), 2.0))
+    assert all((value == 2).all() for _, _, value in values) and sum(value.numel() for _, _, value in values) == 8 * _CHUNK
+
+
+@given(st.integers(1, 40_000), st.integers(1, 20_000), st.sampled_from([1, 2, 4]))
+def test_law_4_pieces_of_a_value_are_whole_tiles_of_any_layout(rows: int, columns: int, itemsize: int) -> None:
+    """So that few kernels are compiled: all pieces of tensors that are alike but the last are alike, and cut no digit of rows."""
+    pieces = list(tiles(whole((rows, columns)), staged._elements((rows, columns), itemsize)))
+    first = sizes(pieces[0])
+    assert all(sizes(piece) == first or piece[0][1] == rows or piece[1][1] == columns for piece in pieces)
+    assert first[0] == rows or first[0] < 128 or first[0] % 128 == 0
+    assert math.prod(first) * itemsize <= staged.CHUNK // 2
+
+
+def sizes_bytes(box: Box, dtype: torch.dtype) -> int:
+    return math.prod(sizes(box)) * dtype.itemsize
