@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from ..storage.kernel_name import KernelName, RefusingName
 from .checks import need_dense
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Target:
     """One live tensor.
 
@@ -31,14 +31,15 @@ class Target:
     tensor: Tensor
     places: list[tuple[dict[str, Any], str]]
     label: str
-    together: list[Target] = field(init=False)
+    _others: Sequence[Target] = ()
 
-    def __post_init__(self) -> None:
-        self.together = [self]
+    @property
+    def together(self) -> Sequence[Target]:
+        return self._others or (self,)
 
     @property
     def shares_memory(self) -> bool:
-        return len(self.together) > 1
+        return len(self._others) > 1
 
 
 def find_targets(model: nn.Module) -> dict[str, Target]:
@@ -79,7 +80,7 @@ def _find_together(targets: Iterable[Target]) -> None:
             if target.tensor.data_ptr() >= end:
                 together = []
             together.append(target)
-            target.together = together
+            target._others = together
             end = max(end, target.tensor.data_ptr() + extent(target.tensor))
 
 
