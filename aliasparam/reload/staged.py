@@ -57,7 +57,7 @@ class StagedValues:
     """Copies of values on the host, in the order of arrival for each device.
 
     Attributes:
-        nbytes: host memory: of many values at most 3/2 of theirs, and a chunk for each device.
+        nbytes: host memory: at most twice that of the values, 3/2 where they are alike, and a chunk for each device.
     """
 
     def __init__(self) -> None:
@@ -108,13 +108,17 @@ class StagedValues:
 
 
 def _elements(shape: tuple[int, ...], itemsize: int) -> int:
-    """Of a piece of a value: half a chunk, so that no more than a third of one is left empty; and whole tiles of every layout, so
-    that pieces of tensors which are alike are alike, and no kernel is compiled for each."""
+    """Of each piece of a value: at most half a chunk, in pieces of about one size, so that of tensors which are alike at most a
+    third of a chunk is empty; and whole tiles of every layout, so that their pieces are alike and no kernel is compiled for each.
+    """
     most = max(CHUNK // 2 // itemsize, 1)
-    for dim in range(len(shape)):
-        row = max(math.prod(shape[dim + 1 :]), 1)
-        if (rows := most // row) > 0:
-            return (rows - rows % _ROWS if rows > _ROWS else rows) * row
+    for dim, size in enumerate(shape):
+        row = math.prod(shape[dim + 1 :])
+        if row and size and (fits := most // row):
+            step = _ROWS if fits > _ROWS else 1
+            fits -= fits % step
+            rows = -(-size // -(-size // fits))
+            return min(rows + -rows % step, fits) * row
     return most
 
 

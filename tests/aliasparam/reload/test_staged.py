@@ -64,7 +64,7 @@ def test_law_4_many_small_values_take_few_chunks(device: torch.device) -> None:
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3 * _CHUNK)), st.sampled_from(_DTYPES))
-def test_law_4_values_of_any_size_leave_at_most_a_third_of_their_chunks_empty(
+def test_law_4_values_that_are_alike_leave_at_most_a_third_of_their_chunks_empty(
     device: torch.device, shape: tuple[int, int, int], dtype: torch.dtype
 ) -> None:
     """Also of rows that are a little more than half of a chunk."""
