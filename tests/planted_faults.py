@@ -253,9 +253,7 @@ FAULTS = [
     Planted("reload/drain.py", "del tops[threading.get_ident()]", "pass", "reload/test_drain.py"),
     Planted("reload/policies.py", "            self._journal.check_ahead()", "            pass", "reload/test_policies.py"),
     Planted("reload/staged.py", "chunk.used += _aligned(part.nbytes)", "pass", "reload/test_staged.py"),
-    Planted(
-        "reload/staged.py", "most = max(CHUNK // 2 // itemsize, 1)", "most = max(CHUNK // itemsize, 1)", "reload/test_staged.py"
-    ),
+    Planted("reload/staged.py", "if nbytes > CHUNK // 2:", "if False:", "reload/test_staged.py"),
     Planted("reload/staged.py", "placed.append((", "self._values.append((", "reload/test_staged.py"),
     Planted("reload/policies.py", "value, again=False)", "value, again=True)", "reload/test_law_10_second_tries.py"),
     Planted("reload/policies.py", "isinstance(value, _Aliased):", "False:", "reload/test_law_10_second_tries.py"),

@@ -78,14 +78,19 @@ class StagedValues:
         self._values += placed
 
     def _chunk(self, device: torch.device, nbytes: int) -> _Chunk:
-        """One that has room for so many bytes."""
+        """One that has room for so many bytes: its own for a piece that would leave much of one empty."""
+        if nbytes > CHUNK // 2:
+            return self._new(device, _aligned(nbytes))
         found = self._open.get(device)
         if found is None or found.room < nbytes:
             size = min(max(_aligned(nbytes), self.nbytes), CHUNK)  # small for a small reload, and few
-            memory = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
-            found = self._open[device] = _Chunk(memory, device)
-            self.nbytes += size
+            found = self._open[device] = self._new(device, size)
         return found
+
+    def _new(self, device: torch.device, size: int) -> _Chunk:
+        memory = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
+        self.nbytes += size
+        return _Chunk(memory, device)
 
     @property
     def targets(self) -> Iterator[Target]:
@@ -108,17 +113,13 @@ class StagedValues:
 
 
 def _elements(shape: tuple[int, ...], itemsize: int) -> int:
-    """Of each piece of a value: at most half a chunk, in pieces of about one size, so that of tensors which are alike at most a
-    third of a chunk is empty; and whole tiles of every layout, so that their pieces are alike and no kernel is compiled for each.
-    """
-    most = max(CHUNK // 2 // itemsize, 1)
-    for dim, size in enumerate(shape):
+    """Of each piece of a value: at most a chunk, in whole tiles of every layout, so that pieces of tensors which are alike are
+    alike and no kernel is compiled for each."""
+    most = max(CHUNK // itemsize, 1)
+    for dim in range(len(shape)):
         row = math.prod(shape[dim + 1 :])
-        if row and size and (fits := most // row):
-            step = _ROWS if fits > _ROWS else 1
-            fits -= fits % step
-            rows = -(-size // -(-size // fits))
-            return min(rows + -rows % step, fits) * row
+        if row and (fits := most // row):
+            return (fits - fits % _ROWS if fits > _ROWS else fits) * row
     return most
 
 

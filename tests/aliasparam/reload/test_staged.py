@@ -106,7 +106,7 @@ def test_law_4_pieces_of_a_value_are_whole_tiles_of_any_layout(rows: int, column
     first = sizes(pieces[0])
     assert all(sizes(piece) == first or piece[0][1] == rows or piece[1][1] == columns for piece in pieces)
     assert first[0] == rows or first[0] < 128 or first[0] % 128 == 0
-    assert math.prod(first) * itemsize <= staged.CHUNK // 2
+    assert math.prod(first) * itemsize <= staged.CHUNK
 
 
 def sizes_bytes(box: Box, dtype: torch.dtype) -> int:
