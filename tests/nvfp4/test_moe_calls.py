@@ -193,7 +193,7 @@ def test_an_activation_the_kernel_lacks_is_refused_by_name(runner: str) -> None:
 def test_without_its_gpu_a_runner_refuses_logits_too(runner: str) -> None:
     layer = loaded(runner, SHAPES[0])
     with pytest.raises(BackendError, match="compute capability"):
-        layer.method.apply_logits(layer, torch.randn(3, 128), torch.randn(3, 2), Routing("softmax_topk", 1))
+        layer.method.apply_logits(layer, torch.randn(3, 128).bfloat16(), torch.randn(3, 2), Routing("softmax_topk", 1))
 
 
 def test_logits_give_what_the_choice_gives() -> None:
