@@ -47,6 +47,11 @@ def whole(shape: Sequence[int]) -> Box:
     return tuple((0, size) for size in shape)
 
 
+def part_in(part: Box, box: Box) -> tuple[slice, ...]:
+    """The index of ``part``, which lies in ``box``, among values of ``box``."""
+    return tuple(slice(start - first, stop - first) for (start, stop), (first, _) in zip(part, box, strict=True))
+
+
 def within(box: Box, shape: Sequence[int]) -> bool:
     return len(box) == len(shape) and all(0 <= start <= stop <= size for (start, stop), size in zip(box, shape, strict=True))
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import ReloadError
 from ..layout.blocks import tiles
 from ..layout.bound import BoundLayout, flat_bytes
-from ..layout.boxes import Box, row_major, sizes
+from ..layout.boxes import Box, part_in, row_major, sizes
 from .live import Live
 
 #: Bytes of a tensor that are compared at once.
@@ -71,8 +71,7 @@ class Patch(NamedTuple):
 def differences(live: Live, box: Box, value: Tensor, *, keep_new: bool) -> Iterator[Patch | None]:
     """Where ``value`` differs from what is there under ``box``, piece by piece."""
     for tile in tiles(box, max(PIECE // live.dtype.itemsize, 1)):
-        inside = tuple(slice(a - r, b - r) for (a, b), (r, _) in zip(tile, box, strict=True))
-        new = on_device(value[inside].detach(), live.device)
+        new = on_device(value[part_in(tile, box)].detach(), live.device)
         yield patch_of(live, tile, live.bytes(tile), flat_bytes(new), keep_new=keep_new)
 
 

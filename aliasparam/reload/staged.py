@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..layout.blocks import tiles
-from ..layout.boxes import Box, row_major, sizes
+from ..layout.boxes import Box, part_in, row_major, sizes
 from .targets import Target
 
 #: Bytes of host memory that are brought at once, and of each of two buffers on a GPU.
@@ -69,8 +69,7 @@ class StagedValues:
         """Copy ``value``, of the box's shape and the tensor's dtype. One that cannot be copied whole is not there at all."""
         placed = list[tuple[_Chunk, _Value]]()
         for piece in list(tiles(box, _elements(sizes(box), value.itemsize))) or [box]:  # one of nothing is written too
-            inside = tuple(slice(a - r, b - r) for (a, b), (r, _) in zip(piece, box, strict=True))
-            part = value.detach()[inside]
+            part = value.detach()[part_in(piece, box)]
             chunk = self._chunk(target.tensor.device, part.nbytes)
             placed.append((chunk, _Value(target, piece, chunk.used)))
             placed[-1][1].within(chunk.memory).copy_(part)

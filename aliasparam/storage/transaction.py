@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..layout import BoundLayout
 from ..layout.blocks import tiles
+from ..layout.boxes import part_in
 from ..torch_private import has_no_bytes
 from .coverage import Box
 from .guarded import GuardedMemory
@@ -103,8 +104,7 @@ def scatter(bound: BoundLayout, memory: Tensor, box: Box, value: Tensor, non_blo
         return
     staging = torch.empty(most, dtype=memory.dtype, device=memory.device)
     for piece in tiles(box, most):
-        inside = tuple(slice(a - r, b - r) for (a, b), (r, _) in zip(piece, box, strict=True))
-        source = value[inside]
+        source = value[part_in(piece, box)]
         landing = staging[: source.numel()].view(source.shape)
         if pinned:  # torch keeps such memory until the copy has run; the next piece is brought meanwhile
             source = torch.empty(source.shape, dtype=memory.dtype, device="cpu", pin_memory=True).copy_(source)
