@@ -15,6 +15,7 @@ from ..errors import ReloadError
 from ..layout.blocks import tiles
 from ..layout.bound import BoundLayout, flat_bytes
 from ..layout.boxes import Box, part_in, row_major, sizes
+from ..storage.transaction import pinned_copy
 from .live import Live
 
 #: Bytes of a tensor that are compared at once.
@@ -168,15 +169,10 @@ def _in_tensor(live: Live, box: Box, at: Tensor) -> Tensor:
 
 def on_host(values: Tensor) -> Tensor:
     """A copy in pageable host memory; from a GPU by way of pinned memory, as small copies past it move a gigabyte a second."""
-    return _by_pinned(values).clone() if values.is_cuda else values.to("cpu", copy=True)
+    return pinned_copy(values, values.dtype).clone() if values.is_cuda else values.to("cpu", copy=True)
 
 
 def on_device(values: Tensor, device: torch.device) -> Tensor:
     """The values on ``device``; from pageable host memory to a GPU by way of pinned memory too."""
     pageable = values.device.type == "cpu" and device.type == "cuda" and not values.is_pinned()
-    return _by_pinned(values).to(device, non_blocking=True) if pageable else values.to(device)
-
-
-def _by_pinned(values: Tensor) -> Tensor:
-    """A copy in pinned memory, which torch keeps for the next one and until copies from it have run."""
-    return torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True).copy_(values)
+    return pinned_copy(values, values.dtype).to(device, non_blocking=True) if pageable else values.to(device)

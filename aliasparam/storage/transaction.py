@@ -106,7 +106,12 @@ def scatter(bound: BoundLayout, memory: Tensor, box: Box, value: Tensor, non_blo
     for piece in tiles(box, most):
         source = value[part_in(piece, box)]
         landing = staging[: source.numel()].view(source.shape)
-        if pinned:  # torch keeps such memory until the copy has run; the next piece is brought meanwhile
-            source = torch.empty(source.shape, dtype=memory.dtype, device="cpu", pin_memory=True).copy_(source)
+        if pinned:  # the next piece is brought meanwhile
+            source = pinned_copy(source, memory.dtype)
         landing.copy_(source, non_blocking=pinned or non_blocking)
         bound.write(memory, piece, landing)
+
+
+def pinned_copy(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy in pinned memory, which torch keeps for the next one and until copies from it have run."""
+    return torch.empty(values.shape, dtype=dtype, device="cpu", pin_memory=True).copy_(values)
