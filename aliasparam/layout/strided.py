@@ -15,7 +15,7 @@ from .blocks import Cut, common
 from .bound import BoundLayout, in_bytes
 from .boxes import Box, Piece, pieces, row_major, sizes, whole
 from .digits import Axis, BoundLine
-from .execute import WIDEST, Copy, plan, views
+from .execute import WIDEST, Copy, for_torch, plan, views
 
 #: What a copy may be: bytes of its widest element, and from how many bytes on it may run backwards (None: never).
 Limits: TypeAlias = tuple[int, int | None]
@@ -90,7 +90,7 @@ class StridedLayout(BoundLayout):
         self.check_value((*whole(shape[: self.lead]), *core), shape, dtype)
         copies = plan(self.boxes(core, shape, strides), dtype.itemsize, align, *limits)
         ours = [limits is _SUMS or (limits is TRITON and triton_copy.wanted(copy)) for copy in copies]
-        return [(copy if mine else _named(copy, dtype), mine) for copy, mine in zip(copies, ours, strict=True)]
+        return [(copy if mine else for_torch(copy, dtype), mine) for copy, mine in zip(copies, ours, strict=True)]
 
     def placed(self, within: Tensor) -> Tensor:
         return reduce(lambda at, line: line.offsets(at), self.lines, within)
@@ -114,8 +114,3 @@ class StridedLayout(BoundLayout):
 
 
 _planned = lru_cache(maxsize=1 << 14)(StridedLayout.copies)  # a model writes the same few shards of a shape over and over
-
-
-def _named(copy: Copy, dtype: torch.dtype) -> Copy:
-    # For torch elements of their own width are of their own dtype: engines that mask ``Tensor.copy_`` look for NaN in them.
-    return copy._replace(dtype=dtype) if copy.dtype.itemsize == dtype.itemsize > 1 else copy
