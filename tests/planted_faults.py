@@ -222,6 +222,8 @@ FAULTS = [
         "row = program % (M // BM) * BM",
         "test_triton_copy.py",
     ),
+    Planted("layout/triton_copy.py", "_SECTOR = 32", "_SECTOR = 128", "test_triton_copy.py"),
+    Planted("layout/execute.py", "return Copy(dtype, sizes,", "Copy(dtype, sizes,", "test_law_01_shards.py"),
     Planted(
         "layout/digits.py",
         "found[-1].kernel == axis.kernel * axis.size and found",

@@ -17,7 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from aliasparam import process
 from aliasparam.errors import LayoutError, StateError
-from aliasparam.layout import IndexLayout, execute
+from aliasparam.layout import IndexLayout, Layout, execute
+from aliasparam.storage.shards import planned
 from aliasparam.testing import same_bytes
 
 from .small import INTERLEAVE, PAD8, SWAP, counting, kernel, layer_of, storage_of
@@ -202,3 +203,16 @@ def test_a_shard_write_is_twenty_calls(region: int | None) -> None:
         sys.setprofile(None)
 
     assert len(calls) <= 20, calls
+
+
+@pytest.mark.parametrize("by_kernel", [True, False])
+def test_a_shard_in_one_run_is_copied_as_it_is(by_kernel: bool) -> None:
+    """In elements of their own, on a GPU too: a view of another width takes three calls."""
+    bound = Layout(SWAP).bind((3, 4, 16), torch.float8_e4m3fn)
+    rows, strides = (2, 16), (16, 1)
+
+    planned_shard = planned(bound, (0, rows, strides, rows, strides, 16, by_kernel))
+
+    assert planned_shard is not None
+    (move,) = planned_shard[1]
+    assert move.as_it_is and move.by_kernel is None and move.copy.dtype is torch.float8_e4m3fn
