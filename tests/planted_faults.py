@@ -40,7 +40,7 @@ FAULTS = [
         "        self.accept()  # what",
         "test_law_08_no_silent_garbage.py",
     ),
-    Planted("storage/kernel_name.py", "    name.version -= was_written\n", "", "test_law_08_no_silent_garbage.py"),
+    Planted("storage/kernel_name.py", "    name._others -= was_written\n", "", "test_law_08_no_silent_garbage.py"),
     Planted(
         "storage/kernel_name.py",
         "        raise name.refusal()",
