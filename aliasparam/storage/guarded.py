@@ -40,6 +40,7 @@ class GuardedMemory:
         self.version = 0  #: Counts changes of content; whoever derives from this storage compares it with what it saw last.
         #: Who outside writes the raw bytes (an exposure in kernel order), and what it is called.
         self._writer: tuple[weakref.ref[object], str] | None = None
+        self._doubt: str | None = None  # see doubt()
         self._listeners: list[weakref.ref[Listener]] = []
         self.lock_number = lock_number()
 
@@ -51,11 +52,13 @@ class GuardedMemory:
     @property
     def state(self) -> State | None:
         """The common state of all regions, or None where they differ."""
+        self.settle()
         return self.states.common
 
     @property
     def is_loaded(self) -> bool:
         """Whether the kernel name may be used: everything arrived, or undeclared code put its bytes there."""
+        self.settle()
         states = self.states
         return (not states.missing or states.common is State.FOREIGN) and self.exposed is None
 
@@ -107,6 +110,17 @@ class GuardedMemory:
             self.changing()
             self.states.put_all(State.INVALID, why)
             self.unexpose()
+            self._doubt = None
+
+    def doubt(self, why: str) -> None:
+        """:meth:`invalidate`, at the next look at this memory: for finalizers, which the garbage collector calls at any line of
+        any thread. That may hold any lock, so they take none."""
+        self._doubt = why
+
+    def settle(self) -> None:
+        """Carry out what :meth:`doubt` said."""
+        if self._doubt is not None:
+            self.invalidate(self._doubt)
 
     # -- what other code does to the memory ----------------------------------------------------------------------------
 
@@ -136,6 +150,8 @@ class GuardedMemory:
         self._writer = None
 
     def _look_at_memory(self) -> None:
+        if self._doubt is not None:
+            self.settle()
         if self.kernel_name is not None and self.kernel_name.was_written:
             self.notice()
         if self.buffer.data_ptr() != self._address:  # freed, or given other memory
@@ -143,6 +159,7 @@ class GuardedMemory:
 
     def notice(self) -> None:
         """See whether other code wrote the kernel name. See [Note: foreign writes] in kernel_name.py."""
+        self.settle()
         name = self.kernel_name
         if name is not None and name.was_written and self.exposed is None:
             self.invalidate(

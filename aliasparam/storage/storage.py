@@ -151,6 +151,7 @@ class AliasedStorage(GuardedMemory):
     def accept(self) -> None:
         """The bytes, in kernel order, are whole and right: an engine saved and restored them, or wrote them from outside."""
         with LOCKS[self.lock_number]:
+            self.settle()  # of what was there before
             self.changing()
             self.unexpose()
             if self.kernel_name is not None:

@@ -55,6 +55,7 @@ def parts_of(storage: AliasedStorage, pairs: Sequence[tuple[Tensor, Tensor]]) ->
     places = [place_of(storage, view) for view, _ in pairs]
     if None not in places:
         return [_boxed(storage, *pair, place) for pair, place in zip(pairs, places, strict=True) if place is not None]
+    storage.need_writable()  # and what it finds out about the memory counts below
     rows = rows_under(storage, pairs[0][0] if len(pairs) == 1 else storage.geometry)
     patched = storage.bound.read(storage.elements, rows)
     for view, value in pairs:
