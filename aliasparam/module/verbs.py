@@ -12,7 +12,7 @@ from ..errors import DeclarationError
 from ..tensors.call import count_collective_writes
 from ..tensors.dispatch import traced_by_jit
 from ..tensors.faces import _Aliased
-from ..torch_private import import_what_dispatch_imports, is_traced_by_jit
+from ..torch_private import import_what_dispatch_imports, is_traced_by_jit, stand_ins
 from .adopt import adopt
 from .declarations import Declaration
 from .names import READY
@@ -44,6 +44,14 @@ def declare(module: nn.Module, *declarations: Declaration, loaded: bool = True, 
     """
     if not isinstance(module, nn.Module):
         raise DeclarationError("declarations are of a module", expected="an nn.Module", found=type(module).__name__)
+    if stand_ins() is not None:
+        raise DeclarationError(
+            "declared among stand-ins for tensors, which have no memory",
+            module=type(module).__name__,
+            expected="real tensors, or a module on the meta device",
+            found="an active FakeTensorMode",
+            remedy='Declare outside of the mode, or under torch.device("meta") instead.',
+        )
     known = registry_of(module)
     registry = known or AliasRegistry(module)
     plan = registry.planned(declarations, aliasing=aliasing)

@@ -72,16 +72,19 @@ class GuardedMemory:
     def need_writable(self) -> None:
         """Raise StateError or MemoryFreedError where the bytes are not the library's to write. The caller holds the lock."""
         if stand_ins() is not None:
-            raise StateError(
-                "a write among stand-ins for tensors lands nowhere",
-                label=self.label,
-                expected="a real tensor",
-                found="an active FakeTensorMode",
-                remedy="Load weights outside of it.",
-            )
+            raise self.among_stand_ins("a write among stand-ins for tensors lands nowhere")
         self._look_at_memory()
         if self._writer is not None:
             self.need_unexposed("write")
+
+    def among_stand_ins(self, what: str) -> StateError:
+        return StateError(
+            what,
+            label=self.label,
+            expected="a real tensor",
+            found="an active FakeTensorMode",
+            remedy="Do it outside of the mode; a module on the meta device has names without memory too.",
+        )
 
     def changing(self) -> None:
         """Bytes are about to change. An interrupt after this leaves a version that nobody has derived from."""

@@ -24,7 +24,7 @@ from ..storage.kernel_name import RefusingName
 from ..storage.locks import all_locked
 from ..storage.storage import AliasedStorage
 from ..storage.transaction import is_brought_whole, write_all
-from ..torch_private import is_traced_by_jit, shares_memory
+from ..torch_private import is_traced_by_jit, shares_memory, stand_ins
 from .call import Aliased, Call, aliased_in, called, mapped, wait_for
 from .geometry import parts_of, read_view
 
@@ -44,6 +44,9 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     handler = _handlers.get(func)
     if handler is None:
         handler = _handlers[func] = _handler_for(func)
+    mode = stand_ins()
+    if mode is not None:
+        return _among_stand_ins(func, args, kwargs, handler, takes_real=mode.allow_non_fake_inputs)
     return handler(func, args, kwargs)
 
 
@@ -121,6 +124,18 @@ def _rewrap(result: Any, owner: Aliased) -> Any:
     if isinstance(result, Tensor):
         return owner._alias_view(result)
     return type(result)(_rewrap(part, owner) for part in result)
+
+
+def _among_stand_ins(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], handler: _Handler, *, takes_real: bool) -> Any:
+    """Stand-ins (``FakeTensorMode``) have shape and dtype, which the geometry tells. A view would be none of the name's memory:
+    what is written to it would be lost without a word."""
+    if handler in (_write, _copy):
+        for written in aliased_in(Call.of(func, args, kwargs).written.values()):
+            written._alias_storage.need_writable()
+    if handler in (_view, _refuse) or not takes_real:
+        name = next(aliased_in((*args, *kwargs.values())))
+        raise name._alias_storage.among_stand_ins(f"{func} of a real tensor among stand-ins for tensors")
+    return called(func, _geometry, args, kwargs)
 
 
 def _copy(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
