@@ -25,7 +25,7 @@ from ..storage.locks import all_locked
 from ..storage.storage import AliasedStorage
 from ..storage.transaction import is_brought_whole, write_all
 from ..torch_private import is_traced_by_jit, shares_memory, stand_ins
-from .call import Aliased, Call, aliased_in, called, mapped, wait_for
+from .call import UPDATES_STATISTICS, Aliased, Call, aliased_in, called, mapped, wait_for
 from .geometry import parts_of, read_view
 
 _Handler = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
@@ -77,7 +77,7 @@ def _handler_for(func: Any) -> _Handler:
         return _blank
     if name in _MOVES_MEMORY or torch.Tag.inplace_view in func.tags:
         return _refuse
-    if namespace == "c10d" or schema.is_mutable:
+    if namespace == "c10d" or schema.is_mutable or name in UPDATES_STATISTICS:
         return _copy if func is torch.ops.aten.copy_.default else _write
     if any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns):
         return _view
@@ -159,8 +159,8 @@ def _write(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     _land([(t, plain[id(t)]) for t in written])
     if not func._schema.returns or func._schema.returns[0].alias_info is None:
         return result
-    returned = tuple(call.written.values())
-    return returned[0] if len(func._schema.returns) == 1 else returned
+    returned = tuple(call.written.values())[: len(func._schema.returns)]  # what the schema does not mark is behind these
+    return returned[0] if len(returned) == 1 else returned
 
 
 def _plain(written: Sequence[Aliased], call: Call) -> dict[int, Tensor]:
