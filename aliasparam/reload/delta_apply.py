@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..host import host_bytes
 from ..layout.boxes import Box, whole
 from ..storage.coverage import Coverage
 from .delta import Overwrite, Xor
@@ -253,7 +254,7 @@ def _add(digest: PositionalAdler32 | Hashed, span: Span, own: Tensor) -> None:
 
 
 def _stored(full: SafetensorsFolder, name: str, span: Span, like: Tensor) -> Tensor:
-    raw = torch.empty(span.nbytes, dtype=torch.uint8, device="cpu", pin_memory=like.is_cuda)
+    raw = host_bytes(span.nbytes, pinned=like.is_cuda)
     full.entry(name).fill(raw, span.start)
     return raw.to(like.device)
 

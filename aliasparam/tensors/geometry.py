@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..host import HOST
 from ..layout.boxes import row_major, sizes, whole
 from ..storage.coverage import Box
 from ..storage.place import Place, placed
@@ -113,7 +114,7 @@ def boxes_under(storage: AliasedStorage, view: Tensor, rows: Box, *, touched: bo
         return [rows] if view.numel() else []
     width, size = storage.bound.dtype.itemsize, view.element_size()
     shape = sizes(rows)
-    seen = torch.zeros(math.prod(shape) * width, dtype=torch.bool)
+    seen = torch.zeros(math.prod(shape) * width, dtype=torch.bool, device=HOST)
     first = view.storage_offset() * size - _first_byte(storage, rows)
     seen.as_strided((*view.shape, size), (*(s * size for s in view.stride()), 1), first).fill_(True)
     by_element = seen.view(-1, width)

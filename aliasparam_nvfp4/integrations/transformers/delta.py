@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from aliasparam import checkpoint_names
+from aliasparam.host import HOST
 from aliasparam.reload import prepare_delta
 from aliasparam.reload.delta_folder import Chain, DeltaFolder
 from aliasparam.reload.delta_held import AddUp, Part, Places
@@ -72,7 +73,7 @@ def _add_up(model: nn.Module, told: _Told, rows: Tensor) -> None:
     told.refused = True
     _agree(model, None)
     told.refused = False
-    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else HOST
     total = rows.to(device)
     dist.all_reduce(total)
     rows.copy_(total)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from aliasparam import TensorSpec
+from aliasparam.host import HOST
 
 from ...checkpoint import CheckpointError, QuantConfig, UnsupportedFormatError
 from ...checkpoint.scheme import Scheme
@@ -78,7 +79,7 @@ def _is_linear(module: nn.Linear) -> bool:
     their own, which is run on a few values and compared."""
     if type(module).forward is nn.Linear.forward:
         return True
-    with torch.no_grad(), torch.device("cpu"), suppress(Exception):
+    with torch.no_grad(), HOST, suppress(Exception):
         x, weight = torch.linspace(-2, 2, 10).view(2, 5), torch.linspace(-1, 3, 15).view(3, 5)
         bias = None if module.bias is None else torch.ones(3)
         tried = copy.copy(module)
