@@ -246,14 +246,19 @@ def registry_of(module: nn.Module) -> AliasRegistry | None:
     return registry
 
 
+def need_model(model: object) -> None:
+    """Raise DeclarationError where the model is none."""
+    if not isinstance(model, nn.Module):
+        raise DeclarationError("names are looked for in a model", expected="an nn.Module", found=type(model).__name__)
+
+
 def registries(model: nn.Module) -> list[tuple[str, AliasRegistry]]:
     """(module path, registry) of every declared module in ``model``; labels are refreshed to the paths.
 
     Raises:
         DeclarationError: the model is none.
     """
-    if not isinstance(model, nn.Module):
-        raise DeclarationError("names are looked for in a model", expected="an nn.Module", found=type(model).__name__)
+    need_model(model)
     found = []
     for path, module in model.named_modules():
         registry: AliasRegistry | None = module.__dict__.get(ATTRIBUTE)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..host import host_bytes
 from ..layout.boxes import Box, whole
+from ..module.registry import need_model
 from ..storage.coverage import Coverage
 from .delta import Overwrite, Xor
 from .delta_folder import Chain, DeltaFolder, need_order
@@ -65,6 +66,7 @@ def apply_delta(
         ReloadError: another reload is open.
         AliasError: processing refuses the new values. The old weights serve again.
     """
+    need_model(model)  # before the folder is opened
     with ExitStack() as stack:
         opened = stack.enter_context(DeltaFolder(delta)) if isinstance(delta, (str, Path)) else delta
         with prepare_delta(model, opened, serving=serving, names=names, hooks=hooks) as session:
@@ -81,6 +83,7 @@ def prepare_delta(
     hooks: Hooks | None = None,
 ) -> ReloadSession:
     """A prepared session, all checksums verified; the old weights serve until it commits. Else as :func:`apply_delta`."""
+    need_model(model)
     if isinstance(delta, (str, Path)):  # of its files nothing is read afterwards
         with DeltaFolder(delta) as opened:
             return prepare_delta(model, opened, serving=serving, names=names, hooks=hooks)
