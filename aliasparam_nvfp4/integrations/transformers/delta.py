@@ -101,7 +101,7 @@ def places_of(model: nn.Module, delta: DeltaFolder | Chain, add_up: AddUp | None
 
 
 def _check_fp8_scales(model: nn.Module, delta: DeltaFolder | Chain) -> None:
-    """Refuse what the delta would make of the scales of FP8 layers where these are none: nothing derives from them, which would."""
+    """Refuse what the delta would make of scales of FP8 layers that are none. Nothing derives from these, which would refuse."""
     full, deltas = delta.full, delta.deltas
     stored = {*(full.tensors if full is not None else ()), *(name for one in deltas for name in one.checksums)}
     live = checkpoint_names(model)
