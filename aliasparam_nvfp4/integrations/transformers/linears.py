@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from aliasparam import TensorSpec
 from aliasparam.host import HOST
@@ -36,8 +37,10 @@ def replace_linears(
 
     Raises:
         CheckpointError: scales of an FP8 layer that do not divide its weight.
-        UnsupportedFormatError: a quantized layer that transformers would convert, or of a class that computes something else.
+        UnsupportedFormatError: a quantized layer that transformers would convert, of a class that computes something else, or
+            whose weight the model's own code takes; a model that divides its weights.
     """
+    _need_weights_left_alone(model)
     tied = {name.rpartition(".")[0] for name in getattr(model, "all_tied_weights_keys", None) or ()}
     converted = {name.rpartition(".")[0] for conversion in source.names.conversions for name in conversion.targets}
     theirs, plain = source.modules(), []
@@ -57,6 +60,14 @@ def replace_linears(
                 found=f"{scheme.algo} in {theirs[name]}",
                 remedy="Export the model with this layer left unquantized.",
             )
+        if _is_asked_for_its_dtype(model, name):
+            raise UnsupportedFormatError(
+                "a quantized layer is one that transformers never quantizes: the model's code goes by the dtype of its weight",
+                module=name,
+                expected="a layer in 16 or 32 bits",
+                found=f"{scheme.algo}, and {name.rpartition('.')[2]} kept by {type(model).__name__}._keep_in_fp32_modules",
+                remedy="Export the model with this layer left unquantized.",
+            )
         if not _is_linear(module):
             raise UnsupportedFormatError(
                 "a quantized layer is no plain linear layer: its class computes something of its own",
@@ -72,6 +83,24 @@ def replace_linears(
                 made = _fp8(name, module, scheme, source, dtype)
         model.set_submodule(name, made)
     return plain
+
+
+def _need_weights_left_alone(model: Any) -> None:
+    if getattr(model.config, "rescale_every", 0):
+        raise UnsupportedFormatError(
+            "this model divides weights in place at its first forward, which packed ones do not take, nor reloads",
+            module=type(model).__name__,
+            expected="rescale_every=0",
+            found=f"rescale_every={model.config.rescale_every}",
+            remedy="Load it with from_pretrained(folder, rescale_every=0). It computes the same; only float16 may overflow.",
+        )
+
+
+def _is_asked_for_its_dtype(model: Any, name: str) -> bool:
+    """Whether transformers' quantizers leave this layer out (T5's ``wo``), and the code that calls it looks at its weight."""
+    parent, _, leaf = name.rpartition(".")
+    looks = {leaf, "weight"} <= set(type(model.get_submodule(parent)).forward.__code__.co_names)
+    return looks and not should_convert_module(name, list(model._keep_in_fp32_modules or ()))
 
 
 def _is_linear(module: nn.Linear) -> bool:
