@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from contextlib import suppress
 from typing import Any
 
@@ -99,7 +100,8 @@ def _need_weights_left_alone(model: Any) -> None:
 def _is_asked_for_its_dtype(model: Any, name: str) -> bool:
     """Whether transformers' quantizers leave this layer out (T5's ``wo``), and the code that calls it looks at its weight."""
     parent, _, leaf = name.rpartition(".")
-    looks = {leaf, "weight"} <= set(type(model.get_submodule(parent)).forward.__code__.co_names)
+    forward = getattr(inspect.unwrap(type(model.get_submodule(parent)).forward), "__code__", None)
+    looks = forward is not None and {leaf, "weight"} <= set(forward.co_names)
     return looks and not should_convert_module(name, list(model._keep_in_fp32_modules or ()))
 
 
