@@ -61,14 +61,7 @@ def replace_linears(
                 found=f"{scheme.algo} in {theirs[name]}",
                 remedy="Export the model with this layer left unquantized.",
             )
-        if _is_asked_for_its_dtype(model, name):
-            raise UnsupportedFormatError(
-                "a quantized layer is one that transformers never quantizes: the model's code goes by the dtype of its weight",
-                module=name,
-                expected="a layer in 16 or 32 bits",
-                found=f"{scheme.algo}, and {name.rpartition('.')[2]} kept by {type(model).__name__}._keep_in_fp32_modules",
-                remedy="Export the model with this layer left unquantized.",
-            )
+        _need_weight_left_alone(model, name, scheme)
         if not _is_linear(module):
             raise UnsupportedFormatError(
                 "a quantized layer is no plain linear layer: its class computes something of its own",
@@ -87,6 +80,7 @@ def replace_linears(
 
 
 def _need_weights_left_alone(model: Any) -> None:
+    """Raise UnsupportedFormatError for RWKV that divides the weights of its later layers, in place, and what passes them too."""
     if getattr(model.config, "rescale_every", 0):
         raise UnsupportedFormatError(
             "this model divides weights in place at its first forward, which packed ones do not take, nor reloads",
@@ -97,12 +91,20 @@ def _need_weights_left_alone(model: Any) -> None:
         )
 
 
-def _is_asked_for_its_dtype(model: Any, name: str) -> bool:
-    """Whether transformers' quantizers leave this layer out (T5's ``wo``), and the code that calls it looks at its weight."""
+def _need_weight_left_alone(model: Any, name: str, scheme: Scheme) -> None:
+    """Raise UnsupportedFormatError for a layer that transformers' quantizers leave out (T5's ``wo``), where the code that calls it
+    looks at its weight."""
     parent, _, leaf = name.rpartition(".")
     forward = getattr(inspect.unwrap(type(model.get_submodule(parent)).forward), "__code__", None)
     looks = forward is not None and {leaf, "weight"} <= set(forward.co_names)
-    return looks and not should_convert_module(name, list(model._keep_in_fp32_modules or ()))
+    if looks and not should_convert_module(name, list(model._keep_in_fp32_modules or ())):
+        raise UnsupportedFormatError(
+            "a quantized layer is one that transformers never quantizes: the model's code goes by the dtype of its weight",
+            module=name,
+            expected="a layer in 16 or 32 bits",
+            found=f"{scheme.algo}, and {leaf} kept by {type(model).__name__}._keep_in_fp32_modules",
+            remedy="Export the model with this layer left unquantized.",
+        )
 
 
 def _is_linear(module: nn.Linear) -> bool:
