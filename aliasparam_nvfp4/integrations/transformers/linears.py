@@ -92,8 +92,8 @@ def _need_weights_left_alone(model: Any) -> None:
 
 
 def _need_weight_left_alone(model: Any, name: str, scheme: Scheme) -> None:
-    """Raise UnsupportedFormatError for a layer that transformers' quantizers leave out (T5's ``wo``), where the code that calls it
-    looks at its weight."""
+    """Raise UnsupportedFormatError for a layer that transformers' quantizers leave out (T5's ``wo``), where the code that calls
+    it looks at its weight."""
     parent, _, leaf = name.rpartition(".")
     forward = getattr(inspect.unwrap(type(model.get_submodule(parent)).forward), "__code__", None)
     looks = forward is not None and {leaf, "weight"} <= set(forward.co_names)
