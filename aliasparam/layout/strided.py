@@ -31,9 +31,15 @@ class StridedLayout(BoundLayout):
         super().__init__(shape, dtype, lead, lines[-1].kernel_shape, lines[-1].capacity)
         self.lines = lines
         self._elements = self.regions * self.region_capacity
-        runs = [(line.start, [digit[1:] for digit in line.digits]) for line in lines]
-        in_one_run = runs in ([(0, [])], [(0, [(1, 1)])])
-        self.is_identity = self.region_capacity == self.region_elements and (in_one_run or not self.region_elements)
+        self.is_identity = self.region_capacity == self.region_elements and self._keeps_places()
+
+    def _keeps_places(self) -> bool:
+        """Whether every element of a region is where it was; lines that undo one another may be more than one."""
+        if len(self.lines) == 1 and self.region_elements:
+            return (self.lines[0].start, [digit[1:] for digit in self.lines[0].digits]) in ((0, []), (0, [(1, 1)]))
+        core = self.shape[self.lead :]
+        found = pieces(self.lines, core, self.whole[self.lead :], row_major(core))
+        return all(one.kernel == one.value and all(axis.kernel == axis.value for axis in one.axes) for one in found)
 
     def boxes(self, core: Box, shape: Sequence[int], strides: Sequence[int]) -> list[Piece]:
         """The strided pieces of a box of the core dims, for a value whose leading dims are regions."""
