@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Self
 
@@ -61,6 +63,15 @@ class AliasError(Exception):
     def __reduce__(self) -> tuple[Any, ...]:
         # Exceptions cross process boundaries (torch.distributed, multiprocessing) with their fields.
         return partial(type(self), **self._known()), (self.message,)
+
+
+@contextmanager
+def located(**facts: Any) -> Iterator[None]:
+    """Errors of the library that are raised inside say this too, where they know no better."""
+    try:
+        yield
+    except AliasError as error:
+        raise error.located(**facts) from error.__cause__
 
 
 class DeclarationError(AliasError):

@@ -15,7 +15,7 @@ from ..errors import AdoptionError
 from ..spec import TensorSpec, other_kind
 from ..tensors.faces import _Aliased, follow, loader_attributes
 from ..tensors.parameter import AliasedParameter, adopt_class, is_same_name, take_over
-from .allocate import adopt_memory
+from .allocate import allocate
 from .containers import standing
 from .names import ModuleNames
 from .planning import Binding, Source
@@ -37,11 +37,8 @@ def adopt(registry: ModuleNames) -> None:
     values = [_without_overlap(ours, found) for _, _, found in foreign]  # all are read before the first is written
     for (source, binding, found), value in zip(foreign, values, strict=True):
         _take_in(registry, source, binding, found, value)
-    _drop_left_behind(registry)
-    for source in registry.sources.values():
-        _finish_move(source)
+    finish_moves(registry)
     registry.rebind()
-    _right_kernel_names(registry)
 
 
 def _need_shards_here(registry: ModuleNames) -> None:
@@ -57,31 +54,14 @@ def _need_shards_here(registry: ModuleNames) -> None:
         )
 
 
-def _finish_move(source: Source) -> None:
-    """Another layout was planned, and getting there was interrupted."""
-    storage = source.storage
-    if storage is not None and storage.layout != source.layout:
-        with storage.lock:
-            storage.before_write()
-            storage.move(source.layout)
-
-
-def _right_kernel_names(registry: ModuleNames) -> None:
-    """Other code may have given a kernel name other memory, or written it. See [Note: foreign writes]."""
-    for _, kernel in registry.kernels():
-        if kernel.was_moved:
-            kernel.put_back()
-    for storage in registry.storages():
-        with storage.lock:
-            storage.notice()
-
-
-def _drop_left_behind(registry: ModuleNames) -> None:
-    """Derived tensors whose sources moved to another device are computed anew there."""
-    here = registry.device()
-    for derived in registry.derived.values():
-        if derived.kernel is not None and derived.kernel.memory.device != here:
-            derived.kernel, derived.seen = None, None
+def finish_moves(registry: ModuleNames) -> None:
+    """Bring storages into the order that is planned for them, also where a retarget was interrupted."""
+    for source in registry.sources.values():
+        storage = source.storage
+        if storage is not None and storage.layout != source.layout:
+            with storage.lock:
+                storage.before_write()
+                storage.move(source.layout)
 
 
 def _check_adoptable(registry: ModuleNames, source: Source, binding: Binding, tensor: Tensor) -> None:
@@ -138,11 +118,11 @@ def _without_overlap(ours: set[int], tensor: Tensor) -> Tensor:
 
 
 def _take_in(registry: ModuleNames, source: Source, binding: Binding, tensor: Tensor, value: Tensor) -> None:
-    if tensor.device.type == "meta":
-        return  # a placeholder: nothing to take, and our name comes back
     if source.storage is None:
-        adopt_memory(registry, source, tensor, loaded=True)
+        allocate(registry, source, tensor, loaded=True)
         return
+    if tensor.is_meta:
+        return  # a placeholder: nothing to take, and our name comes back
     if is_same_name(tensor, binding.parameter):
         _keep(cast(AliasedParameter, tensor), binding.parameter)
         binding.parameter = cast(AliasedParameter, tensor)

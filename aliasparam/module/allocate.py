@@ -5,6 +5,7 @@ What cannot: tensors that overlap themselves or each other, or lie on several de
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Mapping, Sequence
 
@@ -26,25 +27,18 @@ from .names import ModuleNames
 from .planning import Source
 
 
-def allocate(names: ModuleNames, source: Source, *, loaded: bool) -> None:
-    """Give a source its storage, with the values of the tensor now under its name if they count."""
-    tensor = names.module._parameters[source.name]
-    if tensor is None:
-        raise AssertionError(f"{names.label}.{source.name} vanished while it was being declared")
-    if isinstance(tensor, AliasedParameter):
-        names.bind_storage(source, tensor._alias_storage, tensor)  # a tied weight which another module declared: see _check_tie
-    elif tensor.device.type == "meta":
-        source.attributes.update(loader_attributes(tensor))  # a loader will put a real tensor here: see adopt.py
-    else:
-        adopt_memory(names, source, tensor, loaded=loaded)
-
-
-def adopt_memory(names: ModuleNames, source: Source, tensor: Tensor, *, loaded: bool) -> None:
-    """Make ``tensor``, the Parameter now under the source's name, the storage's checkpoint name.
+def allocate(names: ModuleNames, source: Source, tensor: Tensor, *, loaded: bool) -> None:
+    """Make ``tensor``, which is under the source's name, its checkpoint name: over a storage with its values, if they count.
 
     Its own memory is taken over where it is exactly the capacity and nobody else looks at it (no copy, no new address); what it
     holds is brought into kernel order by blocks. Memory that somebody else owns is never written: the storage gets its own.
     """
+    if tensor.is_meta:
+        source.attributes.update(loader_attributes(tensor))  # a loader will put a real tensor here: see adopt.py
+        return
+    if isinstance(tensor, AliasedParameter):
+        names.bind_storage(source, tensor._alias_storage, tensor)  # a tied weight which another module declared: see check_tie
+        return
     label = f"{names.label}.{source.name}"
     memory = _memory_of(source, tensor)
     values = tensor.detach() if loaded and memory is None else None
@@ -68,7 +62,7 @@ def adopt_memory(names: ModuleNames, source: Source, tensor: Tensor, *, loaded: 
 def _memory_of(source: Source, tensor: Tensor) -> Tensor | None:
     """The tensor's own allocation as flat bytes, if it can become the storage's."""
     plan, memory = source.plan, tensor.untyped_storage()
-    fits = plan.is_exact and memory.nbytes() == plan.nbytes and tensor.is_contiguous() and tensor.storage_offset() == 0
+    fits = memory.nbytes() == plan.nbytes == plan.source.nbytes and tensor.is_contiguous() and tensor.storage_offset() == 0
     if not fits or not is_alone(memory):
         return None
     with outside_inference():  # a tensor made in inference mode could not be written outside it
@@ -83,13 +77,13 @@ def _storage(label: str, source: Source, device: torch.device, memory: Tensor | 
     return AliasedStorage(label, plan.source, source.layout, memory, state, plan.kernel.dtype if source.derived else None)
 
 
-def check_sources(names: ModuleNames, sources: Sequence[Source]) -> None:
-    """Raise DeclarationError where the Parameters of ``sources`` cannot each have a storage of their own."""
-    beside = {n: p for n, p in names.module._parameters.items() if p is not None and not is_lazy(p)}
+def check_sources(names: ModuleNames, sources: Sequence[Source]) -> dict[str, Tensor]:
+    """The Parameters of ``sources``. Raises DeclarationError where they cannot each have a storage of their own."""
+    beside: dict[str, Tensor] = {n: p for n, p in names.module._parameters.items() if p is not None and not is_lazy(p)}
     declared = {source.name: beside.pop(source.name) for source in sources}
     _check_memory(names.label, declared, beside)
     for source in sources:
-        _check_tie(source, declared[source.name])
+        check_tie(source, declared[source.name])
     trained = sorted(name for name, parameter in declared.items() if parameter.requires_grad)
     if trained:  # their kernel bytes are no function of autograd
         warnings.warn(
@@ -98,9 +92,10 @@ def check_sources(names: ModuleNames, sources: Sequence[Source]) -> None:
             UserWarning,
             stacklevel=4,
         )
+    return declared
 
 
-def _check_tie(source: Source, parameter: Tensor) -> None:
+def check_tie(source: Source, parameter: Tensor) -> None:
     """Raise DeclarationError for a Parameter that another module declared, unless to the same format."""
     if not isinstance(parameter, _Aliased):
         return
@@ -153,20 +148,18 @@ def _check_memory(label: str, tensors: Mapping[str, Tensor], beside: Mapping[str
             )
     objects = {id(t) for t in real.values()}  # the same object under a second name is a tie, which is kept
     others = {name: t for name, t in beside.items() if id(t) not in objects and has_memory(t)}
-    every = [(t.data_ptr(), t.data_ptr() + extent(t), name, of is real) for of in (real, others) for name, t in of.items()]
-    furthest: dict[bool, tuple[int, str]] = {}  # of what is declared, and of what is not: where one ends
-    for start, end, name, declared in sorted(every):
-        for known, (stop, other) in furthest.items():
-            if start < stop and (known or declared):
-                raise DeclarationError(
-                    "two names overlap in memory",
-                    module=label,
-                    name=f"{other}, {name}",
-                    expected="tensors apart from each other",
-                    found=f"bytes {start} to {min(stop, end) - 1} in both",
-                    remedy="Declare the tensor which owns the memory and show parts of it: registry.show_shards(...).",
-                )
-        furthest[declared] = max(furthest.get(declared, (0, "")), (end, name))
+    every = {name: range(t.data_ptr(), t.data_ptr() + extent(t)) for name, t in (real | others).items()}
+    for name, other in itertools.permutations(every, 2):
+        mine, its = every[name], every[other]
+        if name in real and mine.start < its.stop and its.start < mine.stop:
+            raise DeclarationError(
+                "two names overlap in memory",
+                module=label,
+                name=f"{name}, {other}",
+                expected="tensors apart from each other",
+                found=f"bytes {max(mine.start, its.start)} to {min(mine.stop, its.stop) - 1} in both",
+                remedy="Declare the tensor which owns the memory and show parts of it: registry.show_shards(...).",
+            )
 
 
 def has_memory(tensor: Tensor) -> bool:

@@ -26,30 +26,19 @@ def refresh(registry: ModuleNames, derived: Derived) -> int:
     return 1
 
 
-def value_of(registry: ModuleNames, name: str) -> Tensor:
-    """What a source or a derived name holds, also of a source that is shown as shards by other names."""
-    if name in registry.derived:
-        return registry.derived[name].need_kernel().memory
-    storage = registry.source_of(name).need_storage("read", registry.label)
-    if name not in registry.sources and storage.kernel_name is not None:
-        return storage.kernel_name.memory
-    return storage.read(storage.bound.whole)
-
-
-def _compute(registry: ModuleNames, spec: Derivation) -> Tensor:
+def _compute(registry: ModuleNames, declared: Derivation) -> Tensor:
     """The derived value, from copies that the function may change.
 
     Raises:
         DerivationError: the function raised something of its own, or returned no tensor with values.
         StateError: it returned one of another shape or dtype than it declared.
     """
-    held = [(name, value_of(registry, name)) for name in spec.sources]
+    held = [(name, registry.value(name)) for name in declared.sources]
     values = [value if name in registry.sources else value.clone() for name, value in held]  # which it may overwrite
-    expected = TensorSpec(spec.shape, spec.dtype)
-    where = {"module": registry.label, "name": spec.name}
-    given = ", ".join(f"{n} {TensorSpec.of(v)}" for n, v in zip(spec.sources, values, strict=True))
+    where = {"module": registry.label, "name": declared.name}
+    given = ", ".join(f"{n} {TensorSpec.of(v)}" for n, v in zip(declared.sources, values, strict=True))
     try:
-        value = spec.function(*values)
+        value = declared.function(*values)
     except AliasError as error:
         remedy = "Load other values, or mend the function of this derivation."
         raise error.located(**where, expected="sources that can be derived from", found=given, remedy=remedy) from error
@@ -64,11 +53,11 @@ def _compute(registry: ModuleNames, spec: Derivation) -> Tensor:
             remedy="Mend the function; until then the module refuses to run.",
         ) from error
     kind = no_values(value)
-    if kind is not None or TensorSpec.of(value) != expected:
+    if kind is not None or TensorSpec.of(value) != declared.spec:
         raise (StateError if kind is None else DerivationError)(
             "the function of this derivation returned something else than it declared",
             **where,
-            expected=expected,
+            expected=declared.spec,
             found=kind or TensorSpec.of(value),
             remedy="Return exactly that from the function, or declare what it returns.",
         )

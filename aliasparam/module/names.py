@@ -5,10 +5,10 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable
 from enum import Enum
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import StaleKernelError
 from ..storage.kernel_name import KernelName
@@ -16,7 +16,7 @@ from ..storage.locks import all_locked
 from ..storage.storage import AliasedStorage
 from ..tensors.parameter import AliasedParameter, is_same_name
 from ..torch_private import outside_inference
-from .containers import held_below, put, standing
+from .containers import Slot, all_stand, put, standing, ways_below
 from .planning import Binding, Derived, Separate, Source
 
 
@@ -34,11 +34,6 @@ class Readiness(Enum):
 READY, OPEN = Readiness.READY, Readiness.OPEN
 
 
-#: A module's ``__dict__``, which of the dicts in it has a name, the name, what is there; and of a kernel name, the library's.
-#: By the way from the module on: other code may put another dict in its place, or an attribute, which hides both.
-Shown: TypeAlias = tuple[dict[str, Any], str, str, Any, KernelName | None]
-
-
 class ModuleNames:
     """The declared names of one module.
 
@@ -50,12 +45,13 @@ class ModuleNames:
         self.module = module
         self.label = type(module).__name__
         self.sources: dict[str, Source] = {}
-        self.aliased: dict[str, Source] = {}  # by the kernel name that lives in their storage
         self.derived: dict[str, Derived] = {}
         #: Names that undeclared code derived and that could not share memory.
         self.separate: dict[str, Separate] = {}
-        self._shown: list[Shown] | None = None  # what stands where, once it was seen to be ours
-        self._reached: list[Shown] | None = None  # and modules below that show shards, where none has left
+        #: What ``explain`` says of the module beside its names.
+        self.about = ""
+        self._shown: list[Slot] | None = None  # what stands where, once it was seen to be ours
+        self._reached: list[Slot] | None = None  # and modules below that show shards, where none has left
         self.readiness = READY
         #: The reload that has this module, alive while it is open: nothing else may let the module run.
         self.holder: weakref.ref[Any] | None = None
@@ -73,17 +69,19 @@ class ModuleNames:
     def bind(self, sources: Iterable[Source] = ()) -> None:
         """Show the checkpoint names of ``sources``; and every kernel name: its tensor, or while the module is open its twin."""
         device = self.device()
-        for derived in self.derived.values():
-            if derived.kernel is None and device is not None:
-                spec = derived.declaration
+        for derived in self.derived.values():  # made where its sources are, and anew where they went
+            if device is not None and (derived.kernel is None or derived.kernel.memory.device != device):
+                spec = derived.declaration.spec
                 with outside_inference():
                     memory = torch.zeros(spec.shape, dtype=spec.dtype, device=device)
-                derived.kernel = KernelName(f"{self.label}.{spec.name}", memory)
+                derived.kernel, derived.seen = KernelName(f"{self.label}.{derived.declaration.name}", memory), None
         self._shown = self._reached = None
         for source in sources:
             for binding in source.bindings:
                 put(binding.module, binding.name, binding.parameter, self)
         for name, kernel in self.kernels():
+            if kernel.was_moved:
+                kernel.put_back()
             put(self.module, name, kernel.tensor if self.readiness is READY else kernel.refusing, self)
         self.left()
 
@@ -98,28 +96,34 @@ class ModuleNames:
             if kernel.shows(standing(self.module, name)):
                 put(self.module, name, kernel.tensor if ready else kernel.refusing, self)
 
+    @property
+    def owners(self) -> dict[str, Source | Derived]:
+        """Whoever has a kernel name, by that."""
+        return {source.derived: source for source in self.sources.values() if source.derived} | self.derived
+
     def kernels(self) -> list[tuple[str, KernelName]]:
         """Every kernel name that has memory."""
-        owners: tuple[tuple[str, Source | Derived], ...] = (*self.aliased.items(), *self.derived.items())
-        return [(name, owner.kernel) for name, owner in owners if owner.kernel is not None]
+        return [(name, owner.kernel) for name, owner in self.owners.items() if owner.kernel is not None]
 
     def kernel(self, name: str) -> KernelName | None:
         """The kernel name that is called so, if there is one and it has memory."""
-        owner = self.aliased.get(name) or self.derived.get(name)
-        return None if owner is None else owner.kernel
+        return dict(self.kernels()).get(name)
 
     def kernel_names(self) -> set[str]:
-        return {*self.aliased, *self.derived}
+        return set(self.owners)
+
+    def value(self, name: str) -> Tensor:
+        """What a source or a kernel name holds, also of a source that is shown as shards by other names."""
+        if (kernel := self.kernel(name)) is not None:
+            return kernel.memory
+        storage = self.sources[name].need_storage("read", self.label)
+        return storage.read(storage.bound.whole)
 
     def device(self) -> torch.device | None:
         return next((s.buffer.device for s in self.storages()), None)
 
     def storages(self) -> list[AliasedStorage]:
         return [s.storage for s in self.sources.values() if s.storage is not None]
-
-    def source_of(self, name: str) -> Source:
-        """The source of a checkpoint name, or of the kernel name that lives in its storage."""
-        return self.aliased.get(name) or self.sources[name]
 
     def relabel(self, path: str) -> None:
         """Call everything by the module's place in its model."""
@@ -151,33 +155,19 @@ class ModuleNames:
     def is_bound(self) -> bool:
         """Whether every name of a ready module holds what the library put there. Engines put other Parameters in the place of
         ours by ``setattr``, by ``functional_call``, by writing ``module._parameters``: so each forward and each verb looks."""
-        shown = self._shown
-        if shown is None and (shown := self._find()) is None:
-            return False
-        for held, names, name, tensor, _ in shown:  # noqa: SIM110 - a generator costs as much as the rest
-            if held[names].get(name) is not tensor or name in held:
-                return False
-        return True
+        shown = self._shown if self._shown is not None else self._find()
+        return shown is not None and all_stand(shown)
 
     @property
     def is_untouched(self) -> bool:
         """Whether the module is ready, and nothing was put under its names or written to them since."""
-        shown = self._shown
-        if self.readiness is not READY or (shown is None and (shown := self._find()) is None):
-            return False
-        for held, names, name, tensor, kernel in shown:
-            if held[names].get(name) is not tensor or name in held:
-                return False
-            if kernel is not None and (tensor._version != kernel.version or tensor.data_ptr() != kernel.address):
-                return False  # by other code
-        return True
+        untouched = self.readiness is READY and self.is_bound
+        return untouched and not any(kernel.was_written or kernel.was_moved for _, kernel in self.kernels())
 
-    def _find(self) -> list[Shown] | None:
+    def _find(self) -> list[Slot] | None:
         """Where every name stands and what is there, kept for the next look; None where one is not ours."""
-        shown: list[Shown] = [
-            (b.module.__dict__, "_parameters", b.name, standing(b.module, b.name), None) for b in self.bindings()
-        ]
-        shown += [(self.module.__dict__, "_buffers", name, kernel.tensor, kernel) for name, kernel in self.kernels()]
+        shown: list[Slot] = [(b.module.__dict__, "_parameters", b.name, standing(b.module, b.name)) for b in self.bindings()]
+        shown += [(self.module.__dict__, "_buffers", name, kernel.tensor) for name, kernel in self.kernels()]
         if self.replaced_names():  # of what was looked at already
             return None
         self._shown = shown + (self._reached or [])
@@ -266,35 +256,33 @@ class ModuleNames:
 
     def left(self) -> list[Binding]:
         """Names of modules that were below this one, and are no longer: another may be put in the place of one."""
-        reached = self._reached
-        if reached is not None and all(held[names].get(n) is child and n not in held for held, names, n, child, _ in reached):
+        if self._reached is not None and all_stand(self._reached):
             return []
         elsewhere = [b for b in self.bindings() if b.module is not self.module]
-        held_by = held_below(self.module, [b.module for b in elsewhere])
+        ways = ways_below(self.module, {id(b.module) for b in elsewhere})
+        below = {id(child) for _, _, _, child in ways}
+        left = [b for b in elsewhere if b.below and id(b.module) not in below]
         for binding in elsewhere:
-            binding.below = binding.below or id(binding.module) in held_by
-        left = [b for b in elsewhere if b.below and id(b.module) not in held_by]
-        ways: list[Shown] = [(holder.__dict__, "_modules", name, child, None) for holder, name, child in held_by.values()]
+            binding.below = binding.below or id(binding.module) in below
         self._reached = None if left else ways
         return left
 
     def stale_names(self) -> list[str]:
         """Kernel names that the last commit does not cover: sources written since, or written or moved by other code."""
-        stale = [name for name, source in self.aliased.items() if not source.is_of(self._committed.get(source.name))]
-        older: list[str] = []
-        for name, derived in self.derived.items():
-            if not self.is_current(derived) or not set(older).isdisjoint(derived.declaration.sources):
-                older.append(name)
-        return stale + older
+        aliased = [s.derived for s in self.sources.values() if s.derived and not s.is_of(self._committed.get(s.name))]
+        return aliased + [name for name, derived in self.derived.items() if not self.is_current(derived)]
 
     def is_current(self, derived: Derived) -> bool:
+        """Whether it holds what its sources have come to, and they do."""
         kernel = derived.kernel
         untouched = kernel is not None and not kernel.was_written and not kernel.was_moved
-        return untouched and derived.seen == self.versions_of(derived)
+        chained = [self.derived[name] for name in derived.declaration.sources if name in self.derived]
+        return untouched and derived.seen == self.versions_of(derived) and all(map(self.is_current, chained))
 
     def versions_of(self, derived: Derived) -> tuple[int, ...]:
         """What the sources of a derivation have come to."""
-        return tuple((self.derived.get(name) or self.source_of(name)).version for name in derived.declaration.sources)
+        owners = self.sources | self.owners
+        return tuple(owners[name].version for name in derived.declaration.sources)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "holder": None, "_shown": None, "_reached": None}  # a copy of the module is under no reload

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..errors import AliasError, DeclarationError, LayoutError, StateError
+from ..errors import DeclarationError, StateError, located
 from ..spec import TensorSpec, other_kind
 from ..storage.kernel_name import KernelName
 from ..storage.storage import AliasedStorage
 from ..tensors.parameter import AliasedParameter, SavedName
 from .declarations import Alias, AnyLayout, Declaration, Derivation, Order, Reencoding
-from .verdict import Reason, StoragePlan, aliasing_is_on, layout_of, plan_storage
+from .verdict import Reason, StoragePlan, plan_of
 
 
 @dataclass(slots=True)
@@ -49,7 +49,7 @@ class Source:
 
     @property
     def layout(self) -> Order | None:
-        return self.plan.layout
+        return self.plan.order
 
     @property
     def kernel(self) -> KernelName | None:
@@ -84,10 +84,14 @@ class Derived:
 
     declaration: Derivation
     fallback: StoragePlan | None = None
-    layout: AnyLayout | None = None  # of the pair that fell back
     kernel: KernelName | None = None
     seen: tuple[int, ...] | None = None  # versions of its sources when it was computed
     version: int = 0
+
+    @property
+    def layout(self) -> AnyLayout | None:
+        """Of the pair that fell back."""
+        return None if self.fallback is None else self.fallback.layout
 
     def need_kernel(self) -> KernelName:
         if self.kernel is None:
@@ -118,43 +122,35 @@ def planned(
     Raises:
         DeclarationError: an unknown source, a name used twice, a cycle, or a layout that is none.
     """
-    sources: dict[str, Source] = {}
-    derived: list[Derived] = []
-    taken = set(taken)
-    aliasing = aliasing and aliasing_is_on()
-    wanted = [d if isinstance(d, Alias) else Alias(d.source, "") for d in declarations if not isinstance(d, Derivation)]
-    for alias in wanted:
-        _need_free(taken, alias.source, alias.derived)
-        try:
-            source, copy = _pair(module, alias, aliasing=aliasing)
-        except AliasError as error:
-            raise error.located(name=alias.source) from error.__cause__
-        sources[alias.source] = source
-        derived += [copy] if copy is not None else []
     derivations = [d for d in declarations if isinstance(d, Derivation)]
-    _need_free(taken, *(d.name for d in derivations))
-    for name in (*(alias.derived for alias in wanted if alias.derived), *(d.name for d in derivations)):
+    pairs = [d if isinstance(d, Alias) else Alias(d.source, "") for d in declarations if not isinstance(d, Derivation)]
+    kernel_names = [pair.derived for pair in pairs if pair.derived] + [d.name for d in derivations]
+    known = _need_free(taken, [*(pair.source for pair in pairs), *kernel_names])
+    read = dict.fromkeys(name for d in derivations for name in d.sources if name not in known)
+    sources, derived = [], list[Derived]()
+    for pair in [*pairs, *(Alias(name, "") for name in read)]:
+        with located(name=pair.source):
+            source, copy = _pair(module, pair, aliasing=aliasing)
+        sources.append(source)
+        derived += [copy] if copy is not None else []
+    for name in kernel_names:
         _need_unused(module, name)
-    for derivation in derivations:
-        derived.append(Derived(derivation))
-        for name in derivation.sources:
-            if name not in sources and name not in taken:
-                taken.add(name)
-                sources[name] = Source(name, plan_storage(parameter_spec(module, name), None), None)
-    return list(sources.values()), _in_order(derived)
+    return sources, _in_order([*derived, *map(Derived, derivations)])
 
 
 def _pair(module: nn.Module, alias: Alias, *, aliasing: bool) -> tuple[Source, Derived | None]:
     """The source of one pair, and the copy where the pair cannot share memory."""
     spec = parameter_spec(module, alias.source)
-    layout, plan = plan_of(alias, spec, aliasing=aliasing)
-    if not isinstance(layout, Reencoding) and (not alias.derived or plan.reason.aliases):
+    plan = plan_of(alias, spec)
+    if not alias.derived or (aliasing and plan.reason.aliases):
         return Source(alias.source, plan, alias.derived or None), None
     if aliasing:
         _report_fallback(alias, plan)
-    function = layout.function if isinstance(layout, Reencoding) else InOrder(plan)
-    copied = Derivation(alias.derived, (alias.source,), function, plan.kernel.shape, plan.kernel.dtype)
-    return Source(alias.source, plan_storage(spec, None), None), Derived(copied, fallback=plan, layout=layout)
+    else:
+        plan = replace(plan, reason=Reason.SWITCHED_OFF)
+    function = plan.layout.function if isinstance(plan.layout, Reencoding) else InOrder(plan)
+    copied = Derivation(alias.derived, (alias.source,), function, *plan.kernel)
+    return Source(alias.source, plan_of(Alias(alias.source, ""), spec), None), Derived(copied, plan)
 
 
 @dataclass(frozen=True)
@@ -167,37 +163,11 @@ class InOrder:
         return self.plan.bound.encode(values).view(self.plan.kernel.dtype)
 
 
-def plan_of(alias: Alias, spec: TensorSpec, *, aliasing: bool = True) -> tuple[AnyLayout | None, StoragePlan]:
-    """The layout and the plan of one pair. Raises DeclarationError or LayoutError, which say of what shape and dtype."""
-    if alias.dtype is not None and alias.dtype.itemsize != spec.dtype.itemsize:
-        raise DeclarationError(
-            "a kernel name shows the same elements, so its dtype has their width",
-            expected=f"a dtype of {spec.dtype.itemsize} bytes",
-            found=alias.dtype,
-            remedy="Give the kernel a view of another width where it is called, or declare a Reencoding.",
-        )
-    try:
-        layout = layout_of(alias.layout, spec)
-        room = tuple(layout_of(other, spec) for other in alias.room_for)
-        return layout, plan_storage(spec, layout, kernel_dtype=alias.dtype, aliasing=aliasing, room_for=room)
-    except (DeclarationError, LayoutError) as error:
-        raise error.located(
-            expected=f"a shape and dtype that {alias.layout} takes",
-            found=spec,
-            remedy="Pad with a ragged leading digit, reshape the tensor first, or declare another layout.",
-        ) from error.__cause__
-    except Exception as error:
-        raise DeclarationError(
-            f"this layout failed on {spec}",
-            expected="a layout that takes this shape and dtype",
-            found=f"{type(error).__name__}: {error}",
-            remedy="Mend its functions.",
-        ) from error
-
-
-def _need_free(taken: set[str], *names: str) -> None:
-    for name in filter(None, names):
-        if name in taken:
+def _need_free(taken: set[str], names: Sequence[str]) -> set[str]:
+    """All names that are taken with these. Raises DeclarationError where one is taken already."""
+    known = set(taken)
+    for name in names:
+        if name in known:
             raise DeclarationError(
                 "this name is declared twice",
                 name=name,
@@ -205,7 +175,8 @@ def _need_free(taken: set[str], *names: str) -> None:
                 found="a name that a declaration has already",
                 remedy="Chain layouts with .then(), or derive from the derived name.",
             )
-        taken.add(name)
+        known.add(name)
+    return known
 
 
 def _need_unused(module: nn.Module, name: str) -> None:

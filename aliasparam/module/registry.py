@@ -10,23 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import AliasError, DeclarationError, PointerError, StateError
-from ..report.explanation import Explanation
+from ..errors import DeclarationError, PointerError, StateError, located
+from ..report.diagram import diagram
 from ..report.rows import ExplainedModule
-from ..spec import TensorSpec
 from ..storage.coverage import Coverage
 from ..storage.locks import all_locked
 from ..storage.storage import refuse_for_process
 from ..tensors.faces import _Aliased, loader_attributes
 from ..tensors.geometry import boxes_under, place_of, rows_under
 from ..tensors.parameter import make_parameter
-from .adopt import adopt
+from .adopt import adopt, finish_moves
 from .allocate import allocate, check_sources
 from .declarations import Alias, AnyLayout, Declaration, Derivation, need_wellformed
-from .derive import refresh, value_of
+from .derive import refresh
 from .names import ModuleNames
-from .planning import Binding, Source, plan_of, planned
-from .verdict import StoragePlan
+from .planning import Binding, Source, planned
+from .verdict import StoragePlan, aliasing_is_on, plan_of
 
 
 class AliasRegistry(ModuleNames):
@@ -38,25 +37,20 @@ class AliasRegistry(ModuleNames):
         self.checks: list[Callable[[AliasRegistry], None]] = []
         #: Called with the registry before the module runs with new weights, until they succeed: for caches that depend on them.
         self.on_processed: list[Callable[[AliasRegistry], None]] = []
-        #: What ``explain`` says of the module beside its names.
-        self.about = ""
 
     # -- declaring -----------------------------------------------------------------------------------------------------
 
     def add(self, declarations: Sequence[Declaration], *, loaded: bool, aliasing: bool) -> None:
         """Check all declarations, then carry them out. Nothing changes if any is wrong."""
-        try:
+        with located(module=self.label):
             need_wellformed(declarations)
-            sources, derived = planned(self.module, declarations, {*self.sources, *self.kernel_names()}, aliasing=aliasing)
-            check_sources(self, sources)
-        except AliasError as error:
-            raise error.located(module=self.label) from error.__cause__
+            taken = {*self.sources, *self.kernel_names()}
+            sources, derived = planned(self.module, declarations, taken, aliasing=aliasing and aliasing_is_on())
+            parameters = check_sources(self, sources)
         self.open()
         for source in sources:
             self.sources[source.name] = source
-            if source.derived:
-                self.aliased[source.derived] = source
-            allocate(self, source, loaded=loaded)
+            allocate(self, source, parameters[source.name], loaded=loaded)
         self.derived.update({d.declaration.name: d for d in derived})
         self.bind(sources)
 
@@ -70,13 +64,13 @@ class AliasRegistry(ModuleNames):
         new = list(derivations)
         for derivation in new:
             old = self.derived.get(derivation.name)
-            found = None if old is None else (old.declaration.shape, old.declaration.dtype)
-            if old is None or old.fallback or found != (derivation.shape, derivation.dtype):
+            found = None if old is None else old.declaration.spec
+            if old is None or old.fallback or found != derivation.spec:
                 raise DeclarationError(
                     "only a derivation of the same shape and dtype can be computed otherwise",
                     module=self.label,
                     name=derivation.name,
-                    expected=TensorSpec(derivation.shape, derivation.dtype),
+                    expected=derivation.spec,
                     found=found,
                 )
             if unknown := [n for n in derivation.sources if n not in self.sources]:
@@ -98,28 +92,23 @@ class AliasRegistry(ModuleNames):
         plans = self.check_retarget(layouts)
         with torch.no_grad():
             adopt(self)
-            sources = [(self.sources[name], plan) for name, plan in plans.items()]
-            storages = [source.storage for source, _ in sources if source.storage is not None]
+            storages = [storage for name in plans if (storage := self.sources[name].storage) is not None]
             with all_locked(storage.lock_number for storage in storages):
                 for storage in storages:
                     storage.need_writable()
-                for source, plan in sources:
-                    if source.storage is None:
-                        source.plan = plan
-                        continue
-                    source.storage.changing()
-                    source.plan = plan
-                    source.storage.move(plan.layout)  # finished by adopt() where it is interrupted
+                for storage in storages:
+                    storage.changing()
+                for name, plan in plans.items():
+                    self.sources[name].plan = plan
+                finish_moves(self)
             self.bind()
 
     def check_retarget(self, layouts: Mapping[str, AnyLayout | str | None]) -> dict[str, StoragePlan]:
         """Raise what :meth:`retarget` would raise, for whoever moves several modules or none; the plan of each source."""
         plans = {}
         for name, layout in layouts.items():
-            try:
+            with located(module=self.label, name=name):
                 plans[name] = self._replanned(name, layout)
-            except AliasError as error:
-                raise error.located(module=self.label, name=name) from error.__cause__
         return plans
 
     def _replanned(self, name: str, layout: AnyLayout | str | None) -> StoragePlan:
@@ -129,7 +118,7 @@ class AliasRegistry(ModuleNames):
             raise DeclarationError(
                 "only a source with an aliased kernel name has a layout to change",
                 expected="the name of an aliased source",
-                found=f"aliased sources {sorted(s.name for s in self.aliased.values())}",
+                found=f"aliased sources {sorted(s.name for s in self.sources.values() if s.derived)}",
                 remedy="Declare the pair with Alias first.",
             )
         modules = [] if source.storage is None else list(source.storage.listeners)
@@ -141,7 +130,7 @@ class AliasRegistry(ModuleNames):
                 remedy="Untie it with clone() before declaring, or declare it once.",
             )
         old = source.plan
-        _, plan = plan_of(Alias(name, source.derived, layout, dtype=old.kernel.dtype), old.source)
+        plan = plan_of(Alias(name, source.derived, layout, dtype=old.kernel.dtype), old.source)
         if not plan.reason.aliases or plan.capacity > old.capacity or plan.bound.regions != old.bound.regions:
             raise PointerError(
                 f"this layout does not fit the storage: {plan.reason.value}",
@@ -161,17 +150,11 @@ class AliasRegistry(ModuleNames):
             shards: (module, parameter name, view), where view is a slice or view of the source parameter.
         """
         source = self.sources[name]
-        try:
+        with located(module=self.label, name=name):
             bindings = _shown_as(source, shards)
-        except AliasError as error:
-            raise error.located(module=self.label, name=name) from error.__cause__
         dict.pop(self.module._parameters, name, None)
         source.bindings = bindings
         self.bind([source])
-
-    def value(self, name: str) -> Tensor:
-        """What a source or a derivation holds, also of a source that is shown as shards by other names."""
-        return value_of(self, name)
 
     # -- processing ----------------------------------------------------------------------------------------------------
 
@@ -215,11 +198,12 @@ class AliasRegistry(ModuleNames):
             storage.need_unexposed("process")
             storage.need_memory()
             with storage.lock:
+                storage.notice()
                 if not storage.is_loaded:
                     raise storage.not_loaded("cannot process")
 
     def _repr_html_(self) -> str:
-        return Explanation.of([ExplainedModule.of(self.label, self, self.about, set())])._repr_html_()
+        return diagram([ExplainedModule.of(self.label, self)])
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -249,8 +233,7 @@ def registries(model: nn.Module) -> list[tuple[str, AliasRegistry]]:
         raise DeclarationError("names are looked for in a model", expected="an nn.Module", found=type(model).__name__)
     found = []
     for path, module in model.named_modules():
-        registry: AliasRegistry | None = module.__dict__.get(ATTRIBUTE)
-        if registry is not None:
+        if (registry := registry_of(module)) is not None:
             if path and path != registry.label:
                 registry.relabel(path)
             found.append((path, registry))

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from ..module.names import ModuleNames
 from ..module.planning import Derived, Source
 from ..module.verdict import Reason
-from ..spec import TensorSpec
 from .layers import LayerMemory, layer_of, size
 
 
@@ -63,13 +62,11 @@ class NameRow:
 
     def as_memory(self) -> LayerMemory:
         """The row as a part of its layer."""
-        layer, saved = layer_of(self.module), self.two_copies_bytes - self.allocated_bytes
-        if not self.aliased:
-            held = self.allocated_bytes - self.kernel_bytes
-            return LayerMemory(layer, own=held, copies=self.kernel_bytes, saved=saved)
-        padding, held = self.allocated_bytes - self.checkpoint_bytes, self.checkpoint_bytes
-        shared, own = (0, held) if self.derived is None else (held, 0)
-        return LayerMemory(layer, shared=shared, own=own, padding=padding, saved=saved)
+        copies = 0 if self.aliased else self.kernel_bytes
+        held = min(self.checkpoint_bytes, self.allocated_bytes - copies)
+        shared = held if self.aliased and self.derived is not None else 0
+        padding, saved = self.allocated_bytes - copies - held, self.two_copies_bytes - self.allocated_bytes
+        return LayerMemory(layer_of(self.module), shared, held - shared, padding, copies, saved)
 
     def __str__(self) -> str:
         facts = [self.judged, size(self.allocated_bytes), self.layout, self.state]
@@ -104,17 +101,13 @@ class ExplainedModule:
     derivations: tuple[ExplainedDerivation, ...]
 
     @classmethod
-    def of(
-        cls, path: str, registry: ModuleNames, about: str, seen: set[int], paths: Mapping[int, str] | None = None
-    ) -> ExplainedModule:
+    def of(cls, path: str, registry: ModuleNames, seen: set[int] | None = None, paths: Mapping[int, str] = {}) -> ExplainedModule:
         """``seen`` are storages that were counted, ``paths`` those of modules by their id."""
-        kind, stale, derivations = type(registry.module).__name__, registry.stale_names(), []
-        for name, derived in registry.derived.items():
-            if derived.fallback is None:
-                spec = TensorSpec(derived.declaration.shape, derived.declaration.dtype)
-                current = name not in stale
-                derivations.append(ExplainedDerivation(name, derived.declaration.sources, str(spec), spec.nbytes, current))
-        return cls(path, kind, registry.is_ready, about, tuple(_rows(path, registry, seen, paths or {})), tuple(derivations))
+        stale, seen = registry.stale_names(), set() if seen is None else seen
+        declared = [d.declaration for d in registry.derived.values() if d.fallback is None]
+        derivations = (ExplainedDerivation(d.name, d.sources, str(d.spec), d.spec.nbytes, d.name not in stale) for d in declared)
+        names = tuple(_rows(path, registry, seen, paths))
+        return cls(path, type(registry.module).__name__, registry.is_ready, registry.about, names, tuple(derivations))
 
     def memory(self) -> Iterator[LayerMemory]:
         """All that it takes, as parts of its layer."""
