@@ -15,6 +15,7 @@ from ..errors import AdoptionError
 from ..spec import TensorSpec, other_kind
 from ..tensors.faces import _Aliased, follow, loader_attributes
 from ..tensors.parameter import AliasedParameter, adopt_class, is_same_name, take_over
+from ..torch_private import shares_memory
 from .allocate import allocate
 from .containers import standing
 from .names import ModuleNames
@@ -33,8 +34,7 @@ def adopt(registry: ModuleNames) -> None:
     for source, binding, found in foreign:
         _check_adoptable(registry, source, binding, found)
     _follow_device(registry, foreign)
-    ours = {s.buffer.untyped_storage().data_ptr() for s in registry.storages()}
-    values = [_without_overlap(ours, found) for _, _, found in foreign]  # all are read before the first is written
+    values = [apart(registry, found) for _, _, found in foreign]  # all are read before the first is written
     for (source, binding, found), value in zip(foreign, values, strict=True):
         _take_in(registry, source, binding, found, value)
     finish_moves(registry)
@@ -109,12 +109,12 @@ def _follow_device(registry: ModuleNames, foreign: list[tuple[Source, Binding, T
         follow(binding.parameter, device)
 
 
-def _without_overlap(ours: set[int], tensor: Tensor) -> Tensor:
-    """The values of a tensor that was put under a name, in memory that no write of this adoption changes."""
+def apart(registry: ModuleNames, tensor: Tensor) -> Tensor:
+    """The values of a tensor, in memory that no write to a declared name changes."""
     if isinstance(tensor, _Aliased):
-        return tensor if tensor.device.type == "meta" else tensor.detach().clone()
+        return tensor if tensor.is_meta else tensor.detach().clone()
     mine = tensor.detach()
-    return mine.clone() if mine.numel() and mine.untyped_storage().data_ptr() in ours else mine
+    return mine.clone() if any(shares_memory(mine, storage.buffer) for storage in registry.storages()) else mine
 
 
 def _take_in(registry: ModuleNames, source: Source, binding: Binding, tensor: Tensor, value: Tensor) -> None:

@@ -44,30 +44,32 @@ class Exposure:
             ReloadError: it is closed already, or was closed from elsewhere (the model was invalidated meanwhile); or rows that
                 this order does not keep together, and it is still open.
         """
-        target = _part(self._target, rows, self.order) if self._open else self._target
-        self._close(target, written=True)
-        if self.order == "checkpoint":
-            with torch.no_grad():
-                target.copy_(self.memory if rows is None else self.memory[rows])
+        self._end(rows)
 
     def abandon(self) -> None:
         """The writer failed. Staging is dropped; raw memory that it may have written refuses until it is loaded again."""
-        self._close(self._target, written=False)
+        self._end(None, "whoever wrote the raw bytes failed")
 
-    def _close(self, target: _Aliased, *, written: bool) -> None:
-        """Take raw memory back: what is under ``target`` is LOADED or INVALID now."""
-        storage = self._storage
+    def _end(self, rows: slice | None, failed: str | None = None) -> None:
         if not self._open:
             raise ReloadError(
                 "this exposure is closed already",
-                label=storage.label,
+                label=self._storage.label,
                 expected="one written() or abandon()",
                 found="a second one",
                 remedy="Expose the name again.",
             )
+        target = _part(self._target, rows, self.order)
         self._open = False
-        if self.order == "checkpoint":
-            return
+        if self.order == "kernel":
+            self._take_back(target, failed)
+        elif failed is None:
+            with torch.no_grad():
+                target.copy_(self.memory if rows is None else self.memory[rows])
+
+    def _take_back(self, target: _Aliased, failed: str | None) -> None:
+        """What is under ``target`` in the raw memory is LOADED or INVALID now."""
+        storage = self._storage
         with storage.lock:
             if not storage.is_exposed_to(self):
                 raise ReloadError(
@@ -85,10 +87,10 @@ class Exposure:
             if storage.kernel_name is not None:
                 storage.kernel_name.accept()
             storage.unexpose()  # now that it is INVALID
-            if written:
+            if failed is None:
                 storage.states.rollback((regions, {}))  # none lacks anything
             else:
-                storage.states.why = "whoever wrote the raw bytes failed"
+                storage.states.why = failed
 
     def __enter__(self) -> Exposure:
         return self
@@ -118,16 +120,14 @@ def expose_for_writing(
         ReloadError: the name is not a declared checkpoint name, or rows that kernel order does not keep together.
         StateError: the raw memory is exposed already.
     """
-    owner, _, leaf = name.rpartition(".")
-    holder = dict(module.named_modules(remove_duplicate=False)).get(owner)
-    parameter = None if holder is None else holder._parameters.get(leaf)
+    parameter = dict(module.named_parameters(remove_duplicate=False)).get(name)
     if not isinstance(parameter, _Aliased) or order not in ("checkpoint", "kernel"):
         raise ReloadError(
             "only declared checkpoint names can be exposed, in checkpoint or kernel order",
             module=type(module).__name__,
             name=name,
             expected="a declared Parameter, dotted below the module",
-            found="no such module" if holder is None else "no such Parameter" if parameter is None else type(parameter).__name__,
+            found="no such Parameter" if parameter is None else type(parameter).__name__,
             remedy="Declare it first, or write an undeclared Parameter directly.",
         )
     target = _part(parameter, rows, order)

@@ -161,8 +161,9 @@ class ModuleNames:
     @property
     def is_untouched(self) -> bool:
         """Whether the module is ready, and nothing was put under its names or written to them since."""
-        untouched = self.readiness is READY and self.is_bound
-        return untouched and not any(kernel.was_written or kernel.was_moved for _, kernel in self.kernels())
+        if self.readiness is not READY or not self.is_bound:
+            return False
+        return not any(kernel.was_written or kernel.tensor.data_ptr() != kernel.address for _, kernel in self.kernels())
 
     def _find(self) -> list[Slot] | None:
         """Where every name stands and what is there, kept for the next look; None where one is not ours."""

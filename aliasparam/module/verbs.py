@@ -44,17 +44,13 @@ def declare(module: nn.Module, *declarations: Declaration, loaded: bool = True, 
     """
     if not isinstance(module, nn.Module):
         raise DeclarationError("declarations are of a module", expected="an nn.Module", found=type(module).__name__)
-    registry = registry_of(module)
-    if registry is not None:
-        registry.add(declarations, loaded=loaded, aliasing=aliasing)
-        return registry
     import_what_dispatch_imports()
     count_collective_writes()
-    registry = AliasRegistry(module)
+    registry = registry_of(module) or AliasRegistry(module)
     registry.add(declarations, loaded=loaded, aliasing=aliasing)
-    module.__dict__[ATTRIBUTE] = registry
-    module.register_forward_pre_hook(guard, prepend=True)
-    module.register_load_state_dict_post_hook(_after_load_state_dict)  # type: ignore[no-untyped-call]
+    if registry_of(module) is None:
+        module.__dict__[ATTRIBUTE] = registry
+        module.register_forward_pre_hook(guard, prepend=True)
     return registry
 
 
@@ -143,11 +139,3 @@ def guard(module: nn.Module, args: Any) -> None:
         raise traced_by_jit(module=registry.label)
     if registry.readiness is not READY or not registry.is_bound:
         registry.need_ready()
-
-
-def _after_load_state_dict(module: nn.Module, incompatible: Any) -> None:
-    # load_state_dict(assign=True) replaces parameters: take them in at once, so that no forward uses old kernel names.
-    registry = registry_of(module)
-    if registry is not None and registry.replaced_names():
-        with torch.no_grad():
-            adopt(registry)
