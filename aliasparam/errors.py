@@ -71,7 +71,7 @@ def located(**facts: Any) -> Iterator[None]:
     try:
         yield
     except AliasError as error:
-        raise error.located(**facts) from error.__cause__
+        raise error.located(**facts).with_traceback(error.__traceback__) from error.__cause__
 
 
 class DeclarationError(AliasError):

@@ -64,7 +64,7 @@ def alias_or_bind_derived_param(
     value = apart(registry, derived_value)
     with torch.no_grad():
         adopt(registry)
-        source.need_storage("process", registry.label).put_foreign(value)
+        source.need_storage("process").put_foreign(value)
     registry.commit_source(source_name)
 
 

@@ -11,12 +11,12 @@ from typing import cast
 
 from torch import Tensor
 
-from ..errors import AdoptionError
+from ..errors import AdoptionError, located
 from ..spec import TensorSpec, other_kind
 from ..tensors.faces import _Aliased, follow, loader_attributes
 from ..tensors.parameter import AliasedParameter, adopt_class, is_same_name, take_over
 from ..torch_private import shares_memory
-from .allocate import allocate
+from .allocate import allocate, check_tie
 from .containers import standing
 from .names import ModuleNames
 from .planning import Binding, Source
@@ -24,21 +24,22 @@ from .planning import Binding, Source
 
 def adopt(registry: ModuleNames) -> None:
     """Adopt or refuse whatever was put under the declared names since the last verb."""
-    _need_shards_here(registry)
-    foreign: list[tuple[Source, Binding, Tensor]] = [
-        (source, binding, tensor)
-        for source in registry.sources.values()
-        for binding in (source.bindings or [Binding(registry.module, source.name, None)])  # type: ignore[arg-type]
-        if (tensor := standing(binding.module, binding.name)) is not binding.parameter and tensor is not None
-    ]
-    for source, binding, found in foreign:
-        _check_adoptable(registry, source, binding, found)
-    _follow_device(registry, foreign)
-    values = [apart(registry, found) for _, _, found in foreign]  # all are read before the first is written
-    for (source, binding, found), value in zip(foreign, values, strict=True):
-        _take_in(registry, source, binding, found, value)
-    finish_moves(registry)
-    registry.rebind()
+    with located(module=registry.label):
+        _need_shards_here(registry)
+        foreign: list[tuple[Source, Binding, Tensor]] = [
+            (source, binding, tensor)
+            for source in registry.sources.values()
+            for binding in (source.bindings or [Binding(registry.module, source.name, None)])  # type: ignore[arg-type]
+            if (tensor := standing(binding.module, binding.name)) is not binding.parameter and tensor is not None
+        ]
+        for source, binding, found in foreign:
+            _check_adoptable(source, binding, found)
+        _follow_device(registry, foreign)
+        values = [apart(registry, found) for _, _, found in foreign]  # all are read before the first is written
+        for (source, binding, found), value in zip(foreign, values, strict=True):
+            _take_in(registry, source, binding, found, value)
+        finish_moves(registry)
+        registry.rebind()
 
 
 def _need_shards_here(registry: ModuleNames) -> None:
@@ -46,7 +47,6 @@ def _need_shards_here(registry: ModuleNames) -> None:
         shown = binding.parameter
         raise AdoptionError(
             "the module that shows a part of a declared weight was replaced",
-            module=registry.label,
             name=binding.name,
             expected=f"the {type(binding.module).__name__} that shows {list(shown.shape)} of {shown._alias_storage.label}",
             found="another module in its place, or none: the weight is still what that one shows",
@@ -64,49 +64,39 @@ def finish_moves(registry: ModuleNames) -> None:
                 storage.move(source.layout)
 
 
-def _check_adoptable(registry: ModuleNames, source: Source, binding: Binding, tensor: Tensor) -> None:
-    expected = source.plan.source if source.storage is None else TensorSpec.of(binding.parameter._alias_geometry)
+def _check_adoptable(source: Source, binding: Binding, tensor: Tensor) -> None:
+    if source.storage is None:
+        check_tie(source, tensor)
+    expected = source.plan.source if source.storage is None else TensorSpec.of(binding.parameter)
+    found: object = other_kind(tensor) or TensorSpec.of(tensor)
     if isinstance(tensor, AliasedParameter) and source.storage not in (None, tensor._alias_storage):
-        raise AdoptionError(
-            "a Parameter that another module declared was tied to a name that was declared by itself",
-            module=registry.label,
-            name=binding.name,
-            expected="a Parameter that is not declared",
-            found=f"{tensor._alias_storage.label}",
-            remedy="Tie the names before declaring them; or copy the values with copy_(). "
-            "registry.rebind() puts the library's parameter back.",
-        )
-    found = other_kind(tensor) or TensorSpec.of(tensor)
+        found = f"{tensor._alias_storage.label}, which was declared by itself"
     if found != expected:
         raise AdoptionError(
             "a tensor that does not fit was put in the place of a declared name",
-            module=registry.label,
             name=binding.name,
             expected=expected,
             found=found,
-            remedy="Declared weights keep shape and dtype (Module.half() and the like cannot apply to them). "
-            "registry.rebind() puts the library's parameter back.",
+            remedy="Declared weights keep shape, dtype (Module.half() and the like cannot apply to them) and memory (tie names "
+            "before declaring them). registry.rebind() puts the library's parameter back.",
         )
 
 
 def _follow_device(registry: ModuleNames, foreign: list[tuple[Source, Binding, Tensor]]) -> None:
     """After Module.to(device) every name holds a tensor elsewhere: follow, as a whole."""
-    here = registry.device()
-    devices = {t.device for _, _, t in foreign if t.device.type != "meta"}
+    here, devices = registry.device(), {tensor.device for _, _, tensor in foreign if not tensor.is_meta}
     if here is None or devices <= {here}:
         return
     count = len(registry.bindings())
     if len(devices) != 1 or len(foreign) != count:
         raise AdoptionError(
             "only some of the declared names are on another device",
-            module=registry.label,
             expected=f"all {count} names on {here}, or all elsewhere",
             found=f"{len(foreign)} names on {sorted(map(str, devices))}",
             remedy="Move the whole module: module.to(device).",
         )
-    device = devices.pop()
     for binding in registry.bindings():
-        follow(binding.parameter, device)
+        follow(binding.parameter, *devices)
 
 
 def apart(registry: ModuleNames, tensor: Tensor) -> Tensor:

@@ -39,15 +39,13 @@ def allocate(names: ModuleNames, source: Source, tensor: Tensor, *, loaded: bool
     if isinstance(tensor, AliasedParameter):
         names.bind_storage(source, tensor._alias_storage, tensor)  # a tied weight which another module declared: see check_tie
         return
-    label = f"{names.label}.{source.name}"
     memory = _memory_of(source, tensor)
     values = tensor.detach() if loaded and memory is None else None
-    state = State.EMPTY if not loaded else State.INVALID  # until the values are in order
-    storage = _storage(label, source, tensor.device, memory, state)
+    storage = _storage(names, source, tensor.device, memory, loaded=loaded)
     parameter = take_over(tensor, storage, storage.geometry)
     if parameter is None:  # the old object stays in somebody's hands, so its memory stays its own
         values = tensor.detach() if loaded else None
-        storage = _storage(label, source, tensor.device, None, state)
+        storage = _storage(names, source, tensor.device, None, loaded=loaded)
         parameter = make_parameter(storage, storage.geometry, type(tensor), loader_attributes(tensor))
     for name, value in source.attributes.items():
         parameter.__dict__.setdefault(name, value)
@@ -69,19 +67,20 @@ def _memory_of(source: Source, tensor: Tensor) -> Tensor | None:
         return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(memory, 0, (plan.nbytes,), (1,))
 
 
-def _storage(label: str, source: Source, device: torch.device, memory: Tensor | None, state: State) -> AliasedStorage:
-    plan = source.plan
+def _storage(names: ModuleNames, source: Source, device: torch.device, memory: Tensor | None, *, loaded: bool) -> AliasedStorage:
+    plan, state = source.plan, State.INVALID if loaded else State.EMPTY  # until the values are in order
     if memory is None:
         with outside_inference():
             memory = torch.zeros(plan.nbytes, dtype=torch.uint8, device=device)
-    return AliasedStorage(label, plan.source, source.layout, memory, state, plan.kernel.dtype if source.derived else None)
+    dtype = plan.kernel.dtype if source.derived else None
+    return AliasedStorage(f"{names.label}.{source.name}", plan.source, source.layout, memory, state, dtype)
 
 
 def check_sources(names: ModuleNames, sources: Sequence[Source]) -> dict[str, Tensor]:
     """The Parameters of ``sources``. Raises DeclarationError where they cannot each have a storage of their own."""
     beside: dict[str, Tensor] = {n: p for n, p in names.module._parameters.items() if p is not None and not is_lazy(p)}
     declared = {source.name: beside.pop(source.name) for source in sources}
-    _check_memory(names.label, declared, beside)
+    _check_memory(declared, beside)
     for source in sources:
         check_tie(source, declared[source.name])
     trained = sorted(name for name, parameter in declared.items() if parameter.requires_grad)
@@ -99,31 +98,24 @@ def check_tie(source: Source, parameter: Tensor) -> None:
     """Raise DeclarationError for a Parameter that another module declared, unless to the same format."""
     if not isinstance(parameter, _Aliased):
         return
-    storage = parameter._alias_storage
-    if not isinstance(parameter, AliasedParameter) or place_in(parameter._alias_geometry) != place_in(storage.geometry):
+    storage, plan = parameter._alias_storage, source.plan
+    dtype = plan.kernel.dtype if source.derived else None
+    whole = isinstance(parameter, AliasedParameter) and place_in(parameter._alias_geometry) == place_in(storage.geometry)
+    alike = storage.bound is plan.bound and storage.kernel_dtype is dtype and storage.buffer.numel() >= plan.nbytes
+    if not whole or not alike:
         raise DeclarationError(
-            "this Parameter is a view of a storage that another module declared",
+            "a tied weight is declared to two different kernel formats" if whole else "a part of a tied weight is declared",
             name=source.name,
-            expected="the whole Parameter, or one with memory of its own",
-            found=f"a view of {storage.label}",
-            remedy="Declare the whole, and show parts of it: registry.show_shards(...).",
-        )
-    dtype = source.plan.kernel.dtype if source.derived else None
-    if storage.bound is not source.plan.bound or storage.kernel_dtype is not dtype or storage.buffer.numel() < source.plan.nbytes:
-        raise DeclarationError(
-            "a tied weight is declared to two different kernel formats",
-            name=source.name,
-            expected=f"the layout it has in {storage.label}",
-            found=source.layout,
-            remedy="Declare it once, or untie it with clone().",
+            expected=f"the whole of {storage.label}, and the layout it has there",
+            found=source.layout if whole else f"a view of {storage.label}",
+            remedy="Declare it once, and show parts of it with registry.show_shards(...); or untie it with clone().",
         )
 
 
-def _check_memory(label: str, tensors: Mapping[str, Tensor], beside: Mapping[str, Tensor]) -> None:
+def _check_memory(tensors: Mapping[str, Tensor], beside: Mapping[str, Tensor]) -> None:
     """Raise DeclarationError for sources which cannot each have a storage of their own.
 
     Args:
-        label: the module, for messages.
         tensors: declared sources by name; those on the meta device have no memory and pass.
         beside: other Parameters of the module. One that lies in a source's memory would lose it, unseen.
     """
@@ -131,7 +123,6 @@ def _check_memory(label: str, tensors: Mapping[str, Tensor], beside: Mapping[str
     if len({t.device for t in real.values()}) > 1:
         raise DeclarationError(
             "the declared names are on several devices",
-            module=label,
             expected="one device",
             found={name: str(t.device) for name, t in real.items()},
             remedy="Move the whole module first: module.to(device).",
@@ -140,7 +131,6 @@ def _check_memory(label: str, tensors: Mapping[str, Tensor], beside: Mapping[str
         if overlaps_itself(tensor):
             raise DeclarationError(
                 "elements of this tensor share memory (an expanded or overlapping view)",
-                module=label,
                 name=name,
                 expected="every element in bytes of its own",
                 found=f"shape {list(tensor.shape)}, strides {list(tensor.stride())}",
@@ -154,7 +144,6 @@ def _check_memory(label: str, tensors: Mapping[str, Tensor], beside: Mapping[str
         if name in real and mine.start < its.stop and its.start < mine.stop:
             raise DeclarationError(
                 "two names overlap in memory",
-                module=label,
                 name=f"{name}, {other}",
                 expected="tensors apart from each other",
                 found=f"bytes {max(mine.start, its.start)} to {min(mine.stop, its.stop) - 1} in both",

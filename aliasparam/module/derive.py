@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import AliasError, DerivationError, StateError
+from ..errors import AliasError, DerivationError, StateError, located
 from ..spec import TensorSpec, no_values
 from .declarations import Derivation
 from .names import ModuleNames
@@ -17,7 +17,8 @@ def refresh(registry: ModuleNames, derived: Derived) -> int:
     if registry.is_current(derived):
         return 0
     versions, kernel = registry.versions_of(derived), derived.need_kernel()
-    value = _compute(registry, derived.declaration)
+    with located(name=derived.declaration.name):
+        value = _compute(registry, derived.declaration)
     derived.seen = None  # an interrupted copy is of no version
     derived.version += 1
     kernel.memory.copy_(value)
@@ -35,19 +36,16 @@ def _compute(registry: ModuleNames, declared: Derivation) -> Tensor:
     """
     held = [(name, registry.value(name)) for name in declared.sources]
     values = [value if name in registry.sources else value.clone() for name, value in held]  # which it may overwrite
-    where = {"module": registry.label, "name": declared.name}
     given = ", ".join(f"{n} {TensorSpec.of(v)}" for n, v in zip(declared.sources, values, strict=True))
+    remedy = "Load other values, or mend the function of this derivation."
     try:
-        value = declared.function(*values)
-    except AliasError as error:
-        remedy = "Load other values, or mend the function of this derivation."
-        raise error.located(**where, expected="sources that can be derived from", found=given, remedy=remedy) from error
-    except torch.OutOfMemoryError:
+        with located(expected="sources that can be derived from", found=given, remedy=remedy):
+            value = declared.function(*values)
+    except (AliasError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         raise DerivationError(
             "the function of this derivation failed",
-            **where,
             expected=f"a tensor from {given}",
             found=f"{type(error).__name__}: {error}",
             remedy="Mend the function; until then the module refuses to run.",
@@ -56,7 +54,6 @@ def _compute(registry: ModuleNames, declared: Derivation) -> Tensor:
     if kind is not None or TensorSpec.of(value) != declared.spec:
         raise (StateError if kind is None else DerivationError)(
             "the function of this derivation returned something else than it declared",
-            **where,
             expected=declared.spec,
             found=kind or TensorSpec.of(value),
             remedy="Return exactly that from the function, or declare what it returns.",

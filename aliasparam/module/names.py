@@ -116,7 +116,7 @@ class ModuleNames:
         """What a source or a kernel name holds, also of a source that is shown as shards by other names."""
         if (kernel := self.kernel(name)) is not None:
             return kernel.memory
-        storage = self.sources[name].need_storage("read", self.label)
+        storage = self.sources[name].need_storage("read")
         return storage.read(storage.bound.whole)
 
     def device(self) -> torch.device | None:

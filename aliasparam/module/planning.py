@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from ..errors import DeclarationError, StateError, located
 from ..spec import TensorSpec, other_kind
@@ -55,12 +55,11 @@ class Source:
     def kernel(self) -> KernelName | None:
         return None if self.storage is None else self.storage.kernel_name
 
-    def need_storage(self, doing: str, module: str | None = None) -> AliasedStorage:
+    def need_storage(self, doing: str) -> AliasedStorage:
         """Its storage. Raises StateError while it is on the meta device."""
         if self.storage is None:
             raise StateError(
                 f"cannot {doing} a name which is still on the meta device",
-                module=module,
                 name=self.name,
                 expected="a loaded tensor",
                 found="a placeholder on meta",
@@ -125,7 +124,8 @@ def planned(
     derivations = [d for d in declarations if isinstance(d, Derivation)]
     pairs = [d if isinstance(d, Alias) else Alias(d.source, "") for d in declarations if not isinstance(d, Derivation)]
     kernel_names = [pair.derived for pair in pairs if pair.derived] + [d.name for d in derivations]
-    known = _need_free(taken, [*(pair.source for pair in pairs), *kernel_names])
+    known = [*taken, *(pair.source for pair in pairs), *kernel_names]
+    _need_once(known)
     read = dict.fromkeys(name for d in derivations for name in d.sources if name not in known)
     sources, derived = [], list[Derived]()
     for pair in [*pairs, *(Alias(name, "") for name in read)]:
@@ -163,11 +163,9 @@ class InOrder:
         return self.plan.bound.encode(values).view(self.plan.kernel.dtype)
 
 
-def _need_free(taken: set[str], names: Sequence[str]) -> set[str]:
-    """All names that are taken with these. Raises DeclarationError where one is taken already."""
-    known = set(taken)
-    for name in names:
-        if name in known:
+def _need_once(names: Sequence[str]) -> None:
+    for name, count in Counter(names).items():
+        if count > 1:
             raise DeclarationError(
                 "this name is declared twice",
                 name=name,
@@ -175,8 +173,6 @@ def _need_free(taken: set[str], names: Sequence[str]) -> set[str]:
                 found="a name that a declaration has already",
                 remedy="Chain layouts with .then(), or derive from the derived name.",
             )
-        known.add(name)
-    return known
 
 
 def _need_unused(module: nn.Module, name: str) -> None:
@@ -188,14 +184,9 @@ def _need_unused(module: nn.Module, name: str) -> None:
         "this kernel name is taken",
         name=name,
         expected="a name that the module does not use",
-        found="a dotted name" if held is None else f"{_described(held)} under it",
+        found="a dotted name" if held is None else f"{type(held).__name__} {list(getattr(held, 'shape', ()))} under it",
         remedy="Choose another name, or delete what is there first if nobody holds its address.",
     )
-
-
-def _described(held: Any) -> str:
-    kind = type(held).__name__
-    return f"{kind} {TensorSpec.of(held)}" if isinstance(held, Tensor) and not is_lazy(held) else kind
 
 
 def parameter_spec(module: nn.Module, name: str) -> TensorSpec:
@@ -238,10 +229,9 @@ def _report_fallback(alias: Alias, plan: StoragePlan) -> None:
 def _in_order(derived: Sequence[Derived]) -> list[Derived]:
     """Derivations with what they derive from before them. Raises DeclarationError on a cycle."""
     by_name = {d.declaration.name: d for d in derived}
-    if all(by_name.keys().isdisjoint(d.declaration.sources) for d in derived):
-        return list(derived)  # as nearly always
+    chains = {name: [n for n in d.declaration.sources if n in by_name] for name, d in by_name.items()}
     try:
-        order = list(TopologicalSorter({name: d.declaration.sources for name, d in by_name.items()}).static_order())
+        return [by_name[name] for name in TopologicalSorter(chains).static_order()]
     except CycleError as error:
         cycle = error.args[1]
         raise DeclarationError(
@@ -251,4 +241,3 @@ def _in_order(derived: Sequence[Derived]) -> list[Derived]:
             found=" -> ".join(reversed(cycle)),
             remedy="Derive one of them from a checkpoint name.",
         ) from None
-    return [by_name[name] for name in order if name in by_name]

@@ -167,8 +167,8 @@ class AliasRegistry(ModuleNames):
         """
         if self.is_untouched:
             return 0
-        self._need_no_reload()
-        with torch.no_grad():
+        with located(module=self.label), torch.no_grad():
+            self._need_no_reload()
             adopt(self)
             self.need_loaded()
             versions = self._versions()
@@ -185,7 +185,6 @@ class AliasRegistry(ModuleNames):
         if self.session is not None:
             raise StateError(
                 "cannot process: a reload of this module is open",
-                module=self.label,
                 expected="the reload committed or aborted first",
                 found="a reload in progress",
                 remedy="Leave its `with` block, which processes; or abort it.",
@@ -194,7 +193,7 @@ class AliasRegistry(ModuleNames):
     def need_loaded(self) -> None:
         """Raise StateError where a source lacks elements."""
         for source in self.sources.values():
-            storage = source.need_storage("process", self.label)
+            storage = source.need_storage("process")
             storage.need_unexposed("process")
             storage.need_memory()
             with storage.lock:

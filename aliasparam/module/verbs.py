@@ -51,6 +51,7 @@ def declare(module: nn.Module, *declarations: Declaration, loaded: bool = True, 
     if registry_of(module) is None:
         module.__dict__[ATTRIBUTE] = registry
         module.register_forward_pre_hook(guard, prepend=True)
+        module.register_load_state_dict_post_hook(_after_load_state_dict)  # type: ignore[no-untyped-call]
     return registry
 
 
@@ -139,3 +140,11 @@ def guard(module: nn.Module, args: Any) -> None:
         raise traced_by_jit(module=registry.label)
     if registry.readiness is not READY or not registry.is_bound:
         registry.need_ready()
+
+
+def _after_load_state_dict(module: nn.Module, incompatible: Any) -> None:
+    # load_state_dict(assign=True) replaces parameters: take them in at once, so that no address moves (law 3).
+    registry = registry_of(module)
+    if registry is not None and registry.replaced_names():
+        with torch.no_grad():
+            adopt(registry)
