@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, Self
 
+import torch
+
 
 class AliasError(Exception):
     """Base of all errors raised by this package.
@@ -72,6 +74,18 @@ def located(**facts: Any) -> Iterator[None]:
         yield
     except AliasError as error:
         raise error.located(**facts).with_traceback(error.__traceback__) from error.__cause__
+
+
+@contextmanager
+def foreign_code(failed: str, kind: type[AliasError], **facts: Any) -> Iterator[None]:
+    """Functions that a user declared are called inside: what they raise of their own becomes an error of ``kind``."""
+    try:
+        with located(**facts):
+            yield
+    except (AliasError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise kind(failed, **facts | {"found": f"{type(error).__name__}: {error}"}) from error
 
 
 class DeclarationError(AliasError):

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from ..errors import AliasError, DerivationError, StateError, located
+from ..errors import DerivationError, StateError, foreign_code, located
 from ..spec import TensorSpec, no_values
 from .declarations import Derivation
 from .names import ModuleNames
@@ -37,19 +36,10 @@ def _compute(registry: ModuleNames, declared: Derivation) -> Tensor:
     held = [(name, registry.value(name)) for name in declared.sources]
     values = [value if name in registry.sources else value.clone() for name, value in held]  # which it may overwrite
     given = ", ".join(f"{n} {TensorSpec.of(v)}" for n, v in zip(declared.sources, values, strict=True))
-    remedy = "Load other values, or mend the function of this derivation."
-    try:
-        with located(expected="sources that can be derived from", found=given, remedy=remedy):
-            value = declared.function(*values)
-    except (AliasError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        raise DerivationError(
-            "the function of this derivation failed",
-            expected=f"a tensor from {given}",
-            found=f"{type(error).__name__}: {error}",
-            remedy="Mend the function; until then the module refuses to run.",
-        ) from error
+    remedy = "Load other values, or mend the function of this derivation; until then the module refuses to run."
+    facts = {"expected": "sources that can be derived from", "found": given, "remedy": remedy}
+    with foreign_code("the function of this derivation failed", DerivationError, **facts):
+        value = declared.function(*values)
     kind = no_values(value)
     if kind is not None or TensorSpec.of(value) != declared.spec:
         raise (StateError if kind is None else DerivationError)(

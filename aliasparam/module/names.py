@@ -155,7 +155,9 @@ class ModuleNames:
     def is_bound(self) -> bool:
         """Whether every name of a ready module holds what the library put there. Engines put other Parameters in the place of
         ours by ``setattr``, by ``functional_call``, by writing ``module._parameters``: so each forward and each verb looks."""
-        shown = self._shown if self._shown is not None else self._find()
+        shown = self._shown  # which other threads forget
+        if shown is None:
+            shown = self._find()
         return shown is not None and all_stand(shown)
 
     @property
@@ -257,7 +259,8 @@ class ModuleNames:
 
     def left(self) -> list[Binding]:
         """Names of modules that were below this one, and are no longer: another may be put in the place of one."""
-        if self._reached is not None and all_stand(self._reached):
+        reached = self._reached
+        if reached is not None and all_stand(reached):
             return []
         elsewhere = [b for b in self.bindings() if b.module is not self.module]
         ways = ways_below(self.module, {id(b.module) for b in elsewhere})

@@ -202,7 +202,7 @@ class AliasRegistry(ModuleNames):
                     raise storage.not_loaded("cannot process")
 
     def _repr_html_(self) -> str:
-        return diagram([ExplainedModule.of(self.label, self)])
+        return diagram([ExplainedModule.of(self.label, self, set(), {})])
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import DeclarationError, LayoutError
+from ..errors import DeclarationError, foreign_code
 from ..layout import BoundLayout, IndexLayout, Layout, OpaqueLayout
 from ..layout.layout import bound_to
 from ..spec import TensorSpec
@@ -110,24 +110,13 @@ def plan_of(alias: Alias, source: TensorSpec) -> StoragePlan:
             found=alias.dtype,
             remedy="Give the kernel a view of another width where it is called, or declare a Reencoding.",
         )
-    try:
+    expected = f"a shape and dtype that {alias.layout} takes"
+    remedy = "Pad with a ragged leading digit, reshape the tensor first, declare another layout, or mend its functions."
+    with foreign_code(f"this layout failed on {source}", DeclarationError, expected=expected, found=source, remedy=remedy):
         layout, *others = (layout_of(declared, source) for declared in (alias.layout, *alias.room_for))
         bound, *rooms = (bound_to(None if isinstance(one, Reencoding) else one, *source) for one in (layout, *others))
         kernel = TensorSpec(bound.kernel_shape, alias.dtype or source.dtype)
         kernel = layout.output(source) if isinstance(layout, Reencoding) else kernel
-    except (DeclarationError, LayoutError) as error:
-        raise error.located(
-            expected=f"a shape and dtype that {alias.layout} takes",
-            found=source,
-            remedy="Pad with a ragged leading digit, reshape the tensor first, or declare another layout.",
-        ) from error.__cause__
-    except Exception as error:
-        raise DeclarationError(
-            f"this layout failed on {source}",
-            expected="a layout that takes this shape and dtype",
-            found=f"{type(error).__name__}: {error}",
-            remedy="Mend its functions.",
-        ) from error
     capacity = max(one.regions * one.region_capacity for one in (bound, *rooms))
     reason = judge(source, kernel, lossless=not isinstance(layout, Reencoding))
     return StoragePlan(source, kernel, layout, bound, capacity, reason)
