@@ -76,7 +76,7 @@ def _existing(module: nn.Module, name: str) -> Tensor | None:
 def _why_apart(module: nn.Module, registry: AliasRegistry | None, name: str, derived_name: str, value: Tensor) -> Reason | None:
     """Undeclared code promises no padding and no inverse, so only the very same shape and dtype can share memory."""
     source = registry.sources.get(name) if registry else None
-    with located(module=type(module).__name__):
+    with located(module=type(module).__name__, name=name):
         spec = source.plan.source if source else parameter_spec(module, name)
     if value.device != ((registry.device() if registry else None) or module.get_parameter(name).device):
         return Reason.OTHER_DEVICE

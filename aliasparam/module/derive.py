@@ -6,17 +6,18 @@ from torch import Tensor
 
 from ..errors import DerivationError, StateError, foreign_code, located
 from ..spec import TensorSpec, no_values
+from ..storage.kernel_name import KernelName
 from .declarations import Derivation
 from .names import ModuleNames
-from .planning import Derived
 
 
-def refresh(registry: ModuleNames, derived: Derived) -> int:
+def refresh(registry: ModuleNames, name: str, kernel: KernelName) -> int:
     """Compute one derivation again if it is not current; returns how many were computed. Its sources come first."""
-    if registry.is_current(derived):
+    if registry.is_current(name):
         return 0
-    versions, kernel = registry.versions_of(derived), derived.need_kernel()
-    with located(name=derived.declaration.name):
+    derived = registry.derived[name]
+    versions = registry.versions_of(derived)
+    with located(name=name):
         value = _compute(registry, derived.declaration)
     derived.seen = None  # an interrupted copy is of no version
     derived.version += 1

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ReloadError
+from ..storage.coverage import Box
 from ..tensors.faces import _Aliased
 from ..tensors.geometry import place_of
 
@@ -59,16 +60,16 @@ class Exposure:
                 found="a second one",
                 remedy="Expose the name again.",
             )
-        target = _part(self._target, rows, self.order)
+        target, box = _part(self._target, rows, self.order)
         self._open = False
         if self.order == "kernel":
-            self._take_back(target, failed)
+            self._take_back(box, failed)
         elif failed is None:
             with torch.no_grad():
                 target.copy_(self.memory if rows is None else self.memory[rows])
 
-    def _take_back(self, target: _Aliased, failed: str | None) -> None:
-        """What is under ``target`` in the raw memory is LOADED or INVALID now."""
+    def _take_back(self, box: Box, failed: str | None) -> None:
+        """What is under ``box`` in the raw memory is LOADED or INVALID now."""
         storage = self._storage
         with storage.lock:
             if not storage.is_exposed_to(self):
@@ -79,11 +80,8 @@ class Exposure:
                     found="invalidate(), or a failed reload, meanwhile",
                     remedy="Expose the name again.",
                 )
-            place = place_of(storage, target._alias_geometry)
-            if place is None:
-                raise AssertionError(f"{storage.label}: exposed without a place")
             storage.changing()
-            regions, _ = storage.states.begin(place.box)
+            regions, _ = storage.states.begin(box)
             if storage.kernel_name is not None:
                 storage.kernel_name.accept()
             storage.unexpose()  # now that it is INVALID
@@ -130,24 +128,27 @@ def expose_for_writing(
             found="no such Parameter" if parameter is None else type(parameter).__name__,
             remedy="Declare it first, or write an undeclared Parameter directly.",
         )
-    target = _part(parameter, rows, order)
+    target, box = _part(parameter, rows, order)
     geometry, storage = target._alias_geometry, parameter._alias_storage
     if order == "checkpoint":
         return Exposure(target, torch.empty(geometry.shape, dtype=geometry.dtype, device=geometry.device), order, writer)
     bound, kernel = storage.bound, storage.kernel_name
     memory = storage.elements[: bound.regions * bound.region_capacity] if kernel is None else kernel.memory
-    place = place_of(storage, geometry) if bound.lead or not geometry.numel() else None  # of no rows, no memory
-    return Exposure(target, memory if place is None else memory[slice(*place.box[0])], order, writer)
+    lent = memory[slice(*box[0])] if bound.lead or not geometry.numel() else memory  # of no rows, no memory
+    return Exposure(target, lent, order, writer)
 
 
-def _part(target: _Aliased, rows: slice | None, order: Order) -> _Aliased:
-    """``rows`` of ``target``. Raises ReloadError where they are no range of the memory that is lent in this order."""
+def _part(target: _Aliased, rows: slice | None, order: Order) -> tuple[_Aliased, Box]:
+    """``rows`` of ``target``, and in kernel order the box that they are. Raises ReloadError where they are no range of the memory
+    that is lent in this order."""
     bound = target._alias_storage.bound
+    box: Box = ()
     together = rows is None or (isinstance(rows, slice) and (rows.step or 1) > 0)
     part: _Aliased = target if rows is None or not together else target[rows]
-    if together and order == "kernel" and part.numel():
+    if together and order == "kernel":
         place, inner = place_of(target._alias_storage, part._alias_geometry), 1 if bound.lead else 0
-        together = place is not None and place.box[inner:] == bound.whole[inner:]
+        box = () if place is None else place.box
+        together = place is not None and (box[inner:] == bound.whole[inner:] or not part.numel())
     if not together:
         raise ReloadError(
             "these rows are no range of the memory",
@@ -156,4 +157,4 @@ def _part(target: _Aliased, rows: slice | None, order: Order) -> _Aliased:
             found=f"{'a shard' if rows is None else rows} of {list(bound.shape)}",
             remedy='Expose the whole, or order="checkpoint".',
         )
-    return part
+    return part, box

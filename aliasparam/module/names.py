@@ -273,15 +273,17 @@ class ModuleNames:
 
     def stale_names(self) -> list[str]:
         """Kernel names that the last commit does not cover: sources written since, or written or moved by other code."""
-        aliased = [s.derived for s in self.sources.values() if s.derived and not s.is_of(self._committed.get(s.name))]
-        return aliased + [name for name, derived in self.derived.items() if not self.is_current(derived)]
+        return [name for name in self.owners if not self.is_current(name)]
 
-    def is_current(self, derived: Derived) -> bool:
-        """Whether it holds what its sources have come to, and they do."""
-        kernel = derived.kernel
-        untouched = kernel is not None and not kernel.was_written and not kernel.was_moved
-        chained = [self.derived[name] for name in derived.declaration.sources if name in self.derived]
-        return untouched and derived.seen == self.versions_of(derived) and all(map(self.is_current, chained))
+    def is_current(self, name: str) -> bool:
+        """Whether a kernel name may be used, and holds what its sources have come to, and they do."""
+        owner, kernel = self.owners[name], self.kernel(name)
+        if kernel is None or kernel.was_moved:
+            return False
+        if isinstance(owner, Source):
+            return owner.is_loaded and owner.version == self._committed.get(owner.name)
+        chained = [source for source in owner.declaration.sources if source in self.derived]
+        return not kernel.was_written and owner.seen == self.versions_of(owner) and all(map(self.is_current, chained))
 
     def versions_of(self, derived: Derived) -> tuple[int, ...]:
         """What the sources of a derivation have come to."""

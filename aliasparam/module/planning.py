@@ -71,10 +71,9 @@ class Source:
     def version(self) -> int:
         return -1 if self.storage is None else self.storage.version
 
-    def is_of(self, version: int | None) -> bool:
-        """Whether the kernel name may be used, and holds what this version of the storage does."""
-        moved = self.kernel is not None and self.kernel.was_moved
-        return not moved and self.storage is not None and self.storage.is_loaded and self.storage.version == version
+    @property
+    def is_loaded(self) -> bool:
+        return self.storage is not None and self.storage.is_loaded
 
 
 @dataclass(slots=True)
@@ -91,11 +90,6 @@ class Derived:
     def layout(self) -> AnyLayout | None:
         """Of the pair that fell back."""
         return None if self.fallback is None else self.fallback.layout
-
-    def need_kernel(self) -> KernelName:
-        if self.kernel is None:
-            raise AssertionError(f"{self.declaration.name}: derived before it has memory")
-        return self.kernel
 
 
 @dataclass(frozen=True)
@@ -195,7 +189,6 @@ def parameter_spec(module: nn.Module, name: str) -> TensorSpec:
     if parameter is None:
         raise DeclarationError(
             "a declared source must be a registered Parameter of the module",
-            name=name,
             expected="the name of a Parameter",
             found=f"parameters {sorted(n for n, p in module._parameters.items() if p is not None)}",
             remedy="Register it first: module.register_parameter(name, nn.Parameter(..., requires_grad=False)).",
@@ -203,7 +196,6 @@ def parameter_spec(module: nn.Module, name: str) -> TensorSpec:
     if (found := other_kind(parameter)) is not None:
         raise DeclarationError(
             "this Parameter has no memory of its own to alias",
-            name=name,
             expected="a dense tensor with shape and dtype",
             found=found,
             remedy="Register tensor.to_dense(), materialize a lazy module first, or declare before sharding, each rank its part.",

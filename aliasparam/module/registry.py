@@ -175,7 +175,7 @@ class AliasRegistry(ModuleNames):
             for check in self.checks:
                 check(self)
             work = sum(version != self._committed.get(name) for name, version in versions.items())
-            work += sum(refresh(self, derived) for derived in self.derived.values())
+            work += sum(refresh(self, name, kernel) for name, kernel in self.kernels() if name in self.derived)
             for hook in self.on_processed if work else ():
                 hook(self)  # while this fails the module is open, and the next processing calls it again
             self._commit(versions)

@@ -10,12 +10,12 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor
 
 from ..errors import DeclarationError, foreign_code
-from ..layout import BoundLayout, IndexLayout, Layout, OpaqueLayout
+from ..layout import BoundLayout, Layout
 from ..layout.layout import bound_to
 from ..spec import TensorSpec
 from .declarations import Alias, AnyLayout, Order, Reencoding
@@ -147,8 +147,8 @@ def layout_of(declared: Any, spec: TensorSpec) -> AnyLayout | None:
 
     Raises DeclarationError or LayoutError.
     """
-    if declared is None or isinstance(declared, (Layout, IndexLayout, OpaqueLayout, Reencoding)):
-        return declared
+    if declared is None or isinstance(declared, get_args(AnyLayout)):
+        return declared  # type: ignore[no-any-return]
     if isinstance(declared, str):
         return Layout(declared)
     if callable(declared):
