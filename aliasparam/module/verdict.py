@@ -148,7 +148,7 @@ def layout_of(declared: Any, spec: TensorSpec) -> AnyLayout | None:
     Raises DeclarationError or LayoutError.
     """
     if declared is None or isinstance(declared, get_args(AnyLayout)):
-        return declared  # type: ignore[no-any-return]
+        return declared
     if isinstance(declared, str):
         return Layout(declared)
     if callable(declared):
