@@ -46,6 +46,7 @@ class ModuleNames:
         self.label = type(module).__name__
         self.sources: dict[str, Source] = {}
         self.derived: dict[str, Derived] = {}
+        self.owners: dict[str, Source | Derived] = {}  # of all of these, by the kernel name that they have
         #: Names that undeclared code derived and that could not share memory.
         self.separate: dict[str, Separate] = {}
         #: What ``explain`` says of the module beside its names.
@@ -96,18 +97,14 @@ class ModuleNames:
             if kernel.shows(standing(self.module, name)):
                 put(self.module, name, kernel.tensor if ready else kernel.refusing, self)
 
-    @property
-    def owners(self) -> dict[str, Source | Derived]:
-        """Whoever has a kernel name, by that."""
-        return {source.derived: source for source in self.sources.values() if source.derived} | self.derived
-
     def kernels(self) -> list[tuple[str, KernelName]]:
         """Every kernel name that has memory."""
         return [(name, owner.kernel) for name, owner in self.owners.items() if owner.kernel is not None]
 
     def kernel(self, name: str) -> KernelName | None:
         """The kernel name that is called so, if there is one and it has memory."""
-        return dict(self.kernels()).get(name)
+        owner = self.owners.get(name)
+        return None if owner is None else owner.kernel
 
     def kernel_names(self) -> set[str]:
         return set(self.owners)
@@ -287,8 +284,7 @@ class ModuleNames:
 
     def versions_of(self, derived: Derived) -> tuple[int, ...]:
         """What the sources of a derivation have come to."""
-        owners = self.sources | self.owners
-        return tuple(owners[name].version for name in derived.declaration.sources)
+        return tuple((self.owners.get(name) or self.sources[name]).version for name in derived.declaration.sources)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "holder": None, "_shown": None, "_reached": None}  # a copy of the module is under no reload
