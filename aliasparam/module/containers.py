@@ -49,17 +49,16 @@ class Names(dict[str, Any]):
         kernel name is refused before it goes on to other modules."""
         owner = None if isinstance(value, _TRACED) else self.owners.get(name)
         kernel = None if owner is None else owner.kernel(name)
-        if kernel is not None and isinstance(value, Tensor) and TensorSpec.of(value) != TensorSpec.of(kernel.memory):
-            raise AdoptionError(
-                "a kernel-format name was given another dtype or shape",
-                module=self.owners[name].label,
-                name=name,
-                expected=TensorSpec.of(kernel.memory),
-                found=TensorSpec.of(value),
-                remedy="Module.half() and the like cannot apply to declared modules; cast the others.",
-            )
-        if kernel is not None and isinstance(value, Tensor) and not value.is_meta and not kernel.shows(value):
-            value = kernel.other()
+        if kernel is not None and isinstance(value, Tensor) and not kernel.shows(value):
+            if TensorSpec.of(value) != TensorSpec.of(kernel.memory):
+                raise AdoptionError(
+                    "a kernel-format name was given another dtype or shape",
+                    label=kernel.label,
+                    expected=TensorSpec.of(kernel.memory),
+                    found=TensorSpec.of(value),
+                    remedy="Module.half() and the like cannot apply to declared modules; cast the others.",
+                )
+            value = value if value.is_meta else kernel.other()
         super().__setitem__(name, value)
         if owner is not None:
             owner.look()

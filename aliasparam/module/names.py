@@ -278,7 +278,8 @@ class ModuleNames:
         if kernel is None or kernel.was_moved:
             return False
         if isinstance(owner, Source):
-            return owner.is_loaded and owner.version == self._committed.get(owner.name)
+            loaded = owner.storage is not None and owner.storage.is_loaded
+            return loaded and owner.version == self._committed.get(owner.name)
         chained = [source for source in owner.declaration.sources if source in self.derived]
         return not kernel.was_written and owner.seen == self.versions_of(owner) and all(map(self.is_current, chained))
 

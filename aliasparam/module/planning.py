@@ -71,10 +71,6 @@ class Source:
     def version(self) -> int:
         return -1 if self.storage is None else self.storage.version
 
-    @property
-    def is_loaded(self) -> bool:
-        return self.storage is not None and self.storage.is_loaded
-
 
 @dataclass(slots=True)
 class Derived:

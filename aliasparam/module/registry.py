@@ -257,8 +257,8 @@ def _shown_as(source: Source, shards: Iterable[tuple[nn.Module, str, Tensor]]) -
         for box in [place.box] if place is not None else boxes_under(storage, geometry, rows_under(storage, geometry)):
             once = covered.add(box) and once
         old = module._parameters.get(shard_name)
-        parameter = make_parameter(storage, geometry, *(() if old is None else (type(old), loader_attributes(old))))
-        bindings.append(Binding(module, shard_name, parameter))
+        like = view if old is None else old
+        bindings.append(Binding(module, shard_name, make_parameter(storage, geometry, type(like), loader_attributes(like))))
     if not once or not covered.whole:
         raise DeclarationError(
             "the shards must cover the source exactly once",
