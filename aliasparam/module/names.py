@@ -162,7 +162,10 @@ class ModuleNames:
         """Whether the module is ready, and nothing was put under its names or written to them since."""
         if self.readiness is not READY or not self.is_bound:
             return False
-        return not any(kernel.was_written or kernel.tensor.data_ptr() != kernel.address for _, kernel in self.kernels())
+        for _, kernel in self.kernels():
+            if kernel.tensor._version != kernel.version or kernel.tensor.data_ptr() != kernel.address:
+                return False  # by other code
+        return True
 
     def _find(self) -> list[Slot] | None:
         """Where every name stands and what is there, kept for the next look; None where one is not ours."""

@@ -49,7 +49,8 @@ class Source:
 
     @property
     def layout(self) -> Order | None:
-        return self.plan.order
+        """The order of its memory."""
+        return None if isinstance(self.plan.layout, Reencoding) else self.plan.layout
 
     @property
     def kernel(self) -> KernelName | None:

@@ -18,7 +18,7 @@ from ..errors import DeclarationError, foreign_code
 from ..layout import BoundLayout, Layout
 from ..layout.layout import bound_to
 from ..spec import TensorSpec
-from .declarations import Alias, AnyLayout, Order, Reencoding
+from .declarations import Alias, AnyLayout, Reencoding
 
 
 class Reason(Enum):
@@ -86,11 +86,6 @@ class StoragePlan:
     bound: BoundLayout
     capacity: int
     reason: Reason
-
-    @property
-    def order(self) -> Order | None:
-        """The order of the memory: the layout's, where it is one."""
-        return None if isinstance(self.layout, Reencoding) else self.layout
 
     @property
     def nbytes(self) -> int:
