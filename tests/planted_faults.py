@@ -176,7 +176,7 @@ FAULTS = [
         "self._commit(self._versions())\n\n    def commit_source",
         "test_threads_and_fork.py",
     ),
-    Planted("module/containers.py", "value = kernel.other()", "pass", "test_law_08_compiled_callers.py"),
+    Planted("module/containers.py", "value if value.is_meta else kernel.other()", "value", "test_law_08_compiled_callers.py"),
     Planted("module/containers.py", "            owner.look()", "            pass", "test_law_08_compiled_callers.py"),
     Planted("module/containers.py", "if owner.moment != moment:", "if False:", "test_threads_and_fork.py"),
     Planted(

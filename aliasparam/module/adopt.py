@@ -87,11 +87,10 @@ def _follow_device(registry: ModuleNames, foreign: list[tuple[Source, Binding, T
     here, devices = registry.device(), {tensor.device for _, _, tensor in foreign if not tensor.is_meta}
     if here is None or devices <= {here}:
         return
-    count = len(registry.bindings())
-    if len(devices) != 1 or len(foreign) != count:
+    if len(devices) != 1 or len(foreign) != len(registry.bindings()):
         raise AdoptionError(
             "only some of the declared names are on another device",
-            expected=f"all {count} names on {here}, or all elsewhere",
+            expected=f"all {len(registry.bindings())} names on {here}, or all elsewhere",
             found=f"{len(foreign)} names on {sorted(map(str, devices))}",
             remedy="Move the whole module: module.to(device).",
         )
