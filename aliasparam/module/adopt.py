@@ -112,17 +112,17 @@ def _take_in(registry: ModuleNames, source: Source, binding: Binding, tensor: Te
         return
     if tensor.is_meta:
         return  # a placeholder: nothing to take, and our name comes back
-    if is_same_name(tensor, binding.parameter):
-        _keep(cast(AliasedParameter, tensor), binding.parameter)
-        binding.parameter = cast(AliasedParameter, tensor)
-        return
-    binding.parameter.copy_(value)
-    _keep(binding.parameter, tensor)
-    if not isinstance(tensor, _Aliased):  # whoever else holds it (a module it is tied to) goes on seeing what is loaded
-        geometry = binding.parameter._alias_geometry
-        taken = take_over(tensor, source.storage, geometry, like=binding.parameter)
-        if taken is not None:
-            binding.parameter = taken
+    ours = binding.parameter
+    taken: AliasedParameter | None
+    if is_same_name(tensor, ours):
+        taken = cast(AliasedParameter, tensor)
+        _keep(taken, ours)
+    else:
+        ours.copy_(value)
+        _keep(ours, tensor)
+        # Whoever else holds it (a module it is tied to) goes on seeing what is loaded.
+        taken = take_over(tensor, source.storage, ours._alias_geometry, like=ours)
+    binding.parameter = ours if taken is None else taken
 
 
 def _keep(parameter: AliasedParameter, other: Tensor) -> None:

@@ -36,8 +36,9 @@ def allocate(names: ModuleNames, source: Source, tensor: Tensor, *, loaded: bool
     if tensor.is_meta:
         source.attributes.update(loader_attributes(tensor))  # a loader will put a real tensor here: see adopt.py
         return
-    if isinstance(tensor, AliasedParameter):
-        names.bind_storage(source, tensor._alias_storage, tensor)  # a tied weight which another module declared: see check_tie
+    if isinstance(tensor, AliasedParameter):  # a tied weight that was declared before
+        check_tie(source, tensor)
+        names.bind_storage(source, tensor._alias_storage, tensor)
         return
     memory = _memory_of(source, tensor)
     values = tensor.detach() if loaded and memory is None else None
@@ -47,8 +48,7 @@ def allocate(names: ModuleNames, source: Source, tensor: Tensor, *, loaded: bool
         values = tensor.detach() if loaded else None
         storage = _storage(names, source, tensor.device, None, loaded=loaded)
         parameter = make_parameter(storage, storage.geometry, type(tensor), loader_attributes(tensor))
-    for name, value in source.attributes.items():
-        parameter.__dict__.setdefault(name, value)
+    parameter.__dict__.update(source.attributes | parameter.__dict__)
     names.bind_storage(source, storage, parameter)
     if values is not None:
         storage.write(storage.bound.whole, values.to(storage.bound.dtype))

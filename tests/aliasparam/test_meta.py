@@ -55,6 +55,23 @@ def test_law_1_a_tie_that_a_loader_makes_is_a_tie_also_between_processings() -> 
         process(other)
 
 
+def test_law_1_two_names_of_one_module_that_a_loader_ties_are_one_storage_or_refused() -> None:
+    for layout in (SWAP, PAD8):
+        layer = meta_layer(SWAP)
+        layer.head = nn.Parameter(torch.empty(6, 8, dtype=torch.uint8, device="meta"), requires_grad=False)
+        declare(layer, Alias("head", "head_prepared", layout), loaded=False)
+        layer.weight = layer.head = nn.Parameter(torch.arange(48, dtype=torch.uint8).view(6, 8), requires_grad=False)
+        if layout == PAD8:
+            for _ in range(2):
+                with pytest.raises(DeclarationError, match="two different kernel formats"):
+                    process(layer)
+            continue
+        process(layer)
+        layer.head.fill_(7)
+        process(layer)
+        assert layer.prepared.unique().tolist() == layer.head_prepared.unique().tolist() == layer.weight.unique().tolist() == [7]
+
+
 def test_float_scales_that_come_back_with_requires_grad_are_taken() -> None:
     layer = nn.Module()
     layer.scale = nn.Parameter(torch.empty(3, device="meta"), requires_grad=False)
