@@ -46,7 +46,7 @@ class ModuleNames:
         self.label = type(module).__name__
         self.sources: dict[str, Source] = {}
         self.derived: dict[str, Derived] = {}
-        self.owners: dict[str, Source | Derived] = {}  # of all of these, by the kernel name that they have
+        self.owners: dict[str, Source | Derived] = {}  # of all of these, by the kernel name that they have; see bind()
         #: Names that undeclared code derived and that could not share memory.
         self.separate: dict[str, Separate] = {}
         #: What ``explain`` says of the module beside its names.
@@ -69,6 +69,7 @@ class ModuleNames:
 
     def bind(self, sources: Iterable[Source] = ()) -> None:
         """Show the checkpoint names of ``sources``; and every kernel name: its tensor, or while the module is open its twin."""
+        self.owners = {source.derived: source for source in self.sources.values() if source.derived} | self.derived
         device = self.device()
         for derived in self.derived.values():  # made where its sources are, and anew where they went
             if device is not None and (derived.kernel is None or derived.kernel.memory.device != device):

@@ -52,7 +52,6 @@ class AliasRegistry(ModuleNames):
             self.sources[source.name] = source
             allocate(self, source, parameters[source.name], loaded=loaded)
         self.derived.update({d.declaration.name: d for d in derived})
-        self.owners = {source.derived: source for source in self.sources.values() if source.derived} | self.derived
         self.bind(sources)
 
     def rederive(self, derivations: Iterable[Derivation]) -> None:
