@@ -29,8 +29,8 @@ from .ported import copy_or_rebind_param as copy_or_rebind_param
 from .reload import apply_delta as apply_delta
 from .reload import checkpoint_digest as checkpoint_digest
 from .reload import reload as reload
+from .report.explain import Explanation as Explanation
 from .report.explain import explain as explain
-from .report.explanation import Explanation as Explanation
 from .report.memory import MemoryReport as MemoryReport
 from .report.memory import memory_report as memory_report
 from .spec import TensorSpec as TensorSpec

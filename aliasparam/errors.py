@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Self
+
+import torch
 
 
 class AliasError(Exception):
@@ -61,6 +65,27 @@ class AliasError(Exception):
     def __reduce__(self) -> tuple[Any, ...]:
         # Exceptions cross process boundaries (torch.distributed, multiprocessing) with their fields.
         return partial(type(self), **self._known()), (self.message,)
+
+
+@contextmanager
+def located(**facts: Any) -> Iterator[None]:
+    """Errors of the library that are raised inside say this too, where they know no better."""
+    try:
+        yield
+    except AliasError as error:
+        raise error.located(**facts).with_traceback(error.__traceback__) from error.__cause__
+
+
+@contextmanager
+def foreign_code(failed: str, kind: type[AliasError], **facts: Any) -> Iterator[None]:
+    """Functions that a user declared are called inside: what they raise of their own becomes an error of ``kind``."""
+    try:
+        with located(**facts):
+            yield
+    except (AliasError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise kind(failed, **facts | {"found": f"{type(error).__name__}: {error}"}) from error
 
 
 class DeclarationError(AliasError):

@@ -12,16 +12,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .errors import DeclarationError, PointerError
-from .module.adopt import adopt
+from .errors import DeclarationError, PointerError, located
+from .module.adopt import adopt, apart
 from .module.declarations import Alias
-from .module.planning import Separate, Source, parameter_spec
-from .module.registry import registry_of
+from .module.planning import Separate, parameter_spec
+from .module.registry import AliasRegistry, registry_of
 from .module.verbs import declare
 from .module.verdict import Reason, aliasing_is_on, judge
 from .spec import TensorSpec
-from .tensors.faces import _Aliased
-from .torch_private import shares_memory
 
 
 def alias_or_bind_derived_param(
@@ -42,64 +40,45 @@ def alias_or_bind_derived_param(
     registry = registry_of(module)
     source = registry.sources.get(source_name) if registry else None
     if not isinstance(derived_value, Tensor):
-        if registry is None or (source is None and derived_name not in registry.derived):
+        if registry is None or source is None:
             registry = declare(module, Alias(source_name, derived_name, derived_value))
         registry.process()
         return
-    if source is not None and source.derived not in (None, derived_name):
-        raise _declared_otherwise(module, source, f"for the kernel name {source.derived!r}")
-    if (reason := _why_apart(module, source, source_name, derived_name, derived_value)) is not None:
+    if (reason := _why_apart(module, registry, source_name, derived_name, derived_value)) is not None:
         copy_or_rebind_param(module, derived_name, derived_value)
         (registry or declare(module)).separate[derived_name] = Separate(source_name, reason, derived_value.nbytes)
         return
-    if source is not None and (source.layout is not None or source.derived is None):
-        raise _declared_otherwise(module, source, "with a layout" if source.derived else "without a kernel name")
-    value = _without_overlap(module, source, source_name, derived_value)
-    if source is None or registry is None:
+    if source is not None and (source.layout is not None or source.derived != derived_name):
+        other = f"for the kernel name {source.derived!r}" if source.derived else "without a kernel name"
+        raise DeclarationError(
+            f"this source was declared {'with a layout' if source.derived == derived_name else other}",
+            module=type(module).__name__,
+            name=source_name,
+            expected="a source that was not declared, or a call of this helper for its kernel name again",
+            found=f"kernel name {source.derived}, layout {source.layout}",
+            remedy="Call aliasparam.process(module) instead, declare the kernel name's layout, or copy_or_rebind_param.",
+        )
+    if registry is None or source is None:
         registry = declare(module, Alias(source_name, derived_name))
         source = registry.sources[source_name]
-    storage = source.need_storage("process", type(module).__name__)
+    value = apart(registry, derived_value)
     with torch.no_grad():
         adopt(registry)
-        storage.put_foreign(value)
+        source.need_storage("process").put_foreign(value)
     registry.commit_source(source_name)
-
-
-def _declared_otherwise(module: nn.Module, source: Source, how: str) -> DeclarationError:
-    return DeclarationError(
-        f"this source was declared {how}",
-        module=type(module).__name__,
-        name=source.name,
-        expected="a source that was not declared, or a call of this helper for its kernel name again",
-        found=f"kernel name {source.derived}, layout {source.layout}",
-        remedy="Call aliasparam.process(module) instead, declare Alias with the kernel name's layout, or copy_or_rebind_param.",
-    )
-
-
-def _without_overlap(module: nn.Module, source: Source | None, name: str, value: Tensor) -> Tensor:
-    """``value``, copied if it is a view of the very memory it is put into (``weight.t()`` of a square weight, say)."""
-    target = module._parameters.get(name) if source is None or source.storage is None else source.storage.buffer
-    if isinstance(value, _Aliased) or target is None or value.device.type == "meta":
-        return value.detach().clone()
-    return value.detach().clone() if shares_memory(value, target) else value.detach()
 
 
 def _existing(module: nn.Module, name: str) -> Tensor | None:
     """The tensor that lives under ``name``: it stays where it is."""
-    found: Tensor | None = module._parameters.get(name)
-    return module._buffers.get(name) if found is None else found
+    return module._parameters.get(name, module._buffers.get(name))
 
 
-def _why_apart(module: nn.Module, source: Source | None, name: str, derived_name: str, value: Tensor) -> Reason | None:
+def _why_apart(module: nn.Module, registry: AliasRegistry | None, name: str, derived_name: str, value: Tensor) -> Reason | None:
     """Undeclared code promises no padding and no inverse, so only the very same shape and dtype can share memory."""
-    if source is not None and source.storage is not None:
-        spec, device = source.plan.source, source.storage.buffer.device
-    else:
-        try:
-            spec, device = parameter_spec(module, name), module.get_parameter(name).device
-        except DeclarationError as error:
-            raise error.located(module=type(module).__name__) from error.__cause__
-    if value.device != device:
+    source = registry.sources.get(name) if registry else None
+    with located(module=type(module).__name__, name=name):
+        spec = source.plan.source if source else parameter_spec(module, name)
+    if value.device != ((registry.device() if registry else None) or module.get_parameter(name).device):
         return Reason.OTHER_DEVICE
     if spec != TensorSpec.of(value):
         verdict = judge(spec, TensorSpec.of(value))

@@ -54,15 +54,16 @@ FAULTS = [
         "        return func(name.memory)",
         "test_law_08_no_silent_garbage.py",
     ),
+    Planted("storage/kernel_name.py", "self.tensor._version > self", "self.tensor._version != self", "test_threads_and_fork.py"),
     Planted(
         "storage/kernel_name.py",
-        "        with LOCKS[COUNTERS]:\n            return",
-        "        if True:\n            return",
+        "self.tensor._version > self._ours._version + self._others",
+        "self._ours._version + self._others < self.tensor._version",
         "test_threads_and_fork.py",
     ),
     Planted(
         "storage/kernel_name.py",
-        "return self.tensor._version != self.version",
+        "return self.tensor._version > self._ours._version + self._others",
         "return False",
         "test_law_08_no_silent_garbage.py",
     ),
@@ -132,12 +133,12 @@ FAULTS = [
     ),
     Planted("tensors/faces.py", "    tensor._alias_pin = weakref.ref(tensor)", "    pass", "test_parameter_faces.py"),
     # modules
-    Planted("module/adopt.py", "        _finish_move(source)\n", "", "test_law_10_atomicity.py test_law_10_refusals.py"),
-    Planted("module/adopt.py", "            kernel.put_back()", "            pass", "test_adoption.py"),
+    Planted("module/adopt.py", "        finish_moves(registry)\n", "", "test_law_10_atomicity.py test_law_10_refusals.py"),
+    Planted("module/names.py", "                kernel.put_back()", "                pass", "test_adoption.py"),
     Planted("module/derive.py", "    derived.version += 1\n", "", "test_derivations.py test_retarget.py"),
     Planted("module/derive.py", "    derived.seen = versions\n", "", "test_engine_contracts.py test_law_08_no_silent_garbage.py"),
     Planted("module/registry.py", "            self.need_loaded()\n", "", "test_errors.py"),
-    Planted("module/names.py", "(tensor._version != kernel.version or", "(", "test_law_08_no_silent_garbage.py"),
+    Planted("module/names.py", "kernel.was_written or", "", "test_law_08_no_silent_garbage.py"),
     Planted(
         "module/names.py",
         "        self._show(ready=False)\n        self.readiness = OPEN",
@@ -148,8 +149,8 @@ FAULTS = [
     Planted("module/planning.py", "encode(values).view(self.plan.kernel.dtype)", "encode(values)", "test_law_01_oracle.py"),
     Planted(
         "module/planning.py",
-        "        for name in derivation.sources:\n",
-        "        for name in ():\n",
+        "for name in d.sources if name not in known",
+        "for name in ()",
         "test_derivations.py test_errors.py",
     ),
     Planted(
@@ -159,12 +160,12 @@ FAULTS = [
         "test_exposures.py test_law_10_refusals.py test_law_10_atomicity.py",
     ),
     Planted(
-        "module/names.py",
-        "        for held, names, name, tensor, _ in shown:",
-        "        for held, names, name, tensor, _ in ():",
+        "module/containers.py",
+        "    for held, names, name, thing in slots:",
+        "    for held, names, name, thing in ():",
         "test_law_08_no_silent_garbage.py",
     ),
-    Planted("module/names.py", " is not tensor or name in held:", " is not tensor:", "test_law_08_no_silent_garbage.py"),
+    Planted("module/containers.py", " is not thing or name in held:", " is not thing:", "test_law_08_no_silent_garbage.py"),
     Planted(
         "storage/transaction.py",
         "value=landable(part.value, part.storage.elements)",
@@ -175,7 +176,7 @@ FAULTS = [
     Planted("module/names.py", " + [b.name for b in self.left()]", "", "test_adoption.py"),
     Planted("module/names.py", "self._shown = shown + (self._reached or [])", "self._shown = shown", "test_adoption.py"),
     Planted("module/names.py", "binding.below = binding.below or id", "binding.below = id", "test_adoption.py"),
-    Planted("module/containers.py", " and name not in holder.__dict__  # an attribute", "  #", "test_adoption.py"),
+    Planted("module/containers.py", " or name in module.__dict__:  # an attribute", ":  #", "test_adoption.py"),
     Planted("module/names.py", "            return commit  #", "            return None  #", "test_threads_and_fork.py"),
     Planted(
         "module/names.py",
@@ -183,7 +184,7 @@ FAULTS = [
         "self._commit(self._versions())\n\n    def commit_source",
         "test_threads_and_fork.py",
     ),
-    Planted("module/containers.py", "value = kernel.other()", "pass", "test_law_08_compiled_callers.py"),
+    Planted("module/containers.py", "value if value.is_meta else kernel.other()", "value", "test_law_08_compiled_callers.py"),
     Planted("module/containers.py", "            owner.look()", "            pass", "test_law_08_compiled_callers.py"),
     Planted("module/containers.py", "if owner.moment != moment:", "if False:", "test_threads_and_fork.py"),
     Planted(
@@ -209,7 +210,7 @@ FAULTS = [
     Planted("storage/storage.py", "            value = landable(value, self.kernel_name.memory)\n", "", "test_ported_helpers.py"),
     Planted(
         "ported.py",
-        "        storage.put_foreign(value)",
+        '        source.need_storage("process").put_foreign(value)',
         "        source.storage.kernel_name.memory.copy_(value)",
         "test_ported_helpers.py",
     ),

@@ -11,11 +11,12 @@ from typing import cast
 
 from torch import Tensor
 
-from ..errors import AdoptionError
+from ..errors import AdoptionError, located
 from ..spec import TensorSpec, other_kind
 from ..tensors.faces import _Aliased, follow, loader_attributes
 from ..tensors.parameter import AliasedParameter, adopt_class, is_same_name, take_over
-from .allocate import adopt_memory
+from ..torch_private import shares_memory
+from .allocate import allocate, check_tie
 from .containers import standing
 from .names import ModuleNames
 from .planning import Binding, Source
@@ -23,25 +24,22 @@ from .planning import Binding, Source
 
 def adopt(registry: ModuleNames) -> None:
     """Adopt or refuse whatever was put under the declared names since the last verb."""
-    _need_shards_here(registry)
-    foreign: list[tuple[Source, Binding, Tensor]] = [
-        (source, binding, tensor)
-        for source in registry.sources.values()
-        for binding in (source.bindings or [Binding(registry.module, source.name, None)])  # type: ignore[arg-type]
-        if (tensor := standing(binding.module, binding.name)) is not binding.parameter and tensor is not None
-    ]
-    for source, binding, found in foreign:
-        _check_adoptable(registry, source, binding, found)
-    _follow_device(registry, foreign)
-    ours = {s.buffer.untyped_storage().data_ptr() for s in registry.storages()}
-    values = [_without_overlap(ours, found) for _, _, found in foreign]  # all are read before the first is written
-    for (source, binding, found), value in zip(foreign, values, strict=True):
-        _take_in(registry, source, binding, found, value)
-    _drop_left_behind(registry)
-    for source in registry.sources.values():
-        _finish_move(source)
-    registry.rebind()
-    _right_kernel_names(registry)
+    with located(module=registry.label):
+        _need_shards_here(registry)
+        foreign: list[tuple[Source, Binding, Tensor]] = [
+            (source, binding, tensor)
+            for source in registry.sources.values()
+            for binding in (source.bindings or [Binding(registry.module, source.name, None)])  # type: ignore[arg-type]
+            if (tensor := standing(binding.module, binding.name)) is not binding.parameter and tensor is not None
+        ]
+        for source, binding, found in foreign:
+            _check_adoptable(source, binding, found)
+        _follow_device(registry, foreign)
+        values = [apart(registry, found) for _, _, found in foreign]  # all are read before the first is written
+        for (source, binding, found), value in zip(foreign, values, strict=True):
+            _take_in(registry, source, binding, found, value)
+        finish_moves(registry)
+        registry.rebind()
 
 
 def _need_shards_here(registry: ModuleNames) -> None:
@@ -49,7 +47,6 @@ def _need_shards_here(registry: ModuleNames) -> None:
         shown = binding.parameter
         raise AdoptionError(
             "the module that shows a part of a declared weight was replaced",
-            module=registry.label,
             name=binding.name,
             expected=f"the {type(binding.module).__name__} that shows {list(shown.shape)} of {shown._alias_storage.label}",
             found="another module in its place, or none: the weight is still what that one shows",
@@ -57,103 +54,75 @@ def _need_shards_here(registry: ModuleNames) -> None:
         )
 
 
-def _finish_move(source: Source) -> None:
-    """Another layout was planned, and getting there was interrupted."""
-    storage = source.storage
-    if storage is not None and storage.layout != source.layout:
-        with storage.lock:
-            storage.before_write()
-            storage.move(source.layout)
+def finish_moves(registry: ModuleNames) -> None:
+    """Bring storages into the order that is planned for them, also where a retarget was interrupted."""
+    for source in registry.sources.values():
+        storage = source.storage
+        if storage is not None and storage.layout != source.layout:
+            with storage.lock:
+                storage.before_write()
+                storage.move(source.layout)
 
 
-def _right_kernel_names(registry: ModuleNames) -> None:
-    """Other code may have given a kernel name other memory, or written it. See [Note: foreign writes]."""
-    for _, kernel in registry.kernels():
-        if kernel.was_moved:
-            kernel.put_back()
-    for storage in registry.storages():
-        with storage.lock:
-            storage.notice()
-
-
-def _drop_left_behind(registry: ModuleNames) -> None:
-    """Derived tensors whose sources moved to another device are computed anew there."""
-    here = registry.device()
-    for derived in registry.derived.values():
-        if derived.kernel is not None and derived.kernel.memory.device != here:
-            derived.kernel, derived.seen = None, None
-
-
-def _check_adoptable(registry: ModuleNames, source: Source, binding: Binding, tensor: Tensor) -> None:
-    expected = source.plan.source if source.storage is None else TensorSpec.of(binding.parameter._alias_geometry)
+def _check_adoptable(source: Source, binding: Binding, tensor: Tensor) -> None:
+    if source.storage is None:
+        check_tie(source, tensor)
+    expected = source.plan.source if source.storage is None else TensorSpec.of(binding.parameter)
+    found: object = other_kind(tensor) or TensorSpec.of(tensor)
     if isinstance(tensor, AliasedParameter) and source.storage not in (None, tensor._alias_storage):
-        raise AdoptionError(
-            "a Parameter that another module declared was tied to a name that was declared by itself",
-            module=registry.label,
-            name=binding.name,
-            expected="a Parameter that is not declared",
-            found=f"{tensor._alias_storage.label}",
-            remedy="Tie the names before declaring them; or copy the values with copy_(). "
-            "registry.rebind() puts the library's parameter back.",
-        )
-    found = other_kind(tensor) or TensorSpec.of(tensor)
+        found = f"{tensor._alias_storage.label}, which was declared by itself"
     if found != expected:
         raise AdoptionError(
             "a tensor that does not fit was put in the place of a declared name",
-            module=registry.label,
             name=binding.name,
             expected=expected,
             found=found,
-            remedy="Declared weights keep shape and dtype (Module.half() and the like cannot apply to them). "
-            "registry.rebind() puts the library's parameter back.",
+            remedy="Declared weights keep shape, dtype (Module.half() and the like cannot apply to them) and memory (tie names "
+            "before declaring them). registry.rebind() puts the library's parameter back.",
         )
 
 
 def _follow_device(registry: ModuleNames, foreign: list[tuple[Source, Binding, Tensor]]) -> None:
     """After Module.to(device) every name holds a tensor elsewhere: follow, as a whole."""
-    here = registry.device()
-    devices = {t.device for _, _, t in foreign if t.device.type != "meta"}
+    here, devices = registry.device(), {tensor.device for _, _, tensor in foreign if not tensor.is_meta}
     if here is None or devices <= {here}:
         return
-    count = len(registry.bindings())
-    if len(devices) != 1 or len(foreign) != count:
+    if len(devices) != 1 or len(foreign) != len(registry.bindings()):
         raise AdoptionError(
             "only some of the declared names are on another device",
-            module=registry.label,
-            expected=f"all {count} names on {here}, or all elsewhere",
+            expected=f"all {len(registry.bindings())} names on {here}, or all elsewhere",
             found=f"{len(foreign)} names on {sorted(map(str, devices))}",
             remedy="Move the whole module: module.to(device).",
         )
-    device = devices.pop()
     for binding in registry.bindings():
-        follow(binding.parameter, device)
+        follow(binding.parameter, *devices)
 
 
-def _without_overlap(ours: set[int], tensor: Tensor) -> Tensor:
-    """The values of a tensor that was put under a name, in memory that no write of this adoption changes."""
+def apart(registry: ModuleNames, tensor: Tensor) -> Tensor:
+    """The values of a tensor, in memory that no write to a declared name changes."""
     if isinstance(tensor, _Aliased):
-        return tensor if tensor.device.type == "meta" else tensor.detach().clone()
+        return tensor if tensor.is_meta else tensor.detach().clone()
     mine = tensor.detach()
-    return mine.clone() if mine.numel() and mine.untyped_storage().data_ptr() in ours else mine
+    return mine.clone() if any(shares_memory(mine, storage.buffer) for storage in registry.storages()) else mine
 
 
 def _take_in(registry: ModuleNames, source: Source, binding: Binding, tensor: Tensor, value: Tensor) -> None:
-    if tensor.device.type == "meta":
-        return  # a placeholder: nothing to take, and our name comes back
     if source.storage is None:
-        adopt_memory(registry, source, tensor, loaded=True)
+        allocate(registry, source, tensor, loaded=True)
         return
-    if is_same_name(tensor, binding.parameter):
-        _keep(cast(AliasedParameter, tensor), binding.parameter)
-        binding.parameter = cast(AliasedParameter, tensor)
-        return
-    binding.parameter.copy_(value)
-    _keep(binding.parameter, tensor)
-    if not isinstance(tensor, _Aliased):  # whoever else holds it (a module it is tied to) goes on seeing what is loaded
-        geometry = binding.parameter._alias_geometry
-        taken = take_over(tensor, source.storage, geometry, like=binding.parameter)
-        if taken is not None:
-            binding.parameter = taken
+    if tensor.is_meta:
+        return  # a placeholder: nothing to take, and our name comes back
+    ours = binding.parameter
+    taken: AliasedParameter | None
+    if is_same_name(tensor, ours):
+        taken = cast(AliasedParameter, tensor)
+        _keep(taken, ours)
+    else:
+        ours.copy_(value)
+        _keep(ours, tensor)
+        # Whoever else holds it (a module it is tied to) goes on seeing what is loaded.
+        taken = take_over(tensor, source.storage, ours._alias_geometry, like=ours)
+    binding.parameter = ours if taken is None else taken
 
 
 def _keep(parameter: AliasedParameter, other: Tensor) -> None:

@@ -5,6 +5,7 @@ What cannot: tensors that overlap themselves or each other, or lie on several de
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Mapping, Sequence
 
@@ -26,35 +27,27 @@ from .names import ModuleNames
 from .planning import Source
 
 
-def allocate(names: ModuleNames, source: Source, *, loaded: bool) -> None:
-    """Give a source its storage, with the values of the tensor now under its name if they count."""
-    tensor = names.module._parameters[source.name]
-    if tensor is None:
-        raise AssertionError(f"{names.label}.{source.name} vanished while it was being declared")
-    if isinstance(tensor, AliasedParameter):
-        names.bind_storage(source, tensor._alias_storage, tensor)  # a tied weight which another module declared: see _check_tie
-    elif tensor.device.type == "meta":
-        source.attributes.update(loader_attributes(tensor))  # a loader will put a real tensor here: see adopt.py
-    else:
-        adopt_memory(names, source, tensor, loaded=loaded)
-
-
-def adopt_memory(names: ModuleNames, source: Source, tensor: Tensor, *, loaded: bool) -> None:
-    """Make ``tensor``, the Parameter now under the source's name, the storage's checkpoint name.
+def allocate(names: ModuleNames, source: Source, tensor: Tensor, *, loaded: bool) -> None:
+    """Make ``tensor``, which is under the source's name, its checkpoint name: over a storage with its values, if they count.
 
     Its own memory is taken over where it is exactly the capacity and nobody else looks at it (no copy, no new address); what it
     holds is brought into kernel order by blocks. Memory that somebody else owns is never written: the storage gets its own.
     """
-    label = f"{names.label}.{source.name}"
+    if tensor.is_meta:
+        source.attributes.update(loader_attributes(tensor))  # a loader will put a real tensor here: see adopt.py
+        return
+    if isinstance(tensor, AliasedParameter):  # a tied weight that was declared before
+        check_tie(source, tensor)
+        names.bind_storage(source, tensor._alias_storage, tensor)
+        return
     memory = _memory_of(source, tensor)
-    storage = _storage(label, source, tensor, memory, loaded=loaded)
+    storage = _storage(names, source, tensor, memory, loaded=loaded)
     parameter = take_over(tensor, storage, storage.geometry)
     if parameter is None:  # the old object stays in somebody's hands, so its memory stays its own
         if memory is not None:
-            memory, storage = None, _storage(label, source, tensor, None, loaded=loaded)
+            memory, storage = None, _storage(names, source, tensor, None, loaded=loaded)
         parameter = make_parameter(storage, storage.geometry, type(tensor), loader_attributes(tensor))
-    for name, value in source.attributes.items():
-        parameter.__dict__.setdefault(name, value)
+    parameter.__dict__.update(source.attributes | parameter.__dict__)
     names.bind_storage(source, storage, parameter)
     if loaded and memory is not None:
         bound_to(None, *storage.spec).reorder(storage.elements, storage.bound, SCRATCH_BYTES)
@@ -64,33 +57,34 @@ def adopt_memory(names: ModuleNames, source: Source, tensor: Tensor, *, loaded: 
 def _memory_of(source: Source, tensor: Tensor) -> Tensor | None:
     """The tensor's own allocation as flat bytes, if it can become the storage's."""
     plan, memory = source.plan, tensor.untyped_storage()
-    fits = plan.is_exact and memory.nbytes() == plan.nbytes and tensor.is_contiguous() and tensor.storage_offset() == 0
+    fits = memory.nbytes() == plan.nbytes == plan.source.nbytes and tensor.is_contiguous() and tensor.storage_offset() == 0
     if not fits or not is_alone(memory):
         return None
     with outside_inference():  # a tensor made in inference mode could not be written outside it
         return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(memory, 0, (plan.nbytes,), (1,))
 
 
-def _storage(label: str, source: Source, tensor: Tensor, memory: Tensor | None, *, loaded: bool) -> AliasedStorage:
+def _storage(names: ModuleNames, source: Source, tensor: Tensor, memory: Tensor | None, *, loaded: bool) -> AliasedStorage:
     """A storage in ``memory``, INVALID until its values are in order; or in memory of its own, which has the tensor's values."""
     plan, state = source.plan, State.EMPTY if not loaded or memory is None else State.INVALID
     own = memory is None
     if memory is None:
         with outside_inference():
             memory = torch.zeros(plan.nbytes, dtype=torch.uint8, device=tensor.device)
-    storage = AliasedStorage(label, plan.source, source.layout, memory, state, plan.kernel.dtype if source.derived else None)
+    dtype = plan.kernel.dtype if source.derived else None
+    storage = AliasedStorage(f"{names.label}.{source.name}", plan.source, source.layout, memory, state, dtype)
     if own and loaded:  # before it is shown: an interrupt loses no weights
         storage.write(storage.bound.whole, tensor.detach().to(storage.bound.dtype))
     return storage
 
 
-def check_sources(names: ModuleNames, sources: Sequence[Source]) -> None:
-    """Raise DeclarationError where the Parameters of ``sources`` cannot each have a storage of their own."""
-    beside = {n: p for n, p in names.module._parameters.items() if p is not None and not is_lazy(p)}
+def check_sources(names: ModuleNames, sources: Sequence[Source]) -> list[tuple[Source, Tensor]]:
+    """Each source and its Parameter. Raises DeclarationError where they cannot each have a storage of their own."""
+    beside: dict[str, Tensor] = {n: p for n, p in names.module._parameters.items() if p is not None and not is_lazy(p)}
     declared = {source.name: beside.pop(source.name) for source in sources}
-    _check_memory(names.label, declared, beside)
+    _check_memory(declared, beside)
     for source in sources:
-        _check_tie(source, declared[source.name])
+        check_tie(source, declared[source.name])
     trained = sorted(name for name, parameter in declared.items() if parameter.requires_grad)
     if trained:  # their kernel bytes are no function of autograd
         warnings.warn(
@@ -99,37 +93,31 @@ def check_sources(names: ModuleNames, sources: Sequence[Source]) -> None:
             UserWarning,
             stacklevel=4,
         )
+    return [(source, declared[source.name]) for source in sources]
 
 
-def _check_tie(source: Source, parameter: Tensor) -> None:
+def check_tie(source: Source, parameter: Tensor) -> None:
     """Raise DeclarationError for a Parameter that another module declared, unless to the same format."""
     if not isinstance(parameter, _Aliased):
         return
-    storage = parameter._alias_storage
-    if not isinstance(parameter, AliasedParameter) or place_in(parameter._alias_geometry) != place_in(storage.geometry):
+    storage, plan = parameter._alias_storage, source.plan
+    dtype = plan.kernel.dtype if source.derived else None
+    whole = isinstance(parameter, AliasedParameter) and place_in(parameter._alias_geometry) == place_in(storage.geometry)
+    alike = storage.bound is plan.bound and storage.kernel_dtype is dtype and storage.buffer.numel() >= plan.nbytes
+    if not whole or not alike:
         raise DeclarationError(
-            "this Parameter is a view of a storage that another module declared",
+            "a tied weight is declared to two different kernel formats" if whole else "a part of a tied weight is declared",
             name=source.name,
-            expected="the whole Parameter, or one with memory of its own",
-            found=f"a view of {storage.label}",
-            remedy="Declare the whole, and show parts of it: registry.show_shards(...).",
-        )
-    dtype = source.plan.kernel.dtype if source.derived else None
-    if storage.bound is not source.plan.bound or storage.kernel_dtype is not dtype or storage.buffer.numel() < source.plan.nbytes:
-        raise DeclarationError(
-            "a tied weight is declared to two different kernel formats",
-            name=source.name,
-            expected=f"the layout it has in {storage.label}",
-            found=source.layout,
-            remedy="Declare it once, or untie it with clone().",
+            expected=f"the whole of {storage.label}, and the layout it has there",
+            found=source.layout if whole else f"a view of {storage.label}",
+            remedy="Declare it once, and show parts of it with registry.show_shards(...); or untie it with clone().",
         )
 
 
-def _check_memory(label: str, tensors: Mapping[str, Tensor], beside: Mapping[str, Tensor]) -> None:
+def _check_memory(tensors: Mapping[str, Tensor], beside: Mapping[str, Tensor]) -> None:
     """Raise DeclarationError for sources which cannot each have a storage of their own.
 
     Args:
-        label: the module, for messages.
         tensors: declared sources by name; those on the meta device have no memory and pass.
         beside: other Parameters of the module. One that lies in a source's memory would lose it, unseen.
     """
@@ -137,7 +125,6 @@ def _check_memory(label: str, tensors: Mapping[str, Tensor], beside: Mapping[str
     if len({t.device for t in real.values()}) > 1:
         raise DeclarationError(
             "the declared names are on several devices",
-            module=label,
             expected="one device",
             found={name: str(t.device) for name, t in real.items()},
             remedy="Move the whole module first: module.to(device).",
@@ -146,7 +133,6 @@ def _check_memory(label: str, tensors: Mapping[str, Tensor], beside: Mapping[str
         if overlaps_itself(tensor):
             raise DeclarationError(
                 "elements of this tensor share memory (an expanded or overlapping view)",
-                module=label,
                 name=name,
                 expected="every element in bytes of its own",
                 found=f"shape {list(tensor.shape)}, strides {list(tensor.stride())}",
@@ -154,20 +140,17 @@ def _check_memory(label: str, tensors: Mapping[str, Tensor], beside: Mapping[str
             )
     objects = {id(t) for t in real.values()}  # the same object under a second name is a tie, which is kept
     others = {name: t for name, t in beside.items() if id(t) not in objects and has_memory(t)}
-    every = [(t.data_ptr(), t.data_ptr() + extent(t), name, of is real) for of in (real, others) for name, t in of.items()]
-    furthest: dict[bool, tuple[int, str]] = {}  # of what is declared, and of what is not: where one ends
-    for start, end, name, declared in sorted(every):
-        for known, (stop, other) in furthest.items():
-            if start < stop and (known or declared):
-                raise DeclarationError(
-                    "two names overlap in memory",
-                    module=label,
-                    name=f"{other}, {name}",
-                    expected="tensors apart from each other",
-                    found=f"bytes {start} to {min(stop, end) - 1} in both",
-                    remedy="Declare the tensor which owns the memory and show parts of it: registry.show_shards(...).",
-                )
-        furthest[declared] = max(furthest.get(declared, (0, "")), (end, name))
+    every = {name: range(t.data_ptr(), t.data_ptr() + extent(t)) for name, t in (real | others).items()}
+    for name, other in itertools.permutations(every, 2):
+        mine, its = every[name], every[other]
+        if name in real and mine.start < its.stop and its.start < mine.stop:
+            raise DeclarationError(
+                "two names overlap in memory",
+                name=f"{name}, {other}",
+                expected="tensors apart from each other",
+                found=f"bytes {max(mine.start, its.start)} to {min(mine.stop, its.stop) - 1} in both",
+                remedy="Declare the tensor which owns the memory and show parts of it: registry.show_shards(...).",
+            )
 
 
 def has_memory(tensor: Tensor) -> bool:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Container, Iterable
+from typing import Any, Protocol, TypeAlias
 
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -16,6 +16,11 @@ from ..storage.kernel_name import KernelName
 from ..tensors.parameter import AliasedParameter, SavedName
 
 _TRACED = (FakeTensor, FunctionalTensor)  # torch.export traces with stand-ins, and puts everything back
+
+
+#: A module's ``__dict__``, which of the dicts in it has a name, the name, what is there. By the way from the module on: other
+#: code may put another dict in its place, or an attribute, which hides both.
+Slot: TypeAlias = tuple[dict[str, Any], str, str, Any]
 
 
 class Owner(Listener, Protocol):
@@ -44,17 +49,16 @@ class Names(dict[str, Any]):
         kernel name is refused before it goes on to other modules."""
         owner = None if isinstance(value, _TRACED) else self.owners.get(name)
         kernel = None if owner is None else owner.kernel(name)
-        if kernel is not None and isinstance(value, Tensor) and TensorSpec.of(value) != TensorSpec.of(kernel.memory):
-            raise AdoptionError(
-                "a kernel-format name was given another dtype or shape",
-                module=self.owners[name].label,
-                name=name,
-                expected=TensorSpec.of(kernel.memory),
-                found=TensorSpec.of(value),
-                remedy="Module.half() and the like cannot apply to declared modules; cast the others.",
-            )
-        if kernel is not None and isinstance(value, Tensor) and not value.is_meta and not kernel.shows(value):
-            value = kernel.other()
+        if kernel is not None and isinstance(value, Tensor) and not kernel.shows(value):
+            if TensorSpec.of(value) != TensorSpec.of(kernel.memory):
+                raise AdoptionError(
+                    "a kernel-format name was given another dtype or shape",
+                    label=kernel.label,
+                    expected=TensorSpec.of(kernel.memory),
+                    found=TensorSpec.of(value),
+                    remedy="Module.half() and the like cannot apply to declared modules; cast the others.",
+                )
+            value = value if value.is_meta else kernel.other()
         super().__setitem__(name, value)
         if owner is not None:
             owner.look()
@@ -114,21 +118,23 @@ def standing(module: nn.Module, name: str) -> Any:
     return module._buffers.get(name) if found is None else found
 
 
-def held_below(module: nn.Module, sought: Sequence[nn.Module]) -> dict[int, tuple[nn.Module, str, nn.Module]]:
-    """Of those of ``sought`` that are below ``module``, and of all on the way there: who holds it, under what name, and it; by
-    its id."""
-    every = reversed(list(module.modules())) if sought else ()  # of several holders the first: so each way up ends at ``module``
-    held = {
-        id(child): (holder, name, child)
-        for holder in every
-        for name, child in holder._modules.items()
-        if child is not None and name not in holder.__dict__  # an attribute hides it
-    }
-    found: dict[int, tuple[nn.Module, str, nn.Module]] = {}
-    for at in sought:
-        while id(at) in held and id(at) not in found:
-            found[id(at)] = held[id(at)]
-            at = held[id(at)][0]
+def all_stand(slots: Iterable[Slot]) -> bool:
+    """Whether what was seen in each place is still there. For every forward."""
+    for held, names, name, thing in slots:  # noqa: SIM110 - a generator costs as much as the rest
+        if held[names].get(name) is not thing or name in held:
+            return False
+    return True
+
+
+def ways_below(module: nn.Module, sought: Container[int]) -> list[Slot]:
+    """Where the modules whose ids are ``sought`` stand below ``module``, and all on the way to them."""
+    found: list[Slot] = []
+    for name, child in module._modules.items():
+        if child is None or name in module.__dict__:  # an attribute hides it
+            continue
+        below = ways_below(child, sought)
+        if below or id(child) in sought:
+            found += [(module.__dict__, "_modules", name, child), *below]
     return found
 
 

@@ -78,6 +78,10 @@ class Derivation:
     shape: tuple[int, ...]
     dtype: torch.dtype
 
+    @property
+    def spec(self) -> TensorSpec:
+        return TensorSpec(self.shape, self.dtype)
+
 
 @dataclass(frozen=True)
 class Keep:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from ..errors import AliasError, DerivationError, StateError
+from ..errors import DerivationError, StateError, foreign_code, located
 from ..spec import TensorSpec, no_values
+from ..storage.kernel_name import KernelName
 from .declarations import Derivation
 from .names import ModuleNames
-from .planning import Derived
 
 
-def refresh(registry: ModuleNames, derived: Derived) -> int:
+def refresh(registry: ModuleNames, name: str, kernel: KernelName) -> int:
     """Compute one derivation again if it is not current; returns how many were computed. Its sources come first."""
-    if registry.is_current(derived):
+    if registry.is_current(name):
         return 0
-    versions, kernel = registry.versions_of(derived), derived.need_kernel()
-    value = _compute(registry, derived.declaration)
+    derived = registry.derived[name]
+    versions = registry.versions_of(derived)
+    with located(name=name):
+        value = _compute(registry, derived.declaration)
     derived.seen = None  # an interrupted copy is of no version
     derived.version += 1
     kernel.memory.copy_(value)
@@ -26,49 +27,25 @@ def refresh(registry: ModuleNames, derived: Derived) -> int:
     return 1
 
 
-def value_of(registry: ModuleNames, name: str) -> Tensor:
-    """What a source or a derived name holds, also of a source that is shown as shards by other names."""
-    if name in registry.derived:
-        return registry.derived[name].need_kernel().memory
-    storage = registry.source_of(name).need_storage("read", registry.label)
-    if name not in registry.sources and storage.kernel_name is not None:
-        return storage.kernel_name.memory
-    return storage.read(storage.bound.whole)
-
-
-def _compute(registry: ModuleNames, spec: Derivation) -> Tensor:
+def _compute(registry: ModuleNames, declared: Derivation) -> Tensor:
     """The derived value, from copies that the function may change.
 
     Raises:
         DerivationError: the function raised something of its own, or returned no tensor with values.
         StateError: it returned one of another shape or dtype than it declared.
     """
-    held = [(name, value_of(registry, name)) for name in spec.sources]
+    held = [(name, registry.value(name)) for name in declared.sources]
     values = [value if name in registry.sources else value.clone() for name, value in held]  # which it may overwrite
-    expected = TensorSpec(spec.shape, spec.dtype)
-    where = {"module": registry.label, "name": spec.name}
-    given = ", ".join(f"{n} {TensorSpec.of(v)}" for n, v in zip(spec.sources, values, strict=True))
-    try:
-        value = spec.function(*values)
-    except AliasError as error:
-        remedy = "Load other values, or mend the function of this derivation."
-        raise error.located(**where, expected="sources that can be derived from", found=given, remedy=remedy) from error
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        raise DerivationError(
-            "the function of this derivation failed",
-            **where,
-            expected=f"a tensor from {given}",
-            found=f"{type(error).__name__}: {error}",
-            remedy="Mend the function; until then the module refuses to run.",
-        ) from error
+    given = ", ".join(f"{n} {TensorSpec.of(v)}" for n, v in zip(declared.sources, values, strict=True))
+    remedy = "Load other values, or mend the function of this derivation; until then the module refuses to run."
+    facts = {"expected": "sources that can be derived from", "found": given, "remedy": remedy}
+    with foreign_code("the function of this derivation failed", DerivationError, **facts):
+        value = declared.function(*values)
     kind = no_values(value)
-    if kind is not None or TensorSpec.of(value) != expected:
+    if kind is not None or TensorSpec.of(value) != declared.spec:
         raise (StateError if kind is None else DerivationError)(
             "the function of this derivation returned something else than it declared",
-            **where,
-            expected=expected,
+            expected=declared.spec,
             found=kind or TensorSpec.of(value),
             remedy="Return exactly that from the function, or declare what it returns.",
         )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ReloadError
+from ..storage.coverage import Box
 from ..tensors.faces import _Aliased
 from ..tensors.geometry import place_of
 from .registry import need_model
@@ -45,30 +46,32 @@ class Exposure:
             ReloadError: it is closed already, or was closed from elsewhere (the model was invalidated meanwhile); or rows that
                 this order does not keep together, and it is still open.
         """
-        target = _part(self._target, rows, self.order) if self._open else self._target
-        self._close(target, written=True)
-        if self.order == "checkpoint":
-            with torch.no_grad():
-                target.copy_(self.memory if rows is None else self.memory[rows])
+        self._end(rows)
 
     def abandon(self) -> None:
         """The writer failed. Staging is dropped; raw memory that it may have written refuses until it is loaded again."""
-        self._close(self._target, written=False)
+        self._end(None, "whoever wrote the raw bytes failed")
 
-    def _close(self, target: _Aliased, *, written: bool) -> None:
-        """Take raw memory back: what is under ``target`` is LOADED or INVALID now."""
-        storage = self._storage
+    def _end(self, rows: slice | None, failed: str | None = None) -> None:
         if not self._open:
             raise ReloadError(
                 "this exposure is closed already",
-                label=storage.label,
+                label=self._storage.label,
                 expected="one written() or abandon()",
                 found="a second one",
                 remedy="Expose the name again.",
             )
+        target, box = _part(self._target, rows, self.order)
         self._open = False
-        if self.order == "checkpoint":
-            return
+        if self.order == "kernel":
+            self._take_back(box, failed)
+        elif failed is None:
+            with torch.no_grad():
+                target.copy_(self.memory if rows is None else self.memory[rows])
+
+    def _take_back(self, box: Box, failed: str | None) -> None:
+        """What is under ``box`` in the raw memory is LOADED or INVALID now."""
+        storage = self._storage
         with storage.lock:
             if not storage.is_exposed_to(self):
                 raise ReloadError(
@@ -78,18 +81,15 @@ class Exposure:
                     found="invalidate(), or a failed reload, meanwhile",
                     remedy="Expose the name again.",
                 )
-            place = place_of(storage, target._alias_geometry)
-            if place is None:
-                raise AssertionError(f"{storage.label}: exposed without a place")
             storage.changing()
-            regions, _ = storage.states.begin(place.box)
+            regions, _ = storage.states.begin(box)
             if storage.kernel_name is not None:
                 storage.kernel_name.accept()
             storage.unexpose()  # now that it is INVALID
-            if written:
+            if failed is None:
                 storage.states.rollback((regions, {}))  # none lacks anything
             else:
-                storage.states.why = "whoever wrote the raw bytes failed"
+                storage.states.why = failed
 
     def __enter__(self) -> Exposure:
         return self
@@ -120,36 +120,37 @@ def expose_for_writing(
         StateError: the raw memory is exposed already.
     """
     need_model(module)
-    owner, _, leaf = name.rpartition(".")
-    holder = dict(module.named_modules(remove_duplicate=False)).get(owner)
-    parameter = None if holder is None else holder._parameters.get(leaf)
+    parameter = dict(module.named_parameters(remove_duplicate=False)).get(name)
     if not isinstance(parameter, _Aliased) or order not in ("checkpoint", "kernel"):
         raise ReloadError(
             "only declared checkpoint names can be exposed, in checkpoint or kernel order",
             module=type(module).__name__,
             name=name,
             expected="a declared Parameter, dotted below the module",
-            found="no such module" if holder is None else "no such Parameter" if parameter is None else type(parameter).__name__,
+            found="no such Parameter" if parameter is None else type(parameter).__name__,
             remedy="Declare it first, or write an undeclared Parameter directly.",
         )
-    target = _part(parameter, rows, order)
+    target, box = _part(parameter, rows, order)
     geometry, storage = target._alias_geometry, parameter._alias_storage
     if order == "checkpoint":
         return Exposure(target, torch.empty(geometry.shape, dtype=geometry.dtype, device=geometry.device), order, writer)
     bound, kernel = storage.bound, storage.kernel_name
     memory = storage.elements[: bound.regions * bound.region_capacity] if kernel is None else kernel.memory
-    place = place_of(storage, geometry) if bound.lead or not geometry.numel() else None  # of no rows, no memory
-    return Exposure(target, memory if place is None else memory[slice(*place.box[0])], order, writer)
+    lent = memory[slice(*box[0])] if bound.lead or not geometry.numel() else memory  # of no rows, no memory
+    return Exposure(target, lent, order, writer)
 
 
-def _part(target: _Aliased, rows: slice | None, order: Order) -> _Aliased:
-    """``rows`` of ``target``. Raises ReloadError where they are no range of the memory that is lent in this order."""
+def _part(target: _Aliased, rows: slice | None, order: Order) -> tuple[_Aliased, Box]:
+    """``rows`` of ``target``, and in kernel order the box that they are. Raises ReloadError where they are no range of the memory
+    that is lent in this order."""
     bound = target._alias_storage.bound
+    box: Box = ()
     together = rows is None or (isinstance(rows, slice) and (rows.step or 1) > 0)
     part: _Aliased = target if rows is None or not together else target[rows]
-    if together and order == "kernel" and part.numel():
+    if together and order == "kernel":
         place, inner = place_of(target._alias_storage, part._alias_geometry), 1 if bound.lead else 0
-        together = place is not None and place.box[inner:] == bound.whole[inner:]
+        box = () if place is None else place.box
+        together = place is not None and (box[inner:] == bound.whole[inner:] or not part.numel())
     if not together:
         raise ReloadError(
             "these rows are no range of the memory",
@@ -158,4 +159,4 @@ def _part(target: _Aliased, rows: slice | None, order: Order) -> _Aliased:
             found=f"{'a shard' if rows is None else rows} of {list(bound.shape)}",
             remedy='Expose the whole, or order="checkpoint".',
         )
-    return part
+    return part, box

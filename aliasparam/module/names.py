@@ -5,10 +5,10 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable
 from enum import Enum
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import StaleKernelError
 from ..storage.kernel_name import KernelName
@@ -16,7 +16,7 @@ from ..storage.locks import all_locked
 from ..storage.storage import AliasedStorage
 from ..tensors.parameter import AliasedParameter, is_same_name
 from ..torch_private import outside_inference
-from .containers import held_below, put, standing
+from .containers import Slot, all_stand, put, standing, ways_below
 from .planning import Binding, Derived, Separate, Source
 
 
@@ -34,11 +34,6 @@ class Readiness(Enum):
 READY, OPEN = Readiness.READY, Readiness.OPEN
 
 
-#: A module's ``__dict__``, which of the dicts in it has a name, the name, what is there; and of a kernel name, the library's.
-#: By the way from the module on: other code may put another dict in its place, or an attribute, which hides both.
-Shown: TypeAlias = tuple[dict[str, Any], str, str, Any, KernelName | None]
-
-
 class ModuleNames:
     """The declared names of one module.
 
@@ -50,12 +45,15 @@ class ModuleNames:
         self.module = module
         self.label = type(module).__name__
         self.sources: dict[str, Source] = {}
-        self.aliased: dict[str, Source] = {}  # by the kernel name that lives in their storage
         self.derived: dict[str, Derived] = {}
+        self.owners: dict[str, Source | Derived] = {}  # of all of these, by the kernel name that they have; see bind()
         #: Names that undeclared code derived and that could not share memory.
         self.separate: dict[str, Separate] = {}
-        self._shown: list[Shown] | None = None  # what stands where, once it was seen to be ours
-        self._reached: list[Shown] | None = None  # and modules below that show shards, where none has left
+        #: What ``explain`` says of the module beside its names.
+        self.about = ""
+        #: What stands where, and the kernel names, once all was seen to be ours.
+        self._shown: tuple[list[Slot], list[KernelName]] | None = None
+        self._reached: list[Slot] | None = None  # and modules below that show shards, where none has left
         self.readiness = READY
         #: The reload that has this module, alive while it is open: nothing else may let the module run.
         self.holder: weakref.ref[Any] | None = None
@@ -72,18 +70,21 @@ class ModuleNames:
 
     def bind(self, sources: Iterable[Source] = ()) -> None:
         """Show the checkpoint names of ``sources``; and every kernel name: its tensor, or while the module is open its twin."""
+        self.owners = {source.derived: source for source in self.sources.values() if source.derived} | self.derived
         device = self.device()
-        for derived in self.derived.values():
-            if derived.kernel is None and device is not None:
-                spec = derived.declaration
+        for derived in self.derived.values():  # made where its sources are, and anew where they went
+            if device is not None and (derived.kernel is None or derived.kernel.memory.device != device):
+                spec = derived.declaration.spec
                 with outside_inference():
                     memory = torch.zeros(spec.shape, dtype=spec.dtype, device=device)
-                derived.kernel = KernelName(f"{self.label}.{spec.name}", memory)
+                derived.kernel, derived.seen = KernelName(f"{self.label}.{derived.declaration.name}", memory), None
         self._shown = self._reached = None
         for source in sources:
             for binding in source.bindings:
                 put(binding.module, binding.name, binding.parameter, self)
         for name, kernel in self.kernels():
+            if kernel.was_moved:
+                kernel.put_back()
             put(self.module, name, kernel.tensor if self.readiness is READY else kernel.refusing, self)
         self.left()
 
@@ -100,26 +101,28 @@ class ModuleNames:
 
     def kernels(self) -> list[tuple[str, KernelName]]:
         """Every kernel name that has memory."""
-        owners: tuple[tuple[str, Source | Derived], ...] = (*self.aliased.items(), *self.derived.items())
-        return [(name, owner.kernel) for name, owner in owners if owner.kernel is not None]
+        return [(name, owner.kernel) for name, owner in self.owners.items() if owner.kernel is not None]
 
     def kernel(self, name: str) -> KernelName | None:
         """The kernel name that is called so, if there is one and it has memory."""
-        owner = self.aliased.get(name) or self.derived.get(name)
+        owner = self.owners.get(name)
         return None if owner is None else owner.kernel
 
     def kernel_names(self) -> set[str]:
-        return {*self.aliased, *self.derived}
+        return set(self.owners)
+
+    def value(self, name: str) -> Tensor:
+        """What a source or a kernel name holds, also of a source that is shown as shards by other names."""
+        if (kernel := self.kernel(name)) is not None:
+            return kernel.memory
+        storage = self.sources[name].need_storage("read")
+        return storage.read(storage.bound.whole)
 
     def device(self) -> torch.device | None:
         return next((s.buffer.device for s in self.storages()), None)
 
     def storages(self) -> list[AliasedStorage]:
         return [s.storage for s in self.sources.values() if s.storage is not None]
-
-    def source_of(self, name: str) -> Source:
-        """The source of a checkpoint name, or of the kernel name that lives in its storage."""
-        return self.aliased.get(name) or self.sources[name]
 
     def relabel(self, path: str) -> None:
         """Call everything by the module's place in its model."""
@@ -151,37 +154,30 @@ class ModuleNames:
     def is_bound(self) -> bool:
         """Whether every name of a ready module holds what the library put there. Engines put other Parameters in the place of
         ours by ``setattr``, by ``functional_call``, by writing ``module._parameters``: so each forward and each verb looks."""
-        shown = self._shown
-        if shown is None and (shown := self._find()) is None:
-            return False
-        for held, names, name, tensor, _ in shown:  # noqa: SIM110 - a generator costs as much as the rest
-            if held[names].get(name) is not tensor or name in held:
-                return False
-        return True
+        shown = self._shown or self._find()
+        return shown is not None and all_stand(shown[0])
 
     @property
     def is_untouched(self) -> bool:
         """Whether the module is ready, and nothing was put under its names or written to them since."""
-        shown = self._shown
-        if self.readiness is not READY or (shown is None and (shown := self._find()) is None):
+        shown = self._shown or self._find()
+        if self.readiness is not READY or shown is None or not all_stand(shown[0]):
             return False
-        for held, names, name, tensor, kernel in shown:
-            if held[names].get(name) is not tensor or name in held:
-                return False
-            if kernel is not None and (tensor._version != kernel.version or tensor.data_ptr() != kernel.address):
+        for kernel in shown[1]:  # noqa: SIM110 - see all_stand()
+            if kernel.was_written or kernel.tensor.data_ptr() != kernel.address:
                 return False  # by other code
         return True
 
-    def _find(self) -> list[Shown] | None:
-        """Where every name stands and what is there, kept for the next look; None where one is not ours."""
-        shown: list[Shown] = [
-            (b.module.__dict__, "_parameters", b.name, standing(b.module, b.name), None) for b in self.bindings()
-        ]
-        shown += [(self.module.__dict__, "_buffers", name, kernel.tensor, kernel) for name, kernel in self.kernels()]
+    def _find(self) -> tuple[list[Slot], list[KernelName]] | None:
+        """See :attr:`_shown`; None where one is not ours."""
+        slots: list[Slot] = [(b.module.__dict__, "_parameters", b.name, standing(b.module, b.name)) for b in self.bindings()]
+        kernels = self.kernels()
+        slots += [(self.module.__dict__, "_buffers", name, kernel.tensor) for name, kernel in kernels]
         if self.replaced_names():  # of what was looked at already
             return None
-        self._shown = shown + (self._reached or [])
-        return self._shown
+        found = slots + (self._reached or []), [kernel for _, kernel in kernels]
+        self._shown = found  # which other threads forget
+        return found
 
     def open(self) -> None:
         """Bytes are about to change, or something else stands under a declared name: refuse until the next commit (law 8)."""
@@ -267,34 +263,35 @@ class ModuleNames:
     def left(self) -> list[Binding]:
         """Names of modules that were below this one, and are no longer: another may be put in the place of one."""
         reached = self._reached
-        if reached is not None and all(held[names].get(n) is child and n not in held for held, names, n, child, _ in reached):
+        if reached is not None and all_stand(reached):
             return []
         elsewhere = [b for b in self.bindings() if b.module is not self.module]
-        held_by = held_below(self.module, [b.module for b in elsewhere])
+        ways = ways_below(self.module, {id(b.module) for b in elsewhere})
+        below = {id(child) for _, _, _, child in ways}
+        left = [b for b in elsewhere if b.below and id(b.module) not in below]
         for binding in elsewhere:
-            binding.below = binding.below or id(binding.module) in held_by
-        left = [b for b in elsewhere if b.below and id(b.module) not in held_by]
-        ways: list[Shown] = [(holder.__dict__, "_modules", name, child, None) for holder, name, child in held_by.values()]
+            binding.below = binding.below or id(binding.module) in below
         self._reached = None if left else ways
         return left
 
     def stale_names(self) -> list[str]:
         """Kernel names that the last commit does not cover: sources written since, or written or moved by other code."""
-        stale = [name for name, source in self.aliased.items() if not source.is_of(self._committed.get(source.name))]
-        older: list[str] = []
-        for name, derived in self.derived.items():
-            if not self.is_current(derived) or not set(older).isdisjoint(derived.declaration.sources):
-                older.append(name)
-        return stale + older
+        return [name for name in self.owners if not self.is_current(name)]
 
-    def is_current(self, derived: Derived) -> bool:
-        kernel = derived.kernel
-        untouched = kernel is not None and not kernel.was_written and not kernel.was_moved
-        return untouched and derived.seen == self.versions_of(derived)
+    def is_current(self, name: str) -> bool:
+        """Whether a kernel name may be used, and holds what its sources have come to, and they do."""
+        owner, kernel = self.owners[name], self.kernel(name)
+        if kernel is None or kernel.was_moved:
+            return False
+        if isinstance(owner, Source):
+            loaded = owner.storage is not None and owner.storage.is_loaded
+            return loaded and owner.version == self._committed.get(owner.name)
+        chained = [source for source in owner.declaration.sources if source in self.derived]
+        return not kernel.was_written and owner.seen == self.versions_of(owner) and all(map(self.is_current, chained))
 
     def versions_of(self, derived: Derived) -> tuple[int, ...]:
         """What the sources of a derivation have come to."""
-        return tuple((self.derived.get(name) or self.source_of(name)).version for name in derived.declaration.sources)
+        return tuple((self.owners.get(name) or self.sources[name]).version for name in derived.declaration.sources)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "holder": None, "_shown": None, "_reached": None}  # a copy of the module is under no reload

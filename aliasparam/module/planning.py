@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from graphlib import CycleError, TopologicalSorter
-from typing import Any, TypeAlias
+from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
-from ..errors import AliasError, DeclarationError, LayoutError, StateError
+from ..errors import DeclarationError, StateError, located
 from ..spec import TensorSpec, other_kind
 from ..storage.kernel_name import KernelName
 from ..storage.storage import AliasedStorage
 from ..tensors.parameter import AliasedParameter, SavedName
 from .declarations import Alias, AnyLayout, Declaration, Derivation, Order, Reencoding
-from .verdict import Reason, StoragePlan, aliasing_is_on, layout_of, plan_storage
+from .verdict import Reason, StoragePlan, plan_of
 
 
 @dataclass(slots=True)
@@ -49,18 +49,18 @@ class Source:
 
     @property
     def layout(self) -> Order | None:
-        return self.plan.layout
+        """The order of its memory."""
+        return None if isinstance(self.plan.layout, Reencoding) else self.plan.layout
 
     @property
     def kernel(self) -> KernelName | None:
         return None if self.storage is None else self.storage.kernel_name
 
-    def need_storage(self, doing: str, module: str | None = None) -> AliasedStorage:
+    def need_storage(self, doing: str) -> AliasedStorage:
         """Its storage. Raises StateError while it is on the meta device."""
         if self.storage is None:
             raise StateError(
                 f"cannot {doing} a name which is still on the meta device",
-                module=module,
                 name=self.name,
                 expected="a loaded tensor",
                 found="a placeholder on meta",
@@ -72,11 +72,6 @@ class Source:
     def version(self) -> int:
         return -1 if self.storage is None else self.storage.version
 
-    def is_of(self, version: int | None) -> bool:
-        """Whether the kernel name may be used, and holds what this version of the storage does."""
-        moved = self.kernel is not None and self.kernel.was_moved
-        return not moved and self.storage is not None and self.storage.is_loaded and self.storage.version == version
-
 
 @dataclass(slots=True)
 class Derived:
@@ -84,18 +79,14 @@ class Derived:
 
     declaration: Derivation
     fallback: StoragePlan | None = None
-    layout: AnyLayout | None = None  # of the pair that fell back
     kernel: KernelName | None = None
     seen: tuple[int, ...] | None = None  # versions of its sources when it was computed
     version: int = 0
 
-    def need_kernel(self) -> KernelName:
-        if self.kernel is None:
-            raise AssertionError(f"{self.declaration.name}: derived before it has memory")
-        return self.kernel
-
-
-Plan: TypeAlias = tuple[list[Source], list[Derived]]  #: What a list of declarations asks for.
+    @property
+    def layout(self) -> AnyLayout | None:
+        """Of the pair that fell back."""
+        return None if self.fallback is None else self.fallback.layout
 
 
 @dataclass(frozen=True)
@@ -107,7 +98,9 @@ class Separate:
     nbytes: int
 
 
-def planned(module: nn.Module, declarations: Sequence[Declaration], taken: set[str], *, aliasing: bool) -> Plan:
+def planned(
+    module: nn.Module, declarations: Sequence[Declaration], taken: set[str], *, aliasing: bool
+) -> tuple[list[Source], list[Derived]]:
     """What a list of declarations asks for, checked as a whole; nothing is allocated or bound.
 
     Args:
@@ -119,43 +112,36 @@ def planned(module: nn.Module, declarations: Sequence[Declaration], taken: set[s
     Raises:
         DeclarationError: an unknown source, a name used twice, a cycle, or a layout that is none.
     """
-    sources: dict[str, Source] = {}
-    derived: list[Derived] = []
-    taken = set(taken)
-    aliasing = aliasing and aliasing_is_on()
-    wanted = [d if isinstance(d, Alias) else Alias(d.source, "") for d in declarations if not isinstance(d, Derivation)]
-    for alias in wanted:
-        _need_free(taken, alias.source, alias.derived)
-        try:
-            source, copy = _pair(module, alias, aliasing=aliasing)
-        except AliasError as error:
-            raise error.located(name=alias.source) from error.__cause__
-        sources[alias.source] = source
-        derived += [copy] if copy is not None else []
     derivations = [d for d in declarations if isinstance(d, Derivation)]
-    _need_free(taken, *(d.name for d in derivations))
-    for name in (*(alias.derived for alias in wanted if alias.derived), *(d.name for d in derivations)):
+    pairs = [d if isinstance(d, Alias) else Alias(d.source, "") for d in declarations if not isinstance(d, Derivation)]
+    kernel_names = [pair.derived for pair in pairs if pair.derived] + [d.name for d in derivations]
+    known = [*taken, *(pair.source for pair in pairs), *kernel_names]
+    _need_once(known)
+    read = dict.fromkeys(name for d in derivations for name in d.sources if name not in known)
+    sources, derived = [], list[Derived]()
+    for pair in [*pairs, *(Alias(name, "") for name in read)]:
+        with located(name=pair.source):
+            source, copy = _pair(module, pair, aliasing=aliasing)
+        sources.append(source)
+        derived += [copy] if copy is not None else []
+    for name in kernel_names:
         _need_unused(module, name)
-    for derivation in derivations:
-        derived.append(Derived(derivation))
-        for name in derivation.sources:
-            if name not in sources and name not in taken:
-                taken.add(name)
-                sources[name] = Source(name, plan_storage(parameter_spec(module, name), None), None)
-    return list(sources.values()), _in_order(derived)
+    return sources, _in_order([*derived, *map(Derived, derivations)])
 
 
 def _pair(module: nn.Module, alias: Alias, *, aliasing: bool) -> tuple[Source, Derived | None]:
     """The source of one pair, and the copy where the pair cannot share memory."""
     spec = parameter_spec(module, alias.source)
-    layout, plan = plan_of(alias, spec, aliasing=aliasing)
-    if not isinstance(layout, Reencoding) and (not alias.derived or plan.reason.aliases):
+    plan = plan_of(alias, spec)
+    if not alias.derived or (aliasing and plan.reason.aliases):
         return Source(alias.source, plan, alias.derived or None), None
     if aliasing:
         _report_fallback(alias, plan)
-    function = layout.function if isinstance(layout, Reencoding) else InOrder(plan)
-    copied = Derivation(alias.derived, (alias.source,), function, plan.kernel.shape, plan.kernel.dtype)
-    return Source(alias.source, plan_storage(spec, None), None), Derived(copied, fallback=plan, layout=layout)
+    else:
+        plan = replace(plan, reason=Reason.SWITCHED_OFF)
+    function = plan.layout.function if isinstance(plan.layout, Reencoding) else InOrder(plan)
+    copied = Derivation(alias.derived, (alias.source,), function, *plan.kernel)
+    return Source(alias.source, plan_of(Alias(alias.source, ""), spec), None), Derived(copied, plan)
 
 
 @dataclass(frozen=True)
@@ -168,37 +154,9 @@ class InOrder:
         return self.plan.bound.encode(values).view(self.plan.kernel.dtype)
 
 
-def plan_of(alias: Alias, spec: TensorSpec, *, aliasing: bool = True) -> tuple[AnyLayout | None, StoragePlan]:
-    """The layout and the plan of one pair. Raises DeclarationError or LayoutError, which say of what shape and dtype."""
-    if alias.dtype is not None and alias.dtype.itemsize != spec.dtype.itemsize:
-        raise DeclarationError(
-            "a kernel name shows the same elements, so its dtype has their width",
-            expected=f"a dtype of {spec.dtype.itemsize} bytes",
-            found=alias.dtype,
-            remedy="Give the kernel a view of another width where it is called, or declare a Reencoding.",
-        )
-    try:
-        layout = layout_of(alias.layout, spec)
-        room = tuple(layout_of(other, spec) for other in alias.room_for)
-        return layout, plan_storage(spec, layout, kernel_dtype=alias.dtype, aliasing=aliasing, room_for=room)
-    except (DeclarationError, LayoutError) as error:
-        raise error.located(
-            expected=f"a shape and dtype that {alias.layout} takes",
-            found=spec,
-            remedy="Pad with a ragged leading digit, reshape the tensor first, or declare another layout.",
-        ) from error.__cause__
-    except Exception as error:
-        raise DeclarationError(
-            f"this layout failed on {spec}",
-            expected="a layout that takes this shape and dtype",
-            found=f"{type(error).__name__}: {error}",
-            remedy="Mend its functions.",
-        ) from error
-
-
-def _need_free(taken: set[str], *names: str) -> None:
-    for name in filter(None, names):
-        if name in taken:
+def _need_once(names: Sequence[str]) -> None:
+    for name, count in Counter(names).items():
+        if count > 1:
             raise DeclarationError(
                 "this name is declared twice",
                 name=name,
@@ -206,7 +164,6 @@ def _need_free(taken: set[str], *names: str) -> None:
                 found="a name that a declaration has already",
                 remedy="Chain layouts with .then(), or derive from the derived name.",
             )
-        taken.add(name)
 
 
 def _need_unused(module: nn.Module, name: str) -> None:
@@ -218,14 +175,9 @@ def _need_unused(module: nn.Module, name: str) -> None:
         "this kernel name is taken",
         name=name,
         expected="a name that the module does not use",
-        found="a dotted name" if held is None else f"{_described(held)} under it",
+        found="a dotted name" if held is None else f"{type(held).__name__} {list(getattr(held, 'shape', ()))} under it",
         remedy="Choose another name, or delete what is there first if nobody holds its address.",
     )
-
-
-def _described(held: Any) -> str:
-    kind = type(held).__name__
-    return f"{kind} {TensorSpec.of(held)}" if isinstance(held, Tensor) and not is_lazy(held) else kind
 
 
 def parameter_spec(module: nn.Module, name: str) -> TensorSpec:
@@ -234,7 +186,6 @@ def parameter_spec(module: nn.Module, name: str) -> TensorSpec:
     if parameter is None:
         raise DeclarationError(
             "a declared source must be a registered Parameter of the module",
-            name=name,
             expected="the name of a Parameter",
             found=f"parameters {sorted(n for n, p in module._parameters.items() if p is not None)}",
             remedy="Register it first: module.register_parameter(name, nn.Parameter(..., requires_grad=False)).",
@@ -242,7 +193,6 @@ def parameter_spec(module: nn.Module, name: str) -> TensorSpec:
     if (found := other_kind(parameter)) is not None:
         raise DeclarationError(
             "this Parameter has no memory of its own to alias",
-            name=name,
             expected="a dense tensor with shape and dtype",
             found=found,
             remedy="Register tensor.to_dense(), materialize a lazy module first, or declare before sharding, each rank its part.",
@@ -268,10 +218,9 @@ def _report_fallback(alias: Alias, plan: StoragePlan) -> None:
 def _in_order(derived: Sequence[Derived]) -> list[Derived]:
     """Derivations with what they derive from before them. Raises DeclarationError on a cycle."""
     by_name = {d.declaration.name: d for d in derived}
-    if all(by_name.keys().isdisjoint(d.declaration.sources) for d in derived):
-        return list(derived)  # as nearly always
+    chains = {name: [n for n in d.declaration.sources if n in by_name] for name, d in by_name.items()}
     try:
-        order = list(TopologicalSorter({name: d.declaration.sources for name, d in by_name.items()}).static_order())
+        return [by_name[name] for name in TopologicalSorter(chains).static_order()]
     except CycleError as error:
         cycle = error.args[1]
         raise DeclarationError(
@@ -281,4 +230,3 @@ def _in_order(derived: Sequence[Derived]) -> list[Derived]:
             found=" -> ".join(reversed(cycle)),
             remedy="Derive one of them from a checkpoint name.",
         ) from None
-    return [by_name[name] for name in order if name in by_name]

@@ -5,28 +5,30 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from multiprocessing.reduction import ForkingPickler
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import AliasError, DeclarationError, PointerError, StateError
-from ..report.explanation import Explanation
+from ..errors import DeclarationError, PointerError, StateError, located
+from ..report.diagram import diagram
 from ..report.rows import ExplainedModule
-from ..spec import TensorSpec
 from ..storage.coverage import Coverage
 from ..storage.locks import all_locked
 from ..storage.storage import refuse_for_process
 from ..tensors.faces import _Aliased, loader_attributes
 from ..tensors.geometry import boxes_under, place_of, rows_under
 from ..tensors.parameter import make_parameter
-from .adopt import adopt
+from .adopt import adopt, finish_moves
 from .allocate import allocate, check_sources
 from .declarations import Alias, AnyLayout, Declaration, Derivation, need_wellformed
-from .derive import refresh, value_of
+from .derive import refresh
 from .names import ModuleNames
-from .planning import Binding, Plan, Source, plan_of, planned
-from .verdict import StoragePlan
+from .planning import Binding, Derived, Source, planned
+from .verdict import StoragePlan, aliasing_is_on, plan_of
+
+#: What a list of declarations asks for: every source with its Parameter, and what is derived.
+Plan: TypeAlias = tuple[list[tuple[Source, Tensor]], list[Derived]]
 
 
 class AliasRegistry(ModuleNames):
@@ -38,34 +40,29 @@ class AliasRegistry(ModuleNames):
         self.checks: list[Callable[[AliasRegistry], None]] = []
         #: Called with the registry before the module runs with new weights, until they succeed: for caches that depend on them.
         self.on_processed: list[Callable[[AliasRegistry], None]] = []
-        #: What ``explain`` says of the module beside its names.
-        self.about = ""
 
     # -- declaring -----------------------------------------------------------------------------------------------------
 
     def planned(self, declarations: Sequence[Declaration], *, aliasing: bool) -> Plan:
         """What :meth:`add` is to carry out; every check is made here. Nothing changes."""
-        try:
+        with located(module=self.label):
             need_wellformed(declarations)
-            plan = planned(self.module, declarations, {*self.sources, *self.kernel_names()}, aliasing=aliasing)
-            check_sources(self, plan[0])
-        except AliasError as error:
-            raise error.located(module=self.label) from error.__cause__
-        return plan
+            taken = {*self.sources, *self.kernel_names()}
+            sources, derived = planned(self.module, declarations, taken, aliasing=aliasing and aliasing_is_on())
+            return check_sources(self, sources), derived
 
     def add(self, plan: Plan, *, loaded: bool) -> None:
         """Carry out what was planned. Everything becomes declared at once; where an interrupt came before, nothing is, it may be
         declared again, and names that have a storage by then keep it."""
-        sources, derived = plan
+        named, derived = plan
         self.open()
-        for source in sources:
-            allocate(self, source, loaded=loaded)
+        for source, parameter in named:
+            allocate(self, source, parameter, loaded=loaded)
+        sources = {source.name: source for source, _ in named}
         self.__dict__.update(
-            sources={**self.sources, **{source.name: source for source in sources}},
-            aliased={**self.aliased, **{source.derived: source for source in sources if source.derived}},
-            derived={**self.derived, **{one.declaration.name: one for one in derived}},
+            sources=self.sources | sources, derived=self.derived | {one.declaration.name: one for one in derived}
         )
-        self.bind(sources)  # as every verb does
+        self.bind(sources.values())  # as every verb does
 
     def rederive(self, derivations: Iterable[Derivation]) -> None:
         """Give derived names other formulas, in the memory they have; the next processing computes them anew.
@@ -77,13 +74,13 @@ class AliasRegistry(ModuleNames):
         new = list(derivations)
         for derivation in new:
             old = self.derived.get(derivation.name)
-            found = None if old is None else (old.declaration.shape, old.declaration.dtype)
-            if old is None or old.fallback or found != (derivation.shape, derivation.dtype):
+            found = None if old is None else old.declaration.spec
+            if old is None or old.fallback or found != derivation.spec:
                 raise DeclarationError(
                     "only a derivation of the same shape and dtype can be computed otherwise",
                     module=self.label,
                     name=derivation.name,
-                    expected=TensorSpec(derivation.shape, derivation.dtype),
+                    expected=derivation.spec,
                     found=found,
                 )
             if unknown := [n for n in derivation.sources if n not in self.sources]:
@@ -105,28 +102,23 @@ class AliasRegistry(ModuleNames):
         plans = self.check_retarget(layouts)
         with torch.no_grad():
             adopt(self)
-            sources = [(self.sources[name], plan) for name, plan in plans.items()]
-            storages = [source.storage for source, _ in sources if source.storage is not None]
+            storages = [storage for name in plans if (storage := self.sources[name].storage) is not None]
             with all_locked(storage.lock_number for storage in storages):
                 for storage in storages:
                     storage.need_writable()
-                for source, plan in sources:
-                    if source.storage is None:
-                        source.plan = plan
-                        continue
-                    source.storage.changing()
-                    source.plan = plan
-                    source.storage.move(plan.layout)  # finished by adopt() where it is interrupted
+                for storage in storages:
+                    storage.changing()
+                for name, plan in plans.items():
+                    self.sources[name].plan = plan
+                finish_moves(self)
             self.bind()
 
     def check_retarget(self, layouts: Mapping[str, AnyLayout | str | None]) -> dict[str, StoragePlan]:
         """Raise what :meth:`retarget` would raise, for whoever moves several modules or none; the plan of each source."""
         plans = {}
         for name, layout in layouts.items():
-            try:
+            with located(module=self.label, name=name):
                 plans[name] = self._replanned(name, layout)
-            except AliasError as error:
-                raise error.located(module=self.label, name=name) from error.__cause__
         return plans
 
     def _replanned(self, name: str, layout: AnyLayout | str | None) -> StoragePlan:
@@ -136,7 +128,7 @@ class AliasRegistry(ModuleNames):
             raise DeclarationError(
                 "only a source with an aliased kernel name has a layout to change",
                 expected="the name of an aliased source",
-                found=f"aliased sources {sorted(s.name for s in self.aliased.values())}",
+                found=f"aliased sources {sorted(s.name for s in self.sources.values() if s.derived)}",
                 remedy="Declare the pair with Alias first.",
             )
         modules = [] if source.storage is None else list(source.storage.listeners)
@@ -148,7 +140,7 @@ class AliasRegistry(ModuleNames):
                 remedy="Untie it with clone() before declaring, or declare it once.",
             )
         old = source.plan
-        _, plan = plan_of(Alias(name, source.derived, layout, dtype=old.kernel.dtype), old.source)
+        plan = plan_of(Alias(name, source.derived, layout, dtype=old.kernel.dtype), old.source)
         if not plan.reason.aliases or plan.capacity > old.capacity or plan.bound.regions != old.bound.regions:
             raise PointerError(
                 f"this layout does not fit the storage: {plan.reason.value}",
@@ -168,17 +160,11 @@ class AliasRegistry(ModuleNames):
             shards: (module, parameter name, view), where view is a slice or view of the source parameter.
         """
         source = self.sources[name]
-        try:
+        with located(module=self.label, name=name):
             bindings = _shown_as(source, shards)
-        except AliasError as error:
-            raise error.located(module=self.label, name=name) from error.__cause__
         dict.pop(self.module._parameters, name, None)
         source.bindings = bindings
         self.bind([source])
-
-    def value(self, name: str) -> Tensor:
-        """What a source or a derivation holds, also of a source that is shown as shards by other names."""
-        return value_of(self, name)
 
     # -- processing ----------------------------------------------------------------------------------------------------
 
@@ -191,15 +177,15 @@ class AliasRegistry(ModuleNames):
         """
         if self.is_untouched:
             return 0
-        self._need_no_reload()
-        with torch.no_grad():
+        with located(module=self.label), torch.no_grad():
+            self._need_no_reload()
             adopt(self)
             self.need_loaded()
             versions = self._versions()
             for check in self.checks:
                 check(self)
             work = sum(version != self._committed.get(name) for name, version in versions.items())
-            work += sum(refresh(self, derived) for derived in self.derived.values())
+            work += sum(refresh(self, name, kernel) for name, kernel in self.kernels() if name in self.derived)
             for hook in self.on_processed if work else ():
                 hook(self)  # while this fails the module is open, and the next processing calls it again
             self._commit(versions)
@@ -209,7 +195,6 @@ class AliasRegistry(ModuleNames):
         if self.session is not None:
             raise StateError(
                 "cannot process: a reload of this module is open",
-                module=self.label,
                 expected="the reload committed or aborted first",
                 found="a reload in progress",
                 remedy="Leave its `with` block, which processes; or abort it.",
@@ -218,15 +203,16 @@ class AliasRegistry(ModuleNames):
     def need_loaded(self) -> None:
         """Raise StateError where a source lacks elements."""
         for source in self.sources.values():
-            storage = source.need_storage("process", self.label)
+            storage = source.need_storage("process")
             storage.need_unexposed("process")
             storage.need_memory()
             with storage.lock:
+                storage.notice()
                 if not storage.is_loaded:
                     raise storage.not_loaded("cannot process")
 
     def _repr_html_(self) -> str:
-        return Explanation.of([ExplainedModule.of(self.label, self, self.about, set())])._repr_html_()
+        return diagram([ExplainedModule.of(self.label, self, set(), {})])
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -261,8 +247,7 @@ def registries(model: nn.Module) -> list[tuple[str, AliasRegistry]]:
     need_model(model)
     found = []
     for path, module in model.named_modules():
-        registry: AliasRegistry | None = module.__dict__.get(ATTRIBUTE)
-        if registry is not None:
+        if (registry := registry_of(module)) is not None:
             if path and path != registry.label:
                 registry.relabel(path)
             found.append((path, registry))
@@ -286,8 +271,8 @@ def _shown_as(source: Source, shards: Iterable[tuple[nn.Module, str, Tensor]]) -
         for box in [place.box] if place is not None else boxes_under(storage, geometry, rows_under(storage, geometry)):
             once = covered.add(box) and once
         old = module._parameters.get(shard_name)
-        parameter = make_parameter(storage, geometry, *(() if old is None else (type(old), loader_attributes(old))))
-        bindings.append(Binding(module, shard_name, parameter))
+        like = view if old is None else old
+        bindings.append(Binding(module, shard_name, make_parameter(storage, geometry, type(like), loader_attributes(like))))
     if not once or not covered.whole:
         raise DeclarationError(
             "the shards must cover the source exactly once",

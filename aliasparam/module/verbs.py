@@ -160,7 +160,7 @@ def guard(module: nn.Module, args: Any) -> None:
 
 
 def _after_load_state_dict(module: nn.Module, incompatible: Any) -> None:
-    # load_state_dict(assign=True) replaces parameters: take them in at once, so that no forward uses old kernel names.
+    # load_state_dict(assign=True) replaces parameters: take them in at once, so that no address moves (law 3).
     registry = registry_of(module)
     if registry is not None and registry.replaced_names():
         with torch.no_grad():

@@ -8,19 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
-from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, get_args
 
-import torch
 from torch import Tensor
 
-from ..errors import DeclarationError
-from ..layout import BoundLayout, IndexLayout, Layout, OpaqueLayout
+from ..errors import DeclarationError, foreign_code
+from ..layout import BoundLayout, Layout
 from ..layout.layout import bound_to
 from ..spec import TensorSpec
-from .declarations import AnyLayout, Order, Reencoding
+from .declarations import Alias, AnyLayout, Reencoding
 
 
 class Reason(Enum):
@@ -76,27 +74,47 @@ class StoragePlan:
     Attributes:
         source: the checkpoint tensor.
         kernel: the kernel name.
-        layout: order of the kernel name, and of the memory that they share; None: checkpoint order.
-        bound: the same for this tensor.
+        layout: what was declared for the kernel name; None: checkpoint order.
+        bound: the order of the memory that they share, for this tensor.
         capacity: elements of the source's dtype that are allocated, room for other layouts included.
         reason: why they share memory, or why not.
     """
 
     source: TensorSpec
     kernel: TensorSpec
-    layout: Order | None
+    layout: AnyLayout | None
     bound: BoundLayout
     capacity: int
     reason: Reason
 
-    @cached_property
+    @property
     def nbytes(self) -> int:
         return self.capacity * self.source.dtype.itemsize
 
-    @cached_property
-    def is_exact(self) -> bool:
-        """Whether the memory is as large as the checkpoint tensor."""
-        return self.nbytes == self.source.nbytes
+
+def plan_of(alias: Alias, source: TensorSpec) -> StoragePlan:
+    """The plan of one pair, with room for other layouts that it may be moved to.
+
+    Raises:
+        DeclarationError, LayoutError: what was declared is no layout of this shape and dtype.
+    """
+    if alias.dtype is not None and alias.dtype.itemsize != source.dtype.itemsize:
+        raise DeclarationError(
+            "a kernel name shows the same elements, so its dtype has their width",
+            expected=f"a dtype of {source.dtype.itemsize} bytes",
+            found=alias.dtype,
+            remedy="Give the kernel a view of another width where it is called, or declare a Reencoding.",
+        )
+    expected = f"a shape and dtype that {alias.layout} takes"
+    remedy = "Pad with a ragged leading digit, reshape the tensor first, declare another layout, or mend its functions."
+    with foreign_code(f"this layout failed on {source}", DeclarationError, expected=expected, found=source, remedy=remedy):
+        layout, *others = (layout_of(declared, source) for declared in (alias.layout, *alias.room_for))
+        bound, *rooms = (bound_to(None if isinstance(one, Reencoding) else one, *source) for one in (layout, *others))
+        kernel = TensorSpec(bound.kernel_shape, alias.dtype or source.dtype)
+        kernel = layout.output(source) if isinstance(layout, Reencoding) else kernel
+    capacity = max(one.regions * one.region_capacity for one in (bound, *rooms))
+    reason = judge(source, kernel, lossless=not isinstance(layout, Reencoding))
+    return StoragePlan(source, kernel, layout, bound, capacity, reason)
 
 
 def judge(source: TensorSpec, kernel: TensorSpec, *, lossless: bool = True) -> Reason:
@@ -119,47 +137,12 @@ def _broadcasts(small: tuple[int, ...], large: tuple[int, ...]) -> bool:
     return all(a in (b, 1) for a, b in zip(reversed(small), reversed(large), strict=False))
 
 
-def plan_storage(
-    source: TensorSpec,
-    layout: AnyLayout | None,
-    *,
-    kernel_dtype: torch.dtype | None = None,
-    aliasing: bool = True,
-    room_for: tuple[AnyLayout | None, ...] = (),
-) -> StoragePlan:
-    """Plan the storage of a source and its kernel name, with room for other layouts that it may be moved to.
-
-    Raises:
-        LayoutError: the digits of a layout do not fit the shape.
-    """
-    only_lines = all(other is None or isinstance(other, Layout) for other in (layout, *room_for))
-    make = _plan_of_lines if only_lines else _plan  # the others hold functions and tables, which a cache would keep alive
-    plan = make(source, layout, kernel_dtype or source.dtype, aliasing, room_for)
-    # Lines that are equal may have other names for their digits, and users see them.
-    return plan if plan.layout is None or plan.layout is layout else replace(plan, layout=layout)  # type: ignore[arg-type]
-
-
-def _plan(
-    source: TensorSpec, layout: AnyLayout | None, dtype: torch.dtype, aliasing: bool, room_for: tuple[AnyLayout | None, ...]
-) -> StoragePlan:
-    order = None if isinstance(layout, Reencoding) else layout
-    bound = bound_to(order, *source)
-    kernel = layout.output(source) if isinstance(layout, Reencoding) else TensorSpec(bound.kernel_shape, dtype)
-    reason = judge(source, kernel, lossless=order is layout) if aliasing else Reason.SWITCHED_OFF
-    rooms = [bound_to(other, *source) for other in room_for if not isinstance(other, Reencoding)]
-    return StoragePlan(source, kernel, order, bound, max(b.regions * b.region_capacity for b in (bound, *rooms)), reason)
-
-
-#: A model declares the same few lines for the same few shapes over and over.
-_plan_of_lines = lru_cache(maxsize=4096)(_plan)
-
-
 def layout_of(declared: Any, spec: TensorSpec) -> AnyLayout | None:
     """The layout which a declaration means: given, parsed from its line, or inferred from a repack function.
 
     Raises DeclarationError or LayoutError.
     """
-    if declared is None or isinstance(declared, (Layout, IndexLayout, OpaqueLayout, Reencoding)):
+    if declared is None or isinstance(declared, get_args(AnyLayout)):
         return declared
     if isinstance(declared, str):
         return Layout(declared)

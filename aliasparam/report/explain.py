@@ -1,12 +1,32 @@
-"""`explain`: what each declared name shares memory with, why, in what order, and what it costs."""
+"""`explain`: what each declared name shares memory with, why, in what order, and what it costs: as data, text and a drawing."""
 
 from __future__ import annotations
 
 from torch import nn
 
 from ..module.registry import registries
-from .explanation import Explanation
+from .diagram import diagram
 from .rows import ExplainedModule
+
+#: Modules that a notebook draws; the rest is one line.
+SHOWN = 12
+
+
+class Explanation(str):
+    """The text of :func:`~aliasparam.explain`; ``modules`` holds what it says as data."""
+
+    modules: tuple[ExplainedModule, ...] = ()
+
+    def picture(self, most: int | None = None) -> str:
+        """SVG, which needs no package: each storage between its checkpoint names and its kernel name, with line, state, version.
+
+        Args:
+            most: modules to draw, None for all; the picture says how many it left out.
+        """
+        return diagram(self.modules, most)
+
+    def _repr_html_(self) -> str:
+        return self.picture(SHOWN)
 
 
 def explain(module: nn.Module) -> Explanation:
@@ -14,6 +34,9 @@ def explain(module: nn.Module) -> Explanation:
 
     The result is text; its ``modules`` are the same as data, and ``picture()`` draws them. A notebook shows the drawing.
     """
-    found, seen = registries(module), set[int]()
+    declared, seen = registries(module), set[int]()
     paths = {id(m): path for path, m in module.named_modules()}
-    return Explanation.of(ExplainedModule.of(path or r.label, r, r.about, seen, paths) for path, r in found)
+    found = tuple(ExplainedModule.of(path or r.label, r, seen, paths) for path, r in declared)
+    text = Explanation("\n".join(map(str, found)) or "no module here declares aliases")
+    text.modules = found
+    return text

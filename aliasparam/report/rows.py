@@ -6,9 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from ..module.names import ModuleNames
-from ..module.planning import Derived, Source
-from ..module.verdict import Reason
-from ..spec import TensorSpec
+from ..module.planning import Source
+from ..module.verdict import Reason, StoragePlan
 from .layers import LayerMemory, layer_of, size
 
 
@@ -22,7 +21,6 @@ class NameRow:
         derived: the kernel name; None where there is none.
         verdict: how they share memory, or why not.
         reason: the same for programs; None of a name without a kernel format.
-        aliased: whether the kernel name lives in the source's storage.
         checkpoint_bytes, kernel_bytes: what each format takes where they are kept apart; 0 of what is counted in an earlier row.
         allocated_bytes: what there is.
         spec: dtype and shape of the checkpoint tensor.
@@ -39,7 +37,6 @@ class NameRow:
     derived: str | None
     verdict: str
     reason: Reason | None
-    aliased: bool
     checkpoint_bytes: int
     kernel_bytes: int
     allocated_bytes: int
@@ -50,6 +47,11 @@ class NameRow:
     state: str | None = None
     version: int | None = None
     regions: int = 1
+
+    @property
+    def aliased(self) -> bool:
+        """Whether the kernel name, if there is one, lives in the source's storage."""
+        return self.reason is None or self.reason.aliases
 
     @property
     def two_copies_bytes(self) -> int:
@@ -63,13 +65,11 @@ class NameRow:
 
     def as_memory(self) -> LayerMemory:
         """The row as a part of its layer."""
-        layer, saved = layer_of(self.module), self.two_copies_bytes - self.allocated_bytes
-        if not self.aliased:
-            held = self.allocated_bytes - self.kernel_bytes
-            return LayerMemory(layer, own=held, copies=self.kernel_bytes, saved=saved)
-        padding, held = self.allocated_bytes - self.checkpoint_bytes, self.checkpoint_bytes
-        shared, own = (0, held) if self.derived is None else (held, 0)
-        return LayerMemory(layer, shared=shared, own=own, padding=padding, saved=saved)
+        copies = 0 if self.aliased else self.kernel_bytes
+        held = min(self.checkpoint_bytes, self.allocated_bytes - copies)
+        shared = held if self.aliased and self.derived is not None else 0
+        padding, saved = self.allocated_bytes - copies - held, self.two_copies_bytes - self.allocated_bytes
+        return LayerMemory(layer_of(self.module), shared, held - shared, padding, copies, saved)
 
     def __str__(self) -> str:
         facts = [self.judged, size(self.allocated_bytes), self.layout, self.state]
@@ -104,17 +104,13 @@ class ExplainedModule:
     derivations: tuple[ExplainedDerivation, ...]
 
     @classmethod
-    def of(
-        cls, path: str, registry: ModuleNames, about: str, seen: set[int], paths: Mapping[int, str] | None = None
-    ) -> ExplainedModule:
+    def of(cls, path: str, registry: ModuleNames, seen: set[int], paths: Mapping[int, str]) -> ExplainedModule:
         """``seen`` are storages that were counted, ``paths`` those of modules by their id."""
-        kind, stale, derivations = type(registry.module).__name__, registry.stale_names(), []
-        for name, derived in registry.derived.items():
-            if derived.fallback is None:
-                spec = TensorSpec(derived.declaration.shape, derived.declaration.dtype)
-                current = name not in stale
-                derivations.append(ExplainedDerivation(name, derived.declaration.sources, str(spec), spec.nbytes, current))
-        return cls(path, kind, registry.is_ready, about, tuple(_rows(path, registry, seen, paths or {})), tuple(derivations))
+        stale = registry.stale_names()
+        declared = [d.declaration for d in registry.derived.values() if d.fallback is None]
+        derivations = (ExplainedDerivation(d.name, d.sources, str(d.spec), d.spec.nbytes, d.name not in stale) for d in declared)
+        names = tuple(_rows(path, registry, seen, paths))
+        return cls(path, type(registry.module).__name__, registry.is_ready, registry.about, names, tuple(derivations))
 
     def memory(self) -> Iterator[LayerMemory]:
         """All that it takes, as parts of its layer."""
@@ -128,33 +124,30 @@ class ExplainedModule:
 
 
 def _rows(path: str, registry: ModuleNames, seen: set[int], paths: Mapping[int, str]) -> Iterator[NameRow]:
-    copies = {d.declaration.sources[0]: d for d in registry.derived.values() if d.fallback is not None}
+    copies = {d.declaration.sources[0]: (name, d.fallback) for name, d in registry.derived.items() if d.fallback is not None}
     for source in registry.sources.values():
-        yield _row(path, source, copies.get(source.name), seen, paths)
+        yield _row(path, source, *copies.get(source.name, (source.derived, source.plan)), seen, paths)
     for name, apart in registry.separate.items():
-        yield NameRow(path, apart.source, name, f"copy: {apart.reason.value}", apart.reason, False, 0, apart.nbytes, apart.nbytes)
+        yield NameRow(path, apart.source, name, f"copy: {apart.reason.value}", apart.reason, 0, apart.nbytes, apart.nbytes)
 
 
-def _row(path: str, source: Source, copy: Derived | None, seen: set[int], paths: Mapping[int, str]) -> NameRow:
-    plan, storage = source.plan, source.storage
-    pair = plan if copy is None or copy.fallback is None else copy.fallback
+def _row(path: str, source: Source, derived: str | None, pair: StoragePlan, seen: set[int], paths: Mapping[int, str]) -> NameRow:
+    """``pair``: the plan of the kernel name ``derived``, which is the source's where it lives in its storage."""
+    plan, storage, copied = source.plan, source.storage, derived != source.derived
     tied = storage is not None and id(storage) in seen
     seen.add(id(storage))
     held, allocated = (0, 0) if tied else (plan.source.nbytes, plan.nbytes)
-    kernel = 0 if tied or plan.bound.is_identity or not source.derived else plan.kernel.nbytes
-    derived = source.derived
-    if copy is not None:
-        derived, kernel, allocated = copy.declaration.name, pair.kernel.nbytes, allocated + pair.kernel.nbytes
+    kernel = pair.kernel.nbytes if copied or (derived and not tied and not plan.bound.is_identity) else 0
+    if copied:
         verdict = f"copy: {pair.reason.value}" + ("; tied to an earlier row" if tied else "")
-    elif tied:
-        verdict = "tied: the storage of an earlier row"
-    elif not derived:
-        verdict = "no kernel format"
+    elif tied or not derived:
+        verdict = "tied: the storage of an earlier row" if tied else "no kernel format"
     else:
         verdict = f"alias: {'kernel format is the checkpoint format' if plan.bound.is_identity else plan.reason.value}"
     shown = source.bindings if len(source.bindings) > 1 else ()
     return NameRow(
-        *(path, source.name, derived, verdict, pair.reason if derived or tied else None, copy is None, held, kernel, allocated),
+        *(path, source.name, derived, verdict, pair.reason if derived or tied else None),
+        *(held, kernel, allocated + kernel if copied else allocated),
         spec=str(plan.source),
         kernel_spec=str(pair.kernel) if derived else "",
         shown_as=tuple(f"{paths.get(id(b.module), '?')}.{b.name}" for b in shown),
