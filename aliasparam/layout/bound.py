@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ..errors import LayoutError
-from .blocks import Cut, blocks, each
 from .boxes import Box, positions_in, row_major, sizes, whole, within
 
 
@@ -39,7 +38,6 @@ class BoundLayout(ABC):
         self.regions, self.region_elements = math.prod(shape[:lead]), math.prod(shape[lead:])
         self.whole: Box = whole(shape)
         self.lead_strides = [stride * capacity for stride in row_major(shape[:lead])]
-        self.lead_cuts = each(shape[:lead])
 
     def __deepcopy__(self, memo: Any) -> BoundLayout:
         return self
@@ -91,50 +89,31 @@ class BoundLayout(ABC):
         """The inverse: fresh values of ``shape`` from a contiguous tensor in kernel order."""
         return self.read(kernel.reshape(-1), self.whole)
 
-    def cuts(self, other: BoundLayout) -> list[Cut]:
-        """Digits inside a region that this order and ``other`` keep in place."""
-        return []
-
-    def in_place_blocks(self, other: BoundLayout, max_bytes: int) -> Iterator[list[Box]]:
-        """Blocks of boxes whose memory no block that follows has under this order.
-
-        Reading all boxes of a block in this order and writing them in ``other``, block by block, brings memory from one to the
-        other in place. A block has at most ``max_bytes`` where digits that both keep in place allow it; a region where the
-        capacities of regions differ; everything where their number does. Padding that only the new order has holds old bytes
-        afterwards: ``clear_padding``.
-        """
-        if (self.shape, self.lead) != (other.shape, other.lead):
-            yield [self.whole]
-        elif self.region_capacity == other.region_capacity:
-            yield from blocks(self.shape, [*self.lead_cuts, *self.cuts(other)], max_bytes // self.dtype.itemsize)
-        else:  # regions that grow move from the last on
-            regions = list(blocks(self.shape, self.lead_cuts, self.region_elements))
-            yield from regions[::-1] if other.region_capacity > self.region_capacity else regions
-
     def reorder(self, memory: Tensor, new: BoundLayout, max_bytes: int) -> None:
         """Move every element of ``memory`` (flat) from its place in this order to that in ``new``; padding becomes zero.
 
-        A block is read before it is written: scratch is one, see :meth:`in_place_blocks`, and a region where ``new`` pads.
+        What moves is read before it is written: scratch is a region, or everything where the number of regions differs. See
+        :class:`StridedLayout` for less.
         """
-        if self is new or (self.is_identity and new.is_identity):
-            return
-        for block in self.in_place_blocks(new, max_bytes):
-            self._move_block(memory, block, new)
+        regions = [self.whole] if self.lead != new.lead else list(self.by_region())
+        for box in reversed(regions) if new.region_capacity > self.region_capacity else regions:
+            new.write(memory, box, self.read(memory, box))
         new.clear_padding(memory)
-
-    def _move_block(self, memory: Tensor, block: list[Box], new: BoundLayout) -> None:
-        for box, value in [(box, self.read(memory, box)) for box in block]:
-            new.write(memory, box, value)
 
     def clear_padding(self, memory: Tensor) -> None:
         """Zero what no element of the tensor reaches. Scratch: a region."""
         memory[self.regions * self.region_capacity :].view(torch.uint8).zero_()
         if self.region_capacity != self.region_elements:
-            for region, index in self.touched(memory, self.whole):
-                box = (*((i, i + 1) for i in index), *self.whole[self.lead :])
+            regions = memory.view(torch.uint8)[: self.regions * self.region_capacity * memory.itemsize].view(self.regions, -1)
+            for region, box in zip(regions, self.by_region(), strict=True):
                 values = self.read(memory, box)
-                region.view(torch.uint8).zero_()
+                region.zero_()
                 self.write(memory, box, values)
+
+    def by_region(self) -> Iterator[Box]:
+        """The box of each region."""
+        for index in itertools.product(*map(range, self.shape[: self.lead])):
+            yield *((i, i + 1) for i in index), *self.whole[self.lead :]
 
     def touched(self, memory: Tensor, box: Box) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
         """The memory of every region under ``box``, flat, and its index in the box: ``value[index]`` are its values."""

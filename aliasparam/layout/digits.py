@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 from torch import Tensor
@@ -24,6 +25,14 @@ class Axis(NamedTuple):
     size: int
     kernel: int
     value: int
+
+
+class Piece(NamedTuple):
+    """Elements ``value + sum(i * axis.value)`` of a rectangle, at ``kernel + sum(i * axis.kernel)`` of the memory."""
+
+    kernel: int
+    value: int
+    axes: Sequence[Axis]
 
 
 def joined(axes: Iterable[Axis]) -> list[Axis]:
@@ -144,42 +153,77 @@ def _places(side: Group, sizes: dict[str, int]) -> dict[str, int]:
     return values
 
 
-def refined(digits: Iterable[Axis], places: Iterable[int], *, exact: bool = False) -> dict[int, Axis]:
-    """The digits by their place value, cut at other place values as well where these are whole steps of a digit.
+def forwards(piece: Piece) -> Piece:
+    """The same elements with no axis that runs backwards in kernel memory."""
+    at, offset, axes = piece
+    for i, (size, kernel, value) in enumerate(axes):
+        if kernel < 0:
+            at, offset = at + (size - 1) * kernel, offset + (size - 1) * value
+            axes = [*axes[:i], Axis(size, -kernel, -value), *axes[i + 1 :]]
+    return Piece(at, offset, axes)
 
-    ``exact``: only those that cut a digit evenly.
+
+def exchanged(piece: Piece) -> Piece:
+    """With the two sides in one another's place."""
+    return Piece(piece.value, piece.kernel, [Axis(a.size, a.value, a.kernel) for a in piece.axes])
+
+
+def routed(piece: Piece, line: BoundLine, *, ragged: bool = False) -> list[Piece]:
+    """The pieces of one piece at positions of ``line``, in its kernel memory; values run forwards.
+
+    ``ragged``: axes may reach beyond their size where that takes fewer pieces.
     """
-    found: dict[int, Axis] = {}
-    end: float = math.inf
-    for size, kernel, value in digits:
-        high, even = value * size, True
-        cuts = [place for place in places if value < place < min(high, end) and place % value == 0]
-        for low in [*sorted(cuts, reverse=True), value]:
-            even = even and high % low == 0
-            if even or not exact:
-                found[low] = Axis(-(-high // low), kernel * (low // value), low)
-            high = low
-        end = value
-    return found
+    found = _route(forwards(piece), line.start, line.digits, ragged)
+    return [exchanged(forwards(exchanged(part))) for part in found]
+
+
+def _route(piece: Piece, start: int, digits: Sequence[Axis], ragged: bool) -> Iterator[Piece]:
+    """The same after positions were written in ``digits``. See [Note: place values]."""
+    if not digits:
+        yield piece._replace(kernel=start)
+        return
+    (_, kernel, value), *rest = digits
+    for part in _divide(piece, value, ragged):
+        high = [a._replace(kernel=a.kernel // value * kernel) for a in part.axes if a.kernel % value == 0]
+        low = Piece(part.kernel % value, part.value, [a for a in part.axes if a.kernel % value])
+        for inner in _route(low, start + part.kernel // value * kernel, rest, ragged):
+            yield inner._replace(axes=[*high, *inner.axes])
+
+
+def _divide(piece: Piece, value: int, ragged: bool) -> Iterator[Piece]:
+    """Split until positions are ``value`` times (some axes) plus a remainder (the others) that never reaches ``value``."""
+    at, offset, axes = piece
+    low = [a for a in axes if a.kernel % value]
+    reach = sum((a.size - 1) * a.kernel for a in low)
+    if not low or at % value + reach < value:
+        yield piece
+        return
+    cut = max(low, key=lambda a: a.kernel)
+    size, unit, step = cut
+    others = [a for a in axes if a is not cut]
+    if unit < value and value % unit == 0 and at % unit + reach - (size - 1) * unit < unit:
+        period = value // unit  # whole blocks of so many steps, and what is before and after them
+        head = min(-(at // unit) % period, size)
+        blocks, tail = divmod(size - head, period)
+        if ragged and tail and not head and step > 0:
+            blocks, tail = blocks + 1, 0
+        cuts = [(0, 1, head), (head, blocks, period), (size - tail, 1, tail)]
+    else:
+        cuts = [(i, 1, 1) for i in range(size)]
+    for first, blocks, run in cuts:
+        if not blocks or not run:
+            continue
+        parts = [a for a in (Axis(blocks, unit * run, step * run), Axis(run, unit, step)) if a.size > 1]
+        yield from _divide(Piece(at + first * unit, offset + first * step, [*others, *parts]), value, ragged)
 
 
 def _composed(first: BoundLine, second: BoundLine) -> BoundLine | None:
     """One line, or None: a digit of the one straddles two of the other (halves of 192 rows in tiles of 128)."""
-    start, digits, backwards = second.start, [], 0
-    ends = {abs(digit.kernel) * n for digit in first.digits for n in (1, digit.size)}
-    then = refined(second.digits, ends)
-    for size, kernel, value in first.digits:
-        parts = refined([Axis(size, value, abs(kernel))], then)
-        if parts.keys() != {place for place in then if abs(kernel) <= place < abs(kernel) * size}:
-            return None
-        if kernel < 0:  # so is every part of it
-            if math.prod(part.size for part in parts.values()) != size:
-                return None
-            backwards -= (size - 1) * kernel
-            start += sum((part.size - 1) * then[place].kernel for place, part in parts.items())
-        digits += [Axis(part.size, then[place].kernel * (1 if kernel > 0 else -1), part.kernel) for place, part in parts.items()]
-    # What is counted backwards from an end that no element reaches does not begin where its parts do.
-    return BoundLine(start, _reached(digits), second.kernel_shape) if first.start == backwards else None
+    ends = (axis._replace(size=min(axis.size, -(-above.value // axis.value))) for above, axis in pairwise(first.digits))
+    found = routed(Piece(first.start, 0, [*first.digits[:1], *ends]), second, ragged=True)  # as far as positions reach
+    if len(found) > 1:
+        return None
+    return BoundLine(found[0].kernel, _reached(sorted(found[0].axes, key=lambda a: -a.value)), second.kernel_shape)
 
 
 def row_major(shape: Sequence[int]) -> list[int]:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from . import triton_copy, triton_sum
-from .blocks import Cut, common
+from .blocks import blocks, permutation
 from .bound import BoundLayout, in_bytes
-from .boxes import Box, Piece, pieces, row_major, sizes, whole
-from .digits import Axis, BoundLine
+from .boxes import Box, pieces, row_major, sizes, whole
+from .digits import Axis, BoundLine, Piece
 from .execute import WIDEST, Copy, plan, views
 
 #: What a copy may be: bytes of its widest element, and from how many bytes on it may run backwards (None: never).
@@ -106,11 +106,33 @@ class StridedLayout(BoundLayout):
         sums = [triton_sum.sums(copy, views(copy.start, memory, first // size, memory)[0]) for copy, _ in copies]
         return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
 
-    def cuts(self, other: BoundLayout) -> list[Cut]:
-        if not isinstance(other, StridedLayout) or len(self.lines) != 1 or len(other.lines) != 1:
-            return []
-        found = common(self.lines[0], other.lines[0], self.shape, self.lead)
-        return sorted(found, key=lambda c: -c.step * row_major(self.shape)[c.dim])  # long runs of the checkpoint first
+    def reorder(self, memory: Tensor, new: BoundLayout, max_bytes: int) -> None:
+        """In blocks of at most ``max_bytes``, where both orders pad alike and digits that both keep in place allow it."""
+        if self is new or (self.is_identity and new.is_identity):
+            return
+        moves = self.moves(new)
+        if moves is None:
+            super().reorder(memory, new, max_bytes)
+            return
+        first, size = int(memory.storage_offset()), self.dtype.itemsize
+        align = (memory.data_ptr() | first * size | WIDEST) & 31
+        for block in blocks(moves, max_bytes // size):
+            found = [views(copy, memory, first, memory) for copy in plan([block], size, align & -align)]
+            for there, value in [(there, here.clone()) for there, here in found]:
+                there.copy_(value)
+        new.clear_padding(memory)
+
+    def moves(self, new: BoundLayout) -> Piece | None:
+        """See :func:`permutation`."""
+        if not isinstance(new, StridedLayout) or len(self.lines) > 1 or len(new.lines) > 1:
+            return None
+        return permutation(self._full_line(), new._full_line())
+
+    def _full_line(self) -> BoundLine:
+        """For all regions."""
+        counts = zip(self.shape, self.lead_strides, self.strides, strict=False)
+        digits = [Axis(*axis) for axis in counts if axis[0] > 1]
+        return self.lines[0]._replace(digits=[*digits, *self.lines[0].digits])
 
 
 _planned = lru_cache(maxsize=1 << 14)(StridedLayout.copies)  # a model writes the same few shards of a shape over and over

@@ -13,8 +13,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..layout.blocks import tiles
-from ..layout.boxes import Box, row_major, sizes, whole, within
+from ..layout.boxes import Box, row_major, sizes, tiles, whole, within
 from .delta_folder import DeltaFolder
 from .digest import Hashed, PositionalAdler32, new_digest
 from .errors import DeltaError
