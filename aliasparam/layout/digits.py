@@ -104,10 +104,10 @@ def _bind(line: Line, shape: tuple[int, ...]) -> BoundLine:
             raise LayoutError(f"{line} takes whole tiles", expected=f"{list(padded)}", found=f"{list(shape)}")
         source = _places(line.left, size)
     kernel = _places(line.right, size)
-    start, digits, flipped = 0, [], line.flipped
+    start, digits = 0, []
     for digit in line.left.digits() if math.prod(padded) else ():
         axis = Axis(size[digit], kernel[digit], source[digit])
-        if digit in flipped:
+        if digit in line.flipped:
             start, axis = start + (axis.size - 1) * axis.kernel, axis._replace(kernel=-axis.kernel)
         digits.append(axis)
     return BoundLine(start, _reached(digits), padded if line.right.flat else grouped)
@@ -131,7 +131,7 @@ def _sized(
         )
     for item, fixed_to in zip(reversed(group.items), reversed(sizes), strict=True):
         size = -(-extent // rest) if fixed_to is None else fixed_to
-        yield from _sized(line, item, shape, dim, size, stride) if isinstance(item, Group) else [(item.lstrip("~"), size, stride)]
+        yield from _sized(line, item, shape, dim, size, stride) if isinstance(item, Group) else [(item, size, stride)]
         stride *= size
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import InferenceError, LayoutError
 from .digits import bind_lines, core_dims
-from .factor import texts, ways
+from .factor import texts
 from .index import IndexLayout
 from .pattern import Line, parse
 from .strided import StridedLayout
@@ -55,21 +55,9 @@ def _candidates(sample: Trace) -> Iterator[tuple[tuple[Line, ...], bool]]:
     """Lines that have this sample's digits, and whether their kernel shape is the function's; the most likely first."""
     for shaped in (True, False):
         positions, kernel = _core(sample, shaped=shaped)
-        axes = (sample.axes or [])[-positions.dim() :]
-        yield from ((line, shaped) for line in _lines(axes, kernel))
-        for dim, axis in enumerate(axes):
-            if len(axis) % 2 == 0 and sample.per == 1:  # halves exchanged, then tiles that cut them
-                dims = " ".join(f"(h d{i})" if i == dim else f"d{i}" for i in range(len(axes)))
-                swap, _ = parse(f"{dims} -> {dims.replace('h', '~h')}, h=2", {})
-                exchanged = [*axes[:dim], axis.roll(len(axis) // 2), *axes[dim + 1 :]]
-                yield from (((*swap, *line), shaped) for line in _lines(exchanged, kernel))
-
-
-def _lines(axes: Sequence[Tensor], kernel: tuple[int, ...]) -> Iterator[tuple[Line, ...]]:
-    for dims in itertools.product(*map(ways, axes)) if axes else ():
-        for text in texts(dims, kernel):
+        for text in texts(sample.axes[-positions.dim() :], kernel) if sample.axes else ():
             with contextlib.suppress(LayoutError):
-                yield parse(text, {})[0]
+                yield parse(text)[0], shaped
 
 
 def _fits(lines: tuple[Line, ...], sample: Trace, *, shaped: bool) -> bool:

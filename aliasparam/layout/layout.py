@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from html import escape
 from typing import Any, TypeAlias
@@ -28,22 +29,6 @@ from .trace import Function
 _LONGEST = 4096
 
 
-@lru_cache(maxsize=1024)
-def _parsed(text: str, given: tuple[tuple[str, int], ...]) -> tuple[tuple[Line, ...], int | None]:
-    """The lines of a text, and the width of elements; modules declare the same few lines over and over."""
-    try:
-        return parse(text, dict(given))
-    except LayoutError as error:
-        raise error.located(
-            remedy="Write each digit once on both sides, then the sizes: (g b a) k -> g a b k, a=4 b=8."
-        ) from None
-
-
-@lru_cache(maxsize=1024)
-def _canonical(lines: tuple[Line, ...]) -> tuple[Any, ...]:
-    return tuple(line.canonical() for line in lines)
-
-
 def _sizes(shape: Sequence[int]) -> tuple[int, ...]:
     """``shape`` as plain integers. Raises LayoutError where it is none of a tensor."""
     try:
@@ -62,6 +47,7 @@ def _spec(shape: Sequence[int], dtype: torch.dtype) -> tuple[tuple[int, ...], to
     return _sizes(shape), dtype
 
 
+@dataclass(frozen=True, init=False, repr=False)
 class Layout:
     """Where a kernel has the elements of a checkpoint tensor: ``Layout("(g b a) k -> g a b k", a=4, b=8)``.
 
@@ -79,11 +65,8 @@ class Layout:
         LayoutError: the text does not parse.
     """
 
-    __slots__ = ("_hash", "_key", "bits", "lines")
     lines: tuple[Line, ...]
     bits: int | None
-    _key: tuple[Any, ...]
-    _hash: int
 
     def __init__(self, text: str, **sizes: int) -> None:
         if not isinstance(text, str) or len(text) > _LONGEST:
@@ -92,15 +75,17 @@ class Layout:
         for name, size in sizes.items():
             if type(size) is not int:
                 raise LayoutError(f"the size of digit {name} is no positive integer", found=repr(size)[:80])
-        self._set(*_parsed(text, tuple(sorted(sizes.items()))))
+        try:
+            self._set(*parse(text, tuple(sorted(sizes.items()))))
+        except LayoutError as error:
+            raise error.located(
+                remedy="Write each digit once on both sides, then the sizes: (g b a) k -> g a b k, a=4 b=8."
+            ) from None
 
     def _set(self, lines: Iterable[Line], bits: int | None) -> Layout:
         if bits not in (None, 4):
             raise LayoutError("elements are whole, or of 4 bits", expected="bits=4, or none given", found=bits)
-        lines = tuple(lines)
-        key = (_canonical(lines), bits)
-        for name, value in zip(("lines", "bits", "_key", "_hash"), (lines, bits, key, hash(key)), strict=True):
-            object.__setattr__(self, name, value)
+        self.__dict__.update(lines=tuple(lines), bits=bits)
         return self
 
     @classmethod
@@ -113,9 +98,6 @@ class Layout:
         """Kernel order is checkpoint order, over the last ``dims`` dims."""
         names = " ".join(f"d{i}" for i in range(dims))
         return cls(f"{names} -> {names}")
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        raise AttributeError(f"a Layout is immutable: {name}")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Layout, (str(self),)
@@ -130,12 +112,6 @@ class Layout:
     def _repr_html_(self) -> str:
         """The line, and its tile coloured by source row, of a bounded size."""
         return tile_picture(str(self), self.lines) or f"<code>{escape(str(self))}</code>"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Layout) and self._key == other._key
-
-    def __hash__(self) -> int:
-        return self._hash
 
     @property
     def core_dims(self) -> int:
