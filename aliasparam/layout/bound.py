@@ -31,13 +31,13 @@ class BoundLayout(ABC):
 
     is_identity: bool = False
 
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, lead: int, kernel: Sequence[int], capacity: int) -> None:
-        self.shape, self.dtype, self.lead, self.region_capacity = shape, dtype, lead, capacity
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, lead: int, kernel: Sequence[int]) -> None:
+        self.shape, self.dtype, self.lead, self.region_capacity = shape, dtype, lead, math.prod(kernel)
         self.kernel_shape = (*shape[:lead], *kernel)
         self.strides, self.kernel_strides = tuple(row_major(shape)), tuple(row_major(self.kernel_shape))
         self.regions, self.region_elements = math.prod(shape[:lead]), math.prod(shape[lead:])
         self.whole: Box = whole(shape)
-        self.lead_strides = [stride * capacity for stride in row_major(shape[:lead])]
+        self.lead_strides = [stride * self.region_capacity for stride in row_major(shape[:lead])]
 
     def __deepcopy__(self, memo: Any) -> BoundLayout:
         return self
@@ -50,18 +50,12 @@ class BoundLayout(ABC):
     def read(self, memory: Tensor, box: Box, out: Tensor | None = None) -> Tensor:
         """The values of ``box``: fresh and contiguous, or in ``out`` (any strides)."""
 
-    def placed(self, within: Tensor) -> Tensor | None:
-        """Where the elements at row-major positions ``within`` a region are in its memory, see :meth:`positions`."""
-        return None
-
     def positions(self, at: Tensor) -> Tensor | None:
         """Where the elements at row-major checkpoint positions ``at`` (int64, any shape and device) are in ``memory``.
 
         None where elements have no places of their own (nibbles, two functions). Costs a few times ``at``, not the tensor.
         """
-        many = max(self.region_elements, 1)
-        within = self.placed(at % many)
-        return None if within is None else at // many * self.region_capacity + within
+        return None
 
     def offsets(self, box: Box | None = None) -> Tensor:
         """int64, the box's shape: the position of every element in ``memory``. Slow: for oracles.

@@ -46,15 +46,11 @@ def joined(axes: Iterable[Axis]) -> list[Axis]:
 
 
 class BoundLine(NamedTuple):
-    """A line for one core shape. ``digits``: the most significant of a position first. See [Note: place values]."""
+    """A line for one shape. ``digits``: the most significant of a position first. See [Note: place values]."""
 
     start: int
     digits: Sequence[Axis]
     kernel_shape: tuple[int, ...]
-
-    @property
-    def capacity(self) -> int:
-        return math.prod(self.kernel_shape)
 
     def offsets(self, at: Tensor) -> Tensor:
         """Where the elements at positions ``at`` are in kernel memory."""
@@ -80,14 +76,21 @@ def bind_lines(lines: Sequence[Line], shape: Sequence[int]) -> list[BoundLine]:
     if len(shape) < dims:
         text = " | ".join(map(str, lines))
         raise LayoutError(f"{text} takes {dims} dims", expected=f"{dims} or more dims", found=f"{list(shape)}")
-    core = tuple(shape[len(shape) - dims :])
+    lead, shape = tuple(shape[: len(shape) - dims]), tuple(shape)
     done: list[BoundLine] = []
     for line in lines:
-        bound = _bind(line, core)
+        bound = _of_regions(lead, _bind(line, shape[len(lead) :]), shape)
         both = _composed(done[-1], bound) if done else None
         done[len(done) - (both is not None) :] = [both or bound]
-        core = bound.kernel_shape
+        shape = bound.kernel_shape
     return done
+
+
+def _of_regions(lead: tuple[int, ...], line: BoundLine, shape: tuple[int, ...]) -> BoundLine:
+    """The line of one region for all, which the first dims of ``shape`` number: they are its most significant digits."""
+    kernel_shape = (*lead, *line.kernel_shape)
+    regions = map(Axis, lead, row_major(kernel_shape), row_major(shape))
+    return BoundLine(line.start, _reached([*regions, *line.digits]), kernel_shape)
 
 
 def _bind(line: Line, shape: tuple[int, ...]) -> BoundLine:
@@ -110,7 +113,7 @@ def _bind(line: Line, shape: tuple[int, ...]) -> BoundLine:
         if digit in line.flipped:
             start, axis = start + (axis.size - 1) * axis.kernel, axis._replace(kernel=-axis.kernel)
         digits.append(axis)
-    return BoundLine(start, _reached(digits), padded if line.right.flat else grouped)
+    return BoundLine(start, digits, padded if line.right.flat else grouped)
 
 
 def _sized(

@@ -88,7 +88,7 @@ class _Bound(RegionLayout):
     """An indexed copy of the part of the table that a box selects."""
 
     def __init__(self, layout: IndexLayout, shape: tuple[int, ...], lead: int, dtype: torch.dtype) -> None:
-        super().__init__(shape, dtype, lead, layout.kernel, math.prod(layout.kernel))
+        super().__init__(shape, dtype, lead, layout.kernel)
         self._layout, self._bits = layout, WIDE[dtype.itemsize]
 
     def put(self, region: Tensor, core: Box, value: Tensor) -> None:
@@ -97,8 +97,10 @@ class _Bound(RegionLayout):
     def get(self, region: Tensor, core: Box) -> Tensor:
         return region.view(self._bits).index_select(0, self._selected(core, region.device)).view(self.dtype)
 
-    def placed(self, within: Tensor) -> Tensor:
-        return self._layout.table(within.device).view(-1)[within]
+    def positions(self, at: Tensor) -> Tensor:
+        many = max(self.region_elements, 1)
+        within = self._layout.table(at.device).view(-1)[at % many]
+        return at // many * self.region_capacity + within
 
     def _selected(self, core: Box, device: torch.device) -> Tensor:
         return self._layout.table(device)[tuple(slice(*ends) for ends in core)].reshape(-1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -152,12 +153,11 @@ class Layout:
 
     def kernel_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Shape in kernel format of a tensor of ``shape``, lead dims in front. ``bits=4``: both count nibbles."""
-        shape = _sizes(shape)
-        return (*shape[: max(len(shape) - self.core_dims, 0)], *bind_lines(self.lines, shape)[-1].kernel_shape)
+        return bind_lines(self.lines, _sizes(shape))[-1].kernel_shape
 
     def capacity(self, shape: Sequence[int]) -> int:
         """Elements of one region, padding included."""
-        return bind_lines(self.lines, _sizes(shape))[-1].capacity
+        return math.prod(self.kernel_shape(shape)[max(len(shape) - self.core_dims, 0) :])
 
     def boxes(self, rows: tuple[int, int], columns: tuple[int, int], shape: Sequence[int]) -> list[Piece]:
         """The strided pieces of kernel memory that hold a rectangle (start, stop each) of a matrix of ``shape``, contiguous.
@@ -180,8 +180,8 @@ def _bound(layout: Layout, shape: tuple[int, ...], dtype: torch.dtype) -> BoundL
     if layout.bits is None:
         return StridedLayout(bind_lines(layout.lines, shape), shape, lead, dtype)
     nibbles = (*shape[:-1], shape[-1] * 2 * dtype.itemsize) if shape else ()
-    inner = StridedLayout(bind_lines(layout.lines, nibbles), nibbles[max(lead, 0) :], 0, torch.uint8)
-    return NibbleLayout(inner, shape, lead, dtype)
+    core = nibbles[max(lead, 0) :]
+    return NibbleLayout(StridedLayout(bind_lines(layout.lines, core), core, 0, torch.uint8), shape, lead, dtype)
 
 
 #: Every kind of layout.

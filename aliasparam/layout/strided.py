@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import lru_cache, reduce
 from typing import TypeAlias
@@ -14,7 +13,7 @@ from . import triton_copy, triton_sum
 from .blocks import blocks, permutation
 from .bound import BoundLayout, in_bytes
 from .boxes import Box, pieces, row_major, sizes, whole
-from .digits import Axis, BoundLine, Piece
+from .digits import BoundLine, Piece
 from .execute import WIDEST, Copy, plan, views
 
 #: What a copy may be: bytes of its widest element, and from how many bytes on it may run backwards (None: never).
@@ -28,18 +27,12 @@ class StridedLayout(BoundLayout):
     """Lines, one after the other. Made by ``Layout.bind``."""
 
     def __init__(self, lines: Sequence[BoundLine], shape: tuple[int, ...], lead: int, dtype: torch.dtype) -> None:
-        super().__init__(shape, dtype, lead, lines[-1].kernel_shape, lines[-1].capacity)
+        super().__init__(shape, dtype, lead, lines[-1].kernel_shape[lead:])
         self.lines = lines
         self._elements = self.regions * self.region_capacity
         runs = [(line.start, [digit[1:] for digit in line.digits]) for line in lines]
         in_one_run = runs in ([(0, [])], [(0, [(1, 1)])])
         self.is_identity = self.region_capacity == self.region_elements and (in_one_run or not self.region_elements)
-
-    def boxes(self, core: Box, shape: Sequence[int], strides: Sequence[int]) -> list[Piece]:
-        """The strided pieces of a box of the core dims, for a value whose leading dims are regions."""
-        outer = [Axis(*axis) for axis in zip(shape, self.lead_strides, strides, strict=False) if axis[0] > 1]
-        found = pieces(self.lines, self.shape[self.lead :], core, strides[self.lead :]) if math.prod(shape) else []
-        return [piece._replace(axes=[*outer, *piece.axes]) for piece in found]
 
     def write(self, memory: Tensor, box: Box, value: Tensor) -> None:
         self._move(memory, box, in_bytes(value), write=True)
@@ -87,13 +80,14 @@ class StridedLayout(BoundLayout):
         Raises:
             LayoutError: a box or value that does not fit.
         """
-        self.check_value((*whole(shape[: self.lead]), *core), shape, dtype)
-        copies = plan(self.boxes(core, shape, strides), dtype.itemsize, align, *limits)
+        box = (*whole(shape[: self.lead]), *core)
+        self.check_value(box, shape, dtype)
+        copies = plan(pieces(self.lines, self.shape, box, strides), dtype.itemsize, align, *limits)
         ours = [limits is _SUMS or (limits is TRITON and triton_copy.wanted(copy)) for copy in copies]
         return [(copy if mine else _named(copy, dtype), mine) for copy, mine in zip(copies, ours, strict=True)]
 
-    def placed(self, within: Tensor) -> Tensor:
-        return reduce(lambda at, line: line.offsets(at), self.lines, within)
+    def positions(self, at: Tensor) -> Tensor:
+        return reduce(lambda at, line: line.offsets(at), self.lines, at)
 
     def positional_sums(self, memory: Tensor, box: Box) -> Tensor | None:
         if not triton_copy.takes(memory, memory) or not all(stop > start for start, stop in box):
@@ -126,13 +120,7 @@ class StridedLayout(BoundLayout):
         """See :func:`permutation`."""
         if not isinstance(new, StridedLayout) or len(self.lines) > 1 or len(new.lines) > 1:
             return None
-        return permutation(self._full_line(), new._full_line())
-
-    def _full_line(self) -> BoundLine:
-        """For all regions."""
-        counts = zip(self.shape, self.lead_strides, self.strides, strict=False)
-        digits = [Axis(*axis) for axis in counts if axis[0] > 1]
-        return self.lines[0]._replace(digits=[*digits, *self.lines[0].digits])
+        return permutation(self.lines[0], new.lines[0])
 
 
 _planned = lru_cache(maxsize=1 << 14)(StridedLayout.copies)  # a model writes the same few shards of a shape over and over

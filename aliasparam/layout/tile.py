@@ -53,7 +53,7 @@ def _tile(lines: Sequence[Line]) -> BoundLayout | None:
             return None
         with contextlib.suppress(LayoutError):
             bound = bind_lines(lines, shape)
-            if bound[-1].capacity <= LARGEST:
+            if math.prod(bound[-1].kernel_shape) <= LARGEST:
                 return StridedLayout(bound, shape, 0, torch.uint8)
     return None
 
