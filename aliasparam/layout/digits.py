@@ -107,12 +107,9 @@ def _bind(line: Line, shape: tuple[int, ...]) -> BoundLine:
             raise LayoutError(f"{line} takes whole tiles", expected=f"{list(padded)}", found=f"{list(shape)}")
         source = _places(line.left, size)
     kernel = _places(line.right, size)
-    start, digits = 0, []
-    for digit in line.left.digits() if math.prod(padded) else ():
-        axis = Axis(size[digit], kernel[digit], source[digit])
-        if digit in line.flipped:
-            start, axis = start + (axis.size - 1) * axis.kernel, axis._replace(kernel=-axis.kernel)
-        digits.append(axis)
+    names = line.left.digits() if math.prod(padded) else ()
+    digits = [Axis(size[n], -kernel[n] if n in line.flipped else kernel[n], source[n]) for n in names]
+    start = sum((a.size - 1) * -a.kernel for a in digits if a.kernel < 0)
     return BoundLine(start, digits, padded if line.right.flat else grouped)
 
 

@@ -30,14 +30,14 @@ def infer(
     """Lines, and the width of elements. See :meth:`aliasparam.Layout.infer`."""
     base = trace(function, shape, dtype, device)
     samples = [base, *(other for other in _others(function, tuple(shape), dtype, device) if other.per == base.per)]
+    largest = sorted(samples, key=lambda s: -s.positions.numel())
     best, most = None, 0
-    for sample in sorted(samples, key=lambda s: -s.positions.numel()):
-        for lines, shaped in itertools.islice(_candidates(sample), _CANDIDATES):
-            fits = sum(_fits(lines, other, shaped=shaped) for other in samples) if _fits(lines, base, shaped=shaped) else 0
-            if fits == len(samples):
-                return lines, base.bits
-            if fits > most:
-                best, most = lines, fits
+    for lines, shaped in itertools.chain(*(itertools.islice(_candidates(sample), _CANDIDATES) for sample in largest)):
+        fits = sum(_fits(lines, other, shaped=shaped) for other in samples) if _fits(lines, base, shaped=shaped) else 0
+        if fits > most:
+            best, most = lines, fits
+        if most == len(samples):
+            break
     return (best, base.bits) if best else IndexLayout(*_core(base, shaped=True), base.bits)
 
 
@@ -72,8 +72,8 @@ def _fits(lines: tuple[Line, ...], sample: Trace, *, shaped: bool) -> bool:
         return False
     if shaped and kernel != sample.kernel_shape:
         return False
-    boxes = (tuple((0, n if d == dim else 1) for d, n in enumerate(shape)) for dim in range(len(shape)))
-    return all(torch.equal(bound.offsets(box).view(-1), axis) for box, axis in zip(boxes, sample.axes, strict=True))
+    along = zip(shape, bound.strides, sample.axes, strict=True)
+    return all(torch.equal(bound.positions(torch.arange(n) * step), axis) for n, step, axis in along)
 
 
 def _core(found: Trace, *, shaped: bool) -> tuple[Tensor, tuple[int, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import operator
 from collections.abc import Iterable, Sequence
@@ -32,13 +33,11 @@ _LONGEST = 4096
 
 def _sizes(shape: Sequence[int]) -> tuple[int, ...]:
     """``shape`` as plain integers. Raises LayoutError where it is none of a tensor."""
-    try:
+    with contextlib.suppress(TypeError):
         sizes = tuple(map(operator.index, shape))
-    except TypeError:
-        sizes = (-1,)
-    if any(size < 0 for size in sizes):
-        raise LayoutError("this is no shape of a tensor", expected="sizes of 0 or more", found=repr(shape)[:80])
-    return sizes
+        if min(sizes, default=0) >= 0:
+            return sizes
+    raise LayoutError("this is no shape of a tensor", expected="sizes of 0 or more", found=repr(shape)[:80])
 
 
 def _spec(shape: Sequence[int], dtype: torch.dtype) -> tuple[tuple[int, ...], torch.dtype]:

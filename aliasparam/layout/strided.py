@@ -30,8 +30,7 @@ class StridedLayout(BoundLayout):
         super().__init__(shape, dtype, lead, lines[-1].kernel_shape[lead:])
         self.lines = lines
         self._elements = self.regions * self.region_capacity
-        runs = [(line.start, [digit[1:] for digit in line.digits]) for line in lines]
-        in_one_run = runs in ([(0, [])], [(0, [(1, 1)])])
+        in_one_run = all(line.start == 0 and all(a.kernel == a.value == 1 for a in line.digits) for line in lines)
         self.is_identity = self.region_capacity == self.region_elements and (in_one_run or not self.region_elements)
 
     def write(self, memory: Tensor, box: Box, value: Tensor) -> None:
