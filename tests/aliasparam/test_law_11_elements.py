@@ -97,6 +97,10 @@ def test_what_is_no_rectangle_has_no_pieces(rows: Any, columns: Any, shape: Any)
         Layout("(g b a) k -> g a b k, a=4 b=8").boxes(rows, columns, shape)
 
 
+def test_a_rectangle_of_regions_is_in_the_memory_of_each() -> None:
+    assert [piece.kernel for piece in Layout("k -> ~k").boxes((1, 2), (0, 4), (3, 4))] == [7]
+
+
 @pytest.mark.parametrize("size", [[2], "2", 2.0, None, True, -1])
 def test_sizes_that_are_no_positive_integers_are_refused(size: Any) -> None:
     with pytest.raises(LayoutError, match="size of digit a is no positive integer"):

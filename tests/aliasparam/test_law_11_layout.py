@@ -113,6 +113,7 @@ def test_one_after_the_other(data: Any, rank: int) -> None:
         (["r k -> ~r k", "(t s) k -> t k s, s=2"], (3, 2)),
         (["(h r) k -> r h k, h=3", "(t s) k -> t k ~s, s=9"], (12, 2)),
         (["(a b) -> ~b a, b=3", "(c d) -> ~d c, d=2", "(a b) -> ~b a, b=3"], (7,)),
+        (["(h (f a)) -> a f h, h=3 a=4", "(f a b c) -> b f c a, a=3 b=2 c=3"], (6,)),  # two of four are reached
     ],
 )
 def test_digits_that_straddle_the_next_line_and_ends_counted_backwards(texts: list[str], shape: tuple[int, ...]) -> None:
@@ -168,6 +169,9 @@ def test_digits_of_other_capacities_are_not_kept_in_place() -> None:
         ("(r a) k -> k r a, a=2", "(r t) (k c) -> r k c t, t=3 c=2", (9, 9)),  # three of ten rows are no cell of the ten
         ("r k -> (r k) | (a b) -> b a, b=4", "r k -> (r k) | (a b c) -> c b a, b=2 c=2", (4, 10)),  # fours go on to the next row
         ("(h f t) -> f h t, t=2 h=3 | (h (r t)) -> h r t, h=2 t=9", "(h (f t u)) -> u h f t, h=3 t=2 u=3", (12,)),
+        # threes of twos, which the one counts on in sixes, the other in nines
+        ("(h f t) -> f h t, t=2 h=3 | (r t) -> r t, t=18", "(h f t) -> f h t, t=2 h=3 | (h (r t)) -> h r t, h=2 t=9", (12,)),
+        ("(a b) -> b a, b=6", "(a b) -> b a, b=4", (12,)),  # digits without common parts
     ],
 )
 def test_ragged_digits_move_in_place(before: str, after: str, shape: tuple[int, ...]) -> None:
