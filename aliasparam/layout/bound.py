@@ -18,11 +18,12 @@ from .boxes import Box, positions_in, row_major, sizes, whole, within
 class BoundLayout(ABC):
     """Immutable; shared by all tensors of one layout, shape and dtype.
 
-    A box is (start, stop) per dim of ``shape``. ``memory`` is a flat tensor of ``dtype``, ``regions * region_capacity`` elements.
+    A box is (start, stop) per dim of ``shape``. ``memory`` is a flat tensor of ``dtype``, ``capacity`` elements.
 
     Attributes:
         shape, dtype: of the checkpoint tensor. Its first ``lead`` dims number the regions.
         regions: how many there are; each has ``region_elements`` values in ``region_capacity`` elements of memory.
+        capacity: elements of memory of all regions.
         kernel_shape: full, lead dims in front.
         strides, kernel_strides: of contiguous tensors of these shapes.
         whole: the box of the whole tensor.
@@ -36,6 +37,7 @@ class BoundLayout(ABC):
         self.kernel_shape = (*shape[:lead], *kernel)
         self.strides, self.kernel_strides = tuple(row_major(shape)), tuple(row_major(self.kernel_shape))
         self.regions, self.region_elements = math.prod(shape[:lead]), math.prod(shape[lead:])
+        self.capacity = self.regions * self.region_capacity
         self.whole: Box = whole(shape)
         self.lead_strides = [stride * self.region_capacity for stride in row_major(shape[:lead])]
 
@@ -75,7 +77,7 @@ class BoundLayout(ABC):
 
     def encode(self, values: Tensor) -> Tensor:
         """``values`` (of ``shape``) as a tensor of their own in kernel order, of ``kernel_shape``; padding is zero."""
-        memory = torch.zeros(self.regions * self.region_capacity, dtype=self.dtype, device=values.device)
+        memory = torch.zeros(self.capacity, dtype=self.dtype, device=values.device)
         self.write(memory, self.whole, values)
         return memory.view(self.kernel_shape)
 
@@ -96,12 +98,11 @@ class BoundLayout(ABC):
 
     def clear_padding(self, memory: Tensor) -> None:
         """Zero what no element of the tensor reaches. Scratch: a region."""
-        memory[self.regions * self.region_capacity :].view(torch.uint8).zero_()
+        memory[self.capacity :].view(torch.uint8).zero_()
         if self.region_capacity != self.region_elements:
-            regions = memory.view(torch.uint8)[: self.regions * self.region_capacity * memory.itemsize].view(self.regions, -1)
-            for region, box in zip(regions, self.by_region(), strict=True):
+            for (region, _), box in zip(self.touched(memory, self.whole), self.by_region(), strict=True):
                 values = self.read(memory, box)
-                region.zero_()
+                region.view(torch.uint8).zero_()
                 self.write(memory, box, values)
 
     def by_region(self) -> Iterator[Box]:
@@ -111,7 +112,7 @@ class BoundLayout(ABC):
 
     def touched(self, memory: Tensor, box: Box) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
         """The memory of every region under ``box``, flat, and its index in the box: ``value[index]`` are its values."""
-        by_region = memory[: self.regions * self.region_capacity].view(*self.shape[: self.lead], self.region_capacity)
+        by_region = memory[: self.capacity].view(*self.shape[: self.lead], self.region_capacity)
         for index in itertools.product(*(range(stop - start) for start, stop in box[: self.lead])):
             yield by_region[tuple(start + i for (start, _), i in zip(box, index, strict=False))], index
 
@@ -121,9 +122,9 @@ class BoundLayout(ABC):
     def check(self, memory: Tensor, box: Box, value: Tensor) -> None:
         """Raises LayoutError unless the box lies in the tensor, the value fits it and the memory is large enough."""
         self.check_value(box, value.shape, value.dtype)
-        if memory.dtype is not self.dtype or memory.numel() < self.regions * self.region_capacity:
+        if memory.dtype is not self.dtype or memory.numel() < self.capacity:
             found = f"{memory.numel()} of {memory.dtype}"
-            raise self.unfit(f"memory of {self.regions * self.region_capacity} elements of {self.dtype}", found)
+            raise self.unfit(f"memory of {self.capacity} elements of {self.dtype}", found)
 
     def check_value(self, box: Box, shape: Sequence[int], dtype: torch.dtype) -> None:
         """The same of the box and a value of ``shape`` and ``dtype``."""

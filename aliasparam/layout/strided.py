@@ -29,7 +29,6 @@ class StridedLayout(BoundLayout):
     def __init__(self, lines: Sequence[BoundLine], shape: tuple[int, ...], lead: int, dtype: torch.dtype) -> None:
         super().__init__(shape, dtype, lead, lines[-1].kernel_shape[lead:])
         self.lines = lines
-        self._elements = self.regions * self.region_capacity
         in_one_run = all(line.start == 0 and all(a.kernel == a.value == 1 for a in line.digits) for line in lines)
         self.is_identity = self.region_capacity == self.region_elements and (in_one_run or not self.region_elements)
 
@@ -54,7 +53,7 @@ class StridedLayout(BoundLayout):
         align = (memory.data_ptr() + region * size | value.data_ptr() | first | other | WIDEST) & 31
         limits = TRITON if memory.is_cuda and triton_copy.takes(memory, value) else TORCH
         copies = _planned(self, box[self.lead :], shape, value.stride(), value.dtype, align & -align, limits)
-        if memory.dtype is not self.dtype or memory.numel() < self._elements:
+        if memory.dtype is not self.dtype or memory.numel() < self.capacity:
             self.check(memory, box, value)  # raises
         for copy, ours in copies:
             kernel, plain = views(copy.start if ours else copy, memory, first // size, value)

@@ -242,3 +242,5 @@ def test_a_shape_with_nothing_in_it_is_legal() -> None:
 
     bound.write(empty, bound.whole, torch.empty(0, 256, 0, dtype=torch.uint8))
     assert bound.read(empty, bound.whole).shape == (0, 256, 0) and bound.region_capacity == 0
+    padded, other = (Layout(f"(r t) k -> {order}, t=2").bind((0, 3, 5), torch.uint8) for order in ("r t k", "t k r"))
+    padded.reorder(empty, other, 1)
