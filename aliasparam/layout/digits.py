@@ -89,6 +89,8 @@ def bind_lines(lines: Sequence[Line], shape: Sequence[int]) -> list[BoundLine]:
 def _of_regions(lead: tuple[int, ...], line: BoundLine, shape: tuple[int, ...]) -> BoundLine:
     """The line of one region for all, which the first dims of ``shape`` number: they are its most significant digits."""
     kernel_shape = (*lead, *line.kernel_shape)
+    if not math.prod(kernel_shape):
+        return BoundLine(0, (), kernel_shape)
     regions = map(Axis, lead, row_major(kernel_shape), row_major(shape))
     return BoundLine(line.start, _reached([*regions, *line.digits]), kernel_shape)
 
@@ -107,8 +109,7 @@ def _bind(line: Line, shape: tuple[int, ...]) -> BoundLine:
             raise LayoutError(f"{line} takes whole tiles", expected=f"{list(padded)}", found=f"{list(shape)}")
         source = _places(line.left, size)
     kernel = _places(line.right, size)
-    names = line.left.digits() if math.prod(padded) else ()
-    digits = [Axis(size[n], -kernel[n] if n in line.flipped else kernel[n], source[n]) for n in names]
+    digits = [Axis(size[n], -kernel[n] if n in line.flipped else kernel[n], source[n]) for n in line.left.digits()]
     start = sum((a.size - 1) * -a.kernel for a in digits if a.kernel < 0)
     return BoundLine(start, digits, padded if line.right.flat else grouped)
 

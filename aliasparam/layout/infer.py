@@ -56,8 +56,7 @@ def _candidates(sample: Trace) -> Iterator[tuple[tuple[Line, ...], bool]]:
     for shaped in (True, False):
         positions, kernel = _core(sample, shaped=shaped)
         for text in texts(sample.axes[-positions.dim() :], kernel) if sample.axes else ():
-            with contextlib.suppress(LayoutError):
-                yield parse(text)[0], shaped
+            yield parse(text)[0], shaped
 
 
 def _fits(lines: tuple[Line, ...], sample: Trace, *, shaped: bool) -> bool:

@@ -244,3 +244,5 @@ def test_a_shape_with_nothing_in_it_is_legal() -> None:
     assert bound.read(empty, bound.whole).shape == (0, 256, 0) and bound.region_capacity == 0
     padded, other = (Layout(f"(r t) k -> {order}, t=2").bind((0, 3, 5), torch.uint8) for order in ("r t k", "t k r"))
     padded.reorder(empty, other, 1)
+    both = Layout("(r t) k -> r t k, t=2").then("(r t) k -> ~r k t, t=3").bind((0, 3, 5), torch.uint8)
+    assert both.offsets().shape == (0, 3, 5) and both.kernel_shape == (0, 6, 5)
