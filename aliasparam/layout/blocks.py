@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from .digits import Axis, BoundLine, Piece, exchanged, forwards, joined, routed
+from .digits import Axis, BoundLine, Piece, exchanged, forwards, joined, routed, row_major
 
 
 def permutation(old: BoundLine, new: BoundLine) -> Piece | None:
@@ -27,12 +27,9 @@ def permutation(old: BoundLine, new: BoundLine) -> Piece | None:
 
 def _padded(line: BoundLine) -> tuple[list[Axis], list[Axis]]:
     """The digits by their places in the padded tensor; and these by their places in the tensor: how it is padded."""
-    place, digits, padding = 1, list[Axis](), list[Axis]()
-    for size, kernel, value in reversed(line.digits):
-        digits.insert(0, Axis(size, kernel, place))
-        padding.insert(0, Axis(size, place, value))
-        place *= size
-    return digits, joined(padding)
+    places = row_major([digit.size for digit in line.digits])
+    digits = [digit._replace(value=place) for digit, place in zip(line.digits, places, strict=True)]
+    return digits, joined(digit._replace(kernel=place) for digit, place in zip(line.digits, places, strict=True))
 
 
 def _run(piece: Piece) -> tuple[int, int] | None:

@@ -118,12 +118,11 @@ def _sized(
     line: Line, group: Group, shape: tuple[int, ...], dim: int, extent: int, stride: int
 ) -> Iterator[tuple[str, int, int]]:
     """Digits of ``group``, with size and place value, where it counts ``extent`` values that are ``stride`` positions apart."""
-    fixed = dict(line.sizes)
-    sizes = [fixed_size(item, fixed) for item in group.items]
+    sizes = [fixed_size(item, line.sizes) for item in group.items]
     rest = math.prod(size for size in sizes if size is not None)
     free = sizes.index(None) if None in sizes else None
     if extent != rest if free is None else free and extent % rest:
-        said = " ".join(f"{name}={size}" for name, size in line.sizes if name in group.digits())
+        said = " ".join(f"{name}={line.sizes[name]}" for name in group.digits() if name in line.sizes)
         raise LayoutError(
             f"the digits {group} ({said}) do not fit {extent}, dim {dim} of {list(shape)}",
             expected=f"{rest}" if free is None else f"a multiple of {rest}",
@@ -147,11 +146,8 @@ def _reached(digits: Iterable[Axis]) -> list[Axis]:
 
 def _places(side: Group, sizes: dict[str, int]) -> dict[str, int]:
     """The place value of each digit in memory that has the digits of ``side`` in their order."""
-    values, value = {}, 1
-    for digit in reversed(side.digits()):
-        values[digit] = value
-        value *= sizes[digit]
-    return values
+    digits = side.digits()
+    return dict(zip(digits, row_major([sizes[digit] for digit in digits]), strict=True))
 
 
 def forwards(piece: Piece) -> Piece:

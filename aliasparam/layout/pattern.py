@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import pairwise
 
@@ -56,8 +56,7 @@ class Group:
 class Line:
     """A line. Equality is by canonical form.
 
-    ``sizes`` holds the digits whose size is fixed, in the order of the left side; ``flipped`` those that the two sides count in
-    opposite directions.
+    ``sizes`` holds the digits whose size is fixed; ``flipped`` are those that the two sides count in opposite directions.
 
     Raises:
         LayoutError: the sides have other digits, or sizes are missing.
@@ -65,28 +64,26 @@ class Line:
 
     left: Group
     right: Group
-    sizes: tuple[tuple[str, int], ...] = ()
+    sizes: Mapping[str, int] = field(default_factory=dict)
     flipped: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         _need_alike(self)
-        for name, size in self.sizes:
+        for name, size in self.sizes.items():
             if size < 1:
                 raise LayoutError(f"the size of digit {name} is no positive integer", found=size)
         for dim in self.shape_side.dims:
-            _need_sizes(dim, dict(self.sizes), self)
+            _need_sizes(dim, self)
 
     def __str__(self) -> str:
-        sizes = " ".join(f"{name}={size}" for name, size in self.sizes)
+        sizes = " ".join(f"{name}={self.sizes[name]}" for name in self.left.digits() if name in self.sizes)
         right = self.right.side(grouped=not self.right.flat)
         right = re.sub(_NAME, lambda name: "~" * (name[0] in self.flipped) + name[0], right)
         line = f"{self.left.side(grouped=self.left.flat)} -> {right}"
         return f"{line}, {sizes}" if sizes else line
 
     def exchanged(self) -> Line:
-        sizes = dict(self.sizes)
-        known = tuple((name, sizes[name]) for name in self.right.digits() if name in sizes)
-        return Line(self.right, self.left, known, self.flipped)
+        return Line(self.right, self.left, self.sizes, self.flipped)
 
     @property
     def shape_side(self) -> Group:
@@ -137,15 +134,15 @@ def _need_alike(line: Line) -> None:
         raise LayoutError("one side must say the dims", expected="(g b a) k -> [g a b k]", found=line)
 
 
-def _need_sizes(group: Group, sizes: Mapping[str, int], line: Line) -> None:
-    free = [str(item) for item in group.items if fixed_size(item, sizes) is None]
+def _need_sizes(group: Group, line: Line) -> None:
+    free = [str(item) for item in group.items if fixed_size(item, line.sizes) is None]
     if len(free) > 1:
         raise LayoutError(
             f"digits {' and '.join(free)} of one group have no size", expected=f"a size for all but one of {group}", found=line
         )
     for item in group.items:
         if isinstance(item, Group):
-            _need_sizes(item, sizes, line)
+            _need_sizes(item, line)
 
 
 @lru_cache(maxsize=1024)  # modules declare the same few lines over and over
@@ -186,7 +183,7 @@ def _line(sides: str, sizes: Mapping[str, int], text: str) -> Line:
     before, after = (["".join(token.split()) for token in _TOKEN.findall(side)] for side in sides.split("->"))
     left, right = _side(before, text), _side(after, text, flat="(" not in after)
     flipped = frozenset(token.lstrip("~") for token in {*before} ^ {*after} if token[0] == "~")
-    return Line(left, right, tuple((name, sizes[name]) for name in left.digits() if name in sizes), flipped)
+    return Line(left, right, {name: sizes[name] for name in left.digits() if name in sizes}, flipped)
 
 
 def _side(tokens: Sequence[str], text: str, *, flat: bool = False) -> Group:
