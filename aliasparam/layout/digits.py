@@ -152,12 +152,11 @@ def _places(side: Group, sizes: dict[str, int]) -> dict[str, int]:
 
 def forwards(piece: Piece) -> Piece:
     """The same elements with no axis that runs backwards in kernel memory."""
-    at, offset, axes = piece
-    for i, (size, kernel, value) in enumerate(axes):
+    for i, (size, kernel, value) in enumerate(piece.axes):
         if kernel < 0:
-            at, offset = at + (size - 1) * kernel, offset + (size - 1) * value
-            axes = [*axes[:i], Axis(size, -kernel, -value), *axes[i + 1 :]]
-    return Piece(at, offset, axes)
+            axes = [*piece.axes[:i], Axis(size, -kernel, -value), *piece.axes[i + 1 :]]
+            piece = Piece(piece.kernel + (size - 1) * kernel, piece.value + (size - 1) * value, axes)
+    return piece
 
 
 def exchanged(piece: Piece) -> Piece:
@@ -171,7 +170,7 @@ def routed(piece: Piece, line: BoundLine, *, ragged: bool = False) -> list[Piece
     ``ragged``: axes may reach beyond their size where that takes fewer pieces.
     """
     found = _route(forwards(piece), line.start, line.digits, ragged)
-    return [exchanged(forwards(exchanged(part))) for part in found]
+    return [exchanged(forwards(exchanged(part))) if any(a.value < 0 for a in part.axes) else part for part in found]
 
 
 def _route(piece: Piece, start: int, digits: Sequence[Axis], ragged: bool) -> Iterator[Piece]:

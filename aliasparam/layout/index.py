@@ -31,9 +31,9 @@ class IndexLayout:
         kind = positions.dtype if isinstance(positions, Tensor) else type(positions).__name__
         if isinstance(kind, str) or kind.is_floating_point or kind.is_complex or kind is torch.bool:
             raise LayoutError("positions are integers", expected="an int64 tensor of the core shape", found=kind)
-        positions = positions.detach().to("cpu", torch.int64).contiguous()
+        self.positions = positions = positions.detach().to("cpu", torch.int64).contiguous()
         self.kernel = tuple(positions.shape if kernel_shape is None else kernel_shape)
-        self.bits, self._tables = bits, {torch.device("cpu"): positions}
+        self.bits, self.core_dims, self._tables = bits, positions.dim(), dict[torch.device, Tensor]()
         room = math.prod(self.kernel)
         flat = positions.view(-1)
         if flat.numel() and (int(flat.min()) < 0 or int(flat.max()) >= room):
@@ -44,17 +44,9 @@ class IndexLayout:
             raise LayoutError("two elements share a position", expected="a permutation")
         self._digest = hashlib.sha256(flat.numpy().tobytes() if flat.numel() else b"").digest()
 
-    @property
-    def positions(self) -> Tensor:
-        return self.table(torch.device("cpu"))
-
-    @property
-    def core_dims(self) -> int:
-        return self.positions.dim()
-
     def table(self, device: torch.device) -> Tensor:
         if device not in self._tables:
-            self._tables[device] = self._tables[torch.device("cpu")].to(device)
+            self._tables[device] = self.positions.to(device)
         return self._tables[device]
 
     def bind(self, shape: Sequence[int], dtype: torch.dtype) -> BoundLayout:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import operator
 from collections.abc import Iterable, Sequence
@@ -33,11 +32,13 @@ _LONGEST = 4096
 
 def _sizes(shape: Sequence[int]) -> tuple[int, ...]:
     """``shape`` as plain integers. Raises LayoutError where it is none of a tensor."""
-    with contextlib.suppress(TypeError):
+    try:
         sizes = tuple(map(operator.index, shape))
-        if min(sizes, default=0) >= 0:
-            return sizes
-    raise LayoutError("this is no shape of a tensor", expected="sizes of 0 or more", found=repr(shape)[:80])
+    except TypeError:
+        sizes = (-1,)
+    if min(sizes, default=0) < 0:
+        raise LayoutError("this is no shape of a tensor", expected="sizes of 0 or more", found=repr(shape)[:80])
+    return sizes
 
 
 def _spec(shape: Sequence[int], dtype: torch.dtype) -> tuple[tuple[int, ...], torch.dtype]:
