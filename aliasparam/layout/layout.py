@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from html import escape
 from typing import Any, TypeAlias
@@ -68,6 +68,7 @@ class Layout:
 
     lines: tuple[Line, ...]
     bits: int | None
+    _hash: int = field(compare=False)
 
     def __init__(self, text: str, **sizes: int) -> None:
         if not isinstance(text, str) or len(text) > _LONGEST:
@@ -86,8 +87,12 @@ class Layout:
     def _set(self, lines: Iterable[Line], bits: int | None) -> Layout:
         if bits not in (None, 4):
             raise LayoutError("elements are whole, or of 4 bits", expected="bits=4, or none given", found=bits)
-        self.__dict__.update(lines=tuple(lines), bits=bits)
+        key = tuple(lines), bits
+        self.__dict__.update(lines=key[0], bits=bits, _hash=hash(key))  # every look for what is bound hashes it
         return self
+
+    def __hash__(self) -> int:
+        return self._hash
 
     @classmethod
     def of(cls, lines: Iterable[Line], bits: int | None = None) -> Layout:
