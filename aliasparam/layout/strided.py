@@ -14,7 +14,7 @@ from .blocks import blocks, permutation
 from .bound import BoundLayout, in_bytes
 from .boxes import Box, pieces, row_major, sizes, whole
 from .digits import BoundLine, Piece
-from .execute import WIDEST, Copy, plan, views
+from .execute import WIDEST, Copy, for_torch, plan, views
 
 #: What a copy may be: bytes of its widest element, and from how many bytes on it may run backwards (None: never).
 Limits: TypeAlias = tuple[int, int | None]
@@ -29,8 +29,14 @@ class StridedLayout(BoundLayout):
     def __init__(self, lines: Sequence[BoundLine], shape: tuple[int, ...], lead: int, dtype: torch.dtype) -> None:
         super().__init__(shape, dtype, lead, lines[-1].kernel_shape[lead:])
         self.lines = lines
-        in_one_run = all(line.start == 0 and all(a.kernel == a.value == 1 for a in line.digits) for line in lines)
-        self.is_identity = self.region_capacity == self.region_elements and (in_one_run or not self.region_elements)
+        self.is_identity = self.region_capacity == self.region_elements and self._keeps_places()
+
+    def _keeps_places(self) -> bool:
+        """Whether every element is where it was; lines that undo one another may be more than one."""
+        if len(self.lines) == 1:
+            return self.lines[0].start == 0 and all(digit.kernel == digit.value for digit in self.lines[0].digits)
+        found = pieces(self.lines, self.shape, self.whole, self.strides)
+        return all(one.kernel == one.value and all(axis.kernel == axis.value for axis in one.axes) for one in found)
 
     def write(self, memory: Tensor, box: Box, value: Tensor) -> None:
         self._move(memory, box, in_bytes(value), write=True)
@@ -82,7 +88,7 @@ class StridedLayout(BoundLayout):
         self.check_value(box, shape, dtype)
         copies = plan(pieces(self.lines, self.shape, box, strides), dtype.itemsize, align, *limits)
         ours = [limits is _SUMS or (limits is TRITON and triton_copy.wanted(copy)) for copy in copies]
-        return [(copy if mine else _named(copy, dtype), mine) for copy, mine in zip(copies, ours, strict=True)]
+        return [(copy if mine else for_torch(copy, dtype), mine) for copy, mine in zip(copies, ours, strict=True)]
 
     def positions(self, at: Tensor) -> Tensor:
         return reduce(lambda at, line: line.offsets(at), self.lines, at)
@@ -122,8 +128,3 @@ class StridedLayout(BoundLayout):
 
 
 _planned = lru_cache(maxsize=1 << 14)(StridedLayout.copies)  # a model writes the same few shards of a shape over and over
-
-
-def _named(copy: Copy, dtype: torch.dtype) -> Copy:
-    # For torch elements of their own width are of their own dtype: engines that mask ``Tensor.copy_`` look for NaN in them.
-    return copy._replace(dtype=dtype) if copy.dtype.itemsize == dtype.itemsize > 1 else copy

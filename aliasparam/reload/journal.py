@@ -57,7 +57,7 @@ class Journal:
             if live.storage is None:
                 if any(isinstance(holder.get(key), RefusingName) for holder, key in target.places):
                     self._lost[id(target.tensor)] = f"{target.label} held no weights before: an earlier reload of it failed"
-            elif _memory(live) not in self._seen and live.storage.states.common is not State.LOADED:
+            elif _memory(live) not in self._seen and live.storage.state is not State.LOADED:
                 self._lost[id(target.tensor)] = f"{target.label} held no whole weights before"
             self._seen.setdefault(_memory(live), (live, found))
         self._kept[id(target.tensor)] = Coverage(target.tensor.shape)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import StateError
+from ..host import host_bytes
 from ..module.adopt import adopt
 from ..module.registry import registries
 from ..module.verbs import checkpoint_names
@@ -101,7 +102,7 @@ def digest_of_folder(folder: SafetensorsFolder | str | Path, kind: str = "adler3
     if isinstance(folder, (str, Path)):
         with SafetensorsFolder(folder) as opened:
             return digest_of_folder(opened, kind)
-    buffer, found = torch.empty(_PIECE, dtype=torch.uint8, device="cpu"), []
+    buffer, found = host_bytes(_PIECE), []
     for name, entry in folder.tensors.items():
         digest = new_digest(kind)
         for start, piece in folder.pieces(name, buffer):

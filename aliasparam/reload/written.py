@@ -18,6 +18,8 @@ from .live import Live, part_of
 from .live_digest import add_pieces
 from .targets import PlainName, Target
 
+_FAILED = "a reload failed after it had written this tensor"
+
 
 class Given(NamedTuple):
     """What a tensor, or a part of it, is to hold at the end: the SHA-256 (hex) of its bytes."""
@@ -118,8 +120,15 @@ class Written:
         if self._ended:
             return
         for tensor in self._declared.values():
-            tensor._alias_storage.invalidate("a reload failed after it had written this tensor")
+            tensor._alias_storage.invalidate(_FAILED)
         self._ended = True
+
+    def abandon(self) -> None:
+        """:meth:`poison` by the garbage collector: whoever looks at a tensor next carries it out."""
+        if self._ended:
+            return
+        for tensor in self._declared.values():
+            tensor._alias_storage.invalidate_later(_FAILED)
 
 
 def _sha256(live: Live) -> str:
