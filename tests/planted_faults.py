@@ -238,11 +238,11 @@ FAULTS = [
         "found",
         "test_law_11_layout.py test_law_11_elements.py",
     ),
-    Planted("layout/digits.py", "            even = even and high % low == 0\n", "", "test_law_11_layout.py"),
-    Planted("layout/blocks.py", " or (end % value and end != last)", "", "test_law_11_layout.py"),
-    Planted(
-        "layout/blocks.py", "if last != elements and not (last in one and last in other)", "if False", "test_law_11_layout.py"
-    ),
+    Planted("layout/digits.py", "[*first.digits[:1], *ends]", "first.digits", "test_law_11_layout.py"),
+    Planted("layout/digits.py", "if ragged and tail and not head and step > 0", "if ragged and tail", "test_law_11_layout.py"),
+    Planted("layout/blocks.py", "if padding != other:", "if False:", "test_law_11_layout.py"),
+    Planted("layout/blocks.py", "len(found) == len(runs) == 1 and None not in runs", "len(found) == 1", "test_law_11_layout.py"),
+    Planted("layout/blocks.py", "if axis.kernel == axis.value", "if axis.size > 1", "test_law_11_layout.py"),
     Planted("layout/trace.py", "    if not bool(wrong.any()):\n", "    if False:\n", "test_law_11_infer.py"),
     Planted("layout/trace.py", "torch.equal(shuffled[shuffled > 0]", "torch.equal(moved[moved > 0]", "test_law_11_infer.py"),
     Planted("layout/trace.py", "(padding, source != 0,", "(padding, first != 0,", "test_law_11_infer.py"),

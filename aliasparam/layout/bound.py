@@ -12,18 +12,18 @@ import torch
 from torch import Tensor
 
 from ..errors import LayoutError
-from .blocks import Cut, blocks, each
 from .boxes import Box, positions_in, row_major, sizes, whole, within
 
 
 class BoundLayout(ABC):
     """Immutable; shared by all tensors of one layout, shape and dtype.
 
-    A box is (start, stop) per dim of ``shape``. ``memory`` is a flat tensor of ``dtype``, ``regions * region_capacity`` elements.
+    A box is (start, stop) per dim of ``shape``. ``memory`` is a flat tensor of ``dtype``, ``capacity`` elements.
 
     Attributes:
         shape, dtype: of the checkpoint tensor. Its first ``lead`` dims number the regions.
         regions: how many there are; each has ``region_elements`` values in ``region_capacity`` elements of memory.
+        capacity: elements of memory of all regions.
         kernel_shape: full, lead dims in front.
         strides, kernel_strides: of contiguous tensors of these shapes.
         whole: the box of the whole tensor.
@@ -32,14 +32,14 @@ class BoundLayout(ABC):
 
     is_identity: bool = False
 
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, lead: int, kernel: Sequence[int], capacity: int) -> None:
-        self.shape, self.dtype, self.lead, self.region_capacity = shape, dtype, lead, capacity
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, lead: int, kernel: Sequence[int]) -> None:
+        self.shape, self.dtype, self.lead, self.region_capacity = shape, dtype, lead, math.prod(kernel)
         self.kernel_shape = (*shape[:lead], *kernel)
         self.strides, self.kernel_strides = tuple(row_major(shape)), tuple(row_major(self.kernel_shape))
         self.regions, self.region_elements = math.prod(shape[:lead]), math.prod(shape[lead:])
+        self.capacity = self.regions * self.region_capacity
         self.whole: Box = whole(shape)
-        self.lead_strides = [stride * capacity for stride in row_major(shape[:lead])]
-        self.lead_cuts = each(shape[:lead])
+        self.lead_strides = [stride * self.region_capacity for stride in row_major(shape[:lead])]
 
     def __deepcopy__(self, memo: Any) -> BoundLayout:
         return self
@@ -52,18 +52,12 @@ class BoundLayout(ABC):
     def read(self, memory: Tensor, box: Box, out: Tensor | None = None) -> Tensor:
         """The values of ``box``: fresh and contiguous, or in ``out`` (any strides)."""
 
-    def placed(self, within: Tensor) -> Tensor | None:
-        """Where the elements at row-major positions ``within`` a region are in its memory, see :meth:`positions`."""
-        return None
-
     def positions(self, at: Tensor) -> Tensor | None:
         """Where the elements at row-major checkpoint positions ``at`` (int64, any shape and device) are in ``memory``.
 
         None where elements have no places of their own (nibbles, two functions). Costs a few times ``at``, not the tensor.
         """
-        many = max(self.region_elements, 1)
-        within = self.placed(at % many)
-        return None if within is None else at // many * self.region_capacity + within
+        return None
 
     def offsets(self, box: Box | None = None) -> Tensor:
         """int64, the box's shape: the position of every element in ``memory``. Slow: for oracles.
@@ -83,7 +77,7 @@ class BoundLayout(ABC):
 
     def encode(self, values: Tensor) -> Tensor:
         """``values`` (of ``shape``) as a tensor of their own in kernel order, of ``kernel_shape``; padding is zero."""
-        memory = torch.zeros(self.regions * self.region_capacity, dtype=self.dtype, device=values.device)
+        memory = torch.zeros(self.capacity, dtype=self.dtype, device=values.device)
         self.write(memory, self.whole, values)
         return memory.view(self.kernel_shape)
 
@@ -91,54 +85,34 @@ class BoundLayout(ABC):
         """The inverse: fresh values of ``shape`` from a contiguous tensor in kernel order."""
         return self.read(kernel.reshape(-1), self.whole)
 
-    def cuts(self, other: BoundLayout) -> list[Cut]:
-        """Digits inside a region that this order and ``other`` keep in place."""
-        return []
-
-    def in_place_blocks(self, other: BoundLayout, max_bytes: int) -> Iterator[list[Box]]:
-        """Blocks of boxes whose memory no block that follows has under this order.
-
-        Reading all boxes of a block in this order and writing them in ``other``, block by block, brings memory from one to the
-        other in place. A block has at most ``max_bytes`` where digits that both keep in place allow it; a region where the
-        capacities of regions differ; everything where their number does. Padding that only the new order has holds old bytes
-        afterwards: ``clear_padding``.
-        """
-        if (self.shape, self.lead) != (other.shape, other.lead):
-            yield [self.whole]
-        elif self.region_capacity == other.region_capacity:
-            yield from blocks(self.shape, [*self.lead_cuts, *self.cuts(other)], max_bytes // self.dtype.itemsize)
-        else:  # regions that grow move from the last on
-            regions = list(blocks(self.shape, self.lead_cuts, self.region_elements))
-            yield from regions[::-1] if other.region_capacity > self.region_capacity else regions
-
     def reorder(self, memory: Tensor, new: BoundLayout, max_bytes: int) -> None:
         """Move every element of ``memory`` (flat) from its place in this order to that in ``new``; padding becomes zero.
 
-        A block is read before it is written: scratch is one, see :meth:`in_place_blocks`, and a region where ``new`` pads.
+        What moves is read before it is written: scratch is a region, or everything where the number of regions differs. See
+        :class:`StridedLayout` for less.
         """
-        if self is new or (self.is_identity and new.is_identity):
-            return
-        for block in self.in_place_blocks(new, max_bytes):
-            self._move_block(memory, block, new)
+        regions = [self.whole] if self.lead != new.lead else list(self.by_region())
+        for box in reversed(regions) if new.region_capacity > self.region_capacity else regions:
+            new.write(memory, box, self.read(memory, box))
         new.clear_padding(memory)
-
-    def _move_block(self, memory: Tensor, block: list[Box], new: BoundLayout) -> None:
-        for box, value in [(box, self.read(memory, box)) for box in block]:
-            new.write(memory, box, value)
 
     def clear_padding(self, memory: Tensor) -> None:
         """Zero what no element of the tensor reaches. Scratch: a region."""
-        memory[self.regions * self.region_capacity :].view(torch.uint8).zero_()
+        memory[self.capacity :].view(torch.uint8).zero_()
         if self.region_capacity != self.region_elements:
-            for region, index in self.touched(memory, self.whole):
-                box = (*((i, i + 1) for i in index), *self.whole[self.lead :])
+            for (region, _), box in zip(self.touched(memory, self.whole), self.by_region(), strict=True):
                 values = self.read(memory, box)
                 region.view(torch.uint8).zero_()
                 self.write(memory, box, values)
 
+    def by_region(self) -> Iterator[Box]:
+        """The box of each region."""
+        for index in itertools.product(*map(range, self.shape[: self.lead])):
+            yield *((i, i + 1) for i in index), *self.whole[self.lead :]
+
     def touched(self, memory: Tensor, box: Box) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
         """The memory of every region under ``box``, flat, and its index in the box: ``value[index]`` are its values."""
-        by_region = memory[: self.regions * self.region_capacity].view(*self.shape[: self.lead], self.region_capacity)
+        by_region = memory[: self.capacity].view(*self.shape[: self.lead], self.region_capacity)
         for index in itertools.product(*(range(stop - start) for start, stop in box[: self.lead])):
             yield by_region[tuple(start + i for (start, _), i in zip(box, index, strict=False))], index
 
@@ -148,9 +122,9 @@ class BoundLayout(ABC):
     def check(self, memory: Tensor, box: Box, value: Tensor) -> None:
         """Raises LayoutError unless the box lies in the tensor, the value fits it and the memory is large enough."""
         self.check_value(box, value.shape, value.dtype)
-        if memory.dtype is not self.dtype or memory.numel() < self.regions * self.region_capacity:
+        if memory.dtype is not self.dtype or memory.numel() < self.capacity:
             found = f"{memory.numel()} of {memory.dtype}"
-            raise self.unfit(f"memory of {self.regions * self.region_capacity} elements of {self.dtype}", found)
+            raise self.unfit(f"memory of {self.capacity} elements of {self.dtype}", found)
 
     def check_value(self, box: Box, shape: Sequence[int], dtype: torch.dtype) -> None:
         """The same of the box and a value of ``shape`` and ``dtype``."""

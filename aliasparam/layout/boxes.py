@@ -6,26 +6,20 @@ digit that it cuts, and every ragged end, adds at most two.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from ..host import HOST
-from .digits import Axis, BoundLine
+from .digits import Axis, BoundLine, routed
+from .digits import Piece as Piece
 from .digits import row_major as row_major
 
 #: (start, stop) for each dim.
 Box: TypeAlias = tuple[tuple[int, int], ...]
-
-
-class Piece(NamedTuple):
-    """Elements ``value + sum(i * axis.value)`` of a rectangle, at ``kernel + sum(i * axis.kernel)`` of the memory."""
-
-    kernel: int
-    value: int
-    axes: Sequence[Axis]
 
 
 def pieces(lines: Sequence[BoundLine], shape: Sequence[int], box: Box, strides: Sequence[int]) -> list[Piece]:
@@ -40,7 +34,7 @@ def pieces(lines: Sequence[BoundLine], shape: Sequence[int], box: Box, strides: 
     axes = [Axis(*axis) for axis in zip(sizes(box), steps, strides, strict=True) if axis[0] > 1]
     found = [Piece(first, 0, axes)]
     for line in lines:
-        found = [routed for piece in found for routed in _route(piece, line.start, line.digits)]
+        found = [part for piece in found for part in routed(piece, line)]
     return found
 
 
@@ -74,40 +68,15 @@ def positions_in(shape: Sequence[int], box: Box) -> Tensor:
     return found
 
 
-def _route(piece: Piece, start: int, digits: Sequence[Axis]) -> Iterator[Piece]:
-    """The pieces of one piece at positions of a line, after these were written in ``digits``. See [Note: place values]."""
-    if not digits:
-        yield piece._replace(kernel=start)
+def tiles(box: Box, elements: int) -> Iterator[Box]:
+    """``box`` cut along its first dims into boxes of at most ``elements`` elements."""
+    shape = sizes(box)
+    held = math.prod(shape)
+    if held <= elements:  # most tensors are small
+        yield from [box] if held else []
         return
-    (_, kernel, value), *rest = digits
-    for part in _divide(piece, value):
-        routed = [a._replace(kernel=a.kernel // value * kernel) for a in part.axes if a.kernel % value == 0]
-        low = Piece(part.kernel % value, part.value, [a for a in part.axes if a.kernel % value])
-        for inner in _route(low, start + part.kernel // value * kernel, rest):
-            yield inner._replace(axes=[*routed, *inner.axes])
-
-
-def _divide(piece: Piece, value: int) -> Iterator[Piece]:
-    """Split until positions are ``value`` times (some axes) plus a remainder (the others) that never reaches ``value``."""
-    at, offset, axes = piece
-    low = [a for a in axes if a.kernel % value]
-    reach = sum((a.size - 1) * a.kernel for a in low)
-    ascending = all(a.kernel > 0 for a in low)
-    if not low or (ascending and at % value + reach < value):
-        yield piece
-        return
-    cut = max(low, key=lambda a: abs(a.kernel))
-    size, unit, step = cut
-    others = [a for a in axes if a is not cut]
-    if ascending and unit < value and value % unit == 0 and at % unit + reach - (size - 1) * unit < unit:
-        period = value // unit  # whole blocks of so many steps, and what is before and after them
-        head = min(-(at // unit) % period, size)
-        blocks, tail = divmod(size - head, period)
-        cuts = [(0, 1, head), (head, blocks, period), (size - tail, 1, tail)]
-    else:
-        cuts = [(i, 1, 1) for i in range(size)]
-    for first, blocks, run in cuts:
-        if not blocks or not run:
-            continue
-        parts = [a for a in (Axis(blocks, unit * run, step * run), Axis(run, unit, step)) if a.size > 1]
-        yield from _divide(Piece(at + first * unit, offset + first * step, [*others, *parts]), value)
+    dim = next(dim for dim, size in enumerate(shape) if size > 1)
+    start, stop = box[dim]
+    many = max(1, shape[dim] * elements // held)
+    for at in range(start, stop, many):
+        yield from tiles((*box[:dim], (at, min(at + many, stop)), *box[dim + 1 :]), elements)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 from torch import Tensor
@@ -26,6 +27,14 @@ class Axis(NamedTuple):
     value: int
 
 
+class Piece(NamedTuple):
+    """Elements ``value + sum(i * axis.value)`` of a rectangle, at ``kernel + sum(i * axis.kernel)`` of the memory."""
+
+    kernel: int
+    value: int
+    axes: Sequence[Axis]
+
+
 def joined(axes: Iterable[Axis]) -> list[Axis]:
     """With axes as one that follow one another, the second within the first, on both sides."""
     found: list[Axis] = []
@@ -37,15 +46,11 @@ def joined(axes: Iterable[Axis]) -> list[Axis]:
 
 
 class BoundLine(NamedTuple):
-    """A line for one core shape. ``digits``: the most significant of a position first. See [Note: place values]."""
+    """A line for one shape. ``digits``: the most significant of a position first. See [Note: place values]."""
 
     start: int
     digits: Sequence[Axis]
     kernel_shape: tuple[int, ...]
-
-    @property
-    def capacity(self) -> int:
-        return math.prod(self.kernel_shape)
 
     def offsets(self, at: Tensor) -> Tensor:
         """Where the elements at positions ``at`` are in kernel memory."""
@@ -71,14 +76,23 @@ def bind_lines(lines: Sequence[Line], shape: Sequence[int]) -> list[BoundLine]:
     if len(shape) < dims:
         text = " | ".join(map(str, lines))
         raise LayoutError(f"{text} takes {dims} dims", expected=f"{dims} or more dims", found=f"{list(shape)}")
-    core = tuple(shape[len(shape) - dims :])
+    lead, shape = tuple(shape[: len(shape) - dims]), tuple(shape)
     done: list[BoundLine] = []
     for line in lines:
-        bound = _bind(line, core)
+        bound = _of_regions(lead, _bind(line, shape[len(lead) :]), shape)
         both = _composed(done[-1], bound) if done else None
         done[len(done) - (both is not None) :] = [both or bound]
-        core = bound.kernel_shape
+        shape = bound.kernel_shape
     return done
+
+
+def _of_regions(lead: tuple[int, ...], line: BoundLine, shape: tuple[int, ...]) -> BoundLine:
+    """The line of one region for all, which the first dims of ``shape`` number: they are its most significant digits."""
+    kernel_shape = (*lead, *line.kernel_shape)
+    if not math.prod(kernel_shape):
+        return BoundLine(0, (), kernel_shape)
+    regions = map(Axis, lead, row_major(kernel_shape), row_major(shape))
+    return BoundLine(line.start, _reached([*regions, *line.digits]), kernel_shape)
 
 
 def _bind(line: Line, shape: tuple[int, ...]) -> BoundLine:
@@ -95,25 +109,20 @@ def _bind(line: Line, shape: tuple[int, ...]) -> BoundLine:
             raise LayoutError(f"{line} takes whole tiles", expected=f"{list(padded)}", found=f"{list(shape)}")
         source = _places(line.left, size)
     kernel = _places(line.right, size)
-    start, digits, flipped = 0, [], line.flipped
-    for digit in line.left.digits() if math.prod(padded) else ():
-        axis = Axis(size[digit], kernel[digit], source[digit])
-        if digit in flipped:
-            start, axis = start + (axis.size - 1) * axis.kernel, axis._replace(kernel=-axis.kernel)
-        digits.append(axis)
-    return BoundLine(start, _reached(digits), padded if line.right.flat else grouped)
+    digits = [Axis(size[n], -kernel[n] if n in line.flipped else kernel[n], source[n]) for n in line.left.digits()]
+    start = sum((a.size - 1) * -a.kernel for a in digits if a.kernel < 0)
+    return BoundLine(start, digits, padded if line.right.flat else grouped)
 
 
 def _sized(
     line: Line, group: Group, shape: tuple[int, ...], dim: int, extent: int, stride: int
 ) -> Iterator[tuple[str, int, int]]:
     """Digits of ``group``, with size and place value, where it counts ``extent`` values that are ``stride`` positions apart."""
-    fixed = dict(line.sizes)
-    sizes = [fixed_size(item, fixed) for item in group.items]
+    sizes = [fixed_size(item, line.sizes) for item in group.items]
     rest = math.prod(size for size in sizes if size is not None)
     free = sizes.index(None) if None in sizes else None
     if extent != rest if free is None else free and extent % rest:
-        said = " ".join(f"{name}={size}" for name, size in line.sizes if name in group.digits())
+        said = " ".join(f"{name}={line.sizes[name]}" for name in group.digits() if name in line.sizes)
         raise LayoutError(
             f"the digits {group} ({said}) do not fit {extent}, dim {dim} of {list(shape)}",
             expected=f"{rest}" if free is None else f"a multiple of {rest}",
@@ -122,7 +131,7 @@ def _sized(
         )
     for item, fixed_to in zip(reversed(group.items), reversed(sizes), strict=True):
         size = -(-extent // rest) if fixed_to is None else fixed_to
-        yield from _sized(line, item, shape, dim, size, stride) if isinstance(item, Group) else [(item.lstrip("~"), size, stride)]
+        yield from _sized(line, item, shape, dim, size, stride) if isinstance(item, Group) else [(item, size, stride)]
         stride *= size
 
 
@@ -137,49 +146,80 @@ def _reached(digits: Iterable[Axis]) -> list[Axis]:
 
 def _places(side: Group, sizes: dict[str, int]) -> dict[str, int]:
     """The place value of each digit in memory that has the digits of ``side`` in their order."""
-    values, value = {}, 1
-    for digit in reversed(side.digits()):
-        values[digit] = value
-        value *= sizes[digit]
-    return values
+    digits = side.digits()
+    return dict(zip(digits, row_major([sizes[digit] for digit in digits]), strict=True))
 
 
-def refined(digits: Iterable[Axis], places: Iterable[int], *, exact: bool = False) -> dict[int, Axis]:
-    """The digits by their place value, cut at other place values as well where these are whole steps of a digit.
+def forwards(piece: Piece) -> Piece:
+    """The same elements with no axis that runs backwards in kernel memory."""
+    for i, (size, kernel, value) in enumerate(piece.axes):
+        if kernel < 0:
+            axes = [*piece.axes[:i], Axis(size, -kernel, -value), *piece.axes[i + 1 :]]
+            piece = Piece(piece.kernel + (size - 1) * kernel, piece.value + (size - 1) * value, axes)
+    return piece
 
-    ``exact``: only those that cut a digit evenly.
+
+def exchanged(piece: Piece) -> Piece:
+    """With the two sides in one another's place."""
+    return Piece(piece.value, piece.kernel, [Axis(a.size, a.value, a.kernel) for a in piece.axes])
+
+
+def routed(piece: Piece, line: BoundLine, *, ragged: bool = False) -> list[Piece]:
+    """The pieces of one piece at positions of ``line``, in its kernel memory; values run forwards.
+
+    ``ragged``: axes may reach beyond their size where that takes fewer pieces.
     """
-    found: dict[int, Axis] = {}
-    end: float = math.inf
-    for size, kernel, value in digits:
-        high, even = value * size, True
-        cuts = [place for place in places if value < place < min(high, end) and place % value == 0]
-        for low in [*sorted(cuts, reverse=True), value]:
-            even = even and high % low == 0
-            if even or not exact:
-                found[low] = Axis(-(-high // low), kernel * (low // value), low)
-            high = low
-        end = value
-    return found
+    found = _route(forwards(piece), line.start, line.digits, ragged)
+    return [exchanged(forwards(exchanged(part))) if any(a.value < 0 for a in part.axes) else part for part in found]
+
+
+def _route(piece: Piece, start: int, digits: Sequence[Axis], ragged: bool) -> Iterator[Piece]:
+    """The same after positions were written in ``digits``. See [Note: place values]."""
+    if not digits:
+        yield piece._replace(kernel=start)
+        return
+    (_, kernel, value), *rest = digits
+    for part in _divide(piece, value, ragged):
+        high = [a._replace(kernel=a.kernel // value * kernel) for a in part.axes if a.kernel % value == 0]
+        low = Piece(part.kernel % value, part.value, [a for a in part.axes if a.kernel % value])
+        for inner in _route(low, start + part.kernel // value * kernel, rest, ragged):
+            yield inner._replace(axes=[*high, *inner.axes])
+
+
+def _divide(piece: Piece, value: int, ragged: bool) -> Iterator[Piece]:
+    """Split until positions are ``value`` times (some axes) plus a remainder (the others) that never reaches ``value``."""
+    at, offset, axes = piece
+    low = [a for a in axes if a.kernel % value]
+    reach = sum((a.size - 1) * a.kernel for a in low)
+    if not low or at % value + reach < value:
+        yield piece
+        return
+    cut = max(low, key=lambda a: a.kernel)
+    size, unit, step = cut
+    others = [a for a in axes if a is not cut]
+    if unit < value and value % unit == 0 and at % unit + reach - (size - 1) * unit < unit:
+        period = value // unit  # whole blocks of so many steps, and what is before and after them
+        head = min(-(at // unit) % period, size)
+        blocks, tail = divmod(size - head, period)
+        if ragged and tail and not head and step > 0:
+            blocks, tail = blocks + 1, 0
+        cuts = [(0, 1, head), (head, blocks, period), (size - tail, 1, tail)]
+    else:
+        cuts = [(i, 1, 1) for i in range(size)]
+    for first, blocks, run in cuts:
+        if not blocks or not run:
+            continue
+        parts = [a for a in (Axis(blocks, unit * run, step * run), Axis(run, unit, step)) if a.size > 1]
+        yield from _divide(Piece(at + first * unit, offset + first * step, [*others, *parts]), value, ragged)
 
 
 def _composed(first: BoundLine, second: BoundLine) -> BoundLine | None:
     """One line, or None: a digit of the one straddles two of the other (halves of 192 rows in tiles of 128)."""
-    start, digits, backwards = second.start, [], 0
-    ends = {abs(digit.kernel) * n for digit in first.digits for n in (1, digit.size)}
-    then = refined(second.digits, ends)
-    for size, kernel, value in first.digits:
-        parts = refined([Axis(size, value, abs(kernel))], then)
-        if parts.keys() != {place for place in then if abs(kernel) <= place < abs(kernel) * size}:
-            return None
-        if kernel < 0:  # so is every part of it
-            if math.prod(part.size for part in parts.values()) != size:
-                return None
-            backwards -= (size - 1) * kernel
-            start += sum((part.size - 1) * then[place].kernel for place, part in parts.items())
-        digits += [Axis(part.size, then[place].kernel * (1 if kernel > 0 else -1), part.kernel) for place, part in parts.items()]
-    # What is counted backwards from an end that no element reaches does not begin where its parts do.
-    return BoundLine(start, _reached(digits), second.kernel_shape) if first.start == backwards else None
+    ends = (axis._replace(size=min(axis.size, -(-above.value // axis.value))) for above, axis in pairwise(first.digits))
+    found = routed(Piece(first.start, 0, [*first.digits[:1], *ends]), second, ragged=True)  # as far as positions reach
+    if len(found) > 1:
+        return None
+    return BoundLine(found[0].kernel, _reached(sorted(found[0].axes, key=lambda a: -a.value)), second.kernel_shape)
 
 
 def row_major(shape: Sequence[int]) -> list[int]:

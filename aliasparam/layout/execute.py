@@ -59,13 +59,13 @@ def plan(pieces: Iterable[Piece], itemsize: int, align: int, widest: int = WIDES
     copies = []
     for piece in pieces:
         backwards = backward is not None and math.prod(a.size for a in piece.axes) * itemsize >= backward
-        for kernel_offset, value_offset, axes in [piece] if backwards else _forward(piece):
+        for kernel_offset, value_offset, axes in [piece] if backwards else _one_by_one(piece):
             merged = joined(sorted(axes, key=lambda a: -abs(a.kernel)))  # in the order of kernel memory
             copies.append(_copy(merged, kernel_offset, value_offset, itemsize, min(align, widest)))
     return copies
 
 
-def _forward(piece: Piece) -> Iterator[Piece]:
+def _one_by_one(piece: Piece) -> Iterator[Piece]:
     """An axis that runs backwards in memory is copied value by value: torch has no negative strides."""
     back = next((axis for axis in piece.axes if axis.kernel < 0), None)
     if back is None:
@@ -73,7 +73,7 @@ def _forward(piece: Piece) -> Iterator[Piece]:
         return
     rest = [axis for axis in piece.axes if axis is not back]
     for i in range(back.size):
-        yield from _forward(Piece(piece.kernel + i * back.kernel, piece.value + i * back.value, rest))
+        yield from _one_by_one(Piece(piece.kernel + i * back.kernel, piece.value + i * back.value, rest))
 
 
 def _copy(axes: list[Axis], kernel_offset: int, value_offset: int, itemsize: int, most: int) -> Copy:

@@ -32,9 +32,9 @@ class IndexLayout:
         kind = positions.dtype if isinstance(positions, Tensor) else type(positions).__name__
         if isinstance(kind, str) or kind.is_floating_point or kind.is_complex or kind is torch.bool:
             raise LayoutError("positions are integers", expected="an int64 tensor of the core shape", found=kind)
-        positions = positions.detach().to(HOST, torch.int64).contiguous()
+        self.positions = positions = positions.detach().to(HOST, torch.int64).contiguous()
         self.kernel = tuple(positions.shape if kernel_shape is None else kernel_shape)
-        self.bits, self._tables = bits, {HOST: positions}
+        self.bits, self.core_dims, self._tables = bits, positions.dim(), dict[torch.device, Tensor]()
         room = math.prod(self.kernel)
         flat = positions.view(-1)
         if flat.numel() and (int(flat.min()) < 0 or int(flat.max()) >= room):
@@ -45,17 +45,9 @@ class IndexLayout:
             raise LayoutError("two elements share a position", expected="a permutation")
         self._digest = hashlib.sha256(flat.numpy().tobytes() if flat.numel() else b"").digest()
 
-    @property
-    def positions(self) -> Tensor:
-        return self.table(HOST)
-
-    @property
-    def core_dims(self) -> int:
-        return self.positions.dim()
-
     def table(self, device: torch.device) -> Tensor:
         if device not in self._tables:
-            self._tables[device] = self._tables[HOST].to(device)
+            self._tables[device] = self.positions.to(device)
         return self._tables[device]
 
     def bind(self, shape: Sequence[int], dtype: torch.dtype) -> BoundLayout:
@@ -89,7 +81,7 @@ class _Bound(RegionLayout):
     """An indexed copy of the part of the table that a box selects."""
 
     def __init__(self, layout: IndexLayout, shape: tuple[int, ...], lead: int, dtype: torch.dtype) -> None:
-        super().__init__(shape, dtype, lead, layout.kernel, math.prod(layout.kernel))
+        super().__init__(shape, dtype, lead, layout.kernel)
         self._layout, self._bits = layout, WIDE[dtype.itemsize]
 
     def put(self, region: Tensor, core: Box, value: Tensor) -> None:
@@ -98,8 +90,10 @@ class _Bound(RegionLayout):
     def get(self, region: Tensor, core: Box) -> Tensor:
         return region.view(self._bits).index_select(0, self._selected(core, region.device)).view(self.dtype)
 
-    def placed(self, within: Tensor) -> Tensor:
-        return self._layout.table(within.device).view(-1)[within]
+    def positions(self, at: Tensor) -> Tensor:
+        many = max(self.region_elements, 1)
+        within = self._layout.table(at.device).view(-1)[at % many]
+        return at // many * self.region_capacity + within
 
     def _selected(self, core: Box, device: torch.device) -> Tensor:
         return self._layout.table(device)[tuple(slice(*ends) for ends in core)].reshape(-1)

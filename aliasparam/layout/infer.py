@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import InferenceError, LayoutError
 from ..host import HOST
 from .digits import bind_lines, core_dims
-from .factor import texts, ways
+from .factor import texts
 from .index import IndexLayout
 from .pattern import Line, parse
 from .strided import StridedLayout
@@ -38,14 +38,14 @@ def _inferred(
 ) -> tuple[tuple[Line, ...], int | None] | IndexLayout:
     base = trace(function, shape, dtype, device)
     samples = [base, *(other for other in _others(function, tuple(shape), dtype, device) if other.per == base.per)]
+    largest = sorted(samples, key=lambda s: -s.positions.numel())
     best, most = None, 0
-    for sample in sorted(samples, key=lambda s: -s.positions.numel()):
-        for lines, shaped in itertools.islice(_candidates(sample), _CANDIDATES):
-            fits = sum(_fits(lines, other, shaped=shaped) for other in samples) if _fits(lines, base, shaped=shaped) else 0
-            if fits == len(samples):
-                return lines, base.bits
-            if fits > most:
-                best, most = lines, fits
+    for lines, shaped in itertools.chain(*(itertools.islice(_candidates(sample), _CANDIDATES) for sample in largest)):
+        fits = sum(_fits(lines, other, shaped=shaped) for other in samples) if _fits(lines, base, shaped=shaped) else 0
+        if fits > most:
+            best, most = lines, fits
+        if most == len(samples):
+            break
     return (best, base.bits) if best else IndexLayout(*_core(base, shaped=True), base.bits)
 
 
@@ -63,21 +63,8 @@ def _candidates(sample: Trace) -> Iterator[tuple[tuple[Line, ...], bool]]:
     """Lines that have this sample's digits, and whether their kernel shape is the function's; the most likely first."""
     for shaped in (True, False):
         positions, kernel = _core(sample, shaped=shaped)
-        axes = (sample.axes or [])[-positions.dim() :]
-        yield from ((line, shaped) for line in _lines(axes, kernel))
-        for dim, axis in enumerate(axes):
-            if len(axis) % 2 == 0 and sample.per == 1:  # halves exchanged, then tiles that cut them
-                dims = " ".join(f"(h d{i})" if i == dim else f"d{i}" for i in range(len(axes)))
-                swap, _ = parse(f"{dims} -> {dims.replace('h', '~h')}, h=2", {})
-                exchanged = [*axes[:dim], axis.roll(len(axis) // 2), *axes[dim + 1 :]]
-                yield from (((*swap, *line), shaped) for line in _lines(exchanged, kernel))
-
-
-def _lines(axes: Sequence[Tensor], kernel: tuple[int, ...]) -> Iterator[tuple[Line, ...]]:
-    for dims in itertools.product(*map(ways, axes)) if axes else ():
-        for text in texts(dims, kernel):
-            with contextlib.suppress(LayoutError):
-                yield parse(text, {})[0]
+        for text in texts(sample.axes[-positions.dim() :], kernel) if sample.axes else ():
+            yield parse(text)[0], shaped
 
 
 def _fits(lines: tuple[Line, ...], sample: Trace, *, shaped: bool) -> bool:
@@ -92,8 +79,8 @@ def _fits(lines: tuple[Line, ...], sample: Trace, *, shaped: bool) -> bool:
         return False
     if shaped and kernel != sample.kernel_shape:
         return False
-    boxes = (tuple((0, n if d == dim else 1) for d, n in enumerate(shape)) for dim in range(len(shape)))
-    return all(torch.equal(bound.offsets(box).view(-1), axis) for box, axis in zip(boxes, sample.axes, strict=True))
+    along = zip(shape, bound.strides, sample.axes, strict=True)
+    return all(torch.equal(bound.positions(torch.arange(n) * step), axis) for n, step, axis in along)
 
 
 def _core(found: Trace, *, shaped: bool) -> tuple[Tensor, tuple[int, ...]]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from html import escape
 from typing import Any, TypeAlias
@@ -28,29 +30,13 @@ from .trace import Function
 _LONGEST = 4096
 
 
-@lru_cache(maxsize=1024)
-def _parsed(text: str, given: tuple[tuple[str, int], ...]) -> tuple[tuple[Line, ...], int | None]:
-    """The lines of a text, and the width of elements; modules declare the same few lines over and over."""
-    try:
-        return parse(text, dict(given))
-    except LayoutError as error:
-        raise error.located(
-            remedy="Write each digit once on both sides, then the sizes: (g b a) k -> g a b k, a=4 b=8."
-        ) from None
-
-
-@lru_cache(maxsize=1024)
-def _canonical(lines: tuple[Line, ...]) -> tuple[Any, ...]:
-    return tuple(line.canonical() for line in lines)
-
-
 def _sizes(shape: Sequence[int]) -> tuple[int, ...]:
     """``shape`` as plain integers. Raises LayoutError where it is none of a tensor."""
     try:
         sizes = tuple(map(operator.index, shape))
     except TypeError:
         sizes = (-1,)
-    if any(size < 0 for size in sizes):
+    if min(sizes, default=0) < 0:
         raise LayoutError("this is no shape of a tensor", expected="sizes of 0 or more", found=repr(shape)[:80])
     return sizes
 
@@ -62,6 +48,7 @@ def _spec(shape: Sequence[int], dtype: torch.dtype) -> tuple[tuple[int, ...], to
     return _sizes(shape), dtype
 
 
+@dataclass(frozen=True, init=False, repr=False)
 class Layout:
     """Where a kernel has the elements of a checkpoint tensor: ``Layout("(g b a) k -> g a b k", a=4, b=8)``.
 
@@ -79,11 +66,9 @@ class Layout:
         LayoutError: the text does not parse.
     """
 
-    __slots__ = ("_hash", "_key", "bits", "lines")
     lines: tuple[Line, ...]
     bits: int | None
-    _key: tuple[Any, ...]
-    _hash: int
+    _hash: int = field(compare=False)
 
     def __init__(self, text: str, **sizes: int) -> None:
         if not isinstance(text, str) or len(text) > _LONGEST:
@@ -92,16 +77,22 @@ class Layout:
         for name, size in sizes.items():
             if type(size) is not int:
                 raise LayoutError(f"the size of digit {name} is no positive integer", found=repr(size)[:80])
-        self._set(*_parsed(text, tuple(sorted(sizes.items()))))
+        try:
+            self._set(*parse(text, tuple(sorted(sizes.items()))))
+        except LayoutError as error:
+            raise error.located(
+                remedy="Write each digit once on both sides, then the sizes: (g b a) k -> g a b k, a=4 b=8."
+            ) from None
 
     def _set(self, lines: Iterable[Line], bits: int | None) -> Layout:
         if bits not in (None, 4):
             raise LayoutError("elements are whole, or of 4 bits", expected="bits=4, or none given", found=bits)
-        lines = tuple(lines)
-        key = (_canonical(lines), bits)
-        for name, value in zip(("lines", "bits", "_key", "_hash"), (lines, bits, key, hash(key)), strict=True):
-            object.__setattr__(self, name, value)
+        key = tuple(lines), bits
+        self.__dict__.update(lines=key[0], bits=bits, _hash=hash(key))  # every look for what is bound hashes it
         return self
+
+    def __hash__(self) -> int:
+        return self._hash
 
     @classmethod
     def of(cls, lines: Iterable[Line], bits: int | None = None) -> Layout:
@@ -113,9 +104,6 @@ class Layout:
         """Kernel order is checkpoint order, over the last ``dims`` dims."""
         names = " ".join(f"d{i}" for i in range(dims))
         return cls(f"{names} -> {names}")
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        raise AttributeError(f"a Layout is immutable: {name}")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Layout, (str(self),)
@@ -130,12 +118,6 @@ class Layout:
     def _repr_html_(self) -> str:
         """The line, and its tile coloured by source row, of a bounded size."""
         return tile_picture(str(self), self.lines) or f"<code>{escape(str(self))}</code>"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Layout) and self._key == other._key
-
-    def __hash__(self) -> int:
-        return self._hash
 
     @property
     def core_dims(self) -> int:
@@ -176,12 +158,11 @@ class Layout:
 
     def kernel_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Shape in kernel format of a tensor of ``shape``, lead dims in front. ``bits=4``: both count nibbles."""
-        shape = _sizes(shape)
-        return (*shape[: max(len(shape) - self.core_dims, 0)], *bind_lines(self.lines, shape)[-1].kernel_shape)
+        return bind_lines(self.lines, _sizes(shape))[-1].kernel_shape
 
     def capacity(self, shape: Sequence[int]) -> int:
         """Elements of one region, padding included."""
-        return bind_lines(self.lines, _sizes(shape))[-1].capacity
+        return math.prod(self.kernel_shape(shape)[max(len(shape) - self.core_dims, 0) :])
 
     def boxes(self, rows: tuple[int, int], columns: tuple[int, int], shape: Sequence[int]) -> list[Piece]:
         """The strided pieces of kernel memory that hold a rectangle (start, stop each) of a matrix of ``shape``, contiguous.
@@ -204,8 +185,8 @@ def _bound(layout: Layout, shape: tuple[int, ...], dtype: torch.dtype) -> BoundL
     if layout.bits is None:
         return StridedLayout(bind_lines(layout.lines, shape), shape, lead, dtype)
     nibbles = (*shape[:-1], shape[-1] * 2 * dtype.itemsize) if shape else ()
-    inner = StridedLayout(bind_lines(layout.lines, nibbles), nibbles[max(lead, 0) :], 0, torch.uint8)
-    return NibbleLayout(inner, shape, lead, dtype)
+    core = nibbles[max(lead, 0) :]
+    return NibbleLayout(StridedLayout(bind_lines(layout.lines, core), core, 0, torch.uint8), shape, lead, dtype)
 
 
 #: Every kind of layout.

@@ -21,7 +21,7 @@ class NibbleLayout(RegionLayout):
         *kernel, last = inner.kernel_shape
         if last % many:
             raise LayoutError(f"the last kernel dim has no whole {dtype}", expected=f"a multiple of {many} nibbles", found=last)
-        super().__init__(shape, dtype, lead, (*kernel, last // many), inner.region_capacity // many)
+        super().__init__(shape, dtype, lead, (*kernel, last // many))
         self.inner, self.is_identity = inner, inner.is_identity
 
     def put(self, region: Tensor, core: Box, value: Tensor) -> None:

@@ -50,7 +50,7 @@ class _Bound(RegionLayout):
         if not isinstance(kernel, Tensor) or kernel.element_size() != dtype.itemsize:
             found = kernel.dtype if isinstance(kernel, Tensor) else type(kernel).__name__
             raise LayoutError(f"{layout} changes the size of an element", expected=f"{dtype.itemsize} bytes each", found=found)
-        super().__init__(shape, dtype, lead, kernel.shape, kernel.numel())
+        super().__init__(shape, dtype, lead, kernel.shape)
         self._layout, self._kernel = layout, (kernel.dtype, tuple(kernel.shape))
         back = layout.decode(kernel.clone())
         if back.shape != probe.shape or back.dtype is not dtype or not torch.equal(flat_bytes(back), flat_bytes(probe)):

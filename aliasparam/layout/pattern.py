@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from itertools import pairwise
-from typing import Any
 
 from ..errors import LayoutError
 
-_TOKEN = re.compile(r"\s*(~?\s*[A-Za-z_][A-Za-z_0-9]*|\d+|->|[()\[\]~,=])")
+_NAME = "[A-Za-z_][A-Za-z_0-9]*"
+_TOKEN = re.compile(rf"~?\s*{_NAME}|[()\[\]]")
+_SIZE = re.compile(rf"({_NAME})\s*=\s*(\d+)")
 #: Groups in one another: each is padded for itself, and three levels are the most that any kernel has.
 _DEEPEST = 50
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Digits of one index by name, most significant first, ``~`` before the name: counted backwards. Or the dims of one side.
+    """Digits of one index by name, most significant first. Or the dims of one side.
 
     A group within a group has an extent, and a ragged end, of its own.
 
@@ -46,17 +48,15 @@ class Group:
         """Of a side."""
         return [self] if self.flat else [item if isinstance(item, Group) else Group((item,)) for item in self.items]
 
-    def tokens(self) -> Iterator[str]:
-        for item in self.items:
-            yield from item.tokens() if isinstance(item, Group) else (item,)
-
     def digits(self) -> list[str]:
-        return [token.removeprefix("~") for token in self.tokens()]
+        return [name for item in self.items for name in (item.digits() if isinstance(item, Group) else [item])]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False)
 class Line:
-    """A line. ``sizes`` holds the digits whose size is fixed, in the order of the left side.
+    """A line. Equality is by canonical form.
+
+    ``sizes`` holds the digits whose size is fixed; ``flipped`` are those that the two sides count in opposite directions.
 
     Raises:
         LayoutError: the sides have other digits, or sizes are missing.
@@ -64,50 +64,54 @@ class Line:
 
     left: Group
     right: Group
-    sizes: tuple[tuple[str, int], ...] = ()
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    flipped: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         _need_alike(self)
-        for name, size in self.sizes:
+        for name, size in self.sizes.items():
             if size < 1:
                 raise LayoutError(f"the size of digit {name} is no positive integer", found=size)
         for dim in self.shape_side.dims:
-            _need_sizes(dim, dict(self.sizes), self)
+            _need_sizes(dim, self)
 
     def __str__(self) -> str:
-        sizes = " ".join(f"{name}={size}" for name, size in self.sizes)
-        line = f"{self.left.side(grouped=self.left.flat)} -> {self.right.side(grouped=not self.right.flat)}"
+        sizes = " ".join(f"{name}={self.sizes[name]}" for name in self.left.digits() if name in self.sizes)
+        right = self.right.side(grouped=not self.right.flat)
+        right = re.sub(_NAME, lambda name: "~" * (name[0] in self.flipped) + name[0], right)
+        line = f"{self.left.side(grouped=self.left.flat)} -> {right}"
         return f"{line}, {sizes}" if sizes else line
 
     def exchanged(self) -> Line:
-        sizes = dict(self.sizes)
-        return Line(self.right, self.left, tuple((name, sizes[name]) for name in self.right.digits() if name in sizes))
-
-    @property
-    def flipped(self) -> set[str]:
-        """The digits that the two sides count in opposite directions."""
-        return {token.removeprefix("~") for token in set(self.left.tokens()) ^ set(self.right.tokens())}
+        return Line(self.right, self.left, self.sizes, self.flipped)
 
     @property
     def shape_side(self) -> Group:
         """The side whose groups give sizes to the digits."""
         return self.right if self.left.flat else self.left
 
-    def canonical(self) -> tuple[Any, ...]:
-        """What equality goes by: names by position, ones dropped, and digits joined that follow one another on both sides."""
-        sizes, flipped = dict(self.sizes), self.flipped
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Line) and self._canonical == other._canonical
+
+    def __hash__(self) -> int:
+        return hash(self._canonical)
+
+    @cached_property
+    def _canonical(self) -> str:
+        """Names by position, ones dropped, and digits joined that follow one another on both sides."""
+        sizes = dict(self.sizes)
         # Every dim is in parentheses: digits follow one another only within a group.
-        texts = [" ".join(map(str, side.dims)).replace("~", "") for side in (self.left, self.right)]
+        texts = [" ".join(map(str, side.dims)) for side in (self.left, self.right)]
         left, right = ([t for t in re.findall(r"\w+|[()]", text) if sizes.get(t) != 1] for text in texts)
         for first, second in list(pairwise(left)):
-            alike = first in sizes and second in sizes and (first in flipped) == (second in flipped)
+            alike = first in sizes and second in sizes and (first in self.flipped) == (second in self.flipped)
             if alike and (first, second) in pairwise(right):
                 sizes[second] *= sizes.pop(first)
                 left.remove(first)
                 right.remove(first)
         order = {name: at for at, name in enumerate(token for token in left if token not in "()")}
-        named = tuple(tuple(order.get(token, token) for token in tokens) for tokens in (left, right))
-        return named, self.left.flat, self.right.flat, tuple((sizes.get(name), name in flipped) for name in order)
+        named = [[order.get(token, token) for token in tokens] for tokens in (left, right)]
+        return str((named, self.left.flat, self.right.flat, [(sizes.get(name), name in self.flipped) for name in order]))
 
 
 def fixed_size(item: str | Group, sizes: Mapping[str, int]) -> int | None:
@@ -130,91 +134,76 @@ def _need_alike(line: Line) -> None:
         raise LayoutError("one side must say the dims", expected="(g b a) k -> [g a b k]", found=line)
 
 
-def _need_sizes(group: Group, sizes: Mapping[str, int], line: Line) -> None:
-    free = [str(item) for item in group.items if fixed_size(item, sizes) is None]
+def _need_sizes(group: Group, line: Line) -> None:
+    free = [str(item) for item in group.items if fixed_size(item, line.sizes) is None]
     if len(free) > 1:
         raise LayoutError(
             f"digits {' and '.join(free)} of one group have no size", expected=f"a size for all but one of {group}", found=line
         )
     for item in group.items:
         if isinstance(item, Group):
-            _need_sizes(item, sizes, line)
+            _need_sizes(item, line)
 
 
-def parse(text: str, sizes: Mapping[str, int]) -> tuple[tuple[Line, ...], int | None]:
-    """The lines of ``text``, with the ``sizes`` beside those in it; and ``bits``, the width of elements. Raises LayoutError."""
-    lines, bits, unused = [], sizes.get("bits"), sizes.keys() - {"bits"}
+@lru_cache(maxsize=1024)  # modules declare the same few lines over and over
+def parse(text: str, given: tuple[tuple[str, int], ...] = ()) -> tuple[tuple[Line, ...], int | None]:
+    """The lines of ``text``, with the sizes ``given`` beside those in it; and ``bits``, the width of elements.
+
+    Raises:
+        LayoutError: the text is no layout.
+    """
+    beside, lines, bits = dict(given), list[Line](), None
+    unused = beside.keys() - {"bits"}
     for part in text.split("|"):
-        line, others = _line(part, sizes)
-        bits = others.pop("bits", bits)
+        sides, _, after = part.partition(",")
+        sizes = _sizes(after, text) | beside
+        bits = sizes.pop("bits", bits)
+        line = _line(sides, sizes, text)
+        unused = (unused | sizes.keys() - beside.keys()) - set(line.left.digits())
         lines.append(line)
-        unused &= others.keys()
-        if strange := others.keys() - sizes.keys() or (unused if len(lines) > text.count("|") else set()):
-            raise LayoutError("sizes for digits that the line lacks", found=sorted(strange), expected=text)
+    if unused:
+        raise LayoutError("sizes for digits that the line lacks", found=sorted(unused), expected=text)
     return tuple(lines), bits
 
 
-def _line(text: str, sizes: Mapping[str, int]) -> tuple[Line, dict[str, int]]:
-    """One line, and the sizes that belong to none of its digits."""
-    tokens = list(_tokens(text))
-    if tokens.count("->") != 1:
-        raise LayoutError("a layout has one arrow between its two sides", expected="(g b a) k -> g a b k, a=4 b=8", found=text)
-    arrow = tokens.index("->")
-    comma = tokens.index(",", arrow) if "," in tokens[arrow:] else len(tokens)
-    given = {**_sizes(tokens[comma + 1 :], text), **sizes}
-    left, right = _side(tokens[:arrow], text), _side(tokens[arrow + 1 : comma], text)
-    if "(" not in tokens[arrow:comma]:
-        right = Group(tuple(right.tokens()), flat=True)
-    names = left.digits()
-    line = Line(left, right, tuple((name, given[name]) for name in names if name in given))
-    return line, {name: size for name, size in given.items() if name not in names}
-
-
-def _tokens(text: str) -> Iterator[str]:
-    at = 0
-    while at < len(text.rstrip()):
-        match = _TOKEN.match(text, at)
-        if match is None:
-            raise LayoutError("a layout has an unexpected character", expected="names, ( ) [ ] ~ -> , =", found=text[at:])
-        yield "".join(match[1].split())
-        at = match.end()
-
-
-def _sizes(tokens: list[str], text: str) -> dict[str, int]:
-    tokens = [token for token in tokens if token != ","]
-    if len(tokens) % 3 or any(equals != "=" for equals in tokens[1::3]) or not all(n.isdigit() for n in tokens[2::3]):
+def _sizes(said: str, text: str) -> dict[str, int]:
+    sizes = _SIZE.findall(said)
+    if _SIZE.sub("", said).strip(" ,"):
         raise LayoutError("the sizes of a layout do not parse", expected="a=4 b=8", found=text)
-    names = tokens[::3]
-    if len(set(names)) < len(names):
+    if len(dict(sizes)) < len(sizes):
         raise LayoutError("a digit has two sizes", found=text)
-    return {name: int(size) for name, size in zip(names, tokens[2::3], strict=True)}
+    return {name: int(size) for name, size in sizes}
 
 
-def _side(tokens: Sequence[str], text: str) -> Group:
-    if not tokens or tokens[0] != "[":
-        return _group(tokens, text)
-    if tokens[-1] != "]" or {"(", ")", "["} & set(tokens[1:]):
-        raise LayoutError("brackets hold all digits of a side and no parentheses", expected="[g a b k]", found=text)
-    return Group(_group(tokens[1:-1], text).items, flat=True)
+def _line(sides: str, sizes: Mapping[str, int], text: str) -> Line:
+    if sides.count("->") != 1:
+        raise LayoutError("a layout has one arrow between its two sides", expected="(g b a) k -> g a b k, a=4 b=8", found=text)
+    if strange := _TOKEN.sub("", sides.replace("->", "|")).strip(" |"):
+        raise LayoutError("a layout has an unexpected character", expected="names, ( ) [ ] ~ -> , =", found=strange)
+    before, after = (["".join(token.split()) for token in _TOKEN.findall(side)] for side in sides.split("->"))
+    left, right = _side(before, text), _side(after, text, flat="(" not in after)
+    flipped = frozenset(token.lstrip("~") for token in {*before} ^ {*after} if token[0] == "~")
+    return Line(left, right, {name: sizes[name] for name in left.digits() if name in sizes}, flipped)
 
 
-def _group(tokens: Sequence[str], text: str) -> Group:
-    """A digit in parentheses of its own is that digit."""
+def _side(tokens: Sequence[str], text: str, *, flat: bool = False) -> Group:
+    if {"[", "]"} & set(tokens):
+        if tokens[0] != "[" or tokens[-1] != "]" or set("()[]") & set(tokens[1:-1]):
+            raise LayoutError("brackets hold all digits of a side and no parentheses", expected="[g a b k]", found=text)
+        tokens, flat = tokens[1:-1], True
     open_groups: list[list[str | Group]] = [[]]
     for token in tokens:
         if token == "(":
-            if len(open_groups) > _DEEPEST:
-                raise LayoutError("groups of a layout are nested too deep", expected=f"at most {_DEEPEST} deep", found=text[:80])
             open_groups.append([])
         elif token == ")":
             inner = open_groups.pop()
             if not open_groups:
                 raise LayoutError("a layout has a closing parenthesis too many", found=text)
-            open_groups[-1].append(inner[0] if len(inner) == 1 else Group(tuple(inner)))
-        elif not token.removeprefix("~").isidentifier():
-            raise LayoutError("a layout names its digits", expected="a name", found=text)
+            open_groups[-1].append(inner[0] if len(inner) == 1 else Group(tuple(inner)))  # a digit alone is that digit
         else:
-            open_groups[-1].append(token)
+            open_groups[-1].append(token.lstrip("~"))
+        if len(open_groups) > _DEEPEST:
+            raise LayoutError("groups of a layout are nested too deep", expected=f"at most {_DEEPEST} deep", found=text[:80])
     if len(open_groups) > 1:
         raise LayoutError("a layout has an open parenthesis that is not closed", found=text)
-    return Group(tuple(open_groups[0]))
+    return Group(tuple(open_groups[0]), flat)

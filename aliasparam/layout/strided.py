@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import lru_cache, reduce
 from typing import TypeAlias
@@ -11,10 +10,10 @@ import torch
 from torch import Tensor
 
 from . import triton_copy, triton_sum
-from .blocks import Cut, common
+from .blocks import blocks, permutation
 from .bound import BoundLayout, in_bytes
-from .boxes import Box, Piece, pieces, row_major, sizes, whole
-from .digits import Axis, BoundLine
+from .boxes import Box, pieces, row_major, sizes, whole
+from .digits import BoundLine, Piece
 from .execute import WIDEST, Copy, for_torch, plan, views
 
 #: What a copy may be: bytes of its widest element, and from how many bytes on it may run backwards (None: never).
@@ -28,24 +27,16 @@ class StridedLayout(BoundLayout):
     """Lines, one after the other. Made by ``Layout.bind``."""
 
     def __init__(self, lines: Sequence[BoundLine], shape: tuple[int, ...], lead: int, dtype: torch.dtype) -> None:
-        super().__init__(shape, dtype, lead, lines[-1].kernel_shape, lines[-1].capacity)
+        super().__init__(shape, dtype, lead, lines[-1].kernel_shape[lead:])
         self.lines = lines
-        self._elements = self.regions * self.region_capacity
         self.is_identity = self.region_capacity == self.region_elements and self._keeps_places()
 
     def _keeps_places(self) -> bool:
-        """Whether every element of a region is where it was; lines that undo one another may be more than one."""
-        if len(self.lines) == 1 and self.region_elements:
-            return (self.lines[0].start, [digit[1:] for digit in self.lines[0].digits]) in ((0, []), (0, [(1, 1)]))
-        core = self.shape[self.lead :]
-        found = pieces(self.lines, core, self.whole[self.lead :], row_major(core))
+        """Whether every element is where it was; lines that undo one another may be more than one."""
+        if len(self.lines) == 1:
+            return self.lines[0].start == 0 and all(digit.kernel == digit.value for digit in self.lines[0].digits)
+        found = pieces(self.lines, self.shape, self.whole, self.strides)
         return all(one.kernel == one.value and all(axis.kernel == axis.value for axis in one.axes) for one in found)
-
-    def boxes(self, core: Box, shape: Sequence[int], strides: Sequence[int]) -> list[Piece]:
-        """The strided pieces of a box of the core dims, for a value whose leading dims are regions."""
-        outer = [Axis(*axis) for axis in zip(shape, self.lead_strides, strides, strict=False) if axis[0] > 1]
-        found = pieces(self.lines, self.shape[self.lead :], core, strides[self.lead :]) if math.prod(shape) else []
-        return [piece._replace(axes=[*outer, *piece.axes]) for piece in found]
 
     def write(self, memory: Tensor, box: Box, value: Tensor) -> None:
         self._move(memory, box, in_bytes(value), write=True)
@@ -68,7 +59,7 @@ class StridedLayout(BoundLayout):
         align = (memory.data_ptr() + region * size | value.data_ptr() | first | other | WIDEST) & 31
         limits = TRITON if memory.is_cuda and triton_copy.takes(memory, value) else TORCH
         copies = _planned(self, box[self.lead :], shape, value.stride(), value.dtype, align & -align, limits)
-        if memory.dtype is not self.dtype or memory.numel() < self._elements:
+        if memory.dtype is not self.dtype or memory.numel() < self.capacity:
             self.check(memory, box, value)  # raises
         for copy, ours in copies:
             kernel, plain = views(copy.start if ours else copy, memory, first // size, value)
@@ -93,13 +84,14 @@ class StridedLayout(BoundLayout):
         Raises:
             LayoutError: a box or value that does not fit.
         """
-        self.check_value((*whole(shape[: self.lead]), *core), shape, dtype)
-        copies = plan(self.boxes(core, shape, strides), dtype.itemsize, align, *limits)
+        box = (*whole(shape[: self.lead]), *core)
+        self.check_value(box, shape, dtype)
+        copies = plan(pieces(self.lines, self.shape, box, strides), dtype.itemsize, align, *limits)
         ours = [limits is _SUMS or (limits is TRITON and triton_copy.wanted(copy)) for copy in copies]
         return [(copy if mine else for_torch(copy, dtype), mine) for copy, mine in zip(copies, ours, strict=True)]
 
-    def placed(self, within: Tensor) -> Tensor:
-        return reduce(lambda at, line: line.offsets(at), self.lines, within)
+    def positions(self, at: Tensor) -> Tensor:
+        return reduce(lambda at, line: line.offsets(at), self.lines, at)
 
     def positional_sums(self, memory: Tensor, box: Box) -> Tensor | None:
         if not triton_copy.takes(memory, memory) or not all(stop > start for start, stop in box):
@@ -112,11 +104,27 @@ class StridedLayout(BoundLayout):
         sums = [triton_sum.sums(copy, views(copy.start, memory, first // size, memory)[0]) for copy, _ in copies]
         return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
 
-    def cuts(self, other: BoundLayout) -> list[Cut]:
-        if not isinstance(other, StridedLayout) or len(self.lines) != 1 or len(other.lines) != 1:
-            return []
-        found = common(self.lines[0], other.lines[0], self.shape, self.lead)
-        return sorted(found, key=lambda c: -c.step * row_major(self.shape)[c.dim])  # long runs of the checkpoint first
+    def reorder(self, memory: Tensor, new: BoundLayout, max_bytes: int) -> None:
+        """In blocks of at most ``max_bytes``, where both orders pad alike and digits that both keep in place allow it."""
+        if self is new or (self.is_identity and new.is_identity):
+            return
+        moves = self.moves(new)
+        if moves is None:
+            super().reorder(memory, new, max_bytes)
+            return
+        first, size = int(memory.storage_offset()), self.dtype.itemsize
+        align = (memory.data_ptr() | first * size | WIDEST) & 31
+        for block in blocks(moves, max_bytes // size):
+            found = [views(copy, memory, first, memory) for copy in plan([block], size, align & -align)]
+            for there, value in [(there, here.clone()) for there, here in found]:
+                there.copy_(value)
+        new.clear_padding(memory)
+
+    def moves(self, new: BoundLayout) -> Piece | None:
+        """See :func:`permutation`."""
+        if not isinstance(new, StridedLayout) or len(self.lines) > 1 or len(new.lines) > 1:
+            return None
+        return permutation(self.lines[0], new.lines[0])
 
 
 _planned = lru_cache(maxsize=1 << 14)(StridedLayout.copies)  # a model writes the same few shards of a shape over and over

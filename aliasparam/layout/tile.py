@@ -47,15 +47,14 @@ def tile_picture(name: str, lines: Sequence[Line]) -> str | None:
 
 def _tile(lines: Sequence[Line]) -> BoundLayout | None:
     """For the smallest shape that fills whole tiles: digits without a size count 1, or as little more as the lines take."""
-    sizes = dict(lines[0].sizes)
     for free in (1, 2, 4, 8, 16, 32, 64, 128):
         digits = [dim.digits() for dim in lines[0].shape_side.dims]
-        shape = tuple(math.prod(sizes.get(d, max(free, 4) if len(dim) == 1 else free) for d in dim) for dim in digits)
+        shape = tuple(math.prod(lines[0].sizes.get(d, max(free, 4) if len(dim) == 1 else free) for d in dim) for dim in digits)
         if math.prod(shape) > LARGEST:
             return None
         with contextlib.suppress(LayoutError):
             bound = bind_lines(lines, shape)
-            if bound[-1].capacity <= LARGEST:
+            if math.prod(bound[-1].kernel_shape) <= LARGEST:
                 return StridedLayout(bound, shape, 0, torch.uint8)
     return None
 

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from ..host import HOST
-from ..layout.blocks import tiles
-from ..layout.boxes import Box, row_major, sizes, whole, within
+from ..layout.boxes import Box, row_major, sizes, tiles, whole, within
 from .delta_folder import DeltaFolder
 from .digest import Hashed, PositionalAdler32, new_digest
 from .errors import DeltaError

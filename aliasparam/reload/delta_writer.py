@@ -17,9 +17,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..host import host_bytes
-from ..layout.blocks import tiles
 from ..layout.bound import flat_bytes
-from ..layout.boxes import whole
+from ..layout.boxes import tiles, whole
 from .delta import ENCODINGS, PIECE
 from .digest import Hashed, PositionalAdler32, new_digest, optional
 from .entry import Entry

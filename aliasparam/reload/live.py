@@ -8,9 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ..layout.blocks import tiles
 from ..layout.bound import flat_bytes
-from ..layout.boxes import Box, row_major, whole
+from ..layout.boxes import Box, row_major, tiles, whole
 from ..storage.storage import AliasedStorage
 from ..tensors.faces import _Aliased
 from ..tensors.geometry import place_of

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ReloadError
-from ..layout.blocks import tiles
 from ..layout.bound import BoundLayout, flat_bytes
-from ..layout.boxes import Box, part_in, row_major, sizes
+from ..layout.boxes import Box, part_in, row_major, sizes, tiles
 from ..storage.transaction import pinned_copy
 from .live import Live
 

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..layout.blocks import tiles
-from ..layout.boxes import Box
+from ..layout.boxes import Box, tiles
 from .entry import Entry
 from .errors import SourceError
 from .header import MAX_JSON_BYTES, parse_json, read_header

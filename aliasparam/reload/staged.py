@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from ..host import host_bytes
-from ..layout.blocks import tiles
-from ..layout.boxes import Box, part_in, row_major, sizes
+from ..layout.boxes import Box, part_in, row_major, sizes, tiles
 from .targets import Target
 
 #: Bytes of host memory that are brought at once, and of each of two buffers on a GPU.

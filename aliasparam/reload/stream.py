@@ -14,8 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..layout.blocks import tiles
-from ..layout.boxes import Box, sizes, whole
+from ..layout.boxes import Box, sizes, tiles, whole
 from .digest import digest_of
 from .errors import StreamError
 from .stream_link import AGAIN, ALIGNMENT, TEXT_BYTES, Link, Part, parts_of

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from ..host import HOST
 from ..layout import BoundLayout
-from ..layout.blocks import tiles
-from ..layout.boxes import part_in
+from ..layout.boxes import part_in, tiles
 from ..torch_private import has_no_bytes
 from .coverage import Box
 from .guarded import GuardedMemory

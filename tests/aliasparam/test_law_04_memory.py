@@ -14,7 +14,7 @@ from aliasparam.storage.storage import SCRATCH_BYTES
 from aliasparam.storage.transaction import STAGING_BYTES
 
 from .peak import peak_bytes
-from .small import INTERLEAVE, PAD8, SWAP, Layer, kernel, storage_of, the_registry
+from .small import INTERLEAVE, PAD8, SWAP, Layer, kernel, layer_of, storage_of, the_registry
 
 #: 64 MiB, four times the stated scratch.
 LARGE = (1024, 64 << 10)
@@ -63,6 +63,17 @@ def test_law_4_another_layout_needs_the_scratch_that_is_stated(large: Layer) -> 
 
     assert peak_bytes(there_and_back, torch.device("cpu")) <= 2 * SCRATCH_BYTES
     assert torch.equal(large.weight, before)
+
+
+def test_law_4_loaded_experts_are_brought_into_order_in_the_scratch_that_is_stated() -> None:
+    values, layers = torch.randint(256, (8, 64, 128 << 10), dtype=torch.uint8), list[Any]()
+
+    def declared() -> None:
+        layers.append(layer_of(values, SWAP))
+
+    assert peak_bytes(declared, torch.device("cpu")) - values.nbytes <= 2 * SCRATCH_BYTES
+    process(layers[0])
+    assert torch.equal(layers[0].prepared, kernel(SWAP, values))
 
 
 def test_law_4_bookkeeping_does_not_grow_with_the_bytes() -> None:

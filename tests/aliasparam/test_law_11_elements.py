@@ -64,7 +64,9 @@ def by_nibble(words: torch.Tensor) -> torch.Tensor:
         ("a -> a, a=2 a=3", "two sizes"),
         ("a -> a, b=2", "lacks"),
         ("a -> a!", "character"),
-        ("~ -> a", "names its digits"),
+        ("~ -> a", "unexpected character"),
+        ("a -> 2", "unexpected character"),
+        ("a b -> [a (b)]", "brackets hold all digits"),
         ("a -> a, bits=3", "4 bits"),
         ("[a] -> a", "say the dims"),
         ("a -> a, a", "do not parse"),
@@ -93,6 +95,10 @@ def test_a_line_that_does_not_parse_is_refused(text: Any, error: str) -> None:
 def test_what_is_no_rectangle_has_no_pieces(rows: Any, columns: Any, shape: Any) -> None:
     with pytest.raises(LayoutError, match="no rectangle of the matrix"):
         Layout("(g b a) k -> g a b k, a=4 b=8").boxes(rows, columns, shape)
+
+
+def test_a_rectangle_of_regions_is_in_the_memory_of_each() -> None:
+    assert [piece.kernel for piece in Layout("k -> ~k").boxes((1, 2), (0, 4), (3, 4))] == [7]
 
 
 @pytest.mark.parametrize("size", [[2], "2", 2.0, None, True, -1])
@@ -236,3 +242,7 @@ def test_a_shape_with_nothing_in_it_is_legal() -> None:
 
     bound.write(empty, bound.whole, torch.empty(0, 256, 0, dtype=torch.uint8))
     assert bound.read(empty, bound.whole).shape == (0, 256, 0) and bound.region_capacity == 0
+    padded, other = (Layout(f"(r t) k -> {order}, t=2").bind((0, 3, 5), torch.uint8) for order in ("r t k", "t k r"))
+    padded.reorder(empty, other, 1)
+    both = Layout("(r t) k -> r t k, t=2").then("(r t) k -> ~r k t, t=3").bind((0, 3, 5), torch.uint8)
+    assert both.offsets().shape == (0, 3, 5) and both.kernel_shape == (0, 6, 5)

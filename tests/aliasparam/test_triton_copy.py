@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from aliasparam.layout import Layout, triton_copy, triton_sum
+from aliasparam.layout.boxes import pieces
 from aliasparam.layout.execute import Copy, plan
 from aliasparam.layout.strided import StridedLayout
 
@@ -55,7 +56,7 @@ def scales_of_experts(rows: int = 4096, columns: int = 448) -> Copy:
     bound = Layout(SWIZZLE).bind((384, rows, columns), torch.uint8)
     assert isinstance(bound, StridedLayout)
     strides = torch.empty(bound.shape, device="meta").stride()
-    (copy,) = plan(bound.boxes(bound.whole[1:], bound.shape, strides), 1, 16)
+    (copy,) = plan(pieces(bound.lines, bound.shape, bound.whole, strides), 1, 16)
     assert copy.dtype is torch.int32
     return copy
 

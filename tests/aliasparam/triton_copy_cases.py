@@ -9,7 +9,7 @@ import zlib
 import torch
 
 from aliasparam.layout import Layout, triton_copy, triton_sum
-from aliasparam.layout.boxes import Box, row_major
+from aliasparam.layout.boxes import Box, pieces, row_major, whole
 from aliasparam.layout.execute import plan, views
 from aliasparam.layout.strided import StridedLayout
 from aliasparam.storage.shards import Shard, planned
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def by_triton(bound: StridedLayout, memory: torch.Tensor, value: torch.Tensor, *, write: bool) -> None:
-    found = bound.boxes(bound.whole[bound.lead :], value.shape, value.stride())
+    found = pieces(bound.lines, bound.shape, bound.whole, value.stride())
     copies = plan(found, bound.dtype.itemsize, random.choice([4, 8]), backward=0)
     for copy in copies:
         triton_copy.run(copy, *views(copy.start, memory, 0, value), write=write)
@@ -75,7 +75,9 @@ def sums_by_triton(bound: StridedLayout, memory: torch.Tensor, box: Box) -> list
     sizes = [stop - start for start, stop in box]
     first = sum(start * stride for (start, _), stride in zip(box, bound.lead_strides, strict=False))
     align = (first * memory.element_size() | 4) & -(first * memory.element_size() | 4)
-    copies = plan(bound.boxes(box[bound.lead :], sizes, row_major(sizes)), memory.element_size(), align, 4, 0)
+    from_first = *whole(sizes[: bound.lead]), *box[bound.lead :]
+    found = pieces(bound.lines, bound.shape, from_first, row_major(sizes))
+    copies = plan(found, memory.element_size(), align, 4, 0)
     sums = [triton_sum.sums(copy, views(copy.start, memory, first, memory)[0]) for copy in copies]
     return torch.stack(sums).sum(0).tolist()
 

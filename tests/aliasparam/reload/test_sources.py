@@ -21,8 +21,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from aliasparam.layout.blocks import tiles
-from aliasparam.layout.boxes import Box
+from aliasparam.layout.boxes import Box, tiles
 from aliasparam.reload import held_file, sources
 from aliasparam.reload.errors import SourceError
 from aliasparam.reload.sources import SafetensorsFolder

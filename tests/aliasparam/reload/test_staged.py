@@ -11,8 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from aliasparam.layout.blocks import tiles
-from aliasparam.layout.boxes import Box, sizes, whole
+from aliasparam.layout.boxes import Box, sizes, tiles, whole
 from aliasparam.reload import staged
 from aliasparam.reload.staged import StagedValues
 from aliasparam.reload.targets import find_targets
