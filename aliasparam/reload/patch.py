@@ -1,6 +1,7 @@
 """Some bytes of one live tensor, old and perhaps new, kept on the host: what a journal holds, and what a delta becomes.
 
-A patch is put by writing bytes, never by changing what is there, so it may be put again after a failure half-way.
+A patch is put by writing bytes, never by changing what is there, so it may be put again after a failure half-way. Positions are of
+the layout that the tensor had: who holds patches sees by its version that nobody else changed it.
 """
 
 from __future__ import annotations
@@ -11,9 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import ReloadError
 from ..layout.blocks import tiles
-from ..layout.bound import BoundLayout, flat_bytes
+from ..layout.bound import flat_bytes
 from ..layout.boxes import Box, part_in, row_major, sizes
 from ..storage.transaction import pinned_copy
 from .live import Live
@@ -31,7 +31,6 @@ class Patch(NamedTuple):
         box: what was compared; all of it where ``at`` is None.
         at: int32 or int64 [n], byte positions in memory less ``base``.
         old, new: uint8 [n], on the host.
-        bound: the layout that ``at`` is of.
     """
 
     live: Live
@@ -40,7 +39,6 @@ class Patch(NamedTuple):
     base: int
     old: Tensor
     new: Tensor | None
-    bound: BoundLayout | None
 
     @property
     def nbytes(self) -> int:
@@ -56,9 +54,7 @@ class Patch(NamedTuple):
         self._put(self.new)
 
     def _put(self, values: Tensor) -> None:
-        device, storage = self.live.tensor.device, self.live.storage
-        if storage is not None and storage.bound is not self.bound:
-            raise ReloadError("the layout was changed while a reload was open", label=storage.label)
+        device = self.live.device
         with torch.no_grad():
             values = values.to(device, non_blocking=True)
             if self.at is None:
@@ -90,14 +86,13 @@ def patch_of(live: Live, box: Box, old: Tensor, new: Tensor, *, keep_new: bool) 
         places = live.positions(_in_tensor(live, box, where))
         if places is not None:
             return patch_at(live, places, old[where], new[where], keep_new=keep_new)
-    bound = None if live.storage is None else live.storage.bound
-    return Patch(live, box, None, 0, on_host(old), on_host(new) if keep_new else None, bound)
+    return Patch(live, box, None, 0, on_host(old), on_host(new) if keep_new else None)
 
 
 def patch_at(live: Live, places: Tensor, old: Tensor, new: Tensor, *, keep_new: bool) -> Patch:
     """Of bytes at ``places`` in memory (int64 [n], n > 0, no two alike), all on the tensor's device."""
-    base, bound = int(places.min()), None if live.storage is None else live.storage.bound
-    return Patch(live, live.box, on_host(_narrow(places - base)), base, on_host(old), on_host(new) if keep_new else None, bound)
+    base = int(places.min())
+    return Patch(live, live.box, on_host(_narrow(places - base)), base, on_host(old), on_host(new) if keep_new else None)
 
 
 def patched(live: Live, patches: Iterable[Patch]) -> Live:

@@ -46,12 +46,11 @@ class Policy:
         self._journal = Journal() if name.endswith("journal") or name == "delta" else None
         self._staged = StagedValues()
         self._patches: list[tuple[Target, Patch]] = []
-        self._watched: dict[str, tuple[Live, int]] = {}  # by label, with the version that patches were made of
 
     @property
     def nbytes(self) -> int:
         """Host memory held."""
-        return self._staged.nbytes + sum(patch.nbytes for patch in (self._journal.patches if self._journal is not None else ()))
+        return self._staged.nbytes + (0 if self._journal is None else self._journal.nbytes)
 
     def update(self, target: Target, box: Box, value: Tensor) -> None:
         """Write a value, or hold it."""
@@ -66,31 +65,32 @@ class Policy:
 
     def watch(self, target: Target) -> Live:
         """What patches are made of; it must not change from now on."""
-        live = Live(target.tensor)
-        self._watched.setdefault(target.label, (live, live.version))
-        return live
+        self._delta(target).touch(target)
+        return Live(target.tensor)
 
     def hold(self, target: Target, live: Live, patches: list[Patch]) -> None:
         """Write the patches of ``live``, the tensor or a part of it, at the commit."""
-        if self._name != "delta" or self._journal is None:
-            raise ReloadError("only a delta's session takes patches", name=target.label)
+        self._delta(target).hold(target, patches)
         self._patches += [(target, patch) for patch in patches]
-        self._journal.patches += patches
         if target.shares_memory:
             self._written.give(target, live, patched(live, patches))
 
+    def _delta(self, target: Target) -> Journal:
+        if self._name != "delta" or self._journal is None:
+            raise ReloadError("only a delta's session takes patches", name=target.label)
+        return self._journal
+
     def flush(self) -> None:
         """Write what was held, in one pass. May be called again after a failure."""
-        for label, (live, version) in self._watched.items() if not self._written.any else ():
-            if live.version != version:
-                raise ReloadError("the tensor changed since the delta was checked against it", name=label)
         targets = {target.label: target for target in (*self._staged.targets, *(target for target, _ in self._patches))}.values()
         if self._journal is not None:
+            if self._name == "delta":
+                self._journal.need_unchanged()
             for target in targets:
                 self._journal.touch(target)
         self._written.begin(targets)
-        if self._journal is not None:
-            self._journal.check_ahead()
+        if self._journal is not None and self._name != "delta":
+            self._journal.look_again()
         for staged in self._staged:
             self._write(*staged, again=True)
         for target, patch in self._patches:
