@@ -30,7 +30,7 @@ class _Memory:
     """
 
     def __init__(self, target: Target) -> None:
-        self.target, self.storage = target, Live(target.tensor).storage
+        self.target, self.storage = target, target.storage
         self.patches: list[Patch] = []
         self.begun, self.lost = False, None if self._is_whole() else f"{target.label} held no whole weights before"
         self._kept: dict[int, Coverage] = {}  # by tensor: of what a value was kept
@@ -126,7 +126,7 @@ class Journal:
 
     def touch(self, target: Target) -> _Memory:
         """To be called before the first write of a tensor: those in its memory show refusing twins from that write on."""
-        key = id(Live(target.tensor).storage or target.together[0])
+        key = id(target.storage or target.together[0])
         found = self._memories.get(key)
         if found is None:
             found = self._memories[key] = _Memory(target)
@@ -140,7 +140,7 @@ class Journal:
 
     def keep_ahead(self, target: Target, box: Box, value: Tensor) -> None:
         """The same before the tensor is closed, while the old weights serve. A plain tensor may change unseen: not yet."""
-        if Live(target.tensor).storage is not None:
+        if target.storage is not None:
             self.keep(target, box, value, again=False)
 
     def hold(self, target: Target, patches: list[Patch]) -> None:

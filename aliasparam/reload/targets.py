@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,10 +13,11 @@ from torch.nn.parameter import is_lazy
 from ..errors import ReloadError, StaleKernelError
 from ..module.allocate import extent, has_memory
 from ..storage.kernel_name import KernelName, RefusingName
+from ..storage.storage import AliasedStorage
+from ..tensors.faces import _Aliased
 from .checks import need_dense
 
 
-@dataclass(eq=False, slots=True)
 class Target:
     """One live tensor.
 
@@ -25,13 +25,16 @@ class Target:
         tensor: a declared name, or a plain parameter or buffer.
         places: (module's dict of parameters or buffers, name) of every place that shows it.
         label: its first name.
+        storage: where a declared name lies; None for a plain tensor.
         together: it and other plain tensors in the same memory (``b = nn.Parameter(a.data)``): who writes one writes them all.
     """
 
-    tensor: Tensor
-    places: list[tuple[dict[str, Any], str]]
-    label: str
-    _others: Sequence[Target] = ()
+    __slots__ = ("_others", "label", "places", "storage", "tensor")
+
+    def __init__(self, tensor: Tensor, holder: dict[str, Any], name: str, label: str) -> None:
+        self.tensor, self.places, self.label = tensor, [(holder, name)], label
+        self.storage: AliasedStorage | None = tensor._alias_storage if isinstance(tensor, _Aliased) else None
+        self._others: Sequence[Target] = ()
 
     @property
     def together(self) -> Sequence[Target]:
@@ -62,7 +65,7 @@ def find_targets(model: nn.Module) -> dict[str, Target]:
                     known.places.append((holder, name))
                 else:
                     label = called.get(id(shown)) or prefix + name
-                    found[label] = seen[id(live)] = Target(live, [(holder, name)], label)
+                    found[label] = seen[id(live)] = Target(live, holder, name, label)
     _find_together(found.values())
     return found
 

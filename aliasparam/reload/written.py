@@ -11,7 +11,6 @@ from torch import Tensor
 from ..errors import ReloadError
 from ..module.names import ModuleNames
 from ..storage.coverage import Box
-from ..tensors.faces import _Aliased
 from .digest import Hashed
 from .drain import Drain
 from .live import Live, part_of
@@ -32,15 +31,14 @@ class Written:
 
     def __init__(self, label: str, drain: Drain) -> None:
         self.label, self._drain = label, drain
-        self._declared: dict[int, _Aliased] = {}
-        self._plain: dict[int, tuple[PlainName, Target]] = {}
+        self._begun: dict[int, tuple[Target, PlainName | None]] = {}  # a plain one with its twin
         self._given: list[Given] = []  # to tensors that share memory
         self._ended = False
 
     @property
     def any(self) -> bool:
         """Whether a tensor was begun."""
-        return bool(self._declared or self._plain)
+        return bool(self._begun)
 
     def write(self, target: Target, box: Box, value: Tensor) -> None:
         """Write ``value`` in place, as ``copy_`` does, into a tensor that was begun."""
@@ -77,39 +75,34 @@ class Written:
         Raises:
             ReloadError: a forward that began before did not end in time. They serve on.
         """
-        new = {id(t.tensor): t for target in targets for t in target.together if not self._is_begun(t)}
-        declared = {key: t.tensor for key, t in new.items() if isinstance(t.tensor, _Aliased)}
-        plain = {key: (PlainName(t.label, t.tensor), t) for key, t in new.items() if key not in declared}
-        if not new:
+        new = [t for target in targets for t in target.together if id(t.tensor) not in self._begun]
+        begun = {id(t.tensor): (t, None if t.storage is not None else PlainName(t.label, t.tensor)) for t in new}
+        if not begun:
             return
-        names = {id(one): one for tensor in declared.values() for one in tensor._alias_storage.listeners}
+        names = {id(one): one for t in new if t.storage is not None for one in t.storage.listeners}
         registries = [one for one in names.values() if isinstance(one, ModuleNames)]
-        twins = [(holder, key, name.refusing) for name, target in plain.values() for holder, key in target.places]
+        twins = [(holder, key, twin.refusing) for t, twin in begun.values() if twin is not None for holder, key in t.places]
         try:
-            self._declared |= declared  # before, as an interrupt may come when twins are in their places
-            self._plain |= plain
-            if plain or not all(self._drain.holds(one) for one in registries):
+            self._begun |= begun  # before, as an interrupt may come when twins are in their places
+            if twins or not all(self._drain.holds(one) for one in registries):
                 self._drain.close(registries, twins)
         except BaseException:
-            for key in new:
-                self._declared.pop(key, None)
-                self._plain.pop(key, None)
+            for key in begun:
+                self._begun.pop(key, None)
             raise
-
-    def _is_begun(self, target: Target) -> bool:
-        return id(target.tensor) in self._declared or id(target.tensor) in self._plain
 
     def reopen(self) -> None:
         """What was processed refuses again, with its new weights in place."""
-        for tensor in self._declared.values():
-            with tensor._alias_storage.lock:
-                tensor._alias_storage.tell()
+        for target, _ in self._begun.values():
+            if target.storage is not None:
+                with target.storage.lock:
+                    target.storage.tell()
 
     def commit(self, *, whole: bool) -> None:
         """Everything that was written may be read. ``whole``: what an earlier reload left refusing was written too."""
-        for name, target in self._plain.values():
+        for target, twin in self._begun.values():
             for holder, key in target.places:
-                if whole or holder.get(key) is name.refusing:
+                if twin is not None and (whole or holder.get(key) is twin.refusing):
                     dict.__setitem__(holder, key, target.tensor)
         self._ended = True
 
@@ -117,8 +110,9 @@ class Written:
         """What was written is of no generation: it refuses until it is loaded whole. Plain twins stay where they are."""
         if self._ended:
             return
-        for tensor in self._declared.values():
-            tensor._alias_storage.invalidate("a reload failed after it had written this tensor")
+        for target, _ in self._begun.values():
+            if target.storage is not None:
+                target.storage.invalidate("a reload failed after it had written this tensor")
         self._ended = True
 
 
