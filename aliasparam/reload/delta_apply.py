@@ -242,7 +242,7 @@ def _corrected(live: Live, changes: Overwrite, digest: PositionalAdler32) -> Ite
         digest.change(old, new, at)
         differs = old != new
         if differs.any():
-            yield patch_at(live, places[differs], old[differs], new[differs], keep_new=True)
+            yield patch_at(live, places[differs], old[differs], new[differs])
 
 
 def _add(digest: PositionalAdler32 | Hashed, span: Span, own: Tensor) -> None:

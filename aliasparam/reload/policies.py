@@ -1,4 +1,5 @@
-"""What a session does with a new value: write it, write it and keep the old one, or hold it until the commit.
+"""What a session does with a new value: write it, write it and keep the old one, or hold it until the commit; and what becomes of
+what was written. Apart from the session, so that an abandoned one can still be ended.
 
 | policy | from the first value to the commit | host memory | an abort leaves |
 |---|---|---|---|
@@ -10,21 +11,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
 from ..errors import ReloadError
+from ..module.names import ModuleNames
 from ..storage.coverage import Box
 from ..tensors.faces import _Aliased
+from .digest import Hashed
+from .drain import Drain
 from .journal import Journal
-from .live import Live
+from .live import Live, part_of
+from .live_digest import add_pieces
 from .patch import Patch, patched
 from .staged import StagedValues
-from .targets import Target
-from .written import Written
+from .targets import PlainName, Target
 
 PolicyName = Literal["write-through", "journal", "staged", "staged-journal"]
 #: "delta" is what :func:`aliasparam.reload.apply_delta` opens: patches, old bytes and new, wait on the host.
@@ -32,20 +37,24 @@ AnyPolicy = PolicyName | Literal["delta"]
 
 
 class Policy:
-    """How one session writes.
+    """How one session writes, and the tensors that it has begun: declared names, and plain ones behind their refusing twins.
 
     Raises:
         ReloadError: no such policy.
     """
 
-    def __init__(self, name: AnyPolicy, written: Written) -> None:
+    def __init__(self, name: AnyPolicy, label: str, drain: Drain) -> None:
         if name not in (*get_args(PolicyName), "delta"):
             expected = ", ".join(get_args(PolicyName))
             raise ReloadError("unknown policy", expected=expected, found=repr(name), remedy="'write-through' is the default.")
-        self._name, self._written = name, written
+        self._name, self._label, self._drain = name, label, drain
         self._journal = Journal() if name.endswith("journal") or name == "delta" else None
         self._staged = StagedValues()
         self._patches: list[tuple[Target, Patch]] = []
+        self._begun: dict[int, tuple[Target, PlainName | None]] = {}  # a plain one with its twin
+        #: What tensors that share memory, or parts of them, are to hold at the end: the SHA-256 (hex) of the bytes.
+        self._given: list[tuple[Target, Live, str]] = []
+        self._ended = False
 
     @property
     def nbytes(self) -> int:
@@ -73,7 +82,7 @@ class Policy:
         self._delta(target).hold(target, patches)
         self._patches += [(target, patch) for patch in patches]
         if target.shares_memory:
-            self._written.give(target, live, patched(live, patches))
+            self._give(target, live, patched(live, patches))
 
     def _delta(self, target: Target) -> Journal:
         if self._name != "delta" or self._journal is None:
@@ -88,20 +97,20 @@ class Policy:
                 self._journal.need_unchanged()
             for target in targets:
                 self._journal.touch(target)
-        self._written.begin(targets)
+        self._begin(targets)
         if self._journal is not None and self._name != "delta":
             self._journal.look_again()
         for staged in self._staged:
             self._write(*staged, again=True)
         for target, patch in self._patches:
             self._doing(target, patch.put_new)
-        self._written.need_agreement()
+        self._need_agreement()
 
     def restore(self) -> bool:
         """Bring the old weights back. False: this policy never does. Raises where it should and cannot."""
-        if self._written.any and self._journal is not None:
+        if self.wrote and self._journal is not None:
             self._journal.restore()
-        return not self._written.any or self._journal is not None
+        return not self.wrote or self._journal is not None
 
     def _write(self, target: Target, box: Box, value: Tensor, *, again: bool) -> None:
         """``again``: perhaps this very value was written before, by a commit that failed."""
@@ -110,11 +119,100 @@ class Policy:
                 value = value._snapshot()
             self._journal.keep(target, box, value, again=again)
         if not again:  # a commit has begun them all
-            self._written.begin([target])  # which may wait, under no lock
-        self._doing(target, partial(self._written.write, target, box, value))
+            self._begin([target])  # which may wait, under no lock
+        self._doing(target, partial(self.write, target, box, value))
 
     def _doing(self, target: Target, write: Callable[[], object]) -> None:
         if self._journal is None:
             write()
         else:
             self._journal.write(target, write)
+
+    # -- what was begun ---------------------------------------------------------------------------------------------------
+
+    @property
+    def wrote(self) -> bool:
+        """Whether a tensor was begun."""
+        return bool(self._begun)
+
+    def write(self, target: Target, box: Box, value: Tensor) -> None:
+        """Write ``value`` in place, as ``copy_`` does, into a tensor that was begun."""
+        part = part_of(target.tensor, box)
+        with torch.no_grad():
+            part.copy_(value)
+        if target.shares_memory:
+            self._give(target, Live(part), Live(value))
+
+    def _give(self, target: Target, part: Live, value: Live) -> None:
+        """``part`` of a tensor that shares memory must hold these bytes at the end, whatever the others are given."""
+        self._given.append((target, part, _sha256(value)))
+
+    def _need_agreement(self) -> None:
+        """
+        Raises:
+            ReloadError: tensors that share memory were given bytes that differ.
+        """
+        for target, part, digest in self._given:
+            others = {one.label for one, _, _ in self._given if one in target.together and one is not target}
+            if others and _sha256(part) != digest:
+                raise ReloadError(
+                    "it shares memory with tensors that were given other values",
+                    module=self._label,
+                    name=target.label,
+                    expected="values that agree where they are in one memory",
+                    found="others for " + ", ".join(sorted(others)),
+                    remedy="Send one of them alone, or untie them in the model.",
+                )
+
+    def _begin(self, targets: Iterable[Target]) -> None:
+        """The tensors are about to be written: they refuse from now on, and nobody reads them any more.
+
+        Raises:
+            ReloadError: a forward that began before did not end in time. They serve on.
+        """
+        new = [t for target in targets for t in target.together if id(t.tensor) not in self._begun]
+        begun = {id(t.tensor): (t, None if t.storage is not None else PlainName(t.label, t.tensor)) for t in new}
+        if not begun:
+            return
+        names = {id(one): one for t in new if t.storage is not None for one in t.storage.listeners}
+        registries = [one for one in names.values() if isinstance(one, ModuleNames)]
+        twins = [(holder, key, twin.refusing) for t, twin in begun.values() if twin is not None for holder, key in t.places]
+        try:
+            self._begun |= begun  # before, as an interrupt may come when twins are in their places
+            if twins or not all(self._drain.holds(one) for one in registries):
+                self._drain.close(registries, twins)
+        except BaseException:
+            for key in begun:
+                self._begun.pop(key, None)
+            raise
+
+    def reopen(self) -> None:
+        """What was processed refuses again, with its new weights in place."""
+        for target, _ in self._begun.values():
+            if target.storage is not None:
+                with target.storage.lock:
+                    target.storage.tell()
+
+    def commit(self, *, whole: bool) -> None:
+        """Everything that was written may be read. ``whole``: what an earlier reload left refusing was written too."""
+        for target, twin in self._begun.values():
+            for holder, key in target.places:
+                if twin is not None and (whole or holder.get(key) is twin.refusing):
+                    dict.__setitem__(holder, key, target.tensor)
+        self._ended = True
+
+    def poison(self) -> None:
+        """What was written is of no generation: it refuses until it is loaded whole. Plain twins stay where they are."""
+        if self._ended:
+            return
+        for target, _ in self._begun.values():
+            if target.storage is not None:
+                target.storage.invalidate("a reload failed after it had written this tensor")
+        self._ended = True
+
+
+def _sha256(live: Live) -> str:
+    """No weaker sum: small numbers in another order have the same adler32."""
+    digest = Hashed("hashlib", "sha256")
+    add_pieces(digest, live)
+    return digest.hexdigest(live.nbytes)

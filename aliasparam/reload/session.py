@@ -32,7 +32,6 @@ from .observe import Hook, Hooks, Observed, call_abort_hooks, phase
 from .patch import Patch
 from .policies import AnyPolicy, Policy
 from .targets import Target, find_targets, in_scope, target_of
-from .written import Written
 
 #: "all": every tensor must arrive; "partial": each tensor that is begun must; or dotted prefixes, under which every tensor must.
 Scope = Literal["all", "partial"] | Iterable[str]
@@ -60,9 +59,8 @@ class ReloadSession:
         self._targets: dict[str, Target] = {}
         self._arrived: dict[int, Coverage] = {}
         self.drain = Drain(model, drain_seconds)
-        self._written = Written(type(model).__name__, self.drain)
         self._claim = Claim(self)
-        self._policy = Policy(policy, self._written)
+        self._policy = Policy(policy, self._label, self.drain)
         self._lock = threading.RLock()  # of updates and of the phase; no hook and no derivation runs under it
 
     # -- the transaction -----------------------------------------------------------------------------------------------
@@ -83,7 +81,7 @@ class ReloadSession:
                 self._targets = find_targets(self.model)
             self.drain.begin(self._claim.modules)
             self.phase = Phase.OPEN
-            weakref.finalize(self, self._written.poison)  # an abandoned session leaves a refusal
+            weakref.finalize(self, self._policy.poison)  # an abandoned session leaves a refusal
             for hook in self._hooks.on_begin:
                 hook(self)
         except BaseException:
@@ -139,9 +137,9 @@ class ReloadSession:
             self._claim.end()
             with phase("abort"):
                 if restored := self._policy.restore():
-                    self._written.commit(whole=False)
+                    self._policy.commit(whole=False)
         finally:
-            self._written.poison()
+            self._policy.poison()
             if begun:
                 self.failed_hooks = call_abort_hooks(self._hooks, self)
                 self.observed.ended(self.model, "restored" if restored else "refuses")
@@ -201,13 +199,13 @@ class ReloadSession:
             raise
 
     def _serve(self) -> None:
-        if self._written.any:
+        if self._policy.wrote:
             self.drain.wait_for_devices()
-        self._written.commit(whole=self.scope == "all")
+        self._policy.commit(whole=self.scope == "all")
         self._claim.end()
 
     def _reopen(self) -> None:
-        self._written.reopen()
+        self._policy.reopen()
         self._claim.hold()
 
     # -- updates -------------------------------------------------------------------------------------------------------
