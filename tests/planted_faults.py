@@ -258,7 +258,7 @@ FAULTS = [
     Planted("reload/policies.py", "value, again=False)", "value, again=True)", "reload/test_law_10_second_tries.py"),
     Planted("reload/policies.py", "isinstance(value, _Aliased):", "False:", "reload/test_law_10_second_tries.py"),
     Planted("reload/journal.py", "        self.look_again()\n", "", "reload/test_law_10_second_tries.py"),
-    Planted("reload/journal.py", "*(memory.changed() for memory in memories)", "", "reload/test_law_10_second_tries.py"),
+    Planted("reload/journal.py", "memory.lost or memory.changed()", "memory.lost", "reload/test_law_10_second_tries.py"),
     Planted(
         "reload/journal.py",
         "self.begun, self.version = True, None",

@@ -119,11 +119,6 @@ class Journal:
         """Host memory."""
         return sum(patch.nbytes for memory in self._memories.values() for patch in memory.patches)
 
-    @property
-    def lost(self) -> str | None:
-        """Why it cannot restore, or None."""
-        return next((memory.lost for memory in self._memories.values() if memory.lost is not None), None)
-
     def touch(self, target: Target) -> _Memory:
         """To be called before the first write of a tensor: those in its memory show refusing twins from that write on."""
         key = id(target.storage or target.together[0])
@@ -137,18 +132,6 @@ class Journal:
         memory = self.touch(target)
         if not (again and memory.covers(target, box)):
             memory.keep(target, box, value)
-
-    def keep_ahead(self, target: Target, box: Box, value: Tensor) -> None:
-        """The same before the tensor is closed, while the old weights serve. A plain tensor may change unseen: not yet."""
-        if target.storage is not None:
-            self.keep(target, box, value, again=False)
-
-    def hold(self, target: Target, patches: list[Patch]) -> None:
-        """What a delta found to replace."""
-        self.touch(target).patches.extend(patches)
-
-    def write(self, target: Target, do: Callable[[], object]) -> None:
-        self.touch(target).write(do)
 
     def need_unchanged(self) -> None:
         """
@@ -169,12 +152,12 @@ class Journal:
         """Every byte as it was, and what derives from them.
 
         Raises:
-            ReloadError: it cannot: see :attr:`lost`, or other code wrote the memory meanwhile.
+            ReloadError: it cannot: memory held no whole weights before, or other code wrote it meanwhile.
             AliasError: processing refuses.
         """
         self.look_again()
         memories = list(self._memories.values())
-        for why in (self.lost, *(memory.changed() for memory in memories)):
+        for why in (memory.lost or memory.changed() for memory in memories):
             if why is not None:
                 raise _cannot(why)
         for memory in memories:

@@ -66,8 +66,8 @@ class Policy:
         if self._name == "delta":
             raise ReloadError("a delta takes no values", name=target.label, remedy="Open another reload for them.")
         if self._name.startswith("staged"):
-            if self._journal is not None:
-                self._journal.keep_ahead(target, box, value)
+            if self._journal is not None and target.storage is not None:  # a plain tensor may change unseen: not yet
+                self._journal.keep(target, box, value, again=False)
             self._staged.add(target, box, value)
         else:
             self._write(target, box, value, again=False)
@@ -79,7 +79,7 @@ class Policy:
 
     def hold(self, target: Target, live: Live, patches: list[Patch]) -> None:
         """Write the patches of ``live``, the tensor or a part of it, at the commit."""
-        self._delta(target).hold(target, patches)
+        self._delta(target).touch(target).patches.extend(patches)
         self._patches += [(target, patch) for patch in patches]
         if target.shares_memory:
             self._give(target, live, patched(live, patches))
@@ -126,7 +126,7 @@ class Policy:
         if self._journal is None:
             write()
         else:
-            self._journal.write(target, write)
+            self._journal.touch(target).write(write)
 
     # -- what was begun ---------------------------------------------------------------------------------------------------
 
