@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from .digest import optional
-from .entry import Entry
 from .errors import DeltaError
+from .header import Entry
 from .held_file import memory_of
 
 #: Bytes that are read or skipped at once, and positions.

@@ -21,8 +21,8 @@ from ..layout.bound import flat_bytes
 from ..layout.boxes import whole
 from .delta import ENCODINGS, PIECE
 from .digest import Hashed, PositionalAdler32, new_digest, optional
-from .entry import Entry
 from .errors import DeltaError
+from .header import Entry
 from .held_file import memory_of
 from .live import Live
 from .sources import SafetensorsFolder

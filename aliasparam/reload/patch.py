@@ -1,7 +1,7 @@
 """Some bytes of one live tensor, old and perhaps new, kept on the host: what a journal holds, and what a delta becomes.
 
-A patch is put by writing bytes, never by changing what is there, so it may be put again after a failure half-way. Positions are of
-the layout that the tensor had: who holds patches sees by its version that nobody else changed it.
+A patch is put by writing bytes, never by changing what is there, so it may be put again after a failure half-way. Positions are
+of the layout that the tensor had: who holds patches sees by versions that nobody else changed it.
 """
 
 from __future__ import annotations

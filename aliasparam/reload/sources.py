@@ -15,9 +15,8 @@ from torch import Tensor
 
 from ..layout.blocks import tiles
 from ..layout.boxes import Box
-from .entry import Entry
 from .errors import SourceError
-from .header import MAX_JSON_BYTES, parse_json, read_header
+from .header import MAX_JSON_BYTES, Entry, parse_json, read_header
 from .held_file import HeldFile, Opened
 
 _INDEX = "model.safetensors.index.json"
