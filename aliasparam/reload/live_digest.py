@@ -129,5 +129,5 @@ def add_in_place(sums: PositionalAdler32, live: Live) -> bool:
 
 def add_pieces(digest: PositionalAdler32 | Hashed, live: Live) -> None:
     """Add all bytes, gathered in order."""
-    for start, box in live.pieces(_PIECE):
-        digest.add(live.bytes(box), start)
+    for start, piece in live.pieces(_PIECE):
+        digest.add(piece, start)
