@@ -255,7 +255,12 @@ FAULTS = [
     Planted("reload/staged.py", "chunk.used += _aligned(part.nbytes)", "pass", "reload/test_staged.py"),
     Planted("reload/staged.py", "if nbytes > CHUNK // 2:", "if False:", "reload/test_staged.py"),
     Planted("reload/staged.py", "placed.append((", "self._values.append((", "reload/test_staged.py"),
-    Planted("reload/policies.py", "value, again=False)", "value, again=True)", "reload/test_law_10_second_tries.py"),
+    Planted(
+        "reload/policies.py",
+        "not (memory := self._journal.touch(target)).ahead",
+        "False",
+        "reload/test_law_10_second_tries.py",
+    ),
     Planted("reload/policies.py", "isinstance(value, _Aliased):", "False:", "reload/test_law_10_second_tries.py"),
     Planted("reload/journal.py", "        self.look_again()\n", "", "reload/test_law_10_second_tries.py"),
     Planted("reload/journal.py", "memory.lost or memory.changed()", "memory.lost", "reload/test_law_10_second_tries.py"),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import ReloadError, StateError
 from ..module.registry import AliasRegistry
-from ..storage.coverage import Box, Coverage
+from ..storage.coverage import Box
 from ..storage.kernel_name import RefusingName
 from ..storage.states import State
 from .live import Live
@@ -25,6 +25,7 @@ class _Memory:
         version: of its bytes, when the session first looked at it and after each of its writes; None while one goes on, or where
             an interrupt ended it. So writes of other code are noticed.
         begun: it was written, perhaps half-way.
+        ahead: all that the values which are staged for it are to replace was kept.
         patches: the old bytes.
         lost: why they cannot be brought back, or None.
     """
@@ -32,10 +33,10 @@ class _Memory:
     def __init__(self, target: Target) -> None:
         self.target, self.storage = target, target.storage
         self.patches: list[Patch] = []
-        self.begun, self.lost = False, None if self._is_whole() else f"{target.label} held no whole weights before"
-        self._kept: dict[int, Coverage] = {}  # by tensor: of what a value was kept
+        self.begun = self.ahead = False
         with self.lock:
             self.version: object = self.now()
+            self.lost = None if self._is_whole() else f"{target.label} held no whole weights before"
 
     @property
     def lock(self) -> AbstractContextManager[Any]:
@@ -44,7 +45,6 @@ class _Memory:
 
     def _is_whole(self) -> bool:
         if self.storage is not None:
-            self.storage.notice()
             return self.storage.states.common is State.LOADED
         places = [place for one in self.target.together for place in one.places]
         return not any(isinstance(holder.get(key), RefusingName) for holder, key in places)
@@ -66,22 +66,17 @@ class _Memory:
             return "a plain tensor was written by other code"
         return f"{self.storage.label}: {self.storage.states.why or 'it was written by other code'}"
 
-    def covers(self, target: Target, box: Box) -> bool:
-        """Whether everything under ``box`` was kept."""
-        return id(target.tensor) in self._kept and self._kept[id(target.tensor)].covers(box)
-
     def keep(self, target: Target, box: Box, value: Tensor) -> None:
-        """Also where another value was kept for, which was not written whole: restoring goes back over that one."""
-        live = Live(target.tensor)
+        """Keep what ``value`` is about to replace under ``box``, also where another value was kept for, which was not written
+        whole: restoring goes back over that one."""
         try:
             if self.begun:
                 self._accept()
             if self.lost is None:
-                found = differences(live, box, value, keep_new=False)
+                found = differences(Live(target.tensor), box, value, keep_new=False)
                 self.patches += [patch for patch in found if patch is not None]
         except StateError as error:
             self.lost = error.message
-        self._kept.setdefault(id(target.tensor), Coverage(live.shape)).add(box)
 
     def _accept(self) -> None:
         """What a write of this session left half-way holds bytes that are old, or in a patch; unless other code wrote."""
@@ -127,12 +122,6 @@ class Journal:
             found = self._memories[key] = _Memory(target)
         return found
 
-    def keep(self, target: Target, box: Box, value: Tensor, *, again: bool) -> None:
-        """Keep what ``value`` is about to replace under ``box``. ``again``: what was kept there was kept for this very value."""
-        memory = self.touch(target)
-        if not (again and memory.covers(target, box)):
-            memory.keep(target, box, value)
-
     def need_unchanged(self) -> None:
         """
         Raises:
@@ -159,7 +148,12 @@ class Journal:
         memories = list(self._memories.values())
         for why in (memory.lost or memory.changed() for memory in memories):
             if why is not None:
-                raise _cannot(why)
+                raise ReloadError(
+                    "the journal cannot bring the old weights back",
+                    expected="memory that was loaded before, and that only this reload writes",
+                    found=why,
+                    remedy="Reload the whole model; until then it refuses.",
+                )
         for memory in memories:
             for patch in reversed(memory.patches):
                 patch.put_old()
@@ -170,12 +164,3 @@ class Journal:
         for listener in listeners.values():
             if isinstance(listener, AliasRegistry):
                 listener.process()
-
-
-def _cannot(why: str) -> ReloadError:
-    return ReloadError(
-        "the journal cannot bring the old weights back",
-        expected="memory that was loaded before, and that only this reload writes",
-        found=why,
-        remedy="Reload the whole model; until then it refuses.",
-    )

@@ -65,12 +65,19 @@ class Policy:
         """Write a value, or hold it."""
         if self._name == "delta":
             raise ReloadError("a delta takes no values", name=target.label, remedy="Open another reload for them.")
-        if self._name.startswith("staged"):
-            if self._journal is not None and target.storage is not None:  # a plain tensor may change unseen: not yet
-                self._journal.keep(target, box, value, again=False)
-            self._staged.add(target, box, value)
-        else:
-            self._write(target, box, value, again=False)
+        if not self._name.startswith("staged"):
+            if self._journal is not None:
+                if isinstance(value, _Aliased):  # the lock of its storage may not come second
+                    value = value._snapshot()
+                self._journal.touch(target).keep(target, box, value)
+            self._begin([target])  # which may wait, under no lock
+            self._doing(target, partial(self.write, target, box, value))
+            return
+        if self._journal is not None and target.storage is not None:  # a plain tensor may change unseen: not yet
+            memory = self._journal.touch(target)
+            memory.keep(target, box, value)
+            memory.ahead = True
+        self._staged.add(target, box, value)
 
     def watch(self, target: Target) -> Live:
         """What patches are made of; it must not change from now on."""
@@ -100,8 +107,10 @@ class Policy:
         self._begin(targets)
         if self._journal is not None and self._name != "delta":
             self._journal.look_again()
-        for staged in self._staged:
-            self._write(*staged, again=True)
+        for target, box, value in self._staged:
+            if self._journal is not None and not (memory := self._journal.touch(target)).ahead:
+                memory.keep(target, box, value)
+            self._doing(target, partial(self.write, target, box, value))
         for target, patch in self._patches:
             self._doing(target, patch.put_new)
         self._need_agreement()
@@ -111,16 +120,6 @@ class Policy:
         if self.wrote and self._journal is not None:
             self._journal.restore()
         return not self.wrote or self._journal is not None
-
-    def _write(self, target: Target, box: Box, value: Tensor, *, again: bool) -> None:
-        """``again``: perhaps this very value was written before, by a commit that failed."""
-        if self._journal is not None:
-            if isinstance(value, _Aliased):  # the lock of its storage may not come second
-                value = value._snapshot()
-            self._journal.keep(target, box, value, again=again)
-        if not again:  # a commit has begun them all
-            self._begin([target])  # which may wait, under no lock
-        self._doing(target, partial(self.write, target, box, value))
 
     def _doing(self, target: Target, write: Callable[[], object]) -> None:
         if self._journal is None:
