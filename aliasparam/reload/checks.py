@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from enum import Enum
 from operator import index
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import ReloadError
 from ..layout.boxes import shown, sizes, whole, within
 from ..spec import TensorSpec, other_kind
-from ..storage.coverage import Box, Coverage
+from ..storage.coverage import Box
 
 
 def box_of(module: str, name: str, live: Tensor, value: Tensor, first_row: int | None, box: Box | None) -> Box:
@@ -56,24 +56,6 @@ def need_fit(module: str, name: str, live: Tensor, value: Tensor, box: Box) -> N
         found=f"{TensorSpec.of(value)}{' on meta' if value.device.type == 'meta' else ''}",
         remedy="Send it in the shape and dtype of the checkpoint that was loaded first.",
     )
-
-
-def need_whole(module: str, scope: object, wanted: Mapping[str, Coverage]) -> None:
-    """
-    Raises:
-        ReloadError: a tensor did not arrive whole.
-    """
-    missing = [name for name, coverage in wanted.items() if not coverage.whole]
-    if missing:
-        first = wanted[missing[0]].missing()
-        raise ReloadError(
-            f"{len(missing)} of {len(wanted)} tensors did not arrive whole",
-            module=module,
-            name=", ".join(missing[:5]) + (", …" if len(missing) > 5 else ""),
-            expected="every element of each tensor that was begun" if scope == "partial" else "every element once",
-            found=f"{missing[0]} without {', '.join(map(shown, first[:3]))}",
-            remedy='Send the missing tensors, or open the reload with scope="partial" for a deliberate partial update.',
-        )
 
 
 class Phase(Enum):

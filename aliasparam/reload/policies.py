@@ -54,7 +54,6 @@ class Policy:
         self._begun: dict[int, tuple[Target, PlainName | None]] = {}  # a plain one with its twin
         #: What tensors that share memory, or parts of them, are to hold at the end: the SHA-256 (hex) of the bytes.
         self._given: list[tuple[Target, Live, str]] = []
-        self._ended = False
 
     @property
     def nbytes(self) -> int:
@@ -198,16 +197,14 @@ class Policy:
             for holder, key in target.places:
                 if twin is not None and (whole or holder.get(key) is twin.refusing):
                     dict.__setitem__(holder, key, target.tensor)
-        self._ended = True
+        self._begun = {}
 
     def poison(self) -> None:
         """What was written is of no generation: it refuses until it is loaded whole. Plain twins stay where they are."""
-        if self._ended:
-            return
         for target, _ in self._begun.values():
             if target.storage is not None:
                 target.storage.invalidate("a reload failed after it had written this tensor")
-        self._ended = True
+        self._begun = {}
 
 
 def _sha256(live: Live) -> str:

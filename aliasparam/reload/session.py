@@ -22,8 +22,8 @@ from ..errors import ReloadError
 from ..layout.boxes import shown
 from ..module.adopt import adopt
 from ..spec import TensorSpec
-from ..storage.coverage import Box, Coverage
-from .checks import Phase, box_of, need, need_dense, need_fit, need_whole
+from ..storage.coverage import Box
+from .checks import Phase, box_of, need, need_dense, need_fit
 from .claims import Claim
 from .collector import collector_paused
 from .drain import Drain
@@ -31,7 +31,7 @@ from .live import Live
 from .observe import Hook, Hooks, Observed, call_abort_hooks, phase
 from .patch import Patch
 from .policies import AnyPolicy, Policy
-from .targets import Target, find_targets, in_scope, target_of
+from .targets import Target, find_targets, in_scope, need_whole, target_of
 
 #: "all": every tensor must arrive; "partial": each tensor that is begun must; or dotted prefixes, under which every tensor must.
 Scope = Literal["all", "partial"] | Iterable[str]
@@ -57,7 +57,6 @@ class ReloadSession:
         self.observed = Observed(source, policy)
         self._hooks, self._to_call = hooks, list(hooks.on_commit)
         self._targets: dict[str, Target] = {}
-        self._arrived: dict[int, Coverage] = {}
         self.drain = Drain(model, drain_seconds)
         self._claim = Claim(self)
         self._policy = Policy(policy, self._label, self.drain)
@@ -96,8 +95,7 @@ class ReloadSession:
         """
         with self._lock:
             self._need((Phase.OPEN,), "prepare")
-            wanted = in_scope(self._targets, self.scope, self._arrived)
-            need_whole(self._label, self.scope, {name: self._coverage(target) for name, target in wanted.items()})
+            need_whole(self._label, self.scope, in_scope(self._targets, self.scope))
             self.phase = Phase.PREPARED
 
     def switch(self) -> None:
@@ -244,8 +242,7 @@ class ReloadSession:
             value = value.reshape(live.shape)  # 0-d and [1] are one thing
         box = box_of(self._label, name, live, value, first_row, box)
         need_fit(self._label, name, live, value, box)
-        coverage = self._coverage(target)
-        if coverage.overlap(box) is not None:
+        if target.arrived.overlap(box) is not None:
             raise ReloadError(
                 "these elements arrived twice in one reload",
                 module=self._label,
@@ -256,7 +253,7 @@ class ReloadSession:
             )
         with phase("update"):
             self._policy.update(target, box, value)
-        coverage.add(box)
+        target.arrived.add(box)
         self.observed.bytes += value.nbytes
         self.observed.tensors += 1
 
@@ -284,14 +281,6 @@ class ReloadSession:
 
     def _need(self, phases: tuple[Phase, ...], doing: str) -> None:
         need(self._label, self.phase, phases, doing)
-
-    def _coverage(self, target: Target) -> Coverage:
-        if not target.tensor.numel():
-            return Coverage(target.tensor.shape)  # nothing is missing from it, also where nobody sends it
-        found = self._arrived.get(id(target.tensor))
-        if found is None:
-            found = self._arrived[id(target.tensor)] = Coverage(target.tensor.shape)
-        return found
 
     @property
     def _label(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..errors import ReloadError, StaleKernelError
+from ..layout.boxes import shown
 from ..module.allocate import extent, has_memory
+from ..storage.coverage import Coverage
 from ..storage.kernel_name import KernelName, RefusingName
 from ..storage.storage import AliasedStorage
 from ..tensors.faces import _Aliased
@@ -29,12 +31,24 @@ class Target:
         together: it and other plain tensors in the same memory (``b = nn.Parameter(a.data)``): who writes one writes them all.
     """
 
-    __slots__ = ("_others", "label", "places", "storage", "tensor")
+    __slots__ = ("_arrived", "_others", "label", "places", "storage", "tensor")
 
     def __init__(self, tensor: Tensor, holder: dict[str, Any], name: str, label: str) -> None:
         self.tensor, self.places, self.label = tensor, [(holder, name)], label
         self.storage: AliasedStorage | None = tensor._alias_storage if isinstance(tensor, _Aliased) else None
         self._others: Sequence[Target] = ()
+        self._arrived: Coverage | None = None
+
+    @property
+    def arrived(self) -> Coverage:
+        """What has come for it, in a session."""
+        if self._arrived is None:
+            self._arrived = Coverage(self.tensor.shape)
+        return self._arrived
+
+    @property
+    def begun(self) -> bool:
+        return self._arrived is not None
 
     @property
     def together(self) -> Sequence[Target]:
@@ -87,23 +101,39 @@ def _find_together(targets: Iterable[Target]) -> None:
             end = max(end, target.tensor.data_ptr() + extent(target.tensor))
 
 
-def in_scope(targets: Mapping[str, Target], scope: str | Iterable[str], begun: Mapping[int, object]) -> dict[str, Target]:
+def in_scope(targets: Mapping[str, Target], scope: str | Iterable[str]) -> list[Target]:
     """The targets that must arrive whole.
 
     Raises:
         ReloadError: a prefix of the scope that no target has.
     """
-    if scope == "all":
-        return dict(targets)
-    if scope == "partial":
-        return {n: t for n, t in targets.items() if id(t.tensor) in begun}
+    if isinstance(scope, str):
+        return [target for target in targets.values() if scope == "all" or target.begun]
     dotted = _dotted(scope)
-    found = {name: target for name, target in targets.items() if f"{name}.".startswith(dotted)}
+    found = [target for target in targets.values() if f"{target.label}.".startswith(dotted)]
     for prefix, start in zip(scope, dotted, strict=True):
-        if not any(f"{name}.".startswith(start) for name in found):
+        if not any(f"{target.label}.".startswith(start) for target in found):
             remedy = "r.expected lists the names; a prefix ends at a dot."
             raise ReloadError("the model has no tensor under this prefix of the scope", name=prefix, remedy=remedy)
     return found
+
+
+def need_whole(module: str, scope: str | Iterable[str], wanted: Collection[Target]) -> None:
+    """
+    Raises:
+        ReloadError: a tensor did not arrive whole.
+    """
+    missing = [target for target in wanted if not target.arrived.whole]
+    if missing:
+        first = missing[0].arrived.missing()
+        raise ReloadError(
+            f"{len(missing)} of {len(wanted)} tensors did not arrive whole",
+            module=module,
+            name=", ".join(target.label for target in missing[:5]) + (", …" if len(missing) > 5 else ""),
+            expected="every element of each tensor that was begun" if scope == "partial" else "every element once",
+            found=f"{missing[0].label} without {', '.join(map(shown, first[:3]))}",
+            remedy='Send the missing tensors, or open the reload with scope="partial" for a deliberate partial update.',
+        )
 
 
 def _dotted(prefixes: Iterable[str]) -> tuple[str, ...]:
