@@ -122,14 +122,16 @@ class Journal:
             found = self._memories[key] = _Memory(target)
         return found
 
-    def need_unchanged(self) -> None:
-        """
+    def need_unchanged(self) -> list[_Memory]:
+        """What has patches.
+
         Raises:
             ReloadError: a tensor was written since a delta was checked against it.
         """
         for memory in self._memories.values():
             if memory.changed() is not None:
                 raise ReloadError("the tensor changed since the delta was checked against it", name=memory.target.label)
+        return [memory for memory in self._memories.values() if memory.patches]
 
     def look_again(self) -> None:
         """Drop what was kept ahead of memory that other code wrote since. To be called when it is closed and not written yet."""
@@ -156,7 +158,7 @@ class Journal:
                 )
         for memory in memories:
             for patch in reversed(memory.patches):
-                patch.put_old()
+                patch.put(patch.old)
         storages = [memory.storage for memory in memories if memory.storage is not None]
         for storage in storages:
             storage.accept()  # also where a write failed half-way: what it reached is old again

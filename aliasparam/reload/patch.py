@@ -45,13 +45,8 @@ class Patch(NamedTuple):
         """Host memory."""
         return (0 if self.at is None else self.at.nbytes) + self.old.nbytes + self.new.nbytes
 
-    def put_old(self) -> None:
-        self._put(self.old)
-
-    def put_new(self) -> None:
-        self._put(self.new)
-
-    def _put(self, values: Tensor) -> None:
+    def put(self, values: Tensor) -> None:
+        """Write the old or the new bytes."""
         device = self.live.device
         with torch.no_grad():
             values = values.to(device, non_blocking=True)
@@ -98,7 +93,7 @@ def patched(live: Live, patches: Iterable[Patch]) -> Live:
     """What a plain tensor becomes with its patches, in host memory of its own."""
     found = Live(live.tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format))
     for patch in patches:
-        patch._replace(live=found).put_new()
+        patch._replace(live=found).put(patch.new)
     return found
 
 

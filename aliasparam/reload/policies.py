@@ -50,7 +50,6 @@ class Policy:
         self._name, self._label, self._drain = name, label, drain
         self._journal = Journal() if name.endswith("journal") or name == "delta" else None
         self._staged = StagedValues()
-        self._patches: list[tuple[Target, Patch]] = []
         self._begun: dict[int, tuple[Target, PlainName | None]] = {}  # a plain one with its twin
         #: What tensors that share memory, or parts of them, are to hold at the end: the SHA-256 (hex) of the bytes.
         self._given: list[tuple[Target, Live, str]] = []
@@ -86,7 +85,6 @@ class Policy:
     def hold(self, target: Target, live: Live, patches: list[Patch]) -> None:
         """Write the patches of ``live``, the tensor or a part of it, at the commit."""
         self._delta(target).touch(target).patches.extend(patches)
-        self._patches += [(target, patch) for patch in patches]
         if target.shares_memory:
             self._give(target, live, patched(live, patches))
 
@@ -97,22 +95,28 @@ class Policy:
 
     def flush(self) -> None:
         """Write what was held, in one pass. May be called again after a failure."""
-        targets = {target.label: target for target in (*self._staged.targets, *(target for target, _ in self._patches))}.values()
+        if self._name == "delta" and self._journal is not None:
+            memories = self._journal.need_unchanged()
+            self._begin(memory.target for memory in memories)
+            for memory in memories:
+                for patch in memory.patches:
+                    memory.write(partial(patch.put, patch.new))
+        else:
+            self._flush_values()
+        self._need_agreement()
+
+    def _flush_values(self) -> None:
+        targets = {target.label: target for target in self._staged.targets}.values()
         if self._journal is not None:
-            if self._name == "delta":
-                self._journal.need_unchanged()
             for target in targets:
                 self._journal.touch(target)
         self._begin(targets)
-        if self._journal is not None and self._name != "delta":
+        if self._journal is not None:
             self._journal.look_again()
         for target, box, value in self._staged:
             if self._journal is not None and not (memory := self._journal.touch(target)).ahead:
                 memory.keep(target, box, value)
             self._doing(target, partial(self.write, target, box, value))
-        for target, patch in self._patches:
-            self._doing(target, patch.put_new)
-        self._need_agreement()
 
     def restore(self) -> bool:
         """Bring the old weights back. False: this policy never does. Raises where it should and cannot."""
