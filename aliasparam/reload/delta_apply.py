@@ -27,6 +27,7 @@ from .delta_folder import Chain, DeltaFolder, need_order
 from .delta_held import Converted, Part, PartDigests, Places, Span, spans
 from .digest import Hashed, PositionalAdler32
 from .errors import DeltaError
+from .header import Entry
 from .live import Live
 from .live_digest import add_in_place, add_pieces
 from .observe import Hooks
@@ -143,14 +144,16 @@ def patches_of(
         DeltaError: a malformed delta, or a checksum that differs; the tensor does not fit.
     """
     part = parts.part_of(name, live)
+    nbytes = math.prod(part.shape) * live.dtype.itemsize
     touching = [delta for delta in deltas if name in delta.checksums]
-    if full is not None:
-        entry, shape = full.entry(name), live.shape if part is None else part.shape
-        _need_fit("the full version", f"{full.path}: {name}", live, shape, entry.dtype, entry.shape)
-    digest = parts.digest(name, part, touching[-1], live.dtype.itemsize) if touching else None
-    found = joined(_compared(live, name, full, touching, part, digest))
-    if digest is not None and part is None:
-        touching[-1].check(name, digest.hexdigest(live.nbytes))
+    entry = None if full is None else full.entry(name)
+    if entry is not None:
+        _need_fit("the full version", f"{entry.file.path}: {name}", live, part.shape, entry.dtype, entry.shape)
+    digest = parts.digest(name, touching[-1], nbytes) if touching else None
+    readers = [delta.changes(name, nbytes) for delta in touching]
+    found = joined(_compared(live, entry, readers, part, digest))
+    if digest is not None and name not in parts.held:
+        touching[-1].check(name, digest.hexdigest(nbytes))
     return found
 
 
@@ -185,16 +188,13 @@ def changed(name: str, value: Tensor, deltas: list[DeltaFolder]) -> Tensor:
 
 def _compared(
     live: Live,
-    name: str,
-    full: SafetensorsFolder | None,
-    deltas: list[DeltaFolder],
-    part: Part | None,
+    full: Entry | None,
+    readers: Sequence[Xor | Overwrite],
+    part: Part,
     digest: PositionalAdler32 | Hashed | None,
 ) -> Iterator[Patch | None]:
-    nbytes = live.nbytes if part is None else math.prod(part.shape) * live.dtype.itemsize
-    readers = [delta.changes(name, nbytes) for delta in deltas]
     summed = None
-    if isinstance(digest, PositionalAdler32) and full is None and part is None:
+    if isinstance(digest, PositionalAdler32) and full is None and part.shape == live.shape:
         sparse = _sparse(live, readers)
         if add_in_place(digest, live):
             summed = digest  # with all old bytes in it
@@ -209,7 +209,7 @@ def _compared(
         if summed is not None and not changes:
             continue
         old = live.bytes(span.box)
-        new = span.put(old) if full is None else _stored(full, name, span, old)
+        new = span.put(old) if full is None else _stored(full, span, old)
         for change in changes:
             new = change.of(new)
         own = span.take(new)
@@ -252,9 +252,9 @@ def _add(digest: PositionalAdler32 | Hashed, span: Span, own: Tensor) -> None:
         digest.count -= span.nbytes - own.numel()
 
 
-def _stored(full: SafetensorsFolder, name: str, span: Span, like: Tensor) -> Tensor:
+def _stored(full: Entry, span: Span, like: Tensor) -> Tensor:
     raw = torch.empty(span.nbytes, dtype=torch.uint8, device="cpu", pin_memory=like.is_cuda)
-    full.entry(name).fill(raw, span.start)
+    full.fill(raw, span.start)
     return raw.to(like.device)
 
 
