@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 
 from ..errors import ReloadError
-from .checks import Phase
+from .claims import Phase
 from .session import ReloadSession
 
 #: Makes a session that is prepared while the old weights serve (policy "staged-journal", or ``prepare_delta``), and says what

@@ -23,15 +23,14 @@ from ..layout.boxes import shown
 from ..module.adopt import adopt
 from ..spec import TensorSpec
 from ..storage.coverage import Box
-from .checks import Phase, box_of, need, need_dense, need_fit
-from .claims import Claim
+from .claims import Claim, Phase, need
 from .collector import collector_paused
 from .drain import Drain
 from .live import Live
 from .observe import Hook, Hooks, Observed, call_abort_hooks, phase
 from .patch import Patch
 from .policies import AnyPolicy, Policy
-from .targets import Target, find_targets, in_scope, need_whole, target_of
+from .targets import Target, find_targets, fitted, in_scope, need_whole, target_of
 
 #: "all": every tensor must arrive; "partial": each tensor that is begun must; or dotted prefixes, under which every tensor must.
 Scope = Literal["all", "partial"] | Iterable[str]
@@ -236,12 +235,7 @@ class ReloadSession:
 
     def _update(self, name: str, value: Tensor, first_row: int | None, box: Box | None) -> None:
         target = self._target(name)
-        live = target.tensor
-        need_dense(self._label, name, value, "the new value")
-        if value.numel() == live.numel() == 1 and value.dim() <= 1 and live.dim() <= 1:
-            value = value.reshape(live.shape)  # 0-d and [1] are one thing
-        box = box_of(self._label, name, live, value, first_row, box)
-        need_fit(self._label, name, live, value, box)
+        value, box = fitted(target, self._label, value, first_row, box)
         if target.arrived.overlap(box) is not None:
             raise ReloadError(
                 "these elements arrived twice in one reload",

@@ -1,9 +1,10 @@
-"""The live tensors of a model by their checkpoint names: what a reload writes."""
+"""The live tensors of a model by their checkpoint names: what a reload writes, and what fits them."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from operator import index
 from typing import Any
 
 import torch
@@ -11,13 +12,13 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..errors import ReloadError, StaleKernelError
-from ..layout.boxes import shown
+from ..layout.boxes import shown, sizes, whole, within
 from ..module.allocate import extent, has_memory
-from ..storage.coverage import Coverage
+from ..spec import TensorSpec, other_kind
+from ..storage.coverage import Box, Coverage
 from ..storage.kernel_name import KernelName, RefusingName
 from ..storage.storage import AliasedStorage
 from ..tensors.faces import _Aliased
-from .checks import need_dense
 
 
 class Target:
@@ -171,6 +172,48 @@ def target_of(targets: Mapping[str, Target], scope: str | tuple[str, ...], modul
         remedy = "Load the model first: a value written here would be lost."
         raise ReloadError("the model's tensor has no memory", module=module, name=name, found="one on meta", remedy=remedy)
     return target
+
+
+def need_dense(module: str, name: str, value: Any, whose: str) -> None:
+    """
+    Raises:
+        ReloadError: not a tensor whose values lie at strides.
+    """
+    if (found := other_kind(value)) is not None:
+        expected = "a dense tensor"
+        raise ReloadError(f"{whose} is of a kind that is not reloaded", module=module, name=name, expected=expected, found=found)
+
+
+def fitted(target: Target, module: str, value: Tensor, first_row: int | None, box: Box | None) -> tuple[Tensor, Box]:
+    """``value`` as it can be written, and the rectangle of the tensor that it is for.
+
+    Raises:
+        ReloadError: not dense, another shape or dtype, no values, a rectangle that is not within the tensor, or rows and a
+            rectangle at once.
+    """
+    live, name = target.tensor, target.label
+    need_dense(module, name, value, "the new value")
+    if box is not None and first_row is not None:
+        found = f"{first_row=}, {box=}"[:120]
+        raise ReloadError("rows and a rectangle at once", module=module, name=name, expected="first_row or box", found=found)
+    if value.numel() == live.numel() == 1 and value.dim() <= 1 and live.dim() <= 1:
+        value = value.reshape(live.shape)  # 0-d and [1] are one thing
+    if box is not None:
+        box = tuple((index(a), index(b)) for a, b in box)
+    elif first_row is None or not live.shape:
+        box = whole(live.shape)
+    else:
+        box = ((index(first_row), first_row + (value.shape[0] if value.dim() else 1)), *whole(live.shape[1:]))
+    if within(box, live.shape) and tuple(value.shape) == sizes(box) and value.dtype == live.dtype and not value.is_meta:
+        return value, box
+    raise ReloadError(
+        "the new tensor does not fit",
+        module=module,
+        name=name,
+        expected=f"{TensorSpec.of(live)}" + ("" if value.dim() and sizes(box) == tuple(live.shape) else f", {shown(box)} of it"),
+        found=f"{TensorSpec.of(value)}{' on meta' if value.is_meta else ''}",
+        remedy="Send it in the shape and dtype of the checkpoint that was loaded first.",
+    )
 
 
 # -- plain tensors that are being written --------------------------------------------------------------------------------
