@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -65,11 +65,9 @@ def apply_delta(
         ReloadError: another reload is open.
         AliasError: processing refuses the new values. The old weights serve again.
     """
-    with ExitStack() as stack:
-        opened = stack.enter_context(DeltaFolder(delta)) if isinstance(delta, (str, Path)) else delta
-        with prepare_delta(model, opened, serving=serving, names=names, hooks=hooks) as session:
-            session.commit()
-        return opened.version
+    with _opened(delta) as chain, prepare_delta(model, chain, serving=serving, names=names, hooks=hooks) as session:
+        session.commit()
+        return chain.version
 
 
 def prepare_delta(
@@ -81,24 +79,26 @@ def prepare_delta(
     hooks: Hooks | None = None,
 ) -> ReloadSession:
     """A prepared session, all checksums verified; the old weights serve until it commits. Else as :func:`apply_delta`."""
-    if isinstance(delta, (str, Path)):  # of its files nothing is read afterwards
-        with DeltaFolder(delta) as opened:
-            return prepare_delta(model, opened, serving=serving, names=names, hooks=hooks)
-    full, deltas = delta.full, delta.deltas
-    need_order(deltas, None if full is not None else serving)
     places = names if isinstance(names, Places) else Places(names or {})
-    session = ReloadSession(model, "partial", "delta", "delta", hooks or Hooks())
-    session.begin()
-    try:
-        if full is not None:
-            _need_all(session, full, places)
-        _patch_all(session, full, deltas, places)
-        delta.check_unchanged()
-        session.prepare()
-    except BaseException:
-        session.abort()
-        raise
-    return session
+    with _opened(delta) as chain:  # of its files nothing is read afterwards
+        need_order(chain.deltas, None if chain.full is not None else serving)
+        session = ReloadSession(model, "partial", "delta", "delta", hooks or Hooks())
+        session.begin()
+        try:
+            if chain.full is not None:
+                _need_all(session, chain.full, places)
+            _patch_all(session, chain.full, chain.deltas, places)
+            chain.check_unchanged()
+            session.prepare()
+        except BaseException:
+            session.abort()
+            raise
+        return session
+
+
+def _opened(delta: DeltaFolder | Chain | str | Path) -> AbstractContextManager[DeltaFolder | Chain]:
+    """What the caller has opened, and closes; or what is at a path, closed at the end."""
+    return DeltaFolder(delta) if isinstance(delta, (str, Path)) else nullcontext(delta)
 
 
 def _patch_all(session: ReloadSession, full: SafetensorsFolder | None, deltas: list[DeltaFolder], places: Places) -> None:
