@@ -1,11 +1,9 @@
-"""One session a module, and one step of it after the other."""
+"""One session a module."""
 
 from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Sequence
-from enum import Enum
 
 from torch import nn
 
@@ -94,27 +92,3 @@ class Claim:
 def _claim_of(module: nn.Module) -> Claim | None:
     reference = _claims.get(module)
     return None if reference is None else reference()
-
-
-class Phase(Enum):
-    """COMMITTING: in its switch or commit, where hooks and derivations run. Only an abort may come between."""
-
-    NEW = "not begun"
-    OPEN = "open"
-    PREPARED = "prepared"
-    COMMITTING = "being committed"
-    SWITCHED = "switched"
-    ENDED = "ended"
-
-
-def need(label: str, phase: Phase, wanted: Sequence[Phase], doing: str) -> None:
-    """Raise ReloadError where a reload of the model ``label`` is in none of the ``wanted`` phases."""
-    if phase in wanted:
-        return
-    raise ReloadError(
-        f"cannot {doing}: this reload is {phase.value}",
-        module=label,
-        expected=f"a reload that is {' or '.join(one.value for one in wanted)}",
-        found=phase.value,
-        remedy="The order is begin, update, prepare, commit; or use it inside `with reload(model) as r:`.",
-    )

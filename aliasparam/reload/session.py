@@ -12,6 +12,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from enum import Enum
 from types import TracebackType
 from typing import Literal
 
@@ -23,7 +24,7 @@ from ..layout.boxes import shown
 from ..module.adopt import adopt
 from ..spec import TensorSpec
 from ..storage.coverage import Box
-from .claims import Claim, Phase, need
+from .claims import Claim
 from .collector import collector_paused
 from .drain import Drain
 from .live import Live
@@ -34,6 +35,17 @@ from .targets import Target, find_targets, fitted, in_scope, need_whole, target_
 
 #: "all": every tensor must arrive; "partial": each tensor that is begun must; or dotted prefixes, under which every tensor must.
 Scope = Literal["all", "partial"] | Iterable[str]
+
+
+class Phase(Enum):
+    """COMMITTING: in its switch or commit, where hooks and derivations run. Only an abort may come between."""
+
+    NEW = "not begun"
+    OPEN = "open"
+    PREPARED = "prepared"
+    COMMITTING = "being committed"
+    SWITCHED = "switched"
+    ENDED = "ended"
 
 
 class ReloadSession:
@@ -274,7 +286,14 @@ class ReloadSession:
         return target_of(self._targets, self.scope, self._label, name)
 
     def _need(self, phases: tuple[Phase, ...], doing: str) -> None:
-        need(self._label, self.phase, phases, doing)
+        if self.phase not in phases:
+            raise ReloadError(
+                f"cannot {doing}: this reload is {self.phase.value}",
+                module=self._label,
+                expected=f"a reload that is {' or '.join(one.value for one in phases)}",
+                found=self.phase.value,
+                remedy="The order is begin, update, prepare, commit; or use it inside `with reload(model) as r:`.",
+            )
 
     @property
     def _label(self) -> str:
