@@ -53,9 +53,7 @@ class _Memory:
         """The version. What other code wrote before is noticed. The caller holds the lock."""
         if self.storage is not None:
             self.storage.notice()
-            return self.storage.version
-        tensors = [one.tensor for one in self.target.together]
-        return [0 if tensor.is_inference() else tensor._version for tensor in tensors]  # torch counts none of those
+        return [Live(one.tensor).version for one in self.target.together]
 
     def changed(self) -> str | None:
         """Other code wrote it since the session looked at it, or wrote it; None if nobody did."""
@@ -86,7 +84,7 @@ class _Memory:
             self.lost = self.changed()
             if self.lost is None:
                 self.storage.accept()
-                self.version = self.storage.version
+                self.version = self.now()
 
     def write(self, do: Callable[[], object]) -> None:
         """Every write of this session, so that those of other code are told from them."""

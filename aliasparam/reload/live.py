@@ -34,8 +34,10 @@ class Live:
 
     @property
     def version(self) -> int:
-        """Changes whenever the bytes do."""
-        return self.tensor._version if self.storage is None else self.storage.version
+        """Changes whenever the bytes do; but torch counts no writes of inference tensors."""
+        if self.storage is not None:
+            return self.storage.version
+        return 0 if self.tensor.is_inference() else self.tensor._version
 
     def pieces(self, max_bytes: int) -> Iterator[tuple[int, Tensor]]:
         """(first checkpoint byte, :meth:`bytes`) of runs that lie together in the checkpoint, in order."""
