@@ -53,6 +53,7 @@ class _Memory:
         """The version. What other code wrote before is noticed. The caller holds the lock."""
         if self.storage is not None:
             self.storage.notice()
+            return self.storage.version
         return [Live(one.tensor).version for one in self.target.together]
 
     def changed(self) -> str | None:

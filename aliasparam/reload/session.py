@@ -2,7 +2,7 @@
 
 Every incoming tensor is checked against the live names before it is written; preparing checks coverage, committing processes what
 changed. What is written refuses from its first write to the commit: declared modules by themselves, plain parameters and buffers
-by a refusing twin (see plain.py), in compiled callers and parents too. What an abort leaves is the policy's (see policies.py):
+by a refusing twin (see targets.py), in compiled callers and parents too. What an abort leaves is the policy's (see policies.py):
 the old weights, or a refusal until a whole reload succeeds. A mixture never serves.
 """
 
