@@ -263,6 +263,7 @@ FAULTS = [
     ),
     Planted("reload/policies.py", "isinstance(value, _Aliased):", "False:", "reload/test_law_10_second_tries.py"),
     Planted("reload/journal.py", "        self.look_again()\n", "", "reload/test_law_10_second_tries.py"),
+    Planted("reload/journal.py", "if memory.changed() is not None:", "if False:", "reload/test_law_12_apply_delta.py"),
     Planted("reload/journal.py", "memory.lost or memory.changed()", "memory.lost", "reload/test_law_10_second_tries.py"),
     Planted(
         "reload/journal.py",
