@@ -288,7 +288,7 @@ FAULTS = [
     Planted("reload/sources.py", "if len(coming) == len(slots):", "if len(coming) == len(slots) + 1:", "reload/test_sources.py"),
     Planted("reload/policies.py", "        self._need_agreement()\n", "", "reload/test_session_others.py"),
     Planted("reload/policies.py", "        if target.shares_memory:", "        if False:", "reload/test_session_others.py"),
-    Planted("reload/policies.py", "                self._begun.pop(key, None)\n", "", "reload/test_drain.py"),
+    Planted("reload/policies.py", "self._begun.pop(key, None)", "pass", "reload/test_drain.py"),
     Planted("reload/loading.py", "in targets[name].together:", "in [targets[name]]:", "reload/test_loading.py"),
     Planted("reload/stream.py", 'elif answer.get("number") != self._sent - 1:', "elif False:", "reload/test_stream.py"),
     # NVFP4
