@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
 
 
@@ -55,6 +56,8 @@ def other_kind(value: Any) -> str | None:
         return f"a tensor in {value.layout}"
     if isinstance(value, _distributed_tensors()):
         return f"a DTensor ({type(value).__name__}) of shape {list(value.shape)}, a part of a tensor over several ranks"
+    if isinstance(value, FakeTensor):
+        return "a stand-in for a tensor (FakeTensor)"
     is_plain = type(value).__torch_dispatch__ is Tensor.__torch_dispatch__
     freed = is_plain and value.numel() and not value.is_meta and not value.untyped_storage().nbytes()
     return "a tensor whose memory was freed" if freed else None

@@ -2,9 +2,9 @@
 
 For the shapes of one rank and every runner, from contiguous tensors on the device, beside the floor (every byte read and written
 once) and beside SGLang's way (new tensors by row tables and reshapes, expert by expert for TRT-LLM). Bytes are compared before
-anything is timed. One expert is timed by the wall, and on a GPU by the device alone (a captured graph of 32 experts). The digest
-is adler32 of all checkpoint bytes from kernel memory, as a share of the rate at which a reduction reads the same memory. On the
-CPU the shapes are cut down.
+anything is timed. On a GPU the layer, each of its tensors and one expert are timed by the wall, and by the device alone (a
+captured graph), which tells what launches cost. The digest is adler32 of all checkpoint bytes from kernel memory, as a share of
+the rate at which a reduction reads the same memory. On the CPU a layer has 16 experts.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -110,15 +109,16 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def on_device(do: Callable[[int], Any]) -> float:
-    """Seconds of the device alone for one expert."""
-    many = 32
-    do(3)
+def on_device(do: Callable[[int], Any], device: str, many: int = 8) -> float:
+    """Seconds of the device alone for ``do(i)``."""
+    if device != "cuda":
+        return seconds(lambda: do(0), device)
+    do(0)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for expert in range(many):
-            do(expert)
-    return seconds(graph.replay, "cuda") / many
+        for i in range(many):
+            do(i)
+    return seconds(graph.replay, device) / many
 
 
 def extra_bytes(do: Callable[[], Any], device: str) -> float:
@@ -170,14 +170,18 @@ def measure(kind: MoELayout, sizes: tuple[int, int, int], device: str) -> list[s
     extra, theirs_extra = extra_bytes(write, device), extra_bytes(lambda: sglang(kind, parts), device)
     ratios = [f"{t / base:.2f}" for t in (once, seconds(read, device), other)]
     nbytes = sum(part.value.numel() for part in parts) / 2**20
-    alone = zip(parts, outs, strict=True)
-    split = [seconds(p.write, device) / seconds(partial(o.copy_, p.value), device) for p, o in alone]
+    floors = [on_device(lambda _, p=p, o=o: o.copy_(p.value), device) for p, o in zip(parts, outs, strict=True)]  # type: ignore[misc]
+    writes = [on_device(lambda _, p=p: p.write(), device) for p in parts]  # type: ignore[misc]
+    reads = [on_device(lambda _, p=p, o=o: p.read(o), device) for p, o in zip(parts, outs, strict=True)]  # type: ignore[misc]
     return [
         f"{nbytes:.0f}",
         f"{base * 1e3:.3f}",
         *ratios,
-        " ".join(f"{ratio:.2f}" for ratio in split),
-        f"1/{once / seconds(expert, device):.0f}" + (f" 1/{once / on_device(expert):.0f}" if device == "cuda" else ""),
+        *(
+            f"{sum(alone) / sum(floors):.2f}: " + " ".join(f"{one / floor:.2f}" for one, floor in zip(alone, floors, strict=True))
+            for alone in (writes, reads)
+        ),
+        f"1/{once / seconds(expert, device):.0f} 1/{sum(writes) / on_device(expert, device, 32):.0f}",
         f"{seconds(reduce, device) / seconds(sums, device):.2f}" if device == "cuda" else "",
         f"{extra:.0f} / {theirs_extra:.0f}",
         "yes" if exact else "NO",
@@ -210,7 +214,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
     options = parser.parse_args()
-    console, device = Console(width=170), options.device
+    console, device = Console(width=190), options.device
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     console.print(f"torch {torch.__version__}, {name}. Times are multiples of the floor.", highlight=False)
     columns = (
@@ -219,7 +223,8 @@ def main() -> None:
         "write",
         "read",
         "SGLang",
-        "write by tensor",
+        "by the device: write",
+        "read",
         "expert",
         "digest",
         "extra MiB: ours / SGLang",
@@ -227,7 +232,7 @@ def main() -> None:
     )
     for model in options.models:
         experts, hidden, inner = MODELS[model]
-        sizes = (experts, hidden, inner) if device == "cuda" else (8, hidden // 8, inner)
+        sizes = (experts, hidden, inner) if device == "cuda" else (16, hidden, inner)
         table = Table("runner", *columns, title=f"{model}: {sizes[0]} experts, H={sizes[1]}, I={sizes[2]}")
         for kind in MOE_LAYOUTS:
             table.add_row(kind.name, *measure(kind, sizes, device))

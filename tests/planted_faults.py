@@ -36,11 +36,18 @@ FAULTS = [
     ),
     Planted(
         "storage/kernel_name.py",
-        "        self.version += 1  # what",
-        "        self.accept()  # what",
+        "increment_version((self.tensor, self._ours))",
+        "increment_version((self.tensor, self._ours)); self.accept()",
         "test_law_08_no_silent_garbage.py",
     ),
-    Planted("storage/kernel_name.py", "    name.version -= was_written\n", "", "test_law_08_no_silent_garbage.py"),
+    Planted("storage/guarded.py", "            self.invalidate(self._due)\n", "            pass\n", "reload/test_drain.py"),
+    Planted(
+        "tensors/geometry.py",
+        "    storage.need_writable()  # and what it finds out about the memory counts below\n",
+        "",
+        "test_exposures.py",
+    ),
+    Planted("storage/kernel_name.py", "    name._others -= was_written\n", "", "test_law_08_no_silent_garbage.py"),
     Planted(
         "storage/kernel_name.py",
         "        raise name.refusal()",
@@ -222,6 +229,8 @@ FAULTS = [
         "row = program % (M // BM) * BM",
         "test_triton_copy.py",
     ),
+    Planted("layout/triton_copy.py", "_SECTOR = 32", "_SECTOR = 128", "test_triton_copy.py"),
+    Planted("layout/execute.py", "return Copy(dtype, sizes,", "Copy(dtype, sizes,", "test_law_01_shards.py"),
     Planted(
         "layout/digits.py",
         "found[-1].kernel == axis.kernel * axis.size and found",

@@ -12,6 +12,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from ..host import HOST
 from .digits import Axis, BoundLine
 from .digits import row_major as row_major
 
@@ -67,9 +68,9 @@ def shown(box: Box) -> str:
 
 def positions_in(shape: Sequence[int], box: Box) -> Tensor:
     """int64, the box's shape: the row-major position in ``shape`` of each of its elements."""
-    found = torch.zeros((), dtype=torch.int64)
+    found = torch.zeros((), dtype=torch.int64, device=HOST)
     for (start, stop), stride in zip(box, row_major(shape), strict=True):
-        found = found[..., None] + torch.arange(start, stop) * stride
+        found = found[..., None] + torch.arange(start, stop, device=HOST) * stride
     return found
 
 

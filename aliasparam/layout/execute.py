@@ -61,9 +61,7 @@ def plan(pieces: Iterable[Piece], itemsize: int, align: int, widest: int = WIDES
         backwards = backward is not None and math.prod(a.size for a in piece.axes) * itemsize >= backward
         for kernel_offset, value_offset, axes in [piece] if backwards else _forward(piece):
             merged = joined(sorted(axes, key=lambda a: -abs(a.kernel)))  # in the order of kernel memory
-            one_run = backward is None and [(a.kernel, a.value) for a in merged] == [(1, 1)]
-            most = itemsize if one_run else min(align, widest)
-            copies.append(_copy(merged, kernel_offset, value_offset, itemsize, most))
+            copies.append(_copy(merged, kernel_offset, value_offset, itemsize, min(align, widest)))
     return copies
 
 
@@ -85,6 +83,16 @@ def _copy(axes: list[Axis], kernel_offset: int, value_offset: int, itemsize: int
     wide = [Axis(a.size, a.kernel // many, a.value // many) for a in outer] + [Axis(run // many, 1, 1)] * (run > many)
     sizes, kernel, value = zip(*wide, strict=True) if wide else ((), (), ())
     return Copy(WIDE[many * itemsize], sizes, kernel, kernel_offset // many, value, value_offset // many)
+
+
+def for_torch(copy: Copy, dtype: torch.dtype) -> Copy:
+    """``copy``, of values of ``dtype``, as torch does it best. See [Note: wide elements]."""
+    if copy.kernel == copy.value == (1,):
+        many = copy.dtype.itemsize // dtype.itemsize
+        sizes, kernel_offset, value_offset = (copy.sizes[0] * many,), copy.kernel_offset * many, copy.value_offset * many
+        return Copy(dtype, sizes, (1,), kernel_offset, (1,), value_offset)
+    # Elements of their own width are of their own dtype: engines that mask ``Tensor.copy_`` look for NaN in them.
+    return copy._replace(dtype=dtype) if copy.dtype.itemsize == dtype.itemsize > 1 else copy
 
 
 def views(copy: Copy, memory: Tensor, first: int, value: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LayoutError
+from ..host import HOST
 from .bound import BoundLayout, RegionLayout
 from .boxes import Box
 from .execute import WIDE
@@ -31,22 +32,22 @@ class IndexLayout:
         kind = positions.dtype if isinstance(positions, Tensor) else type(positions).__name__
         if isinstance(kind, str) or kind.is_floating_point or kind.is_complex or kind is torch.bool:
             raise LayoutError("positions are integers", expected="an int64 tensor of the core shape", found=kind)
-        positions = positions.detach().to("cpu", torch.int64).contiguous()
+        positions = positions.detach().to(HOST, torch.int64).contiguous()
         self.kernel = tuple(positions.shape if kernel_shape is None else kernel_shape)
-        self.bits, self._tables = bits, {torch.device("cpu"): positions}
+        self.bits, self._tables = bits, {HOST: positions}
         room = math.prod(self.kernel)
         flat = positions.view(-1)
         if flat.numel() and (int(flat.min()) < 0 or int(flat.max()) >= room):
             raise LayoutError(
                 "a position lies outside of the kernel memory", expected=f"0..{room - 1}", found=f"{int(flat.max())}"
             )
-        if int(torch.zeros(room, dtype=torch.bool).index_fill_(0, flat, True).sum()) != flat.numel():
+        if int(torch.zeros(room, dtype=torch.bool, device=HOST).index_fill_(0, flat, True).sum()) != flat.numel():
             raise LayoutError("two elements share a position", expected="a permutation")
         self._digest = hashlib.sha256(flat.numpy().tobytes() if flat.numel() else b"").digest()
 
     @property
     def positions(self) -> Tensor:
-        return self.table(torch.device("cpu"))
+        return self.table(HOST)
 
     @property
     def core_dims(self) -> int:
@@ -54,7 +55,7 @@ class IndexLayout:
 
     def table(self, device: torch.device) -> Tensor:
         if device not in self._tables:
-            self._tables[device] = self._tables[torch.device("cpu")].to(device)
+            self._tables[device] = self._tables[HOST].to(device)
         return self._tables[device]
 
     def bind(self, shape: Sequence[int], dtype: torch.dtype) -> BoundLayout:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InferenceError, LayoutError
+from ..host import HOST
 from .digits import bind_lines, core_dims
 from .factor import texts, ways
 from .index import IndexLayout
@@ -28,6 +29,13 @@ def infer(
     function: Function, shape: Sequence[int], dtype: torch.dtype, device: str
 ) -> tuple[tuple[Line, ...], int | None] | IndexLayout:
     """Lines, and the width of elements. See :meth:`aliasparam.Layout.infer`."""
+    with HOST:  # what the function makes too, as nothing can be learned of meta
+        return _inferred(function, shape, dtype, device)
+
+
+def _inferred(
+    function: Function, shape: Sequence[int], dtype: torch.dtype, device: str
+) -> tuple[tuple[Line, ...], int | None] | IndexLayout:
     base = trace(function, shape, dtype, device)
     samples = [base, *(other for other in _others(function, tuple(shape), dtype, device) if other.per == base.per)]
     best, most = None, 0

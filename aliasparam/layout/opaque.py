@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LayoutError
+from ..host import HOST
 from .bound import BoundLayout, RegionLayout, flat_bytes
 from .boxes import Box
 from .trace import Function
@@ -76,5 +77,5 @@ class _Bound(RegionLayout):
 
 def _random(shape: Sequence[int], dtype: torch.dtype, device: str) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    raw = torch.randint(0, 256, (math.prod(shape) * dtype.itemsize,), dtype=torch.uint8, generator=generator)
+    raw = torch.randint(0, 256, (math.prod(shape) * dtype.itemsize,), dtype=torch.uint8, generator=generator, device=HOST)
     return raw.view(dtype).view(*shape).to(device)

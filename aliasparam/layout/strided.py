@@ -15,7 +15,7 @@ from .blocks import Cut, common
 from .bound import BoundLayout, in_bytes
 from .boxes import Box, Piece, pieces, row_major, sizes, whole
 from .digits import Axis, BoundLine
-from .execute import WIDEST, Copy, plan, views
+from .execute import WIDEST, Copy, for_torch, plan, views
 
 #: What a copy may be: bytes of its widest element, and from how many bytes on it may run backwards (None: never).
 Limits: TypeAlias = tuple[int, int | None]
@@ -31,9 +31,15 @@ class StridedLayout(BoundLayout):
         super().__init__(shape, dtype, lead, lines[-1].kernel_shape, lines[-1].capacity)
         self.lines = lines
         self._elements = self.regions * self.region_capacity
-        runs = [(line.start, [digit[1:] for digit in line.digits]) for line in lines]
-        in_one_run = runs in ([(0, [])], [(0, [(1, 1)])])
-        self.is_identity = self.region_capacity == self.region_elements and (in_one_run or not self.region_elements)
+        self.is_identity = self.region_capacity == self.region_elements and self._keeps_places()
+
+    def _keeps_places(self) -> bool:
+        """Whether every element of a region is where it was; lines that undo one another may be more than one."""
+        if len(self.lines) == 1 and self.region_elements:
+            return (self.lines[0].start, [digit[1:] for digit in self.lines[0].digits]) in ((0, []), (0, [(1, 1)]))
+        core = self.shape[self.lead :]
+        found = pieces(self.lines, core, self.whole[self.lead :], row_major(core))
+        return all(one.kernel == one.value and all(axis.kernel == axis.value for axis in one.axes) for one in found)
 
     def boxes(self, core: Box, shape: Sequence[int], strides: Sequence[int]) -> list[Piece]:
         """The strided pieces of a box of the core dims, for a value whose leading dims are regions."""
@@ -90,7 +96,7 @@ class StridedLayout(BoundLayout):
         self.check_value((*whole(shape[: self.lead]), *core), shape, dtype)
         copies = plan(self.boxes(core, shape, strides), dtype.itemsize, align, *limits)
         ours = [limits is _SUMS or (limits is TRITON and triton_copy.wanted(copy)) for copy in copies]
-        return [(copy if mine else _named(copy, dtype), mine) for copy, mine in zip(copies, ours, strict=True)]
+        return [(copy if mine else for_torch(copy, dtype), mine) for copy, mine in zip(copies, ours, strict=True)]
 
     def placed(self, within: Tensor) -> Tensor:
         return reduce(lambda at, line: line.offsets(at), self.lines, within)
@@ -114,8 +120,3 @@ class StridedLayout(BoundLayout):
 
 
 _planned = lru_cache(maxsize=1 << 14)(StridedLayout.copies)  # a model writes the same few shards of a shape over and over
-
-
-def _named(copy: Copy, dtype: torch.dtype) -> Copy:
-    # For torch elements of their own width are of their own dtype: engines that mask ``Tensor.copy_`` look for NaN in them.
-    return copy._replace(dtype=dtype) if copy.dtype.itemsize == dtype.itemsize > 1 else copy

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from ..errors import LayoutError
+from ..host import HOST
 from ..svg import box, page, text
 from .bound import BoundLayout
 from .digits import bind_lines
@@ -30,7 +31,8 @@ def tile_picture(name: str, lines: Sequence[Line]) -> str | None:
     if tile is None:
         return None
     offsets, capacity, last = tile.offsets(), tile.region_capacity, tile.kernel_shape[-1]
-    source = torch.full((capacity,), -1).scatter_(0, offsets.view(-1), torch.arange(offsets.numel()))[:DRAWN].tolist()
+    of = offsets.new_full((capacity,), -1).scatter_(0, offsets.view(-1), torch.arange(offsets.numel(), device=HOST))
+    source = of[:DRAWN].tolist()
     columns = offsets.shape[-1] if offsets.dim() > 1 else 1
     wide = last if 16 <= last <= 64 else min(32 if capacity > 256 else 16, capacity)
     size = " × ".join(map(str, offsets.shape))

@@ -29,9 +29,13 @@ AVAILABLE = triton is not None
 WIDEST = 8
 #: Below this many bytes torch's copy is as fast, and no kernel needs compiling.
 SMALLEST = 1 << 18
-#: Rows and columns of a tile, in elements; and where rows are runs on both sides.
-_ROWS, _COLUMNS = 128, 32
-_RUNS, _TILE = 16, 4096
+#: Bytes of global memory that are read together: a tile's columns are as many at least. With more of them, where they lie apart
+#: in kernel memory, writes are of parts of such.
+_SECTOR = 32
+#: Rows of a tile, in elements; where they are runs on both sides, of so many elements each; and elements of a tile.
+_ROWS = 128
+_RUNS, _RUN = 16, 32
+_TILE = 4096
 
 _launches: dict[Hashable, Callable[..., None]] = {}
 
@@ -80,7 +84,7 @@ def launch(copy: Copy, *, write: bool, columns: str = "value") -> tuple[int, dic
     sides = ("kernel", "value") if write else ("value", "kernel")
     programs = math.prod(a.size for a in grid)
     m, n = (math.prod(a.size for a in axes) for axes in (rows, across))
-    runs = across[-1].kernel == across[-1].value == 1 and across[-1].size >= _COLUMNS
+    runs = across[-1].kernel == across[-1].value == 1 and across[-1].size >= _RUN
     bm = min(_power(m), _RUNS if runs else _ROWS)
     bn = min(_power(n), _TILE // bm)
     constants: dict[str, Any] = {"TILE": (m, n, bm, bn)}
@@ -93,7 +97,7 @@ def launch(copy: Copy, *, write: bool, columns: str = "value") -> tuple[int, dic
 def tile(copy: Copy, columns: str = "value") -> tuple[list[Axis], list[Axis], list[Axis]]:
     """Axes that number tiles, those of a tile's rows (close in kernel memory) and of its columns (close in the value)."""
     axes = [Axis(*a) for a in zip(copy.sizes, copy.kernel, copy.value, strict=True)]
-    across = _closest(axes, columns, _COLUMNS)
+    across = _closest(axes, columns, _SECTOR // copy.dtype.itemsize)
     rows = _closest([a for a in axes if a not in across], "kernel", _ROWS)
     return [a for a in axes if a not in across and a not in rows], rows, across or [Axis(1, 1, 1)]
 

@@ -47,20 +47,16 @@ def adopt_memory(names: ModuleNames, source: Source, tensor: Tensor, *, loaded: 
     """
     label = f"{names.label}.{source.name}"
     memory = _memory_of(source, tensor)
-    values = tensor.detach() if loaded and memory is None else None
-    state = State.EMPTY if not loaded else State.INVALID  # until the values are in order
-    storage = _storage(label, source, tensor.device, memory, state)
+    storage = _storage(label, source, tensor, memory, loaded=loaded)
     parameter = take_over(tensor, storage, storage.geometry)
     if parameter is None:  # the old object stays in somebody's hands, so its memory stays its own
-        values = tensor.detach() if loaded else None
-        storage = _storage(label, source, tensor.device, None, state)
+        if memory is not None:
+            memory, storage = None, _storage(label, source, tensor, None, loaded=loaded)
         parameter = make_parameter(storage, storage.geometry, type(tensor), loader_attributes(tensor))
     for name, value in source.attributes.items():
         parameter.__dict__.setdefault(name, value)
     names.bind_storage(source, storage, parameter)
-    if values is not None:
-        storage.write(storage.bound.whole, values.to(storage.bound.dtype))
-    elif loaded:
+    if loaded and memory is not None:
         bound_to(None, *storage.spec).reorder(storage.elements, storage.bound, SCRATCH_BYTES)
         storage.states.put_all(State.LOADED)
 
@@ -75,12 +71,17 @@ def _memory_of(source: Source, tensor: Tensor) -> Tensor | None:
         return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(memory, 0, (plan.nbytes,), (1,))
 
 
-def _storage(label: str, source: Source, device: torch.device, memory: Tensor | None, state: State) -> AliasedStorage:
-    plan = source.plan
+def _storage(label: str, source: Source, tensor: Tensor, memory: Tensor | None, *, loaded: bool) -> AliasedStorage:
+    """A storage in ``memory``, INVALID until its values are in order; or in memory of its own, which has the tensor's values."""
+    plan, state = source.plan, State.EMPTY if not loaded or memory is None else State.INVALID
+    own = memory is None
     if memory is None:
         with outside_inference():
-            memory = torch.zeros(plan.nbytes, dtype=torch.uint8, device=device)
-    return AliasedStorage(label, plan.source, source.layout, memory, state, plan.kernel.dtype if source.derived else None)
+            memory = torch.zeros(plan.nbytes, dtype=torch.uint8, device=tensor.device)
+    storage = AliasedStorage(label, plan.source, source.layout, memory, state, plan.kernel.dtype if source.derived else None)
+    if own and loaded:  # before it is shown: an interrupt loses no weights
+        storage.write(storage.bound.whole, tensor.detach().to(storage.bound.dtype))
+    return storage
 
 
 def check_sources(names: ModuleNames, sources: Sequence[Source]) -> None:

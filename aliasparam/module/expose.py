@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..errors import ReloadError
 from ..tensors.faces import _Aliased
 from ..tensors.geometry import place_of
+from .registry import need_model
 
 Order = Literal["checkpoint", "kernel"]
 
@@ -118,6 +119,7 @@ def expose_for_writing(
         ReloadError: the name is not a declared checkpoint name, or rows that kernel order does not keep together.
         StateError: the raw memory is exposed already.
     """
+    need_model(module)
     owner, _, leaf = name.rpartition(".")
     holder = dict(module.named_modules(remove_duplicate=False)).get(owner)
     parameter = None if holder is None else holder._parameters.get(leaf)

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -95,6 +95,9 @@ class Derived:
         return self.kernel
 
 
+Plan: TypeAlias = tuple[list[Source], list[Derived]]  #: What a list of declarations asks for.
+
+
 @dataclass(frozen=True)
 class Separate:
     """A name which undeclared code derived, and which got memory of its own. See ported.py."""
@@ -104,9 +107,7 @@ class Separate:
     nbytes: int
 
 
-def planned(
-    module: nn.Module, declarations: Sequence[Declaration], taken: set[str], *, aliasing: bool
-) -> tuple[list[Source], list[Derived]]:
+def planned(module: nn.Module, declarations: Sequence[Declaration], taken: set[str], *, aliasing: bool) -> Plan:
     """What a list of declarations asks for, checked as a whole; nothing is allocated or bound.
 
     Args:

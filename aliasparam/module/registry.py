@@ -25,7 +25,7 @@ from .allocate import allocate, check_sources
 from .declarations import Alias, AnyLayout, Declaration, Derivation, need_wellformed
 from .derive import refresh, value_of
 from .names import ModuleNames
-from .planning import Binding, Source, plan_of, planned
+from .planning import Binding, Plan, Source, plan_of, planned
 from .verdict import StoragePlan
 
 
@@ -43,22 +43,29 @@ class AliasRegistry(ModuleNames):
 
     # -- declaring -----------------------------------------------------------------------------------------------------
 
-    def add(self, declarations: Sequence[Declaration], *, loaded: bool, aliasing: bool) -> None:
-        """Check all declarations, then carry them out. Nothing changes if any is wrong."""
+    def planned(self, declarations: Sequence[Declaration], *, aliasing: bool) -> Plan:
+        """What :meth:`add` is to carry out; every check is made here. Nothing changes."""
         try:
             need_wellformed(declarations)
-            sources, derived = planned(self.module, declarations, {*self.sources, *self.kernel_names()}, aliasing=aliasing)
-            check_sources(self, sources)
+            plan = planned(self.module, declarations, {*self.sources, *self.kernel_names()}, aliasing=aliasing)
+            check_sources(self, plan[0])
         except AliasError as error:
             raise error.located(module=self.label) from error.__cause__
+        return plan
+
+    def add(self, plan: Plan, *, loaded: bool) -> None:
+        """Carry out what was planned. Everything becomes declared at once; where an interrupt came before, nothing is, it may be
+        declared again, and names that have a storage by then keep it."""
+        sources, derived = plan
         self.open()
         for source in sources:
-            self.sources[source.name] = source
-            if source.derived:
-                self.aliased[source.derived] = source
             allocate(self, source, loaded=loaded)
-        self.derived.update({d.declaration.name: d for d in derived})
-        self.bind(sources)
+        self.__dict__.update(
+            sources={**self.sources, **{source.name: source for source in sources}},
+            aliased={**self.aliased, **{source.derived: source for source in sources if source.derived}},
+            derived={**self.derived, **{one.declaration.name: one for one in derived}},
+        )
+        self.bind(sources)  # as every verb does
 
     def rederive(self, derivations: Iterable[Derivation]) -> None:
         """Give derived names other formulas, in the memory they have; the next processing computes them anew.
@@ -239,14 +246,19 @@ def registry_of(module: nn.Module) -> AliasRegistry | None:
     return registry
 
 
+def need_model(model: object) -> None:
+    """Raise DeclarationError where the model is none."""
+    if not isinstance(model, nn.Module):
+        raise DeclarationError("names are looked for in a model", expected="an nn.Module", found=type(model).__name__)
+
+
 def registries(model: nn.Module) -> list[tuple[str, AliasRegistry]]:
     """(module path, registry) of every declared module in ``model``; labels are refreshed to the paths.
 
     Raises:
         DeclarationError: the model is none.
     """
-    if not isinstance(model, nn.Module):
-        raise DeclarationError("names are looked for in a model", expected="an nn.Module", found=type(model).__name__)
+    need_model(model)
     found = []
     for path, module in model.named_modules():
         registry: AliasRegistry | None = module.__dict__.get(ATTRIBUTE)

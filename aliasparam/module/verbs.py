@@ -12,7 +12,7 @@ from ..errors import DeclarationError
 from ..tensors.call import count_collective_writes
 from ..tensors.dispatch import traced_by_jit
 from ..tensors.faces import _Aliased
-from ..torch_private import import_what_dispatch_imports, is_traced_by_jit
+from ..torch_private import import_what_dispatch_imports, is_traced_by_jit, stand_ins
 from .adopt import adopt
 from .declarations import Declaration
 from .names import READY
@@ -44,18 +44,32 @@ def declare(module: nn.Module, *declarations: Declaration, loaded: bool = True, 
     """
     if not isinstance(module, nn.Module):
         raise DeclarationError("declarations are of a module", expected="an nn.Module", found=type(module).__name__)
-    registry = registry_of(module)
-    if registry is not None:
-        registry.add(declarations, loaded=loaded, aliasing=aliasing)
-        return registry
-    import_what_dispatch_imports()
-    count_collective_writes()
-    registry = AliasRegistry(module)
-    registry.add(declarations, loaded=loaded, aliasing=aliasing)
-    module.__dict__[ATTRIBUTE] = registry
-    module.register_forward_pre_hook(guard, prepend=True)
-    module.register_load_state_dict_post_hook(_after_load_state_dict)  # type: ignore[no-untyped-call]
+    if stand_ins() is not None:
+        raise DeclarationError(
+            "declared among stand-ins for tensors, which have no memory",
+            module=type(module).__name__,
+            expected="real tensors, or a module on the meta device",
+            found="an active FakeTensorMode",
+            remedy='Declare outside of the mode, or under torch.device("meta") instead.',
+        )
+    known = registry_of(module)
+    registry = known or AliasRegistry(module)
+    plan = registry.planned(declarations, aliasing=aliasing)
+    if known is None:
+        import_what_dispatch_imports()
+        count_collective_writes()
+        _hook(module)  # which does nothing before there is a registry
+        module.__dict__[ATTRIBUTE] = registry
+    registry.add(plan, loaded=loaded)
     return registry
+
+
+def _hook(module: nn.Module) -> None:
+    """Have the module call its registry. May be called again, after an interrupt."""
+    if guard not in module._forward_pre_hooks.values():
+        module.register_forward_pre_hook(guard, prepend=True)
+    if _after_load_state_dict not in module._load_state_dict_post_hooks.values():
+        module.register_load_state_dict_post_hook(_after_load_state_dict)  # type: ignore[no-untyped-call]
 
 
 def process(module: nn.Module) -> int:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..host import HOST, host_bytes
 from .digest import optional
 from .errors import DeltaError
 from .header import Entry
@@ -58,7 +59,7 @@ class Xor:
                 have been applied; the digest is what decides.
         """
         self._stream.skip(start - self._at, self._expected)
-        values = torch.empty(stop - start, dtype=torch.uint8, device="cpu")
+        values = host_bytes(stop - start)
         self._stream.fill(values, self._expected)
         self._at = stop
         return Change(values, None) if values.any() else None
@@ -89,10 +90,7 @@ class Overwrite:
             expected = f"at most {nbytes}"
             raise DeltaError("more positions than the tensor has bytes", name=name, expected=expected, found=str(self.count))
         self.blocks = _blocks(places, values, self.count, nbytes, name)
-        self._ahead = (
-            torch.empty(0, dtype=torch.uint8, device="cpu"),
-            torch.empty(0, dtype=torch.int64, device="cpu"),
-        )  # values, positions
+        self._ahead = host_bytes(0), torch.empty(0, dtype=torch.int64, device=HOST)  # values, positions
 
     def read(self, start: int, stop: int) -> Change | None:
         found = [self._take(start, stop)]
@@ -109,7 +107,7 @@ class Overwrite:
     def _take(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """(values, positions) of those that were read ahead; what is before ``start`` is of parts that are elsewhere."""
         values, positions = self._ahead
-        first, last = torch.searchsorted(positions, torch.tensor([start, stop], device="cpu")).tolist()
+        first, last = torch.searchsorted(positions, torch.tensor([start, stop], device=HOST)).tolist()
         self._ahead = values[last:], positions[last:]
         return values[first:last], positions[first:last]
 
@@ -124,7 +122,7 @@ def _blocks(places: _Stream, values: _Stream, count: int, nbytes: int, name: str
             raise DeltaError("a position outside the tensor", name=name, expected=f"below {nbytes}", found=str(int(at.max())))
         if int(at[0]) <= last or bool((at[1:] <= at[:-1]).any()):
             raise DeltaError("positions are not ascending", name=name, expected="every position once, in order")
-        new, last = torch.empty(len(at), dtype=torch.uint8, device="cpu"), int(at[-1])
+        new, last = host_bytes(len(at)), int(at[-1])
         values.fill(new, expected)
         yield new, at
     values.end(expected)
@@ -155,7 +153,7 @@ class _Stream:
 
     def numbers(self, count: int, expected: str) -> Tensor:
         """The next ``count`` u32 as int64 [count]."""
-        raw = torch.empty(4 * count, dtype=torch.uint8, device="cpu")
+        raw = host_bytes(4 * count)
         self.fill(raw, expected)
         return raw.view(torch.uint32).to(torch.int64)
 

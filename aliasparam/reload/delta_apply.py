@@ -20,7 +20,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..host import host_bytes
 from ..layout.boxes import Box, whole
+from ..module.registry import need_model
 from ..storage.coverage import Coverage
 from .delta import Overwrite, Xor
 from .delta_folder import Chain, DeltaFolder, need_order
@@ -65,6 +67,7 @@ def apply_delta(
         ReloadError: another reload is open.
         AliasError: processing refuses the new values. The old weights serve again.
     """
+    need_model(model)  # before the folder is opened
     with _opened(delta) as chain, prepare_delta(model, chain, serving=serving, names=names, hooks=hooks) as session:
         session.commit()
         return chain.version
@@ -79,6 +82,7 @@ def prepare_delta(
     hooks: Hooks | None = None,
 ) -> ReloadSession:
     """A prepared session, all checksums verified; the old weights serve until it commits. Else as :func:`apply_delta`."""
+    need_model(model)
     places = names if isinstance(names, Places) else Places(names or {})
     with _opened(delta) as chain:  # of its files nothing is read afterwards
         need_order(chain.deltas, None if chain.full is not None else serving)
@@ -253,7 +257,7 @@ def _add(digest: PositionalAdler32 | Hashed, span: Span, own: Tensor) -> None:
 
 
 def _stored(full: Entry, span: Span, like: Tensor) -> Tensor:
-    raw = torch.empty(span.nbytes, dtype=torch.uint8, device="cpu", pin_memory=like.is_cuda)
+    raw = host_bytes(span.nbytes, pinned=like.is_cuda)
     full.fill(raw, span.start)
     return raw.to(like.device)
 

@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ..host import HOST
 from ..layout.blocks import tiles
 from ..layout.boxes import Box, row_major, sizes, whole, within
 from .delta_folder import DeltaFolder
@@ -204,7 +205,7 @@ class PartDigests:
         if not names:
             return
         held = [self.held[name][0] if name in self.held else PositionalAdler32() for name in names]
-        rows = torch.tensor([[sums.count, *sums.sums()] for sums in held], device="cpu")
+        rows = torch.tensor([[sums.count, *sums.sums()] for sums in held], device=HOST)
         if self._places.add_up is not None:
             self._places.add_up(rows)
         for name, (count, plain, weighted) in zip(names, rows.tolist(), strict=True):

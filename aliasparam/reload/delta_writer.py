@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from ..host import host_bytes
 from ..layout.blocks import tiles
 from ..layout.bound import flat_bytes
 from ..layout.boxes import whole
@@ -152,7 +153,7 @@ def diff(a: Checkpoint, b: Checkpoint, out: str | Path, version: int, base_versi
         for one, step in ((a, "the old step"), (b, "the new step"))
     )
     _need_same(before, after, old, new)
-    buffers = [torch.empty(PIECE, dtype=torch.uint8, device="cpu") for _ in range(2)]
+    buffers = [host_bytes(PIECE) for _ in range(2)]
     with DeltaWriter(out, version, base_version, **options) as writer:
         changed = 0
         for name, tensor in new.items():

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, NoReturn, TypeGuard
 import torch
 from torch import Tensor
 
+from ..host import host_bytes
 from ..layout.boxes import Box, row_major, sizes, whole, within
 from .collector import collector_paused
 from .errors import SourceError
@@ -79,7 +80,7 @@ class Entry(NamedTuple):
         Only its ranges are read; columns that lie less than a page apart are read with what is between them.
         """
         nbytes = math.prod(sizes(box)) * self.dtype.itemsize
-        out = torch.empty(nbytes, dtype=torch.uint8, device="cpu") if buffer is None else buffer[:nbytes]
+        out = host_bytes(nbytes) if buffer is None else buffer[:nbytes]
         if nbytes:
             self._fill_box(box, out)
         return out.view(self.dtype).view(sizes(box))

@@ -45,7 +45,7 @@ class _Memory:
 
     def _is_whole(self) -> bool:
         if self.storage is not None:
-            return self.storage.states.common is State.LOADED
+            return self.storage.state is State.LOADED
         places = [place for one in self.target.together for place in one.places]
         return not any(isinstance(holder.get(key), RefusingName) for holder, key in places)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import StateError
+from ..host import host_bytes
 from ..module.adopt import adopt
 from ..module.registry import registries
 from ..module.verbs import checkpoint_names
@@ -105,7 +106,7 @@ def digest_of_folder(folder: SafetensorsFolder | str | Path, kind: str = "adler3
         DeltaError: as there.
         SourceError: a file cannot be read, or changed meanwhile.
     """
-    buffer, found = torch.empty(_PIECE, dtype=torch.uint8, device="cpu"), []
+    buffer, found = host_bytes(_PIECE), []
     with SafetensorsFolder(folder) if isinstance(folder, (str, Path)) else nullcontext(folder) as files:
         for name, entry in files.tensors.items():
             digest = new_digest(kind)

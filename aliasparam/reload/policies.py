@@ -35,6 +35,8 @@ PolicyName = Literal["write-through", "journal", "staged", "staged-journal"]
 #: "delta" is what :func:`aliasparam.reload.apply_delta` opens: patches, old bytes and new, wait on the host.
 AnyPolicy = PolicyName | Literal["delta"]
 
+_FAILED = "a reload failed after it had written this tensor"
+
 
 class Policy:
     """How one session writes, and the tensors that it has begun: declared names, and plain ones behind their refusing twins.
@@ -207,8 +209,14 @@ class Policy:
         """What was written is of no generation: it refuses until it is loaded whole. Plain twins stay where they are."""
         for target, _ in self._begun.values():
             if target.storage is not None:
-                target.storage.invalidate("a reload failed after it had written this tensor")
+                target.storage.invalidate(_FAILED)
         self._begun = {}
+
+    def abandon(self) -> None:
+        """:meth:`poison` by the garbage collector: whoever looks at a tensor next carries it out."""
+        for target, _ in self._begun.values():
+            if target.storage is not None:
+                target.storage.invalidate_later(_FAILED)
 
 
 def _sha256(live: Live) -> str:

@@ -91,7 +91,7 @@ class ReloadSession:
                 self._targets = find_targets(self.model)
             self.drain.begin(self._claim.modules)
             self.phase = Phase.OPEN
-            weakref.finalize(self, self._policy.poison)  # an abandoned session leaves a refusal
+            weakref.finalize(self, self._policy.abandon)  # a session that was dropped leaves a refusal
             for hook in self._hooks.on_begin:
                 hook(self)
         except BaseException:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..host import host_bytes
 from ..layout.blocks import tiles
 from ..layout.boxes import Box, part_in, row_major, sizes
 from .targets import Target
@@ -87,7 +88,7 @@ class StagedValues:
         return found
 
     def _new(self, device: torch.device, size: int) -> _Chunk:
-        memory = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
+        memory = host_bytes(size, pinned=device.type == "cuda")
         self.nbytes += size
         return _Chunk(memory, device)
 

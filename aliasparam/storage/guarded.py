@@ -40,6 +40,7 @@ class GuardedMemory:
         self.version = 0  #: Counts changes of content; whoever derives from this storage compares it with what it saw last.
         #: Who outside writes the raw bytes (an exposure in kernel order), and what it is called.
         self._writer: tuple[weakref.ref[object], str] | None = None
+        self._due: str | None = None  # see invalidate_later()
         self._listeners: list[weakref.ref[Listener]] = []
         self.lock_number = lock_number()
 
@@ -51,11 +52,13 @@ class GuardedMemory:
     @property
     def state(self) -> State | None:
         """The common state of all regions, or None where they differ."""
+        self.invalidate_if_due()
         return self.states.common
 
     @property
     def is_loaded(self) -> bool:
         """Whether the kernel name may be used: everything arrived, or undeclared code put its bytes there."""
+        self.invalidate_if_due()
         states = self.states
         return (not states.missing or states.common is State.FOREIGN) and self.exposed is None
 
@@ -69,16 +72,19 @@ class GuardedMemory:
     def need_writable(self) -> None:
         """Raise StateError or MemoryFreedError where the bytes are not the library's to write. The caller holds the lock."""
         if stand_ins() is not None:
-            raise StateError(
-                "a write among stand-ins for tensors lands nowhere",
-                label=self.label,
-                expected="a real tensor",
-                found="an active FakeTensorMode",
-                remedy="Load weights outside of it.",
-            )
+            raise self.among_stand_ins("a write among stand-ins for tensors lands nowhere")
         self._look_at_memory()
         if self._writer is not None:
             self.need_unexposed("write")
+
+    def among_stand_ins(self, what: str) -> StateError:
+        return StateError(
+            what,
+            label=self.label,
+            expected="a real tensor",
+            found="an active FakeTensorMode",
+            remedy="Do it outside of the mode; a module on the meta device has names without memory too.",
+        )
 
     def changing(self) -> None:
         """Bytes are about to change. An interrupt after this leaves a version that nobody has derived from."""
@@ -107,6 +113,17 @@ class GuardedMemory:
             self.changing()
             self.states.put_all(State.INVALID, why)
             self.unexpose()
+            self._due = None
+
+    def invalidate_later(self, why: str) -> None:
+        """:meth:`invalidate`, at the next look at this memory: for finalizers, which the garbage collector calls at any line of
+        any thread. That may hold any lock, so they take none."""
+        self._due = why
+
+    def invalidate_if_due(self) -> None:
+        """Carry out what :meth:`invalidate_later` left."""
+        if self._due is not None:
+            self.invalidate(self._due)
 
     # -- what other code does to the memory ----------------------------------------------------------------------------
 
@@ -136,6 +153,8 @@ class GuardedMemory:
         self._writer = None
 
     def _look_at_memory(self) -> None:
+        if self._due is not None:
+            self.invalidate_if_due()
         if self.kernel_name is not None and self.kernel_name.was_written:
             self.notice()
         if self.buffer.data_ptr() != self._address:  # freed, or given other memory
@@ -143,6 +162,7 @@ class GuardedMemory:
 
     def notice(self) -> None:
         """See whether other code wrote the kernel name. See [Note: foreign writes] in kernel_name.py."""
+        self.invalidate_if_due()
         name = self.kernel_name
         if name is not None and name.was_written and self.exposed is None:
             self.invalidate(

@@ -45,11 +45,11 @@ class KernelName:
         self.address = memory.data_ptr()
         with outside_inference():
             self.tensor = memory.data  # see [Note: foreign writes]
+            self._ours = memory.data  # its counter counts what the library alone bumps
         self._twin: RefusingName | None = None
         # torch.utils.swap_tensors() exchanges what two objects are, unseen by anybody; it refuses tensors with weak references.
         self._pin = weakref.ref(self.tensor)
-        #: The counter's value if only the library wrote.
-        self.version = self.tensor._version
+        self._others = 0  # what other code had bumped at the last :meth:`accept`
 
     @property
     def refusing(self) -> Tensor:
@@ -63,6 +63,11 @@ class KernelName:
         """What stands in the place of a tensor that other code put under this name (``setattr``, ``Module.to_empty()``): it would
         be used by whoever does not ask whether the module is open, and no verb takes it in."""
         return KernelName(self.label, self.memory).refusing
+
+    @property
+    def version(self) -> int:
+        """The tensor's counter if only the library wrote."""
+        return self._ours._version + self._others
 
     @property
     def was_written(self) -> bool:
@@ -84,13 +89,13 @@ class KernelName:
     def accept(self) -> None:
         """What was written is known now: it does not count again."""
         with LOCKS[COUNTERS]:
-            self.version = self.tensor._version
+            self._others = self.tensor._version - self._ours._version
 
     def changing(self) -> None:
         """The library is about to write: what autograd saved of the old bytes must not be used."""
         with LOCKS[COUNTERS]:
-            torch.autograd.graph.increment_version(self.tensor)
-            self.version += 1  # what other code wrote before still counts
+            # Both in one call: an interrupt between two would leave a write by nobody. What other code wrote before still counts.
+            torch.autograd.graph.increment_version((self.tensor, self._ours))
 
     def put_back(self) -> None:
         """Undo what :attr:`was_moved` found: the same object has its own memory again."""
@@ -127,7 +132,7 @@ class KernelName:
 def _copy(label: str, memory: Tensor, was_written: bool) -> KernelName:
     """A name of its own, which does not forget that other code wrote what it copies."""
     name = KernelName(label, memory)
-    name.version -= was_written
+    name._others -= was_written
     return name
 
 

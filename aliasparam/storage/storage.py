@@ -18,7 +18,7 @@ from torch import Tensor
 from ..errors import AdoptionError, DeclarationError, StateError
 from ..layout.layout import Order, bound_to
 from ..spec import TensorSpec
-from ..torch_private import outside_inference
+from ..torch_private import outside_inference, stand_ins
 from .coverage import Box
 from .guarded import GuardedMemory
 from .kernel_name import KernelName
@@ -111,6 +111,8 @@ class AliasedStorage(GuardedMemory):
 
     def need_readable(self, box: Box) -> None:
         """Raise where the elements under ``box`` are no weights. The caller holds the lock."""
+        if stand_ins() is not None:
+            raise self.among_stand_ins("among stand-ins for tensors there are no values to read")
         self._look_at_memory()
         if self._writer is not None:
             self.need_unexposed("read")
@@ -151,6 +153,7 @@ class AliasedStorage(GuardedMemory):
     def accept(self) -> None:
         """The bytes, in kernel order, are whole and right: an engine saved and restored them, or wrote them from outside."""
         with LOCKS[self.lock_number]:
+            self.invalidate_if_due()  # of what was there before
             self.changing()
             self.unexpose()
             if self.kernel_name is not None:
@@ -187,6 +190,8 @@ class AliasedStorage(GuardedMemory):
         self.states.rollback(before)
 
     def __getstate__(self) -> dict[str, Any]:
+        if stand_ins() is not None:
+            raise self.among_stand_ins("among stand-ins for tensors there are no values to copy")
         with LOCKS[self.lock_number], outside_inference():
             self.notice()
             self.need_unexposed("copy")

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..host import HOST
 from ..layout import BoundLayout
 from ..layout.blocks import tiles
 from ..layout.boxes import part_in
@@ -114,4 +115,4 @@ def scatter(bound: BoundLayout, memory: Tensor, box: Box, value: Tensor, non_blo
 
 def pinned_copy(values: Tensor, dtype: torch.dtype) -> Tensor:
     """A copy in pinned memory, which torch keeps for the next one and until copies from it have run."""
-    return torch.empty(values.shape, dtype=dtype, device="cpu", pin_memory=True).copy_(values)
+    return torch.empty(values.shape, dtype=dtype, device=HOST, pin_memory=True).copy_(values)

@@ -17,6 +17,11 @@ from ..torch_private import below_autograd
 _OVERWRITES = frozenset(
     {"copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_", "normal_", "uniform_", "random_", "exponential_"}
 )
+#: Operators whose schemas do not mark that they write the running statistics, those with a ``training`` where it is true.
+UPDATES_STATISTICS = frozenset(
+    {"native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm", "batch_norm_update_stats"}
+    | {"batch_norm_gather_stats", "batch_norm_gather_stats_with_counts"}
+)
 #: Of collectives, whose schemas do not say what they write: arguments that are only read; operators whose ``tensors`` are read;
 #: operators that read what they overwrite.
 _SENT = frozenset({"input_tensors", "input_tensor", "input_list", "inputs", "input"})
@@ -76,6 +81,8 @@ class Call(NamedTuple):
             read = {n: v for n, v in given.items() if sends or n in _SENT or next(instances_in((v,), Tensor), None) is None}
             return cls(read, {n: v for n, v in given.items() if n not in read}, name not in _REDUCES, resizes=False)
         names, are_out = _written(func)
+        if name in UPDATES_STATISTICS and given.get("training", True):
+            names, are_out = [*names, "running_mean", "running_var"], False
         written = {n: given.pop(n) for n in names if n in given}
         return cls(given, written, are_out or name in _OVERWRITES, resizes=are_out and namespace == "aten")
 

@@ -24,8 +24,8 @@ from ..storage.kernel_name import RefusingName
 from ..storage.locks import all_locked
 from ..storage.storage import AliasedStorage
 from ..storage.transaction import is_brought_whole, write_all
-from ..torch_private import is_traced_by_jit, shares_memory
-from .call import Aliased, Call, aliased_in, called, mapped, wait_for
+from ..torch_private import is_traced_by_jit, shares_memory, stand_ins
+from .call import UPDATES_STATISTICS, Aliased, Call, aliased_in, called, mapped, wait_for
 from .geometry import parts_of, read_view
 
 _Handler = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
@@ -44,6 +44,9 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     handler = _handlers.get(func)
     if handler is None:
         handler = _handlers[func] = _handler_for(func)
+    mode = stand_ins()
+    if mode is not None:
+        return _among_stand_ins(func, args, kwargs, handler, takes_real=mode.allow_non_fake_inputs)
     return handler(func, args, kwargs)
 
 
@@ -74,7 +77,7 @@ def _handler_for(func: Any) -> _Handler:
         return _blank
     if name in _MOVES_MEMORY or torch.Tag.inplace_view in func.tags:
         return _refuse
-    if namespace == "c10d" or schema.is_mutable:
+    if namespace == "c10d" or schema.is_mutable or name in UPDATES_STATISTICS:
         return _copy if func is torch.ops.aten.copy_.default else _write
     if any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns):
         return _view
@@ -123,6 +126,18 @@ def _rewrap(result: Any, owner: Aliased) -> Any:
     return type(result)(_rewrap(part, owner) for part in result)
 
 
+def _among_stand_ins(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], handler: _Handler, *, takes_real: bool) -> Any:
+    """Stand-ins (``FakeTensorMode``) have shape and dtype, which the geometry tells. A view would be none of the name's memory:
+    what is written to it would be lost without a word."""
+    if handler in (_write, _copy):
+        for written in aliased_in(Call.of(func, args, kwargs).written.values()):
+            written._alias_storage.need_writable()
+    if handler in (_view, _refuse) or not takes_real:
+        name = next(aliased_in((*args, *kwargs.values())))
+        raise name._alias_storage.among_stand_ins(f"{func} of a real tensor among stand-ins for tensors")
+    return called(func, _geometry, args, kwargs)
+
+
 def _copy(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     target, value, *non_blocking = args
     if not isinstance(target, Aliased):
@@ -144,8 +159,8 @@ def _write(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     _land([(t, plain[id(t)]) for t in written])
     if not func._schema.returns or func._schema.returns[0].alias_info is None:
         return result
-    returned = tuple(call.written.values())
-    return returned[0] if len(func._schema.returns) == 1 else returned
+    returned = tuple(call.written.values())[: len(func._schema.returns)]  # what the schema does not mark is behind these
+    return returned[0] if len(returned) == 1 else returned
 
 
 def _plain(written: Sequence[Aliased], call: Call) -> dict[int, Tensor]:

@@ -19,7 +19,7 @@ from torch.multiprocessing.reductions import reduce_tensor
 from ..errors import AdoptionError
 from ..storage.kernel_name import Hidden
 from ..storage.storage import AliasedStorage, ReadOnlyStorage
-from ..torch_private import never_traced
+from ..torch_private import never_traced, stand_ins
 from .call import Aliased
 from .dispatch import PLAIN, dispatch, values_of, write_one
 from .geometry import is_same_view, same_view
@@ -56,10 +56,12 @@ class _Aliased(Aliased):
     # -- what loaders do for every shard: the same as by the dispatcher, without the way through it ---------------------
 
     def narrow(self, dim: int, start: Any, length: Any) -> Tensor:
-        return make_view(self._alias_storage, self._alias_geometry.narrow(dim, start, length))
+        if stand_ins() is None:
+            return make_view(self._alias_storage, self._alias_geometry.narrow(dim, start, length))
+        return super().narrow(dim, start, length)
 
     def __getitem__(self, index: Any) -> Any:
-        if type(index) is int or type(index) is slice:
+        if (type(index) is int or type(index) is slice) and stand_ins() is None:
             return make_view(self._alias_storage, self._alias_geometry[index])
         return super().__getitem__(index)
 

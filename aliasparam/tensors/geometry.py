@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..host import HOST
 from ..layout.boxes import row_major, sizes, whole
 from ..storage.coverage import Box
 from ..storage.place import Place, placed
@@ -55,6 +56,7 @@ def parts_of(storage: AliasedStorage, pairs: Sequence[tuple[Tensor, Tensor]]) ->
     places = [place_of(storage, view) for view, _ in pairs]
     if None not in places:
         return [_boxed(storage, *pair, place) for pair, place in zip(pairs, places, strict=True) if place is not None]
+    storage.need_writable()  # and what it finds out about the memory counts below
     rows = rows_under(storage, pairs[0][0] if len(pairs) == 1 else storage.geometry)
     patched = storage.bound.read(storage.elements, rows)
     for view, value in pairs:
@@ -112,7 +114,7 @@ def boxes_under(storage: AliasedStorage, view: Tensor, rows: Box, *, touched: bo
         return [rows] if view.numel() else []
     width, size = storage.bound.dtype.itemsize, view.element_size()
     shape = sizes(rows)
-    seen = torch.zeros(math.prod(shape) * width, dtype=torch.bool)
+    seen = torch.zeros(math.prod(shape) * width, dtype=torch.bool, device=HOST)
     first = view.storage_offset() * size - _first_byte(storage, rows)
     seen.as_strided((*view.shape, size), (*(s * size for s in view.stride()), 1), first).fill_(True)
     by_element = seen.view(-1, width)

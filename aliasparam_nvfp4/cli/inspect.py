@@ -61,8 +61,9 @@ def findings(
     from aliasparam.errors import AliasError
 
     from ..checkpoint import CheckpointFolder, QuantConfig
+    from ..checkpoint.quant_config import read_json
     from .digest import folder_digest
-    from .rank_memory import rank_memory, totals
+    from .rank_memory import KVHeads, rank_memory, totals
     from .verdict import will_load
 
     config, tensors = QuantConfig.from_folder(folder), CheckpointFolder(folder)
@@ -75,7 +76,9 @@ def findings(
         digest = folder_digest(tensors)["digest"] if deep else None
     parts: list[Part] = []
     try:
-        parts, refused = rank_memory(config, tensors.tensors, tp=tp, ep=ep, backend=backend, moe_backend=moe_backend), None
+        heads = KVHeads.of(read_json(folder / "config.json"))
+        parts = rank_memory(config, tensors.tensors, tp=tp, ep=ep, backend=backend, moe_backend=moe_backend, kv_heads=heads)
+        refused = None
     except AliasError as error:
         refused = str(error)
     found = {

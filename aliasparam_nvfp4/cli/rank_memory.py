@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -35,17 +36,45 @@ class Part:
     two_copies: int
 
 
+class KVHeads(NamedTuple):
+    """How many heads the keys have, and the values, and the rows of one."""
+
+    heads: int
+    rows: int
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> KVHeads | None:
+        """What config.json says of the language model; None where it does not."""
+        text = config.get("text_config")
+        found = text if isinstance(text, Mapping) else config
+        count, rows = found.get("num_key_value_heads"), found.get("head_dim")
+        hidden, heads = found.get("hidden_size"), found.get("num_attention_heads")
+        if rows is None and isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
+            rows = hidden // heads
+        return cls(count, rows) if isinstance(count, int) and isinstance(rows, int) and count > 0 else None
+
+
 def rank_memory(
-    config: QuantConfig, tensors: Mapping[str, TensorEntry], *, tp: int, ep: int, backend: str, moe_backend: str
+    config: QuantConfig,
+    tensors: Mapping[str, TensorEntry],
+    *,
+    tp: int,
+    ep: int,
+    backend: str,
+    moe_backend: str,
+    kv_heads: KVHeads | None = None,
 ) -> list[Part]:
     """What each layer takes on a rank. Tensors that are not quantized count whole: how they are divided is the engine's choice.
+
+    Args:
+        kv_heads: of which each rank has at least a whole one, so that several ranks have the same.
 
     Raises:
         ShapeError: dims that do not divide among the ranks, or that the backend does not take.
         BackendError: unknown names.
     """
     experts, left = _experts(config, tensors, tp, ep, moe_backend)
-    linear, left = _linear(config, left, tp, backend)
+    linear, left = _linear(config, left, tp, backend, kv_heads)
     return [*linear, *experts, *(Part("not quantized", _layer(e.name), e.nbytes, e.nbytes) for e in left.values())]
 
 
@@ -68,7 +97,7 @@ def _experts(
 
 
 def _linear(
-    config: QuantConfig, tensors: Mapping[str, TensorEntry], tp: int, backend: str
+    config: QuantConfig, tensors: Mapping[str, TensorEntry], tp: int, backend: str, kv_heads: KVHeads | None
 ) -> tuple[list[Part], dict[str, TensorEntry]]:
     names, left, parts = config.tensors, dict(tensors), []
     own = {names.weight, names.block_scale, names.weight_global, names.input_global}
@@ -81,7 +110,7 @@ def _linear(
         row_parallel = members[0].rpartition(".")[2] in ROW_PARALLEL
         shapes = [quantized[member].shape for member in members]
         k = shapes[0][1] * 2
-        rows = tuple(n if row_parallel else _divided(m, n, tp) for m, (n, _) in zip(members, shapes, strict=True))
+        rows = tuple(n if row_parallel else _rows(m, n, tp, kv_heads) for m, (n, _) in zip(members, shapes, strict=True))
         with _of(members[0]):
             size = _linear_bytes(backend, rows, _divided(members[0], k, tp) if row_parallel else k)
         parts.append(Part("linear layers", _layer(members[0]), *size))
@@ -114,6 +143,21 @@ def _of(name: str) -> Iterator[None]:
         yield
     except ShapeError as error:
         raise ShapeError(error.message, name=name, expected=error.expected, found=error.found, remedy=error.remedy) from error
+
+
+def _rows(name: str, rows: int, tp: int, kv_heads: KVHeads | None) -> int:
+    """Of a projection that is divided by rows."""
+    is_kv = kv_heads is not None and name.rpartition(".")[2] in ("k_proj", "v_proj") and rows == kv_heads.heads * kv_heads.rows
+    if not is_kv or kv_heads is None or kv_heads.heads >= tp:
+        return _divided(name, rows, tp)
+    if tp % kv_heads.heads:
+        raise ShapeError(
+            "heads of keys and values do not divide among the ranks, nor ranks among them",
+            name=name,
+            expected=f"a divisor of {tp}",
+            found=kv_heads.heads,
+        )
+    return kv_heads.rows
 
 
 def _divided(name: str, size: int, ranks: int) -> int:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from aliasparam import registry_of
+from aliasparam.host import HOST
 
 from ..linear import emulate
 from ..linear.backends import KernelNames, LinearBackend, LinearShape
@@ -89,7 +90,7 @@ def emulated_runner(runner: MoERunner) -> EmulatedRunner:
 
 def emulate_on_cpu(layer: nn.Module) -> None:
     """Have the emulator serve ``layer`` (of a method of this package) where it is on a CPU and its kernel does not run there."""
-    state, cpu = layer.__dict__, torch.device("cpu")
+    state, cpu = layer.__dict__, HOST
     if next(layer.parameters()).device != cpu:
         return
     for kind, emulated in (("nvfp4_backend", emulated_backend), ("nvfp4_runner", emulated_runner)):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from aliasparam import Derivation, TensorSpec, reload
+from aliasparam.host import HOST
 
 from ..checkpoint import WHOLE, CheckpointError, CheckpointFolder, ExpertTensors, expert_layers
 from ..checkpoint.experts import ExpertKey
@@ -136,7 +137,8 @@ class ExpertSource:
                 rows.setdefault(_name(key), []).append([scalars.get(half, 0.0) for half in self._halves(key)])
         flat = {f"w2_{self.format.weight_global}", f"w2_{self.format.input_global}"}
         flat |= set() if self.gated else {f"w13_{self.format.weight_global}"}
-        values = {name: torch.tensor(row).flatten() if name in flat else torch.tensor(row) for name, row in rows.items()}
+        values = {name: torch.tensor(row, device=HOST) for name, row in rows.items()}
+        values |= {name: values[name].flatten() for name in flat & values.keys()}
         try_out(self.derivations, values)
 
     def _is_scalar(self, key: ExpertKey) -> bool:
@@ -167,7 +169,7 @@ class ExpertSource:
     def _value(self, part: ExpertPart | None) -> Tensor:
         """As the files have it; 0 is an input scale that is missing."""
         if part is None:
-            return torch.zeros(1)
+            return torch.zeros(1, device=HOST)
         value = self.folder.read(part.name, part.rows, part.columns)
         return value.reshape(1) if self._is_scalar(part.key) else value
 

@@ -8,6 +8,8 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
+from aliasparam.host import HOST
+
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -16,7 +18,7 @@ def cached_constant(make: Callable[_P, _R]) -> Callable[_P, _R]:
     """``make`` with its results kept per arguments, except while torch traces: then they would be stand-ins without values."""
 
     def on_cpu(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        with torch.device("cpu"):  # a module may be built inside `with torch.device("meta")`: tables need values
+        with HOST:  # a module may be built inside `with torch.device("meta")`: tables need values
             return make(*args, **kwargs)
 
     cached = lru_cache(maxsize=512)(on_cpu)

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from aliasparam.host import HOST
+
 from ..errors import ScaleError
 
 EXPECTED = "finite, > 0, and so its reciprocal"
@@ -19,6 +21,7 @@ def are_scales(values: Tensor) -> Tensor:
 
 def need_stored_scales(stored: Mapping[str, Tensor | float], module: str | None = None) -> None:
     """Raise ScaleError with the names, as the files have them, of those that are not finite and positive."""
-    bad = {name: value for name, value in stored.items() if not bool(are_scales(torch.as_tensor(value).float()).all())}
+    values = {n: v if isinstance(v, Tensor) else torch.tensor(v, device=HOST) for n, v in stored.items()}
+    bad = {name: stored[name] for name, value in values.items() if not bool(are_scales(value.float()).all())}
     if bad:
         raise ScaleError("a global scale is not a scale", module=module, expected=EXPECTED, found=bad)

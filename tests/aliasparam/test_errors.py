@@ -20,6 +20,7 @@ from aliasparam import (
     TensorSpec,
     accept_kernel_bytes,
     alias_or_bind_derived_param,
+    apply_delta,
     checkpoint_digest,
     checkpoint_state_dict,
     copy_or_rebind_param,
@@ -44,6 +45,7 @@ from aliasparam.errors import (
     StaleKernelError,
     StateError,
 )
+from aliasparam.reload import prepare_delta
 
 from .small import PAD8, SWAP
 
@@ -282,7 +284,8 @@ def test_an_error_keeps_what_it_knows_and_takes_the_rest_from_its_caller() -> No
 
 
 VERBS: list[Callable[[Any], object]] = [process, invalidate, accept_kernel_bytes, checkpoint_state_dict, checkpoint_digest]
-VERBS += [explain, memory_report, lambda model: reload(model).begin()]
+VERBS += [explain, memory_report, lambda model: reload(model).begin(), lambda model: expose_for_writing(model, "weight")]
+VERBS += [lambda model: apply_delta(model, "nowhere"), lambda model: prepare_delta(model, "nowhere")]
 
 
 @pytest.mark.parametrize("verb", VERBS)

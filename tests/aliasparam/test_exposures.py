@@ -116,6 +116,17 @@ def test_an_abandoned_writer_in_kernel_order_leaves_a_refusal_and_in_checkpoint_
     assert process(layer) >= 1
 
 
+def test_law_8_a_write_of_some_elements_after_a_dropped_writer_leaves_a_refusal_of_the_others() -> None:
+    layer = layer_of(bytes_of(8, 6), SWAP)
+    exposure = expose_for_writing(layer, "weight", order="kernel")
+    exposure.memory.fill_(9)
+    del exposure
+    layer.weight[:, ::2].fill_(0)
+    assert not layer.weight[:, ::2].any()
+    with pytest.raises(StateError, match="partly written"):
+        layer.weight.clone()
+
+
 def test_rows_that_kernel_order_does_not_keep_together_are_lent_as_staging_only() -> None:
     layer = layer_of(bytes_of(8, 6), SWAP)
 

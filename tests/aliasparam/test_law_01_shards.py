@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import sys
 from collections.abc import Callable
@@ -12,12 +13,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from aliasparam import process
-from aliasparam.errors import LayoutError, StateError
-from aliasparam.layout import IndexLayout, execute
+from aliasparam import Alias, checkpoint_state_dict, declare, process
+from aliasparam.errors import AliasError, DeclarationError, LayoutError, StateError
+from aliasparam.layout import IndexLayout, Layout, execute
+from aliasparam.storage.shards import planned
 from aliasparam.testing import same_bytes
 
 from .small import INTERLEAVE, PAD8, SWAP, counting, kernel, layer_of, storage_of
@@ -166,6 +168,51 @@ def test_law_8_a_write_among_stand_ins_is_none(write: Callable[[Any, Tensor], An
     assert torch.equal(layer.weight[1], value)
 
 
+AMONG_STAND_INS: dict[str, Callable[[Any], Any]] = {
+    "clone": lambda layer: layer.weight.clone(),
+    "arithmetic": lambda layer: layer.weight + 1,
+    "a conversion": lambda layer: layer.weight.float(),
+    "a copy into another": lambda layer: torch.empty(4, 8, dtype=torch.uint8).copy_(layer.weight),
+    "slice": lambda layer: layer.weight[:2],
+    "narrow": lambda layer: layer.weight.narrow(0, 0, 2),
+    "view": lambda layer: layer.weight.view(-1),
+    "detach": lambda layer: layer.weight.detach(),
+    "item": lambda layer: layer.weight[0, 0].item(),
+    "numpy": lambda layer: layer.weight.numpy(),
+    "tolist": lambda layer: layer.weight.tolist(),
+    "state dict": checkpoint_state_dict,
+    "deepcopy": copy.deepcopy,
+    "declare": lambda layer: layer_of(torch.zeros(4, 8, dtype=torch.uint8)),
+}
+READS = ("clone", "arithmetic", "a conversion", "a copy into another")
+
+
+@pytest.mark.parametrize("takes_real", [False, True])
+@pytest.mark.parametrize("what", AMONG_STAND_INS)
+def test_law_8_a_name_among_stand_ins_is_a_stand_in_or_refused_by_name(what: str, takes_real: bool) -> None:
+    layer = layer_of(numbers((4, 8), torch.uint8, 0), INTERLEAVE)
+    process(layer)
+    before = layer.weight.clone()
+
+    with FakeTensorMode(allow_non_fake_inputs=takes_real):
+        if takes_real and what in READS:
+            found = AMONG_STAND_INS[what](layer)
+            assert isinstance(found, FakeTensor) and found.shape == layer.weight.shape
+        else:
+            with pytest.raises(AliasError, match="FakeTensorMode"):
+                AMONG_STAND_INS[what](layer)
+
+    assert torch.equal(layer.weight, before)
+
+
+def test_law_8_a_stand_in_for_a_tensor_is_not_declared() -> None:
+    layer = nn.Module()
+    with FakeTensorMode():
+        layer.weight = nn.Parameter(torch.zeros(4, 8), requires_grad=False)
+    with pytest.raises(DeclarationError, match="FakeTensor"):
+        declare(layer, Alias("weight", "prepared", SWAP))
+
+
 def test_law_1_a_write_lands_after_wide_elements_were_first_moved_among_stand_ins() -> None:
     layer, value = layer_of(torch.zeros(2, 4, 8, dtype=torch.uint8), INTERLEAVE), torch.ones(2, 4, 8, dtype=torch.uint8)
     weight = layer.weight
@@ -202,3 +249,16 @@ def test_a_shard_write_is_twenty_calls(region: int | None) -> None:
         sys.setprofile(None)
 
     assert len(calls) <= 20, calls
+
+
+@pytest.mark.parametrize("by_kernel", [True, False])
+def test_a_shard_in_one_run_is_copied_as_it_is(by_kernel: bool) -> None:
+    """In elements of their own, on a GPU too: a view of another width takes three calls."""
+    bound = Layout(SWAP).bind((3, 4, 16), torch.float8_e4m3fn)
+    rows, strides = (2, 16), (16, 1)
+
+    planned_shard = planned(bound, (0, rows, strides, rows, strides, 16, by_kernel))
+
+    assert planned_shard is not None
+    (move,) = planned_shard[1]
+    assert move.as_it_is and move.by_kernel is None and move.copy.dtype is torch.float8_e4m3fn

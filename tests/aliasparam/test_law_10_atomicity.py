@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 import aliasparam
-from aliasparam import Layout, apply_delta, expose_for_writing, invalidate, process, reload
-from aliasparam.errors import AliasError
+from aliasparam import Alias, Derivation, Layout, apply_delta, declare, expose_for_writing, invalidate, process, reload
+from aliasparam.errors import AliasError, StaleKernelError
+from aliasparam.module.registry import registry_of
 from aliasparam.reload import observe
 from aliasparam.storage import locks
 from aliasparam.testing import expected_kernel_names, same_bytes
@@ -26,7 +27,7 @@ from aliasparam.testing._faults import FailingAt
 
 from .reload.delta_cases import trainer_writes
 from .reload.folders import plain
-from .small import INTERLEAVE, SWAP, SWAP_PAD16, Layer, kernel, storage_of, the_registry
+from .small import INTERLEAVE, SWAP, SWAP_PAD16, Layer, kernel, largest, storage_of, the_registry
 
 LIBRARY = str(Path(aliasparam.__file__).parent) + "/"
 SHAPE = (2, 6, 8)
@@ -242,6 +243,66 @@ def test_law_10_an_interrupt_at_any_line(action: str) -> None:
         except Exception as error:
             failed[lines[at]] = f"{type(error).__name__} {str(error).splitlines()[0]}"
     assert not failed, f"{len(failed)} of {len(first)} lines: {failed}"
+
+
+@pytest.mark.parametrize("line", [SWAP, SWAP_PAD16], ids=["in its own memory", "in a copy"])
+def test_law_10_an_interrupt_while_a_module_is_declared(line: str) -> None:
+    """At any line: it may be declared again, or is declared; and its weights are what they were, or refuse."""
+    value = OLD["b.weight"]
+
+    def undeclared() -> Any:
+        layer: Any = nn.Module()
+        layer.weight = nn.Parameter(value.clone(), requires_grad=False)
+        layer.scale = nn.Parameter(OLD["a.scale"].clone(), requires_grad=False)
+        layer.forward = lambda: layer.prepared.clone()
+        return layer
+
+    def declared(layer: nn.Module) -> None:
+        alpha = Derivation("alpha", ("scale",), largest, (1,), torch.float32)
+        declare(layer, Alias("weight", "prepared", line), alpha)
+
+    declared(undeclared())  # what is kept between calls is there
+    lines = lines_of(lambda: declared(undeclared()))
+    failed: dict[str, str] = {}
+    for at in sorted({lines.index(line) for line in lines} | {len(lines) - 1 - lines[::-1].index(line) for line in lines}):
+        layer = undeclared()
+        lines_of(lambda m=layer: declared(m), at)  # type: ignore[misc]
+        try:
+            found = quietly(layer.weight.clone)
+            assert found is None or same_bytes(found, value), "a mixture"
+            if not the_sources(layer):
+                declared(layer)
+            assert found is not None or line == SWAP, "the weights are lost"
+            layer.load_state_dict({"weight": value, "scale": OLD["a.scale"]})
+            process(layer)
+            assert same_bytes(layer(), kernel(line, value)) and same_bytes(layer.weight.clone(), value)
+            layer.weight.copy_(value)
+            with pytest.raises(StaleKernelError):
+                layer()
+        except Exception as error:
+            failed[lines[at]] = f"{type(error).__name__} {str(error).splitlines()[0]}"
+    assert not failed, f"{len(failed)} of {len(set(lines))} lines: {failed}"
+
+
+def the_sources(layer: nn.Module) -> Any:
+    registry = registry_of(layer)
+    return registry and registry.sources
+
+
+def test_law_10_an_interrupt_before_any_byte_loses_nothing() -> None:
+    """While kernel names are told: the library's own write is never taken for one of other code."""
+    write = ACTIONS["a whole tensor"]
+    write(Model())  # what is kept between calls is there
+    model = Model()
+    lines = lines_of(lambda: write(model))
+    for at in [at for at, line in enumerate(lines) if line.startswith("storage/kernel_name.py")]:
+        model = Model()
+        lines_of(lambda m=model: write(m), at)  # type: ignore[misc]
+        storage = storage_of(model.a)
+        storage.notice()
+        if same_bytes(storage.buffer, storage_of(Model().a).buffer):
+            process(model)
+            assert same_bytes(model.a.weight.clone(), OLD["a.weight"]), lines[at]
 
 
 def test_law_10_an_interrupt_while_a_module_on_meta_gets_memory() -> None:

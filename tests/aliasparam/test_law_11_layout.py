@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import pickle
 from typing import Any
@@ -57,6 +58,30 @@ def test_a_layout_is_a_value(data: Any, case: Case) -> None:
     sizes = {(at, f"t{i}"): size for at, dim in enumerate(case.dims) for i, size in enumerate(dim.tail)}
     if any(sizes.get(key) != 1 for key in case.flipped):
         assert Layout(case.text.replace("~", "")) != layout
+
+
+#: Whose halves and thirds of 36 or 6 rows straddle one another.
+ROWS = (
+    "(h r) k -> ~h r k, h=2",
+    "(h r) k -> r h k, h=2",
+    "(g a) k -> a g k, a=3",
+    "(g a) k -> g ~a k, a=2",
+    "(g a) k -> a g k, a=6",
+)
+
+
+@pytest.mark.parametrize("rows", [0, 6, 36])
+def test_a_layout_is_the_identity_where_every_element_is_at_its_place(rows: int) -> None:
+    """Also where lines undo one another that are no one line."""
+    found = set()
+    for first, second in itertools.product(map(Layout, ROWS), repeat=2):
+        both = first.then(second)
+        for layout in (first, both, both.then(both.inverse())):
+            bound = layout.bind((2, rows, 2), torch.uint8)
+            keeps = torch.equal(bound.offsets().flatten(), torch.arange(2 * rows * 2))
+            assert bound.is_identity == keeps, layout
+            found.add((keeps, len(getattr(bound, "lines", ())) > 1))
+    assert found >= ({(True, True), (False, True), (False, False)} if rows else {(True, False)})
 
 
 @given(DRAW, cases())

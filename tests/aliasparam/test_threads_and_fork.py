@@ -20,6 +20,7 @@ from aliasparam import Alias, AliasedStorage, Derivation, State, declare, proces
 from aliasparam.errors import AliasError, StaleKernelError, StateError
 from aliasparam.module.containers import Names
 from aliasparam.storage import states
+from aliasparam.storage.kernel_name import KernelName
 
 from .small import SWAP, SWAP_PAD16, Layer, bytes_of, is_ready, kernel, layer_of, storage_of, the_registry
 
@@ -296,24 +297,25 @@ def test_law_8_a_parameter_that_is_being_taken_over_is_a_name_or_none_for_other_
 
 
 def test_law_1_a_write_to_one_name_is_no_foreign_write_to_another_that_is_read_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A module tells all its kernel names: each counts it by torch and by itself, and is looked at between the two."""
+    """A module tells all its kernel names. Each has two counters, and is looked at between them."""
     module = nn.Module()
     module.a, module.b = (nn.Parameter(bytes_of(4, 4, seed=seed), requires_grad=False) for seed in (1, 2))
     declare(module, Alias("a", "x", SWAP), Alias("b", "y", SWAP))
     process(module)
-    values, looks, count = module.b.clone(), list[threading.Thread](), torch.autograd.graph.increment_version
+    values, writes, version = module.b.clone(), list[threading.Thread](), KernelName.version
 
-    def counted(tensor: Any) -> None:
-        count(tensor)
-        looks.append(threading.Thread(target=module.b.clone))
-        looks[-1].start()
-        looks[-1].join(0.2)
+    def counted(name: KernelName) -> int:
+        if not writes:  # the other counter was read
+            writes.append(threading.Thread(target=module.a.fill_, args=(1,)))
+            writes[0].start()
+            writes[0].join(0.2)
+        return version.__get__(name)  # type: ignore[no-any-return]
 
-    monkeypatch.setattr(torch.autograd.graph, "increment_version", counted)
-    module.a.fill_(1)
+    monkeypatch.setattr(KernelName, "version", property(counted))
+    storage_of(module, "b").notice()
     monkeypatch.undo()
-    for thread in looks:
+    for thread in writes:
         thread.join(60)
 
-    assert looks and not any(thread.is_alive() for thread in looks)
+    assert writes and not any(thread.is_alive() for thread in writes)
     assert torch.equal(module.b.clone(), values) and bool((module.a.clone() == 1).all())

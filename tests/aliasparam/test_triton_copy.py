@@ -29,10 +29,14 @@ def test_its_bytes_are_those_of_torchs_copy() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION:UserWarning")
+@pytest.mark.parametrize("shape", [(4096, 448), (7168, 32)])
 @pytest.mark.parametrize("write", [True, False])
-def test_it_moves_sixteen_bytes_at_a_time_on_both_sides(write: bool) -> None:
-    """Block scales of 384 experts: units of 4 bytes, one launch, and whole vectors through shared memory."""
-    _, constants = triton_copy.launch(scales_of_experts(), write=write)
+def test_it_moves_sixteen_bytes_at_a_time_on_both_sides(shape: tuple[int, int], write: bool) -> None:
+    """Block scales of 384 experts, wide and narrow: units of 4 bytes, one launch, and whole vectors through shared memory, those
+    of neighbours side by side in kernel memory."""
+    copy = scales_of_experts(*shape)
+    _, constants = triton_copy.launch(copy, write=write)
+    assert constants["T_ROWS" if write else "S_ROWS"] == (128, 1), "a tile's rows are a run in kernel memory"
     ptx = compiled(triton_copy._copy, constants)
 
     assert "ld.global.v4.b32" in ptx and "st.global.v4.b32" in ptx
@@ -47,8 +51,8 @@ def test_sums_take_four_bytes_with_one_instruction() -> None:
     assert "dp4a.u32.u32" in ptx and "ld.global.v4.b32" in ptx
 
 
-def scales_of_experts() -> Copy:
-    bound = Layout(SWIZZLE).bind((384, 4096, 448), torch.uint8)
+def scales_of_experts(rows: int = 4096, columns: int = 448) -> Copy:
+    bound = Layout(SWIZZLE).bind((384, rows, columns), torch.uint8)
     assert isinstance(bound, StridedLayout)
     strides = torch.empty(bound.shape, device="meta").stride()
     (copy,) = plan(bound.boxes(bound.whole[1:], bound.shape, strides), 1, 16)

@@ -177,6 +177,34 @@ def test_law_1_an_operator_that_writes_names_and_returns_something_else_returns_
     assert torch.equal(layer.weight, plain)
 
 
+_aten = torch.ops.aten
+#: Normalizations that update running statistics, or not; the schemas of most do not say so.
+NORMALIZATIONS: dict[str, Callable[[Tensor, Tensor, Tensor, bool], Any]] = {
+    "F.batch_norm": lambda x, mean, var, trains: nn.functional.batch_norm(x, mean, var, training=trains),
+    "F.instance_norm": lambda x, mean, var, trains: nn.functional.instance_norm(x, mean, var, use_input_stats=trains),
+    "native": lambda x, mean, var, trains: torch.native_batch_norm(x, None, None, mean, var, trains, 0.1, 1e-5)[0],
+    "native, out=": lambda x, mean, var, trains: _aten.native_batch_norm.out(
+        x, None, None, mean, var, trains, 0.1, 1e-5, out=x.clone(), save_mean=mean.new_empty(0), save_invstd=mean.new_empty(0)
+    )[0],
+    "legit": lambda x, mean, var, trains: _aten._native_batch_norm_legit(x, None, None, mean, var, trains, 0.1, 1e-5)[0],
+    "statistics alone": lambda x, mean, var, trains: trains and torch.batch_norm_update_stats(x, mean, var, 0.1)[0],
+}
+
+
+@pytest.mark.parametrize("trains", [True, False])
+@pytest.mark.parametrize("how", NORMALIZATIONS)
+def test_law_1_running_statistics_are_updated_in_training_alone(how: str, trains: bool) -> None:
+    layer, x, plain = Layer(dtype=torch.float32), torch.randn(2, 8, 4), counting(6, 8).float()
+    process(layer)
+
+    found = NORMALIZATIONS[how](x, layer.weight[0], layer.weight[1], trains)
+    expected = NORMALIZATIONS[how](x, plain[0], plain[1], trains)
+
+    assert torch.equal(layer.weight, plain) and (not isinstance(found, Tensor) or torch.equal(found, expected))
+    assert trains != torch.equal(plain, counting(6, 8).float())
+    assert is_ready(layer) or trains or how == "legit"  # whose schema says that it writes
+
+
 @pytest.mark.parametrize("shape", [(), (2,), (0, 3)])
 @pytest.mark.parametrize("empty", [lambda w: w.view(-1)[1::2][:0], lambda w: w.view(-1)[w.numel() :], lambda w: w.view(-1)[:0]])
 def test_law_1_a_view_of_no_elements_lacks_none(shape: tuple[int, ...], empty: Callable[[Tensor], Tensor]) -> None:

@@ -13,12 +13,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from aliasparam import TensorSpec
+from aliasparam.reload.delta_folder import Chain
+from aliasparam.reload.delta_writer import diff
+from aliasparam.reload.observe import Hooks
+from aliasparam.reload.sources import SafetensorsFolder
 from aliasparam_nvfp4.checkpoint import QuantConfig, UnsupportedFormatError
 from aliasparam_nvfp4.checkpoint.scheme import Scheme
 from aliasparam_nvfp4.errors import ScaleError
 
 pytest.importorskip("transformers")
-from aliasparam_nvfp4.integrations.transformers import reload_folder
+from aliasparam_nvfp4.integrations.transformers import apply_delta_folder, reload_folder
 from aliasparam_nvfp4.integrations.transformers.fp8 import Fp8Linear
 
 from .test_transformers import load, out, write_checkpoint
@@ -144,3 +148,39 @@ def test_law_8_fp8_scales_that_are_none_are_refused_cold_and_warm(leaf: str, val
     assert torch.equal(out(model), before)
     with pytest.raises(ScaleError, match=rf"(?s)model\.layers\.0\.mlp\.down_proj.*{leaf}"):
         load(bad)
+
+
+@pytest.mark.parametrize("way", ["delta", "full"])
+@pytest.mark.parametrize("leaf", ["weight_scale", "input_scale"])
+def test_law_8_a_delta_with_fp8_scales_that_are_none_is_refused_before_it_is_written(leaf: str, way: str, tmp_path: Path) -> None:
+    good, bad = mixed(tmp_path / "good"), mixed(tmp_path / "weight_v000001", **{leaf: math.nan})
+    other = mixed(tmp_path / "other", **{leaf: 0.03})
+    with SafetensorsFolder(good) as old, SafetensorsFolder(bad) as new, SafetensorsFolder(other) as third:
+        diff(old, new, tmp_path / "deltas" / "weight_v000001", 1, 0)
+        diff(old, third, tmp_path / "well", 1, 0)
+    model, written = load(good), list[str]()
+    before = out(model)
+    hooks = Hooks(on_commit=(lambda session: written.append("committed"),))
+    with (
+        Chain(tmp_path / "deltas" if way == "delta" else tmp_path, 0, 1) as chain,
+        pytest.raises(ScaleError, match=rf"(?s)model\.layers\.0\.mlp\.down_proj.*{leaf}.*nan"),
+    ):
+        apply_delta_folder(model, chain, hooks=hooks)
+    assert torch.equal(out(model), before) and not written
+    apply_delta_folder(model, tmp_path / "well", hooks=hooks)
+    assert torch.equal(out(model), out(load(other))) and written
+
+
+def test_law_8_a_delta_with_block_scales_that_are_none_leaves_the_old_weights(tmp_path: Path) -> None:
+    good, bad = mixed(tmp_path / "good"), mixed(tmp_path / "bad")
+    tensors = load_file(bad / "model.safetensors")
+    name = "model.layers.0.self_attn.o_proj.weight_scale"
+    tensors[name].view(torch.uint8)[2, 1] = 0x7F
+    save_file(tensors, bad / "model.safetensors", metadata={"format": "pt"})
+    with SafetensorsFolder(good) as old, SafetensorsFolder(bad) as new:
+        diff(old, new, tmp_path / "delta", 1, 0)
+    model = load(good)
+    before = out(model)
+    with pytest.raises(ScaleError, match=r"(?s)layers\.0\.self_attn\.o_proj.*weight_scale.*NaN"):
+        apply_delta_folder(model, tmp_path / "delta")
+    assert torch.equal(out(model), before)

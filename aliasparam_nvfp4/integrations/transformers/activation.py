@@ -8,6 +8,8 @@ from contextlib import suppress
 import torch
 from torch import nn
 
+from aliasparam.host import HOST
+
 from ...moe import ExpertActivation
 
 _KINDS = (ExpertActivation(), ExpertActivation("geglu"))
@@ -25,10 +27,10 @@ def expert_activation(module: nn.Module) -> ExpertActivation | None:
     odd = {getattr(module, "has_bias", False), getattr(module, "is_transposed", False), not _halves(module)}
     if not hasattr(type(module), "_apply_gate") or len(odd) > 1 or getattr(module, "has_post_expert_norm", False):
         return None
-    far = torch.logspace(1.6, 6, 45, dtype=torch.float64, device="cpu")  # no class bounds its sums beyond
-    x = torch.cat([torch.linspace(-40, 40, 641, dtype=torch.float64, device="cpu"), far, -far])
+    far = torch.logspace(1.6, 6, 45, dtype=torch.float64, device=HOST)  # no class bounds its sums beyond
+    x = torch.cat([torch.linspace(-40, 40, 641, dtype=torch.float64, device=HOST), far, -far])
     gate, up = x, x.flip(0) * 0.7 + 1
-    with torch.no_grad(), torch.device("cpu"), suppress(Exception):
+    with torch.no_grad(), HOST, suppress(Exception):
         if "up_proj" in module._parameters:
             relu2 = ExpertActivation("relu2")
             return relu2 if torch.allclose(module.act_fn(x), relu2(x, None)) else None  # type: ignore[operator]

@@ -27,7 +27,7 @@ _FREE = {
     "sep_token_id", "decoder_start_token_id", "initializer_range", "initializer_factor", "router_aux_loss_coef",
     "aux_loss_alpha", "seq_aux", "output_router_logits", "output_attentions", "output_hidden_states",
     "num_nextn_predict_layers", "mtp_layers_block_type", "use_mamba_kernels", "pretraining_tp", "rescale_prenorm_residual",
-    "moe_shared_expert_overlap", "mamba_ssm_cache_dtype", "time_step_max", "time_step_floor",
+    "rescale_every", "moe_shared_expert_overlap", "mamba_ssm_cache_dtype", "time_step_max", "time_step_floor",
 }  # fmt: skip
 _DROPOUT = re.compile(r"drop(?:out)?(?:_|$|\w*_rate)|_pdrop$|jitter_noise$")
 

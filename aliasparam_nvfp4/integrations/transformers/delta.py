@@ -13,7 +13,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from aliasparam import checkpoint_names
+from aliasparam.host import HOST
 from aliasparam.reload import prepare_delta
+from aliasparam.reload.delta_apply import changed
 from aliasparam.reload.delta_folder import Chain, DeltaFolder
 from aliasparam.reload.delta_held import AddUp, Part, Places
 from aliasparam.reload.observe import Hooks
@@ -24,7 +26,8 @@ from ...moe.folder import expert_source
 from .conversions import Conversion
 from .dropped import dropping_rule
 from .experts import Experts
-from .reload import _agree, _names
+from .fp8 import Fp8Linear
+from .reload import _agree, _names, files_of
 from .ties import equal_in_deltas, tied_names
 from .unwrap import plain_name, unwrapped
 
@@ -49,6 +52,7 @@ def apply_delta_folder(
         try:
             opened = stack.enter_context(DeltaFolder(delta)) if isinstance(delta, (str, Path)) else delta
             places = places_of(model, opened, lambda rows: _add_up(model, told, rows))
+            _check_fp8_scales(model, opened)
             session = prepare_delta(model, opened, serving=serving, names=places, hooks=hooks)
         except Exception as error:
             if not told.refused:
@@ -72,7 +76,7 @@ def _add_up(model: nn.Module, told: _Told, rows: Tensor) -> None:
     told.refused = True
     _agree(model, None)
     told.refused = False
-    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else HOST
     total = rows.to(device)
     dist.all_reduce(total)
     rows.copy_(total)
@@ -94,6 +98,22 @@ def places_of(model: nn.Module, delta: DeltaFolder | Chain, add_up: AddUp | None
             divided |= {name for name, part in split.items() if part is not None}
             parts |= {name: part for name, part in split.items() if part is not None and name in names}
     return Places(names, parts, divided, elsewhere, converted, add_up)
+
+
+def _check_fp8_scales(model: nn.Module, delta: DeltaFolder | Chain) -> None:
+    """Refuse what the delta would make of scales of FP8 layers that are none. Nothing derives from these, which would refuse."""
+    full, deltas = delta.full, delta.deltas
+    stored = {*(full.tensors if full is not None else ()), *(name for one in deltas for name in one.checksums)}
+    live = checkpoint_names(model)
+    tensors, files = {plain_name(name): tensor for name, tensor in live.items()}, files_of(model, live)
+
+    def made(name: str) -> Tensor:
+        value = tensors[name].cpu() if full is None else full.read(name)
+        return changed(name, value, deltas)
+
+    for path, module in model.named_modules():
+        if isinstance(module, Fp8Linear) and not stored.isdisjoint(f"{files[path]}.{leaf}" for leaf in module.scales):
+            module.check_scales(path, lambda leaf, at=files[path]: made(f"{at}.{leaf}"))  # type: ignore[misc]
 
 
 def _dropped(model: Any, delta: DeltaFolder | Chain, known: set[str]) -> Iterator[str]:

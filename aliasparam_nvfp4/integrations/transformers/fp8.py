@@ -73,6 +73,11 @@ class Fp8Linear(nn.Module):
             sizes += fitting[:1]
         return (sizes[0], sizes[1]) if len(sizes) == 2 else None
 
+    @property
+    def scales(self) -> list[str]:
+        """The names of those that are stored."""
+        return [name for name in ("weight_scale", "input_scale") if name in self._parameters]
+
     def check_scales(self, path: str, value: Callable[[str], Tensor]) -> None:
         """Raise ScaleError for scales that are none: what they are divided by or multiplied with would be NaN.
 
@@ -80,8 +85,13 @@ class Fp8Linear(nn.Module):
             path: of this module, for messages.
             value: of the tensor of such a name, loaded or about to be.
         """
-        if not bool(torch.isfinite(value("weight_scale").float()).all()):
-            raise ScaleError("a scale of FP8 weights is no number", module=path, name="weight_scale", expected="finite")
+        scale = value("weight_scale").float()
+        if not bool(torch.isfinite(scale).all()):
+            index = (~torch.isfinite(scale)).nonzero()[0]
+            found = f"{scale[tuple(index)].item()} at {index.tolist()} of {list(scale.shape)}"
+            raise ScaleError(
+                "a scale of FP8 weights is no number", module=path, name="weight_scale", expected="finite", found=found
+            )
         if self.scheme.inputs == "stored":
             need_stored_scales({"input_scale": value("input_scale")}, path)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from aliasparam import registry_of
+from aliasparam.host import HOST
 
 from ...checkpoint import CheckpointFolder, TensorEntry, UnsupportedFormatError
 from ...checkpoint.format import MODELOPT, CheckpointFormat
@@ -97,7 +98,7 @@ class FusedExperts(nn.Module):
                 continue
             value = held.pop(file, None)
             with torch.no_grad():
-                parameter.copy_(torch.zeros(parameter.shape) if value is None else value.view(parameter.shape))
+                parameter.zero_() if value is None else parameter.copy_(value.view(parameter.shape))
             view: Tensor = parameter if value is None or value.dim() else parameter.view(())
             registry.show_shards(name, [(nn.Module() if value is None else self, file, view)])
 
@@ -109,7 +110,10 @@ class FusedExperts(nn.Module):
         """
         declared: Declared = self.__dict__["nvfp4_moe_declared"]
         shapes = {n: found for n, found in declared.parameters().items() if n.endswith(("_scale_2", "input_scale", "bias"))}
-        given = {n: values[FILES[n]].view(d) if FILES[n] in values else torch.zeros(d, dtype=t) for n, (d, t) in shapes.items()}
+        given = {
+            n: values[FILES[n]].view(d) if FILES[n] in values else torch.zeros(d, dtype=t, device=HOST)
+            for n, (d, t) in shapes.items()
+        }
         try_out(declared.derivations(self.__dict__["nvfp4_runner"]), given)
 
     def forward(self, hidden_states: Tensor, router_indices: Tensor, routing_weights: Tensor) -> Tensor:

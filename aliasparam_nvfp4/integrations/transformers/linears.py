@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from aliasparam import TensorSpec
+from aliasparam.host import HOST
 
 from ...checkpoint import CheckpointError, QuantConfig, UnsupportedFormatError
 from ...checkpoint.scheme import Scheme
@@ -35,8 +38,10 @@ def replace_linears(
 
     Raises:
         CheckpointError: scales of an FP8 layer that do not divide its weight.
-        UnsupportedFormatError: a quantized layer that transformers would convert, or of a class that computes something else.
+        UnsupportedFormatError: a quantized layer that transformers would convert, of a class that computes something else, or
+            whose weight the model's own code takes; a model that divides its weights.
     """
+    _need_weights_left_alone(model)
     tied = {name.rpartition(".")[0] for name in getattr(model, "all_tied_weights_keys", None) or ()}
     converted = {name.rpartition(".")[0] for conversion in source.names.conversions for name in conversion.targets}
     theirs, plain = source.modules(), []
@@ -56,6 +61,7 @@ def replace_linears(
                 found=f"{scheme.algo} in {theirs[name]}",
                 remedy="Export the model with this layer left unquantized.",
             )
+        _need_weight_left_alone(model, name, scheme)
         if not _is_linear(module):
             raise UnsupportedFormatError(
                 "a quantized layer is no plain linear layer: its class computes something of its own",
@@ -73,12 +79,40 @@ def replace_linears(
     return plain
 
 
+def _need_weights_left_alone(model: Any) -> None:
+    """Raise UnsupportedFormatError for RWKV that divides the weights of its later layers, in place, and what passes them too."""
+    if getattr(model.config, "rescale_every", 0):
+        raise UnsupportedFormatError(
+            "this model divides weights in place at its first forward, which packed ones do not take, nor reloads",
+            module=type(model).__name__,
+            expected="rescale_every=0",
+            found=f"rescale_every={model.config.rescale_every}",
+            remedy="Load it with from_pretrained(folder, rescale_every=0). It computes the same; only float16 may overflow.",
+        )
+
+
+def _need_weight_left_alone(model: Any, name: str, scheme: Scheme) -> None:
+    """Raise UnsupportedFormatError for a layer that transformers' quantizers leave out (T5's ``wo``), where the code that calls
+    it looks at its weight."""
+    parent, _, leaf = name.rpartition(".")
+    forward = getattr(inspect.unwrap(type(model.get_submodule(parent)).forward), "__code__", None)
+    looks = forward is not None and {leaf, "weight"} <= set(forward.co_names)
+    if looks and not should_convert_module(name, list(model._keep_in_fp32_modules or ())):
+        raise UnsupportedFormatError(
+            "a quantized layer is one that transformers never quantizes: the model's code goes by the dtype of its weight",
+            module=name,
+            expected="a layer in 16 or 32 bits",
+            found=f"{scheme.algo}, and {leaf} kept by {type(model).__name__}._keep_in_fp32_modules",
+            remedy="Export the model with this layer left unquantized.",
+        )
+
+
 def _is_linear(module: nn.Linear) -> bool:
     """Whether it computes what ``nn.Linear`` does. Routers and block-diagonal projections are classes of it with a forward of
     their own, which is run on a few values and compared."""
     if type(module).forward is nn.Linear.forward:
         return True
-    with torch.no_grad(), torch.device("cpu"), suppress(Exception):
+    with torch.no_grad(), HOST, suppress(Exception):
         x, weight = torch.linspace(-2, 2, 10).view(2, 5), torch.linspace(-1, 3, 15).view(3, 5)
         bias = None if module.bias is None else torch.ones(3)
         tried = copy.copy(module)

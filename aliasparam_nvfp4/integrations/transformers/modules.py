@@ -14,6 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from aliasparam import registry_of
+
+from ...checkpoint import UnsupportedFormatError
 from ...checkpoint.format import MODELOPT, CheckpointFormat
 from ...checkpoint.scheme import NVFP4, Scheme
 from ...linear import NvFp4LinearMethod
@@ -108,6 +111,14 @@ class Projection(nn.Module):
         if not self._fused:
             raise RuntimeError("this projection has not been bound to its fused layer: the model is still loading")
         (fused,) = self._fused
+        if not x.dtype.is_floating_point:
+            raise UnsupportedFormatError(
+                "the model cast activations to the dtype of packed weights: its code goes by the dtype of this layer's weight",
+                module=None if (registry := registry_of(fused)) is None else registry.label,
+                expected="activations in floating point",
+                found=x.dtype,
+                remedy="Export the model with this layer left unquantized.",
+            )
         out = fused(x) if len(fused.partitions) == 1 else partition(fused, fused.partitions, x, self._index)
         return out if self.bias is None else out + self.bias.to(out.dtype)
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from aliasparam import TensorSpec, checkpoint_names, reload
+from aliasparam.host import HOST, host_bytes
 from aliasparam.reload.observe import Hooks
 from aliasparam.reload.policies import PolicyName
 
@@ -76,7 +77,7 @@ def reload_folder(
     opened = reload(model, policy=policy, source="folder", hooks=hooks)
     on_gpu = any(tensor.is_cuda for tensor in model.parameters())
     size = chunk_bytes if chunk_bytes is not None else 64 << 20 if on_gpu else 8 << 20
-    buffer = torch.empty(max(size, 8), dtype=torch.uint8, pin_memory=on_gpu)
+    buffer = host_bytes(max(size, 8), pinned=on_gpu)
     with torch.no_grad(), closing(plan.source), opened as session:
         parts = [plan.parts.get(name, (plain_name(name), WHOLE, WHOLE)) for name in plan.targets]
         targets = list(plan.targets.items())
@@ -259,11 +260,12 @@ def check_fused_scales(model: nn.Module, files: Mapping[str, str], folder: Check
             inputs = {f"{m}.{tensors.input_global}": float(folder.read(f"{m}.{tensors.input_global}")) for m in members}
         missing = fused.quant_method.missing_input_scale
         need_stored_scales({**weight_scales, **(inputs if missing == "refuse" else {})}, path)
-        derived, weight = GlobalScales(tensors.reciprocal, missing), torch.tensor(list(weight_scales.values()))
+        derived, weight = GlobalScales(tensors.reciprocal, missing), torch.tensor(list(weight_scales.values()), device=HOST)
         try:
             if inputs:
-                derived.alpha(torch.tensor(list(inputs.values())), weight)
-                derived.input_scale_inv(torch.tensor(list(inputs.values())))
+                given = torch.tensor(list(inputs.values()), device=HOST)
+                derived.alpha(given, weight)
+                derived.input_scale_inv(given)
         except ScaleError as error:
             raise error.located(module=path) from None
 

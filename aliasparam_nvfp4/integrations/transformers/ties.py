@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aliasparam.host import host_bytes
 from aliasparam.layout.bound import flat_bytes
 from aliasparam.reload.delta_folder import Chain, DeltaFolder
 from aliasparam.reload.sources import SafetensorsFolder
@@ -64,7 +65,7 @@ def _same_in(folder: SafetensorsFolder, name: str, source: str) -> bool:
     entry, other = folder.tensors[name], folder.tensors.get(source)
     if other is None or (entry.dtype, entry.shape) != (other.dtype, other.shape):
         return False
-    buffers = (torch.empty(_PIECE, dtype=torch.uint8) for _ in range(2))
+    buffers = (host_bytes(_PIECE) for _ in range(2))
     return _same(*(folder.pieces(one, buffer) for one, buffer in zip((name, source), buffers, strict=True)))
 
 

@@ -26,7 +26,7 @@ def interrupted(at: int, modules: tuple[ModuleType, ...], do: Callable[[], objec
         return line
 
     def call(frame: FrameType, *_: object) -> Any:
-        called_by_finalizers = frame.f_code.co_name in ("__del__", "poison")  # what is raised there, Python ignores
+        called_by_finalizers = frame.f_code.co_name in ("__del__", "abandon")  # what is raised there, Python ignores
         return line if frame.f_code.co_filename in files and not called_by_finalizers else None
 
     before = sys.gettrace()

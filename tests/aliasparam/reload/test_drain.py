@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import threading
 import time
@@ -20,6 +21,7 @@ from aliasparam.reload import prepare_delta
 from aliasparam.reload.delta_folder import DeltaFolder
 from aliasparam.reload.drain import Drain
 from aliasparam.reload.session import ReloadSession
+from aliasparam.storage.locks import LOCKS, all_locked
 
 from ..small import Layer
 from .delta_cases import trainer_writes
@@ -230,6 +232,50 @@ def test_a_session_that_is_dropped_ends_at_once() -> None:
     finally:
         gc.enable()
     model()
+
+
+LOOKS: dict[str, Callable[[Whole], object]] = {
+    "process": process,
+    "forward": lambda model: model(),
+    "read": lambda model: model.q.weight.clone(),
+    "strided write": lambda model: (model.q.weight[:, ::2].fill_(0), model.q.weight.clone()),
+    "copy": lambda model: process(copy.deepcopy(model)),
+}
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_law_10_the_garbage_collector_ends_a_session_without_a_lock(look: str) -> None:
+    """It comes at any line of any thread: here while another one holds every lock. What was written refuses from then on."""
+    model = Whole()
+    session: Any = reload(model, scope="partial")
+    session.begin()
+    session.load(NEW)
+    session.prepare()
+    session.switch()
+    session.itself = session
+    held, let_go = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with all_locked(range(len(LOCKS))):
+            held.set()
+            assert let_go.wait(20)
+
+    holder, collector = threading.Thread(target=hold), threading.Thread(target=gc.collect)
+    holder.start()
+    assert held.wait(20)
+    del session
+    collector.start()
+    collector.join(5)
+    in_time = not collector.is_alive()
+    let_go.set()
+    holder.join()
+    collector.join()
+    assert in_time
+    with pytest.raises(AliasError):
+        LOOKS[look](model)
+    with reload(model) as again:
+        again.load(NEW)
+    assert same(model(), SERVED["new"])
 
 
 def test_stacks_are_not_looked_at_while_another_thread_compiles() -> None:

@@ -17,7 +17,9 @@ from aliasparam import memory_report
 from aliasparam.errors import AliasError
 from aliasparam_nvfp4.cli.app import app
 from aliasparam_nvfp4.cli.digest import model_digest
+from aliasparam_nvfp4.cli.inspect import findings
 from aliasparam_nvfp4.integrations.transformers import load_model
+from aliasparam_nvfp4.linear import NvFp4LinearMethod
 
 from .folders import chat_folder, edit
 
@@ -55,6 +57,37 @@ def test_ranks_divide_linear_layers_and_what_does_not_divide_is_named(folder: Pa
     found = inspected(folder, "--tp", "2")
 
     assert found["memory"] is None and "down_proj" in found["rank"]["refused"]  # 80 columns are 5 blocks
+
+
+def with_heads(folder: Path, heads: int, kv_heads: int) -> Path:
+    """Attention of heads of 16, its projections quantized."""
+    folder.mkdir()
+    k, tensors = 64, dict[str, torch.Tensor]()
+    for name, rows in {"q_proj": 16 * heads, "k_proj": 16 * kv_heads, "v_proj": 16 * kv_heads}.items():
+        at = f"model.layers.0.self_attn.{name}"
+        tensors |= {f"{at}.weight": torch.zeros(rows, k // 2, dtype=torch.uint8), f"{at}.weight_scale_2": torch.ones(())}
+        tensors |= {f"{at}.weight_scale": torch.ones(rows, k // 16).to(torch.float8_e4m3fn), f"{at}.input_scale": torch.ones(())}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    quantized = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+    text = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "hidden_size": k, "head_dim": 16}
+    (folder / "config.json").write_text(json.dumps({"text_config": text, "quantization_config": quantized}))
+    return folder
+
+
+@pytest.mark.parametrize(("tp", "kv_heads", "rows"), [(2, 4, 32), (4, 4, 16), (4, 2, 16), (8, 1, 16), (8, 2, 16)])
+def test_a_rank_has_a_whole_head_of_keys_and_values_at_least(tp: int, kv_heads: int, rows: int, tmp_path: Path) -> None:
+    """Engines give the same head to several ranks."""
+    parts = findings(with_heads(tmp_path / "a", 8, kv_heads), backend="reference", moe_backend="auto", tp=tp, ep=1, deep=False)[1]
+    layer = torch.nn.Module()
+    NvFp4LinearMethod("reference").create_weights(layer, 64, (8 // tp * 16, rows, rows), 64, 0, torch.bfloat16)
+
+    assert [part.one_copy for part in parts] == [memory_report(layer).allocated_bytes]
+
+
+def test_heads_that_do_not_divide_among_ranks_are_named(tmp_path: Path) -> None:
+    found = inspected(with_heads(tmp_path / "a", 12, 4), "--tp", "6", code=1)
+
+    assert found["memory"] is None and "k_proj" in found["rank"]["refused"]
 
 
 def spoiled(folder: Path, tmp_path: Path, name: str, value: torch.Tensor | None) -> Path:
