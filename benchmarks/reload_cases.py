@@ -103,8 +103,7 @@ def write_delta(folder: Path, model: nn.Module, share: float, version: int) -> i
         count = live.nbytes // step
         at = torch.arange(count, device=live.device) * step + torch.randint(0, step, (count,), device=live.device)
         new, sums = torch.empty(count, dtype=torch.uint8, device=live.device), PositionalAdler32()
-        for start, box in live.pieces(64 << 20):
-            piece = live.bytes(box)
+        for start, piece in live.pieces(64 << 20):
             first, last = torch.searchsorted(at, torch.tensor([start, start + piece.numel()], device=live.device)).tolist()
             new[first:last] = piece[at[first:last] - start] ^ 5
             sums.add(piece.index_put((at[first:last] - start,), new[first:last]), start)

@@ -26,7 +26,6 @@ class Claim:
         self._session, self._self = weakref.ref(session), weakref.ref(self)
         self.modules: list[nn.Module] = []
         self.registries: list[AliasRegistry] = []
-        self._ended = False
 
     def take(self, model: nn.Module) -> None:
         """
@@ -37,7 +36,7 @@ class Claim:
             declared, modules = [registry for _, registry in registries(model)], list(model.modules())
             for module in modules:
                 other = _claim_of(module)
-                if other is not None and other is not self and not other._ended:
+                if other is not None and other is not self:
                     raise ReloadError(
                         "a reload of this model is already open",
                         module=type(model).__name__,
@@ -84,7 +83,6 @@ class Claim:
     def end(self) -> None:
         """Also of modules that were taken out of the model. May be called again, as an interrupt may come between."""
         with _taking:  # whoever takes one meanwhile keeps it
-            self._ended = True
             self.lend()
             for module in self.modules:
                 if _claim_of(module) is self:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..host import HOST, host_bytes
 from .digest import optional
-from .entry import Entry
 from .errors import DeltaError
+from .header import Entry
 from .held_file import memory_of
 
 #: Bytes that are read or skipped at once, and positions.

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -29,6 +29,7 @@ from .delta_folder import Chain, DeltaFolder, need_order
 from .delta_held import Converted, Part, PartDigests, Places, Span, spans
 from .digest import Hashed, PositionalAdler32
 from .errors import DeltaError
+from .header import Entry
 from .live import Live
 from .live_digest import add_in_place, add_pieces
 from .observe import Hooks
@@ -67,11 +68,9 @@ def apply_delta(
         AliasError: processing refuses the new values. The old weights serve again.
     """
     need_model(model)  # before the folder is opened
-    with ExitStack() as stack:
-        opened = stack.enter_context(DeltaFolder(delta)) if isinstance(delta, (str, Path)) else delta
-        with prepare_delta(model, opened, serving=serving, names=names, hooks=hooks) as session:
-            session.commit()
-        return opened.version
+    with _opened(delta) as chain, prepare_delta(model, chain, serving=serving, names=names, hooks=hooks) as session:
+        session.commit()
+        return chain.version
 
 
 def prepare_delta(
@@ -84,24 +83,26 @@ def prepare_delta(
 ) -> ReloadSession:
     """A prepared session, all checksums verified; the old weights serve until it commits. Else as :func:`apply_delta`."""
     need_model(model)
-    if isinstance(delta, (str, Path)):  # of its files nothing is read afterwards
-        with DeltaFolder(delta) as opened:
-            return prepare_delta(model, opened, serving=serving, names=names, hooks=hooks)
-    full, deltas = delta.full, delta.deltas
-    need_order(deltas, None if full is not None else serving)
     places = names if isinstance(names, Places) else Places(names or {})
-    session = ReloadSession(model, "partial", "delta", "delta", hooks or Hooks())
-    session.begin()
-    try:
-        if full is not None:
-            _need_all(session, full, places)
-        _patch_all(session, full, deltas, places)
-        delta.check_unchanged()
-        session.prepare()
-    except BaseException:
-        session.abort()
-        raise
-    return session
+    with _opened(delta) as chain:  # of its files nothing is read afterwards
+        need_order(chain.deltas, None if chain.full is not None else serving)
+        session = ReloadSession(model, "partial", "delta", "delta", hooks or Hooks())
+        session.begin()
+        try:
+            if chain.full is not None:
+                _need_all(session, chain.full, places)
+            _patch_all(session, chain.full, chain.deltas, places)
+            chain.check_unchanged()
+            session.prepare()
+        except BaseException:
+            session.abort()
+            raise
+        return session
+
+
+def _opened(delta: DeltaFolder | Chain | str | Path) -> AbstractContextManager[DeltaFolder | Chain]:
+    """What the caller has opened, and closes; or what is at a path, closed at the end."""
+    return DeltaFolder(delta) if isinstance(delta, (str, Path)) else nullcontext(delta)
 
 
 def _patch_all(session: ReloadSession, full: SafetensorsFolder | None, deltas: list[DeltaFolder], places: Places) -> None:
@@ -147,14 +148,16 @@ def patches_of(
         DeltaError: a malformed delta, or a checksum that differs; the tensor does not fit.
     """
     part = parts.part_of(name, live)
+    nbytes = math.prod(part.shape) * live.dtype.itemsize
     touching = [delta for delta in deltas if name in delta.checksums]
-    if full is not None:
-        entry, shape = full.entry(name), live.shape if part is None else part.shape
-        _need_fit("the full version", f"{full.path}: {name}", live, shape, entry.dtype, entry.shape)
-    digest = parts.digest(name, part, touching[-1], live.dtype.itemsize) if touching else None
-    found = joined(_compared(live, name, full, touching, part, digest))
-    if digest is not None and part is None:
-        touching[-1].check(name, digest.hexdigest(live.nbytes))
+    entry = None if full is None else full.entry(name)
+    if entry is not None:
+        _need_fit("the full version", f"{entry.file.path}: {name}", live, part.shape, entry.dtype, entry.shape)
+    digest = parts.digest(name, touching[-1], nbytes) if touching else None
+    readers = [delta.changes(name, nbytes) for delta in touching]
+    found = joined(_compared(live, entry, readers, part, digest))
+    if digest is not None and name not in parts.held:
+        touching[-1].check(name, digest.hexdigest(nbytes))
     return found
 
 
@@ -189,16 +192,13 @@ def changed(name: str, value: Tensor, deltas: list[DeltaFolder]) -> Tensor:
 
 def _compared(
     live: Live,
-    name: str,
-    full: SafetensorsFolder | None,
-    deltas: list[DeltaFolder],
-    part: Part | None,
+    full: Entry | None,
+    readers: Sequence[Xor | Overwrite],
+    part: Part,
     digest: PositionalAdler32 | Hashed | None,
 ) -> Iterator[Patch | None]:
-    nbytes = live.nbytes if part is None else math.prod(part.shape) * live.dtype.itemsize
-    readers = [delta.changes(name, nbytes) for delta in deltas]
     summed = None
-    if isinstance(digest, PositionalAdler32) and full is None and part is None:
+    if isinstance(digest, PositionalAdler32) and full is None and part.shape == live.shape:
         sparse = _sparse(live, readers)
         if add_in_place(digest, live):
             summed = digest  # with all old bytes in it
@@ -213,7 +213,7 @@ def _compared(
         if summed is not None and not changes:
             continue
         old = live.bytes(span.box)
-        new = span.put(old) if full is None else _stored(full, name, span, old)
+        new = span.put(old) if full is None else _stored(full, span, old)
         for change in changes:
             new = change.of(new)
         own = span.take(new)
@@ -246,7 +246,7 @@ def _corrected(live: Live, changes: Overwrite, digest: PositionalAdler32) -> Ite
         digest.change(old, new, at)
         differs = old != new
         if differs.any():
-            yield patch_at(live, places[differs], old[differs], new[differs], keep_new=True)
+            yield patch_at(live, places[differs], old[differs], new[differs])
 
 
 def _add(digest: PositionalAdler32 | Hashed, span: Span, own: Tensor) -> None:
@@ -256,9 +256,9 @@ def _add(digest: PositionalAdler32 | Hashed, span: Span, own: Tensor) -> None:
         digest.count -= span.nbytes - own.numel()
 
 
-def _stored(full: SafetensorsFolder, name: str, span: Span, like: Tensor) -> Tensor:
+def _stored(full: Entry, span: Span, like: Tensor) -> Tensor:
     raw = host_bytes(span.nbytes, pinned=like.is_cuda)
-    full.entry(name).fill(raw, span.start)
+    full.fill(raw, span.start)
     return raw.to(like.device)
 
 

@@ -135,10 +135,10 @@ class Span(NamedTuple):
         return rows if self.own is None else rows.view(self.shape)[self.own].reshape(-1)
 
 
-def spans(live: Live, part: Part | None) -> Iterator[Span]:
+def spans(live: Live, part: Part) -> Iterator[Span]:
     """All that is here, in the order of the files, in pieces of 2 MiB (of what is no whole rows at least one row), or 4 on a GPU,
     where a piece costs what its calls cost."""
-    shape, box = part or Part(live.shape, live.box)
+    shape, box = part
     rows, strides, size = (*box[:1], *whole(shape[1:])), row_major(shape), live.dtype.itemsize
     most = (PIECE if live.device.type == "cpu" else 2 * PIECE) // size
     own = None
@@ -151,32 +151,36 @@ def spans(live: Live, part: Part | None) -> Iterator[Span]:
 
 
 class PartDigests:
-    """What this process has summed of each tensor that is held in parts."""
+    """What this process has summed of each tensor that is held in parts.
+
+    Attributes:
+        held: its name -> sums of what is here, bytes of the whole tensor.
+    """
 
     def __init__(self, places: Places) -> None:
         self._places = places
-        self._held: dict[str, tuple[PositionalAdler32, int]] = {}  # sums of what is here, bytes of the whole tensor
+        self.held: dict[str, tuple[PositionalAdler32, int]] = {}
 
-    def part_of(self, name: str, live: Live) -> Part | None:
+    def part_of(self, name: str, live: Live) -> Part:
         """
         Raises:
             DeltaError: the live tensor is another part.
         """
         part = self._places.parts.get(name)
         if part is None:
-            return None
+            return Part(live.shape, live.box)
         if not (live.nbytes and within(part.box, part.shape) and sizes(part.box) == live.shape):
             expected = f"{part.box} of {list(part.shape)}"
             raise DeltaError("the live tensor is not this part", name=name, expected=expected, found=str(list(live.shape)))
         return part
 
-    def digest(self, name: str, part: Part | None, last: DeltaFolder, itemsize: int) -> PositionalAdler32 | Hashed:
+    def digest(self, name: str, last: DeltaFolder, nbytes: int) -> PositionalAdler32 | Hashed:
         """
         Raises:
             DeltaError: a part, and a checksum that parts do not add up to.
         """
         digest = new_digest(last.checksum_format)
-        if part is None:
+        if name not in self._places.parts:
             return digest
         if not isinstance(digest, PositionalAdler32):
             raise DeltaError(
@@ -186,7 +190,7 @@ class PartDigests:
                 found=last.checksum_format,
                 remedy="Publish with checksum_format adler32, or a full version.",
             )
-        self._held[name] = digest, math.prod(part.shape) * itemsize
+        self.held[name] = digest, nbytes
         return digest
 
     def check(self, deltas: list[DeltaFolder]) -> None:
@@ -199,12 +203,12 @@ class PartDigests:
         names = sorted(last.keys() & set(self._places.divided))
         if not names:
             return
-        held = [self._held[name][0] if name in self._held else PositionalAdler32() for name in names]
+        held = [self.held[name][0] if name in self.held else PositionalAdler32() for name in names]
         rows = torch.tensor([[sums.count, *sums.sums()] for sums in held], device=HOST)
         if self._places.add_up is not None:
             self._places.add_up(rows)
         for name, (count, plain, weighted) in zip(names, rows.tolist(), strict=True):
-            if name in self._held:
+            if name in self.held:
                 total = PositionalAdler32()
                 total.merge_sums(count, (plain, weighted))
-                last[name].check(name, total.hexdigest(self._held[name][1]))
+                last[name].check(name, total.hexdigest(self.held[name][1]))

@@ -21,8 +21,8 @@ from ..layout.bound import flat_bytes
 from ..layout.boxes import tiles, whole
 from .delta import ENCODINGS, PIECE
 from .digest import Hashed, PositionalAdler32, new_digest, optional
-from .entry import Entry
 from .errors import DeltaError
+from .header import Entry
 from .held_file import memory_of
 from .live import Live
 from .sources import SafetensorsFolder
@@ -166,12 +166,15 @@ def diff(a: Checkpoint, b: Checkpoint, out: str | Path, version: int, base_versi
 
 def _chunks(tensor: Entry | Tensor, buffer: Tensor) -> Iterator[Tensor]:
     """All bytes, in order, on the host. Those of a file are read into ``buffer``."""
-    if isinstance(tensor, Entry) and 0 < tensor.nbytes <= PIECE:  # most are small
+    if isinstance(tensor, Tensor):
+        yield from (piece.cpu() for _, piece in Live(tensor).pieces(PIECE))
+        return
+    if 0 < tensor.nbytes <= PIECE:  # most are small
         tensor.fill(buffer[: tensor.nbytes], 0)
         yield buffer[: tensor.nbytes]
         return
     for box in tiles(whole(tensor.shape), PIECE // tensor.dtype.itemsize):
-        yield flat_bytes(tensor.read(box, buffer)) if isinstance(tensor, Entry) else Live(tensor).bytes(box).cpu()
+        yield flat_bytes(tensor.read(box, buffer))
 
 
 def _need_same(a: str, b: str, old: Mapping[str, Entry | Tensor], new: Mapping[str, Entry | Tensor]) -> None:

@@ -7,11 +7,9 @@ for bytes that change without looking at the others.
 
 from __future__ import annotations
 
-import hashlib
 import importlib
-import json
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,7 +17,6 @@ from torch import Tensor
 
 from ..layout import Layout
 from .errors import DeltaError
-from .header import DTYPES
 from .held_file import memory_of
 
 _MOD = 65521
@@ -155,10 +152,3 @@ def digest_of(flat: Tensor, kind: str) -> str:
     digest = new_digest(kind)
     digest.add(flat, 0)
     return digest.hexdigest(flat.numel())
-
-
-def whole_digest(tensors: Iterable[tuple[str, torch.dtype, Sequence[int], str]]) -> str:
-    """One digest (SHA-256, hex) of a checkpoint from (name, dtype, shape, digest of its bytes) of each tensor, in any order."""
-    names = {dtype: name for name, dtype in DTYPES.items()}
-    lines = sorted([name, names.get(dtype, str(dtype)), list(shape), digest] for name, dtype, shape, digest in tensors)
-    return hashlib.sha256(json.dumps(lines, separators=(",", ":")).encode()).hexdigest()

@@ -63,18 +63,10 @@ class HeldFile:
         """Bytes in the file when it was opened."""
         return self._seen.st_size
 
-    def read_into(self, out: Tensor, offset: int) -> None:
-        """Fill ``out`` (uint8 [n], contiguous, in host memory) with the bytes from ``offset`` on.
-
-        Raises:
-            SourceError: the file ends before (it was truncated), cannot be read, or is closed.
-        """
-        self._fill(memory_of(out), offset)
-
     def read(self, offset: int, count: int) -> bytes:
         """``count`` bytes from ``offset`` on. The caller has bounded ``count``."""
         buffer = bytearray(count)
-        self._fill(memoryview(buffer), offset)
+        self.read_into(memoryview(buffer), offset)
         return bytes(buffer)
 
     def read_all(self, limit: int) -> bytes:
@@ -87,7 +79,12 @@ class HeldFile:
             raise SourceError("the file is too long", name=str(self.path), expected=expected, found=found)
         return self.read(0, self.size)
 
-    def _fill(self, memory: memoryview, offset: int) -> None:
+    def read_into(self, memory: memoryview, offset: int) -> None:
+        """Fill ``memory`` with the bytes from ``offset`` on.
+
+        Raises:
+            SourceError: the file ends before (it was truncated), cannot be read, or is closed.
+        """
         fd = self._fd()
         while memory:
             try:

@@ -10,13 +10,92 @@ from torch import Tensor
 
 from ..errors import ReloadError, StateError
 from ..module.registry import AliasRegistry
-from ..storage.coverage import Box, Coverage
+from ..storage.coverage import Box
 from ..storage.kernel_name import RefusingName
 from ..storage.states import State
-from ..storage.storage import AliasedStorage
 from .live import Live
 from .patch import Patch, differences
 from .targets import Target
+
+
+class _Memory:
+    """A storage, or the memory of plain tensors that lie in one: how a session found it, and what it keeps of it.
+
+    Attributes:
+        version: of its bytes, when the session first looked at it and after each of its writes; None while one goes on, or where
+            an interrupt ended it. So writes of other code are noticed.
+        begun: it was written, perhaps half-way.
+        ahead: all that the values which are staged for it are to replace was kept.
+        patches: the old bytes.
+        lost: why they cannot be brought back, or None.
+    """
+
+    def __init__(self, target: Target) -> None:
+        self.target, self.storage = target, target.storage
+        self.patches: list[Patch] = []
+        self.begun = self.ahead = False
+        with self.lock:
+            self.version: object = self.now()
+            self.lost = None if self._is_whole() else f"{target.label} held no whole weights before"
+
+    @property
+    def lock(self) -> AbstractContextManager[Any]:
+        """The storage's own: one in Python would be left held by an interrupt at its end."""
+        return nullcontext() if self.storage is None else self.storage.lock
+
+    def _is_whole(self) -> bool:
+        if self.storage is not None:
+            return self.storage.state is State.LOADED
+        places = [place for one in self.target.together for place in one.places]
+        return not any(isinstance(holder.get(key), RefusingName) for holder, key in places)
+
+    def now(self) -> object:
+        """The version. What other code wrote before is noticed. The caller holds the lock."""
+        if self.storage is not None:
+            self.storage.notice()
+            return self.storage.version
+        return [Live(one.tensor).version for one in self.target.together]
+
+    def changed(self) -> str | None:
+        """Other code wrote it since the session looked at it, or wrote it; None if nobody did."""
+        with self.lock:
+            if self.version is None or self.now() == self.version:
+                return None
+        if self.storage is None:
+            return "a plain tensor was written by other code"
+        return f"{self.storage.label}: {self.storage.states.why or 'it was written by other code'}"
+
+    def keep(self, target: Target, box: Box, value: Tensor) -> None:
+        """Keep what ``value`` is about to replace under ``box``, also where another value was kept for, which was not written
+        whole: restoring goes back over that one."""
+        try:
+            if self.begun:
+                self._accept()
+            if self.lost is None:
+                found = differences(Live(target.tensor), box, value, keep_new=False)
+                self.patches += [patch for patch in found if patch is not None]
+        except StateError as error:
+            self.lost = error.message
+
+    def _accept(self) -> None:
+        """What a write of this session left half-way holds bytes that are old, or in a patch; unless other code wrote."""
+        if self.storage is None or not self.storage.states.missing:
+            return
+        with self.lock:
+            self.lost = self.changed()
+            if self.lost is None:
+                self.storage.accept()
+                self.version = self.now()
+
+    def write(self, do: Callable[[], object]) -> None:
+        """Every write of this session, so that those of other code are told from them."""
+        with self.lock:
+            self.lost = self.lost or self.changed()
+            self.begun, self.version = True, None
+            try:
+                do()
+            finally:
+                self.version = self.now()
 
 
 class Journal:
@@ -24,163 +103,65 @@ class Journal:
 
     Memory: at most 5 bytes of the host for each changed byte, and never more than what was overwritten; 32 MiB of scratch, which
     is 16 times a piece.
-
-    Attributes:
-        patches: the old bytes; whoever touched a tensor may add to them.
     """
 
     def __init__(self) -> None:
-        self.patches: list[Patch] = []
-        #: By memory: the version that it had before, and after each write of this reload; None while one goes on, or where an
-        #: interrupt ended it.
-        self._seen: dict[int, tuple[Live, int | None]] = {}
-        self._kept: dict[int, Coverage] = {}
-        self._lost: dict[int, str] = {}
-        self._begun: set[int] = set()  # memory that was written, perhaps half-way
-        self._ahead: dict[int, tuple[Target, int]] = {}  # of what was kept ahead: the version that it is of
+        self._memories: dict[int, _Memory] = {}
 
     @property
-    def lost(self) -> str | None:
-        """Why it cannot restore, or None."""
-        return next(iter(self._lost.values()), None)
+    def nbytes(self) -> int:
+        """Host memory."""
+        return sum(patch.nbytes for memory in self._memories.values() for patch in memory.patches)
 
-    def touch(self, target: Target) -> None:
-        """To be called before the first write of a tensor."""
-        for one in target.together:  # which show refusing twins from that write on
-            if id(one.tensor) not in self._kept:
-                self._look_at(one)
+    def touch(self, target: Target) -> _Memory:
+        """To be called before the first write of a tensor: those in its memory show refusing twins from that write on."""
+        key = id(target.storage or target.together[0])
+        found = self._memories.get(key)
+        if found is None:
+            found = self._memories[key] = _Memory(target)
+        return found
 
-    def _look_at(self, target: Target) -> None:
-        live = Live(target.tensor)
-        with _lock(live):
-            found = _version(live)
-            if live.storage is None:
-                if any(isinstance(holder.get(key), RefusingName) for holder, key in target.places):
-                    self._lost[id(target.tensor)] = f"{target.label} held no weights before: an earlier reload of it failed"
-            elif _memory(live) not in self._seen and live.storage.state is not State.LOADED:
-                self._lost[id(target.tensor)] = f"{target.label} held no whole weights before"
-            self._seen.setdefault(_memory(live), (live, found))
-        self._kept[id(target.tensor)] = Coverage(target.tensor.shape)
+    def need_unchanged(self) -> list[_Memory]:
+        """What has patches.
 
-    def keep(self, target: Target, box: Box, value: Tensor, *, again: bool) -> None:
-        """Keep what ``value`` is about to replace under ``box``. ``again``: what was kept there was kept for this very value."""
-        self.touch(target)
-        if not (again and self._kept[id(target.tensor)].covers(box)):
-            self._keep(target, box, value)
+        Raises:
+            ReloadError: a tensor was written since a delta was checked against it.
+        """
+        for memory in self._memories.values():
+            if memory.changed() is not None:
+                raise ReloadError("the tensor changed since the delta was checked against it", name=memory.target.label)
+        return [memory for memory in self._memories.values() if memory.patches]
 
-    def write(self, target: Target, do: Callable[[], object]) -> None:
-        """Every write of this reload, so that those of other code are told from them."""
-        lives = [Live(one.tensor) for one in target.together]
-        with _lock(lives[0]):
-            for live in lives:
-                if (why := self._changed(live)) is not None:
-                    self._lost.setdefault(id(target.tensor), why)
-            self._begun.add(_memory(lives[0]))
-            self._seen |= {_memory(live): (live, None) for live in lives}
-            try:
-                do()
-            finally:
-                self._seen |= {_memory(live): (live, _version(live)) for live in lives}
-
-    def keep_ahead(self, target: Target, box: Box, value: Tensor) -> None:
-        """The same before the tensor is closed, while the old weights serve. A plain tensor may change unseen: not yet."""
-        live = Live(target.tensor)
-        if live.storage is not None and not target.shares_memory:
-            self._ahead.setdefault(id(target.tensor), (target, live.version))
-            self.touch(target)
-            self._keep(target, box, value)
-
-    def check_ahead(self) -> None:
-        """To be called when tensors are closed and not written yet: of those that were written since, keep what is there now."""
-        for key, (target, version) in self._ahead.items():
-            live = Live(target.tensor)
-            with _lock(live):
-                changed = _version(live) != version
-            if changed:
-                self.patches = [patch for patch in self.patches if patch.live.tensor is not target.tensor]
-                self._lost.pop(key, None)
-                self._seen.pop(_memory(live), None)
-                self._look_at(target)
-        self._ahead = {}  # and not before: where an interrupt comes between, restore() does it again
+    def look_again(self) -> None:
+        """Drop what was kept ahead of memory that other code wrote since. To be called when it is closed and not written yet."""
+        for key, memory in self._memories.items():
+            if not memory.begun and memory.changed() is not None:
+                self._memories[key] = _Memory(memory.target)
 
     def restore(self) -> None:
         """Every byte as it was, and what derives from them.
 
         Raises:
-            ReloadError: it cannot: see :attr:`lost`, or other code wrote the memory meanwhile.
+            ReloadError: it cannot: memory held no whole weights before, or other code wrote it meanwhile.
             AliasError: processing refuses.
         """
-        self.check_ahead()
-        lives = [live for live, _ in self._seen.values()]
-        for why in (self.lost, *map(self._changed, lives)):
+        self.look_again()
+        memories = list(self._memories.values())
+        for why in (memory.lost or memory.changed() for memory in memories):
             if why is not None:
-                raise _cannot(why)
-        for patch in reversed(self.patches):
-            patch.put_old()
-        storages = [live.storage for live in lives if live.storage is not None]
+                raise ReloadError(
+                    "the journal cannot bring the old weights back",
+                    expected="memory that was loaded before, and that only this reload writes",
+                    found=why,
+                    remedy="Reload the whole model; until then it refuses.",
+                )
+        for memory in memories:
+            for patch in reversed(memory.patches):
+                patch.put(patch.old)
+        storages = [memory.storage for memory in memories if memory.storage is not None]
         for storage in storages:
             storage.accept()  # also where a write failed half-way: what it reached is old again
         listeners = {id(one): one for storage in storages for one in storage.listeners}
         for listener in listeners.values():
             if isinstance(listener, AliasRegistry):
                 listener.process()
-
-    def _keep(self, target: Target, box: Box, value: Tensor) -> None:
-        """Also where another value was kept for, which was not written whole: restoring goes back over that one."""
-        live, why = Live(target.tensor), None
-        if self.lost is not None:
-            return
-        try:
-            if live.storage is not None and _memory(live) in self._begun and live.storage.states.missing:
-                why = self._accept(live.storage, live)
-            if why is None:
-                found = differences(live, box, value, keep_new=False)
-                self.patches += [patch for patch in found if patch is not None]
-        except StateError as error:
-            why = error.message
-        if why is not None:
-            self._lost[id(target.tensor)] = why
-        self._kept[id(target.tensor)].add(box)
-
-    def _accept(self, storage: AliasedStorage, live: Live) -> str | None:
-        """What a write of this reload left half-way holds bytes that are old, or in a patch. Why not, if other code wrote."""
-        with storage.lock:
-            if (why := self._changed(live)) is None:
-                storage.accept()
-                self._seen[_memory(live)] = live, storage.version
-            return why
-
-    def _changed(self, live: Live) -> str | None:
-        """Other code wrote the memory since this reload first looked at it, or wrote it; None if nobody did."""
-        with _lock(live):
-            _, version = self._seen[_memory(live)]
-            if version is None or _version(live) == version:
-                return None
-        if live.storage is None:
-            return "a plain tensor was written by other code"
-        return f"{live.storage.label}: {live.storage.states.why or 'it was written by other code'}"
-
-
-def _memory(live: Live) -> int:
-    return id(live.tensor if live.storage is None else live.storage)
-
-
-def _version(live: Live) -> int:
-    """What other code wrote before is noticed. The caller holds the lock."""
-    if live.storage is not None:
-        live.storage.notice()
-    return 0 if live.storage is None and live.tensor.is_inference() else live.version  # torch counts none of those
-
-
-def _lock(live: Live) -> AbstractContextManager[Any]:
-    """Of its storage, if it has one. The lock itself: one in Python would be left held by an interrupt at its end."""
-    return nullcontext() if live.storage is None else live.storage.lock
-
-
-def _cannot(why: str) -> ReloadError:
-    return ReloadError(
-        "the journal cannot bring the old weights back",
-        expected="memory that was loaded before, and that only this reload writes",
-        found=why,
-        remedy="Reload the whole model; until then it refuses.",
-    )

@@ -33,17 +33,16 @@ class Live:
 
     @property
     def version(self) -> int:
-        """Changes whenever the bytes do."""
-        return self.tensor._version if self.storage is None else self.storage.version
+        """Changes whenever the bytes do; but torch counts no writes of inference tensors."""
+        if self.storage is not None:
+            return self.storage.version
+        return 0 if self.tensor.is_inference() else self.tensor._version
 
-    def pieces(self, max_bytes: int) -> Iterator[tuple[int, Box]]:
-        """(first checkpoint byte, box) of runs that lie together in the checkpoint, in order."""
-        if 0 < self.nbytes <= max_bytes:  # most tensors are small
-            yield 0, self.box
-            return
-        strides = row_major(self.shape)
-        for box in tiles(self.box, max(max_bytes // self.dtype.itemsize, 1)):
-            yield sum(a * stride for (a, _), stride in zip(box, strides, strict=True)) * self.dtype.itemsize, box
+    def pieces(self, max_bytes: int) -> Iterator[tuple[int, Tensor]]:
+        """(first checkpoint byte, :meth:`bytes`) of runs that lie together in the checkpoint, in order."""
+        strides, size = row_major(self.shape), self.dtype.itemsize
+        for box in tiles(self.box, max(max_bytes // size, 1)):
+            yield sum(a * stride for (a, _), stride in zip(box, strides, strict=True)) * size, self.bytes(box)
 
     def bytes(self, box: Box) -> Tensor:
         """The checkpoint bytes of ``box``, uint8 [n], on the tensor's device. Of a plain tensor possibly its own memory.

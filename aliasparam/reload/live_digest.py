@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
@@ -16,7 +19,8 @@ from ..module.adopt import adopt
 from ..module.registry import registries
 from ..module.verbs import checkpoint_names
 from ..spec import no_values
-from .digest import Hashed, PositionalAdler32, new_digest, whole_digest
+from .digest import Hashed, PositionalAdler32, new_digest
+from .header import DTYPES
 from .live import Live
 from .sources import SafetensorsFolder
 
@@ -42,7 +46,10 @@ class CheckpointDigest:
     def of(cls, kind: str, tensors: Iterable[tuple[str, torch.dtype, Sequence[int], str]]) -> Self:
         """From (name, dtype, shape, digest) of each tensor."""
         found = list(tensors)
-        return cls(kind, whole_digest(found), {name: digest for name, _, _, digest in found})
+        names = {dtype: name for name, dtype in DTYPES.items()}
+        lines = sorted([name, names.get(dtype, str(dtype)), list(shape), digest] for name, dtype, shape, digest in found)
+        whole = hashlib.sha256(json.dumps(lines, separators=(",", ":")).encode()).hexdigest()
+        return cls(kind, whole, {name: digest for name, _, _, digest in found})
 
 
 def checkpoint_digest(model: nn.Module, kind: str = "adler32") -> CheckpointDigest:
@@ -99,16 +106,14 @@ def digest_of_folder(folder: SafetensorsFolder | str | Path, kind: str = "adler3
         DeltaError: as there.
         SourceError: a file cannot be read, or changed meanwhile.
     """
-    if isinstance(folder, (str, Path)):
-        with SafetensorsFolder(folder) as opened:
-            return digest_of_folder(opened, kind)
     buffer, found = host_bytes(_PIECE), []
-    for name, entry in folder.tensors.items():
-        digest = new_digest(kind)
-        for start, piece in folder.pieces(name, buffer):
-            digest.add(piece, start)
-        found.append((name, entry.dtype, entry.shape, digest.hexdigest(entry.nbytes)))
-    folder.check_unchanged()
+    with SafetensorsFolder(folder) if isinstance(folder, (str, Path)) else nullcontext(folder) as files:
+        for name, entry in files.tensors.items():
+            digest = new_digest(kind)
+            for start, piece in files.pieces(name, buffer):
+                digest.add(piece, start)
+            found.append((name, entry.dtype, entry.shape, digest.hexdigest(entry.nbytes)))
+        files.check_unchanged()
     return CheckpointDigest.of(kind, found)
 
 
@@ -130,5 +135,5 @@ def add_in_place(sums: PositionalAdler32, live: Live) -> bool:
 
 def add_pieces(digest: PositionalAdler32 | Hashed, live: Live) -> None:
     """Add all bytes, gathered in order."""
-    for start, box in live.pieces(_PIECE):
-        digest.add(live.bytes(box), start)
+    for start, piece in live.pieces(_PIECE):
+        digest.add(piece, start)

@@ -6,8 +6,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 
 from ..errors import ReloadError
-from .checks import Phase
-from .session import ReloadSession
+from .session import Phase, ReloadSession
 
 #: Makes a session that is prepared while the old weights serve (policy "staged-journal", or ``prepare_delta``), and says what
 #: it is about to serve: one text on all ranks.

@@ -108,20 +108,16 @@ def _metrics() -> Any:
         return None
     prometheus = import_module("prometheus_client")
     try:
-        return _registered(prometheus)
+        return (
+            prometheus.Histogram("weight_load_duration_seconds", "Seconds from begin to end of a reload", ["source"]),
+            prometheus.Histogram("weight_load_pause_seconds", "Seconds of the commit of a reload", ["source"], buckets=_PAUSES),
+            prometheus.Counter("weight_load_bytes", "Bytes of values handed to reloads", ["source"]),
+            prometheus.Counter("weight_loads", "Reloads that ended", ["source", "outcome"]),
+            prometheus.Gauge("weight_generation", "Commits of the model that was reloaded last"),
+        )
     except ValueError as error:  # other code has a metric of one of these names
         _log.error("no metrics of reloads: %s", error)
         return None
-
-
-def _registered(prometheus: Any) -> tuple[Any, ...]:
-    return (
-        prometheus.Histogram("weight_load_duration_seconds", "Seconds from begin to end of a reload", ["source"]),
-        prometheus.Histogram("weight_load_pause_seconds", "Seconds of the commit of a reload", ["source"], buckets=_PAUSES),
-        prometheus.Counter("weight_load_bytes", "Bytes of values handed to reloads", ["source"]),
-        prometheus.Counter("weight_loads", "Reloads that ended", ["source", "outcome"]),
-        prometheus.Gauge("weight_generation", "Commits of the model that was reloaded last"),
-    )
 
 
 def _count(observed: Observed, seconds: float) -> None:

@@ -1,6 +1,7 @@
 """Some bytes of one live tensor, old and perhaps new, kept on the host: what a journal holds, and what a delta becomes.
 
-A patch is put by writing bytes, never by changing what is there, so it may be put again after a failure half-way.
+A patch is put by writing bytes, never by changing what is there, so it may be put again after a failure half-way. Positions are
+of the layout that the tensor had: who holds patches sees by versions that nobody else changed it.
 """
 
 from __future__ import annotations
@@ -11,8 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import ReloadError
-from ..layout.bound import BoundLayout, flat_bytes
+from ..layout.bound import flat_bytes
 from ..layout.boxes import Box, part_in, row_major, sizes, tiles
 from ..storage.transaction import pinned_copy
 from .live import Live
@@ -29,8 +29,7 @@ class Patch(NamedTuple):
         live: the tensor.
         box: what was compared; all of it where ``at`` is None.
         at: int32 or int64 [n], byte positions in memory less ``base``.
-        old, new: uint8 [n], on the host.
-        bound: the layout that ``at`` is of.
+        old, new: uint8 [n], on the host; of a journal's there is no new one, uint8 [0].
     """
 
     live: Live
@@ -38,26 +37,16 @@ class Patch(NamedTuple):
     at: Tensor | None
     base: int
     old: Tensor
-    new: Tensor | None
-    bound: BoundLayout | None
+    new: Tensor
 
     @property
     def nbytes(self) -> int:
         """Host memory."""
-        return sum(part.nbytes for part in (self.at, self.old, self.new) if part is not None)
+        return (0 if self.at is None else self.at.nbytes) + self.old.nbytes + self.new.nbytes
 
-    def put_old(self) -> None:
-        self._put(self.old)
-
-    def put_new(self) -> None:
-        if self.new is None:
-            raise AssertionError("a patch without new bytes")
-        self._put(self.new)
-
-    def _put(self, values: Tensor) -> None:
-        device, storage = self.live.tensor.device, self.live.storage
-        if storage is not None and storage.bound is not self.bound:
-            raise ReloadError("the layout was changed while a reload was open", label=storage.label)
+    def put(self, values: Tensor) -> None:
+        """Write the old or the new bytes."""
+        device = self.live.device
         with torch.no_grad():
             values = values.to(device, non_blocking=True)
             if self.at is None:
@@ -84,26 +73,26 @@ def patch_of(live: Live, box: Box, old: Tensor, new: Tensor, *, keep_new: bool) 
     count = int(differs.count_nonzero())
     if not count:
         return None
+    kept = new if keep_new else new[:0]
     if count * (5 + keep_new) < old.numel() * (1 + keep_new):
         where = _where(differs)
         places = live.positions(_in_tensor(live, box, where))
         if places is not None:
-            return patch_at(live, places, old[where], new[where], keep_new=keep_new)
-    bound = None if live.storage is None else live.storage.bound
-    return Patch(live, box, None, 0, on_host(old), on_host(new) if keep_new else None, bound)
+            return patch_at(live, places, old[where], kept[where] if keep_new else kept)
+    return Patch(live, box, None, 0, on_host(old), on_host(kept))
 
 
-def patch_at(live: Live, places: Tensor, old: Tensor, new: Tensor, *, keep_new: bool) -> Patch:
+def patch_at(live: Live, places: Tensor, old: Tensor, new: Tensor) -> Patch:
     """Of bytes at ``places`` in memory (int64 [n], n > 0, no two alike), all on the tensor's device."""
-    base, bound = int(places.min()), None if live.storage is None else live.storage.bound
-    return Patch(live, live.box, on_host(_narrow(places - base)), base, on_host(old), on_host(new) if keep_new else None, bound)
+    base = int(places.min())
+    return Patch(live, live.box, on_host(_narrow(places - base)), base, on_host(old), on_host(new))
 
 
 def patched(live: Live, patches: Iterable[Patch]) -> Live:
     """What a plain tensor becomes with its patches, in host memory of its own."""
     found = Live(live.tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format))
     for patch in patches:
-        patch._replace(live=found).put_new()
+        patch._replace(live=found).put(patch.new)
     return found
 
 
@@ -139,16 +128,14 @@ def _join(group: list[Patch]) -> Patch:
         return _pinned(group[0])
     base = min(patch.base for patch in group)
     places = torch.cat([patch.at.to(torch.int64) + (patch.base - base) for patch in group if patch.at is not None])
-    news = [patch.new for patch in group if patch.new is not None]
-    one = group[0]._replace(at=_narrow(places), base=base, old=torch.cat([patch.old for patch in group]))
-    return _pinned(one._replace(new=torch.cat(news) if news else None))
+    old, new = (torch.cat(parts) for parts in zip(*((patch.old, patch.new) for patch in group), strict=True))
+    return _pinned(group[0]._replace(at=_narrow(places), base=base, old=old, new=new))
 
 
 def _pinned(patch: Patch) -> Patch:
     if patch.live.device.type != "cuda":
         return patch
-    at, new = (None if part is None else part.pin_memory() for part in (patch.at, patch.new))
-    return patch._replace(at=at, new=new)
+    return patch._replace(at=None if patch.at is None else patch.at.pin_memory(), new=patch.new.pin_memory())
 
 
 def _narrow(places: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 Every incoming tensor is checked against the live names before it is written; preparing checks coverage, committing processes what
 changed. What is written refuses from its first write to the commit: declared modules by themselves, plain parameters and buffers
-by a refusing twin (see plain.py), in compiled callers and parents too. What an abort leaves is the policy's (see policies.py):
+by a refusing twin (see targets.py), in compiled callers and parents too. What an abort leaves is the policy's (see policies.py):
 the old weights, or a refusal until a whole reload succeeds. A mixture never serves.
 """
 
@@ -12,6 +12,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from enum import Enum
 from types import TracebackType
 from typing import Literal
 
@@ -22,8 +23,7 @@ from ..errors import ReloadError
 from ..layout.boxes import shown
 from ..module.adopt import adopt
 from ..spec import TensorSpec
-from ..storage.coverage import Box, Coverage
-from .checks import Phase, box_of, need, need_dense, need_fit, need_whole
+from ..storage.coverage import Box
 from .claims import Claim
 from .collector import collector_paused
 from .drain import Drain
@@ -31,11 +31,21 @@ from .live import Live
 from .observe import Hook, Hooks, Observed, call_abort_hooks, phase
 from .patch import Patch
 from .policies import AnyPolicy, Policy
-from .targets import Target, find_targets, in_scope, target_of
-from .written import Written
+from .targets import Target, find_targets, fitted, in_scope, need_whole, target_of
 
 #: "all": every tensor must arrive; "partial": each tensor that is begun must; or dotted prefixes, under which every tensor must.
 Scope = Literal["all", "partial"] | Iterable[str]
+
+
+class Phase(Enum):
+    """COMMITTING: in its switch or commit, where hooks and derivations run. Only an abort may come between."""
+
+    NEW = "not begun"
+    OPEN = "open"
+    PREPARED = "prepared"
+    COMMITTING = "being committed"
+    SWITCHED = "switched"
+    ENDED = "ended"
 
 
 class ReloadSession:
@@ -58,11 +68,9 @@ class ReloadSession:
         self.observed = Observed(source, policy)
         self._hooks, self._to_call = hooks, list(hooks.on_commit)
         self._targets: dict[str, Target] = {}
-        self._arrived: dict[int, Coverage] = {}
         self.drain = Drain(model, drain_seconds)
-        self._written = Written(type(model).__name__, self.drain)
         self._claim = Claim(self)
-        self._policy = Policy(policy, self._written)
+        self._policy = Policy(policy, self._label, self.drain)
         self._lock = threading.RLock()  # of updates and of the phase; no hook and no derivation runs under it
 
     # -- the transaction -----------------------------------------------------------------------------------------------
@@ -83,7 +91,7 @@ class ReloadSession:
                 self._targets = find_targets(self.model)
             self.drain.begin(self._claim.modules)
             self.phase = Phase.OPEN
-            weakref.finalize(self, self._written.abandon)  # a session that was dropped leaves a refusal
+            weakref.finalize(self, self._policy.abandon)  # a session that was dropped leaves a refusal
             for hook in self._hooks.on_begin:
                 hook(self)
         except BaseException:
@@ -98,8 +106,7 @@ class ReloadSession:
         """
         with self._lock:
             self._need((Phase.OPEN,), "prepare")
-            wanted = in_scope(self._targets, self.scope, self._arrived)
-            need_whole(self._label, self.scope, {name: self._coverage(target) for name, target in wanted.items()})
+            need_whole(self._label, self.scope, in_scope(self._targets, self.scope))
             self.phase = Phase.PREPARED
 
     def switch(self) -> None:
@@ -139,9 +146,9 @@ class ReloadSession:
             self._claim.end()
             with phase("abort"):
                 if restored := self._policy.restore():
-                    self._written.commit(whole=False)
+                    self._policy.commit(whole=False)
         finally:
-            self._written.poison()
+            self._policy.poison()
             if begun:
                 self.failed_hooks = call_abort_hooks(self._hooks, self)
                 self.observed.ended(self.model, "restored" if restored else "refuses")
@@ -201,13 +208,13 @@ class ReloadSession:
             raise
 
     def _serve(self) -> None:
-        if self._written.any:
+        if self._policy.wrote:
             self.drain.wait_for_devices()
-        self._written.commit(whole=self.scope == "all")
+        self._policy.commit(whole=self.scope == "all")
         self._claim.end()
 
     def _reopen(self) -> None:
-        self._written.reopen()
+        self._policy.reopen()
         self._claim.hold()
 
     # -- updates -------------------------------------------------------------------------------------------------------
@@ -240,14 +247,8 @@ class ReloadSession:
 
     def _update(self, name: str, value: Tensor, first_row: int | None, box: Box | None) -> None:
         target = self._target(name)
-        live = target.tensor
-        need_dense(self._label, name, value, "the new value")
-        if value.numel() == live.numel() == 1 and value.dim() <= 1 and live.dim() <= 1:
-            value = value.reshape(live.shape)  # 0-d and [1] are one thing
-        box = box_of(self._label, name, live, value, first_row, box)
-        need_fit(self._label, name, live, value, box)
-        coverage = self._coverage(target)
-        if coverage.overlap(box) is not None:
+        value, box = fitted(target, self._label, value, first_row, box)
+        if target.arrived.overlap(box) is not None:
             raise ReloadError(
                 "these elements arrived twice in one reload",
                 module=self._label,
@@ -258,7 +259,7 @@ class ReloadSession:
             )
         with phase("update"):
             self._policy.update(target, box, value)
-        coverage.add(box)
+        target.arrived.add(box)
         self.observed.bytes += value.nbytes
         self.observed.tensors += 1
 
@@ -285,15 +286,14 @@ class ReloadSession:
         return target_of(self._targets, self.scope, self._label, name)
 
     def _need(self, phases: tuple[Phase, ...], doing: str) -> None:
-        need(self._label, self.phase, phases, doing)
-
-    def _coverage(self, target: Target) -> Coverage:
-        if not target.tensor.numel():
-            return Coverage(target.tensor.shape)  # nothing is missing from it, also where nobody sends it
-        found = self._arrived.get(id(target.tensor))
-        if found is None:
-            found = self._arrived[id(target.tensor)] = Coverage(target.tensor.shape)
-        return found
+        if self.phase not in phases:
+            raise ReloadError(
+                f"cannot {doing}: this reload is {self.phase.value}",
+                module=self._label,
+                expected=f"a reload that is {' or '.join(one.value for one in phases)}",
+                found=self.phase.value,
+                remedy="The order is begin, update, prepare, commit; or use it inside `with reload(model) as r:`.",
+            )
 
     @property
     def _label(self) -> str:

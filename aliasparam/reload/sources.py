@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from ..layout.boxes import Box, tiles
-from .entry import Entry
 from .errors import SourceError
-from .header import MAX_JSON_BYTES, parse_json, read_header
+from .header import MAX_JSON_BYTES, Entry, parse_json, read_header
 from .held_file import HeldFile, Opened
 
 _INDEX = "model.safetensors.index.json"
@@ -78,7 +77,7 @@ class SafetensorsFolder(Opened):
             SourceError: as :meth:`read`; the buffer is something else.
         """
         wanted = [(entry := self.entry(name), entry.checked(box)) for name, box in parts]
-        _check_buffer(buffer, [entry for entry, _ in wanted])
+        _check_buffer(buffer, (entry for entry, _ in wanted))
         each = buffer.numel() // _SLOTS // _ALIGNED * _ALIGNED
         slots = [buffer[i * each : (i + 1) * each] for i in range(_SLOTS)] if each else [buffer]
         coming: deque[tuple[int, Box, Future[Tensor]]] = deque()
@@ -173,16 +172,15 @@ class SafetensorsFolder(Opened):
         return weight_map
 
 
-def _check_buffer(buffer: Tensor, entries: list[Entry]) -> None:
-    if buffer.dtype != torch.uint8 or buffer.dim() != 1 or not buffer.is_contiguous() or buffer.device.type != "cpu":
-        found = f"{buffer.dtype} {list(buffer.shape)} on {buffer.device}"
-        raise SourceError("a buffer for pieces is contiguous bytes", expected="uint8 [n] on the host", found=found)
-    for entry in entries:
-        size = entry.dtype.itemsize
-        if buffer.numel() < size or buffer.data_ptr() % size:
-            raise SourceError(
-                "the buffer is too small for one element, or not aligned", expected=f"{size} bytes", name=entry.name
-            )
+def _check_buffer(buffer: Tensor, entries: Iterable[Entry]) -> None:
+    element = max((entry.dtype.itemsize for entry in entries), default=1)
+    is_plain = buffer.dtype == torch.uint8 and buffer.dim() == 1 and buffer.is_contiguous() and buffer.device.type == "cpu"
+    if not is_plain or buffer.numel() < element or buffer.data_ptr() % element:
+        raise SourceError(
+            "a buffer for pieces is bytes, has room for one element, and is aligned to it",
+            expected=f"uint8 [n], contiguous, on the host, at least {element} bytes at a multiple of {element}",
+            found=f"{buffer.dtype} {list(buffer.shape)} on {buffer.device}",
+        )
 
 
 def _pieces(wanted: Iterable[tuple[Entry, Box]], most_bytes: int) -> Iterator[tuple[int, Entry, Box]]:

@@ -1,10 +1,10 @@
-"""The live tensors of a model by their checkpoint names: what a reload writes."""
+"""The live tensors of a model by their checkpoint names: what a reload writes, and what fits them."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from operator import index
 from typing import Any
 
 import torch
@@ -12,12 +12,15 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..errors import ReloadError, StaleKernelError
+from ..layout.boxes import shown, sizes, whole, within
 from ..module.allocate import extent, has_memory
+from ..spec import TensorSpec, other_kind
+from ..storage.coverage import Box, Coverage
 from ..storage.kernel_name import KernelName, RefusingName
-from .checks import need_dense
+from ..storage.storage import AliasedStorage
+from ..tensors.faces import _Aliased
 
 
-@dataclass(eq=False, slots=True)
 class Target:
     """One live tensor.
 
@@ -25,13 +28,28 @@ class Target:
         tensor: a declared name, or a plain parameter or buffer.
         places: (module's dict of parameters or buffers, name) of every place that shows it.
         label: its first name.
+        storage: where a declared name lies; None for a plain tensor.
         together: it and other plain tensors in the same memory (``b = nn.Parameter(a.data)``): who writes one writes them all.
     """
 
-    tensor: Tensor
-    places: list[tuple[dict[str, Any], str]]
-    label: str
-    _others: Sequence[Target] = ()
+    __slots__ = ("_arrived", "_others", "label", "places", "storage", "tensor")
+
+    def __init__(self, tensor: Tensor, holder: dict[str, Any], name: str, label: str) -> None:
+        self.tensor, self.places, self.label = tensor, [(holder, name)], label
+        self.storage: AliasedStorage | None = tensor._alias_storage if isinstance(tensor, _Aliased) else None
+        self._others: Sequence[Target] = ()
+        self._arrived: Coverage | None = None
+
+    @property
+    def arrived(self) -> Coverage:
+        """What has come for it, in a session."""
+        if self._arrived is None:
+            self._arrived = Coverage(self.tensor.shape)
+        return self._arrived
+
+    @property
+    def begun(self) -> bool:
+        return self._arrived is not None
 
     @property
     def together(self) -> Sequence[Target]:
@@ -62,7 +80,7 @@ def find_targets(model: nn.Module) -> dict[str, Target]:
                     known.places.append((holder, name))
                 else:
                     label = called.get(id(shown)) or prefix + name
-                    found[label] = seen[id(live)] = Target(live, [(holder, name)], label)
+                    found[label] = seen[id(live)] = Target(live, holder, name, label)
     _find_together(found.values())
     return found
 
@@ -84,23 +102,39 @@ def _find_together(targets: Iterable[Target]) -> None:
             end = max(end, target.tensor.data_ptr() + extent(target.tensor))
 
 
-def in_scope(targets: Mapping[str, Target], scope: str | Iterable[str], begun: Mapping[int, object]) -> dict[str, Target]:
+def in_scope(targets: Mapping[str, Target], scope: str | Iterable[str]) -> list[Target]:
     """The targets that must arrive whole.
 
     Raises:
         ReloadError: a prefix of the scope that no target has.
     """
-    if scope == "all":
-        return dict(targets)
-    if scope == "partial":
-        return {n: t for n, t in targets.items() if id(t.tensor) in begun}
+    if isinstance(scope, str):
+        return [target for target in targets.values() if scope == "all" or target.begun]
     dotted = _dotted(scope)
-    found = {name: target for name, target in targets.items() if f"{name}.".startswith(dotted)}
+    found = [target for target in targets.values() if f"{target.label}.".startswith(dotted)]
     for prefix, start in zip(scope, dotted, strict=True):
-        if not any(f"{name}.".startswith(start) for name in found):
+        if not any(f"{target.label}.".startswith(start) for target in found):
             remedy = "r.expected lists the names; a prefix ends at a dot."
             raise ReloadError("the model has no tensor under this prefix of the scope", name=prefix, remedy=remedy)
     return found
+
+
+def need_whole(module: str, scope: str | Iterable[str], wanted: Collection[Target]) -> None:
+    """
+    Raises:
+        ReloadError: a tensor did not arrive whole.
+    """
+    missing = [target for target in wanted if not target.arrived.whole]
+    if missing:
+        first = missing[0].arrived.missing()
+        raise ReloadError(
+            f"{len(missing)} of {len(wanted)} tensors did not arrive whole",
+            module=module,
+            name=", ".join(target.label for target in missing[:5]) + (", …" if len(missing) > 5 else ""),
+            expected="every element of each tensor that was begun" if scope == "partial" else "every element once",
+            found=f"{missing[0].label} without {', '.join(map(shown, first[:3]))}",
+            remedy='Send the missing tensors, or open the reload with scope="partial" for a deliberate partial update.',
+        )
 
 
 def _dotted(prefixes: Iterable[str]) -> tuple[str, ...]:
@@ -138,6 +172,48 @@ def target_of(targets: Mapping[str, Target], scope: str | tuple[str, ...], modul
         remedy = "Load the model first: a value written here would be lost."
         raise ReloadError("the model's tensor has no memory", module=module, name=name, found="one on meta", remedy=remedy)
     return target
+
+
+def need_dense(module: str, name: str, value: Any, whose: str) -> None:
+    """
+    Raises:
+        ReloadError: not a tensor whose values lie at strides.
+    """
+    if (found := other_kind(value)) is not None:
+        expected = "a dense tensor"
+        raise ReloadError(f"{whose} is of a kind that is not reloaded", module=module, name=name, expected=expected, found=found)
+
+
+def fitted(target: Target, module: str, value: Tensor, first_row: int | None, box: Box | None) -> tuple[Tensor, Box]:
+    """``value`` as it can be written, and the rectangle of the tensor that it is for.
+
+    Raises:
+        ReloadError: not dense, another shape or dtype, no values, a rectangle that is not within the tensor, or rows and a
+            rectangle at once.
+    """
+    live, name = target.tensor, target.label
+    need_dense(module, name, value, "the new value")
+    if box is not None and first_row is not None:
+        found = f"{first_row=}, {box=}"[:120]
+        raise ReloadError("rows and a rectangle at once", module=module, name=name, expected="first_row or box", found=found)
+    if value.numel() == live.numel() == 1 and value.dim() <= 1 and live.dim() <= 1:
+        value = value.reshape(live.shape)  # 0-d and [1] are one thing
+    if box is not None:
+        box = tuple((index(a), index(b)) for a, b in box)
+    elif first_row is None or not live.shape:
+        box = whole(live.shape)
+    else:
+        box = ((index(first_row), first_row + (value.shape[0] if value.dim() else 1)), *whole(live.shape[1:]))
+    if within(box, live.shape) and tuple(value.shape) == sizes(box) and value.dtype == live.dtype and not value.is_meta:
+        return value, box
+    raise ReloadError(
+        "the new tensor does not fit",
+        module=module,
+        name=name,
+        expected=f"{TensorSpec.of(live)}" + ("" if value.dim() and sizes(box) == tuple(live.shape) else f", {shown(box)} of it"),
+        found=f"{TensorSpec.of(value)}{' on meta' if value.is_meta else ''}",
+        remedy="Send it in the shape and dtype of the checkpoint that was loaded first.",
+    )
 
 
 # -- plain tensors that are being written --------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from aliasparam import reload
 from aliasparam.errors import AliasError, ReloadError
 from aliasparam.reload import ReloadSession
-from aliasparam.reload.checks import Phase
+from aliasparam.reload.session import Phase
 
 from ..folder import open_checked, stream
 from ..hooking import Hook

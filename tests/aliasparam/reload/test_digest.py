@@ -10,8 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aliasparam.reload import CheckpointDigest
 from aliasparam.reload import digest as digest_module
-from aliasparam.reload.digest import PositionalAdler32, sums_of_run, whole_digest
+from aliasparam.reload.digest import PositionalAdler32, sums_of_run
 from aliasparam.reload.errors import DeltaError
 
 
@@ -91,6 +92,10 @@ def test_a_part_has_no_digest() -> None:
         sums.hexdigest(4)
 
 
+def whole(tensors: list[tuple[str, torch.dtype, tuple[int, ...], str]]) -> str:
+    return CheckpointDigest.of("adler32", tensors).whole
+
+
 def test_the_digest_of_a_checkpoint_is_of_all_that_is_in_it() -> None:
     one = [("a", torch.float32, (2, 3), "00"), ("b", torch.bfloat16, (), "11")]
     others = [
@@ -100,5 +105,5 @@ def test_the_digest_of_a_checkpoint_is_of_all_that_is_in_it() -> None:
         [("a", torch.float32, (2, 3), "00"), ("c", torch.bfloat16, (), "11")],
         one[:1],
     ]
-    assert whole_digest(one) == whole_digest(one[::-1])
-    assert len({whole_digest(one), *map(whole_digest, others)}) == 6
+    assert whole(one) == whole(one[::-1])
+    assert len({whole(one), *map(whole, others)}) == 6

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from aliasparam import AliasedStorage, accept_kernel_bytes, checkpoint_state_dict, expose_for_writing, invalidate, reload
 from aliasparam.errors import AliasError, ReloadError
-from aliasparam.reload import journal, policies, staged, written
+from aliasparam.reload import journal, policies, staged
 from aliasparam.reload.live import Live
 from aliasparam.reload.policies import PolicyName
 from aliasparam.storage.locks import renew
@@ -25,7 +25,7 @@ from .live_models import Few, Whole, changed, raw
 OLD = checkpoint_state_dict(Whole())
 NEW = changed(changed(OLD, 0.1, 0), 0.1, 1)
 OTHER = changed(changed(OLD, 0.5, 2), 0.5, 3)
-WRITE = written.Written.write
+WRITE = policies.Policy.write
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +39,7 @@ def fails(*_: Any) -> Any:
     raise MemoryError
 
 
-def fails_half_way(self: written.Written, target: Any, box: Any, value: Tensor) -> None:
+def fails_half_way(self: policies.Policy, target: Any, box: Any, value: Tensor) -> None:
     """Half of it is written, and nobody knows which."""
     rows = value.shape[0] // 2 if value.dim() else 0
     if rows:
@@ -71,7 +71,7 @@ def test_law_10_another_value_after_one_that_could_not_be_written(
             if failing == "as it is staged":
                 patch.setattr(staged._Value, "within", fails)
             else:
-                patch.setattr(written.Written, "write", fails if failing == "before the write" else fails_half_way)
+                patch.setattr(policies.Policy, "write", fails if failing == "before the write" else fails_half_way)
             first = OTHER if failing == "half-way" else OLD
             arrived = not _fails(session, name, first[name])  # of a journal nothing is staged
         session.load({other: value for other, value in NEW.items() if other != name or not arrived})
@@ -103,7 +103,7 @@ def test_law_10_an_interrupt_at_any_line_of_a_switch_keeps_what_other_code_wrote
             model.wide.weight.fill_(0.25)
         old = raw(checkpoint_state_dict(model))
         session.prepare()
-        if not interrupted(at, (journal, policies, written), session.switch):
+        if not interrupted(at, (journal, policies), session.switch):
             break
         session.abort()
         assert raw(checkpoint_state_dict(model)) == old, at
@@ -121,7 +121,7 @@ def test_law_10_an_interrupt_while_a_loss_is_looked_at_again_is_no_recovery() ->
         session.load(new)
         storage_of(model.wide).invalidate()
         session.prepare()
-        if not interrupted(at, (journal, policies, written), session.switch):
+        if not interrupted(at, (journal, policies), session.switch):
             break
         with contextlib.suppress(AliasError):
             session.abort()

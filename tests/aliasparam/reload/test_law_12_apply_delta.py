@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from aliasparam import Alias, Derivation, apply_delta, checkpoint_digest, checkpoint_state_dict, declare, process
+from aliasparam import Alias, Derivation, apply_delta, checkpoint_digest, checkpoint_state_dict, declare, process, registry_of
 from aliasparam.errors import AliasError, ReloadError
 from aliasparam.layout.bound import BoundLayout, flat_bytes
 from aliasparam.reload import delta as deltas
@@ -226,6 +226,30 @@ def test_the_old_weights_serve_until_the_commit_and_after_a_switch_can_come_back
     with pytest.raises(ReloadError, match="changed since the delta was checked"):
         session.commit()
     session.abort()
+
+
+def test_after_a_commit_that_failed_no_position_of_another_layout_is_written(tmp_path: Path) -> None:
+    layer, fails = Layer((32, 8)), [True]
+    old = checkpoint_state_dict(layer)
+    new = {"weight": old["weight"].clone()}
+    new["weight"][3, 2] ^= 5
+    registry = registry_of(layer)
+    assert registry is not None
+
+    def check(_: object) -> None:
+        if fails:
+            raise ValueError("not now")
+
+    registry.checks.append(check)
+    session = prepare_delta(layer, trainer_writes(tmp_path / "d", raw(old), raw(new), 1, "xor", "adler32"))
+    with pytest.raises(ValueError, match="not now"):
+        session.commit()
+    registry.retarget({"weight": "(a b) k -> b a k, a=8"})
+    fails.clear()
+    with pytest.raises(ReloadError, match="changed since the delta was checked"):
+        session.commit()
+    with pytest.raises(ReloadError, match="cannot bring the old weights back"):
+        session.abort()
 
 
 def test_law_10_the_kth_operator_fails(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from aliasparam import checkpoint_digest, checkpoint_names, checkpoint_state_dic
 from aliasparam.errors import AliasError
 from aliasparam.layout.bound import BoundLayout
 from aliasparam.layout.boxes import Box
-from aliasparam.reload import digest_of_folder, live_digest
+from aliasparam.reload import digest_of_folder, digest_of_tensors, live_digest
 from aliasparam.reload.live import Live
 from aliasparam.reload.sources import SafetensorsFolder
 
@@ -88,3 +88,13 @@ def test_positions_are_offsets() -> None:
     for live in map(Live, (model.q.weight, model.k.weight, model.wide.weight)):  # type: ignore[arg-type]
         memory, at = live.storage.elements.view(torch.uint8), torch.arange(live.nbytes)  # type: ignore[union-attr]
         assert memory is not None and torch.equal(memory[live.positions(at)], live.bytes(live.box))
+
+
+def test_law_12_weights_of_inference_mode_have_the_digest_of_their_bytes() -> None:
+    """Torch counts no writes of such tensors, and raises where it is asked for their number."""
+    with torch.inference_mode():
+        weights = {"w": torch.arange(6.0), "b": torch.ones(2)}
+    assert digest_of_tensors(weights) == digest_of_tensors({name: value.clone() for name, value in weights.items()})
+    with torch.inference_mode():
+        weights["w"][0] = 9
+    assert digest_of_tensors(weights).tensors["w"] == f"{zlib.adler32(folders.plain(weights['w'].clone())):08x}"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from aliasparam import checkpoint_digest, checkpoint_state_dict, process, registry_of, reload
 from aliasparam.errors import AliasError, ReloadError
-from aliasparam.reload import drain, journal, observe, written
+from aliasparam.reload import drain, journal, observe, policies
 from aliasparam.reload.live import Live
 from aliasparam.reload.observe import Hooks
 from aliasparam.reload.patch import Patch, differences
@@ -369,7 +369,7 @@ def test_law_10_an_interrupt_at_any_line_of_a_write_leaves_weights_that_serve(po
     served.append(model())
     model = Few()
     for at in itertools.count():
-        if not interrupted(at, (drain, written), whole_reload):
+        if not interrupted(at, (drain, policies), whole_reload):
             break
         assert any(same(model(), one) for one in served), at
     assert at > 100

@@ -15,8 +15,7 @@ import torch
 from torch.distributed import TCPStore
 
 from aliasparam import checkpoint_digest
-from aliasparam.reload import stream_link
-from aliasparam.reload.digest import whole_digest
+from aliasparam.reload import CheckpointDigest, stream_link
 from aliasparam.reload.errors import StreamError
 from aliasparam.reload.stream_link import MESSAGE_BYTES, Part, decode, encode, parts_of
 
@@ -27,7 +26,8 @@ from .stream_process import BUCKETS, NEW
 
 def digest(tensors: dict[str, torch.Tensor]) -> str:
     """The trainer's: from its own tensors, by zlib."""
-    return whole_digest((n, t.dtype, t.shape, f"{zlib.adler32(folders.plain(t)):08x}") for n, t in tensors.items())
+    digests = ((n, t.dtype, t.shape, f"{zlib.adler32(folders.plain(t)):08x}") for n, t in tensors.items())
+    return CheckpointDigest.of("adler32", digests).whole
 
 
 OLD_SERVES = checkpoint_digest(Whole()).whole
