@@ -57,13 +57,13 @@ FAULTS = [
     Planted("storage/kernel_name.py", "self.tensor._version > self", "self.tensor._version != self", "test_threads_and_fork.py"),
     Planted(
         "storage/kernel_name.py",
-        "self.tensor._version > self._ours._version + self._others",
-        "self._ours._version + self._others < self.tensor._version",
+        "self.tensor._version > self.version",
+        "self.version < self.tensor._version",
         "test_threads_and_fork.py",
     ),
     Planted(
         "storage/kernel_name.py",
-        "return self.tensor._version > self._ours._version + self._others",
+        "return self.tensor._version > self.version",
         "return False",
         "test_law_08_no_silent_garbage.py",
     ),
@@ -138,7 +138,7 @@ FAULTS = [
     Planted("module/derive.py", "    derived.version += 1\n", "", "test_derivations.py test_retarget.py"),
     Planted("module/derive.py", "    derived.seen = versions\n", "", "test_engine_contracts.py test_law_08_no_silent_garbage.py"),
     Planted("module/registry.py", "            self.need_loaded()\n", "", "test_errors.py"),
-    Planted("module/names.py", "kernel.was_written or", "", "test_law_08_no_silent_garbage.py"),
+    Planted("module/names.py", "tensor._version != version or", "", "test_law_08_no_silent_garbage.py"),
     Planted(
         "module/names.py",
         "        self._show(ready=False)\n        self.readiness = OPEN",
@@ -230,7 +230,7 @@ FAULTS = [
         "row = program % (M // BM) * BM",
         "test_triton_copy.py",
     ),
-    Planted("layout/triton_copy.py", "_SECTOR = 32", "_SECTOR = 128", "test_triton_copy.py"),
+    Planted("layout/triton_copy.py", "_ACROSS = 8", "_ACROSS = 128", "test_triton_copy.py"),
     Planted("layout/execute.py", "return Copy(dtype, sizes,", "Copy(dtype, sizes,", "test_law_01_shards.py"),
     Planted(
         "layout/digits.py",

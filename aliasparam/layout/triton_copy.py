@@ -29,9 +29,9 @@ AVAILABLE = triton is not None
 WIDEST = 8
 #: Below this many bytes torch's copy is as fast, and no kernel needs compiling.
 SMALLEST = 1 << 18
-#: Bytes of global memory that are read together: a tile's columns are as many at least. With more of them, where they lie apart
-#: in kernel memory, writes are of parts of such.
-_SECTOR = 32
+#: Bytes that a tile's columns have at least, and two elements: of a value's axes those that lie closest. One more would lie apart
+#: in kernel memory, where rows are to be a run.
+_ACROSS = 8
 #: Rows of a tile, in elements; where they are runs on both sides, of so many elements each; and elements of a tile.
 _ROWS = 128
 _RUNS, _RUN = 16, 32
@@ -97,7 +97,7 @@ def launch(copy: Copy, *, write: bool, columns: str = "value") -> tuple[int, dic
 def tile(copy: Copy, columns: str = "value") -> tuple[list[Axis], list[Axis], list[Axis]]:
     """Axes that number tiles, those of a tile's rows (close in kernel memory) and of its columns (close in the value)."""
     axes = [Axis(*a) for a in zip(copy.sizes, copy.kernel, copy.value, strict=True)]
-    across = _closest(axes, columns, _SECTOR // copy.dtype.itemsize)
+    across = _closest(axes, columns, max(_ACROSS // copy.dtype.itemsize, 2))
     rows = _closest([a for a in axes if a not in across], "kernel", _ROWS)
     return [a for a in axes if a not in across and a not in rows], rows, across or [Axis(1, 1, 1)]
 

@@ -51,8 +51,8 @@ class ModuleNames:
         self.separate: dict[str, Separate] = {}
         #: What ``explain`` says of the module beside its names.
         self.about = ""
-        #: What stands where, and the kernel names, once all was seen to be ours.
-        self._shown: tuple[list[Slot], list[KernelName]] | None = None
+        #: What stands where, and every kernel name's tensor, version and address, once all was seen to be ours.
+        self._shown: tuple[list[Slot], list[tuple[Tensor, int, int]]] | None = None
         self._reached: list[Slot] | None = None  # and modules below that show shards, where none has left
         self.readiness = READY
         #: The reload that has this module, alive while it is open: nothing else may let the module run.
@@ -163,19 +163,19 @@ class ModuleNames:
         shown = self._shown or self._find()
         if self.readiness is not READY or shown is None or not all_stand(shown[0]):
             return False
-        for kernel in shown[1]:  # noqa: SIM110 - see all_stand()
-            if kernel.was_written or kernel.tensor.data_ptr() != kernel.address:
+        for tensor, version, address in shown[1]:  # noqa: SIM110 - see all_stand()
+            if tensor._version != version or tensor.data_ptr() != address:
                 return False  # by other code
         return True
 
-    def _find(self) -> tuple[list[Slot], list[KernelName]] | None:
+    def _find(self) -> tuple[list[Slot], list[tuple[Tensor, int, int]]] | None:
         """See :attr:`_shown`; None where one is not ours."""
         slots: list[Slot] = [(b.module.__dict__, "_parameters", b.name, standing(b.module, b.name)) for b in self.bindings()]
         kernels = self.kernels()
         slots += [(self.module.__dict__, "_buffers", name, kernel.tensor) for name, kernel in kernels]
         if self.replaced_names():  # of what was looked at already
             return None
-        found = slots + (self._reached or []), [kernel for _, kernel in kernels]
+        found = slots + (self._reached or []), [(kernel.tensor, kernel.version, kernel.address) for _, kernel in kernels]
         self._shown = found  # which other threads forget
         return found
 

@@ -247,7 +247,8 @@ def registries(model: nn.Module) -> list[tuple[str, AliasRegistry]]:
     need_model(model)
     found = []
     for path, module in model.named_modules():
-        if (registry := registry_of(module)) is not None:
+        registry: AliasRegistry | None = module.__dict__.get(ATTRIBUTE)
+        if registry is not None:
             if path and path != registry.label:
                 registry.relabel(path)
             found.append((path, registry))

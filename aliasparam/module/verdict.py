@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, get_args
+from weakref import WeakValueDictionary
 
 from torch import Tensor
 
@@ -98,6 +99,21 @@ def plan_of(alias: Alias, source: TensorSpec) -> StoragePlan:
     Raises:
         DeclarationError, LayoutError: what was declared is no layout of this shape and dtype.
     """
+    if not all(one is None or isinstance(one, Layout) for one in (alias.layout, *alias.room_for)):
+        return _planned(alias, source)
+    key = alias.layout, alias.room_for, alias.dtype, source
+    plan = _in_use.get(key)
+    if plan is None:
+        plan = _in_use[key] = _planned(alias, source)
+    # Lines that are equal may have other names for their digits, and users see them.
+    return plan if plan.layout is alias.layout else replace(plan, layout=alias.layout)
+
+
+#: Plans of lines, while somebody has one: a model declares the same few for the same few shapes over and over.
+_in_use: WeakValueDictionary[tuple[Any, ...], StoragePlan] = WeakValueDictionary()
+
+
+def _planned(alias: Alias, source: TensorSpec) -> StoragePlan:
     if alias.dtype is not None and alias.dtype.itemsize != source.dtype.itemsize:
         raise DeclarationError(
             "a kernel name shows the same elements, so its dtype has their width",

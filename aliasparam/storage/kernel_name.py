@@ -65,12 +65,17 @@ class KernelName:
         return KernelName(self.label, self.memory).refusing
 
     @property
+    def version(self) -> int:
+        """The tensor's counter if only the library wrote."""
+        return self._ours._version + self._others
+
+    @property
     def was_written(self) -> bool:
         """Whether other code wrote through the tensor since :meth:`accept`.
 
         Without the lock: what the library bumps meanwhile is counted last, so it is taken for nobody's write.
         """
-        return self.tensor._version > self._ours._version + self._others
+        return self.tensor._version > self.version
 
     @property
     def was_moved(self) -> bool:

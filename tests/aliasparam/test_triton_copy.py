@@ -13,7 +13,7 @@ import torch
 from aliasparam.layout import Layout, triton_copy, triton_sum
 from aliasparam.layout.boxes import pieces
 from aliasparam.layout.execute import Copy, plan
-from aliasparam.layout.strided import StridedLayout
+from aliasparam.layout.strided import TRITON, StridedLayout
 
 pytest.importorskip("triton")
 
@@ -30,7 +30,7 @@ def test_its_bytes_are_those_of_torchs_copy() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION:UserWarning")
-@pytest.mark.parametrize("shape", [(4096, 448), (7168, 32)])
+@pytest.mark.parametrize("shape", [(4096, 448), (7168, 16)])
 @pytest.mark.parametrize("write", [True, False])
 def test_it_moves_sixteen_bytes_at_a_time_on_both_sides(shape: tuple[int, int], write: bool) -> None:
     """Block scales of 384 experts, wide and narrow: units of 4 bytes, one launch, and whole vectors through shared memory, those
@@ -42,6 +42,16 @@ def test_it_moves_sixteen_bytes_at_a_time_on_both_sides(shape: tuple[int, int], 
 
     assert "ld.global.v4.b32" in ptx and "st.global.v4.b32" in ptx
     assert "ld.global.b32" not in ptx and "st.global.b32" not in ptx
+
+
+def test_weights_are_copied_along_their_rows() -> None:
+    bound = Layout("(h i) k -> ~h i k, h=2").bind((384, 1024, 3584), torch.uint8)
+    assert isinstance(bound, StridedLayout)
+    ((copy, ours),) = bound.copies(bound.whole[1:], bound.shape, bound.strides, torch.uint8, 16, TRITON)
+    _, constants = triton_copy.launch(copy, write=True)
+
+    assert ours and copy.dtype is torch.int64
+    assert constants["TILE"][3] == 256, "2 KiB of a row in each row of a tile"
 
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION:UserWarning")

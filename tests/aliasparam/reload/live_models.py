@@ -48,7 +48,7 @@ class Whole(nn.Module):
 
     def forward(self) -> list[Tensor]:
         served = [layer() for layer in self.children() if isinstance(layer, DeclaredLayer)]
-        plain = [value + 0 for name, value in self.named_parameters(recurse=False)]
+        plain = [value.clone() for name, value in self.named_parameters(recurse=False)]
         return [*served, self.padded.alpha.clone(), self.step + 0, *plain]  # type: ignore[operator]
 
 
