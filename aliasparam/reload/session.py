@@ -140,15 +140,15 @@ class ReloadSession:
         try:
             with self._lock:  # an update of another thread ends, and no other begins
                 if self.phase is Phase.ENDED:
-                    self._claim.end()
                     return
                 begun, self.phase = self.phase is not Phase.NEW, Phase.ENDED
-            self._claim.end()
+            self._claim.lend()  # and no more: another session would be given old bytes between its own
             with phase("abort"):
                 if restored := self._policy.restore():
                     self._policy.commit(whole=False)
         finally:
             self._policy.poison()
+            self._claim.end()
             if begun:
                 self.failed_hooks = call_abort_hooks(self._hooks, self)
                 self.observed.ended(self.model, "restored" if restored else "refuses")

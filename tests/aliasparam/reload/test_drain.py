@@ -23,7 +23,7 @@ from aliasparam.reload.drain import Drain
 from aliasparam.reload.session import ReloadSession
 from aliasparam.storage.locks import LOCKS, all_locked
 
-from ..small import Layer
+from ..small import Layer, bytes_of, storage_of
 from .delta_cases import trainer_writes
 from .live_models import Whole, changed, raw, same
 
@@ -232,6 +232,20 @@ def test_a_session_that_is_dropped_ends_at_once() -> None:
     finally:
         gc.enable()
     model()
+
+
+def test_law_10_what_was_left_by_a_dropped_session_is_carried_out_once() -> None:
+    """Not by a thread that saw it too, after the memory was written whole."""
+    layer = Layer()
+    storage, new = storage_of(layer), bytes_of(6, 8)
+    storage.invalidate_later("dropped")
+    with storage.lock:
+        looks = threading.Thread(target=lambda: storage.is_loaded)
+        looks.start()
+        looks.join(0.1)
+        layer.weight.copy_(new)
+    looks.join()
+    assert torch.equal(layer.weight, new)
 
 
 LOOKS: dict[str, Callable[[Whole], object]] = {

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -250,6 +251,31 @@ def test_after_a_commit_that_failed_no_position_of_another_layout_is_written(tmp
         session.commit()
     with pytest.raises(ReloadError, match="cannot bring the old weights back"):
         session.abort()
+
+
+@pytest.mark.parametrize("other", ["value", "layout"])
+def test_law_12_what_changes_while_a_commit_waits_for_forwards_is_not_patched(other: str, tmp_path: Path) -> None:
+    model = Few()
+    old = checkpoint_state_dict(model)
+    new = changed(changed(old, 0.1, 0), 0.1, 1)
+    session = prepare_delta(model, trainer_writes(tmp_path / "d", raw(old), raw(new), 1, "xor", "adler32"))
+    close, registry = session.drain.close, registry_of(model.wide)
+    assert registry is not None
+
+    def slow(*args: Any) -> None:
+        close(*args)
+        if other == "value":
+            model.wide.weight[0, 0] += 1
+        else:
+            registry.retarget({"weight": None})
+
+    session.drain.close = slow  # type: ignore[method-assign]
+    with pytest.raises(ReloadError, match="changed since the delta was checked"):
+        session.commit()
+    session.abort()
+    expected = {**old, "wide.weight": old["wide.weight"].clone()}
+    expected["wide.weight"][0, 0] += other == "value"
+    assert raw(checkpoint_state_dict(model)) == raw(expected)
 
 
 def test_law_10_the_kth_operator_fails(tmp_path: Path) -> None:
