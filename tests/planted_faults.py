@@ -276,6 +276,12 @@ FAULTS = [
     Planted("reload/journal.py", "        self.look_again()\n", "", "reload/test_law_10_second_tries.py"),
     Planted("reload/journal.py", "if self.changed() is not None:", "if False:", "reload/test_law_12_apply_delta.py"),
     Planted("reload/journal.py", "self.need_unchanged()  #", "pass  #", "reload/test_law_12_apply_delta.py"),
+    Planted(
+        "reload/journal.py",
+        "            self._accept()\n            for patch",
+        "            for patch",
+        "reload/test_law_12_apply_delta.py",
+    ),
     Planted("reload/journal.py", "why = self.lost or self.changed()", "why = self.lost", "reload/test_law_10_second_tries.py"),
     Planted("reload/policies.py", "with writing(target.tensor):", "with writing(value):", "reload/test_kinds.py"),
     Planted("reload/patch.py", "with writing(self.live.tensor):", "with torch.no_grad():", "reload/test_kinds.py"),

@@ -78,6 +78,7 @@ class _Memory:
         """Write the new bytes of the patches, where they were made for."""
         with self.lock:
             self.need_unchanged()  # also since forwards were waited for
+            self._accept()
             for patch in self.patches:
                 self.write(partial(patch.put, patch.new))
 
@@ -108,8 +109,7 @@ class _Memory:
         """Keep what ``value`` is about to replace under ``box``, also where another value was kept for, which was not written
         whole: restoring goes back over that one."""
         try:
-            if self.begun:
-                self._accept()
+            self._accept()
             if self.lost is None:
                 found = differences(Live(target.tensor), box, value, keep_new=False)
                 self.patches += [patch for patch in found if patch is not None]
@@ -118,7 +118,7 @@ class _Memory:
 
     def _accept(self) -> None:
         """What a write of this session left half-way holds bytes that are old, or in a patch; unless other code wrote."""
-        if self.storage is None or not self.storage.states.missing:
+        if not self.begun or self.storage is None or not self.storage.states.missing:
             return
         with self.lock:
             self.lost = self.changed()

@@ -16,10 +16,10 @@ from aliasparam import checkpoint_names
 from aliasparam.host import HOST
 from aliasparam.reload import prepare_delta
 from aliasparam.reload.delta_apply import changed
-from aliasparam.reload.delta_folder import Chain, DeltaFolder
+from aliasparam.reload.delta_folder import Chain, DeltaFolder, need_order
 from aliasparam.reload.delta_held import AddUp, Part, Places
 from aliasparam.reload.observe import Hooks
-from aliasparam.reload.targets import find_targets
+from aliasparam.reload.targets import find_targets, live_of
 
 from ...checkpoint import WHOLE, CheckpointFolder, ExpertTensors
 from ...moe.folder import expert_source
@@ -51,6 +51,7 @@ def apply_delta_folder(
     with ExitStack() as stack:
         try:
             opened = stack.enter_context(DeltaFolder(delta)) if isinstance(delta, (str, Path)) else delta
+            need_order(opened.deltas, None if opened.full is not None else serving)  # before anything is read
             places = places_of(model, opened, lambda rows: _add_up(model, told, rows))
             _check_fp8_scales(model, opened)
             session = prepare_delta(model, opened, serving=serving, names=places, hooks=hooks)
@@ -105,7 +106,7 @@ def _check_fp8_scales(model: nn.Module, delta: DeltaFolder | Chain) -> None:
     full, deltas = delta.full, delta.deltas
     stored = {*(full.tensors if full is not None else ()), *(name for one in deltas for name in one.checksums)}
     live = checkpoint_names(model)
-    tensors, files = {plain_name(name): tensor for name, tensor in live.items()}, files_of(model, live)
+    tensors, files = {plain_name(name): live_of(tensor) for name, tensor in live.items()}, files_of(model, live)
 
     def made(name: str) -> Tensor:
         value = tensors[name].cpu() if full is None else full.read(name)

@@ -296,6 +296,22 @@ def test_law_10_the_kth_operator_fails(tmp_path: Path) -> None:
     assert left == "new" and found["old"] > 30 and found["new"] == 0, found
 
 
+def test_law_10_a_commit_that_failed_at_the_kth_operator_may_be_called_again(tmp_path: Path) -> None:
+    old = checkpoint_state_dict(Few())
+    new = changed(changed(old, 0.3, 0), 0.3, 1)
+    delta = trainer_writes(tmp_path / "d", raw(old), raw(new), 1, "xor", "adler32")
+    for k in itertools.count():
+        model, faults = Few(), FailingAt(k)
+        session = prepare_delta(model, delta)
+        with contextlib.suppress(Fault, AliasError), faults:
+            session.commit()
+        if not faults.failed:
+            break
+        session.commit()
+        assert raw(checkpoint_state_dict(model)) == raw(new), f"operator {k} ({faults.failed})"
+    assert k > 30
+
+
 def test_cost_follows_what_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The commit touches the bytes that differ: it reads and writes no box, and holds 6 bytes for each."""
     layer = Layer((256, 512))
