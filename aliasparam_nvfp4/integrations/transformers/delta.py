@@ -86,7 +86,8 @@ def _add_up(model: nn.Module, told: _Told, rows: Tensor) -> None:
 def places_of(model: nn.Module, delta: DeltaFolder | Chain, add_up: AddUp | None = None) -> Places:
     """Where this process has what the files of ``delta`` name."""
     targets = {id(target.tensor): place for place, target in find_targets(model).items()}
-    names = {plain_name(n): targets[id(t)] for n, t in checkpoint_names(model).items() if id(t) in targets}
+    live = {name: live_of(tensor) for name, tensor in checkpoint_names(model).items()}  # also behind twins of a failed reload
+    names = {plain_name(name): targets[id(tensor)] for name, tensor in live.items() if id(tensor) in targets}
     converted = tuple(_Converted(model, one, names) for one in _names(model).conversions)
     parts: dict[str, Part] = {}
     divided: set[str] = set()
