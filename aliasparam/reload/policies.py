@@ -202,14 +202,19 @@ class Policy:
             for holder, key in target.places:
                 if twin is not None and (whole or holder.get(key) is twin.refusing):
                     dict.__setitem__(holder, key, target.tensor)
-        self._begun = {}
+        self._end()
 
     def poison(self) -> None:
         """What was written is of no generation: it refuses until it is loaded whole. Plain twins stay where they are."""
         for target, _ in self._begun.values():
             if target.storage is not None:
                 target.storage.invalidate(_FAILED)
-        self._begun = {}
+        self._end()
+
+    def _end(self) -> None:
+        """Nothing is written or brought back any more: who keeps the session keeps no weights."""
+        self._begun, self._given, self._staged = {}, [], StagedValues()
+        self._journal = self._journal and Journal()
 
     def abandon(self) -> None:
         """:meth:`poison` by the garbage collector: whoever looks at a tensor next carries it out."""
