@@ -298,6 +298,7 @@ FAULTS = [
         "if True:\n            declared",
         "reload/test_session_others.py",
     ),
+    Planted("reload/session.py", "if not self._aborting.acquire(blocking=False):", "if False:", "reload/test_session_others.py"),
     Planted("reload/session.py", "self._claim.lend()  #", "self._claim.end()  #", "reload/test_session_others.py"),
     Planted("reload/claims.py", "with _taking:  # whoever", "if True:  # whoever", "reload/test_session_others.py"),
     Planted(

@@ -131,6 +131,26 @@ def test_law_10_nobody_begins_while_an_abort_restores(make: Callable[[], nn.Modu
     reload(model).begin()
 
 
+def test_law_10_two_threads_that_abort_at_once_lose_no_old_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second found the session ended, and what the first was restoring poisoned."""
+    model, put = Whole(), Patch.put
+    served = model()
+
+    def slow(patch: Patch, values: Tensor) -> None:
+        second = threading.Thread(target=session.abort)
+        second.start()
+        second.join(0.2)
+        assert not second.is_alive()
+        put(patch, values)
+
+    session = reload(model, policy="journal")
+    session.begin()
+    session.load(NEW)
+    monkeypatch.setattr(Patch, "put", slow)
+    session.abort()
+    assert session.observed.outcome == "restored" and same(model(), served)
+
+
 def test_law_10_elements_that_two_threads_send_at_once_are_refused_once() -> None:
     """The second finds them arrived, also where the first still waits for a forward."""
     model, started = Few(), threading.Event()
