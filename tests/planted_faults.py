@@ -41,6 +41,7 @@ FAULTS = [
         "test_law_08_no_silent_garbage.py",
     ),
     Planted("storage/guarded.py", "            self.invalidate(self._due)\n", "            pass\n", "reload/test_drain.py"),
+    Planted("module/expose.py", "            storage.invalidate_if_due()\n", "", "reload/test_drain.py"),
     Planted("storage/guarded.py", "if self._due is not None:  # not yet", "if True:  # not yet", "reload/test_drain.py"),
     Planted(
         "tensors/geometry.py",

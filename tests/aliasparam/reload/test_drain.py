@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from aliasparam import checkpoint_state_dict, process, registry_of, reload
+from aliasparam import checkpoint_state_dict, expose_for_writing, process, registry_of, reload
 from aliasparam.errors import AliasError, ReloadError, StaleKernelError
 from aliasparam.reload import prepare_delta
 from aliasparam.reload.delta_folder import DeltaFolder
@@ -246,6 +246,14 @@ def test_law_10_what_was_left_by_a_dropped_session_is_carried_out_once() -> None
         layer.weight.copy_(new)
     looks.join()
     assert torch.equal(layer.weight, new)
+
+
+def test_law_8_memory_that_is_exposed_when_a_dropped_session_is_found_is_not_taken_as_written() -> None:
+    layer = Layer()
+    exposure = expose_for_writing(layer, "weight", order="kernel")
+    storage_of(layer).invalidate_later("dropped")
+    with pytest.raises(ReloadError, match="ended from elsewhere"):
+        exposure.written()
 
 
 LOOKS: dict[str, Callable[[Whole], object]] = {
