@@ -283,6 +283,7 @@ FAULTS = [
         "            for patch",
         "reload/test_law_12_apply_delta.py",
     ),
+    Planted("reload/journal.py", "if memory.patches or memory.lost", "if memory.patches", "reload/test_law_12_apply_delta.py"),
     Planted("reload/journal.py", "why = self.lost or self.changed()", "why = self.lost", "reload/test_law_10_second_tries.py"),
     Planted("reload/policies.py", "with writing(target.tensor):", "with writing(value):", "reload/test_kinds.py"),
     Planted("reload/patch.py", "with writing(self.live.tensor):", "with torch.no_grad():", "reload/test_kinds.py"),

@@ -161,10 +161,11 @@ class Journal:
         return found
 
     def need_unchanged(self) -> list[_Memory]:
-        """What has patches; all of it, and what has none, is as a delta was checked against it, or this raises."""
+        """What is to be begun: it has patches, or refuses since an earlier reload and is found to hold the new bytes already. All
+        of it, and what is left as it is, is as a delta was checked against it, or this raises."""
         for memory in self._memories.values():
             memory.need_unchanged()
-        return [memory for memory in self._memories.values() if memory.patches]
+        return [memory for memory in self._memories.values() if memory.patches or memory.lost]
 
     def look_again(self) -> None:
         """Drop what was kept ahead of memory that other code wrote since. To be called when it is closed and not written yet."""

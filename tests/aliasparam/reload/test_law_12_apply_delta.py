@@ -14,8 +14,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from aliasparam import Alias, Derivation, apply_delta, checkpoint_digest, checkpoint_state_dict, declare, process, registry_of
-from aliasparam.errors import AliasError, ReloadError
+from aliasparam import (
+    Alias,
+    Derivation,
+    apply_delta,
+    checkpoint_digest,
+    checkpoint_state_dict,
+    declare,
+    process,
+    registry_of,
+    reload,
+)
+from aliasparam.errors import AliasError, ReloadError, StaleKernelError
 from aliasparam.layout.bound import BoundLayout, flat_bytes
 from aliasparam.reload import delta as deltas
 from aliasparam.reload import delta_held, digest_of_folder, patch, prepare_delta
@@ -96,6 +106,23 @@ def test_law_12_a_chain_is_one_commit(applied: int, target: int, served: str, de
         assert apply_delta(model, nothing) == target
     assert version == target and len(commits) == 1
     assert same(model(), SERVED[served])
+
+
+def test_law_12_a_delta_leads_out_of_a_reload_that_failed_also_where_the_new_bytes_are_there_already(tmp_path: Path) -> None:
+    model = nn.Linear(4, 4).requires_grad_(False)
+    old = {name: value.clone() for name, value in model.state_dict().items()}
+    new = changed(changed(old, 0.3, 0), 0.3, 1)
+    folder_of(tmp_path / "weight_v000001", new)
+    session = reload(model)
+    session.begin()
+    session.update("weight", new["weight"])
+    session.abort()
+    with pytest.raises(StaleKernelError):
+        model(torch.ones(4))
+    with Chain(tmp_path, 0, 1) as chain:
+        assert apply_delta(model, chain) == 1
+    model(torch.ones(4))
+    assert raw(model.state_dict()) == raw(new)
 
 
 @given(
