@@ -76,6 +76,11 @@ def outside_inference() -> AbstractContextManager[Any]:
     return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
 
 
+def writing(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Without autograd; and what was made in inference mode is written in it alone."""
+    return torch.inference_mode() if tensor.is_inference() else torch.no_grad()
+
+
 def outside_modes() -> AbstractContextManager[Any]:
     """Tensors made inside are real ones, also among stand-ins (``FakeTensorMode``)."""
     return _disable_current_modes()

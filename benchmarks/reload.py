@@ -28,6 +28,7 @@ from aliasparam import Alias, checkpoint_digest, checkpoint_names, declare, proc
 from aliasparam.reload import ReloadSession, prepare_delta
 from aliasparam.reload.delta_folder import DeltaFolder
 from aliasparam.reload.live import Live, flat_bytes
+from aliasparam.reload.observe import Hooks
 from aliasparam.reload.policies import PolicyName
 from aliasparam.reload.sources import SafetensorsFolder
 
@@ -44,18 +45,20 @@ class Bench(Meter):
     def session(self, what: str, policy: PolicyName, model: nn.Module, load: Callable[[ReloadSession], None], **how: Any) -> Row:
         """One reload from begin to end; written values refuse from their first write, staged ones from the commit on."""
         row = Row(what, policy, 0, 0, 0, 0, 0, 0)
+
+        def holds(session: ReloadSession) -> None:
+            row.held = session._policy.nbytes
+
         with self.peaks(row):
-            session = reload(model, policy=policy, **how)
+            session = reload(model, policy=policy, hooks=Hooks(on_commit=[holds]), **how)
             begun = self.now()
             session.begin()
             opened = self.now()
             load(session)
             session.prepare()
             ready = self.now()
-            held = session._policy.nbytes
             session.commit()
             ended = self.now()
-            row.held = max(held, session._policy.nbytes)
         refusing = ready if policy.startswith("staged") else opened
         row.prepare, row.pause, row.nbytes = refusing - begun, ended - refusing, session.observed.bytes
         return row
@@ -66,9 +69,10 @@ class Bench(Meter):
             begun = self.now()
             session = prepare_delta(model, opened)
             ready = self.now()
+            row.held = session._policy.nbytes
             session.commit()
             ended = self.now()
-        row.prepare, row.pause, row.held = ready - begun, ended - ready, session._policy.nbytes
+        row.prepare, row.pause = ready - begun, ended - ready
         return row
 
     # -- tables --------------------------------------------------------------------------------------------------------

@@ -41,6 +41,8 @@ FAULTS = [
         "test_law_08_no_silent_garbage.py",
     ),
     Planted("storage/guarded.py", "            self.invalidate(self._due)\n", "            pass\n", "reload/test_drain.py"),
+    Planted("module/expose.py", "            storage.invalidate_if_due()\n", "", "reload/test_drain.py"),
+    Planted("storage/guarded.py", "if self._due is not None:  # not yet", "if True:  # not yet", "reload/test_drain.py"),
     Planted(
         "tensors/geometry.py",
         "    storage.need_writable()  # and what it finds out about the memory counts below\n",
@@ -273,8 +275,18 @@ FAULTS = [
     ),
     Planted("reload/policies.py", "isinstance(value, _Aliased):", "False:", "reload/test_law_10_second_tries.py"),
     Planted("reload/journal.py", "        self.look_again()\n", "", "reload/test_law_10_second_tries.py"),
-    Planted("reload/journal.py", "if memory.changed() is not None:", "if False:", "reload/test_law_12_apply_delta.py"),
-    Planted("reload/journal.py", "memory.lost or memory.changed()", "memory.lost", "reload/test_law_10_second_tries.py"),
+    Planted("reload/journal.py", "if self.changed() is not None:", "if False:", "reload/test_law_12_apply_delta.py"),
+    Planted("reload/journal.py", "self.need_unchanged()  #", "pass  #", "reload/test_law_12_apply_delta.py"),
+    Planted(
+        "reload/journal.py",
+        "            self._accept()\n            for patch",
+        "            for patch",
+        "reload/test_law_12_apply_delta.py",
+    ),
+    Planted("reload/journal.py", "if memory.patches or memory.lost", "if memory.patches", "reload/test_law_12_apply_delta.py"),
+    Planted("reload/journal.py", "why = self.lost or self.changed()", "why = self.lost", "reload/test_law_10_second_tries.py"),
+    Planted("reload/policies.py", "with writing(target.tensor):", "with writing(value):", "reload/test_kinds.py"),
+    Planted("reload/patch.py", "with writing(self.live.tensor):", "with torch.no_grad():", "reload/test_kinds.py"),
     Planted(
         "reload/journal.py",
         "self.begun, self.version = True, None",
@@ -288,6 +300,8 @@ FAULTS = [
         "if True:\n            declared",
         "reload/test_session_others.py",
     ),
+    Planted("reload/session.py", "if not self._aborting.acquire(blocking=False):", "if False:", "reload/test_session_others.py"),
+    Planted("reload/session.py", "self._claim.lend()  #", "self._claim.end()  #", "reload/test_session_others.py"),
     Planted("reload/claims.py", "with _taking:  # whoever", "if True:  # whoever", "reload/test_session_others.py"),
     Planted(
         "reload/session.py", "self._reopen()  # of what was", "self._claim.hold()  # of what was", "reload/test_session_others.py"

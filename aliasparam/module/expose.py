@@ -73,6 +73,7 @@ class Exposure:
         """What is under ``box`` in the raw memory is LOADED or INVALID now."""
         storage = self._storage
         with storage.lock:
+            storage.invalidate_if_due()
             if not storage.is_exposed_to(self):
                 raise ReloadError(
                     "the exposure was ended from elsewhere: what it wrote does not count",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -65,12 +66,50 @@ class _Memory:
             return "a plain tensor was written by other code"
         return f"{self.storage.label}: {self.storage.states.why or 'it was written by other code'}"
 
+    def need_unchanged(self) -> None:
+        """
+        Raises:
+            ReloadError: it was written since a delta was checked against it.
+        """
+        if self.changed() is not None:
+            raise ReloadError("the tensor changed since the delta was checked against it", name=self.target.label)
+
+    def put_new(self) -> None:
+        """Write the new bytes of the patches, where they were made for."""
+        with self.lock:
+            self.need_unchanged()  # also since forwards were waited for
+            self._accept()
+            for patch in self.patches:
+                self.write(partial(patch.put, patch.new))
+
+    def need_own(self) -> None:
+        """
+        Raises:
+            ReloadError: its old bytes cannot be brought back.
+        """
+        why = self.lost or self.changed()
+        if why is not None:
+            raise ReloadError(
+                "the journal cannot bring the old weights back",
+                expected="memory that was loaded before, and that only this reload writes",
+                found=why,
+                remedy="Reload the whole model; until then it refuses.",
+            )
+
+    def put_old(self) -> None:
+        """Write the old bytes. It is whole then, also where a write failed half-way: what that reached is old again."""
+        with self.lock:
+            self.need_own()
+            for patch in reversed(self.patches):
+                patch.put(patch.old)
+            if self.storage is not None:
+                self.storage.accept()
+
     def keep(self, target: Target, box: Box, value: Tensor) -> None:
         """Keep what ``value`` is about to replace under ``box``, also where another value was kept for, which was not written
         whole: restoring goes back over that one."""
         try:
-            if self.begun:
-                self._accept()
+            self._accept()
             if self.lost is None:
                 found = differences(Live(target.tensor), box, value, keep_new=False)
                 self.patches += [patch for patch in found if patch is not None]
@@ -79,7 +118,7 @@ class _Memory:
 
     def _accept(self) -> None:
         """What a write of this session left half-way holds bytes that are old, or in a patch; unless other code wrote."""
-        if self.storage is None or not self.storage.states.missing:
+        if not self.begun or self.storage is None or not self.storage.states.missing:
             return
         with self.lock:
             self.lost = self.changed()
@@ -122,15 +161,11 @@ class Journal:
         return found
 
     def need_unchanged(self) -> list[_Memory]:
-        """What has patches.
-
-        Raises:
-            ReloadError: a tensor was written since a delta was checked against it.
-        """
+        """What is to be begun: it has patches, or refuses since an earlier reload and is found to hold the new bytes already. All
+        of it, and what is left as it is, is as a delta was checked against it, or this raises."""
         for memory in self._memories.values():
-            if memory.changed() is not None:
-                raise ReloadError("the tensor changed since the delta was checked against it", name=memory.target.label)
-        return [memory for memory in self._memories.values() if memory.patches]
+            memory.need_unchanged()
+        return [memory for memory in self._memories.values() if memory.patches or memory.lost]
 
     def look_again(self) -> None:
         """Drop what was kept ahead of memory that other code wrote since. To be called when it is closed and not written yet."""
@@ -147,20 +182,11 @@ class Journal:
         """
         self.look_again()
         memories = list(self._memories.values())
-        for why in (memory.lost or memory.changed() for memory in memories):
-            if why is not None:
-                raise ReloadError(
-                    "the journal cannot bring the old weights back",
-                    expected="memory that was loaded before, and that only this reload writes",
-                    found=why,
-                    remedy="Reload the whole model; until then it refuses.",
-                )
         for memory in memories:
-            for patch in reversed(memory.patches):
-                patch.put(patch.old)
+            memory.need_own()
+        for memory in memories:
+            memory.put_old()
         storages = [memory.storage for memory in memories if memory.storage is not None]
-        for storage in storages:
-            storage.accept()  # also where a write failed half-way: what it reached is old again
         listeners = {id(one): one for storage in storages for one in storage.listeners}
         for listener in listeners.values():
             if isinstance(listener, AliasRegistry):

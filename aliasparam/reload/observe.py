@@ -67,6 +67,11 @@ class Observed:
     outcome: str = ""
     started: float = field(default_factory=time.perf_counter)
 
+    def took(self, nbytes: int) -> None:
+        """Count the values of one tensor, or of a part of it."""
+        self.bytes += nbytes
+        self.tensors += 1
+
     def ended(self, model: nn.Module, outcome: str) -> None:
         """Count, and write the log line."""
         self.outcome = outcome

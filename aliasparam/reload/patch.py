@@ -15,6 +15,7 @@ from torch import Tensor
 from ..layout.bound import flat_bytes
 from ..layout.boxes import Box, part_in, row_major, sizes, tiles
 from ..storage.transaction import pinned_copy
+from ..torch_private import writing
 from .live import Live
 
 #: Bytes of a tensor that are compared at once.
@@ -47,7 +48,7 @@ class Patch(NamedTuple):
     def put(self, values: Tensor) -> None:
         """Write the old or the new bytes."""
         device = self.live.device
-        with torch.no_grad():
+        with writing(self.live.tensor):
             values = values.to(device, non_blocking=True)
             if self.at is None:
                 self.live.part(self.box).copy_(values.view(self.live.dtype).view(sizes(self.box)))

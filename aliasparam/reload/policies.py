@@ -15,13 +15,13 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Literal, get_args
 
-import torch
 from torch import Tensor
 
 from ..errors import ReloadError
 from ..module.names import ModuleNames
 from ..storage.coverage import Box
 from ..tensors.faces import _Aliased
+from ..torch_private import writing
 from .digest import Hashed
 from .drain import Drain
 from .journal import Journal
@@ -101,8 +101,7 @@ class Policy:
             memories = self._journal.need_unchanged()
             self._begin(memory.target for memory in memories)
             for memory in memories:
-                for patch in memory.patches:
-                    memory.write(partial(patch.put, patch.new))
+                memory.put_new()
         else:
             self._flush_values()
         self._need_agreement()
@@ -142,7 +141,7 @@ class Policy:
     def write(self, target: Target, box: Box, value: Tensor) -> None:
         """Write ``value`` in place, as ``copy_`` does, into a tensor that was begun."""
         part = part_of(target.tensor, box)
-        with torch.no_grad():
+        with writing(target.tensor):
             part.copy_(value)
         if target.shares_memory:
             self._give(target, Live(part), Live(value))
@@ -203,14 +202,19 @@ class Policy:
             for holder, key in target.places:
                 if twin is not None and (whole or holder.get(key) is twin.refusing):
                     dict.__setitem__(holder, key, target.tensor)
-        self._begun = {}
+        self._end()
 
     def poison(self) -> None:
         """What was written is of no generation: it refuses until it is loaded whole. Plain twins stay where they are."""
         for target, _ in self._begun.values():
             if target.storage is not None:
                 target.storage.invalidate(_FAILED)
-        self._begun = {}
+        self._end()
+
+    def _end(self) -> None:
+        """Nothing is written or brought back any more: who keeps the session keeps no weights."""
+        self._begun, self._given, self._staged = {}, [], StagedValues()
+        self._journal = self._journal and Journal()
 
     def abandon(self) -> None:
         """:meth:`poison` by the garbage collector: whoever looks at a tensor next carries it out."""

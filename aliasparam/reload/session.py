@@ -72,6 +72,7 @@ class ReloadSession:
         self._claim = Claim(self)
         self._policy = Policy(policy, self._label, self.drain)
         self._lock = threading.RLock()  # of updates and of the phase; no hook and no derivation runs under it
+        self._aborting = threading.RLock()  # nobody waits for it; an interrupt at its end may leave it held, by this thread
 
     # -- the transaction -----------------------------------------------------------------------------------------------
 
@@ -136,19 +137,22 @@ class ReloadSession:
         Raises:
             AliasError: the policy keeps the old weights, and they cannot be brought back. What was written refuses.
         """
+        if not self._aborting.acquire(blocking=False):
+            return  # another thread is at it: what it restores may not be poisoned
         begun = restored = False
         try:
             with self._lock:  # an update of another thread ends, and no other begins
                 if self.phase is Phase.ENDED:
-                    self._claim.end()
                     return
                 begun, self.phase = self.phase is not Phase.NEW, Phase.ENDED
-            self._claim.end()
+            self._claim.lend()  # and no more: another session would be given old bytes between its own
             with phase("abort"):
                 if restored := self._policy.restore():
                     self._policy.commit(whole=False)
         finally:
             self._policy.poison()
+            self._claim.end()
+            self._aborting.release()
             if begun:
                 self.failed_hooks = call_abort_hooks(self._hooks, self)
                 self.observed.ended(self.model, "restored" if restored else "refuses")
@@ -260,8 +264,7 @@ class ReloadSession:
         with phase("update"):
             self._policy.update(target, box, value)
         target.arrived.add(box)
-        self.observed.bytes += value.nbytes
-        self.observed.tensors += 1
+        self.observed.took(value.nbytes)
 
     def load(self, tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor] | tuple[str, Tensor, Box | None]]) -> None:
         """Write every (name, tensor) of a mapping or iterable; of a stream (name, tensor, box)."""
@@ -277,10 +280,7 @@ class ReloadSession:
         """Hold what the commit is to change in a tensor that is watched, or in a part of it."""
         self._need((Phase.OPEN,), "patch")
         self._policy.hold(self._target(name), live, patches)
-        self.observed.bytes += sum(patch.nbytes for patch in patches)
-        self.observed.tensors += 1
-
-    # -- checks --------------------------------------------------------------------------------------------------------
+        self.observed.took(sum(patch.nbytes for patch in patches))
 
     def _target(self, name: str) -> Target:
         return target_of(self._targets, self.scope, self._label, name)

@@ -123,7 +123,9 @@ class GuardedMemory:
     def invalidate_if_due(self) -> None:
         """Carry out what :meth:`invalidate_later` left."""
         if self._due is not None:
-            self.invalidate(self._due)
+            with LOCKS[self.lock_number]:
+                if self._due is not None:  # not yet by who had the lock, and wrote the memory since
+                    self.invalidate(self._due)
 
     # -- what other code does to the memory ----------------------------------------------------------------------------
 

@@ -148,16 +148,16 @@ def _of(name: str) -> Iterator[None]:
 def _rows(name: str, rows: int, tp: int, kv_heads: KVHeads | None) -> int:
     """Of a projection that is divided by rows."""
     is_kv = kv_heads is not None and name.rpartition(".")[2] in ("k_proj", "v_proj") and rows == kv_heads.heads * kv_heads.rows
-    if not is_kv or kv_heads is None or kv_heads.heads >= tp:
+    if not is_kv or kv_heads is None:
         return _divided(name, rows, tp)
-    if tp % kv_heads.heads:
+    if kv_heads.heads % tp and tp % kv_heads.heads:
         raise ShapeError(
             "heads of keys and values do not divide among the ranks, nor ranks among them",
             name=name,
-            expected=f"a divisor of {tp}",
+            expected=f"a divisor or a multiple of {tp}",
             found=kv_heads.heads,
         )
-    return kv_heads.rows
+    return max(kv_heads.heads // tp, 1) * kv_heads.rows
 
 
 def _divided(name: str, size: int, ranks: int) -> int:

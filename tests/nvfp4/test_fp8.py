@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from aliasparam import TensorSpec
 from aliasparam.reload.delta_folder import Chain
 from aliasparam.reload.delta_writer import diff
+from aliasparam.reload.errors import DeltaError
 from aliasparam.reload.observe import Hooks
 from aliasparam.reload.sources import SafetensorsFolder
 from aliasparam_nvfp4.checkpoint import QuantConfig, UnsupportedFormatError
@@ -184,3 +185,19 @@ def test_law_8_a_delta_with_block_scales_that_are_none_leaves_the_old_weights(tm
     with pytest.raises(ScaleError, match=r"(?s)layers\.0\.self_attn\.o_proj.*weight_scale.*NaN"):
         apply_delta_folder(model, tmp_path / "delta")
     assert torch.equal(out(model), before)
+
+
+def test_law_10_a_reload_leads_out_of_one_that_failed_behind_its_fp8_layers(tmp_path: Path) -> None:
+    """Their weights are plain: refusing twins, which are no parameters, stand in their places."""
+    old, new = mixed(tmp_path / "old"), mixed(tmp_path / "new", weight_scale=0.5)
+    with SafetensorsFolder(old) as before, SafetensorsFolder(new) as after:
+        diff(before, after, tmp_path / "delta", 1, 0)
+    model = load(old)
+    with pytest.raises(ZeroDivisionError):
+        reload_folder(model, new, policy="staged", hooks=Hooks(on_commit=[lambda session: 1 / 0]))
+    with pytest.raises(DeltaError, match="applies to another version"):
+        apply_delta_folder(model, tmp_path / "delta", serving=5)
+    with pytest.raises(DeltaError, match="checksum"):
+        apply_delta_folder(model, tmp_path / "delta")
+    reload_folder(model, new)
+    assert torch.equal(out(model), out(load(new)))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from aliasparam import checkpoint_digest
 from aliasparam.reload.delta_writer import diff
 from aliasparam.reload.errors import DeltaError
+from aliasparam.reload.observe import Hooks
 from aliasparam.reload.sources import SafetensorsFolder
 from aliasparam_nvfp4.checkpoint import CheckpointError
 from aliasparam_nvfp4.linear.verify import signal_to_noise
@@ -255,3 +256,17 @@ def test_a_wrapped_model_reloads_and_entries_that_change_nothing_are_named(tmp_p
     (b / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.1}))
     with pytest.raises(CheckpointError, match="rms_norm_eps"):
         reload_folder(wrapped, b)
+
+
+def test_a_delta_is_refused_by_a_model_whose_reload_failed_and_a_reload_leads_out(tmp_path: Path) -> None:
+    """Refusing twins stand in the places of what transformers converts."""
+    (old, *_), (new, _, _, cls) = folders("Kimi-K2.5", 0, tmp_path / "a"), folders("Kimi-K2.5", 1, tmp_path / "b")
+    with SafetensorsFolder(old) as before, SafetensorsFolder(new) as after:
+        diff(before, after, tmp_path / "delta", 1, 0)
+    model = load(old, cls)
+    with pytest.raises(ZeroDivisionError):
+        reload_folder(model, new, policy="staged", hooks=Hooks(on_commit=[lambda session: 1 / 0]))
+    with pytest.raises(DeltaError):
+        apply_delta_folder(model, tmp_path / "delta")
+    reload_folder(model, new)
+    assert torch.equal(logits(model), logits(load(new, cls)))

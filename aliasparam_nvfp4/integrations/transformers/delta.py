@@ -16,10 +16,10 @@ from aliasparam import checkpoint_names
 from aliasparam.host import HOST
 from aliasparam.reload import prepare_delta
 from aliasparam.reload.delta_apply import changed
-from aliasparam.reload.delta_folder import Chain, DeltaFolder
+from aliasparam.reload.delta_folder import Chain, DeltaFolder, need_order
 from aliasparam.reload.delta_held import AddUp, Part, Places
 from aliasparam.reload.observe import Hooks
-from aliasparam.reload.targets import find_targets
+from aliasparam.reload.targets import find_targets, live_of
 
 from ...checkpoint import WHOLE, CheckpointFolder, ExpertTensors
 from ...moe.folder import expert_source
@@ -51,6 +51,7 @@ def apply_delta_folder(
     with ExitStack() as stack:
         try:
             opened = stack.enter_context(DeltaFolder(delta)) if isinstance(delta, (str, Path)) else delta
+            need_order(opened.deltas, None if opened.full is not None else serving)  # before anything is read
             places = places_of(model, opened, lambda rows: _add_up(model, told, rows))
             _check_fp8_scales(model, opened)
             session = prepare_delta(model, opened, serving=serving, names=places, hooks=hooks)
@@ -85,7 +86,8 @@ def _add_up(model: nn.Module, told: _Told, rows: Tensor) -> None:
 def places_of(model: nn.Module, delta: DeltaFolder | Chain, add_up: AddUp | None = None) -> Places:
     """Where this process has what the files of ``delta`` name."""
     targets = {id(target.tensor): place for place, target in find_targets(model).items()}
-    names = {plain_name(n): targets[id(t)] for n, t in checkpoint_names(model).items() if id(t) in targets}
+    live = {name: live_of(tensor) for name, tensor in checkpoint_names(model).items()}  # also behind twins of a failed reload
+    names = {plain_name(name): targets[id(tensor)] for name, tensor in live.items() if id(tensor) in targets}
     converted = tuple(_Converted(model, one, names) for one in _names(model).conversions)
     parts: dict[str, Part] = {}
     divided: set[str] = set()
@@ -105,7 +107,7 @@ def _check_fp8_scales(model: nn.Module, delta: DeltaFolder | Chain) -> None:
     full, deltas = delta.full, delta.deltas
     stored = {*(full.tensors if full is not None else ()), *(name for one in deltas for name in one.checksums)}
     live = checkpoint_names(model)
-    tensors, files = {plain_name(name): tensor for name, tensor in live.items()}, files_of(model, live)
+    tensors, files = {plain_name(name): live_of(tensor) for name, tensor in live.items()}, files_of(model, live)
 
     def made(name: str) -> Tensor:
         value = tensors[name].cpu() if full is None else full.read(name)

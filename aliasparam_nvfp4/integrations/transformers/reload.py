@@ -181,7 +181,7 @@ def files_of(model: nn.Module, live: Mapping[str, Tensor]) -> dict[str, str]:
     for path, module in model.named_modules():
         if isinstance(module, (Projection, Fp8Linear)):
             weight = module.kind.names.weight if isinstance(module, Projection) else "weight"
-            found[path] = stored[id(module.get_parameter(weight))]
+            found[path] = stored[id(module._parameters[weight])]  # also where a failed reload has left a refusing twin
     return found
 
 

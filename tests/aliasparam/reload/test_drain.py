@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from aliasparam import checkpoint_state_dict, process, registry_of, reload
+from aliasparam import checkpoint_state_dict, expose_for_writing, process, registry_of, reload
 from aliasparam.errors import AliasError, ReloadError, StaleKernelError
 from aliasparam.reload import prepare_delta
 from aliasparam.reload.delta_folder import DeltaFolder
@@ -23,7 +23,7 @@ from aliasparam.reload.drain import Drain
 from aliasparam.reload.session import ReloadSession
 from aliasparam.storage.locks import LOCKS, all_locked
 
-from ..small import Layer
+from ..small import Layer, bytes_of, storage_of
 from .delta_cases import trainer_writes
 from .live_models import Whole, changed, raw, same
 
@@ -232,6 +232,28 @@ def test_a_session_that_is_dropped_ends_at_once() -> None:
     finally:
         gc.enable()
     model()
+
+
+def test_law_10_what_was_left_by_a_dropped_session_is_carried_out_once() -> None:
+    """Not by a thread that saw it too, after the memory was written whole."""
+    layer = Layer()
+    storage, new = storage_of(layer), bytes_of(6, 8)
+    storage.invalidate_later("dropped")
+    with storage.lock:
+        looks = threading.Thread(target=lambda: storage.is_loaded)
+        looks.start()
+        looks.join(0.1)
+        layer.weight.copy_(new)
+    looks.join()
+    assert torch.equal(layer.weight, new)
+
+
+def test_law_8_memory_that_is_exposed_when_a_dropped_session_is_found_is_not_taken_as_written() -> None:
+    layer = Layer()
+    exposure = expose_for_writing(layer, "weight", order="kernel")
+    storage_of(layer).invalidate_later("dropped")
+    with pytest.raises(ReloadError, match="ended from elsewhere"):
+        exposure.written()
 
 
 LOOKS: dict[str, Callable[[Whole], object]] = {

@@ -59,3 +59,23 @@ def test_law_8_a_tensor_of_the_model_that_is_not_dense_is_neither_written_nor_di
     assert torch.equal(model.norm, torch.ones(9))
     with pytest.raises(StateError, match="odd: a tensor of this kind"):
         checkpoint_digest(model)
+
+
+@pytest.mark.parametrize("policy", ["write-through", "journal", "staged", "staged-journal"])
+@pytest.mark.parametrize("end", ["commit", "abort"])
+def test_law_9_tensors_of_a_model_made_in_inference_mode_are_reloaded(policy: Any, end: str) -> None:
+    """Torch writes them in this mode alone."""
+    with torch.inference_mode():
+        model = Model()
+    assert model.norm.is_inference()
+    session = reload(model, policy=policy)
+    session.begin()
+    session.update("norm", torch.ones(4), first_row=0)
+    session.update("norm", torch.ones(5), first_row=4)
+    session.prepare()
+    session.switch()
+    getattr(session, end)()
+    if end == "abort" and "journal" not in policy:
+        with reload(model) as again:
+            again.update("norm", torch.zeros(9))
+    assert torch.equal(model.norm, torch.full((9,), float(end == "commit")))

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +14,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from aliasparam import Alias, Derivation, apply_delta, checkpoint_digest, checkpoint_state_dict, declare, process, registry_of
-from aliasparam.errors import AliasError, ReloadError
+from aliasparam import (
+    Alias,
+    Derivation,
+    apply_delta,
+    checkpoint_digest,
+    checkpoint_state_dict,
+    declare,
+    process,
+    registry_of,
+    reload,
+)
+from aliasparam.errors import AliasError, ReloadError, StaleKernelError
 from aliasparam.layout.bound import BoundLayout, flat_bytes
 from aliasparam.reload import delta as deltas
 from aliasparam.reload import delta_held, digest_of_folder, patch, prepare_delta
@@ -95,6 +106,23 @@ def test_law_12_a_chain_is_one_commit(applied: int, target: int, served: str, de
         assert apply_delta(model, nothing) == target
     assert version == target and len(commits) == 1
     assert same(model(), SERVED[served])
+
+
+def test_law_12_a_delta_leads_out_of_a_reload_that_failed_also_where_the_new_bytes_are_there_already(tmp_path: Path) -> None:
+    model = nn.Linear(4, 4).requires_grad_(False)
+    old = {name: value.clone() for name, value in model.state_dict().items()}
+    new = changed(changed(old, 0.3, 0), 0.3, 1)
+    folder_of(tmp_path / "weight_v000001", new)
+    session = reload(model)
+    session.begin()
+    session.update("weight", new["weight"])
+    session.abort()
+    with pytest.raises(StaleKernelError):
+        model(torch.ones(4))
+    with Chain(tmp_path, 0, 1) as chain:
+        assert apply_delta(model, chain) == 1
+    model(torch.ones(4))
+    assert raw(model.state_dict()) == raw(new)
 
 
 @given(
@@ -252,6 +280,31 @@ def test_after_a_commit_that_failed_no_position_of_another_layout_is_written(tmp
         session.abort()
 
 
+@pytest.mark.parametrize("other", ["value", "layout"])
+def test_law_12_what_changes_while_a_commit_waits_for_forwards_is_not_patched(other: str, tmp_path: Path) -> None:
+    model = Few()
+    old = checkpoint_state_dict(model)
+    new = changed(changed(old, 0.1, 0), 0.1, 1)
+    session = prepare_delta(model, trainer_writes(tmp_path / "d", raw(old), raw(new), 1, "xor", "adler32"))
+    close, registry = session.drain.close, registry_of(model.wide)
+    assert registry is not None
+
+    def slow(*args: Any) -> None:
+        close(*args)
+        if other == "value":
+            model.wide.weight[0, 0] += 1
+        else:
+            registry.retarget({"weight": None})
+
+    session.drain.close = slow  # type: ignore[method-assign]
+    with pytest.raises(ReloadError, match="changed since the delta was checked"):
+        session.commit()
+    session.abort()
+    expected = {**old, "wide.weight": old["wide.weight"].clone()}
+    expected["wide.weight"][0, 0] += other == "value"
+    assert raw(checkpoint_state_dict(model)) == raw(expected)
+
+
 def test_law_10_the_kth_operator_fails(tmp_path: Path) -> None:
     old = checkpoint_state_dict(Few())
     new = changed(changed(old, 0.05, 0), 0.9, 1)
@@ -268,6 +321,22 @@ def test_law_10_the_kth_operator_fails(tmp_path: Path) -> None:
             break
         found[left] += 1
     assert left == "new" and found["old"] > 30 and found["new"] == 0, found
+
+
+def test_law_10_a_commit_that_failed_at_the_kth_operator_may_be_called_again(tmp_path: Path) -> None:
+    old = checkpoint_state_dict(Few())
+    new = changed(changed(old, 0.3, 0), 0.3, 1)
+    delta = trainer_writes(tmp_path / "d", raw(old), raw(new), 1, "xor", "adler32")
+    for k in itertools.count():
+        model, faults = Few(), FailingAt(k)
+        session = prepare_delta(model, delta)
+        with contextlib.suppress(Fault, AliasError), faults:
+            session.commit()
+        if not faults.failed:
+            break
+        session.commit()
+        assert raw(checkpoint_state_dict(model)) == raw(new), f"operator {k} ({faults.failed})"
+    assert k > 30
 
 
 def test_cost_follows_what_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

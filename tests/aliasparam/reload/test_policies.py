@@ -101,13 +101,14 @@ def test_law_10_an_abort_leaves_what_the_policy_says(policy: PolicyName, after: 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("end", ["commit", "abort"])
 def test_law_4_what_a_session_holds_goes_with_it(policy: PolicyName, end: str) -> None:
-    """At once, and not when the garbage collector comes: staged values are as large as the model."""
+    """At once, and not when the garbage collector comes: staged values are as large as the model. An end lets go of them too."""
     model = Whole()
     session = reload(model, policy=policy)
     session.begin()
     session.load(NEW)
     session.prepare()
     getattr(session, end)()
+    assert session._policy.nbytes == 0
     held = weakref.ref(session._policy)
     gc.disable()
     try:

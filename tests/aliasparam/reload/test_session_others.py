@@ -20,6 +20,7 @@ from aliasparam.errors import AliasError, ReloadError
 from aliasparam.module.registry import registries
 from aliasparam.reload import claims
 from aliasparam.reload.delta_folder import Chain
+from aliasparam.reload.patch import Patch
 from aliasparam.reload.policies import PolicyName
 from aliasparam.reload.session import ReloadSession
 
@@ -107,6 +108,47 @@ def test_law_10_who_begins_while_another_ends_has_the_model(monkeypatch: pytest.
         third.begin()
     second.prepare()
     second.commit()
+
+
+@pytest.mark.parametrize("make", [Few, lambda: nn.Linear(4, 4).requires_grad_(False)])
+def test_law_10_nobody_begins_while_an_abort_restores(make: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be given old bytes between its own, or its own would be those that cannot be brought back."""
+    model, put, refused = make(), Patch.put, []
+    old = checkpoint_state_dict(model)
+
+    def slow(patch: Patch, values: Tensor) -> None:
+        with pytest.raises(ReloadError, match="already open"):
+            reload(model).begin()
+        refused.append(patch)
+        put(patch, values)
+
+    session = reload(model, policy="journal")
+    session.begin()
+    session.load(changed(changed(old, 0.1, 0), 0.1, 1))
+    monkeypatch.setattr(Patch, "put", slow)
+    session.abort()
+    assert refused and raw(checkpoint_state_dict(model)) == raw(old)
+    reload(model).begin()
+
+
+def test_law_10_two_threads_that_abort_at_once_lose_no_old_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second found the session ended, and what the first was restoring poisoned."""
+    model, put = Whole(), Patch.put
+    served = model()
+
+    def slow(patch: Patch, values: Tensor) -> None:
+        second = threading.Thread(target=session.abort)
+        second.start()
+        second.join(0.2)
+        assert not second.is_alive()
+        put(patch, values)
+
+    session = reload(model, policy="journal")
+    session.begin()
+    session.load(NEW)
+    monkeypatch.setattr(Patch, "put", slow)
+    session.abort()
+    assert session.observed.outcome == "restored" and same(model(), served)
 
 
 def test_law_10_elements_that_two_threads_send_at_once_are_refused_once() -> None:

@@ -84,8 +84,9 @@ def test_a_rank_has_a_whole_head_of_keys_and_values_at_least(tp: int, kv_heads: 
     assert [part.one_copy for part in parts] == [memory_report(layer).allocated_bytes]
 
 
-def test_heads_that_do_not_divide_among_ranks_are_named(tmp_path: Path) -> None:
-    found = inspected(with_heads(tmp_path / "a", 12, 4), "--tp", "6", code=1)
+@pytest.mark.parametrize(("tp", "kv_heads"), [(6, 4), (4, 6)])
+def test_heads_that_do_not_divide_among_ranks_are_named(tp: int, kv_heads: int, tmp_path: Path) -> None:
+    found = inspected(with_heads(tmp_path / "a", 12, kv_heads), "--tp", str(tp), code=1)
 
     assert found["memory"] is None and "k_proj" in found["rank"]["refused"]
 
