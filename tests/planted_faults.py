@@ -176,7 +176,7 @@ FAULTS = [
     ),
     Planted("module/names.py", "if not is_same_name(tensor, b.parameter)]", "if tensor is None]", "test_adoption.py"),
     Planted("module/names.py", " + [b.name for b in self.left()]", "", "test_adoption.py"),
-    Planted("module/names.py", "self._shown = shown + (self._reached or [])", "self._shown = shown", "test_adoption.py"),
+    Planted("module/names.py", "found = slots + (self._reached or []),", "found = slots,", "test_adoption.py"),
     Planted("module/names.py", "binding.below = binding.below or id", "binding.below = id", "test_adoption.py"),
     Planted("module/containers.py", " or name in module.__dict__:  # an attribute", ":  #", "test_adoption.py"),
     Planted("module/names.py", "            return commit  #", "            return None  #", "test_threads_and_fork.py"),
