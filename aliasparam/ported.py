@@ -59,8 +59,11 @@ def alias_or_bind_derived_param(
             remedy="Call aliasparam.process(module) instead, declare the kernel name's layout, or copy_or_rebind_param.",
         )
     if registry is None or source is None:
-        registry = declare(module, Alias(source_name, derived_name))
-        source = registry.sources[source_name]
+        registry = registry or declare(module)
+        plan = registry.planned([Alias(source_name, derived_name)], aliasing=True)
+        source = plan[0][0][0]
+        source.undeclared = True  # from its first line on: an interrupt leaves nothing that processing lets run
+        registry.add(plan, loaded=True)
     value = apart(registry, derived_value)
     with torch.no_grad():
         adopt(registry)

@@ -64,6 +64,7 @@ class ModuleNames:
     def bind_storage(self, source: Source, storage: AliasedStorage, parameter: AliasedParameter) -> None:
         """Make ``parameter`` over ``storage`` the checkpoint name of ``source``: at once, else an interrupt leaves one alone."""
         storage.listen(self)
+        storage.undeclared |= source.undeclared
         if storage.kernel_name is not None and source.derived:
             storage.kernel_name.label = f"{self.label}.{source.derived}"
         source.storage, source.bindings = storage, [Binding(self.module, source.name, parameter)]

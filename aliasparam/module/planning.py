@@ -46,6 +46,7 @@ class Source:
     storage: AliasedStorage | None = None  # None while the module is on the meta device
     bindings: list[Binding] = field(default_factory=list)
     attributes: dict[str, Any] = field(default_factory=dict)
+    undeclared: bool = False  # see GuardedMemory
 
     @property
     def layout(self) -> Order | None:

@@ -84,7 +84,7 @@ class _Memory:
         with self.lock:
             self.lost = self.changed()
             if self.lost is None:
-                self.storage.accept()
+                self.storage.accept(State.LOADED)
                 self.version = self.now()
 
     def write(self, do: Callable[[], object]) -> None:
@@ -160,7 +160,7 @@ class Journal:
                 patch.put(patch.old)
         storages = [memory.storage for memory in memories if memory.storage is not None]
         for storage in storages:
-            storage.accept()  # also where a write failed half-way: what it reached is old again
+            storage.accept(State.LOADED)  # also where a write failed half-way: what it reached is old again
         listeners = {id(one): one for storage in storages for one in storage.listeners}
         for listener in listeners.values():
             if isinstance(listener, AliasRegistry):
