@@ -57,13 +57,13 @@ FAULTS = [
     Planted("storage/kernel_name.py", "self.tensor._version > self", "self.tensor._version != self", "test_threads_and_fork.py"),
     Planted(
         "storage/kernel_name.py",
-        "self.tensor._version > self.version",
-        "self.version < self.tensor._version",
+        "self.tensor._version > self._ours._version + self._others",
+        "self._ours._version + self._others < self.tensor._version",
         "test_threads_and_fork.py",
     ),
     Planted(
         "storage/kernel_name.py",
-        "return self.tensor._version > self.version",
+        "return self.tensor._version > self._ours._version + self._others",
         "return False",
         "test_law_08_no_silent_garbage.py",
     ),

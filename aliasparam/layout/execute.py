@@ -87,9 +87,9 @@ def _copy(axes: list[Axis], kernel_offset: int, value_offset: int, itemsize: int
 
 def for_torch(copy: Copy, dtype: torch.dtype) -> Copy:
     """``copy``, of values of ``dtype``, as torch does it best. See [Note: wide elements]."""
-    if copy.kernel == copy.value == (1,):
+    if copy.kernel == copy.value in ((), (1,)):
         many = copy.dtype.itemsize // dtype.itemsize
-        sizes, kernel_offset, value_offset = (copy.sizes[0] * many,), copy.kernel_offset * many, copy.value_offset * many
+        sizes, kernel_offset, value_offset = (math.prod(copy.sizes) * many,), copy.kernel_offset * many, copy.value_offset * many
         return Copy(dtype, sizes, (1,), kernel_offset, (1,), value_offset)
     # Elements of their own width are of their own dtype: engines that mask ``Tensor.copy_`` look for NaN in them.
     return copy._replace(dtype=dtype) if copy.dtype.itemsize == dtype.itemsize > 1 else copy

@@ -35,7 +35,7 @@ _ACROSS = 8
 #: Rows of a tile, in elements; where they are runs on both sides, of so many elements each; and elements of a tile.
 _ROWS = 128
 _RUNS, _RUN = 16, 32
-_TILE = 4096
+_TILE = 2048
 
 _launches: dict[Hashable, Callable[..., None]] = {}
 

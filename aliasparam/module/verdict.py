@@ -106,7 +106,7 @@ def plan_of(alias: Alias, source: TensorSpec) -> StoragePlan:
     if plan is None:
         plan = _in_use[key] = _planned(alias, source)
     # Lines that are equal may have other names for their digits, and users see them.
-    return plan if plan.layout is alias.layout else replace(plan, layout=alias.layout)
+    return plan if plan.layout is alias.layout else replace(plan, layout=alias.layout)  # type: ignore[arg-type]
 
 
 #: Plans of lines, while somebody has one: a model declares the same few for the same few shapes over and over.

@@ -75,7 +75,7 @@ class KernelName:
 
         Without the lock: what the library bumps meanwhile is counted last, so it is taken for nobody's write.
         """
-        return self.tensor._version > self.version
+        return self.tensor._version > self._ours._version + self._others  # as ``version``, without its call
 
     @property
     def was_moved(self) -> bool:

@@ -251,11 +251,12 @@ def test_a_shard_write_is_twenty_calls(region: int | None) -> None:
     assert len(calls) <= 20, calls
 
 
+@pytest.mark.parametrize("columns", [1, 8, 16])
 @pytest.mark.parametrize("by_kernel", [True, False])
-def test_a_shard_in_one_run_is_copied_as_it_is(by_kernel: bool) -> None:
+def test_a_shard_in_one_run_is_copied_as_it_is(columns: int, by_kernel: bool) -> None:
     """In elements of their own, on a GPU too: a view of another width takes three calls."""
-    bound = Layout(SWAP).bind((3, 4, 16), torch.float8_e4m3fn)
-    rows, strides = (2, 16), (16, 1)
+    bound = Layout(SWAP).bind((3, 4, columns), torch.float8_e4m3fn)
+    rows, strides = (2, columns), (columns, 1)
 
     planned_shard = planned(bound, (0, rows, strides, rows, strides, 16, by_kernel))
 

@@ -51,7 +51,7 @@ def test_weights_are_copied_along_their_rows() -> None:
     _, constants = triton_copy.launch(copy, write=True)
 
     assert ours and copy.dtype is torch.int64
-    assert constants["TILE"][3] == 256, "2 KiB of a row in each row of a tile"
+    assert constants["TILE"][3] == 128, "1 KiB of a row in each row of a tile"
 
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION:UserWarning")

@@ -202,7 +202,8 @@ def test_law_1_running_statistics_are_updated_in_training_alone(how: str, trains
 
     assert torch.equal(layer.weight, plain) and (not isinstance(found, Tensor) or torch.equal(found, expected))
     assert trains != torch.equal(plain, counting(6, 8).float())
-    assert is_ready(layer) or trains or how == "legit"  # whose schema says that it writes
+    # The schema of one says that it writes; torch 2.8 writes back what the other has read.
+    assert is_ready(layer) or trains or how in ("legit", "F.instance_norm")
 
 
 @pytest.mark.parametrize("shape", [(), (2,), (0, 3)])
