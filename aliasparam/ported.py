@@ -62,12 +62,13 @@ def alias_or_bind_derived_param(
         registry = registry or declare(module)
         plan = registry.planned([Alias(source_name, derived_name)], aliasing=True)
         source = plan[0][0][0]
-        source.undeclared = True  # from its first line on: an interrupt leaves nothing that processing lets run
+        source.undeclared = derived_value.numel() > 0  # before it is there: an interrupt leaves a refusal
         registry.add(plan, loaded=True)
     value = apart(registry, derived_value)
     with torch.no_grad():
         adopt(registry)
         source.need_storage("process").put_foreign(value)
+    source.undeclared = value.numel() > 0  # what has no elements is LOADED at any time
     registry.commit_source(source_name)
 
 

@@ -65,7 +65,7 @@ def _memory_of(source: Source, tensor: Tensor) -> Tensor | None:
 
 
 def _storage(names: ModuleNames, source: Source, tensor: Tensor, memory: Tensor | None, *, loaded: bool) -> AliasedStorage:
-    """A storage in ``memory``, INVALID until its values are in order, if they are not; or in memory of its own, which has the tensor's values."""
+    """A storage in ``memory``, INVALID until its values are in order; or in memory of its own, which has the tensor's values."""
     plan, state = source.plan, State.EMPTY
     if loaded and memory is not None:
         state = State.LOADED if plan.bound.is_identity else State.INVALID

@@ -41,7 +41,7 @@ class GuardedMemory:
         #: Who outside writes the raw bytes (an exposure in kernel order), and what it is called.
         self._writer: tuple[weakref.ref[object], str] | None = None
         self._due: str | None = None  # see invalidate_later()
-        #: Undeclared code makes kernel bytes of what is loaded: the kernel name is of no use before that has put them there.
+        #: Undeclared code makes kernel bytes of what is loaded.
         self.undeclared = False
         self._listeners: list[weakref.ref[Listener]] = []
         self.lock_number = lock_number()
@@ -56,12 +56,6 @@ class GuardedMemory:
         """The common state of all regions, or None where they differ."""
         self.invalidate_if_due()
         return self.states.common
-
-    @property
-    def is_loaded(self) -> bool:
-        """Whether the kernel name may be used: everything arrived, or undeclared code put its bytes there."""
-        self.invalidate_if_due()
-        return self.states.common is self.kernel_state and self.exposed is None
 
     @property
     def kernel_state(self) -> State:

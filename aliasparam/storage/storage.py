@@ -168,7 +168,7 @@ class AliasedStorage(GuardedMemory):
         with LOCKS[self.lock_number]:
             value = landable(value, self.kernel_name.memory)
             self.before_write()
-            self.undeclared = self.layout is None and value.numel() > 0  # what has no elements is LOADED at any time
+            self.undeclared = self.layout is None and value.numel() > 0
             self.states.put_all(State.INVALID)
             self.kernel_name.memory.copy_(value)
             self.kernel_name.accept()

@@ -263,3 +263,20 @@ def test_a_tensor_without_elements_is_never_waited_for() -> None:
     alias_or_bind_derived_param(module, "w", "k", torch.zeros(0, 4))
 
     assert process(module) == 0
+
+
+def test_law_8_undeclared_code_of_a_tied_module_makes_no_bytes_for_a_declared_name() -> None:
+    declared, ported = nn.Module(), nn.Module()
+    declared.w = ported.w = nn.Parameter(torch.arange(8.0), requires_grad=False)
+    declare(declared, Alias("w", "k"))
+    process(declared)
+
+    alias_or_bind_derived_param(ported, "w", "k", torch.arange(8.0).flip(0))
+    with pytest.raises(StateError, match="order was not declared"):
+        process(declared)
+
+    ported.w.copy_(torch.ones(8))
+    process(declared)
+    assert torch.equal(declared.k, torch.ones(8))
+    with pytest.raises(StateError, match="nobody declared"):
+        process(ported)
