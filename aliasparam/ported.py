@@ -59,12 +59,16 @@ def alias_or_bind_derived_param(
             remedy="Call aliasparam.process(module) instead, declare the kernel name's layout, or copy_or_rebind_param.",
         )
     if registry is None or source is None:
-        registry = declare(module, Alias(source_name, derived_name))
-        source = registry.sources[source_name]
+        registry = registry or declare(module)
+        plan = registry.planned([Alias(source_name, derived_name)], aliasing=True)
+        source = plan[0][0][0]
+        source.undeclared = derived_value.numel() > 0  # before it is there: an interrupt leaves a refusal
+        registry.add(plan, loaded=True)
     value = apart(registry, derived_value)
     with torch.no_grad():
         adopt(registry)
         source.need_storage("process").put_foreign(value)
+    source.undeclared = value.numel() > 0  # what has no elements is LOADED at any time
     registry.commit_source(source_name)
 
 

@@ -115,9 +115,7 @@ class StridedLayout(BoundLayout):
         first, size = int(memory.storage_offset()), self.dtype.itemsize
         align = (memory.data_ptr() | first * size | WIDEST) & 31
         for block in blocks(moves, max_bytes // size):
-            found = [views(copy, memory, first, memory) for copy in plan([block], size, align & -align)]
-            for there, value in [(there, here.clone()) for there, here in found]:
-                there.copy_(value)
+            _permute([views(copy, memory, first, memory) for copy in plan([block], size, align & -align)])
         new.clear_padding(memory)
 
     def moves(self, new: BoundLayout) -> Piece | None:
@@ -125,6 +123,12 @@ class StridedLayout(BoundLayout):
         if not isinstance(new, StridedLayout) or len(self.lines) > 1 or len(new.lines) > 1:
             return None
         return permutation(self.lines[0], new.lines[0])
+
+
+def _permute(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Put what is in the second of each pair into the first; scratch ends with the call."""
+    for there, value in [(there, here.clone()) for there, here in pairs]:
+        there.copy_(value)
 
 
 _planned = lru_cache(maxsize=1 << 14)(StridedLayout.copies)  # a model writes the same few shards of a shape over and over

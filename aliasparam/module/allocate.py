@@ -66,7 +66,9 @@ def _memory_of(source: Source, tensor: Tensor) -> Tensor | None:
 
 def _storage(names: ModuleNames, source: Source, tensor: Tensor, memory: Tensor | None, *, loaded: bool) -> AliasedStorage:
     """A storage in ``memory``, INVALID until its values are in order; or in memory of its own, which has the tensor's values."""
-    plan, state = source.plan, State.EMPTY if not loaded or memory is None else State.INVALID
+    plan, state = source.plan, State.EMPTY
+    if loaded and memory is not None:
+        state = State.LOADED if plan.bound.is_identity else State.INVALID
     own = memory is None
     if memory is None:
         with outside_inference():

@@ -88,7 +88,7 @@ class Exposure:
                 storage.kernel_name.accept()
             storage.unexpose()  # now that it is INVALID
             if failed is None:
-                storage.states.rollback((regions, {}))  # none lacks anything
+                storage.states.rollback((regions, dict.fromkeys(regions, storage.kernel_state)))
             else:
                 storage.states.why = failed
 

@@ -64,6 +64,7 @@ class ModuleNames:
     def bind_storage(self, source: Source, storage: AliasedStorage, parameter: AliasedParameter) -> None:
         """Make ``parameter`` over ``storage`` the checkpoint name of ``source``: at once, else an interrupt leaves one alone."""
         storage.listen(self)
+        storage.undeclared |= source.undeclared
         if storage.kernel_name is not None and source.derived:
             storage.kernel_name.label = f"{self.label}.{source.derived}"
         source.storage, source.bindings = storage, [Binding(self.module, source.name, parameter)]
@@ -241,9 +242,8 @@ class ModuleNames:
 
     def _commit(self, versions: dict[str, int]) -> None:
         """Let the module run with sources of these versions, if they still are."""
-        storages = self.storages()
-        with all_locked(s.lock_number for s in storages):
-            if versions != self._versions() or not all(s.is_loaded for s in storages):
+        with all_locked(storage.lock_number for storage in self.storages()):
+            if versions != self._versions() or not all(s.is_loaded for s in self.sources.values()):
                 return  # written meanwhile: open until the next verb
             self._committed = versions
             self.readiness = Readiness.OPENING
@@ -284,8 +284,7 @@ class ModuleNames:
         if kernel is None or kernel.was_moved:
             return False
         if isinstance(owner, Source):
-            loaded = owner.storage is not None and owner.storage.is_loaded
-            return loaded and owner.version == self._committed.get(owner.name)
+            return owner.is_loaded and owner.version == self._committed.get(owner.name)
         chained = [source for source in owner.declaration.sources if source in self.derived]
         return not kernel.was_written and owner.seen == self.versions_of(owner) and all(map(self.is_current, chained))
 

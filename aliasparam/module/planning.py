@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..errors import DeclarationError, StateError, located
 from ..spec import TensorSpec, other_kind
 from ..storage.kernel_name import KernelName
+from ..storage.states import State
 from ..storage.storage import AliasedStorage
 from ..tensors.parameter import AliasedParameter, SavedName
 from .declarations import Alias, AnyLayout, Declaration, Derivation, Order, Reencoding
@@ -46,6 +47,13 @@ class Source:
     storage: AliasedStorage | None = None  # None while the module is on the meta device
     bindings: list[Binding] = field(default_factory=list)
     attributes: dict[str, Any] = field(default_factory=dict)
+    undeclared: bool = False  # undeclared code makes kernel bytes of what is loaded: see ported.py
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the kernel name may be used: everything arrived, or undeclared code has put its bytes there if it has to."""
+        storage, right = self.storage, State.FOREIGN if self.undeclared else State.LOADED
+        return storage is not None and storage.state is right and storage.exposed is None
 
     @property
     def layout(self) -> Order | None:

@@ -208,7 +208,7 @@ class AliasRegistry(ModuleNames):
             storage.need_memory()
             with storage.lock:
                 storage.notice()
-                if not storage.is_loaded:
+                if not source.is_loaded:
                     raise storage.not_loaded("cannot process")
 
     def _repr_html_(self) -> str:

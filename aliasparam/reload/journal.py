@@ -103,7 +103,7 @@ class _Memory:
             for patch in reversed(self.patches):
                 patch.put(patch.old)
             if self.storage is not None:
-                self.storage.accept()
+                self.storage.accept(State.LOADED)
 
     def keep(self, target: Target, box: Box, value: Tensor) -> None:
         """Keep what ``value`` is about to replace under ``box``, also where another value was kept for, which was not written
@@ -123,7 +123,7 @@ class _Memory:
         with self.lock:
             self.lost = self.changed()
             if self.lost is None:
-                self.storage.accept()
+                self.storage.accept(State.LOADED)
                 self.version = self.now()
 
     def write(self, do: Callable[[], object]) -> None:

@@ -41,6 +41,8 @@ class GuardedMemory:
         #: Who outside writes the raw bytes (an exposure in kernel order), and what it is called.
         self._writer: tuple[weakref.ref[object], str] | None = None
         self._due: str | None = None  # see invalidate_later()
+        #: Undeclared code makes kernel bytes of what is loaded.
+        self.undeclared = False
         self._listeners: list[weakref.ref[Listener]] = []
         self.lock_number = lock_number()
 
@@ -56,11 +58,9 @@ class GuardedMemory:
         return self.states.common
 
     @property
-    def is_loaded(self) -> bool:
-        """Whether the kernel name may be used: everything arrived, or undeclared code put its bytes there."""
-        self.invalidate_if_due()
-        states = self.states
-        return (not states.missing or states.common is State.FOREIGN) and self.exposed is None
+    def kernel_state(self) -> State:
+        """What regions are whose kernel bytes are whole and right."""
+        return State.FOREIGN if self.undeclared else State.LOADED
 
     # -- before bytes change -------------------------------------------------------------------------------------------
 
@@ -197,8 +197,16 @@ class GuardedMemory:
             )
 
     def not_loaded(self, doing: str, region: int | None = None) -> StateError:
-        """What to raise where a region (default: the first) lacks elements."""
+        """What to raise where a region (default: the first) lacks elements, or all wait for undeclared code."""
         states = self.states
+        if not states.missing:
+            return StateError(
+                f"{doing}: nobody declared what makes kernel bytes of this weight",
+                label=self.label,
+                expected="kernel bytes, put by alias_or_bind_derived_param since the last load",
+                found="checkpoint values",
+                remedy="Call it with the new value; or give it the function, or declare the layout: then processing is enough.",
+            )
         region = min(states.missing) if region is None else region
         state, count = states.of(region), states.count
         missing = ", ".join(map(shown, states.missing_boxes(region)[:3])) if state is State.PARTIAL else ""

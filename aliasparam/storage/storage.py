@@ -150,15 +150,16 @@ class AliasedStorage(GuardedMemory):
             self.states.arrived(shard.box, before)
         return True
 
-    def accept(self) -> None:
-        """The bytes, in kernel order, are whole and right: an engine saved and restored them, or wrote them from outside."""
+    def accept(self, state: State | None = None) -> None:
+        """The bytes, in kernel order, are whole and right: an engine saved and restored them, or wrote them from outside.
+        LOADED: also where undeclared code has not made kernel bytes of them yet."""
         with LOCKS[self.lock_number]:
             self.invalidate_if_due()  # of what was there before
             self.changing()
             self.unexpose()
             if self.kernel_name is not None:
                 self.kernel_name.accept()
-            self.states.put_all(State.LOADED)
+            self.states.put_all(state or self.kernel_state)
 
     def put_foreign(self, value: Tensor) -> None:
         """Kernel bytes whose order nobody declared: the kernel name holds them, the checkpoint name refuses to be read."""
@@ -167,6 +168,7 @@ class AliasedStorage(GuardedMemory):
         with LOCKS[self.lock_number]:
             value = landable(value, self.kernel_name.memory)
             self.before_write()
+            self.undeclared = self.layout is None and value.numel() > 0
             self.states.put_all(State.INVALID)
             self.kernel_name.memory.copy_(value)
             self.kernel_name.accept()
@@ -195,7 +197,7 @@ class AliasedStorage(GuardedMemory):
         with LOCKS[self.lock_number], outside_inference():
             self.notice()
             self.need_unexposed("copy")
-            kept = {k: self.__dict__[k] for k in ("label", "spec", "layout", "version", "kernel_dtype")}
+            kept = {k: self.__dict__[k] for k in ("label", "spec", "layout", "version", "kernel_dtype", "undeclared")}
             label = self.kernel_name.label if self.kernel_name is not None else None
             return kept | {"buffer": self.buffer.clone(), "states": copy.deepcopy(self.states), "kernel": label}
 

@@ -18,6 +18,7 @@ from torch.multiprocessing.reductions import reduce_tensor
 
 from ..errors import AdoptionError
 from ..storage.kernel_name import Hidden
+from ..storage.states import State
 from ..storage.storage import AliasedStorage, ReadOnlyStorage
 from ..torch_private import never_traced, stand_ins
 from .call import Aliased
@@ -151,7 +152,7 @@ class _Aliased(Aliased):
         ``aliasparam.expose_for_writing`` hands out memory to write.
         """
         storage = self._alias_storage
-        if storage.bound.is_identity and storage.is_loaded:
+        if storage.bound.is_identity and storage.state is State.LOADED and storage.exposed is None:
             return super().untyped_storage()
         return storage.blank_storage
 

@@ -61,7 +61,7 @@ def test_law_4_another_layout_needs_the_scratch_that_is_stated(large: Layer) -> 
         for line in (INTERLEAVE, SWAP):
             the_registry(large).retarget({"weight": line})
 
-    assert peak_bytes(there_and_back, torch.device("cpu")) <= 2 * SCRATCH_BYTES
+    assert peak_bytes(there_and_back, torch.device("cpu")) <= SCRATCH_BYTES + (1 << 12)
     assert torch.equal(large.weight, before)
 
 
@@ -71,7 +71,7 @@ def test_law_4_loaded_experts_are_brought_into_order_in_the_scratch_that_is_stat
     def declared() -> None:
         layers.append(layer_of(values, SWAP))
 
-    assert peak_bytes(declared, torch.device("cpu")) - values.nbytes <= 2 * SCRATCH_BYTES
+    assert peak_bytes(declared, torch.device("cpu")) - values.nbytes <= SCRATCH_BYTES + (1 << 12)
     process(layers[0])
     assert torch.equal(layers[0].prepared, kernel(SWAP, values))
 

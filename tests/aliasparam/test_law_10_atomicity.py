@@ -273,6 +273,7 @@ def test_law_10_an_interrupt_while_a_module_is_declared(line: str) -> None:
             if not the_sources(layer):
                 declared(layer)
             assert found is not None or line == SWAP, "the weights are lost"
+            assert same_bytes(layer.scale.clone(), OLD["a.scale"]), "what has no other order is lost"
             layer.load_state_dict({"weight": value, "scale": OLD["a.scale"]})
             process(layer)
             assert same_bytes(layer(), kernel(line, value)) and same_bytes(layer.weight.clone(), value)

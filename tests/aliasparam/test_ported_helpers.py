@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from aliasparam import (
     Alias,
+    AliasedStorage,
     Declaration,
     Derivation,
     Keep,
+    accept_kernel_bytes,
     alias_or_bind_derived_param,
     copy_or_rebind_param,
     declare,
+    expose_for_writing,
+    invalidate,
     memory_report,
+    process,
+    reload,
 )
 from aliasparam.errors import DeclarationError, PointerError, StaleKernelError, StateError
 
-from .small import SWAP
+from .small import SWAP, storage_of
 
 
 class Layer(nn.Module):
@@ -185,3 +193,90 @@ def test_a_value_that_is_no_tensor_is_refused(value: object, bound: bool) -> Non
         copy_or_rebind_param(layer, "alpha", value)  # type: ignore[arg-type]
 
     assert not bound or torch.equal(layer.get_parameter("alpha"), torch.tensor(2.0))
+
+
+def written(layer: Layer) -> Layer:
+    layer.weight_scale.copy_(torch.arange(12, 24, dtype=torch.uint8).view(4, 3))
+    return layer
+
+
+def test_law_8_what_undeclared_code_has_not_converted_since_a_load_is_not_served() -> None:
+    """Checkpoint values are no kernel bytes, whoever processes: a verb, a reload, or that of a copy."""
+    layer = Layer()
+    layer.process()
+    for one in (written(layer), copy.deepcopy(layer)):
+        with pytest.raises(StateError, match="nobody declared what makes kernel bytes"):
+            process(one)
+        with pytest.raises(StaleKernelError):
+            one()
+    with pytest.raises(StateError, match="nobody declared"), reload(layer, scope="partial") as session:
+        session.load({"weight_scale": torch.zeros(4, 3, dtype=torch.uint8)})
+    with pytest.raises(StaleKernelError):
+        layer()
+
+    written(layer).process()
+    process(layer)
+    assert torch.equal(layer(), torch.arange(12, 24, dtype=torch.uint8).view(4, 3).flip(0))
+
+
+def test_law_10_an_interrupt_before_the_first_bytes_of_undeclared_code_leaves_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    layer = Layer()
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(AliasedStorage, "put_foreign", interrupted)
+        layer.process()
+    with pytest.raises(StateError, match="nobody declared"):
+        process(layer)
+
+    layer.process()
+    assert torch.equal(layer(), torch.arange(12, dtype=torch.uint8).view(4, 3).flip(0))
+
+
+def test_law_8_kernel_bytes_of_undeclared_code_that_are_put_back_are_no_checkpoint_values() -> None:
+    layer = Layer()
+    layer.process()
+    saved = layer().clone()
+
+    def wake() -> None:
+        invalidate(layer)
+        storage_of(layer, "weight_scale").buffer.copy_(saved.view(-1))
+        accept_kernel_bytes(layer)
+
+    def lend() -> None:
+        with expose_for_writing(layer, "weight_scale", order="kernel") as exposure:
+            exposure.memory.copy_(saved)
+
+    for put_back in (wake, lend):
+        put_back()
+        process(layer)
+        assert torch.equal(layer(), saved)
+        with pytest.raises(StateError, match="order was not declared"):
+            layer.weight_scale.clone()
+        assert layer.weight_scale.untyped_storage().device.type == "meta"
+
+
+def test_a_tensor_without_elements_is_never_waited_for() -> None:
+    module = nn.Module()
+    module.w = nn.Parameter(torch.zeros(0, 4), requires_grad=False)
+    alias_or_bind_derived_param(module, "w", "k", torch.zeros(0, 4))
+
+    assert process(module) == 0
+
+
+def test_law_8_undeclared_code_of_a_tied_module_makes_no_bytes_for_a_declared_name() -> None:
+    declared, ported = nn.Module(), nn.Module()
+    declared.w = ported.w = nn.Parameter(torch.arange(8.0), requires_grad=False)
+    declare(declared, Alias("w", "k"))
+    process(declared)
+
+    alias_or_bind_derived_param(ported, "w", "k", torch.arange(8.0).flip(0))
+    with pytest.raises(StateError, match="order was not declared"):
+        process(declared)
+
+    ported.w.copy_(torch.ones(8))
+    process(declared)
+    assert torch.equal(declared.k, torch.ones(8))
+    with pytest.raises(StateError, match="nobody declared"):
+        process(ported)

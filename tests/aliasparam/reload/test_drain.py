@@ -240,7 +240,7 @@ def test_law_10_what_was_left_by_a_dropped_session_is_carried_out_once() -> None
     storage, new = storage_of(layer), bytes_of(6, 8)
     storage.invalidate_later("dropped")
     with storage.lock:
-        looks = threading.Thread(target=lambda: storage.is_loaded)
+        looks = threading.Thread(target=lambda: storage.state)
         looks.start()
         looks.join(0.1)
         layer.weight.copy_(new)
