@@ -78,15 +78,23 @@ def start(function: Any, key: Hashable, tensors: tuple[Tensor, ...], planned: Ca
         _launches[kept] = lambda *tensors: grid(*tensors, *values)
 
 
-def launch(copy: Copy, *, write: bool, columns: str = "value") -> tuple[int, dict[str, Any]]:
-    """Programs, and the kernel's constants. ``columns``: on which side a tile's columns lie close together."""
-    grid, rows, across = tile(copy, columns)
+def launch(
+    copy: Copy, *, write: bool, columns: str = "value", least: int | None = None, elements: int = _TILE
+) -> tuple[int, dict[str, Any]]:
+    """Programs, and the kernel's constants.
+
+    Args:
+        columns: on which side a tile's columns lie close together.
+        least: how many columns it has at least; None: see ``_ACROSS``.
+        elements: of a tile.
+    """
+    grid, rows, across = tile(copy, columns, least or max(_ACROSS // copy.dtype.itemsize, 2))
     sides = ("kernel", "value") if write else ("value", "kernel")
     programs = math.prod(a.size for a in grid)
     m, n = (math.prod(a.size for a in axes) for axes in (rows, across))
     runs = across[-1].kernel == across[-1].value == 1 and across[-1].size >= _RUN
     bm = min(_power(m), _RUNS if runs else _ROWS)
-    bn = min(_power(n), _TILE // bm)
+    bn = min(_power(n), elements // bm)
     constants: dict[str, Any] = {"TILE": (m, n, bm, bn)}
     for letter, side in zip("TS", sides, strict=True):  # target, source; tuples within one are no constants to Triton 3.6
         for name, axes in (("GRID", grid), ("ROWS", rows), ("COLUMNS", across)):
@@ -94,10 +102,10 @@ def launch(copy: Copy, *, write: bool, columns: str = "value") -> tuple[int, dic
     return programs * -(-m // bm) * -(-n // bn), constants
 
 
-def tile(copy: Copy, columns: str = "value") -> tuple[list[Axis], list[Axis], list[Axis]]:
+def tile(copy: Copy, columns: str, least: int) -> tuple[list[Axis], list[Axis], list[Axis]]:
     """Axes that number tiles, those of a tile's rows (close in kernel memory) and of its columns (close in the value)."""
     axes = [Axis(*a) for a in zip(copy.sizes, copy.kernel, copy.value, strict=True)]
-    across = _closest(axes, columns, max(_ACROSS // copy.dtype.itemsize, 2))
+    across = _closest(axes, columns, least)
     rows = _closest([a for a in axes if a not in across], "kernel", _ROWS)
     return [a for a in axes if a not in across and a not in rows], rows, across or [Axis(1, 1, 1)]
 

@@ -25,6 +25,8 @@ if AVAILABLE:
 #: Bytes of the widest element, for which there is an instruction.
 WIDEST = 4
 MOD = 65521
+#: Columns of a tile at least, and its elements: nothing is written, so both are close in kernel memory alone.
+_COLUMNS, _TILE = 32, 4096
 
 
 def sums(copy: Copy, kernel: Tensor) -> Tensor:
@@ -44,7 +46,7 @@ def sums(copy: Copy, kernel: Tensor) -> Tensor:
 
 @lru_cache(maxsize=4096)
 def _planned(copy: Copy, dp4a: bool) -> tuple[int, dict[str, Any]]:
-    programs, constants = launch(copy, write=False, columns="kernel")
+    programs, constants = launch(copy, write=False, columns="kernel", least=_COLUMNS, elements=_TILE)
     return programs, constants | {"WIDTH": copy.dtype.itemsize, "FAST": dp4a}
 
 
