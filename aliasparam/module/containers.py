@@ -126,13 +126,15 @@ def all_stand(slots: Iterable[Slot]) -> bool:
     return True
 
 
-def ways_below(module: nn.Module, sought: Container[int]) -> list[Slot]:
-    """Where the modules whose ids are ``sought`` stand below ``module``, and all on the way to them."""
+def ways_below(module: nn.Module, sought: Container[int], seen: set[int]) -> list[Slot]:
+    """Where the modules whose ids are ``sought`` stand below ``module``, and all on the way to them; each in one place, the first
+    that is not ``seen`` before: several may hold one, and a child its parent."""
     found: list[Slot] = []
     for name, child in module._modules.items():
-        if child is None or name in module.__dict__:  # an attribute hides it
+        if child is None or id(child) in seen or name in module.__dict__:  # an attribute hides it
             continue
-        below = ways_below(child, sought)
+        seen.add(id(child))
+        below = ways_below(child, sought, seen)
         if below or id(child) in sought:
             found += [(module.__dict__, "_modules", name, child), *below]
     return found

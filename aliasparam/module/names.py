@@ -266,7 +266,7 @@ class ModuleNames:
         if reached is not None and all_stand(reached):
             return []
         elsewhere = [b for b in self.bindings() if b.module is not self.module]
-        ways = ways_below(self.module, {id(b.module) for b in elsewhere})
+        ways = ways_below(self.module, {id(b.module) for b in elsewhere}, set()) if elsewhere else []
         below = {id(child) for _, _, _, child in ways}
         left = [b for b in elsewhere if b.below and id(b.module) not in below]
         for binding in elsewhere:

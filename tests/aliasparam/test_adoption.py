@@ -115,6 +115,25 @@ def test_a_module_that_shows_a_shard_may_stand_elsewhere_below_or_not_below_at_a
     assert torch.equal(attention(), values)
 
 
+@pytest.mark.parametrize("shards", [False, True])
+def test_modules_below_that_several_hold_or_that_hold_their_parent_are_looked_at_once(shards: bool) -> None:
+    attention, values = Attention() if shards else Layer((4, 4)), kernel(SWAP, counting(4, 4))
+    below = nn.Module()
+    below._modules["parent"] = attention
+    for _ in range(40):  # two ways to each, so 2 ** 40 to the last
+        holder = nn.Module()
+        holder.first = holder.second = below
+        below = holder
+    attention.below = below
+
+    process(attention)
+    assert torch.equal(attention(), values)
+    if shards:
+        attention.q_proj = nn.Linear(4, 2)
+        with pytest.raises(StaleKernelError, match="weight"):
+            attention()
+
+
 def test_law_1_a_tie_made_after_declaring_stays_a_tie() -> None:
     embedding, head = nn.Embedding(4, 2), Layer((4, 2), dtype=torch.float32, loaded=False)
     embedding.weight.requires_grad_(False)
