@@ -57,7 +57,7 @@ def layer(kind: MoELayout, experts: int, hidden: int, inner: int, device: str) -
         layout: Layout = getattr(kind, name)
         bound = layout.bind((experts, *shape), torch.uint8)
         value = torch.randint(0, 256, bound.shape, dtype=torch.uint8, device=device)
-        parts.append(Part(value, torch.zeros(bound.regions * bound.region_capacity, dtype=torch.uint8, device=device), bound))
+        parts.append(Part(value, torch.zeros(bound.capacity, dtype=torch.uint8, device=device), bound))
     return parts
 
 

@@ -143,9 +143,9 @@ def _check_memory(tensors: Mapping[str, Tensor], beside: Mapping[str, Tensor]) -
     objects = {id(t) for t in real.values()}  # the same object under a second name is a tie, which is kept
     others = {name: t for name, t in beside.items() if id(t) not in objects and has_memory(t)}
     every = {name: range(t.data_ptr(), t.data_ptr() + extent(t)) for name, t in (real | others).items()}
-    for name, other in itertools.permutations(every, 2):
+    for name, other in itertools.product(real, every):
         mine, its = every[name], every[other]
-        if name in real and mine.start < its.stop and its.start < mine.stop:
+        if name != other and mine.start < its.stop and its.start < mine.stop:
             raise DeclarationError(
                 "two names overlap in memory",
                 name=f"{name}, {other}",

@@ -136,7 +136,7 @@ def expose_for_writing(
     if order == "checkpoint":
         return Exposure(target, torch.empty(geometry.shape, dtype=geometry.dtype, device=geometry.device), order, writer)
     bound, kernel = storage.bound, storage.kernel_name
-    memory = storage.elements[: bound.regions * bound.region_capacity] if kernel is None else kernel.memory
+    memory = storage.elements[: bound.capacity] if kernel is None else kernel.memory
     lent = memory[slice(*box[0])] if bound.lead or not geometry.numel() else memory  # of no rows, no memory
     return Exposure(target, lent, order, writer)
 

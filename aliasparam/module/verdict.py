@@ -128,7 +128,7 @@ def _planned(alias: Alias, source: TensorSpec) -> StoragePlan:
         bound, *rooms = (bound_to(None if isinstance(one, Reencoding) else one, *source) for one in (layout, *others))
         kernel = TensorSpec(bound.kernel_shape, alias.dtype or source.dtype)
         kernel = layout.output(source) if isinstance(layout, Reencoding) else kernel
-    capacity = max(one.regions * one.region_capacity for one in (bound, *rooms))
+    capacity = max(one.capacity for one in (bound, *rooms))
     reason = judge(source, kernel, lossless=not isinstance(layout, Reencoding))
     return StoragePlan(source, kernel, layout, bound, capacity, reason)
 

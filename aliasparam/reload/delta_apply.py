@@ -68,7 +68,7 @@ def apply_delta(
         AliasError: processing refuses the new values. The old weights serve again.
     """
     need_model(model)  # before the folder is opened
-    with _opened(delta) as chain, prepare_delta(model, chain, serving=serving, names=names, hooks=hooks) as session:
+    with opened_delta(delta) as chain, prepare_delta(model, chain, serving=serving, names=names, hooks=hooks) as session:
         session.commit()
         return chain.version
 
@@ -84,7 +84,7 @@ def prepare_delta(
     """A prepared session, all checksums verified; the old weights serve until it commits. Else as :func:`apply_delta`."""
     need_model(model)
     places = names if isinstance(names, Places) else Places(names or {})
-    with _opened(delta) as chain:  # of its files nothing is read afterwards
+    with opened_delta(delta) as chain:  # of its files nothing is read afterwards
         need_order(chain.deltas, None if chain.full is not None else serving)
         session = ReloadSession(model, "partial", "delta", "delta", hooks or Hooks())
         session.begin()
@@ -100,7 +100,7 @@ def prepare_delta(
         return session
 
 
-def _opened(delta: DeltaFolder | Chain | str | Path) -> AbstractContextManager[DeltaFolder | Chain]:
+def opened_delta(delta: DeltaFolder | Chain | str | Path) -> AbstractContextManager[DeltaFolder | Chain]:
     """What the caller has opened, and closes; or what is at a path, closed at the end."""
     return DeltaFolder(delta) if isinstance(delta, (str, Path)) else nullcontext(delta)
 

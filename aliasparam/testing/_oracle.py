@@ -48,7 +48,7 @@ def in_order(layout: object, source: Source, value: Tensor) -> Tensor:
 
 def by_offsets(bound: object, value: Tensor) -> Tensor:
     """Kernel order where there is no line: a table of positions, or somebody's own function."""
-    memory = torch.zeros(bound.regions * bound.region_capacity, value.element_size(), dtype=torch.uint8)  # type: ignore[attr-defined]
+    memory = torch.zeros(bound.capacity, value.element_size(), dtype=torch.uint8)  # type: ignore[attr-defined]
     try:
         positions = bound.offsets().reshape(-1)  # type: ignore[attr-defined]
         if positions.numel() != value.numel():

@@ -147,8 +147,8 @@ def _of(name: str) -> Iterator[None]:
 
 def _rows(name: str, rows: int, tp: int, kv_heads: KVHeads | None) -> int:
     """Of a projection that is divided by rows."""
-    is_kv = kv_heads is not None and name.rpartition(".")[2] in ("k_proj", "v_proj") and rows == kv_heads.heads * kv_heads.rows
-    if not is_kv or kv_heads is None:
+    is_kv = name.rpartition(".")[2] in ("k_proj", "v_proj")
+    if kv_heads is None or not is_kv or rows != kv_heads.heads * kv_heads.rows:
         return _divided(name, rows, tp)
     if kv_heads.heads % tp and tp % kv_heads.heads:
         raise ShapeError(

@@ -90,12 +90,12 @@ def emulated_runner(runner: MoERunner) -> EmulatedRunner:
 
 def emulate_on_cpu(layer: nn.Module) -> None:
     """Have the emulator serve ``layer`` (of a method of this package) where it is on a CPU and its kernel does not run there."""
-    state, cpu = layer.__dict__, HOST
-    if next(layer.parameters()).device != cpu:
+    state = layer.__dict__
+    if next(layer.parameters()).device != HOST:
         return
     for kind, emulated in (("nvfp4_backend", emulated_backend), ("nvfp4_runner", emulated_runner)):
         real = state.get(kind)
-        if real is not None and real.unavailable(cpu) is not None:
+        if real is not None and real.unavailable(HOST) is not None:
             state[kind] = emulated(real)
             _say(real.name)
 

@@ -76,7 +76,7 @@ class FiniteBlockScales:
             place = _first_nan(storage, [now != then for now, then in zip(writes, passed, strict=True)])
             if place is not None:
                 bound = storage.bound
-                expert = place // (bound.regions * bound.region_capacity // bound.shape[0])
+                expert = place // (bound.capacity // bound.shape[0])
                 raise _nan(registry.label, name, None if self.first_expert is None else self.first_expert + expert)
             self._passed[name] = writes
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from aliasparam import checkpoint_names
 from aliasparam.host import HOST
 from aliasparam.reload import prepare_delta
-from aliasparam.reload.delta_apply import changed
+from aliasparam.reload.delta_apply import changed, opened_delta
 from aliasparam.reload.delta_folder import Chain, DeltaFolder, need_order
 from aliasparam.reload.delta_held import AddUp, Part, Places
 from aliasparam.reload.observe import Hooks
@@ -50,7 +50,7 @@ def apply_delta_folder(
     model, told = unwrapped(model), _Told()
     with ExitStack() as stack:
         try:
-            opened = stack.enter_context(DeltaFolder(delta)) if isinstance(delta, (str, Path)) else delta
+            opened = stack.enter_context(opened_delta(delta))
             need_order(opened.deltas, None if opened.full is not None else serving)  # before anything is read
             places = places_of(model, opened, lambda rows: _add_up(model, told, rows))
             _check_fp8_scales(model, opened)

@@ -23,11 +23,9 @@ def kernel_rows(registry: AliasRegistry, experts: int) -> list[Tensor]:
         storage = source.storage
         if storage is None or "input" in name:
             continue
-        bound = storage.bound
         if storage.spec.shape[0] != experts:
             raise AssertionError(f"{storage.label}: not of {experts} experts")
-        elements = storage.elements[: bound.regions * bound.region_capacity]
-        rows.append(elements.view(torch.uint8).view(experts, -1))
+        rows.append(storage.elements[: storage.bound.capacity].view(torch.uint8).view(experts, -1))
     return rows
 
 
