@@ -21,8 +21,8 @@ from ..moe import NvFp4MoEMethod
 
 #: Projections whose input dim is divided among tensor-parallel ranks, as engines do; all others divide their rows.
 ROW_PARALLEL = frozenset({"o_proj", "down_proj", "out_proj", "dense", "fc2", "w2", "wo", "c_proj"})
-#: Siblings that engines fuse into one layer.
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+#: Siblings that engines fuse into one layer, by what files call them that store it fused.
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 
 
@@ -110,7 +110,8 @@ def _linear(
         row_parallel = members[0].rpartition(".")[2] in ROW_PARALLEL
         shapes = [quantized[member].shape for member in members]
         k = shapes[0][1] * 2
-        rows = tuple(n if row_parallel else _rows(m, n, tp, kv_heads) for m, (n, _) in zip(members, shapes, strict=True))
+        each = [part for m, (n, _) in zip(members, shapes, strict=True) for part in _projections(m, n, kv_heads)]
+        rows = tuple(n if row_parallel else _rows(m, n, tp, kv_heads) for m, n in each)
         with _of(members[0]):
             size = _linear_bytes(backend, rows, _divided(members[0], k, tp) if row_parallel else k)
         parts.append(Part("linear layers", _layer(members[0]), *size))
@@ -127,7 +128,7 @@ def _groups(quantized: Mapping[str, TensorEntry]) -> Iterator[list[str]]:
         if name not in left:
             continue
         parent = name.rpartition(".")[0]
-        group = next((g for g in FUSED if name.rpartition(".")[2] in g), ())
+        group = next((g for g in FUSED.values() if name.rpartition(".")[2] in g), ())
         members = [f"{parent}.{leaf}" if parent else leaf for leaf in group]
         if not all(m in left and quantized[m].shape[1] == quantized[name].shape[1] for m in members) or not members:
             members = [name]
@@ -143,6 +144,16 @@ def _of(name: str) -> Iterator[None]:
         yield
     except ShapeError as error:
         raise ShapeError(error.message, name=name, expected=error.expected, found=error.found, remedy=error.remedy) from error
+
+
+def _projections(name: str, rows: int, kv_heads: KVHeads | None) -> list[tuple[str, int]]:
+    """The projections that a tensor holds, each of which is divided for itself, with their rows."""
+    parent, dot, leaf = name.rpartition(".")
+    kv = kv_heads.heads * kv_heads.rows if kv_heads is not None else 0
+    sizes = {"qkv_proj": (rows - 2 * kv, kv, kv), "gate_up_proj": (rows // 2, rows - rows // 2)}.get(leaf, ())
+    if not sizes or min(sizes) <= 0:
+        return [(name, rows)]
+    return [(f"{parent}{dot}{member}", size) for member, size in zip(FUSED[leaf], sizes, strict=True)]
 
 
 def _rows(name: str, rows: int, tp: int, kv_heads: KVHeads | None) -> int:

@@ -59,11 +59,12 @@ def test_ranks_divide_linear_layers_and_what_does_not_divide_is_named(folder: Pa
     assert found["memory"] is None and "down_proj" in found["rank"]["refused"]  # 80 columns are 5 blocks
 
 
-def with_heads(folder: Path, heads: int, kv_heads: int) -> Path:
+def with_heads(folder: Path, heads: int, kv_heads: int, *, fused: bool = False) -> Path:
     """Attention of heads of 16, its projections quantized."""
     folder.mkdir()
     k, tensors = 64, dict[str, torch.Tensor]()
-    for name, rows in {"q_proj": 16 * heads, "k_proj": 16 * kv_heads, "v_proj": 16 * kv_heads}.items():
+    apart = {"q_proj": 16 * heads, "k_proj": 16 * kv_heads, "v_proj": 16 * kv_heads}
+    for name, rows in ({"qkv_proj": sum(apart.values())} if fused else apart).items():
         at = f"model.layers.0.self_attn.{name}"
         tensors |= {f"{at}.weight": torch.zeros(rows, k // 2, dtype=torch.uint8), f"{at}.weight_scale_2": torch.ones(())}
         tensors |= {f"{at}.weight_scale": torch.ones(rows, k // 16).to(torch.float8_e4m3fn), f"{at}.input_scale": torch.ones(())}
@@ -74,10 +75,14 @@ def with_heads(folder: Path, heads: int, kv_heads: int) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize(("tp", "kv_heads", "rows"), [(2, 4, 32), (4, 4, 16), (4, 2, 16), (8, 1, 16), (8, 2, 16)])
-def test_a_rank_has_a_whole_head_of_keys_and_values_at_least(tp: int, kv_heads: int, rows: int, tmp_path: Path) -> None:
-    """Engines give the same head to several ranks."""
-    parts = findings(with_heads(tmp_path / "a", 8, kv_heads), backend="reference", moe_backend="auto", tp=tp, ep=1, deep=False)[1]
+def test_a_rank_has_a_whole_head_of_keys_and_values_at_least(
+    tp: int, kv_heads: int, rows: int, fused: bool, tmp_path: Path
+) -> None:
+    """Engines give the same head to several ranks, also of projections that the file has in one."""
+    folder = with_heads(tmp_path / "a", 8, kv_heads, fused=fused)
+    parts = findings(folder, backend="reference", moe_backend="auto", tp=tp, ep=1, deep=False)[1]
     layer = torch.nn.Module()
     NvFp4LinearMethod("reference").create_weights(layer, 64, (8 // tp * 16, rows, rows), 64, 0, torch.bfloat16)
 
