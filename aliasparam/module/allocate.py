@@ -5,9 +5,9 @@ What cannot: tensors that overlap themselves or each other, or lie on several de
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -142,17 +142,21 @@ def _check_memory(tensors: Mapping[str, Tensor], beside: Mapping[str, Tensor]) -
             )
     objects = {id(t) for t in real.values()}  # the same object under a second name is a tie, which is kept
     others = {name: t for name, t in beside.items() if id(t) not in objects and has_memory(t)}
-    every = {name: range(t.data_ptr(), t.data_ptr() + extent(t)) for name, t in (real | others).items()}
-    for name, other in itertools.product(real, every):
-        mine, its = every[name], every[other]
-        if name != other and mine.start < its.stop and its.start < mine.stop:
+    spans = sorted((t.data_ptr(), t.data_ptr() + extent(t), name) for name, t in (real | others).items())
+    every = declared = (0, 0, "")  # of the spans before: the one that ends last
+    for span in spans:
+        start, stop, name = span
+        _, end, other = every if name in real else declared
+        if start < end:
             raise DeclarationError(
                 "two names overlap in memory",
-                name=f"{name}, {other}",
+                name=f"{other}, {name}",
                 expected="tensors apart from each other",
-                found=f"bytes {max(mine.start, its.start)} to {min(mine.stop, its.stop) - 1} in both",
+                found=f"bytes {start} to {min(stop, end) - 1} in both",
                 remedy="Declare the tensor which owns the memory and show parts of it: registry.show_shards(...).",
             )
+        every = max(every, span, key=itemgetter(1))
+        declared = span if name in real else declared
 
 
 def has_memory(tensor: Tensor) -> bool:

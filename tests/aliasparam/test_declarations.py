@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from aliasparam import (
@@ -163,6 +167,20 @@ def test_a_module_of_no_declarations_is_left_alone() -> None:
 
     assert process(module) == 0
     assert explain(module) == "no module here declares aliases"
+
+
+@example([(0, 5, False), (1, 1, False), (3, 1, True)])
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 3), st.booleans()), min_size=2, max_size=4))
+def test_a_declared_name_has_its_memory_alone_and_others_may_share(spans: list[tuple[int, int, bool]]) -> None:
+    """Whatever lies around it, and in whatever order: as all pairs say."""
+    module, memory = nn.Module(), torch.arange(16.0)
+    for at, (start, size, _) in enumerate(spans):
+        module.register_parameter(f"p{at}", nn.Parameter(memory[start : start + size], requires_grad=False))
+    pairs = itertools.combinations(spans, 2)
+    shared = any((d or e) and a < b + m and b < a + n for (a, n, d), (b, m, e) in pairs)
+
+    with pytest.raises(DeclarationError, match="overlap in memory") if shared else nullcontext():
+        declare(module, *(Keep(f"p{at}") for at, (_, _, declared) in enumerate(spans) if declared))
 
 
 def test_a_parameter_that_lies_in_the_memory_of_a_declared_one_is_refused() -> None:
