@@ -134,7 +134,7 @@ def planned(
         derived += [copy] if copy is not None else []
     for name in kernel_names:
         _need_unused(module, name)
-    return sources, _in_order([*derived, *map(Derived, derivations)])
+    return sources, in_order([*derived, *map(Derived, derivations)])
 
 
 def _pair(module: nn.Module, alias: Alias, *, aliasing: bool) -> tuple[Source, Derived | None]:
@@ -223,7 +223,7 @@ def _report_fallback(alias: Alias, plan: StoragePlan) -> None:
     warnings.warn(str(error), stacklevel=6)
 
 
-def _in_order(derived: Sequence[Derived]) -> list[Derived]:
+def in_order(derived: Sequence[Derived]) -> list[Derived]:
     """Derivations with what they derive from before them. Raises DeclarationError on a cycle."""
     by_name = {d.declaration.name: d for d in derived}
     chains = {name: [n for n in d.declaration.sources if n in by_name] for name, d in by_name.items()}

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ..errors import DeclarationError, PointerError, StateError, located
+from ..errors import DeclarationError, PointerError, StateError, foreign_code, located
 from ..report.diagram import diagram
 from ..report.rows import ExplainedModule
 from ..storage.coverage import Coverage
@@ -24,11 +24,13 @@ from .allocate import allocate, check_sources
 from .declarations import Alias, AnyLayout, Declaration, Derivation, need_wellformed
 from .derive import refresh
 from .names import ModuleNames
-from .planning import Binding, Derived, Source, planned
+from .planning import Binding, Derived, Source, in_order, planned
 from .verdict import StoragePlan, aliasing_is_on, plan_of
 
 #: What a list of declarations asks for: every source with its Parameter, and what is derived.
 Plan: TypeAlias = tuple[list[tuple[Source, Tensor]], list[Derived]]
+#: What processing calls, with the registry.
+Hook: TypeAlias = "Callable[[AliasRegistry], None]"
 
 
 class AliasRegistry(ModuleNames):
@@ -37,9 +39,9 @@ class AliasRegistry(ModuleNames):
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
         #: Called with the registry before anything is derived: whatever raises leaves all names as they were.
-        self.checks: list[Callable[[AliasRegistry], None]] = []
+        self.checks: list[Hook] = []
         #: Called with the registry before the module runs with new weights, until they succeed: for caches that depend on them.
-        self.on_processed: list[Callable[[AliasRegistry], None]] = []
+        self.on_processed: list[Hook] = []
 
     # -- declaring -----------------------------------------------------------------------------------------------------
 
@@ -51,28 +53,31 @@ class AliasRegistry(ModuleNames):
             sources, derived = planned(self.module, declarations, taken, aliasing=aliasing and aliasing_is_on())
             return check_sources(self, sources), derived
 
-    def add(self, plan: Plan, *, loaded: bool) -> None:
-        """Carry out what was planned. Everything becomes declared at once; where an interrupt came before, nothing is, it may be
-        declared again, and names that have a storage by then keep it."""
+    def add(self, plan: Plan, *, loaded: bool, checks: Iterable[Hook] = (), on_processed: Iterable[Hook] = ()) -> None:
+        """Carry out what was planned. Everything becomes declared at once, hooks too; where an interrupt came before, nothing is,
+        it may be declared again, and names that have a storage by then keep it."""
         named, derived = plan
+        hooks = {"checks": [*self.checks, *checks], "on_processed": [*self.on_processed, *on_processed]}
         self.open()
         for source, parameter in named:
             allocate(self, source, parameter, loaded=loaded)
         sources = {source.name: source for source, _ in named}
-        self.__dict__.update(
-            sources=self.sources | sources, derived=self.derived | {one.declaration.name: one for one in derived}
-        )
+        declared = {"sources": self.sources | sources, "derived": self.derived | {one.declaration.name: one for one in derived}}
+        self.__dict__.update(declared | hooks)
         self.bind(sources.values())  # as every verb does
 
     def rederive(self, derivations: Iterable[Derivation]) -> None:
-        """Give derived names other formulas, in the memory they have; the next processing computes them anew.
+        """Give derived names other formulas, in the memory they have; the next processing computes them anew, chains in order.
 
         Raises:
-            DeclarationError: not a derived name, another shape or dtype, or a source which was never declared. Nothing changes
-                then.
+            DeclarationError: not a derived name, another shape or dtype, a source which was never declared, or a cycle. Nothing
+                changes then.
         """
-        new = list(derivations)
-        for derivation in new:
+        given = list(derivations)
+        with located(module=self.label):
+            need_wellformed(given)
+        new = {derivation.name: derivation for derivation in given}
+        for derivation in new.values():
             old = self.derived.get(derivation.name)
             found = None if old is None else old.declaration.spec
             if old is None or old.fallback or found != derivation.spec:
@@ -83,12 +88,15 @@ class AliasRegistry(ModuleNames):
                     expected=derivation.spec,
                     found=found,
                 )
-            if unknown := [n for n in derivation.sources if n not in self.sources]:
+            if unknown := [n for n in derivation.sources if n not in self.sources and n not in self.owners]:
                 raise DeclarationError("derived from names that are no sources here", module=self.label, name=", ".join(unknown))
+        with located(module=self.label):
+            others = [replace(self.derived[n], declaration=derivation, seen=None) for n, derivation in new.items()]
+            kept = [one for n, one in self.derived.items() if n not in new]
+            derived = {one.declaration.name: one for one in in_order([*kept, *others])}
+        aliased = {n: owner for n, owner in self.owners.items() if n not in derived}
         self.open()
-        for derivation in new:
-            self.derived[derivation.name].declaration = derivation
-            self.derived[derivation.name].seen = None
+        self.__dict__.update(derived=derived, owners=aliased | derived)  # at once: each in the order in which it is computed
 
     def retarget(self, layouts: Mapping[str, AnyLayout | str | None]) -> None:
         """Bring sources into another order, in place, by blocks that both orders keep together.
@@ -115,6 +123,9 @@ class AliasRegistry(ModuleNames):
 
     def check_retarget(self, layouts: Mapping[str, AnyLayout | str | None]) -> dict[str, StoragePlan]:
         """Raise what :meth:`retarget` would raise, for whoever moves several modules or none; the plan of each source."""
+        if not isinstance(layouts, Mapping):
+            found = type(layouts).__name__
+            raise DeclarationError("these are no layouts", module=self.label, expected="a mapping of sources", found=found)
         plans = {}
         for name, layout in layouts.items():
             with located(module=self.label, name=name):
@@ -159,8 +170,9 @@ class AliasRegistry(ModuleNames):
             name: the declared source.
             shards: (module, parameter name, view), where view is a slice or view of the source parameter.
         """
-        source = self.sources[name]
-        with located(module=self.label, name=name):
+        expected = "a declared source, and (module, name, view) of each shard"
+        with foreign_code("these are no shards of a source", DeclarationError, module=self.label, name=name, expected=expected):
+            source = self.sources[name]
             bindings = _shown_as(source, shards)
         dict.pop(self.module._parameters, name, None)
         source.bindings = bindings

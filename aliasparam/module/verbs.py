@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,10 +16,17 @@ from ..torch_private import import_what_dispatch_imports, is_traced_by_jit, stan
 from .adopt import adopt
 from .declarations import Declaration
 from .names import READY
-from .registry import ATTRIBUTE, AliasRegistry, registries, registry_of
+from .registry import ATTRIBUTE, AliasRegistry, Hook, registries, registry_of
 
 
-def declare(module: nn.Module, *declarations: Declaration, loaded: bool = True, aliasing: bool = True) -> AliasRegistry:
+def declare(
+    module: nn.Module,
+    *declarations: Declaration,
+    loaded: bool = True,
+    aliasing: bool = True,
+    checks: Sequence[Hook] = (),
+    on_processed: Sequence[Hook] = (),
+) -> AliasRegistry:
     """Declare checkpoint names, kernel names and derivations of a module.
 
     Parameters named as sources become :class:`AliasedParameter`; kernel names become non-persistent buffers. On the meta
@@ -33,6 +40,8 @@ def declare(module: nn.Module, *declarations: Declaration, loaded: bool = True, 
         declarations: :class:`Alias`, :class:`Derivation`, :class:`Keep`.
         loaded: whether the Parameters already hold checkpoint values; False for freshly allocated ones.
         aliasing: False gives every kernel name memory of its own (results must be the same; for tests and comparison).
+        checks: added to the registry's, in the same step: no interrupt leaves the names without them.
+        on_processed: likewise.
 
     Returns:
         The module's registry.
@@ -60,7 +69,7 @@ def declare(module: nn.Module, *declarations: Declaration, loaded: bool = True, 
         count_collective_writes()
         _hook(module)  # which does nothing before there is a registry
         module.__dict__[ATTRIBUTE] = registry
-    registry.add(plan, loaded=loaded)
+    registry.add(plan, loaded=loaded, checks=checks, on_processed=on_processed)
     return registry
 
 

@@ -124,10 +124,9 @@ class NvFp4LinearMethod:
         state = layer.__dict__
         state["nvfp4_shape"], state["nvfp4_backend"], state["params_dtype"] = shape, backend, params_dtype
         state["run_time_scales"] = RunTimeScales.of(self.missing_input_scale)
-        registry = declare(layer, *self._declarations(shape, backend.layout), loaded=False)
+        checks, declarations = [FiniteBlockScales((names.block_scale,))], self._declarations(shape, backend.layout)
+        registry = declare(layer, *declarations, loaded=False, checks=checks, on_processed=[_end_of_load])
         registry.about = f"{backend.name}: {reason}"
-        registry.checks.append(FiniteBlockScales((names.block_scale,)))
-        registry.on_processed.append(_end_of_load)
 
     def _declarations(self, shape: LinearShape, layout: LinearLayout) -> list[Declaration]:
         names, one = self.checkpoint, ((1,), torch.float32)

@@ -157,11 +157,9 @@ class NvFp4MoEMethod:
         derived = scalars(own, [d for other in others for d in other], runner.name)
         read = {alias.source for alias in pairs} | {source for d in derived for source in d.sources}
         kept = [Keep(name) for name in declared.parameters() if name not in read]  # activation scales on W4A16 runners
-        registry = declare(layer, *pairs, *derived, *kept, loaded=False)
         block_scales = f"w13_{self.checkpoint.block_scale}", f"w2_{self.checkpoint.block_scale}"
-        registry.checks.append(FiniteBlockScales(block_scales, declared.shape.first_expert))
-        registry.on_processed.append(_tell_runner)
-        return registry
+        checks = [FiniteBlockScales(block_scales, declared.shape.first_expert)]
+        return declare(layer, *pairs, *derived, *kept, loaded=False, checks=checks, on_processed=[_tell_runner])
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Bring what was written since the last call to kernel format. Idempotent, in place, expert by expert.

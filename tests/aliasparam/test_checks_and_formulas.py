@@ -36,6 +36,24 @@ def test_a_name_gets_another_formula_of_the_same_shape_only() -> None:
     assert module.twice.tolist() == [6.0, 9.0] and module.twice.data_ptr() == address
 
 
+def test_other_formulas_may_derive_from_each_other_and_are_computed_in_order() -> None:
+    module, f32 = nn.Module(), torch.float32
+    module.scale = nn.Parameter(torch.tensor([2.0]), requires_grad=False)
+    registry = declare(module, *(Derivation(name, ("scale",), torch.clone, (1,), f32) for name in "abc"))
+    registry.process()
+    chain = [Derivation("a", ("b",), lambda b: b + 1, (1,), f32), Derivation("b", ("c", "scale"), torch.mul, (1,), f32)]
+    with pytest.raises(DeclarationError, match="cycle"):
+        registry.rederive([*chain, Derivation("c", ("a",), torch.clone, (1,), f32)])
+    assert registry.is_ready
+    registry.rederive(chain)
+
+    for scale in (2.0, 3.0):
+        registry.process()
+        assert (module.a.item(), module.b.item(), module.c.item()) == (scale * scale + 1, scale * scale, scale)
+        module.scale.fill_(3)
+    registry.process()
+
+
 def refuse(registry: AliasRegistry) -> None:
     if registry.module.weight[0, 0] == 13:
         raise ValueError("unlucky")
@@ -46,7 +64,7 @@ class Layer(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.arange(8.0).view(4, 2), requires_grad=False)
         total = Derivation("total", ("weight",), lambda w: w.sum().reshape(1), (1,), torch.float32)
-        declare(self, Alias("weight", "prepared", SWAP), total).checks.append(refuse)
+        declare(self, Alias("weight", "prepared", SWAP), total, checks=[refuse])
 
     def forward(self) -> torch.Tensor:
         return self.get_buffer("prepared")

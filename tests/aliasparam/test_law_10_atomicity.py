@@ -259,7 +259,7 @@ def test_law_10_an_interrupt_while_a_module_is_declared(line: str) -> None:
 
     def declared(layer: nn.Module) -> None:
         alpha = Derivation("alpha", ("scale",), largest, (1,), torch.float32)
-        declare(layer, Alias("weight", "prepared", line), alpha)
+        declare(layer, Alias("weight", "prepared", line), alpha, checks=[no_check])
 
     declared(undeclared())  # what is kept between calls is there
     lines = lines_of(lambda: declared(undeclared()))
@@ -272,6 +272,7 @@ def test_law_10_an_interrupt_while_a_module_is_declared(line: str) -> None:
             assert found is None or same_bytes(found, value), "a mixture"
             if not the_sources(layer):
                 declared(layer)
+            assert registry_of(layer).checks == [no_check], "declared without its checks, or with two"  # type: ignore[union-attr]
             assert found is not None or line == SWAP, "the weights are lost"
             assert same_bytes(layer.scale.clone(), OLD["a.scale"]), "what has no other order is lost"
             layer.load_state_dict({"weight": value, "scale": OLD["a.scale"]})
@@ -283,6 +284,10 @@ def test_law_10_an_interrupt_while_a_module_is_declared(line: str) -> None:
         except Exception as error:
             failed[lines[at]] = f"{type(error).__name__} {str(error).splitlines()[0]}"
     assert not failed, f"{len(failed)} of {len(set(lines))} lines: {failed}"
+
+
+def no_check(registry: Any) -> None:
+    pass
 
 
 def the_sources(layer: nn.Module) -> Any:
