@@ -44,7 +44,7 @@ class AliasError(Exception):
         super().__init__(self._render())
 
     def _render(self) -> str:
-        where = ".".join(part for part in (self.module, self.name) if part)
+        where = ".".join(str(part) for part in (self.module, self.name) if part)
         lines = [f"{where}: {self.message}" if where else self.message]
         if self.expected is not None:
             lines.append(f"  expected: {self.expected}")

@@ -12,11 +12,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .errors import DeclarationError, PointerError, located
+from .errors import DeclarationError, PointerError, foreign_code, located
 from .module.adopt import adopt, apart
-from .module.declarations import Alias
+from .module.declarations import Alias, need_wellformed
 from .module.planning import Separate, parameter_spec
-from .module.registry import AliasRegistry, registry_of
+from .module.registry import AliasRegistry, need_model, registry_of
 from .module.verbs import declare
 from .module.verdict import Reason, aliasing_is_on, judge
 from .spec import TensorSpec
@@ -37,6 +37,9 @@ def alias_or_bind_derived_param(
         DeclarationError: ``source_name`` is not a Parameter of ``module``, or the pair was declared with a layout.
         PointerError: a value of another shape or dtype for a name that already has memory.
     """
+    need_model(module)
+    with located(module=type(module).__name__):
+        need_wellformed([Alias(source_name, derived_name)])
     registry = registry_of(module)
     source = registry.sources.get(source_name) if registry else None
     if not isinstance(derived_value, Tensor):
@@ -108,11 +111,15 @@ def copy_or_rebind_param(module: nn.Module, name: str, value: Tensor) -> None:
             found=repr(value)[:80],
             remedy="Call the function on the source first, or give it to alias_or_bind_derived_param.",
         )
-    existing = _existing(module, name)
-    if existing is None:
-        module.__dict__.pop(name, None)
-        module.register_parameter(name, nn.Parameter(value.detach().clone(), requires_grad=False))
-        return
+    need_model(module)
+    remedy = "Choose another name: no dots, and none that the module uses for something else."
+    facts = {"module": type(module).__name__, "name": name, "expected": "a name for a Parameter", "remedy": remedy}
+    with foreign_code("no value can be put under this name", DeclarationError, **facts):
+        existing = _existing(module, name)
+        if existing is None:
+            module.__dict__.pop(name, None)
+            module.register_parameter(name, nn.Parameter(value.detach().clone(), requires_grad=False))
+            return
     if TensorSpec.of(existing) != TensorSpec.of(value) or existing.device != value.device:
         raise PointerError(
             "this value does not fit the memory the name already has",

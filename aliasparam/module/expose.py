@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..errors import ReloadError
+from ..errors import ReloadError, foreign_code
 from ..storage.coverage import Box
 from ..tensors.faces import _Aliased
 from ..tensors.geometry import place_of
@@ -121,7 +121,7 @@ def expose_for_writing(
         StateError: the raw memory is exposed already.
     """
     need_model(module)
-    parameter = dict(module.named_parameters(remove_duplicate=False)).get(name)
+    parameter = dict(module.named_parameters(remove_duplicate=False)).get(name) if isinstance(name, str) else None
     if not isinstance(parameter, _Aliased) or order not in ("checkpoint", "kernel"):
         raise ReloadError(
             "only declared checkpoint names can be exposed, in checkpoint or kernel order",
@@ -144,20 +144,20 @@ def expose_for_writing(
 def _part(target: _Aliased, rows: slice | None, order: Order) -> tuple[_Aliased, Box]:
     """``rows`` of ``target``, and in kernel order the box that they are. Raises ReloadError where they are no range of the memory
     that is lent in this order."""
-    bound = target._alias_storage.bound
+    bound, refused = target._alias_storage.bound, "these rows are no range of the memory"
+    facts = {
+        "expected": "a slice of the rows; in kernel order the whole name, or a range of the experts of a stack",
+        "found": f"{'a shard' if rows is None else rows} of {list(bound.shape)}",
+        "remedy": 'Expose the whole, or order="checkpoint".',
+    }
     box: Box = ()
-    together = rows is None or (isinstance(rows, slice) and (rows.step or 1) > 0)
-    part: _Aliased = target if rows is None or not together else target[rows]
-    if together and order == "kernel":
-        place, inner = place_of(target._alias_storage, part._alias_geometry), 1 if bound.lead else 0
-        box = () if place is None else place.box
-        together = place is not None and (box[inner:] == bound.whole[inner:] or not part.numel())
-    if not together:
-        raise ReloadError(
-            "these rows are no range of the memory",
-            label=target._alias_storage.label,
-            expected="a slice of the rows; in kernel order the whole name, or a range of the experts of a stack",
-            found=f"{'a shard' if rows is None else rows} of {list(bound.shape)}",
-            remedy='Expose the whole, or order="checkpoint".',
-        )
+    with foreign_code(refused, ReloadError, label=target._alias_storage.label, **facts):
+        together = rows is None or (isinstance(rows, slice) and (rows.step or 1) > 0)
+        part: _Aliased = target if rows is None or not together else target[rows]
+        if together and order == "kernel":
+            place, inner = place_of(target._alias_storage, part._alias_geometry), 1 if bound.lead else 0
+            box = () if place is None else place.box
+            together = place is not None and (box[inner:] == bound.whole[inner:] or not part.numel())
+        if not together:
+            raise ReloadError(refused, label=target._alias_storage.label, **facts)
     return part, box

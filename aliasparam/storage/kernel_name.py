@@ -2,8 +2,9 @@
 
 [Note: foreign writes] Kernel names are written by this library alone, through a view of its own. The tensor which the module
 shows has a version counter of its own too: whatever bumps it was other code (``copy_`` over all buffers, an averaged model,
-and collectives: see tensors/call.py). Looking costs one attribute. Writes through ``.data`` and by raw pointer bump no
-counter and are not seen.
+and collectives: see tensors/call.py). Torch also counts what ``FakeTensorMode(allow_non_fake_inputs=True)`` writes to a plain
+tensor, which lands nowhere: the two cannot be told apart, so both refuse. Looking costs one attribute. Writes through ``.data``
+and by raw pointer bump no counter and are not seen.
 
 [Note: open modules] A forward pre-hook refuses the declaring module's forward, but compiled callers do not look at hooks of inner
 modules, and a parent may read the name without calling the module. So while a module is open each of its kernel names is a

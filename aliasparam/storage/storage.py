@@ -126,7 +126,9 @@ class AliasedStorage(GuardedMemory):
 
         Raises:
             StateError: the bytes are being written from outside. Nothing has changed then.
+            LayoutError: the box is not within the tensor, or the value not of its shape. Nothing has changed then.
         """
+        self.bound.check_value(box, value.shape, self.bound.dtype)
         with LOCKS[self.lock_number]:
             write_all([Part(self, box, value)], non_blocking)
 

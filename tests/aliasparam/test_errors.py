@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -293,3 +294,33 @@ VERBS += [lambda model: apply_delta(model, "nowhere"), lambda model: prepare_del
 def test_what_is_no_model_is_named(verb: Callable[[Any], object], other: object) -> None:
     with pytest.raises(DeclarationError, match="names are looked for in a model"):
         verb(other)
+
+
+NO_NAMES = (5, 1.5, None, [], "", "a.b")
+NO_ROWS = (5, 1.5, "a", [1], slice("a"), slice(1.5, 3), slice(0, 8, 0), slice(None, None, "a"))
+
+
+def test_an_argument_of_another_kind_is_named_and_changes_nothing() -> None:
+    layer: Any = nn.Module()
+    layer.w = nn.Parameter(torch.arange(32.0).view(8, 4), requires_grad=False)
+    layer.u = nn.Parameter(torch.arange(4.0), requires_grad=False)
+    registry = declare(layer, Alias("w", "k", "(a b) k -> b a k, b=2"))
+    registry.process()
+    value, storage = torch.zeros(3), layer.w._alias_storage
+    calls: list[Callable[[], object]] = [partial(expose_for_writing, layer, name) for name in NO_NAMES]
+    calls += [partial(expose_for_writing, layer, "w", rows, order=o) for rows in NO_ROWS for o in ("checkpoint", "kernel")]  # type: ignore[arg-type]
+    calls += [partial(expose_for_writing(layer, "w").written, rows) for rows in NO_ROWS]  # type: ignore[arg-type]
+    calls += [partial(alias_or_bind_derived_param, layer, name, "d", value) for name in NO_NAMES]  # type: ignore[arg-type]
+    calls += [partial(alias_or_bind_derived_param, layer, "u", name, value) for name in NO_NAMES]  # type: ignore[arg-type]
+    calls += [partial(copy_or_rebind_param, layer, name, value) for name in NO_NAMES]  # type: ignore[arg-type]
+    calls += [partial(registry.show_shards, name, []) for name in (*NO_NAMES, "w")]  # type: ignore[arg-type]
+    calls += [partial(registry.show_shards, "w", shards) for shards in (5, [5], [(5, "q", layer.w)])]  # type: ignore[arg-type]
+    calls += [partial(registry.retarget, layouts) for layouts in (5, ["w"], {5: None})]  # type: ignore[arg-type]
+    calls += [partial(registry.rederive, given) for given in ([5], ["w"])]  # type: ignore[arg-type]
+    calls += [partial(storage.write, box, torch.zeros(2, 4)) for box in (((0, 9), (0, 4)), ((0, 2),), ((0, 1.5), (0, 4)))]
+
+    for call in calls:
+        with pytest.raises(AliasError):
+            call()
+        assert registry.is_untouched, call
+    assert set(layer.state_dict()) == {"w", "u"}
