@@ -27,8 +27,8 @@ def alias_or_bind_derived_param(
 ) -> None:
     """Put ``derived_value`` under ``derived_name``, in the source's memory where shape and dtype are the source's.
 
-    After an alias the source name refuses to be read until it is written whole again, because the bytes are kernel format
-    and nobody declared their order. Calling it again after a reload keeps every address.
+    After an alias the source name refuses to be read until it is written whole again: the bytes are kernel format, and nobody
+    declared their order. Calling it again after a reload keeps every address.
 
     Given a repack *function* instead of its value, the layout is inferred, the pair is declared with it, and both names are right
     at any time; calling it again processes the module.
@@ -40,8 +40,7 @@ def alias_or_bind_derived_param(
     need_model(module)
     with located(module=type(module).__name__):
         need_wellformed([Alias(source_name, derived_name)])
-    registry = registry_of(module)
-    source = registry.sources.get(source_name) if registry else None
+    source = registry.sources.get(source_name) if (registry := registry_of(module)) else None
     if not isinstance(derived_value, Tensor):
         if registry is None or source is None:
             registry = declare(module, Alias(source_name, derived_name, derived_value))

@@ -36,12 +36,10 @@ def declare(
     Of a Parameter with ``requires_grad=True`` a UserWarning says that it gets no gradients any more.
 
     Args:
-        module: the module that owns the Parameters.
-        declarations: :class:`Alias`, :class:`Derivation`, :class:`Keep`.
+        module, declarations: the owner of the Parameters; :class:`Alias`, :class:`Derivation`, :class:`Keep`.
         loaded: whether the Parameters already hold checkpoint values; False for freshly allocated ones.
         aliasing: False gives every kernel name memory of its own (results must be the same; for tests and comparison).
-        checks: added to the registry's, in the same step: no interrupt leaves the names without them.
-        on_processed: likewise.
+        checks, on_processed: added to the registry's in the same step: no interrupt leaves the names without them.
 
     Returns:
         The module's registry.
