@@ -12,7 +12,6 @@ looked at. What is another tensor in the model (see
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from ..host import host_bytes
 from ..layout.boxes import Box, whole
 from ..module.registry import need_model
+from ..spec import TensorSpec
 from ..storage.coverage import Coverage
 from .delta import Overwrite, Xor
 from .delta_folder import Chain, DeltaFolder, need_order
@@ -148,16 +148,16 @@ def patches_of(
         DeltaError: a malformed delta, or a checksum that differs; the tensor does not fit.
     """
     part = parts.part_of(name, live)
-    nbytes = math.prod(part.shape) * live.dtype.itemsize
+    spec = TensorSpec(part.shape, live.dtype)
     touching = [delta for delta in deltas if name in delta.checksums]
     entry = None if full is None else full.entry(name)
     if entry is not None:
-        _need_fit("the full version", f"{entry.file.path}: {name}", live, part.shape, entry.dtype, entry.shape)
-    digest = parts.digest(name, touching[-1], nbytes) if touching else None
-    readers = [delta.changes(name, nbytes) for delta in touching]
+        _need_fit("the full version", f"{entry.file.path}: {name}", spec, TensorSpec(entry.shape, entry.dtype))
+    digest = parts.digest(name, touching[-1], spec.nbytes) if touching else None
+    readers = [delta.changes(name, spec) for delta in touching]
     found = joined(_compared(live, entry, readers, part, digest))
     if digest is not None and name not in parts.held:
-        touching[-1].check(name, digest.hexdigest(nbytes))
+        touching[-1].check(name, digest.hexdigest(spec.nbytes))
     return found
 
 
@@ -262,12 +262,11 @@ def _stored(full: Entry, span: Span, like: Tensor) -> Tensor:
     return raw.to(like.device)
 
 
-def _need_fit(what: str, name: str, live: Live, shape: tuple[int, ...], dtype: torch.dtype, found: tuple[int, ...]) -> None:
-    if (dtype, found) != (live.dtype, shape):
-        expected = f"{live.dtype} {list(shape)}"
-        raise DeltaError(f"{what} does not fit the model", name=name, expected=expected, found=f"{dtype} {list(found)}")
+def _need_fit(what: str, name: str, expected: TensorSpec, found: TensorSpec) -> None:
+    if found != expected:
+        raise DeltaError(f"{what} does not fit the model", name=name, expected=f"{expected}", found=f"{found}")
 
 
 def _replaced(live: Live, name: str, value: Tensor) -> list[Patch]:
-    _need_fit("the converted tensor", name, live, live.shape, value.dtype, tuple(value.shape))
+    _need_fit("the converted tensor", name, TensorSpec(live.shape, live.dtype), TensorSpec.of(value))
     return joined(differences(live, live.box, value, keep_new=True))

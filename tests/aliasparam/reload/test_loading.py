@@ -116,18 +116,17 @@ def test_law_10_what_would_end_a_session_inside_its_loader_is_refused_and_the_lo
 ) -> None:
     """Stand-ins are in the places of what would be processed, or brought back."""
     model, new = Model(), new_values()
-    with reload(model, policy=policy) as session:
-        with loading(session):
-            names = dict(model.named_parameters())
-            for name in ("weight", "norm", "scale"):
-                names[name].data.copy_(new[name])
-            for refused in (step, lambda session: loading(session).__enter__()):
-                with pytest.raises(ReloadError, match="inside a block of `loading`"):
-                    refused(session)
-            names["scales"].data.copy_(new["scales"])
-            session.prepare()
+    with reload(model, policy=policy) as session, loading(session):
+        names = dict(model.named_parameters())
+        for name in ("weight", "norm", "scale"):
+            names[name].data.copy_(new[name])
+        for refused in (step, lambda session: loading(session).__enter__()):
             with pytest.raises(ReloadError, match="inside a block of `loading`"):
-                step(session)
+                refused(session)
+        names["scales"].data.copy_(new["scales"])
+        session.prepare()
+        with pytest.raises(ReloadError, match="inside a block of `loading`"):
+            step(session)
     assert all(same_bytes(found, new[name]) for name, found in checkpoint_state_dict(model).items() if name in new)
 
 
