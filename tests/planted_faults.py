@@ -100,9 +100,7 @@ FAULTS = [
     # views and operators
     Planted("tensors/geometry.py", "    seen = torch._neg_view(seen) if view.is_neg() else seen\n", "", "test_views.py"),
     Planted("tensors/geometry.py", "return seen.conj() if view.is_conj() else seen", "return seen", "test_views.py"),
-    Planted(
-        "tensors/geometry.py", "pairs[0][0] if len(pairs) == 1 else storage.geometry", "pairs[0][0]", "test_law_01_oracle.py"
-    ),
+    Planted("tensors/geometry.py", "pairs[0][0] if len(pairs) == 1 else storage.geometry", "pairs[0][0]", "test_views.py"),
     Planted("tensors/geometry.py", "raw[: raw.numel() // width * width]", "raw", "test_views.py"),
     Planted(
         "storage/place.py",
