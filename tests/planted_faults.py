@@ -299,6 +299,9 @@ FAULTS = [
         "reload/test_session_others.py",
     ),
     Planted("reload/session.py", "if not self._aborting.acquire(blocking=False):", "if False:", "reload/test_session_others.py"),
+    Planted("reload/session.py", "if self.phase is not Phase.COMMITTED:", "if True:", "reload/test_law_10_second_tries.py"),
+    Planted("reload/loading.py", "        made.clear()", "        pass", "reload/test_loading.py"),
+    Planted("reload/delta.py", "if self._stream.size not in", "if None not in", "reload/test_malformed_deltas.py"),
     Planted("reload/session.py", "self._claim.lend()  #", "self._claim.end()  #", "reload/test_session_others.py"),
     Planted("reload/claims.py", "with _taking:  # whoever", "if True:  # whoever", "reload/test_session_others.py"),
     Planted(

@@ -89,8 +89,8 @@ def loading(session: ReloadSession) -> Iterator[None]:
         ReloadError: as ``update``; or a value of another dtype, or a write into a view that is no rectangle.
     """
     need_no_loader(type(session.model).__name__, session.stand_ins, "load")
-    write: Write = lambda name, box, value: session.update(name, value, box=box)  # noqa: E731
-    with stand_ins(find_targets(session.model), write) as session.stand_ins:
+    targets = find_targets(session.model)
+    with stand_ins(targets, lambda name, box, value: session.update(name, value, box=box)) as session.stand_ins:
         yield
 
 
