@@ -100,9 +100,7 @@ FAULTS = [
     # views and operators
     Planted("tensors/geometry.py", "    seen = torch._neg_view(seen) if view.is_neg() else seen\n", "", "test_views.py"),
     Planted("tensors/geometry.py", "return seen.conj() if view.is_conj() else seen", "return seen", "test_views.py"),
-    Planted(
-        "tensors/geometry.py", "pairs[0][0] if len(pairs) == 1 else storage.geometry", "pairs[0][0]", "test_law_01_oracle.py"
-    ),
+    Planted("tensors/geometry.py", "pairs[0][0] if len(pairs) == 1 else storage.geometry", "pairs[0][0]", "test_views.py"),
     Planted("tensors/geometry.py", "raw[: raw.numel() // width * width]", "raw", "test_views.py"),
     Planted(
         "storage/place.py",
@@ -301,6 +299,9 @@ FAULTS = [
         "reload/test_session_others.py",
     ),
     Planted("reload/session.py", "if not self._aborting.acquire(blocking=False):", "if False:", "reload/test_session_others.py"),
+    Planted("reload/session.py", "if self.phase is not Phase.COMMITTED:", "if True:", "reload/test_law_10_second_tries.py"),
+    Planted("reload/loading.py", "        made.clear()", "        pass", "reload/test_loading.py"),
+    Planted("reload/delta.py", "if self._stream.size not in", "if None not in", "reload/test_malformed_deltas.py"),
     Planted("reload/session.py", "self._claim.lend()  #", "self._claim.end()  #", "reload/test_session_others.py"),
     Planted("reload/claims.py", "with _taking:  # whoever", "if True:  # whoever", "reload/test_session_others.py"),
     Planted(

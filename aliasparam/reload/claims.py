@@ -87,6 +87,7 @@ class Claim:
             for module in self.modules:
                 if _claim_of(module) is self:
                     del _claims[module]
+        self.modules, self.registries = [], []
 
 
 def _claim_of(module: nn.Module) -> Claim | None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..host import HOST, host_bytes
+from ..spec import TensorSpec
 from .digest import optional
 from .errors import DeltaError
 from .header import Entry
@@ -23,6 +24,7 @@ from .held_file import memory_of
 PIECE = 1 << 20
 _POSITIONS = 1 << 18
 _MAX_WINDOW = 1 << 27
+_HEAD = 18  # bytes of a frame's header, at most
 
 
 class Change(NamedTuple):
@@ -45,11 +47,22 @@ class Change(NamedTuple):
 
 
 class Xor:
-    """The changes of a tensor of ``nbytes`` bytes, which are stored as ``entry``. Errors name ``name``."""
+    """The changes of a tensor, which are stored as ``entry``. Errors name ``name``.
 
-    def __init__(self, entry: Entry, nbytes: int, name: str) -> None:
+    Raises:
+        DeltaError: the frame says that it is of another length.
+    """
+
+    def __init__(self, entry: Entry, spec: TensorSpec, name: str) -> None:
         self._stream = _Stream(entry, name)
-        self._at, self._nbytes, self._expected = 0, nbytes, f"{nbytes} bytes, as the tensor has"
+        self._at, self._nbytes, self._expected = 0, spec.nbytes, f"{spec.nbytes} bytes, as the tensor has"
+        if self._stream.size not in (None, self._nbytes):
+            raise DeltaError(
+                "the delta is of a tensor of another dtype or shape",
+                name=name,
+                expected=f"{self._expected} ({spec})",
+                found=f"{self._stream.size} bytes, {self._stream.size / max(spec.numel, 1):g} for each element",
+            )
 
     def read(self, start: int, stop: int) -> Change | None:
         """What changes of bytes ``start`` to ``stop``, behind those that were asked for before; None where nothing does.
@@ -83,7 +96,8 @@ class Overwrite:
             takes from. At its end it raises as :meth:`finish`.
     """
 
-    def __init__(self, entry: Entry, nbytes: int, name: str) -> None:
+    def __init__(self, entry: Entry, spec: TensorSpec, name: str) -> None:
+        nbytes = spec.nbytes
         places, values = _Stream(entry, name), _Stream(entry, name)
         self.count = int(places.numbers(1, "a count of 4 bytes"))
         if self.count > nbytes:
@@ -133,12 +147,21 @@ ENCODINGS: dict[str, type[Xor] | type[Overwrite]] = {"xor": Xor, "overwrite": Ov
 
 
 class _Stream:
-    """Decompressed bytes of a stored tensor, on demand."""
+    """Decompressed bytes of a stored tensor, on demand.
+
+    Attributes:
+        size: how many there are, if the frame says it.
+    """
 
     def __init__(self, entry: Entry, name: str) -> None:
         zstd = optional("zstandard")
         self._error: type[Exception] = zstd.ZstdError
         self._name = name
+        head = entry.file.read(entry.begin, min(_HEAD, entry.nbytes))
+        try:
+            self.size = None if (size := zstd.frame_content_size(head)) < 0 else size
+        except zstd.ZstdError:
+            self.size = None  # the decompressor will say what it is
         decompressor = zstd.ZstdDecompressor(max_window_size=_MAX_WINDOW)
         self._reader: Any = decompressor.stream_reader(_Compressed(entry), read_size=1 << 16)
 

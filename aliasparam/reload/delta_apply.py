@@ -12,10 +12,10 @@ looked at. What is another tensor in the model (see
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ..host import host_bytes
 from ..layout.boxes import Box, whole
 from ..module.registry import need_model
+from ..spec import TensorSpec
 from ..storage.coverage import Coverage
 from .delta import Overwrite, Xor
 from .delta_folder import Chain, DeltaFolder, need_order
@@ -36,6 +37,9 @@ from .observe import Hooks
 from .patch import Patch, differences, joined, on_device, patch_at, patch_of, patched
 from .session import ReloadSession
 from .sources import SafetensorsFolder
+
+#: Looks at what changes in a tensor of the model: its name, the tensor or a part of it, and the patches.
+Check: TypeAlias = Callable[[str, Live, Sequence[Patch]], None]
 
 
 def apply_delta(
@@ -80,8 +84,13 @@ def prepare_delta(
     serving: int | None = None,
     names: Mapping[str, str] | Places | None = None,
     hooks: Hooks | None = None,
+    check: Check | None = None,
 ) -> ReloadSession:
-    """A prepared session, all checksums verified; the old weights serve until it commits. Else as :func:`apply_delta`."""
+    """A prepared session, all checksums verified; the old weights serve until it commits. Else as :func:`apply_delta`.
+
+    Args:
+        check: called for each tensor, or part of one, that the files name. What it raises refuses the delta.
+    """
     need_model(model)
     places = names if isinstance(names, Places) else Places(names or {})
     with opened_delta(delta) as chain:  # of its files nothing is read afterwards
@@ -91,7 +100,7 @@ def prepare_delta(
         try:
             if chain.full is not None:
                 _need_all(session, chain.full, places)
-            _patch_all(session, chain.full, chain.deltas, places)
+            _patch_all(session, chain.full, chain.deltas, places, check)
             chain.check_unchanged()
             session.prepare()
         except BaseException:
@@ -105,10 +114,15 @@ def opened_delta(delta: DeltaFolder | Chain | str | Path) -> AbstractContextMana
     return DeltaFolder(delta) if isinstance(delta, (str, Path)) else nullcontext(delta)
 
 
-def _patch_all(session: ReloadSession, full: SafetensorsFolder | None, deltas: list[DeltaFolder], places: Places) -> None:
+def _patch_all(
+    session: ReloadSession, full: SafetensorsFolder | None, deltas: list[DeltaFolder], places: Places, check: Check | None
+) -> None:
     digests, tensors, taken = PartDigests(places), session.tensors, dict[str, Coverage]()
 
-    def take(label: str, box: Box | None, name: str) -> None:
+    def hold(label: str, live: Live, patches: list[Patch], box: Box | None, name: str) -> None:
+        session.hold(label, live, patches)
+        if check is not None:
+            check(label, live, patches)
         covered = taken.setdefault(label, Coverage(tensors[label].shape))
         if not covered.add(whole(covered.shape) if box is None else box):
             raise DeltaError("two tensors of the files lie in one place of the model", name=label, found=f"{name} after another")
@@ -118,14 +132,12 @@ def _patch_all(session: ReloadSession, full: SafetensorsFolder | None, deltas: l
         if not stored.keys().isdisjoint(one.sources):
             lives = [session.watch(label) for label in one.targets]
             for label, live, patches in zip(one.targets, lives, patches_of_converted(one, lives, full, deltas), strict=True):
-                session.hold(label, live, patches)
-                take(label, None, ", ".join(one.sources))
+                hold(label, live, patches, None, ", ".join(one.sources))
     apart = {*places.elsewhere, *(name for one in places.converted for name in one.sources)}
     for name in [name for name in stored if name not in apart]:
         for label, box in places.where(name):
             live = session.watch(label).under(box)
-            session.hold(label, live, patches_of(live, name, full, deltas, digests))
-            take(label, box, name)
+            hold(label, live, patches_of(live, name, full, deltas, digests), box, name)
     digests.check(deltas)
 
 
@@ -148,16 +160,16 @@ def patches_of(
         DeltaError: a malformed delta, or a checksum that differs; the tensor does not fit.
     """
     part = parts.part_of(name, live)
-    nbytes = math.prod(part.shape) * live.dtype.itemsize
+    spec = TensorSpec(part.shape, live.dtype)
     touching = [delta for delta in deltas if name in delta.checksums]
     entry = None if full is None else full.entry(name)
     if entry is not None:
-        _need_fit("the full version", f"{entry.file.path}: {name}", live, part.shape, entry.dtype, entry.shape)
-    digest = parts.digest(name, touching[-1], nbytes) if touching else None
-    readers = [delta.changes(name, nbytes) for delta in touching]
+        _need_fit("the full version", f"{entry.file.path}: {name}", spec, TensorSpec(entry.shape, entry.dtype))
+    digest = parts.digest(name, touching[-1], spec.nbytes) if touching else None
+    readers = [delta.changes(name, spec) for delta in touching]
     found = joined(_compared(live, entry, readers, part, digest))
     if digest is not None and name not in parts.held:
-        touching[-1].check(name, digest.hexdigest(nbytes))
+        touching[-1].check(name, digest.hexdigest(spec.nbytes))
     return found
 
 
@@ -262,12 +274,11 @@ def _stored(full: Entry, span: Span, like: Tensor) -> Tensor:
     return raw.to(like.device)
 
 
-def _need_fit(what: str, name: str, live: Live, shape: tuple[int, ...], dtype: torch.dtype, found: tuple[int, ...]) -> None:
-    if (dtype, found) != (live.dtype, shape):
-        expected = f"{live.dtype} {list(shape)}"
-        raise DeltaError(f"{what} does not fit the model", name=name, expected=expected, found=f"{dtype} {list(found)}")
+def _need_fit(what: str, name: str, expected: TensorSpec, found: TensorSpec) -> None:
+    if found != expected:
+        raise DeltaError(f"{what} does not fit the model", name=name, expected=f"{expected}", found=f"{found}")
 
 
 def _replaced(live: Live, name: str, value: Tensor) -> list[Patch]:
-    _need_fit("the converted tensor", name, live, live.shape, value.dtype, tuple(value.shape))
+    _need_fit("the converted tensor", name, TensorSpec(live.shape, live.dtype), TensorSpec.of(value))
     return joined(differences(live, live.box, value, keep_new=True))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from ..spec import TensorSpec
 from .delta import ENCODINGS, Overwrite, Xor
 from .digest import FORMATS
 from .errors import DeltaError
@@ -55,9 +56,9 @@ class DeltaFolder(Opened):
         """Itself: a chain of one."""
         return [self]
 
-    def changes(self, name: str, nbytes: int) -> Xor | Overwrite:
-        """What it changes in one tensor, which has ``nbytes`` bytes."""
-        return ENCODINGS[self.encoding](self.folder.entry(name), nbytes, f"{self.path}: {name}")
+    def changes(self, name: str, spec: TensorSpec) -> Xor | Overwrite:
+        """What it changes in one tensor."""
+        return ENCODINGS[self.encoding](self.folder.entry(name), spec, f"{self.path}: {name}")
 
     def check(self, name: str, digest: str) -> None:
         """
@@ -70,7 +71,7 @@ class DeltaFolder(Opened):
                 name=f"{self.path}: {name}",
                 expected=self.checksums[name],
                 found=digest,
-                remedy=f"The weights it was applied to are not version {self.base_version}, or the delta is damaged.",
+                remedy=f"The weights are not version {self.base_version}, or of another dtype, or the delta is damaged.",
             )
 
     def _field(self, key: str, known: Iterable[str]) -> str:

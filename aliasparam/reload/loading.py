@@ -10,7 +10,7 @@ a session checks, keeps and takes back, it does for loaders too.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeAlias
 
@@ -24,7 +24,7 @@ from ..tensors.faces import _Aliased, loader_attributes
 from ..torch_private import tree_leaves, tree_map
 from .live import Live
 from .session import ReloadSession
-from .targets import Target, find_targets
+from .targets import Target, find_targets, need_no_loader
 
 #: In-place operators whose result does not depend on what was there.
 _OVERWRITES = frozenset({"copy_", "fill_", "zero_"})
@@ -83,18 +83,22 @@ def loading(session: ReloadSession) -> Iterator[None]:
     A float of two bytes or more is converted as ``copy_`` converts it; a packed or quantized tensor is not.
 
     Args:
-        session: begun, and not prepared yet.
+        session: begun, and not prepared yet. It ends behind the block.
 
     Raises (in the loader that writes):
         ReloadError: as ``update``; or a value of another dtype, or a write into a view that is no rectangle.
     """
-    with stand_ins(find_targets(session.model), lambda name, box, value: session.update(name, value, box=box)):
+    need_no_loader(type(session.model).__name__, session.stand_ins, "load")
+    targets = find_targets(session.model)
+    with stand_ins(targets, lambda name, box, value: session.update(name, value, box=box)) as session.stand_ins:
         yield
 
 
 @contextmanager
-def stand_ins(targets: Mapping[str, Target], write: Write) -> Iterator[None]:
-    """While open, a stand-in shows in every place of ``targets``; what is written into one comes to ``write``, one at a time."""
+def stand_ins(targets: Mapping[str, Target], write: Write) -> Iterator[Collection[object]]:
+    """While open, a stand-in shows in every place of ``targets``; what is written into one comes to ``write``, one at a time.
+
+    Gives the places, of which there are none any more behind the block."""
     lock = threading.Lock()
     before: dict[tuple[int, str], tuple[dict[str, Any], Any, StandIn]] = {}
 
@@ -108,8 +112,8 @@ def stand_ins(targets: Mapping[str, Target], write: Write) -> Iterator[None]:
         with lock:
             write(name, box, value)
             for one in targets[name].together:  # the first write of plain tensors has put refusing twins in their places
-                if one in made:
-                    show(made[one])
+                if (stand_in := made.get(one)) is not None:
+                    show(stand_in)
 
     made = {target: _stand_in(Whole(name, target, written)) for name, target in targets.items()}
 
@@ -117,12 +121,14 @@ def stand_ins(targets: Mapping[str, Target], write: Write) -> Iterator[None]:
         for (_, key), (holder, stood, stand_in) in before.items():
             if holder.get(key) is stand_in:
                 dict.__setitem__(holder, key, stood)
+        before.clear()
+        made.clear()  # a loader may still hold some: they show nothing any more
 
     try:
         try:
             for stand_in in made.values():
                 show(stand_in)
-            yield
+            yield before
         finally:
             restore()
     finally:

@@ -31,7 +31,8 @@ class SessionMember:
         Raises:
             ReloadError: a session could not take its commit back, or is not prepared. What was prepared is aborted.
         """
-        self.sessions = [session for session in self.sessions if session.phase is not Phase.ENDED]  # of changes before
+        over = Phase.COMMITTED, Phase.ENDED
+        self.sessions = [session for session in self.sessions if session.phase not in over]  # of changes before
         said = []
         try:
             for prepare in self._prepare:

@@ -120,10 +120,14 @@ class Policy:
             self._doing(target, partial(self.write, target, box, value))
 
     def restore(self) -> bool:
-        """Bring the old weights back. False: this policy never does. Raises where it should and cannot."""
-        if self.wrote and self._journal is not None:
+        """Let the old weights serve again. False: this policy has none. Raises where it should and cannot."""
+        if self.wrote:
+            if self._journal is None:
+                return False
             self._journal.restore()
-        return not self.wrote or self._journal is not None
+            self.commit(whole=False)
+            self.end()
+        return True
 
     def _doing(self, target: Target, write: Callable[[], object]) -> None:
         if self._journal is None:
@@ -202,16 +206,15 @@ class Policy:
             for holder, key in target.places:
                 if twin is not None and (whole or holder.get(key) is twin.refusing):
                     dict.__setitem__(holder, key, target.tensor)
-        self._end()
 
     def poison(self) -> None:
         """What was written is of no generation: it refuses until it is loaded whole. Plain twins stay where they are."""
         for target, _ in self._begun.values():
             if target.storage is not None:
                 target.storage.invalidate(_FAILED)
-        self._end()
+        self.end()
 
-    def _end(self) -> None:
+    def end(self) -> None:
         """Nothing is written or brought back any more: who keeps the session keeps no weights."""
         self._begun, self._given, self._staged = {}, [], StagedValues()
         self._journal = self._journal and Journal()

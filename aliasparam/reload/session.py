@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from enum import Enum
 from types import TracebackType
 from typing import Literal
@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ReloadError
-from ..layout.boxes import shown
 from ..module.adopt import adopt
 from ..spec import TensorSpec
 from ..storage.coverage import Box
@@ -31,7 +30,7 @@ from .live import Live
 from .observe import Hook, Hooks, Observed, call_abort_hooks, phase
 from .patch import Patch
 from .policies import AnyPolicy, Policy
-from .targets import Target, find_targets, fitted, in_scope, need_whole, target_of
+from .targets import Target, find_targets, fitted, in_scope, need_no_loader, need_whole, target_of
 
 #: "all": every tensor must arrive; "partial": each tensor that is begun must; or dotted prefixes, under which every tensor must.
 Scope = Literal["all", "partial"] | Iterable[str]
@@ -45,6 +44,7 @@ class Phase(Enum):
     PREPARED = "prepared"
     COMMITTING = "being committed"
     SWITCHED = "switched"
+    COMMITTED = "committed"
     ENDED = "ended"
 
 
@@ -68,6 +68,7 @@ class ReloadSession:
         self.observed = Observed(source, policy)
         self._hooks, self._to_call = hooks, list(hooks.on_commit)
         self._targets: dict[str, Target] = {}
+        self.stand_ins: Collection[object] = ()  # of a loader, in the places of the tensors (see loading.py)
         self.drain = Drain(model, drain_seconds)
         self._claim = Claim(self)
         self._policy = Policy(policy, self._label, self.drain)
@@ -123,32 +124,36 @@ class ReloadSession:
         """Let the model run with what was written. If it fails the session is still prepared: commit again, or abort.
 
         Raises:
-            ReloadError: not prepared.
+            ReloadError: not prepared, or inside a loader's block.
             AliasError: processing refuses the new values.
         """
-        started = time.perf_counter()
-        self._put_in_place("commit", (Phase.PREPARED, Phase.SWITCHED), self._serve, Phase.ENDED)
-        self.observed.pause_seconds = time.perf_counter() - started
-        self.observed.ended(self.model, "committed")
+        if self.phase is not Phase.COMMITTED:
+            started = time.perf_counter()
+            self._put_in_place("commit", (Phase.PREPARED, Phase.SWITCHED), self._serve, Phase.COMMITTED)
+            self.observed.pause_seconds = time.perf_counter() - started
+        self._end_commit()
 
     def abort(self) -> None:
         """End without a commit. By policy the old weights serve again, or what was written refuses until it is loaded whole.
 
         Raises:
             AliasError: the policy keeps the old weights, and they cannot be brought back. What was written refuses.
+            ReloadError: inside a loader's block. Nothing has changed.
         """
+        need_no_loader(self._label, self.stand_ins, "abort")
         if not self._aborting.acquire(blocking=False):
             return  # another thread is at it: what it restores may not be poisoned
         begun = restored = False
         try:
             with self._lock:  # an update of another thread ends, and no other begins
-                if self.phase is Phase.ENDED:
+                if self.phase is Phase.COMMITTED:
+                    self._end_commit()
                     return
-                begun, self.phase = self.phase is not Phase.NEW, Phase.ENDED
-            self._claim.lend()  # and no more: another session would be given old bytes between its own
-            with phase("abort"):
-                if restored := self._policy.restore():
-                    self._policy.commit(whole=False)
+                begun, self.phase = self.phase not in (Phase.NEW, Phase.ENDED), Phase.ENDED
+            if begun:
+                self._claim.lend()  # and no more: another session would be given old bytes between its own
+                with phase("abort"):
+                    restored = self._policy.restore()
         finally:
             self._policy.poison()
             self._claim.end()
@@ -185,6 +190,7 @@ class ReloadSession:
 
     def _put_in_place(self, doing: str, phases: tuple[Phase, ...], finish: Callable[[], None], after: Phase) -> None:
         """Write what was held, call the hooks, process, ``finish``; only an abort comes between. May be called again."""
+        need_no_loader(self._label, self.stand_ins, doing)
         with self._lock:
             self._need(phases, doing)
             before, self.phase = self.phase, Phase.COMMITTING
@@ -215,7 +221,13 @@ class ReloadSession:
         if self._policy.wrote:
             self.drain.wait_for_devices()
         self._policy.commit(whole=self.scope == "all")
+
+    def _end_commit(self) -> None:
+        self._policy.end()
         self._claim.end()
+        with self._lock:  # another thread may abort
+            if not self.observed.outcome:
+                self.observed.ended(self.model, "committed")
 
     def _reopen(self) -> None:
         self._policy.reopen()
@@ -247,24 +259,12 @@ class ReloadSession:
         """
         with self._lock:
             self._need((Phase.OPEN,), "update")
-            self._update(name, value, first_row, box)
-
-    def _update(self, name: str, value: Tensor, first_row: int | None, box: Box | None) -> None:
-        target = self._target(name)
-        value, box = fitted(target, self._label, value, first_row, box)
-        if target.arrived.overlap(box) is not None:
-            raise ReloadError(
-                "these elements arrived twice in one reload",
-                module=self._label,
-                name=name,
-                expected="every element once",
-                found=f"{shown(box)} again",
-                remedy="Drop the duplicate from the stream, or open another reload for it.",
-            )
-        with phase("update"):
-            self._policy.update(target, box, value)
-        target.arrived.add(box)
-        self.observed.took(value.nbytes)
+            target = self._target(name)
+            value, box = fitted(target, self._label, value, first_row, box)
+            with phase("update"):
+                self._policy.update(target, box, value)
+            target.arrived.add(box)
+            self.observed.took(value.nbytes)
 
     def load(self, tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor] | tuple[str, Tensor, Box | None]]) -> None:
         """Write every (name, tensor) of a mapping or iterable; of a stream (name, tensor, box)."""

@@ -137,6 +137,16 @@ def need_whole(module: str, scope: str | Iterable[str], wanted: Collection[Targe
         )
 
 
+def need_no_loader(module: str, stand_ins: Collection[object], doing: str) -> None:
+    """
+    Raises:
+        ReloadError: a loader's stand-ins are in the places of the tensors.
+    """
+    if stand_ins:
+        remedy = "Leave the block first. Nothing has changed, and it may go on."
+        raise ReloadError(f"cannot {doing} inside a block of `loading`", module=module, remedy=remedy)
+
+
 def _dotted(prefixes: Iterable[str]) -> tuple[str, ...]:
     """What a name with a dot behind it begins with if one of the prefixes is of it."""
     return tuple(f"{prefix}." for prefix in prefixes)
@@ -188,8 +198,8 @@ def fitted(target: Target, module: str, value: Tensor, first_row: int | None, bo
     """``value`` as it can be written, and the rectangle of the tensor that it is for.
 
     Raises:
-        ReloadError: not dense, another shape or dtype, no values, a rectangle that is not within the tensor, or rows and a
-            rectangle at once.
+        ReloadError: not dense, another shape or dtype, no values, what is no rectangle, or not within the tensor, rows and a
+            rectangle at once, or elements that have arrived.
     """
     live, name = target.tensor, target.label
     need_dense(module, name, value, "the new value")
@@ -198,14 +208,27 @@ def fitted(target: Target, module: str, value: Tensor, first_row: int | None, bo
         raise ReloadError("rows and a rectangle at once", module=module, name=name, expected="first_row or box", found=found)
     if value.numel() == live.numel() == 1 and value.dim() <= 1 and live.dim() <= 1:
         value = value.reshape(live.shape)  # 0-d and [1] are one thing
-    if box is not None:
-        box = tuple((index(a), index(b)) for a, b in box)
-    elif first_row is None or not live.shape:
-        box = whole(live.shape)
-    else:
-        box = ((index(first_row), first_row + (value.shape[0] if value.dim() else 1)), *whole(live.shape[1:]))
+    try:
+        if box is not None:
+            box = tuple((index(a), index(b)) for a, b in box)
+        elif first_row is None or not live.shape:
+            box = whole(live.shape)
+        else:
+            box = ((index(first_row), first_row + (value.shape[0] if value.dim() else 1)), *whole(live.shape[1:]))
+    except (TypeError, ValueError):
+        expected, found = "a first row, or (start, stop) for each dim, of whole numbers", f"{first_row=}, {box=}"[:120]
+        raise ReloadError("no place in a tensor", module=module, name=name, expected=expected, found=found) from None
     if within(box, live.shape) and tuple(value.shape) == sizes(box) and value.dtype == live.dtype and not value.is_meta:
-        return value, box
+        if target.arrived.overlap(box) is None:
+            return value, box
+        raise ReloadError(
+            "these elements arrived twice in one reload",
+            module=module,
+            name=name,
+            expected="every element once",
+            found=f"{shown(box)} again",
+            remedy="Drop the duplicate from the stream, or open another reload for it.",
+        )
     raise ReloadError(
         "the new tensor does not fit",
         module=module,

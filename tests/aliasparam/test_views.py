@@ -42,6 +42,18 @@ def test_law_1_a_wider_view_writes_elements_that_cross_regions(element: int) -> 
     assert torch.equal(layer.prepared, kernel(SWAP, expected))
 
 
+@pytest.mark.parametrize("shape", [(6, 8), (3, 4, 4)])
+def test_law_1_views_of_one_name_are_written_by_one_operator(shape: tuple[int, ...]) -> None:
+    """Each in rows of its own, and no box."""
+    layer, expected = Layer(shape), counting(*shape)
+    process(layer)
+
+    for tensor in (layer.weight, expected):
+        torch._foreach_mul_([tensor[:1, ::2], tensor[2:, 1::2]], 3)  # type: ignore[arg-type]
+
+    assert torch.equal(layer.weight, expected)
+
+
 # -- what covers a region ----------------------------------------------------------------------------------------------
 
 

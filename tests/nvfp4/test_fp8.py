@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -172,19 +173,20 @@ def test_law_8_a_delta_with_fp8_scales_that_are_none_is_refused_before_it_is_wri
     assert torch.equal(out(model), out(load(other))) and written
 
 
-def test_law_8_a_delta_with_block_scales_that_are_none_leaves_the_old_weights(tmp_path: Path) -> None:
+@pytest.mark.parametrize("projection", ["o_proj", "k_proj"])
+def test_law_8_a_delta_with_block_scales_that_are_none_is_refused_before_it_is_written(projection: str, tmp_path: Path) -> None:
     good, bad = mixed(tmp_path / "good"), mixed(tmp_path / "bad")
     tensors = load_file(bad / "model.safetensors")
-    name = "model.layers.0.self_attn.o_proj.weight_scale"
+    name = f"model.layers.0.self_attn.{projection}.weight_scale"
     tensors[name].view(torch.uint8)[2, 1] = 0x7F
     save_file(tensors, bad / "model.safetensors", metadata={"format": "pt"})
     with SafetensorsFolder(good) as old, SafetensorsFolder(bad) as new:
         diff(old, new, tmp_path / "delta", 1, 0)
-    model = load(good)
+    model, written = load(good), list[object]()
     before = out(model)
-    with pytest.raises(ScaleError, match=r"(?s)layers\.0\.self_attn\.o_proj.*weight_scale.*NaN"):
-        apply_delta_folder(model, tmp_path / "delta")
-    assert torch.equal(out(model), before)
+    with pytest.raises(ScaleError, match=rf"(?s){re.escape(name)}.*NaN"):
+        apply_delta_folder(model, tmp_path / "delta", hooks=Hooks(on_commit=[written.append]))
+    assert torch.equal(out(model), before) and not written
 
 
 def test_law_10_a_reload_leads_out_of_one_that_failed_behind_its_fp8_layers(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,20 +14,24 @@ from torch import Tensor, nn
 
 from aliasparam import checkpoint_names
 from aliasparam.host import HOST
+from aliasparam.module.registry import registries
 from aliasparam.reload import prepare_delta
-from aliasparam.reload.delta_apply import changed, opened_delta
-from aliasparam.reload.delta_folder import Chain, DeltaFolder, need_order
+from aliasparam.reload.delta_apply import Check, opened_delta
+from aliasparam.reload.delta_folder import Chain, DeltaFolder
 from aliasparam.reload.delta_held import AddUp, Part, Places
+from aliasparam.reload.live import Live
 from aliasparam.reload.observe import Hooks
+from aliasparam.reload.patch import Patch, patched
 from aliasparam.reload.targets import find_targets, live_of
 
 from ...checkpoint import WHOLE, CheckpointFolder, ExpertTensors
 from ...moe.folder import expert_source
+from ...quantize.block_scales import FiniteBlockScales, need_block_scales
 from .conversions import Conversion
 from .dropped import dropping_rule
 from .experts import Experts
 from .fp8 import Fp8Linear
-from .reload import _agree, _names, files_of
+from .reload import _agree, _names
 from .ties import equal_in_deltas, tied_names
 from .unwrap import plain_name, unwrapped
 
@@ -51,10 +55,8 @@ def apply_delta_folder(
     with ExitStack() as stack:
         try:
             opened = stack.enter_context(opened_delta(delta))
-            need_order(opened.deltas, None if opened.full is not None else serving)  # before anything is read
             places = places_of(model, opened, lambda rows: _add_up(model, told, rows))
-            _check_fp8_scales(model, opened)
-            session = prepare_delta(model, opened, serving=serving, names=places, hooks=hooks)
+            session = prepare_delta(model, opened, serving=serving, names=places, hooks=hooks, check=_need_scales(model))
         except Exception as error:
             if not told.refused:
                 _agree(model, error)
@@ -102,20 +104,32 @@ def places_of(model: nn.Module, delta: DeltaFolder | Chain, add_up: AddUp | None
     return Places(names, parts, divided, elsewhere, converted, add_up)
 
 
-def _check_fp8_scales(model: nn.Module, delta: DeltaFolder | Chain) -> None:
-    """Refuse what the delta would make of scales of FP8 layers that are none. Nothing derives from these, which would refuse."""
-    full, deltas = delta.full, delta.deltas
-    stored = {*(full.tensors if full is not None else ()), *(name for one in deltas for name in one.checksums)}
-    live = checkpoint_names(model)
-    tensors, files = {plain_name(name): live_of(tensor) for name, tensor in live.items()}, files_of(model, live)
+def _need_scales(model: nn.Module) -> Check:
+    """Refuses what a delta would make of scales that are none, before it is written. Bytes that do not change are some."""
+    blocks = {
+        id(registry.sources[name].storage)
+        for _, registry in registries(model)
+        for check in registry.checks
+        if isinstance(check, FiniteBlockScales)
+        for name in check.names
+    }
+    fp8 = {
+        id(live_of(module._parameters[leaf])): (path, module, leaf)  # type: ignore[arg-type]
+        for path, module in model.named_modules()
+        if isinstance(module, Fp8Linear)
+        for leaf in module.scales
+    }
 
-    def made(name: str) -> Tensor:
-        value = tensors[name].cpu() if full is None else full.read(name)
-        return changed(name, value, deltas)
+    def check(label: str, live: Live, patches: Sequence[Patch]) -> None:
+        if id(live.storage) in blocks:
+            for patch in patches:
+                need_block_scales(patch.new, label)
+        if id(live.tensor) in fp8:
+            path, module, leaf = fp8[id(live.tensor)]
+            new = patched(live, patches).tensor
+            module.check_scales(path, lambda name: new if name == leaf else live_of(module._parameters[name]))  # type: ignore[arg-type]
 
-    for path, module in model.named_modules():
-        if isinstance(module, Fp8Linear) and not stored.isdisjoint(f"{files[path]}.{leaf}" for leaf in module.scales):
-            module.check_scales(path, lambda leaf, at=files[path]: made(f"{at}.{leaf}"))  # type: ignore[misc]
+    return check
 
 
 def _dropped(model: Any, delta: DeltaFolder | Chain, known: set[str]) -> Iterator[str]:

@@ -20,6 +20,7 @@ from aliasparam.reload.digest import FORMATS, digest_of
 from aliasparam.reload.errors import DeltaError, SourceError
 from aliasparam.reload.live_digest import digest_of_folder
 from aliasparam.reload.sources import SafetensorsFolder
+from aliasparam.spec import TensorSpec
 
 from .delta_cases import CHECKSUMS, trainer_reads, trainer_writes
 from .folders import plain, safetensors
@@ -41,7 +42,7 @@ def apply(delta: DeltaFolder, old: dict[str, bytes], piece_bytes: int) -> dict[s
 
 
 def patched(delta: DeltaFolder, name: str, old: Tensor, piece_bytes: int) -> Tensor:
-    changes, new = delta.changes(name, len(old)), old.clone()
+    changes, new = delta.changes(name, TensorSpec.of(old)), old.clone()
     for start in range(0, len(old), piece_bytes):
         piece = old[start : start + piece_bytes]
         change = changes.read(start, start + len(piece))
@@ -270,7 +271,7 @@ def test_memory_is_pieces_not_tensors(encoding: str, tmp_path: Path) -> None:
     with DeltaWriter(tmp_path / "d", 1, 0, encoding=encoding, checksum_format="adler32") as writer:
         writer.add("w", nbytes, chunks)
     with DeltaFolder(tmp_path / "d") as delta:
-        total, changes = 0, delta.changes("w", nbytes)
+        total, changes = 0, delta.changes("w", TensorSpec.of(new))
         tracemalloc.start()
         for start in range(0, nbytes, PIECE):
             change = changes.read(start, start + PIECE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import pytest
 import torch
@@ -13,9 +13,11 @@ from torch import Tensor
 
 from aliasparam import AliasedStorage, accept_kernel_bytes, checkpoint_state_dict, expose_for_writing, invalidate, reload
 from aliasparam.errors import AliasError, ReloadError
-from aliasparam.reload import journal, policies, staged
+from aliasparam.reload import claims, journal, policies, staged
+from aliasparam.reload import session as session_module
 from aliasparam.reload.live import Live
 from aliasparam.reload.policies import PolicyName
+from aliasparam.reload.session import Phase, ReloadSession
 from aliasparam.storage.locks import renew
 
 from ..small import storage_of
@@ -130,6 +132,38 @@ def test_law_10_an_interrupt_while_a_loss_is_looked_at_again_is_no_recovery() ->
         with pytest.raises(AliasError):
             checkpoint_state_dict(model)
     assert at > 20
+
+
+@pytest.mark.parametrize("policy", get_args(PolicyName))
+@pytest.mark.parametrize("end", [ReloadSession.commit, ReloadSession.abort])
+def test_law_10_an_interrupt_at_any_line_of_a_commit_is_followed_by_one_that_ends(
+    end: Callable[[ReloadSession], None], policy: PolicyName
+) -> None:
+    """What serves is what the session says, and the model is free: also where the bytes served before the commit had ended. (One
+    that was interrupted as it began is aborted.)"""
+    new, outcomes = {name: value for name, value in NEW.items() if name in checkpoint_state_dict(Few())}, set[str]()
+    for at in itertools.count():
+        model = Few()
+        old = raw(checkpoint_state_dict(model))
+        session = reload(model, policy=policy)
+        session.begin()
+        session.load(new)
+        session.prepare()
+        if not interrupted(at, (session_module, claims), session.commit):
+            break
+        renew()
+        (ReloadSession.abort if session.phase is Phase.COMMITTING else end)(session)
+        outcome = session.observed.outcome
+        if outcome == "refuses":
+            with pytest.raises(AliasError):
+                model()
+        else:
+            assert raw(checkpoint_state_dict(model)) == (raw(new) if outcome == "committed" else old), (at, outcome)
+            model()
+        outcomes.add(outcome)
+        with reload(model) as again:
+            again.load(new)
+    assert at > 60 and "committed" in outcomes
 
 
 def kernel_bytes(model: Whole) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import threading
+from collections.abc import Callable
+from typing import get_args
 
 import pytest
 import torch
@@ -13,6 +15,8 @@ from aliasparam import Alias, checkpoint_state_dict, declare, process, reload
 from aliasparam.errors import ReloadError
 from aliasparam.reload import loading as loading_module
 from aliasparam.reload.loading import loading
+from aliasparam.reload.policies import PolicyName
+from aliasparam.reload.session import ReloadSession
 from aliasparam.testing import same_bytes
 
 from ..small import SWAP
@@ -103,6 +107,38 @@ def test_a_loader_that_fails_half_way_has_changed_nothing() -> None:
         raise KeyError("a name that the model does not have")
     assert all(same_bytes(found, before[name]) for name, found in checkpoint_state_dict(model).items())
     assert type(model.norm) is nn.Parameter and model.prepared.sum() > 0
+
+
+@pytest.mark.parametrize("policy", get_args(PolicyName))
+@pytest.mark.parametrize("step", [ReloadSession.abort, ReloadSession.switch, ReloadSession.commit])
+def test_law_10_what_would_end_a_session_inside_its_loader_is_refused_and_the_loader_goes_on(
+    step: Callable[[ReloadSession], None], policy: PolicyName
+) -> None:
+    """Stand-ins are in the places of what would be processed, or brought back."""
+    model, new = Model(), new_values()
+    with reload(model, policy=policy) as session, loading(session):
+        names = dict(model.named_parameters())
+        for name in ("weight", "norm", "scale"):
+            names[name].data.copy_(new[name])
+        for refused in (step, lambda session: loading(session).__enter__()):
+            with pytest.raises(ReloadError, match="inside a block of `loading`"):
+                refused(session)
+        names["scales"].data.copy_(new["scales"])
+        session.prepare()
+        with pytest.raises(ReloadError, match="inside a block of `loading`"):
+            step(session)
+    assert all(same_bytes(found, new[name]) for name, found in checkpoint_state_dict(model).items() if name in new)
+
+
+def test_law_8_a_stand_in_that_outlives_its_block_is_written_and_not_shown() -> None:
+    model, new = Model(), new_values()
+    with reload(model, scope="partial") as session:
+        with loading(session):
+            norm = model.norm
+        norm.data.copy_(new["norm"])
+        with pytest.raises(ReloadError, match="arrived twice"):
+            norm.data.copy_(new["norm"])
+    assert torch.equal(model.norm, new["norm"]) and type(model.norm) is type(model.tied.norm) is nn.Parameter
 
 
 def test_what_a_loader_reads_is_live() -> None:

@@ -17,6 +17,7 @@ from torch import nn
 from aliasparam import apply_delta
 from aliasparam.reload.delta_folder import DeltaFolder
 from aliasparam.reload.errors import DeltaError, SourceError
+from aliasparam.spec import TensorSpec
 
 from .delta_cases import delta_file
 from .folders import entry, raw
@@ -34,6 +35,12 @@ METADATA = {
 
 def compress(data: bytes) -> bytes:
     return zstandard.ZstdCompressor(level=1).compress(data)
+
+
+def streamed(data: bytes) -> bytes:
+    """A frame that does not say how long it is."""
+    frame = zstandard.ZstdCompressor(level=1).compressobj()
+    return frame.compress(data) + frame.flush()
 
 
 def delta(frame: bytes = compress(OLD), checksums: dict[str, Any] | None = None, **metadata: object) -> Callable[[Path], object]:
@@ -137,14 +144,17 @@ CHECKED = zstandard.ZstdCompressor(write_checksum=True).compress(OLD)
 DECODED: dict[str, tuple[str, bytes, str]] = {
     "not zstd": ("xor", b"not zstd at all", "w: the delta cannot be decompressed: .*Unknown frame descriptor"),
     "nothing": ("xor", b"", "w: the delta is too short\n.*10 bytes, as the tensor has\n.*0 bytes"),
-    "a frame of nothing": ("xor", compress(b""), "w: the delta is too short\n.*\n.*0 bytes"),
+    "a frame of nothing": ("xor", compress(b""), "w: the delta is of a tensor of another dtype or shape\n.*\n.*0 bytes"),
     "cut frame": ("xor", compress(OLD)[:-3], "w: the delta is too short"),
     "cut header": ("xor", compress(OLD)[:5], "w: the delta is too short"),
     "damaged header": ("xor", flip(compress(OLD), 0), "w: the delta cannot be decompressed"),
     "damaged, with a checksum": ("xor", flip(CHECKED, len(CHECKED) - 1), "w: the delta cannot be decompressed: .*checksum"),
-    "a byte too few": ("xor", compress(OLD[:9]), "w: the delta is too short\n.*10 bytes, as the tensor has\n.*9 bytes"),
-    "a byte too many": ("xor", compress(OLD + b"0"), "w: the delta is too long\n.*10 bytes, as the tensor has"),
-    "a bomb": ("xor", BOMB, "w: the delta is too long"),
+    "a byte too few": ("xor", streamed(OLD[:9]), "w: the delta is too short\n.*10 bytes, as the tensor has\n.*9 bytes"),
+    "a byte too many": ("xor", streamed(OLD + b"0"), "w: the delta is too long\n.*10 bytes, as the tensor has"),
+    "of a narrower dtype": ("xor", compress(OLD[:5]), r"another dtype or shape\n.*\(uint8\[10\]\)\n.*5 bytes, 0.5 for each"),
+    "of a wider dtype": ("xor", compress(OLD + OLD), r"w: .*another dtype or shape\n.*\(uint8\[10\]\)\n.*20 bytes, 2 for each"),
+    "a bomb": ("xor", streamed(bytes(1 << 25)), "w: the delta is too long"),
+    "a bomb that says so": ("xor", BOMB, "w: the delta is of a tensor of another dtype or shape"),
     "a window of 1 GiB": ("xor", WIDE.compress(OLD) + WIDE.flush(), "w: the delta cannot be decompressed: .*too much memory"),
     "overwrite of nothing": ("overwrite", compress(b""), "w: the delta is too short\n.*a count of 4 bytes\n.*0 bytes"),
     "half a count": ("overwrite", compress(b"\0\0"), "w: the delta is too short\n.*a count of 4 bytes\n.*2 bytes"),
@@ -168,7 +178,7 @@ def test_malformed_bytes_are_refused_when_they_are_decoded(case: str, tmp_path: 
     delta(frame, delta_encoding=encoding)(tmp_path)
     start = time.process_time()
     with DeltaFolder(tmp_path) as opened, pytest.raises(DeltaError, match=message) as caught:
-        changes = opened.changes("w", len(OLD))
+        changes = opened.changes("w", TensorSpec((len(OLD),), torch.uint8))
         for first, stop in ((0, 4), (4, 10)):
             change = changes.read(first, stop)
             if change is not None:
@@ -188,7 +198,7 @@ def test_a_wrong_digest_names_both_and_what_it_may_mean(tmp_path: Path) -> None:
         opened.check("w", "12345678")
     assert str(caught.value) == (
         f"{tmp_path}: w: the checksum of the new bytes differs (adler32)\n  expected: 00000000\n  found:    12345678\n"
-        "  The weights it was applied to are not version 1, or the delta is damaged."
+        "  The weights are not version 1, or of another dtype, or the delta is damaged."
     )
 
 
@@ -209,4 +219,4 @@ def test_a_missing_package_says_what_to_install(tmp_path: Path, monkeypatch: pyt
         DeltaFolder(tmp_path) as opened,
         pytest.raises(DeltaError, match=r"zstandard is not installed\n  pip install 'aliasparam.delta.'"),
     ):
-        opened.changes("w", 10)
+        opened.changes("w", TensorSpec((10,), torch.uint8))
