@@ -122,7 +122,7 @@ def _scalars(config: QuantConfig, folder: CheckpointFolder, on_module: Callable[
         on_module()
         if names.block_scale not in entries:
             continue
-        known = (name for name in (names.weight_global, names.input_global) if name in entries)
+        known = (name for name in (names.weight_global, names.input_global) if name in entries and entries[name].nbytes)
         values = {name: folder.read(entries[name].name).float().reshape(-1) for name in known}
         bad = [name for name, value in values.items() if name not in may_lack and not bool(are_scales(value).all())]
         yield from (f"{module}.{name}: not a scale: found {values[name].tolist()}, expected {EXPECTED}" for name in bad)

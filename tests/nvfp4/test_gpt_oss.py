@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from aliasparam import reload
 from aliasparam.testing import same_bytes
 from aliasparam_nvfp4 import NvFp4MoEMethod
+from aliasparam_nvfp4.checkpoint import CheckpointError
 from aliasparam_nvfp4.errors import ScaleError
 from aliasparam_nvfp4.linear.verify import signal_to_noise
 from aliasparam_nvfp4.moe import GPT_OSS, RELU2, ExpertActivation, retarget_experts
@@ -111,6 +112,18 @@ def test_a_bad_scale_is_refused_before_anything_is_written(tmp_path: Path) -> No
     dynamic = load(b, cls, missing_input_scale="dynamic")
     reload_folder(dynamic, a)
     assert torch.equal(logits(dynamic), first)
+
+
+def test_law_9_another_label_of_the_same_experts_is_refused_by_a_reload(tmp_path: Path) -> None:
+    a, _, tensors = folders(tmp_path, 0, gate_up_proj=0.004, down_proj=0.006)
+    model = load(a, transformers.GptOssForCausalLM)
+    first = logits(model)
+    settings = json.loads((a / "config.json").read_text())
+    settings["quantization_config"]["quant_algo"] = "W4A16_NVFP4"
+
+    with pytest.raises(CheckpointError, match="quantized in another way"):
+        reload_folder(model, write(tmp_path / "b", tensors, settings))
+    assert torch.equal(logits(model), first)
 
 
 def test_it_loads_what_modelopt_itself_exports(tmp_path: Path) -> None:

@@ -120,6 +120,27 @@ def config(folder: Path, **entries: Any) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | entries))
 
 
+@pytest.mark.parametrize("kind", ["qwen3", "mixtral"])
+def test_law_9_experts_that_a_cold_load_would_serve_otherwise_are_refused_by_a_reload(
+    kind: str, moe_folders: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The same tensors, of which another label says that experts' activations are left as they are, or one is not quantized."""
+    other = Path(shutil.copytree(moe_folders(kind, 1), tmp_path / "other"))
+    said = json.loads((other / "config.json").read_text())["quantization_config"]
+    modules = [n.rpartition(".")[0] for n in load_file(other / "model.safetensors") if n.endswith(".weight_scale_2")]
+    each = {name: {"quant_algo": "W4A16_NVFP4" if ".experts." in name else "NVFP4"} for name in modules}
+    alone = {**said, "quant_algo": "MIXED_PRECISION", "quantized_layers": each}
+    part = {**said, "ignore": [*said["ignore"], *(name for name in modules if ".experts.3." in name)]}
+    model = load(moe_folders(kind))
+    held = fingerprints(model)
+
+    for quantization in (alone, part):
+        config(other, quantization_config=quantization)
+        with pytest.raises(CheckpointError, match="quantized in another way"):
+            reload_folder(model, other)
+        assert fingerprints(model) == held
+
+
 def test_experts_with_another_activation_or_quantized_in_part_are_refused_by_name(
     moe_folders: Callable[..., Path], tmp_path: Path
 ) -> None:

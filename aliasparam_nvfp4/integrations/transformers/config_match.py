@@ -89,12 +89,23 @@ def check_schemes(model: nn.Module, config: QuantConfig, folder: CheckpointFolde
         CheckpointError: names the first such module.
     """
     for path, module in model.named_modules():
-        served: Scheme | None = getattr(module, "scheme", None)
-        theirs = files.get(path)
-        if served is None or theirs is None:
-            continue
-        stored = any(f"{theirs}.{leaf}" in folder.tensors for leaf in ("input_scale", "input_global_scale"))
-        found = config.scheme_of(theirs, plain_name(path), fp4=served.is_fp4, stored=stored)
+        if path in files:
+            need_scheme(module.scheme, config, folder, {files[path]: plain_name(path)})
+
+
+def need_scheme(served: Scheme, config: QuantConfig, folder: CheckpointFolder, modules: Mapping[str, str]) -> None:
+    """The same of modules that are served as one.
+
+    Args:
+        served: how.
+        config: the folder's.
+        folder: opened.
+        modules: their names in the files to those in the model.
+    """
+    leaves = ("input_scale", "input_global_scale")
+    stored = any(f"{theirs}.{leaf}" in folder.tensors for theirs in modules for leaf in leaves)
+    for theirs, ours in modules.items():
+        found = config.scheme_of(theirs, ours, fp4=served.is_fp4, stored=stored)
         if found != served:
             raise _another_way(folder.path, f"{_said(served)} of {theirs}", _said(found))
 

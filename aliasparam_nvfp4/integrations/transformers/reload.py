@@ -17,18 +17,18 @@ from aliasparam.host import HOST, host_bytes
 from aliasparam.reload.observe import Hooks
 from aliasparam.reload.policies import PolicyName
 
-from ...checkpoint import WHOLE, CheckpointError, CheckpointFolder, check_tensors, expert_layers
+from ...checkpoint import WHOLE, CheckpointError, CheckpointFolder, QuantConfig, check_tensors, expert_layers
 from ...errors import ScaleError
 from ...linear.scales import GlobalScales
 from ...quantize.block_scales import need_block_scales
 from ...quantize.global_scale import need_stored_scales
-from .config_match import check_config, check_schemes
+from .config_match import check_config, check_schemes, need_scheme
 from .conversions import Conversion
 from .dropped import dropping_rule
 from .experts import Experts
 from .files_read import need_same_files
 from .fp8 import Fp8Linear
-from .fused_experts import check_scalars
+from .fused_experts import FusedExperts, check_scalars
 from .modules import FusedLinear, Projection
 from .names import Names
 from .source import castable
@@ -129,7 +129,7 @@ class _Plan:
         converted = {plain_name(name): name for name in names if plain_name(name) in results}
         live = {name: tensor for name, tensor in names.items() if name not in converted.values()}
         need_whole(live)
-        parts, others = check_experts(model, source, {plain_name(name): name for name in live})
+        parts, others = check_experts(model, source, config, {plain_name(name): name for name in live})
         specs = {plain_name(n): TensorSpec.of(t) for n, t in live.items() if n not in parts}
         expected = {name: castable(name, spec, source.tensors) for name, spec in specs.items()}
         sources = {name for conversion in conversions for name in conversion.sources}
@@ -175,12 +175,13 @@ def _names(model: Any) -> Names:
 
 
 def files_of(model: nn.Module, live: Mapping[str, Tensor]) -> dict[str, str]:
-    """Path of each quantized linear module to its name in the files."""
+    """Path of each quantized linear module, and of fused experts, to its name in the files."""
     stored = {id(tensor): plain_name(name).rpartition(".")[0] for name, tensor in live.items()}
     found = {}
     for path, module in model.named_modules():
-        if isinstance(module, (Projection, Fp8Linear)):
-            weight = module.kind.names.weight if isinstance(module, Projection) else "weight"
+        if isinstance(module, (Projection, Fp8Linear, FusedExperts)):
+            plain = "weight" if isinstance(module, Fp8Linear) else "gate_up_proj"
+            weight = module.kind.names.weight if isinstance(module, Projection) else plain
             found[path] = stored[id(module._parameters[weight])]  # also where a failed reload has left a refusing twin
     return found
 
@@ -197,13 +198,14 @@ def _agree(model: nn.Module, error: Exception | None) -> None:
 
 
 def check_experts(
-    model: nn.Module, folder: CheckpointFolder, live: Mapping[str, str]
+    model: nn.Module, folder: CheckpointFolder, config: QuantConfig, live: Mapping[str, str]
 ) -> tuple[dict[str, tuple[str, slice, slice]], set[str]]:
     """Hold the folder's experts against the model's.
 
     Args:
         model: unwrapped.
         folder: opened.
+        config: the folder's.
         live: names in the files to those in the model's state dict.
 
     Returns:
@@ -211,7 +213,7 @@ def check_experts(
         all experts' tensors in the folder, those of other ranks too.
 
     Raises:
-        CheckpointError: no experts where the model has them, or experts that do not fit.
+        CheckpointError: no experts where the model has them, experts that do not fit, or are quantized otherwise.
         ScaleError: scales which are none, or which the runner cannot take.
     """
     layers = expert_layers(folder.tensors)
@@ -225,6 +227,8 @@ def check_experts(
         tensors = layers[module.layer]
         source = module.source(folder, tensors)
         source.check()
+        modules = {name: f"{plain_name(path)}{name.removeprefix(module.layer)}" for name in tensors.projections()}
+        need_scheme(module.scheme, config, folder, modules)
         for part in source.parts():
             if part.key not in module.names:
                 raise CheckpointError("a tensor was not in the folder that was loaded first", name=f"{folder.path}: {part.name}")

@@ -112,10 +112,18 @@ def spoiled(folder: Path, tmp_path: Path, name: str, value: torch.Tensor | None)
         (SCALE, None, SCALE),
         (SCALE, torch.tensor(float("nan")), "not a scale"),
         (SCALE.replace("weight_scale_2", "input_scale"), torch.tensor(1e-40), "not a scale"),
+        (SCALE, torch.zeros(0), SCALE),
         ("model.norm.weight", torch.zeros(47, dtype=torch.bfloat16), "model.norm.weight"),
         ("model.more", torch.zeros(1), "model.more"),
     ],
-    ids=["a tensor is missing", "a scale is NaN", "a reciprocal is infinite", "another shape", "a tensor too many"],
+    ids=[
+        "a tensor is missing",
+        "a scale is NaN",
+        "a reciprocal is infinite",
+        "a scale of no values",
+        "another shape",
+        "a tensor too many",
+    ],
 )
 def test_what_will_not_load_is_said_with_its_reason_and_does_not_load(
     folder: Path, tmp_path: Path, name: str, value: torch.Tensor | None, reason: str
