@@ -116,21 +116,24 @@ def _ours(app: FastAPI, model: Any, turns: Turns, served: dict[str, Any]) -> Non
     @app.post("/reload")
     async def reload(request: Request) -> Response:
         folder, turn = await _asked(request, turns)
-        return _answer(await turn(lambda: reload_once(model, folder)), served, folder=str(folder), version=None)
+        return _answer(await turn(lambda: _noted(reload_once(model, folder), served, folder=str(folder), version=None)))
 
     @app.post("/delta")
     async def delta(request: Request) -> Response:
         folder, turn = await _asked(request, turns)
-        step = await turn(lambda: delta_once(model, folder, served["version"]))
-        return _answer(step, served, folder=f"{served['folder']} + {folder}", version=step["version"])
+
+        def job() -> dict[str, Any]:
+            step = delta_once(model, folder, served["version"])
+            return _noted(step, served, folder=f"{served['folder']} + {folder}", version=step["version"])
+
+        return _answer(await turn(job))
 
     @app.api_route("/digest", methods=["GET", "POST"])
     async def digest(request: Request) -> Response:
         kind = (await _body(request)).get("kind", "adler32")
         if not isinstance(kind, str) or kind not in FORMATS:
             raise HTTPException(400, f'expected {{"kind": {" or ".join(FORMATS)}}}')
-        found = await turns.when_idle(lambda: model_digest(model, kind))
-        return JSONResponse({"folder": served["folder"], **found})
+        return JSONResponse(await turns.when_idle(lambda: {"folder": served["folder"], **model_digest(model, kind)}))
 
     @app.get("/memory")
     async def memory() -> dict[str, Any]:
@@ -156,12 +159,15 @@ def _is_path(folder: Any) -> TypeGuard[str]:
         return False
 
 
-def _answer(step: dict[str, Any], served: dict[str, Any], **now: Any) -> Response:
-    """What a step came to; ``now`` is served if it went well."""
-    if step["error"]:
-        return _error(409, step["error"])
-    served.update(now, reloads=served["reloads"] + 1)
-    return JSONResponse(step)
+def _noted(step: dict[str, Any], served: dict[str, Any], **now: Any) -> dict[str, Any]:
+    """What a step came to; ``now`` is served if it went well. Part of the job: the next one may begin before this is answered."""
+    if not step["error"]:
+        served.update(now, reloads=served["reloads"] + 1)
+    return step
+
+
+def _answer(step: dict[str, Any]) -> Response:
+    return _error(409, step["error"]) if step["error"] else JSONResponse(step)
 
 
 async def _handled(handler: Any, request: Request) -> Response:

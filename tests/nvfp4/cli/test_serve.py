@@ -155,6 +155,29 @@ def test_a_delta_is_applied_and_the_folder_that_serves_is_proved(
     assert not found["held"] and "model.embed_tokens.weight" in found["differing"]
 
 
+def test_what_waits_in_line_begins_where_the_one_before_ended(server: Server, folders: tuple[Path, Path], tmp_path: Path) -> None:
+    """Nothing lies between two jobs of the model's thread: the next delta is not held against what served when it was sent."""
+    assert server.call("/reload", {"folder": str(folders[0])})[0] == 200
+    with SafetensorsFolder(folders[0]) as a, SafetensorsFolder(folders[1]) as b:
+        for version in range(1, 5):
+            diff(*((a, b) if version % 2 else (b, a)), tmp_path / str(version), version, version - 1)
+    answers: dict[int, Any] = {}
+
+    def send(version: int) -> None:
+        answers[version] = server.call("/delta", {"folder": str(tmp_path / str(version))})
+
+    line = [threading.Thread(target=server.answer, args=(TOKENS,))]
+    line += [threading.Thread(target=send, args=(version,)) for version in range(1, 5)]
+    for thread in line:
+        thread.start()
+        time.sleep(0.05)  # in order, while the first is answered
+    for thread in line:
+        thread.join()
+
+    assert [answers[version][0] for version in range(1, 5)] == [200] * 4, answers
+    assert server.call("/v1/models")[1]["data"][0]["version"] == 4
+
+
 def test_a_refused_reload_changes_nothing(server: Server, folders: tuple[Path, Path], tmp_path: Path) -> None:
     assert server.call("/reload", {"folder": str(folders[0])})[0] == 200
     before, digest = server.answer(), server.call("/digest")
