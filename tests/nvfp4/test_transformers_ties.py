@@ -56,6 +56,16 @@ def test_law_9_a_head_in_the_files_is_tied_if_it_is_equal(way: str, change: int,
     assert (cold.lm_head.weight is cold.model.embed_tokens.weight) == (not change)
 
 
+def test_a_tied_head_of_another_shape_is_named_before_anything_is_loaded(tmp_path: Path) -> None:
+    folder = with_head(write_checkpoint(tmp_path / "a", 1), tmp_path / "b", 0)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["lm_head.weight"][1:].contiguous()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight: expected"):
+        load(folder)
+
+
 @pytest.mark.parametrize("change", [0, 1])
 def test_a_folder_with_a_tied_head_is_what_serves_if_it_is_equal(change: int, tmp_path: Path) -> None:
     """``verify --folder``: the model has one tensor for both names."""

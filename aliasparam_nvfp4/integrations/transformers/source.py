@@ -176,11 +176,8 @@ class Source:
         optional = _patterns(model._keys_to_ignore_on_load_missing)
         expected = {}
         for name, tensor in model.state_dict().items():
-            if (
-                theirs.get(name, name) in tied
-                or name in fused
-                or (optional and name not in self.tensors and optional.search(name))
-            ):
+            absent = name not in self.tensors
+            if name in fused or (absent and (theirs.get(name, name) in tied or (optional and optional.search(name)))):
                 continue
             spec = castable(name, TensorSpec.of(tensor), self.tensors)
             if name not in converted or self.tensors[name].spec != spec:
