@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from aliasparam.errors import AliasError
 
@@ -118,14 +118,16 @@ def _scalars(config: QuantConfig, folder: CheckpointFolder, on_module: Callable[
     """What is wrong with global scales, module by module."""
     names, scales = config.tensors, GlobalScales(config.tensors.reciprocal, missing)
     may_lack = () if missing == "refuse" else (names.input_global,)
-    for module, entries in _modules(folder.tensors).items():
+    for module, entries in _modules(folder.tensors, (names.weight_global, names.input_global, names.block_scale)).items():
         on_module()
         if names.block_scale not in entries:
             continue
         known = (name for name in (names.weight_global, names.input_global) if name in entries and entries[name].nbytes)
         values = {name: folder.read(entries[name].name).float().reshape(-1) for name in known}
         bad = [name for name, value in values.items() if name not in may_lack and not bool(are_scales(value).all())]
-        yield from (f"{module}.{name}: not a scale: found {values[name].tolist()}, expected {EXPECTED}" for name in bad)
+        yield from (f"{entries[n].name}: not a scale: found {values[n].tolist()}, expected {EXPECTED}" for n in bad)
+        if (fp8 := entries[names.block_scale]).dtype.itemsize > 1 and not bool(folder.read(fp8.name).isfinite().all()):
+            yield f"{fp8.name}: a scale of FP8 weights is no number"
         if len(values) == 2 and not bad:
             try:
                 scales.alpha(values[names.input_global], values[names.weight_global])
@@ -138,7 +140,7 @@ def _block_scales(config: QuantConfig, folder: CheckpointFolder) -> Iterator[str
     import torch
 
     for entry in folder.tensors.values():
-        if entry.name.endswith(f".{config.tensors.block_scale}") and entry.dtype is torch.float8_e4m3fn:
+        if entry.name.endswith(_ends(config.tensors.block_scale)) and entry.dtype is torch.float8_e4m3fn:
             try:
                 for _, piece in folder.chunks(entry.name):
                     need_block_scales(piece, entry.name)
@@ -146,10 +148,16 @@ def _block_scales(config: QuantConfig, folder: CheckpointFolder) -> Iterator[str
                 yield f"{entry.name}: {error.message}: found {error.found}"
 
 
-def _modules(tensors: Mapping[str, TensorEntry]) -> dict[str, dict[str, Any]]:
-    """Entries by module, then by the last part of their name."""
-    found: dict[str, dict[str, Any]] = {}
-    for entry in tensors.values():
-        module, _, leaf = entry.name.rpartition(".")
-        found.setdefault(module, {})[leaf] = entry
+def _modules(tensors: Mapping[str, TensorEntry], leaves: Sequence[str]) -> dict[str, dict[str, TensorEntry]]:
+    """Of each module its tensors that are called so."""
+    found: dict[str, dict[str, TensorEntry]] = {}
+    for name, entry in tensors.items():
+        for leaf in leaves:
+            if name.endswith(_ends(leaf)):
+                found.setdefault(name[: -len(leaf) - 1], {})[leaf] = entry
     return found
+
+
+def _ends(leaf: str) -> tuple[str, str]:
+    """Of a module, or of a projection of fused experts (gpt-oss)."""
+    return f".{leaf}", f"_{leaf}"

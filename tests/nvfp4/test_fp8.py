@@ -21,6 +21,7 @@ from aliasparam.reload.observe import Hooks
 from aliasparam.reload.sources import SafetensorsFolder
 from aliasparam_nvfp4.checkpoint import QuantConfig, UnsupportedFormatError
 from aliasparam_nvfp4.checkpoint.scheme import Scheme
+from aliasparam_nvfp4.cli.inspect import findings
 from aliasparam_nvfp4.errors import ScaleError
 
 pytest.importorskip("transformers")
@@ -150,6 +151,7 @@ def test_law_8_fp8_scales_that_are_none_are_refused_cold_and_warm(leaf: str, val
     assert torch.equal(out(model), before)
     with pytest.raises(ScaleError, match=rf"(?s)model\.layers\.0\.mlp\.down_proj.*{leaf}"):
         load(bad)
+    assert findings(bad, backend="reference", moe_backend="reference", tp=1, ep=1, deep=False)[0]["will_load"] is False
 
 
 @pytest.mark.parametrize("way", ["delta", "full"])

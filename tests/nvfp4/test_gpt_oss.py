@@ -17,6 +17,7 @@ from aliasparam import reload
 from aliasparam.testing import same_bytes
 from aliasparam_nvfp4 import NvFp4MoEMethod
 from aliasparam_nvfp4.checkpoint import CheckpointError
+from aliasparam_nvfp4.cli.inspect import findings
 from aliasparam_nvfp4.errors import ScaleError
 from aliasparam_nvfp4.linear.verify import signal_to_noise
 from aliasparam_nvfp4.moe import GPT_OSS, RELU2, ExpertActivation, retarget_experts
@@ -112,6 +113,21 @@ def test_a_bad_scale_is_refused_before_anything_is_written(tmp_path: Path) -> No
     dynamic = load(b, cls, missing_input_scale="dynamic")
     reload_folder(dynamic, a)
     assert torch.equal(logits(dynamic), first)
+
+
+@pytest.mark.parametrize("suffix", ["weight_scale", "weight_scale_2", "input_scale"])
+def test_inspect_looks_at_the_scales_of_fused_experts(suffix: str, tmp_path: Path) -> None:
+    a, _, tensors = folders(tmp_path, 0, gate_up_proj=0.004, down_proj=0.006)
+    name = f"model.layers.1.mlp.experts.down_proj_{suffix}"
+    spoiled = tensors[name].float().flatten()
+    spoiled[-1] = float("nan")
+    tensors[name] = spoiled.view(tensors[name].shape).to(tensors[name].dtype)
+    bad = write(tmp_path / "b", tensors, json.loads((a / "config.json").read_text()))
+
+    ranks: Any = {"backend": "reference", "moe_backend": "reference", "tp": 1, "ep": 1, "deep": True}
+    assert findings(a, **ranks)[0]["will_load"]
+    found = findings(bad, **ranks)[0]
+    assert found["will_load"] is False and name in found["reasons"][0]
 
 
 def test_law_9_another_label_of_the_same_experts_is_refused_by_a_reload(tmp_path: Path) -> None:
