@@ -80,10 +80,11 @@ class ExpertLoader:
             param, loaded_weight = param.unsqueeze(dim), loaded_weight.unsqueeze(dim)
             share = Share() if shard_id == "w2" else share
         of_all = cast(bool, getattr(param, "of_all_experts", False))
-        if self.columns and param.shape == (1,) and self.experts > 1:
-            if expert_id is not None:
-                raise ShapeError("one scale counts for all experts", name=weight_name, expected="no expert_id", found=expert_id)
+        of_all_in_one = self.columns and param.shape == (1,) and loaded_weight.numel() == 1
+        if of_all_in_one and expert_id is None:
             return _write([(param, _scales(loaded_weight, param, 0))], f"{weight_name}: {shard_id} of all experts")
+        if of_all_in_one and self.experts > 1:
+            raise ShapeError("one scale counts for all experts", name=weight_name, expected="no expert_id", found=expert_id)
         if expert_id is None:
             own = loaded_weight if of_all else self._own_experts(loaded_weight, weight_name)
             what = f"{weight_name}: {shard_id} of all experts"

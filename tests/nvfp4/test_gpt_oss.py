@@ -229,6 +229,27 @@ def test_both_forms_hold_the_same_experts() -> None:
     assert all(same_bytes(columns[1].get_parameter(n), t) for n, t in fused.items())
 
 
+@pytest.mark.parametrize("ep_size", [2, E])
+def test_ranks_of_which_each_loads_whole_tensors_add_up(ep_size: int) -> None:
+    """Also with one expert on each, whose one scale is still that of all."""
+    total = torch.zeros(6, H)
+    for rank in range(ep_size):
+        method, layer = NvFp4MoEMethod("reference", bias=True, stored=GPT_OSS, ep_size=ep_size, ep_rank=rank), nn.Module()
+        method.create_weights(layer, E // ep_size, H, INNER, torch.float32)
+        for name, tensor in weights_of(ExpertActivation()).items():
+            param, value = layer.get_parameter(name), paired(tensor, name)
+            whole = value.float() if name.endswith("bias") else value
+            param.weight_loader(param, whole, name, name.partition("_")[0])  # type: ignore[operator]
+        for name in ("w13_input_scale", "w2_input_scale"):
+            param = layer.get_parameter(name)
+            param.weight_loader(param, torch.tensor(0.004), name, name.partition("_")[0])  # type: ignore[operator]
+        method.process_weights_after_loading(layer)
+        x, weights, ids = choices()
+        total += method.apply(layer, x.float(), weights, ids)
+
+    assert signal_to_noise(total.double(), by_hand(ExpertActivation())) > 10  # activations are quantized
+
+
 def paired(tensor: Tensor, name: str) -> Tensor:
     """[gate; up] rows as neighbouring columns."""
     if name.endswith("_scale_2"):
