@@ -115,6 +115,22 @@ def test_a_bad_scale_is_refused_before_anything_is_written(tmp_path: Path) -> No
     assert torch.equal(logits(dynamic), first)
 
 
+@pytest.mark.parametrize("inputs", [{}, {"gate_up_proj": 0.004, "down_proj": 0.006}], ids=["W4A16", "W4A4"])
+def test_a_label_of_weights_alone_leaves_it_to_the_files(inputs: dict[str, float], tmp_path: Path) -> None:
+    """Exporters call both NVFP4. What the label does not say of activations, their scales say: at the load and at each reload."""
+    cls, (a, _, tensors) = transformers.GptOssForCausalLM, folders(tmp_path, 0, **inputs)
+    settings = json.loads((a / "config.json").read_text())
+    group = {"weights": {"num_bits": 4, "type": "float", "group_size": 16}, "targets": ["Linear"]}
+    settings["quantization_config"] |= {"quant_algo": "NVFP4", "config_groups": {"group_0": group}}
+    b = write(tmp_path / "b", tensors, settings)
+
+    model = load(b, cls)
+    assert torch.equal(logits(model), logits(load(a, cls)))
+    for folder in (b, a, b):
+        reload_folder(model, folder)
+    assert torch.equal(logits(model), logits(load(a, cls)))
+
+
 @pytest.mark.parametrize("suffix", ["weight_scale", "weight_scale_2", "input_scale"])
 def test_inspect_looks_at_the_scales_of_fused_experts(suffix: str, tmp_path: Path) -> None:
     a, _, tensors = folders(tmp_path, 0, gate_up_proj=0.004, down_proj=0.006)

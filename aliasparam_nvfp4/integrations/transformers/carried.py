@@ -19,6 +19,8 @@ from ...checkpoint import TensorEntry
 KV_SCALES = ("k_scale", "v_scale", "q_scale", "prob_scale", "k_bias", "v_bias", "kv_scale", "output_scale")
 #: Last parts of the names of activation scales.
 INPUT_SCALES = ("input_scale", "input_global_scale")
+#: Which of them, or of a fused module's, says that the files have scales of its activations.
+TELLING = (*INPUT_SCALES, "gate_up_proj_input_scale")
 
 
 def carry(model: nn.Module, stored: Mapping[str, TensorEntry]) -> list[str]:

@@ -12,6 +12,7 @@ from torch import nn
 
 from ...checkpoint import CheckpointError, CheckpointFolder, QuantConfig
 from ...checkpoint.scheme import Scheme
+from .carried import TELLING
 from .config import model_config
 from .unwrap import plain_name
 
@@ -102,8 +103,7 @@ def need_scheme(served: Scheme, config: QuantConfig, folder: CheckpointFolder, m
         folder: opened.
         modules: their names in the files to those in the model.
     """
-    leaves = ("input_scale", "input_global_scale")
-    stored = any(f"{theirs}.{leaf}" in folder.tensors for theirs in modules for leaf in leaves)
+    stored = any(f"{theirs}.{leaf}" in folder.tensors for theirs in modules for leaf in TELLING)
     for theirs, ours in modules.items():
         found = config.scheme_of(theirs, ours, fp4=served.is_fp4, stored=stored)
         if found != served:

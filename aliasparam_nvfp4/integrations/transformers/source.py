@@ -24,7 +24,7 @@ from ...checkpoint import (
     expert_layers,
 )
 from ...checkpoint.scheme import Scheme
-from .carried import INPUT_SCALES, KV_SCALES
+from .carried import INPUT_SCALES, KV_SCALES, TELLING
 from .dropped import dropping_rule
 from .experts import Experts, first_projection, fused_experts
 from .files_read import need_same_files
@@ -123,7 +123,7 @@ class Source:
         return kinds.get(weight.dtype) if weight is not None else None
 
     def _has_input_scale(self, module: str) -> bool:
-        return any(f"{module}.{name}" in self.tensors for name in INPUT_SCALES)
+        return any(f"{module}.{name}" in self.tensors for name in TELLING)
 
     def schemes_of_experts(self, config: QuantConfig, path: str) -> set[Scheme | None]:
         """The schemes of all projections of the experts at ``path``."""
@@ -132,7 +132,7 @@ class Source:
             fused = self.tensors.get(f"{path}.gate_up_proj")
             if fused is not None and is_wide(fused.dtype):
                 return {None}
-            return {config.scheme_of(self.modules().get(path, path), path)}
+            return {config.scheme_of(self.modules().get(path, path), path, stored=self._has_input_scale(path))}
         found: set[Scheme | None] = set()
         scaled = any(suffix in INPUT_SCALES for _, _, suffix in tensors.entries)
         for theirs in tensors.projections():
