@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .arrival import quantize_on_arrival as quantize_on_arrival
     from .checkpoint.format import COMPRESSED_TENSORS as COMPRESSED_TENSORS
     from .checkpoint.format import MODELOPT as MODELOPT
     from .checkpoint.format import CheckpointFormat as CheckpointFormat
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from .moe import retarget_experts as retarget_experts
 
 _MODULES = {
+    ".arrival": ("quantize_on_arrival",),
     ".checkpoint.format": ("COMPRESSED_TENSORS", "MODELOPT", "CheckpointFormat"),
     ".linear": ("NvFp4LinearMethod", "ShardedLoader", "load_partition", "retarget"),
     ".moe": ("ExpertActivation", "ExpertLoader", "NvFp4MoEMethod", "retarget_experts"),

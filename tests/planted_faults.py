@@ -390,4 +390,12 @@ FAULTS = [
     Planted(
         "checkpoint/_compressed_tensors.py", "targets = sorted(named)", "targets = list(named)", "test_quant_config.py", _NVFP4
     ),
+    # weights quantized on arrival
+    Planted("arrival.py", "place.box[: storage.bound.lead]", "place.box", "test_arrival.py", _NVFP4),
+    Planted("arrival.py", "not math.isfinite(largest)", "math.isnan(largest)", "test_arrival.py", _NVFP4),
+    Planted(
+        "arrival.py", "value.new_empty(shape)", "value if box is None else value.new_empty(shape)", "test_arrival.py", _NVFP4
+    ),
+    Planted("arrival.py", "        if not is_new:", "        if is_new is None:", "test_arrival.py", _NVFP4),
+    Planted("arrival.py", "if largest > float(multiplier)", "if largest < -float(multiplier)", "test_arrival.py", _NVFP4),
 ]

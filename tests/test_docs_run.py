@@ -83,6 +83,11 @@ def published() -> dict[str, Any]:
     return {"model": serving(6)}
 
 
+def wide() -> dict[str, Any]:
+    """A model that serves, and a trainer's weight for it."""
+    return {"model": serving(), "trained": {"proj.weight": torch.randn(32, 64).bfloat16()}}
+
+
 def two_models() -> dict[str, Any]:
     """A target and a draft of step 6, on the only rank there is."""
     from aliasparam import reload
@@ -155,7 +160,7 @@ PAGES: dict[str, list[Callable[[], dict[str, Any]] | None]] = {
     "README.md": [reloading, declaring],
     "docs/concepts.md": [declaring],
     "docs/reload.md": [reloading, folders, None, None, published, lambda: {"model": serving(7)}, two_models],
-    "docs/rl-loop.md": [None, None, trained, None, None],
+    "docs/rl-loop.md": [None, None, trained, None, None, wide],
     "docs/testing.md": [judged, None, None],
     "docs/porting-0.1.md": [None],
     "docs/nvfp4/vllm.md": [None] * 2,
