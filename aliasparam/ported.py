@@ -14,12 +14,16 @@ from torch import Tensor, nn
 
 from .errors import DeclarationError, PointerError, foreign_code, located
 from .module.adopt import adopt, apart
-from .module.declarations import Alias, need_wellformed
-from .module.planning import Separate, parameter_spec
+from .module.declarations import Alias, Derivation, Keep, need_wellformed
+from .module.planning import Separate, Source, need_once, need_unused, nobody_declared, parameter_spec
 from .module.registry import AliasRegistry, need_model, registry_of
 from .module.verbs import declare
 from .module.verdict import Reason, aliasing_is_on, judge
 from .spec import TensorSpec
+from .storage.kernel_name import KernelName
+from .storage.transaction import landable
+from .tensors.faces import _Aliased
+from .torch_private import outside_inference, shares_memory
 
 
 def alias_or_bind_derived_param(
@@ -28,7 +32,7 @@ def alias_or_bind_derived_param(
     """Put ``derived_value`` under ``derived_name``, in the source's memory where shape and dtype are the source's.
 
     After an alias the source name refuses to be read until it is written whole again: the bytes are kernel format, and nobody
-    declared their order. Calling it again after a reload keeps every address.
+    declared their order. From a write to the source on the module refuses until this is called again, which keeps every address.
 
     Given a repack *function* instead of its value, the layout is inferred, the pair is declared with it, and both names are right
     at any time; calling it again processes the module.
@@ -42,14 +46,15 @@ def alias_or_bind_derived_param(
         need_wellformed([Alias(source_name, derived_name)])
     source = registry.sources.get(source_name) if (registry := registry_of(module)) else None
     if not isinstance(derived_value, Tensor):
-        if registry is None or source is None:
+        if registry is None or derived_name not in registry.kernel_names():
             registry = declare(module, Alias(source_name, derived_name, derived_value))
         registry.process()
         return
     if (reason := _why_apart(module, registry, source_name, derived_name, derived_value)) is not None:
-        copy_or_rebind_param(module, derived_name, derived_value)
-        (registry or declare(module)).separate[derived_name] = Separate(source_name, reason, derived_value.nbytes)
+        _put_apart(registry or declare(module), source_name, derived_name, derived_value, reason)
         return
+    if registry is not None and source is not None and not source.derived:
+        _show_in_storage(registry, source, derived_name)
     if source is not None and (source.layout is not None or source.derived != derived_name):
         other = f"for the kernel name {source.derived!r}" if source.derived else "without a kernel name"
         raise DeclarationError(
@@ -69,9 +74,55 @@ def alias_or_bind_derived_param(
     value = apart(registry, derived_value)
     with torch.no_grad():
         adopt(registry)
+        before = source.version
         source.need_storage("process").put_foreign(value)
+    for one in registry.separate.values():  # made of the same values, and right as before
+        one.seen = (before + 1,) if one.source == source_name and one.seen == (before,) else one.seen
     source.undeclared = value.numel() > 0  # what has no elements is LOADED at any time
     registry.commit_source(source_name)
+
+
+def _put_apart(registry: AliasRegistry, source_name: str, name: str, value: Tensor, reason: Reason) -> None:
+    """``value`` in memory of its own, which is right until the source is written again."""
+    module, one, existing = registry.module, registry.separate.get(name), _existing(registry.module, name)
+    value = landable(apart(registry, value), torch.empty(0, dtype=value.dtype, device=value.device))
+    kept, _ = registry.planned([Keep(source_name)] if source_name not in registry.sources else [], aliasing=True)
+    declaration = Derivation(name, (source_name,), nobody_declared, *TensorSpec.of(value))
+    if existing is not None:
+        _need_fit(module, name, existing, value)
+    if one is None:
+        taken = [source.buffer for source in registry.storages()] + [held for _, held in kept]
+        again = existing is not None and (isinstance(existing, _Aliased) or any(shares_memory(existing, t) for t in taken))
+        with located(module=registry.label):
+            need_once([*registry.sources, *registry.kernel_names(), name, *[name] * again])
+        copy_or_rebind_param(module, name, value)
+        home = registry.device() or module.get_parameter(source_name).device
+        with outside_inference():  # also what was made in inference mode is written anywhere
+            memory = torch.empty(0, dtype=value.dtype, device=value.device).set_(getattr(module, name).data)
+        one = Separate(declaration, kernel=KernelName(f"{registry.label}.{name}", memory), home=home, reason=reason)
+    registry.add((kept, [one]), loaded=True)
+    one.declaration, one.seen = declaration, None  # an interrupt leaves a refusal
+    with torch.no_grad():
+        adopt(registry)
+        one.put(one.kernel, value, registry.versions_of(one))
+    source = registry.sources[source_name]
+    if source.undeclared or not source.derived:  # else processing has to see what is new
+        registry.commit_source(source_name)
+    registry.close_if_unchanged()
+
+
+def _show_in_storage(registry: AliasRegistry, source: Source, name: str) -> None:
+    """Give a source a kernel name, as if it were the first, where only undeclared code derived others."""
+    users = (one for one in (registry.derived | registry.separate).values() if source.name in one.declaration.sources)
+    if {type(one) for one in users} != {Separate}:
+        return
+    need_unused(registry.module, name)
+    storage = source.need_storage("process")
+    with storage.lock:
+        storage.kernel_dtype = source.plan.kernel.dtype
+        storage.move(None)
+    source.derived = name
+    registry.relabel(registry.label)
 
 
 def _existing(module: nn.Module, name: str) -> Tensor | None:
@@ -89,9 +140,11 @@ def _why_apart(module: nn.Module, registry: AliasRegistry | None, name: str, der
     if spec != TensorSpec.of(value):
         verdict = judge(spec, TensorSpec.of(value))
         return Reason.UNDECLARED_SHAPE if verdict.aliases else verdict
+    if source is not None and source.derived == derived_name:
+        return None
     if not aliasing_is_on():
         return Reason.SWITCHED_OFF
-    return Reason.OWN_MEMORY if source is None and _existing(module, derived_name) is not None else None
+    return None if _existing(module, derived_name) is None else Reason.OWN_MEMORY
 
 
 def copy_or_rebind_param(module: nn.Module, name: str, value: Tensor) -> None:
@@ -119,6 +172,12 @@ def copy_or_rebind_param(module: nn.Module, name: str, value: Tensor) -> None:
             module.__dict__.pop(name, None)
             module.register_parameter(name, nn.Parameter(value.detach().clone(), requires_grad=False))
             return
+    _need_fit(module, name, existing, value)
+    with torch.no_grad():
+        existing.copy_(value)
+
+
+def _need_fit(module: nn.Module, name: str, existing: Tensor, value: Tensor) -> None:
     if TensorSpec.of(existing) != TensorSpec.of(value) or existing.device != value.device:
         raise PointerError(
             "this value does not fit the memory the name already has",
@@ -128,5 +187,3 @@ def copy_or_rebind_param(module: nn.Module, name: str, value: Tensor) -> None:
             found=f"{TensorSpec.of(value)} on {value.device}",
             remedy="Declare the padded capacity at creation (aliasparam.declare), or free the name explicitly first.",
         )
-    with torch.no_grad():
-        existing.copy_(value)

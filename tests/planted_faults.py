@@ -135,8 +135,10 @@ FAULTS = [
     # modules
     Planted("module/adopt.py", "        finish_moves(registry)\n", "", "test_law_10_atomicity.py test_law_10_refusals.py"),
     Planted("module/names.py", "                kernel.put_back()", "                pass", "test_adoption.py"),
-    Planted("module/derive.py", "    derived.version += 1\n", "", "test_derivations.py test_retarget.py"),
-    Planted("module/derive.py", "    derived.seen = versions\n", "", "test_engine_contracts.py test_law_08_no_silent_garbage.py"),
+    Planted("module/planning.py", "        self.version += 1\n", "", "test_derivations.py test_retarget.py"),
+    Planted(
+        "module/planning.py", "        self.seen = versions\n", "", "test_engine_contracts.py test_law_08_no_silent_garbage.py"
+    ),
     Planted("module/registry.py", "            self.need_loaded()\n", "", "test_errors.py"),
     Planted("module/names.py", "tensor._version != version or", "", "test_law_08_no_silent_garbage.py"),
     Planted(

@@ -19,11 +19,7 @@ def refresh(registry: ModuleNames, name: str, kernel: KernelName) -> int:
     versions = registry.versions_of(derived)
     with located(name=name):
         value = _compute(registry, derived.declaration)
-    derived.seen = None  # an interrupted copy is of no version
-    derived.version += 1
-    kernel.memory.copy_(value)
-    kernel.accept()  # whatever other code wrote there is gone
-    derived.seen = versions
+    derived.put(kernel, value, versions)
     return 1
 
 

@@ -71,14 +71,17 @@ class ModuleNames:
 
     def bind(self, sources: Iterable[Source] = ()) -> None:
         """Show the checkpoint names of ``sources``; and every kernel name: its tensor, or while the module is open its twin."""
-        self.owners = {source.derived: source for source in self.sources.values() if source.derived} | self.derived
-        device = self.device()
-        for derived in self.derived.values():  # made where its sources are, and anew where they went
-            if device is not None and (derived.kernel is None or derived.kernel.memory.device != device):
-                spec = derived.declaration.spec
+        aliased = {source.derived: source for source in self.sources.values() if source.derived}
+        self.owners, device = aliased | self.derived | self.separate, self.device()
+        for name, derived in (self.derived | self.separate).items():  # made where its sources are, and goes where they go
+            old = derived.kernel
+            if device is not None and (old is None or device not in (old.memory.device, derived.home)):
+                spec, kept = derived.declaration.spec, old is not None and not (old.was_written or old.memory.is_meta)
                 with outside_inference():
                     memory = torch.zeros(spec.shape, dtype=spec.dtype, device=device)
-                derived.kernel, derived.seen = KernelName(f"{self.label}.{derived.declaration.name}", memory), None
+                    memory = memory.copy_(old.memory) if old is not None and kept else memory
+                derived.kernel, derived.seen = KernelName(f"{self.label}.{name}", memory), derived.seen if kept else None
+                derived.home = device
         self._shown = self._reached = None
         for source in sources:
             for binding in source.bindings:
@@ -233,9 +236,10 @@ class ModuleNames:
         for storage in self.storages():
             storage.notice()
         commit = self.readiness, dict(self._committed)
-        if len(self.sources) + len(self.derived) == 1:
+        apart = [*self.derived.values(), *self.separate.values()]
+        if len(self.sources) + len(apart) == 1:
             return commit  # one name is copied as of one moment, but whether it was ready then must be so at the end
-        return commit, self._versions(), [(d.version, d.seen) for d in self.derived.values()]
+        return commit, self._versions(), [(one.version, one.seen) for one in apart]
 
     def _versions(self) -> dict[str, int]:
         return {name: source.version for name, source in self.sources.items()}
@@ -285,7 +289,7 @@ class ModuleNames:
             return False
         if isinstance(owner, Source):
             return owner.is_loaded and owner.version == self._committed.get(owner.name)
-        chained = [source for source in owner.declaration.sources if source in self.derived]
+        chained = [source for source in owner.declaration.sources if source in self.derived or source in self.separate]
         return not kernel.was_written and owner.seen == self.versions_of(owner) and all(map(self.is_current, chained))
 
     def versions_of(self, derived: Derived) -> tuple[int, ...]:

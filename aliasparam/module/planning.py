@@ -7,8 +7,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from graphlib import CycleError, TopologicalSorter
-from typing import Any
+from typing import Any, NoReturn
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import DeclarationError, StateError, located
@@ -90,6 +91,15 @@ class Derived:
     kernel: KernelName | None = None
     seen: tuple[int, ...] | None = None  # versions of its sources when it was computed
     version: int = 0
+    home: torch.device | None = None  # of its sources; what undeclared code gives it may be elsewhere
+
+    def put(self, kernel: KernelName, value: Tensor, versions: tuple[int, ...]) -> None:
+        """``value`` is what sources of these versions come to."""
+        self.seen = None  # an interrupted copy is of no version
+        self.version += 1
+        kernel.memory.copy_(value)
+        kernel.accept()  # whatever other code wrote there is gone
+        self.seen = versions
 
     @property
     def layout(self) -> AnyLayout | None:
@@ -97,13 +107,31 @@ class Derived:
         return None if self.fallback is None else self.fallback.layout
 
 
-@dataclass(frozen=True)
-class Separate:
-    """A name which undeclared code derived, and which got memory of its own. See ported.py."""
+@dataclass(slots=True, kw_only=True)
+class Separate(Derived):
+    """A name which undeclared code derived, with memory of its own: right until its source is written again. See ported.py."""
 
-    source: str
+    kernel: KernelName
     reason: Reason
-    nbytes: int
+
+    @property
+    def source(self) -> str:
+        return self.declaration.sources[0]
+
+    @property
+    def nbytes(self) -> int:
+        return self.declaration.spec.nbytes
+
+
+def nobody_declared(*values: Tensor, name: str | None = None) -> NoReturn:
+    """The function of what undeclared code derives: it has not since the source was written."""
+    raise StateError(
+        "cannot process: nobody declared what makes kernel bytes of this weight",
+        name=name,
+        expected="a value, put by alias_or_bind_derived_param since the last load",
+        found="none since then, or one that other code wrote",
+        remedy="Call it with the new value; or give it the function, or declare the layout: then processing is enough.",
+    )
 
 
 def planned(
@@ -124,7 +152,7 @@ def planned(
     pairs = [d if isinstance(d, Alias) else Alias(d.source, "") for d in declarations if not isinstance(d, Derivation)]
     kernel_names = [pair.derived for pair in pairs if pair.derived] + [d.name for d in derivations]
     known = [*taken, *(pair.source for pair in pairs), *kernel_names]
-    _need_once(known)
+    need_once(known)
     read = dict.fromkeys(name for d in derivations for name in d.sources if name not in known)
     sources, derived = [], list[Derived]()
     for pair in [*pairs, *(Alias(name, "") for name in read)]:
@@ -133,7 +161,7 @@ def planned(
         sources.append(source)
         derived += [copy] if copy is not None else []
     for name in kernel_names:
-        _need_unused(module, name)
+        need_unused(module, name)
     return sources, in_order([*derived, *map(Derived, derivations)])
 
 
@@ -162,7 +190,7 @@ class InOrder:
         return self.plan.bound.encode(values).view(self.plan.kernel.dtype)
 
 
-def _need_once(names: Sequence[str]) -> None:
+def need_once(names: Sequence[str]) -> None:
     for name, count in Counter(names).items():
         if count > 1:
             raise DeclarationError(
@@ -174,7 +202,7 @@ def _need_once(names: Sequence[str]) -> None:
             )
 
 
-def _need_unused(module: nn.Module, name: str) -> None:
+def need_unused(module: nn.Module, name: str) -> None:
     """Refuse a kernel name which would take the place of something that the module has: it would be lost without a word."""
     held = getattr(module, name, None)
     if held is None and "." not in name:

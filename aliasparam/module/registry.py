@@ -24,7 +24,7 @@ from .allocate import allocate, check_sources
 from .declarations import Alias, AnyLayout, Declaration, Derivation, need_wellformed
 from .derive import refresh
 from .names import ModuleNames
-from .planning import Binding, Derived, Source, in_order, planned
+from .planning import Binding, Derived, Separate, Source, in_order, nobody_declared, planned
 from .verdict import StoragePlan, aliasing_is_on, plan_of
 
 #: What a list of declarations asks for: every source with its Parameter, and what is derived.
@@ -62,7 +62,8 @@ class AliasRegistry(ModuleNames):
         for source, parameter in named:
             allocate(self, source, parameter, loaded=loaded)
         sources = {source.name: source for source, _ in named}
-        declared = {"sources": self.sources | sources, "derived": self.derived | {one.declaration.name: one for one in derived}}
+        new, apart = ({one.declaration.name: one for one in derived if isinstance(one, Separate) is own} for own in (False, True))
+        declared = {"sources": self.sources | sources, "derived": self.derived | new, "separate": self.separate | apart}
         self.__dict__.update(declared | hooks)
         self.bind(sources.values())  # as every verb does
 
@@ -192,8 +193,8 @@ class AliasRegistry(ModuleNames):
         with located(module=self.label), torch.no_grad():
             self._need_no_reload()
             adopt(self)
+            versions = self._versions()  # before they are judged: what is written meanwhile is not committed
             self.need_loaded()
-            versions = self._versions()
             for check in self.checks:
                 check(self)
             work = sum(version != self._committed.get(name) for name, version in versions.items())
@@ -221,7 +222,9 @@ class AliasRegistry(ModuleNames):
             with storage.lock:
                 storage.notice()
                 if not source.is_loaded:
-                    raise storage.not_loaded("cannot process")
+                    raise storage.not_loaded("cannot process") if storage.states.missing else nobody_declared(name=source.derived)
+        for name in [name for name in self.separate if not self.is_current(name)]:
+            nobody_declared(name=name)
 
     def _repr_html_(self) -> str:
         return diagram([ExplainedModule.of(self.label, self, set(), {})])

@@ -114,6 +114,8 @@ def accept_kernel_bytes(module: nn.Module) -> None:
     for _, registry in registries(module):
         for storage in registry.storages():
             storage.accept()
+        for one in registry.separate.values():
+            one.put(one.kernel, one.kernel.memory, registry.versions_of(one))
 
 
 def checkpoint_state_dict(module: nn.Module) -> dict[str, Tensor]:

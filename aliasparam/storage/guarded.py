@@ -197,16 +197,8 @@ class GuardedMemory:
             )
 
     def not_loaded(self, doing: str, region: int | None = None) -> StateError:
-        """What to raise where a region (default: the first) lacks elements, or all wait for undeclared code."""
+        """What to raise where a region (default: the first) lacks elements."""
         states = self.states
-        if not states.missing:
-            return StateError(
-                f"{doing}: nobody declared what makes kernel bytes of this weight",
-                label=self.label,
-                expected="kernel bytes, put by alias_or_bind_derived_param since the last load",
-                found="checkpoint values",
-                remedy="Call it with the new value; or give it the function, or declare the layout: then processing is enough.",
-            )
         region = min(states.missing) if region is None else region
         state, count = states.of(region), states.count
         missing = ", ".join(map(shown, states.missing_boxes(region)[:3])) if state is State.PARTIAL else ""

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import pickle
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -25,8 +31,11 @@ from aliasparam import (
     reload,
 )
 from aliasparam.errors import DeclarationError, PointerError, StaleKernelError, StateError
+from aliasparam.module.registry import registry_of
+from aliasparam.reload.observe import Hooks
 
 from .small import SWAP, storage_of
+from .test_law_10_atomicity import lines_of
 
 
 class Layer(nn.Module):
@@ -153,7 +162,7 @@ def test_law_3_a_name_with_memory_of_its_own_keeps_it_when_a_value_fits_the_sour
 
     assert layer.prepared.data_ptr() == address
     assert torch.equal(layer.weight_scale, torch.arange(12, dtype=torch.uint8).view(4, 3))
-    assert memory_report(layer).allocated_bytes == 24
+    assert memory_report(layer).allocated_bytes == 12 + 24
 
     layer.other = nn.Parameter(torch.zeros(4, 3, dtype=torch.uint8), requires_grad=False)
     address = layer.other.data_ptr()
@@ -280,3 +289,207 @@ def test_law_8_undeclared_code_of_a_tied_module_makes_no_bytes_for_a_declared_na
     assert torch.equal(declared.k, torch.ones(8))
     with pytest.raises(StateError, match="nobody declared"):
         process(ported)
+
+
+#: What undeclared code derives from the source: in its memory, and in memory of its own for three reasons.
+DERIVED: dict[str, Callable[[Tensor], Tensor]] = {
+    "flipped": lambda w: w.flip(0),
+    "padded": lambda w: torch.nn.functional.pad(w, (0, 0, 0, 4)),
+    "largest": lambda w: w.max(),
+    "wide": lambda w: w.int(),
+}
+
+
+class Script(nn.Module):
+    """Undeclared code that derives some names, in this order, from one source."""
+
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.arange(12, dtype=torch.uint8).view(4, 3), requires_grad=False)
+        self.names = names
+
+    def process(self) -> None:
+        values = {name: DERIVED[name](self.w) for name in self.names}
+        for name, value in values.items():
+            alias_or_bind_derived_param(self, "w", name, value)
+
+    def forward(self) -> dict[str, Tensor]:
+        return {name: self.get_buffer(name).clone() for name in self.names}
+
+
+def loaded(first: int) -> tuple[Tensor, Callable[[Script], None]]:
+    value = torch.arange(first, first + 12, dtype=torch.uint8).view(4, 3)
+    return value, lambda one: one.load_state_dict({"w": value}) and None
+
+
+def need_derived(layer: Script, value: Tensor) -> None:
+    found = layer()
+    assert all(torch.equal(found[name], DERIVED[name](value)) for name in layer.names), found
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize(
+    "names", [order for n in (1, 2, 3) for order in itertools.permutations(["flipped", "padded", "wide"], n)]
+)
+def test_laws_3_and_8_any_names_of_one_source_are_served_in_any_order_and_refuse_from_a_load_on(
+    names: tuple[str, ...], mode: Callable[[], AbstractContextManager[None]]
+) -> None:
+    layer = Script(*names)
+    with mode():
+        layer.process()
+    addresses = [getattr(layer, name).data_ptr() for name in names]
+    assert "flipped" not in names or addresses[names.index("flipped")] == layer.w.data_ptr()
+    need_derived(layer, torch.arange(12, dtype=torch.uint8).view(4, 3))
+    assert process(layer) == 0
+
+    for first in (20, 40):
+        value, load = loaded(first)
+        load(layer)
+        for one in (layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            for name in names:
+                with pytest.raises(StaleKernelError):
+                    getattr(one, name).clone()
+            with pytest.raises(StateError, match=rf"({'|'.join(names)}): cannot process: nobody declared(.|\n)*Call it"):
+                process(one)
+            with pytest.raises(StaleKernelError):
+                one()
+        layer.process()
+        need_derived(layer, value)
+        need_derived(copy.deepcopy(layer), value)
+        assert process(layer) == 0
+        assert addresses == [getattr(layer, name).data_ptr() for name in names]
+    assert set(layer.state_dict()) == {"w"}
+
+
+def test_law_8_one_name_that_was_not_derived_again_keeps_the_module_from_running() -> None:
+    layer = Script("padded", "flipped", "wide")
+    layer.process()
+    for left in layer.names:
+        value, load = loaded(50)
+        load(layer)
+        for name in set(layer.names) - {left}:
+            alias_or_bind_derived_param(layer, "w", name, DERIVED[name](value))
+        with pytest.raises(StateError, match=f"{left}: cannot process: nobody declared"):
+            process(layer)
+        with pytest.raises(StaleKernelError):
+            layer()
+        alias_or_bind_derived_param(layer, "w", left, DERIVED[left](value))
+        need_derived(layer, value)
+
+
+@pytest.mark.parametrize("policy", ["staged", "staged-journal"])
+def test_law_8_a_reload_ends_where_its_script_derives_names_of_their_own(policy: Any) -> None:
+    layer = Script("padded", "largest")
+    layer.process()
+    value, _ = loaded(20)
+    with pytest.raises(StateError, match="padded: cannot process: nobody declared"), reload(layer, policy=policy) as session:
+        session.load({"w": value})
+    with pytest.raises(StaleKernelError):
+        layer()
+    with reload(layer, policy=policy, hooks=Hooks(on_commit=[lambda *_: layer.process()])) as session:
+        session.load({"w": value})
+    need_derived(layer, value)
+
+
+def test_law_8_an_own_name_that_other_code_wrote_is_not_served() -> None:
+    layer = Script("padded")
+    layer.process()
+    layer.padded.zero_()
+    with pytest.raises(StateError, match="padded: cannot process"):
+        process(layer)
+    layer.process()
+    need_derived(layer, layer.w.clone())
+
+
+def test_accepted_kernel_bytes_are_those_of_own_names_too() -> None:
+    layer = Script("padded")
+    layer.process()
+    saved = layer()["padded"]
+    invalidate(layer)
+    registry_of(layer).separate["padded"].kernel.memory.copy_(saved)  # type: ignore[union-attr]
+    accept_kernel_bytes(layer)
+    process(layer)
+    assert torch.equal(layer()["padded"], saved)
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (8, 3)])
+def test_law_10_an_interrupt_of_undeclared_code_leaves_old_new_or_a_refusal(shape: tuple[int, int]) -> None:
+    old, new = torch.ones(shape, dtype=torch.uint8), torch.full(shape, 2, dtype=torch.uint8)
+
+    def made() -> Script:
+        layer = Script("k")
+        alias_or_bind_derived_param(layer, "w", "k", old)
+        layer.load_state_dict({"w": torch.zeros(4, 3, dtype=torch.uint8)})
+        return layer
+
+    def again(layer: Script) -> None:
+        alias_or_bind_derived_param(layer, "w", "k", new)
+
+    again(made())  # what is kept between calls is there
+    lines = lines_of(partial(again, made()))
+    for at in sorted({lines.index(line) for line in lines}):
+        layer = made()
+        lines_of(partial(again, layer), at)
+        try:
+            process(layer)
+            assert torch.equal(layer()["k"], new), lines[at]
+        except (StateError, StaleKernelError):
+            again(layer)
+            assert torch.equal(layer()["k"], new), lines[at]
+
+
+@pytest.mark.parametrize("name", ["w", "tied", "view"])
+def test_a_name_that_shows_the_source_is_no_derived_name(name: str) -> None:
+    layer = Script()
+    layer.tied = layer.w
+    layer.register_buffer("view", layer.w.data)
+    before = layer.w.clone()
+
+    with pytest.raises(DeclarationError, match="declared twice"):
+        alias_or_bind_derived_param(layer, "w", name, torch.ones(4, 3, dtype=torch.uint8))
+    assert torch.equal(layer.w, before)
+
+
+def test_a_name_that_is_declared_otherwise_is_no_derived_name() -> None:
+    layer = Script()
+    declare(layer, Derivation("largest", ("w",), DERIVED["largest"], (), torch.uint8))
+    process(layer)
+
+    with pytest.raises(DeclarationError, match="declared twice"):
+        alias_or_bind_derived_param(layer, "w", "largest", torch.tensor(1, dtype=torch.uint8))
+    need_derived(layer, layer.w.clone())
+
+
+def test_what_is_declared_beside_own_names_is_processed() -> None:
+    """A derivation from a name of its own too; and processing sees a source that only the helper was called for."""
+    layer, seen = Script("padded"), list[object]()
+    declare(layer, Alias("w", "k", SWAP), on_processed=[seen.append])
+    layer.process()
+    declare(layer, Derivation("total", ("padded",), lambda p: p.sum().reshape(1), (1,), torch.int64))
+    process(layer)
+    for first in (20, 40):
+        value, load = loaded(first)
+        load(layer)
+        layer.process()
+        with pytest.raises(StaleKernelError):
+            layer()
+        count = len(seen)
+        assert process(layer) > 0 and len(seen) == count + 1
+        assert layer.get_buffer("total").item() == value.sum().item()
+        layer.process()  # without a load
+        process(layer)
+        need_derived(layer, value)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+def test_own_names_go_where_their_source_goes() -> None:
+    layer = Script("padded", "flipped", "wide")
+    layer.process()
+
+    layer.cuda()
+    process(layer)
+
+    assert all(getattr(layer, name).is_cuda for name in layer.names)
+    found = {name: value.cpu() for name, value in layer().items()}
+    assert all(torch.equal(found[name], DERIVED[name](torch.arange(12, dtype=torch.uint8).view(4, 3))) for name in found)
