@@ -34,7 +34,7 @@ Recipe = Literal["max", "kept"]
 #: (name, tensor), or (name, a rectangle of a tensor, where it is).
 Item: TypeAlias = "tuple[str, Tensor] | tuple[str, Tensor, Box | None]"
 
-#: Values that are quantized at once: scratch is some 20 bytes for each.
+#: Values that are quantized at once: scratch is some 50 bytes for each.
 _PIECE = 1 << 21
 
 
@@ -47,7 +47,7 @@ def quantize_on_arrival(
     ModelOpt's exporter (:func:`~aliasparam_nvfp4.quantize.codec.quantize`). Scales of activations, which no weight tells, stay as
     they are. What the model has unquantized is cast to its dtype; all else goes on as it is, quantized tensors too.
 
-    Memory: weights that wait for those they share a scale with, and on the model's device some 40 MiB of scratch.
+    Memory: weights that wait for those they share a scale with, and on the model's device some 100 MiB of scratch.
 
     Args:
         tensors: under the names of the checkpoint, on any device; of a stream, in parts.
