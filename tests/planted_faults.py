@@ -77,6 +77,14 @@ FAULTS = [
         "test_law_10_atomicity.py test_law_10_refusals.py",
     ),
     Planted("storage/transaction.py", "        part.storage.changing()", "        pass", "test_law_01_oracle.py"),
+    Planted(
+        "storage/storage.py",
+        "                self.clear_unknown(regions)",
+        "                pass",
+        "test_law_08_no_silent_garbage.py",
+    ),
+    Planted("storage/transaction.py", "        part.storage.clear_unknown(", "        (", "test_law_08_no_silent_garbage.py"),
+    Planted("storage/guarded.py", "if self.states.of(region) is State.INVALID:", "if True:", "test_law_08_no_silent_garbage.py"),
     Planted("storage/storage.py", "self._name(self.buffer, layout)\n", "self.layout = layout\n", "test_retarget.py"),
     Planted("storage/storage.py", "        self.bound.reorder(self", "        0 and self.bound.reorder(self", "test_retarget.py"),
     # shards
@@ -98,8 +106,8 @@ FAULTS = [
         "test_law_01_shards.py",
     ),
     # views and operators
-    Planted("tensors/geometry.py", "    seen = torch._neg_view(seen) if view.is_neg() else seen\n", "", "test_views.py"),
-    Planted("tensors/geometry.py", "return seen.conj() if view.is_conj() else seen", "return seen", "test_views.py"),
+    Planted("tensors/geometry.py", "    view = torch._neg_view(view) if neg else view\n", "", "test_views.py"),
+    Planted("tensors/geometry.py", "return view.conj() if conj else view", "return view", "test_views.py"),
     Planted("tensors/geometry.py", "pairs[0][0] if len(pairs) == 1 else storage.geometry", "pairs[0][0]", "test_views.py"),
     Planted("tensors/geometry.py", "raw[: raw.numel() // width * width]", "raw", "test_views.py"),
     Planted(

@@ -77,5 +77,6 @@ class _Bound(RegionLayout):
 
 def _random(shape: Sequence[int], dtype: torch.dtype, device: str) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    raw = torch.randint(0, 256, (math.prod(shape) * dtype.itemsize,), dtype=torch.uint8, generator=generator, device=HOST)
+    bits = 2 if dtype is torch.bool else 256  # a copy of any other bool is none of its bytes
+    raw = torch.randint(bits, (math.prod(shape) * dtype.itemsize,), dtype=torch.uint8, generator=generator, device=HOST)
     return raw.view(dtype).view(*shape).to(device)

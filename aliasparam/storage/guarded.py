@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from ..errors import MemoryFreedError, StateError
@@ -90,6 +92,16 @@ class GuardedMemory:
         """Bytes are about to change. An interrupt after this leaves a version that nobody has derived from."""
         self.tell()
         self.version += 1
+
+    def clear_unknown(self, regions: Sequence[int]) -> None:
+        """Padding of regions that are INVALID may be whatever other code left (memory that was lent, a write past the library):
+        it is zero again, before what has arrived is counted anew."""
+        size = self.bound.region_capacity
+        if size == self.bound.region_elements:
+            return
+        for region in regions:
+            if self.states.of(region) is State.INVALID:
+                self.elements[region * size : (region + 1) * size].view(torch.uint8).zero_()
 
     def tell(self) -> None:
         """What shows a kernel name of this storage or derives from it refuses from now on, until it is processed."""

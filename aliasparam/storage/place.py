@@ -55,6 +55,7 @@ def placed(base: tuple[int, ...], offset: int, shape: tuple[int, ...], strides: 
         box.append((start, start + (1 if dim is None else shape[dim])))  # an index was taken, or a range
     if offset or dims or len(order) < len(over) or any(stop > size for (_, stop), size in zip(box, base, strict=True)):
         return None
-    order = [*(dim for dim in range(len(shape)) if dim not in order), *order]  # dims of one element lie anywhere: first
-    in_order = order == list(range(len(shape)))
-    return Place(tuple(box), sizes(tuple(box)), None if in_order else tuple(order), tuple(shape[dim] for dim in order))
+    if order == sorted(order):
+        return Place(tuple(box), sizes(tuple(box)), None, shape)
+    order += [dim for dim in range(len(shape)) if dim not in order]  # dims of one element lie anywhere
+    return Place(tuple(box), sizes(tuple(box)), tuple(order), tuple(shape[dim] for dim in order))

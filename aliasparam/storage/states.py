@@ -79,7 +79,11 @@ class RegionStates:
 
     def begin(self, box: Box) -> Begun:
         """Bytes under ``box`` are about to change. Returns what :meth:`arrived` or :meth:`rollback` need."""
-        return self.begin_regions(regions_under(box, self._outer))
+        return self.begin_regions(self.under(box))
+
+    def under(self, box: Box) -> Sequence[int]:
+        """The regions that ``box`` touches."""
+        return regions_under(box, self._outer)
 
     def begin_regions(self, regions: Sequence[int]) -> Begun:
         """:meth:`begin` for some bytes of these regions."""
@@ -115,7 +119,7 @@ class RegionStates:
 
     def readable(self, box: Box) -> int | None:
         """None where every element under ``box`` has arrived; else the first region which lacks some."""
-        for region in regions_under(box, self._outer):
+        for region in self.under(box):
             lacking = self.missing.get(region)
             if lacking is not None and not (isinstance(lacking, Coverage) and lacking.covers(box[self._lead :])):
                 return region

@@ -146,8 +146,10 @@ class AliasedStorage(GuardedMemory):
             if shard is None:
                 return False
             self.changing()
-            others = shard.regions
-            before = self.states.begin_regions((region,) if len(others) == 1 else [region + other for other in others])
+            regions = (region,) if len(shard.regions) == 1 else [region + other for other in shard.regions]
+            if self.states.missing:
+                self.clear_unknown(regions)
+            before = self.states.begin_regions(regions)
             shard.write(region, value)
             self.states.arrived(shard.box, before)
         return True

@@ -61,6 +61,7 @@ def write_all(parts: Sequence[Part], non_blocking: bool = False) -> None:
     parts = [part._replace(value=landable(part.value, part.storage.elements)) for part in parts]
     for part in parts:
         part.storage.changing()
+        part.storage.clear_unknown(part.storage.states.under(part.box))
     begun = [(part.storage, part.storage.states.begin(part.box)) for part in parts]
     for part in parts:
         scatter(part.storage.bound, part.storage.elements, part.box, part.value, non_blocking)

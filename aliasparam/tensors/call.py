@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..spec import instances_in
+from ..storage.kernel_name import RefusingName
 from ..storage.storage import AliasedStorage
 from ..torch_private import below_autograd
 
@@ -63,13 +64,11 @@ class Call(NamedTuple):
     Attributes:
         read, written: which are which.
         overwrites: whether the result does not depend on what was there.
-        resizes: whether an ``out=`` gets the shape of the result.
     """
 
     read: dict[str, Any]
     written: dict[str, Any]
     overwrites: bool
-    resizes: bool
 
     @classmethod
     def of(cls, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
@@ -79,12 +78,12 @@ class Call(NamedTuple):
         if namespace == "c10d":
             sends = name in _SENDS or (name == "broadcast_" and _is_root(given))
             read = {n: v for n, v in given.items() if sends or n in _SENT or next(instances_in((v,), Tensor), None) is None}
-            return cls(read, {n: v for n, v in given.items() if n not in read}, name not in _REDUCES, resizes=False)
+            return cls(read, {n: v for n, v in given.items() if n not in read}, name not in _REDUCES)
         names, are_out = _written(func)
         if name in UPDATES_STATISTICS and given.get("training", True):
             names, are_out = [*names, "running_mean", "running_var"], False
         written = {n: given.pop(n) for n in names if n in given}
-        return cls(given, written, are_out or name in _OVERWRITES, resizes=are_out and namespace == "aten")
+        return cls(given, written, are_out or name in _OVERWRITES)
 
 
 @cache
@@ -136,6 +135,9 @@ _LIBRARY = torch.library.Library("c10d", "IMPL")  # type: ignore[no-untyped-call
 
 def _counting(func: Any) -> Callable[..., Any]:
     def counted(*args: Any, **kwargs: Any) -> Any:
+        name = next(instances_in((*args, *kwargs.values()), (Aliased, RefusingName)), None)
+        if name is not None:  # torch does not see those in lists of lists
+            return type(name).__torch_dispatch__(func, (), args, kwargs)
         torch.autograd.graph.increment_version(list(instances_in(Call.of(func, args, kwargs).written.values(), Tensor)))
         with below_autograd():
             return func(*args, **kwargs)

@@ -172,7 +172,7 @@ def _plain(written: Sequence[Aliased], call: Call) -> dict[int, Tensor]:
         if id(tensor) in plain:
             continue
         if call.overwrites:  # also several views of one storage: what lands last stays, as in torch
-            plain[id(tensor)] = view.new_empty(0) if call.resizes else torch.empty_like(view)
+            plain[id(tensor)] = torch.empty_like(view)
             continue
         if storages.count(storage) == 1:
             plain[id(tensor)] = _own(values_of(tensor), view)

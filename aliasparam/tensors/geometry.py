@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -104,8 +105,7 @@ def as_view(storage: AliasedStorage, rows: Tensor, box: Box, view: Tensor) -> Te
     offset = view.storage_offset() - _first_byte(storage, box) // view.element_size()
     width = view.element_size()  # what is left over at the end is less than one element
     seen = raw[: raw.numel() // width * width].view(view.dtype).as_strided(view.shape, view.stride(), offset)
-    seen = torch._neg_view(seen) if view.is_neg() else seen
-    return seen.conj() if view.is_conj() else seen
+    return _with_bits(seen, conj=view.is_conj(), neg=view.is_neg())
 
 
 def boxes_under(storage: AliasedStorage, view: Tensor, rows: Box, *, touched: bool = False) -> list[Box]:
@@ -132,24 +132,36 @@ def _first_byte(storage: AliasedStorage, box: Box) -> int:
 
 def is_same_view(first: Aliased, second: Aliased) -> bool:
     """Whether two names are the same view of one storage."""
-    a, b = first._alias_geometry, second._alias_geometry
-    same_bits = a.is_conj() == b.is_conj() and a.is_neg() == b.is_neg()
-    return first._alias_storage is second._alias_storage and same_bits and place_in(a) == place_in(b)
+    same_storage = first._alias_storage is second._alias_storage
+    return same_storage and place_in(first._alias_geometry) == place_in(second._alias_geometry)
 
 
 def same_view(storage: AliasedStorage, geometry: Tensor) -> Tensor:
     """The view of ``storage`` which ``geometry`` is of another storage of the same shape."""
-    return view_at(storage, *place_in(geometry))
+    return view_at(storage, place_in(geometry))
 
 
-Placed = tuple[torch.dtype, tuple[int, ...], tuple[int, ...], int]
+class Placed(NamedTuple):
+    """Where a view lies, whatever storage it is of, and the bits that it has."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
+    conj: bool
+    neg: bool
 
 
-def place_in(geometry: Tensor) -> Placed:
-    """Dtype, shape, strides and offset: where a view lies, whatever storage it is of."""
-    return geometry.dtype, tuple(geometry.shape), geometry.stride(), int(geometry.storage_offset())
+def place_in(view: Tensor) -> Placed:
+    return Placed(view.dtype, tuple(view.shape), view.stride(), int(view.storage_offset()), view.is_conj(), view.is_neg())
 
 
-def view_at(storage: AliasedStorage, dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...], offset: int) -> Tensor:
-    whole = storage.geometry if dtype.itemsize == storage.bound.dtype.itemsize else storage.buffer
-    return whole.view(dtype).as_strided(shape, strides, offset)
+def view_at(storage: AliasedStorage, place: Placed) -> Tensor:
+    whole = storage.geometry if place.dtype.itemsize == storage.bound.dtype.itemsize else storage.buffer
+    seen = whole.view(place.dtype).as_strided(place.shape, place.strides, place.offset)
+    return _with_bits(seen, conj=place.conj, neg=place.neg)
+
+
+def _with_bits(view: Tensor, *, conj: bool, neg: bool) -> Tensor:
+    view = torch._neg_view(view) if neg else view
+    return view.conj() if conj else view

@@ -131,7 +131,7 @@ _classes: dict[type[Any], type[Any]] = {}
 
 
 def _rebuild(storage: AliasedStorage, place: Placed, attributes: dict[str, Any], like: type[Any]) -> AliasedParameter:
-    return make_parameter(storage, view_at(storage, *place), like, attributes)
+    return make_parameter(storage, view_at(storage, place), like, attributes)
 
 
 def is_same_name(tensor: Any, parameter: AliasedParameter) -> bool:

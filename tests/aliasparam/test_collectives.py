@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from aliasparam import Alias, declare, process
+from aliasparam.errors import StaleKernelError
 
 from ..processes import run_ranks
 from .small import SWAP, kernel
@@ -48,6 +49,13 @@ def ranks(rank: int, folder: str) -> None:
         assert torch.equal(gathered[1 - rank], expected), "what is sent is checkpoint values"
         process(layer)
         assert torch.equal(layer.prepared, kernel(SWAP, expected))
+
+        mine = torch.empty_like(expected[:3])  # names in a list of lists, which torch's dispatcher does not look into
+        dist.scatter(mine, [layer.weight[:3], layer.weight[3:]] if rank == 0 else None, src=0)
+        assert torch.equal(mine, expected[3 * rank : 3 * rank + 3]), "parts of a name in kernel format are scattered by value"
+        layer.weight[:1] = 0
+        with pytest.raises(StaleKernelError):
+            dist.scatter(mine, [layer.prepared, layer.prepared], src=rank)
         assert layer.weight.data_ptr() == address
     finally:
         dist.destroy_process_group()

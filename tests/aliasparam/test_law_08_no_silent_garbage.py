@@ -12,10 +12,10 @@ import torch
 import torch._dynamo
 from torch import Tensor, nn
 
-from aliasparam import Derivation, declare, process
+from aliasparam import Derivation, declare, invalidate, process
 from aliasparam.errors import AdoptionError, StaleKernelError, StateError
 
-from .small import SWAP, Layer, counting, is_ready, kernel, storage_of, the_registry
+from .small import PAD8, SWAP, Layer, counting, is_ready, kernel, storage_of, the_registry
 
 # -- what a stale name still is ----------------------------------------------------------------------------------------
 
@@ -288,3 +288,31 @@ def test_law_8_tvm_ffi_does_not_take_a_checkpoint_name_by_its_pointer() -> None:
     layer.weight[0] = 1
     with pytest.raises(Exception, match="open"):
         echo(layer.prepared)
+
+
+DIRT: dict[str, Callable[[Any], Any]] = {
+    "written past the library": lambda layer: layer.prepared.fill_(255),
+    "lent": lambda layer: (invalidate(layer), storage_of(layer).buffer.fill_(255)),
+}
+LOADS: dict[str, Callable[[Any, Tensor], Any]] = {
+    "whole": lambda weight, values: weight.copy_(values),
+    "shards": lambda weight, values: [weight.narrow(1, at, 3).copy_(values.narrow(1, at, 3)) for at in (0, 3)],
+    "another dtype": lambda weight, values: weight.copy_(values.long()),
+    "several at once": lambda weight, values: torch._foreach_copy_([*weight], [*values]),
+    "steps": lambda weight, values: [weight[..., at::2].copy_(values[..., at::2]) for at in (0, 1)],
+}
+
+
+@pytest.mark.parametrize("load", LOADS)
+@pytest.mark.parametrize("dirt", DIRT)
+def test_law_9_padding_that_other_code_wrote_is_zero_once_weights_are_loaded_again(dirt: str, load: str) -> None:
+    layer, values = Layer((2, 6, 12), PAD8), counting(2, 6, 12)
+    process(layer)
+    DIRT[dirt](layer)
+    with pytest.raises(StateError):
+        layer.weight.clone()
+
+    LOADS[load](layer.weight, values)
+    process(layer)
+
+    assert torch.equal(layer.weight, values) and torch.equal(layer.prepared, kernel(PAD8, values))

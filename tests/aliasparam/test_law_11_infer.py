@@ -236,3 +236,8 @@ def test_two_functions_that_do_not_invert_are_refused() -> None:
 
     with pytest.raises(LayoutError, match="other bytes"):
         OpaqueLayout(padded, lambda x: x[:4]).bind((4, 4), torch.uint8)
+
+
+def test_an_opaque_layout_takes_bools() -> None:
+    layout, values = OpaqueLayout(lambda x: x.t().contiguous(), lambda x: x.t().contiguous()), torch.rand(8, 8) > 0.5
+    assert torch.equal(layout.bind((8, 8), torch.bool).encode(values), values.t())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -166,6 +167,7 @@ def test_law_1_conj_and_neg_bits_are_read_and_written(bits: str) -> None:
     factor = 1 + 2j if plain.is_complex() else 3.0
     assert torch.equal(found.clone().resolve_neg(), plain.clone().resolve_neg())
     assert torch.equal(found * factor, plain * factor)
+    assert torch.equal(copy.deepcopy(found) * factor, plain * factor)
 
     new = torch.rand(plain.shape, dtype=plain.dtype)
     for write in (lambda target: target.copy_(new), lambda target: target.mul_(factor)):
@@ -228,3 +230,21 @@ def test_law_1_a_view_of_no_elements_lacks_none(shape: tuple[int, ...], empty: C
     empty(layer.weight).fill_(1)
 
     assert torch.equal(empty(layer.weight).clone(), torch.empty(0)) and not is_ready(layer)
+
+
+@pytest.mark.parametrize("shape", [(6, 1), (1, 6, 1), (3, 6, 1)])
+@pytest.mark.parametrize("view", [lambda w: w, lambda w: w.transpose(0, 1), lambda w: w.unsqueeze(-1)])
+def test_law_1_values_of_one_column_can_be_looked_at_as_bytes(shape: tuple[int, ...], view: Callable[[Any], Any]) -> None:
+    values = counting(*shape).half()
+    layer = layer_of(values)
+
+    assert torch.equal(view(layer.weight).clone().view(torch.uint8), view(values).clone().view(torch.uint8))
+
+
+def test_law_1_an_out_that_must_have_the_shape_of_the_result_is_written() -> None:
+    layer, expected, source = Layer(), counting(6, 8), counting(6, 8) + 1
+
+    for tensor in (layer.weight, expected):
+        torch.split_copy(source, 4, out=[tensor[:4], tensor[4:]])
+
+    assert torch.equal(layer.weight, expected)
