@@ -115,3 +115,10 @@ def nothing_compiles(seconds: float) -> Iterator[bool]:
 def below_autograd() -> AbstractContextManager[None]:
     """Operators called inside go on below the autograd keys: for a kernel that wraps one there."""
     return torch._C._AutoDispatchBelowAutograd()
+
+
+def work_that_is_done() -> Any:
+    """As c10d operators return it."""
+    done: torch.futures.Future[Any] = torch.futures.Future()
+    done.set_result([])
+    return torch._C._distributed_c10d._create_work_from_future(done).boxed()  # type: ignore[attr-defined]

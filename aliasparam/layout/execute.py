@@ -50,6 +50,11 @@ class Copy(NamedTuple):
         return self._replace(sizes=(), kernel=(), value=())
 
 
+def alignment(places: int) -> int:
+    """Bytes, at most those of the widest element, that all of ``places`` (addresses, one ``|`` the other) are a multiple of."""
+    return (places | WIDEST) & -(places | WIDEST)
+
+
 def plan(pieces: Iterable[Piece], itemsize: int, align: int, widest: int = WIDEST, backward: int | None = None) -> list[Copy]:
     """The copies of ``pieces``, in elements of at most ``widest`` bytes.
 

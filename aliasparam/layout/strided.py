@@ -14,7 +14,7 @@ from .blocks import blocks, permutation
 from .bound import BoundLayout, in_bytes
 from .boxes import Box, pieces, row_major, sizes, whole
 from .digits import BoundLine, Piece
-from .execute import WIDEST, Copy, for_torch, plan, views
+from .execute import WIDEST, Copy, alignment, for_torch, plan, views
 
 #: What a copy may be: bytes of its widest element, and from how many bytes on it may run backwards (None: never).
 Limits: TypeAlias = tuple[int, int | None]
@@ -56,9 +56,9 @@ class StridedLayout(BoundLayout):
             if not 0 <= start <= stop <= n or stop - start != extent:
                 self.check(memory, box, value)  # raises
         first, other = (int(memory.storage_offset()) + region) * size, int(value.storage_offset()) * size
-        align = (memory.data_ptr() + region * size | value.data_ptr() | first | other | WIDEST) & 31
+        align = alignment(memory.data_ptr() + region * size | value.data_ptr() | first | other)
         limits = TRITON if memory.is_cuda and triton_copy.takes(memory, value) else TORCH
-        copies = _planned(self, box[self.lead :], shape, value.stride(), value.dtype, align & -align, limits)
+        copies = _planned(self, box[self.lead :], shape, value.stride(), value.dtype, align, limits)
         if memory.dtype is not self.dtype or memory.numel() < self.capacity:
             self.check(memory, box, value)  # raises
         for copy, ours in copies:
@@ -99,8 +99,8 @@ class StridedLayout(BoundLayout):
         size, shape = self.dtype.itemsize, sizes(box)
         region = sum(start * stride for (start, _), stride in zip(box, self.lead_strides, strict=False))
         first = (int(memory.storage_offset()) + region) * size
-        align = (memory.data_ptr() + region * size | first | triton_sum.WIDEST) & 31
-        copies = _planned(self, box[self.lead :], shape, tuple(row_major(shape)), self.dtype, align & -align, _SUMS)
+        align = alignment(memory.data_ptr() + region * size | first)
+        copies = _planned(self, box[self.lead :], shape, tuple(row_major(shape)), self.dtype, align, _SUMS)
         sums = [triton_sum.sums(copy, views(copy.start, memory, first // size, memory)[0]) for copy, _ in copies]
         return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
 
@@ -113,9 +113,9 @@ class StridedLayout(BoundLayout):
             super().reorder(memory, new, max_bytes)
             return
         first, size = int(memory.storage_offset()), self.dtype.itemsize
-        align = (memory.data_ptr() | first * size | WIDEST) & 31
+        align = alignment(memory.data_ptr() | first * size)
         for block in blocks(moves, max_bytes // size):
-            _permute([views(copy, memory, first, memory) for copy in plan([block], size, align & -align)])
+            _permute([views(copy, memory, first, memory) for copy in plan([block], size, align)])
         new.clear_padding(memory)
 
     def moves(self, new: BoundLayout) -> Piece | None:

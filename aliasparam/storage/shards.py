@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..layout import BoundLayout, triton_copy
-from ..layout.execute import WIDEST, Copy, in_every_region, of_value
+from ..layout.execute import Copy, alignment, in_every_region, of_value
 from ..layout.strided import TORCH, TRITON, StridedLayout
 from ..torch_private import has_no_bytes, outside_inference
 from .coverage import Box
@@ -88,12 +88,12 @@ def shard_under(
     is_like = value.dtype is view.dtype is dtype and value.device == memory.device
     if not is_like or address <= pointer < address + memory.nbytes:
         return None, 0
-    if value.is_conj() or value.is_neg() or has_no_bytes(value) or view.is_conj() or view.is_neg():
+    if has_no_bytes(value) or value.is_neg() or view.is_neg() or (dtype.is_complex and (value.is_conj() or view.is_conj())):
         return None, 0
     region, offset = divmod(int(view.storage_offset()), bound.region_elements or 1)
-    align = address | pointer | (int(value.storage_offset()) | bound.region_capacity) * dtype.itemsize | WIDEST
+    align = alignment(address | pointer | (int(value.storage_offset()) | bound.region_capacity) * dtype.itemsize)
     by_kernel = memory.is_cuda and triton_copy.takes(memory, value)
-    form = offset, view.shape, view.stride(), value.shape, value.stride(), align & -align, by_kernel
+    form = offset, view.shape, view.stride(), value.shape, value.stride(), align, by_kernel
     shard = kept.get(form) or _found(bound, memory, kept, form)
     return None if shard is None or region + shard.regions[-1] >= bound.regions else shard, region
 

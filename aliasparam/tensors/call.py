@@ -12,7 +12,7 @@ from torch import Tensor
 from ..spec import instances_in
 from ..storage.kernel_name import RefusingName
 from ..storage.storage import AliasedStorage
-from ..torch_private import below_autograd
+from ..torch_private import below_autograd, work_that_is_done
 
 #: In-place operators whose result does not depend on what was there. All others read before they write.
 _OVERWRITES = frozenset(
@@ -100,15 +100,19 @@ def _is_root(given: dict[str, Any]) -> bool:
     return bool(group.rank() == given["root_rank"])
 
 
-def wait_for(result: Any) -> None:
-    """Wait for the work among what a c10d operator returned. NCCL gives an empty box where the current stream waits already."""
-    for part in result if isinstance(result, (list, tuple)) else (result,):
-        if isinstance(part, torch.ScriptObject):
-            from torch.distributed import Work
+def waited_for(result: Any) -> Any:
+    """What an operator returned, once the work among it is done: another stands for it, as gloo's receive can be waited for once.
+    NCCL gives an empty box where the current stream waits already."""
+    if isinstance(result, tuple):
+        return tuple(map(waited_for, result))
+    if isinstance(result, torch.ScriptObject):
+        from torch.distributed import Work
 
-            work = Work.unbox(part)
-            if work is not None:
-                work.wait()
+        work = Work.unbox(result)
+        if work is not None:
+            work.wait()
+            return work_that_is_done()
+    return result
 
 
 _WRITERS = (

@@ -25,7 +25,7 @@ from ..storage.locks import all_locked
 from ..storage.storage import AliasedStorage
 from ..storage.transaction import is_brought_whole, write_all
 from ..torch_private import is_traced_by_jit, shares_memory, stand_ins
-from .call import UPDATES_STATISTICS, Aliased, Call, aliased_in, called, mapped, wait_for
+from .call import UPDATES_STATISTICS, Aliased, Call, aliased_in, called, mapped, waited_for
 from .geometry import parts_of, read_view
 
 _Handler = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
@@ -155,8 +155,9 @@ def _write(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     plain = _plain(written, call)
     given = {n: mapped(lambda t: plain[id(t)], v) for n, v in call.written.items()}
     result = func(**given, **{n: mapped(values_of, v) for n, v in call.read.items()})
-    wait_for(result)  # the values land when they are there
-    _land([(t, plain[id(t)]) for t in written])
+    if written:
+        result = waited_for(result)  # the values land when they are there
+        _land([(t, plain[id(t)]) for t in written])
     if not func._schema.returns or func._schema.returns[0].alias_info is None:
         return result
     returned = tuple(call.written.values())[: len(func._schema.returns)]  # what the schema does not mark is behind these

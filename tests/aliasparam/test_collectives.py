@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,8 @@ def layer_of(value: int) -> nn.Module:
 
 
 def ranks(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    most = timedelta(seconds=20)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=most)
     try:
         layer = layer_of(100 * rank)
         expected = torch.arange(24, dtype=torch.uint8).view(6, 4)
@@ -53,6 +55,14 @@ def ranks(rank: int, folder: str) -> None:
         mine = torch.empty_like(expected[:3])  # names in a list of lists, which torch's dispatcher does not look into
         dist.scatter(mine, [layer.weight[:3], layer.weight[3:]] if rank == 0 else None, src=0)
         assert torch.equal(mine, expected[3 * rank : 3 * rank + 3]), "parts of a name in kernel format are scattered by value"
+        if rank == 0:  # from rank to rank, waited for by the caller too
+            dist.send(layer.weight[3:], 1)
+            dist.isend(layer.weight[:3], 1).wait()
+        else:
+            dist.recv(layer.weight[:3], 0)
+            dist.irecv(layer.weight[3:], 0).wait()
+            expected = torch.cat([expected[3:], expected[:3]])
+        assert torch.equal(layer.weight, expected), "checkpoint values are sent and received"
         layer.weight[:1] = 0
         with pytest.raises(StaleKernelError):
             dist.scatter(mine, [layer.prepared, layer.prepared], src=rank)

@@ -156,6 +156,7 @@ BITS: dict[str, Callable[[Any], Any]] = {
     "conj of conj": lambda w: w.conj().t().conj(),
     "imag of conj": lambda w: w.conj().imag,
     "imag": lambda w: w.imag[::2],
+    "negated": torch._neg_view,
 }
 
 
