@@ -108,7 +108,7 @@ class StridedLayout(BoundLayout):
         """In blocks of at most ``max_bytes``, where both orders pad alike and digits that both keep in place allow it."""
         if self is new or (self.is_identity and new.is_identity):
             return
-        moves = self.moves(new)
+        moves = _moves(self, new)
         if moves is None:
             super().reorder(memory, new, max_bytes)
             return
@@ -131,4 +131,5 @@ def _permute(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
         there.copy_(value)
 
 
-_planned = lru_cache(maxsize=1 << 14)(StridedLayout.copies)  # a model writes the same few shards of a shape over and over
+#: A model writes the same few shards of a shape over and over, and declares the same shapes.
+_planned, _moves = lru_cache(maxsize=1 << 14)(StridedLayout.copies), lru_cache(maxsize=1 << 12)(StridedLayout.moves)

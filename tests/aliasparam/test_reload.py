@@ -125,7 +125,7 @@ def test_sessions_do_not_nest_and_do_not_outlive_their_block() -> None:
     model = Model()
     with reload(model, scope="partial") as session, pytest.raises(ReloadError, match="already open"), reload(model):
         pass
-    with pytest.raises(ReloadError, match="is ended"):
+    with pytest.raises(ReloadError, match="is committed"):
         session.update("norm", NEW["norm"])
 
 
