@@ -465,6 +465,9 @@ def test_what_is_declared_beside_own_names_is_processed() -> None:
     layer, seen = Script("padded"), list[object]()
     declare(layer, Alias("w", "k", SWAP), on_processed=[seen.append])
     layer.process()
+    assert seen == []
+    with pytest.raises(StaleKernelError):
+        layer()
     declare(layer, Derivation("total", ("padded",), lambda p: p.sum().reshape(1), (1,), torch.int64))
     process(layer)
     for first in (20, 40):
