@@ -487,7 +487,7 @@ def test_what_is_declared_beside_own_names_is_processed() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
 def test_own_names_go_where_their_source_goes() -> None:
-    layer = Script("padded", "flipped", "wide")
+    layer = Script("padded", "wide")
     layer.process()
 
     layer.cuda()
