@@ -108,7 +108,7 @@ class StridedLayout(BoundLayout):
         """In blocks of at most ``max_bytes``, where both orders pad alike and digits that both keep in place allow it."""
         if self is new or (self.is_identity and new.is_identity):
             return
-        moves = _moves(self, new)
+        moves = _moves(self, new) if isinstance(new, StridedLayout) else None  # a table is kept by nothing
         if moves is None:
             super().reorder(memory, new, max_bytes)
             return
@@ -118,11 +118,9 @@ class StridedLayout(BoundLayout):
             _permute([views(copy, memory, first, memory) for copy in plan([block], size, align)])
         new.clear_padding(memory)
 
-    def moves(self, new: BoundLayout) -> Piece | None:
+    def moves(self, new: StridedLayout) -> Piece | None:
         """See :func:`permutation`."""
-        if not isinstance(new, StridedLayout) or len(self.lines) > 1 or len(new.lines) > 1:
-            return None
-        return permutation(self.lines[0], new.lines[0])
+        return None if len(self.lines) > 1 or len(new.lines) > 1 else permutation(self.lines[0], new.lines[0])
 
 
 def _permute(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
