@@ -25,7 +25,7 @@ from aliasparam.tensors.geometry import place_of
 
 from .checkpoint.format import COMPRESSED_TENSORS, MODELOPT, CheckpointFormat
 from .errors import ScaleError
-from .quantize.codec import quantize
+from .quantize.codec import is_wide, quantize
 from .quantize.format import E2M1_MAX, E4M3_MAX
 
 #: "max": the global scale is that of the largest value, ``amax / (6 * 448)``, as ModelOpt's. "kept": it is the one that serves:
@@ -68,11 +68,13 @@ def quantize_on_arrival(
     for name, value, *rest in tensors.items() if isinstance(tensors, Mapping) else tensors:
         box, weight = rest[0] if rest else None, weights.get(name)
         sent.add(name)
-        if weight is None or not _is_wide(value):
+        if weight is None or not is_wide(value.dtype):
             yield name, _cast(value, served.get(name)), box
             continue
         group = waiting.setdefault(weight.shares, {})
-        group.setdefault(name, _Arriving(weight)).take(value, box)
+        if name not in group:  # in memory of its own: a stream uses its buffer again
+            group[name] = _Arriving(weight, value.new_empty(weight.shape))
+        group[name].take(value, box)
         if len(group) == members[weight.shares] and all(one.is_whole for one in group.values()):
             yield from _encoded(list(waiting.pop(weight.shares).values()), served, recipe)
     for group in waiting.values():
@@ -134,7 +136,7 @@ class _Arriving:
     """The values of one weight, as far as they have come."""
 
     weight: _Weight
-    values: Tensor | None = None
+    values: Tensor
     covered: Coverage = field(init=False)
 
     def __post_init__(self) -> None:
@@ -161,8 +163,6 @@ class _Arriving:
             raise ReloadError("this weight does not fit", name=name, expected=f"values {list(shape)}", found=list(value.shape))
         if not is_new:
             raise ReloadError("elements of this weight arrived twice", name=name, expected="each once", found=shown(place))
-        if self.values is None:  # of its own: a stream uses its buffer again
-            self.values = value.new_empty(shape)
         self.values[part_in(place, whole(shape))] = value.detach()
 
 
@@ -170,12 +170,12 @@ def _encoded(group: list[_Arriving], served: Mapping[str, Tensor], recipe: Recip
     """Everything that a checkpoint has of weights that share a global scale, in pieces of whole rows."""
     largest = _largest(group)
     for one in group:
-        weight, values = one.weight, one.values
+        weight = one.weight
         live = served[weight.prefix + weight.names.weight_global]
         stored, scale = _global_scale(weight, largest, live, recipe)
         codes, blocks = (weight.prefix + leaf for leaf in (weight.names.weight, weight.names.block_scale))
         for box in tiles(whole(weight.shape[:-1]), max(_PIECE // weight.shape[-1], 1)):
-            rows = values[part_in(box, whole(weight.shape[:-1]))].to(live.device)  # type: ignore[index]
+            rows = one.values[part_in(box, whole(weight.shape[:-1]))].to(live.device)
             packed, block_scale, _ = quantize(rows, scale)
             yield codes, packed, (*box, (0, packed.shape[-1]))
             yield blocks, block_scale, (*box, (0, block_scale.shape[-1]))
@@ -186,7 +186,7 @@ def _largest(group: list[_Arriving]) -> float:
     """Of all values. Raises ScaleError where one is not finite."""
     found = 0.0
     for one in group:
-        largest = math.nan if one.values is None else float(one.values.abs().amax()) if one.values.numel() else 0.0
+        largest = float(one.values.abs().amax()) if one.values.numel() else 0.0
         if not math.isfinite(largest):
             raise ScaleError("this weight has values that are not finite", name=one.weight.name, found=largest)
         found = max(found, largest)
@@ -216,12 +216,8 @@ def _global_scale(weight: _Weight, largest: float, live: Tensor, recipe: Recipe)
     return stored, multiplier
 
 
-def _is_wide(value: Tensor) -> bool:
-    return value.is_floating_point() and value.itemsize > 1
-
-
 def _cast(value: Tensor, served: Tensor | None) -> Tensor:
-    return value.to(served.dtype) if served is not None and _is_wide(value) and _is_wide(served) else value
+    return value.to(served.dtype) if served is not None and is_wide(value.dtype) and is_wide(served.dtype) else value
 
 
 def _incomplete(group: Mapping[str, _Arriving], weights: Iterable[_Weight]) -> ReloadError:

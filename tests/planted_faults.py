@@ -79,8 +79,8 @@ FAULTS = [
     Planted("storage/transaction.py", "        part.storage.changing()", "        pass", "test_law_01_oracle.py"),
     Planted(
         "storage/storage.py",
-        "                self.clear_unknown(regions)",
-        "                pass",
+        "            self.clear_unknown(regions)",
+        "            pass",
         "test_law_08_no_silent_garbage.py",
     ),
     Planted("storage/transaction.py", "        part.storage.clear_unknown(", "        (", "test_law_08_no_silent_garbage.py"),
@@ -407,9 +407,7 @@ FAULTS = [
     # weights quantized on arrival
     Planted("arrival.py", "place.box[: storage.bound.lead]", "place.box", "test_arrival.py", _NVFP4),
     Planted("arrival.py", "not math.isfinite(largest)", "math.isnan(largest)", "test_arrival.py", _NVFP4),
-    Planted(
-        "arrival.py", "value.new_empty(shape)", "value if box is None else value.new_empty(shape)", "test_arrival.py", _NVFP4
-    ),
+    Planted("arrival.py", "value.new_empty(weight.shape)", "value", "test_arrival.py", _NVFP4),
     Planted("arrival.py", "        if not is_new:", "        if is_new is None:", "test_arrival.py", _NVFP4),
     Planted("arrival.py", "if largest > float(multiplier)", "if largest < -float(multiplier)", "test_arrival.py", _NVFP4),
 ]

@@ -147,8 +147,7 @@ class AliasedStorage(GuardedMemory):
                 return False
             self.changing()
             regions = (region,) if len(shard.regions) == 1 else [region + other for other in shard.regions]
-            if self.states.missing:
-                self.clear_unknown(regions)
+            self.clear_unknown(regions)
             before = self.states.begin_regions(regions)
             shard.write(region, value)
             self.states.arrived(shard.box, before)

@@ -24,6 +24,7 @@ from ...checkpoint import (
     expert_layers,
 )
 from ...checkpoint.scheme import Scheme
+from ...quantize.codec import is_wide
 from .carried import INPUT_SCALES, KV_SCALES, TELLING
 from .dropped import dropping_rule
 from .experts import Experts, first_projection, fused_experts
@@ -42,11 +43,6 @@ def castable(name: str, spec: TensorSpec, stored: Mapping[str, TensorEntry]) -> 
     dtype = stored[name].dtype if name in stored else spec.dtype
     free = is_wide(dtype) and is_wide(spec.dtype) and not name.endswith(_SCALARS)
     return TensorSpec(spec.shape, dtype) if free else spec
-
-
-def is_wide(dtype: torch.dtype) -> bool:
-    """A float that is not quantized."""
-    return dtype.is_floating_point and dtype.itemsize > 1
 
 
 @dataclass(frozen=True)
