@@ -97,7 +97,7 @@ class GuardedMemory:
         """Padding of regions that are INVALID may be whatever other code left (memory that was lent, a write past the library):
         it is zero again, before what has arrived is counted anew."""
         size = self.bound.region_capacity
-        if size == self.bound.region_elements or not self.states.missing:
+        if size == self.bound.region_elements:
             return
         for region in regions:
             if self.states.of(region) is State.INVALID:

@@ -147,7 +147,8 @@ class AliasedStorage(GuardedMemory):
                 return False
             self.changing()
             regions = (region,) if len(shard.regions) == 1 else [region + other for other in shard.regions]
-            self.clear_unknown(regions)
+            if self.states.missing:  # asked here, as a call would cost every shard
+                self.clear_unknown(regions)
             before = self.states.begin_regions(regions)
             shard.write(region, value)
             self.states.arrived(shard.box, before)
