@@ -17,6 +17,8 @@ CPU_ONLY = {
     "`numpy.asarray`",
     "the name sent to another process",
 }
+#: What a face needs beside torch and numpy.
+NEEDS = {"DLPack: the name as an argument of a tvm-ffi function": "tvm_ffi"}
 #: The table is of this version; torch's own refusals are of other classes in others, and on a GPU.
 EXACT = torch.__version__.startswith("2.13.")
 
@@ -25,6 +27,8 @@ EXACT = torch.__version__.startswith("2.13.")
 def test_law_1_and_8_a_face_is_right_or_refuses(group: str, title: str, state: str, device: torch.device) -> None:
     if device.type == "cuda" and title in CPU_ONLY:
         pytest.skip("a face of the CPU")
+    if title in NEEDS:
+        pytest.importorskip(NEEDS[title])
 
     found, expected = outcome(group, title, state, device), table()[group, title, state]
 
