@@ -138,6 +138,7 @@ FAULTS = [
         "value = value.flatten()[: view.numel()].view(view.shape)",
         "test_adoption.py test_errors.py",
     ),
+    Planted("tensors/dispatch.py", "make(once(view)).expand(view.shape)", "make(view)", "test_views.py"),
     Planted("tensors/faces.py", "        array.flags.writeable = False\n", "", "test_parameter_faces.py"),
     Planted("tensors/faces.py", "        return read_only(copied, self) if", "        return copied if", "test_views.py"),
     Planted(
