@@ -74,10 +74,9 @@ def alias_or_bind_derived_param(
     value = apart(registry, derived_value)
     with torch.no_grad():
         adopt(registry)
-        before = source.version
-        source.need_storage("process").put_foreign(value)
-    for one in registry.separate.values():  # made of the same values, and right as before
-        one.seen = (before + 1,) if one.source == source_name and one.seen == (before,) else one.seen
+        storage, before = source.need_storage("process"), source.version
+        storage.put_foreign(value)
+    registry.same_values(storage, before)  # which kernel bytes were made of
     source.undeclared = value.numel() > 0  # what has no elements is LOADED at any time
     registry.commit_source(source_name)
 

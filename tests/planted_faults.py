@@ -229,6 +229,13 @@ FAULTS = [
         "        source.storage.kernel_name.memory.copy_(value)",
         "test_ported_helpers.py",
     ),
+    Planted("module/names.py", "if one.seen == (before,) and", "if", "test_ported_helpers.py"),
+    Planted(
+        "reload/journal.py",
+        "            self.storage.accept(self.state)",
+        "            self.storage.accept()",
+        "test_ported_helpers.py",
+    ),
     # the kit
     Planted(
         "testing/_probe.py",

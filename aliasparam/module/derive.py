@@ -23,6 +23,14 @@ def refresh(registry: ModuleNames, name: str, kernel: KernelName) -> int:
     return 1
 
 
+def value_of(registry: ModuleNames, name: str) -> Tensor:
+    """What a source or a kernel name holds, also of a source that is shown as shards by other names."""
+    if (kernel := registry.kernel(name)) is not None:
+        return kernel.memory
+    storage = registry.sources[name].need_storage("read")
+    return storage.read(storage.bound.whole)
+
+
 def _compute(registry: ModuleNames, declared: Derivation) -> Tensor:
     """The derived value, from copies that the function may change.
 
@@ -30,7 +38,7 @@ def _compute(registry: ModuleNames, declared: Derivation) -> Tensor:
         DerivationError: the function raised something of its own, or returned no tensor with values.
         StateError: it returned one of another shape or dtype than it declared.
     """
-    held = [(name, registry.value(name)) for name in declared.sources]
+    held = [(name, value_of(registry, name)) for name in declared.sources]
     values = [value if name in registry.sources else value.clone() for name, value in held]  # which it may overwrite
     given = ", ".join(f"{n} {TensorSpec.of(v)}" for n, v in zip(declared.sources, values, strict=True))
     remedy = "Load other values, or mend the function of this derivation; until then the module refuses to run."

@@ -64,7 +64,6 @@ class ModuleNames:
     def bind_storage(self, source: Source, storage: AliasedStorage, parameter: AliasedParameter) -> None:
         """Make ``parameter`` over ``storage`` the checkpoint name of ``source``: at once, else an interrupt leaves one alone."""
         storage.listen(self)
-        storage.undeclared |= source.undeclared
         if storage.kernel_name is not None and source.derived:
             storage.kernel_name.label = f"{self.label}.{source.derived}"
         source.storage, source.bindings = storage, [Binding(self.module, source.name, parameter)]
@@ -115,13 +114,6 @@ class ModuleNames:
     def kernel_names(self) -> set[str]:
         return set(self.owners)
 
-    def value(self, name: str) -> Tensor:
-        """What a source or a kernel name holds, also of a source that is shown as shards by other names."""
-        if (kernel := self.kernel(name)) is not None:
-            return kernel.memory
-        storage = self.sources[name].need_storage("read")
-        return storage.read(storage.bound.whole)
-
     def device(self) -> torch.device | None:
         return next((s.buffer.device for s in self.storages()), None)
 
@@ -147,6 +139,9 @@ class ModuleNames:
     @property
     def is_open(self) -> bool:
         return self.readiness is OPEN
+
+    def is_undeclared(self, storage: AliasedStorage) -> bool:
+        return any(source.undeclared for source in self.sources.values() if source.storage is storage)
 
     @property
     def is_ready(self) -> bool:
@@ -218,8 +213,7 @@ class ModuleNames:
 
     def close_if_unchanged(self) -> None:
         """Close again where nothing changed after all: a name was replaced in passing."""
-        session = self.session
-        if session is not None and session.drain.holds(self):
+        if (session := self.session) is not None and session.drain.holds(self):
             return
         versions = self._versions()  # before they are judged: what is written meanwhile is not committed
         if self.readiness is not READY and self._committed and not self.replaced_names() and not self.stale_names():
@@ -295,6 +289,12 @@ class ModuleNames:
     def versions_of(self, derived: Derived) -> tuple[int, ...]:
         """What the sources of a derivation have come to."""
         return tuple((self.owners.get(name) or self.sources[name]).version for name in derived.declaration.sources)
+
+    def same_values(self, storage: AliasedStorage, before: int) -> None:
+        """A storage holds what it did as of version ``before``: what undeclared code derived from that is right."""
+        for one in self.separate.values():
+            if one.seen == (before,) and self.sources[one.source].storage is storage:
+                one.seen = (storage.version,)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "holder": None, "_shown": None, "_reached": None}  # a copy of the module is under no reload

@@ -172,7 +172,6 @@ class AliasedStorage(GuardedMemory):
         with LOCKS[self.lock_number]:
             value = landable(value, self.kernel_name.memory)
             self.before_write()
-            self.undeclared = self.layout is None and value.numel() > 0
             self.states.put_all(State.INVALID)
             self.kernel_name.memory.copy_(value)
             self.kernel_name.accept()
@@ -201,7 +200,7 @@ class AliasedStorage(GuardedMemory):
         with LOCKS[self.lock_number], outside_inference():
             self.notice()
             self.need_unexposed("copy")
-            kept = {k: self.__dict__[k] for k in ("label", "spec", "layout", "version", "kernel_dtype", "undeclared")}
+            kept = {k: self.__dict__[k] for k in ("label", "spec", "layout", "version", "kernel_dtype")}
             label = self.kernel_name.label if self.kernel_name is not None else None
             return kept | {"buffer": self.buffer.clone(), "states": copy.deepcopy(self.states), "kernel": label}
 
