@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import TypeAlias
+from operator import index
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -36,6 +37,11 @@ def pieces(lines: Sequence[BoundLine], shape: Sequence[int], box: Box, strides: 
     for line in lines:
         found = [part for piece in found for part in routed(piece, line)]
     return found
+
+
+def box_of(given: Any) -> Box:
+    """``given`` as a box of whole numbers. Raises TypeError or ValueError where it is no (start, stop) for each of some dims."""
+    return tuple((index(start), index(stop)) for start, stop in given)
 
 
 def whole(shape: Sequence[int]) -> Box:

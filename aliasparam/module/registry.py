@@ -74,10 +74,9 @@ class AliasRegistry(ModuleNames):
             DeclarationError: not a derived name, another shape or dtype, a source which was never declared, or a cycle. Nothing
                 changes then.
         """
-        given = list(derivations)
-        with located(module=self.label):
-            need_wellformed(given)
-        new = {derivation.name: derivation for derivation in given}
+        with foreign_code("these are no derivations", DeclarationError, module=self.label, expected="Derivations in a list"):
+            need_wellformed(given := list(derivations))
+            new = {derivation.name: derivation for derivation in given}
         for derivation in new.values():
             old = self.derived.get(derivation.name)
             found = None if old is None else old.declaration.spec

@@ -104,7 +104,9 @@ class AliasedStorage(GuardedMemory):
 
         Raises:
             StateError: elements that never arrived, are invalid, or are being written from outside.
+            LayoutError: the box is not within the tensor.
         """
+        box = self.bound.checked(box)
         with LOCKS[self.lock_number]:
             self.need_readable(box)
             return self.bound.read(self.elements, box)
@@ -128,6 +130,7 @@ class AliasedStorage(GuardedMemory):
             StateError: the bytes are being written from outside. Nothing has changed then.
             LayoutError: the box is not within the tensor, or the value not of its shape. Nothing has changed then.
         """
+        box = self.bound.checked(box)
         self.bound.check_value(box, value.shape, self.bound.dtype)
         with LOCKS[self.lock_number]:
             write_all([Part(self, box, value)], non_blocking)
@@ -182,7 +185,7 @@ class AliasedStorage(GuardedMemory):
     def relocate(self, device: torch.device) -> None:
         """Follow the module to another device: the one legal change of address, made by the owner."""
         with LOCKS[self.lock_number], outside_inference():
-            self.notice()
+            self.need_writable()
             self.tell()
             self._name(self.buffer.to(device), self.layout)
             self.__dict__.pop("blank_storage", None)
