@@ -83,18 +83,18 @@ def alias_or_bind_derived_param(
 
 def _put_apart(registry: AliasRegistry, source_name: str, name: str, value: Tensor, reason: Reason) -> None:
     """``value`` in memory of its own, which is right until the source is written again."""
-    module, one, existing = registry.module, registry.separate.get(name), _existing(registry.module, name)
+    module, one = registry.module, registry.separate.get(name)
     value = landable(apart(registry, value), torch.empty(0, dtype=value.dtype, device=value.device))
     kept, _ = registry.planned([Keep(source_name)] if source_name not in registry.sources else [], aliasing=True)
     declaration = Derivation(name, (source_name,), nobody_declared, *TensorSpec.of(value))
-    if existing is not None:
-        _need_fit(module, name, existing, value)
+    existing = _fitting(module, name, value)
     if one is None:
         taken = [source.buffer for source in registry.storages()] + [held for _, held in kept]
         again = existing is not None and (isinstance(existing, _Aliased) or any(shares_memory(existing, t) for t in taken))
         with located(module=registry.label):
             need_once([*registry.sources, *registry.kernel_names(), name, *[name] * again])
-        copy_or_rebind_param(module, name, value)
+        if existing is None:
+            copy_or_rebind_param(module, name, value)
         home = registry.device() or module.get_parameter(source_name).device
         with outside_inference():  # also what was made in inference mode is written anywhere
             memory = torch.empty(0, dtype=value.dtype, device=value.device).set_(getattr(module, name).data)
@@ -166,18 +166,19 @@ def copy_or_rebind_param(module: nn.Module, name: str, value: Tensor) -> None:
     remedy = "Choose another name: no dots, and none that the module uses for something else."
     facts = {"module": type(module).__name__, "name": name, "expected": "a name for a Parameter", "remedy": remedy}
     with foreign_code("no value can be put under this name", DeclarationError, **facts):
-        existing = _existing(module, name)
+        existing = _fitting(module, name, value)
         if existing is None:
             module.__dict__.pop(name, None)
             module.register_parameter(name, nn.Parameter(value.detach().clone(), requires_grad=False))
             return
-    _need_fit(module, name, existing, value)
     with torch.no_grad():
         existing.copy_(value)
 
 
-def _need_fit(module: nn.Module, name: str, existing: Tensor, value: Tensor) -> None:
-    if TensorSpec.of(existing) != TensorSpec.of(value) or existing.device != value.device:
+def _fitting(module: nn.Module, name: str, value: Tensor) -> Tensor | None:
+    """The tensor that lives under ``name``. Raises PointerError where the value does not fit it."""
+    existing = _existing(module, name)
+    if existing is not None and (TensorSpec.of(existing) != TensorSpec.of(value) or existing.device != value.device):
         raise PointerError(
             "this value does not fit the memory the name already has",
             module=type(module).__name__,
@@ -186,3 +187,4 @@ def _need_fit(module: nn.Module, name: str, existing: Tensor, value: Tensor) -> 
             found=f"{TensorSpec.of(value)} on {value.device}",
             remedy="Declare the padded capacity at creation (aliasparam.declare), or free the name explicitly first.",
         )
+    return existing
