@@ -225,8 +225,8 @@ FAULTS = [
     Planted("storage/storage.py", "            value = landable(value, self.kernel_name.memory)\n", "", "test_ported_helpers.py"),
     Planted(
         "ported.py",
-        '        source.need_storage("process").put_foreign(value)',
-        "        source.storage.kernel_name.memory.copy_(value)",
+        "        storage.put_foreign(value)",
+        "        storage.kernel_name.memory.copy_(value)",
         "test_ported_helpers.py",
     ),
     Planted("module/names.py", "if one.seen == (before,) and", "if", "test_ported_helpers.py"),
