@@ -6,14 +6,13 @@ import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import LayoutError
-from .boxes import Box, box_of, positions_in, row_major, sizes, whole, within
+from .boxes import Box, box_in, positions_in, row_major, sizes, whole
 
 
 class BoundLayout(ABC):
@@ -135,10 +134,10 @@ class BoundLayout(ABC):
 
     def checked(self, box: Box) -> Box:
         """The same of the box alone, of whatever kind it is; returns it in whole numbers."""
-        with suppress(TypeError, ValueError):
-            if within(found := box_of(box), self.shape):
-                return found
-        raise self.unfit(f"start and stop in each dim of {list(self.shape)}", box)
+        found = box_in(box, self.shape)
+        if found is None:
+            raise self.unfit(f"start and stop in each dim of {list(self.shape)}", box)
+        return found
 
     def unfit(self, expected: object, found: object) -> LayoutError:
         return LayoutError(f"this does not fit a layout of {list(self.shape)}", expected=expected, found=found)

@@ -57,6 +57,15 @@ def within(box: Box, shape: Sequence[int]) -> bool:
     return len(box) == len(shape) and all(0 <= start <= stop <= size for (start, stop), size in zip(box, shape, strict=True))
 
 
+def box_in(given: Any, shape: Sequence[int]) -> Box | None:
+    """``given``, of whatever kind, as a box within a tensor of this shape; None where it is none."""
+    try:
+        box = box_of(given)
+    except (TypeError, ValueError):
+        return None
+    return box if within(box, shape) else None
+
+
 def sizes(box: Box) -> tuple[int, ...]:
     return tuple(stop - start for start, stop in box)
 

@@ -14,7 +14,7 @@ from typing import TypeAlias
 
 from ..errors import ReloadError
 from ..layout.boxes import Box as Box
-from ..layout.boxes import whole
+from ..layout.boxes import box_in, whole
 
 
 class Coverage:
@@ -86,17 +86,13 @@ class Coverage:
 
     def _checked(self, box: Box) -> Box | None:
         """The box, of a tensor of one dim at least; None where it has no elements. Raises ReloadError for what is none."""
-        try:
-            plain = tuple([(_index(start), _index(stop)) for start, stop in box])
-            plain = plain or ((0, 1),) * (self._dims == (1,))
-            if not all(0 <= start <= stop <= size for (start, stop), size in zip(plain, self._dims, strict=True)):
-                raise ValueError
-        except (TypeError, ValueError):
+        plain = box_in(((0, 1),) if box == () and self._dims == (1,) else box, self._dims)
+        if plain is None:
             raise ReloadError(
                 "these elements are not in the tensor",
                 expected=f"a (start, stop) within each dim of {list(self.shape)}",
                 found=repr(box)[:80],
-            ) from None
+            )
         return None if any(start == stop for start, stop in plain) else plain
 
 

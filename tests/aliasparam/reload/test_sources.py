@@ -167,6 +167,8 @@ def test_a_rank_reads_its_own_ranges_alone(files: tuple[Path, dict[str, Tensor]]
         ("x", None, "the checkpoint has no tensor of this name"),
         ("m", ((0, 38), (0, 53)), r"does not have this part\n  expected: .* each dim of \[37, 53\]\n  found:    \(\(0, 38"),
         ("m", ((0, 37),), "does not have this part"),
+        ("m", 5, "does not have this part"),
+        ("m", ((0, 1.5), (0, 53)), "does not have this part"),
         ("m", ((-1, 3), (0, 53)), "does not have this part"),
         ("m", ((3, 2), (0, 53)), "does not have this part"),
         ("scalar", ((0, 1),), "does not have this part"),
