@@ -8,6 +8,7 @@ no existing name's address moves, and the source name does not show kernel bytes
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from .errors import DeclarationError, PointerError, foreign_code, located
 from .module.adopt import adopt, apart
 from .module.declarations import Alias, Derivation, Keep, need_wellformed
-from .module.planning import Separate, Source, need_once, need_unused, nobody_declared, parameter_spec
+from .module.planning import Derived, Source, need_once, need_unused, nobody_declared, parameter_spec
 from .module.registry import AliasRegistry, need_model, registry_of
 from .module.verbs import declare
 from .module.verdict import Reason, aliasing_is_on, judge
@@ -83,12 +84,13 @@ def alias_or_bind_derived_param(
 
 def _put_apart(registry: AliasRegistry, source_name: str, name: str, value: Tensor, reason: Reason) -> None:
     """``value`` in memory of its own, which is right until the source is written again."""
-    module, one = registry.module, registry.separate.get(name)
+    module, one = registry.module, registry.derived.get(name)
     value = landable(apart(registry, value), torch.empty(0, dtype=value.dtype, device=value.device))
     kept, _ = registry.planned([Keep(source_name)] if source_name not in registry.sources else [], aliasing=True)
+    source = registry.sources.get(source_name) or kept[0][0]
     declaration = Derivation(name, (source_name,), nobody_declared, *TensorSpec.of(value))
     existing = _fitting(module, name, value)
-    if one is None:
+    if one is None or not one.is_undeclared:
         taken = [source.buffer for source in registry.storages()] + [held for _, held in kept]
         again = existing is not None and (isinstance(existing, _Aliased) or any(shares_memory(existing, t) for t in taken))
         with located(module=registry.label):
@@ -98,13 +100,13 @@ def _put_apart(registry: AliasRegistry, source_name: str, name: str, value: Tens
         home = registry.device() or module.get_parameter(source_name).device
         with outside_inference():  # also what was made in inference mode is written anywhere
             memory = torch.empty(0, dtype=value.dtype, device=value.device).set_(getattr(module, name).data)
-        one = Separate(declaration, kernel=KernelName(f"{registry.label}.{name}", memory), home=home, reason=reason)
+        plan = replace(source.plan, kernel=declaration.spec, layout=None, reason=reason)
+        one = Derived(declaration, plan, KernelName(f"{registry.label}.{name}", memory), home=home)
     registry.add((kept, [one]), loaded=True)
     one.declaration, one.seen = declaration, None  # an interrupt leaves a refusal
     with torch.no_grad():
         adopt(registry)
-        one.put(one.kernel, value, registry.versions_of(one))
-    source = registry.sources[source_name]
+        one.put(value, registry.versions_of(one))
     if source.undeclared or not source.derived:  # else processing has to see what is new
         registry.commit_source(source_name)
     registry.close_if_unchanged()
@@ -112,8 +114,8 @@ def _put_apart(registry: AliasRegistry, source_name: str, name: str, value: Tens
 
 def _show_in_storage(registry: AliasRegistry, source: Source, name: str) -> None:
     """Give a source a kernel name, as if it were the first, where only undeclared code derived others."""
-    users = (one for one in (registry.derived | registry.separate).values() if source.name in one.declaration.sources)
-    if {type(one) for one in users} != {Separate}:
+    users = (one for one in registry.derived.values() if source.name in one.declaration.sources)
+    if {one.is_undeclared for one in users} != {True}:
         return
     need_unused(registry.module, name)
     storage = source.need_storage("process")

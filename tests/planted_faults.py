@@ -229,7 +229,7 @@ FAULTS = [
         "        storage.kernel_name.memory.copy_(value)",
         "test_ported_helpers.py",
     ),
-    Planted("module/names.py", "if one.seen == (before,) and", "if", "test_ported_helpers.py"),
+    Planted("module/names.py", "one.seen == (before,) and", "", "test_ported_helpers.py"),
     Planted(
         "reload/journal.py",
         "            self.storage.accept(self.state)",

@@ -6,12 +6,11 @@ from torch import Tensor
 
 from ..errors import DerivationError, StateError, foreign_code, located
 from ..spec import TensorSpec, no_values
-from ..storage.kernel_name import KernelName
 from .declarations import Derivation
 from .names import ModuleNames
 
 
-def refresh(registry: ModuleNames, name: str, kernel: KernelName) -> int:
+def refresh(registry: ModuleNames, name: str) -> int:
     """Compute one derivation again if it is not current; returns how many were computed. Its sources come first."""
     if registry.is_current(name):
         return 0
@@ -19,7 +18,7 @@ def refresh(registry: ModuleNames, name: str, kernel: KernelName) -> int:
     versions = registry.versions_of(derived)
     with located(name=name):
         value = _compute(registry, derived.declaration)
-    derived.put(kernel, value, versions)
+    derived.put(value, versions)
     return 1
 
 

@@ -491,7 +491,7 @@ def test_accepted_kernel_bytes_are_those_of_own_names_too() -> None:
     layer.process()
     saved = layer()["padded"]
     invalidate(layer)
-    registry_of(layer).separate["padded"].kernel.memory.copy_(saved)  # type: ignore[union-attr]
+    registry_of(layer).derived["padded"].kernel.memory.copy_(saved)  # type: ignore[union-attr]
     accept_kernel_bytes(layer)
     process(layer)
     assert torch.equal(layer()["padded"], saved)
