@@ -158,8 +158,8 @@ class _Memory:
 class Journal:
     """Old bytes, where they differ from the new ones.
 
-    Memory: at most 5 bytes of the host for each changed byte, and never more than what was overwritten; 32 MiB of scratch, which
-    is 16 times a piece.
+    Memory: at most 5 bytes of the host for each changed byte, and never more than what was overwritten, but all kernel bytes of
+    undeclared code; 32 MiB of scratch, which is 16 times a piece.
     """
 
     def __init__(self) -> None:
