@@ -62,20 +62,12 @@ class Coverage:
     def whole(self) -> bool:
         return self._runs.is_all(self._dims[0]) or 0 in self._dims
 
-    @property
-    def empty(self) -> bool:
-        """No element has arrived. A tensor without elements is both empty and whole."""
-        return not self._runs
-
     def missing(self) -> list[Box]:
         """Disjoint boxes of what has not arrived, in order."""
         return [part for arrived, part in self._parts(whole(self.shape)) if not arrived]
 
-    def clear(self) -> None:
-        self._runs = _Runs()
-
     def __repr__(self) -> str:
-        state = "whole" if self.whole else "empty" if self.empty else f"{len(self._runs)} runs"
+        state = "whole" if self.whole else f"{len(self._runs)} runs"
         return f"Coverage({list(self.shape)}: {state})"
 
     def _parts(self, box: Box) -> Iterator[tuple[bool, Box]]:
