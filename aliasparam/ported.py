@@ -8,6 +8,7 @@ no existing name's address moves, and the source name does not show kernel bytes
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from .errors import DeclarationError, PointerError, foreign_code, located
 from .module.adopt import adopt, apart
 from .module.declarations import Alias, Derivation, Keep, need_wellformed
-from .module.planning import Separate, Source, need_once, need_unused, nobody_declared, parameter_spec
+from .module.planning import Derived, Source, need_once, need_unused, nobody_declared, parameter_spec
 from .module.registry import AliasRegistry, need_model, registry_of
 from .module.verbs import declare
 from .module.verdict import Reason, aliasing_is_on, judge
@@ -74,38 +75,38 @@ def alias_or_bind_derived_param(
     value = apart(registry, derived_value)
     with torch.no_grad():
         adopt(registry)
-        before = source.version
-        source.need_storage("process").put_foreign(value)
-    for one in registry.separate.values():  # made of the same values, and right as before
-        one.seen = (before + 1,) if one.source == source_name and one.seen == (before,) else one.seen
+        storage, before = source.need_storage("process"), source.version
+        storage.put_foreign(value)
+    registry.same_values(storage, before)  # which kernel bytes were made of
     source.undeclared = value.numel() > 0  # what has no elements is LOADED at any time
     registry.commit_source(source_name)
 
 
 def _put_apart(registry: AliasRegistry, source_name: str, name: str, value: Tensor, reason: Reason) -> None:
     """``value`` in memory of its own, which is right until the source is written again."""
-    module, one, existing = registry.module, registry.separate.get(name), _existing(registry.module, name)
+    module, one = registry.module, registry.derived.get(name)
     value = landable(apart(registry, value), torch.empty(0, dtype=value.dtype, device=value.device))
     kept, _ = registry.planned([Keep(source_name)] if source_name not in registry.sources else [], aliasing=True)
+    source = registry.sources.get(source_name) or kept[0][0]
     declaration = Derivation(name, (source_name,), nobody_declared, *TensorSpec.of(value))
-    if existing is not None:
-        _need_fit(module, name, existing, value)
-    if one is None:
+    existing = _fitting(module, name, value)
+    if one is None or not one.is_undeclared:
         taken = [source.buffer for source in registry.storages()] + [held for _, held in kept]
         again = existing is not None and (isinstance(existing, _Aliased) or any(shares_memory(existing, t) for t in taken))
         with located(module=registry.label):
             need_once([*registry.sources, *registry.kernel_names(), name, *[name] * again])
-        copy_or_rebind_param(module, name, value)
+        if existing is None:
+            copy_or_rebind_param(module, name, value)
         home = registry.device() or module.get_parameter(source_name).device
         with outside_inference():  # also what was made in inference mode is written anywhere
             memory = torch.empty(0, dtype=value.dtype, device=value.device).set_(getattr(module, name).data)
-        one = Separate(declaration, kernel=KernelName(f"{registry.label}.{name}", memory), home=home, reason=reason)
+        plan = replace(source.plan, kernel=declaration.spec, layout=None, reason=reason)
+        one = Derived(declaration, plan, KernelName(f"{registry.label}.{name}", memory), home=home)
     registry.add((kept, [one]), loaded=True)
     one.declaration, one.seen = declaration, None  # an interrupt leaves a refusal
     with torch.no_grad():
         adopt(registry)
-        one.put(one.kernel, value, registry.versions_of(one))
-    source = registry.sources[source_name]
+        one.put(value, registry.versions_of(one))
     if source.undeclared or not source.derived:  # else processing has to see what is new
         registry.commit_source(source_name)
     registry.close_if_unchanged()
@@ -113,8 +114,8 @@ def _put_apart(registry: AliasRegistry, source_name: str, name: str, value: Tens
 
 def _show_in_storage(registry: AliasRegistry, source: Source, name: str) -> None:
     """Give a source a kernel name, as if it were the first, where only undeclared code derived others."""
-    users = (one for one in (registry.derived | registry.separate).values() if source.name in one.declaration.sources)
-    if {type(one) for one in users} != {Separate}:
+    users = (one for one in registry.derived.values() if source.name in one.declaration.sources)
+    if {one.is_undeclared for one in users} != {True}:
         return
     need_unused(registry.module, name)
     storage = source.need_storage("process")
@@ -167,18 +168,19 @@ def copy_or_rebind_param(module: nn.Module, name: str, value: Tensor) -> None:
     remedy = "Choose another name: no dots, and none that the module uses for something else."
     facts = {"module": type(module).__name__, "name": name, "expected": "a name for a Parameter", "remedy": remedy}
     with foreign_code("no value can be put under this name", DeclarationError, **facts):
-        existing = _existing(module, name)
+        existing = _fitting(module, name, value)
         if existing is None:
             module.__dict__.pop(name, None)
             module.register_parameter(name, nn.Parameter(value.detach().clone(), requires_grad=False))
             return
-    _need_fit(module, name, existing, value)
     with torch.no_grad():
         existing.copy_(value)
 
 
-def _need_fit(module: nn.Module, name: str, existing: Tensor, value: Tensor) -> None:
-    if TensorSpec.of(existing) != TensorSpec.of(value) or existing.device != value.device:
+def _fitting(module: nn.Module, name: str, value: Tensor) -> Tensor | None:
+    """The tensor that lives under ``name``. Raises PointerError where the value does not fit it."""
+    existing = _existing(module, name)
+    if existing is not None and (TensorSpec.of(existing) != TensorSpec.of(value) or existing.device != value.device):
         raise PointerError(
             "this value does not fit the memory the name already has",
             module=type(module).__name__,
@@ -187,3 +189,4 @@ def _need_fit(module: nn.Module, name: str, existing: Tensor, value: Tensor) -> 
             found=f"{TensorSpec.of(value)} on {value.device}",
             remedy="Declare the padded capacity at creation (aliasparam.declare), or free the name explicitly first.",
         )
+    return existing

@@ -138,6 +138,7 @@ FAULTS = [
         "value = value.flatten()[: view.numel()].view(view.shape)",
         "test_adoption.py test_errors.py",
     ),
+    Planted("tensors/dispatch.py", "make(once(view)).expand(view.shape)", "make(view)", "test_views.py"),
     Planted("tensors/faces.py", "        array.flags.writeable = False\n", "", "test_parameter_faces.py"),
     Planted("tensors/faces.py", "        return read_only(copied, self) if", "        return copied if", "test_views.py"),
     Planted(
@@ -224,8 +225,15 @@ FAULTS = [
     Planted("storage/storage.py", "            value = landable(value, self.kernel_name.memory)\n", "", "test_ported_helpers.py"),
     Planted(
         "ported.py",
-        '        source.need_storage("process").put_foreign(value)',
-        "        source.storage.kernel_name.memory.copy_(value)",
+        "        storage.put_foreign(value)",
+        "        storage.kernel_name.memory.copy_(value)",
+        "test_ported_helpers.py",
+    ),
+    Planted("module/names.py", "one.seen == (before,) and", "", "test_ported_helpers.py"),
+    Planted(
+        "reload/journal.py",
+        "            self.storage.accept(self.state)",
+        "            self.storage.accept()",
         "test_ported_helpers.py",
     ),
     # the kit

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LayoutError
-from .boxes import Box, positions_in, row_major, sizes, whole, within
+from .boxes import Box, box_in, positions_in, row_major, sizes, whole
 
 
 class BoundLayout(ABC):
@@ -128,10 +128,16 @@ class BoundLayout(ABC):
 
     def check_value(self, box: Box, shape: Sequence[int], dtype: torch.dtype) -> None:
         """The same of the box and a value of ``shape`` and ``dtype``."""
-        if not within(box, self.shape):
-            raise self.unfit(f"start and stop in each dim of {list(self.shape)}", box)
+        self.checked(box)
         if tuple(shape) != sizes(box) or dtype is not self.dtype:
             raise self.unfit(f"{self.dtype} values of box {box}", f"{dtype} {list(shape)}")
+
+    def checked(self, box: Box) -> Box:
+        """The same of the box alone, of whatever kind it is; returns it in whole numbers."""
+        found = box_in(box, self.shape)
+        if found is None:
+            raise self.unfit(f"start and stop in each dim of {list(self.shape)}", box)
+        return found
 
     def unfit(self, expected: object, found: object) -> LayoutError:
         return LayoutError(f"this does not fit a layout of {list(self.shape)}", expected=expected, found=found)

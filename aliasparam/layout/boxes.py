@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import TypeAlias
+from operator import index
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -38,6 +39,11 @@ def pieces(lines: Sequence[BoundLine], shape: Sequence[int], box: Box, strides: 
     return found
 
 
+def box_of(given: Any) -> Box:
+    """``given`` as a box of whole numbers. Raises TypeError or ValueError where it is no (start, stop) for each of some dims."""
+    return tuple((index(start), index(stop)) for start, stop in given)
+
+
 def whole(shape: Sequence[int]) -> Box:
     return tuple((0, size) for size in shape)
 
@@ -49,6 +55,15 @@ def part_in(part: Box, box: Box) -> tuple[slice, ...]:
 
 def within(box: Box, shape: Sequence[int]) -> bool:
     return len(box) == len(shape) and all(0 <= start <= stop <= size for (start, stop), size in zip(box, shape, strict=True))
+
+
+def box_in(given: Any, shape: Sequence[int]) -> Box | None:
+    """``given``, of whatever kind, as a box within a tensor of this shape; None where it is none."""
+    try:
+        box = box_of(given)
+    except (TypeError, ValueError):
+        return None
+    return box if within(box, shape) else None
 
 
 def sizes(box: Box) -> tuple[int, ...]:

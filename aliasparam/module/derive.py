@@ -6,12 +6,11 @@ from torch import Tensor
 
 from ..errors import DerivationError, StateError, foreign_code, located
 from ..spec import TensorSpec, no_values
-from ..storage.kernel_name import KernelName
 from .declarations import Derivation
 from .names import ModuleNames
 
 
-def refresh(registry: ModuleNames, name: str, kernel: KernelName) -> int:
+def refresh(registry: ModuleNames, name: str) -> int:
     """Compute one derivation again if it is not current; returns how many were computed. Its sources come first."""
     if registry.is_current(name):
         return 0
@@ -19,8 +18,16 @@ def refresh(registry: ModuleNames, name: str, kernel: KernelName) -> int:
     versions = registry.versions_of(derived)
     with located(name=name):
         value = _compute(registry, derived.declaration)
-    derived.put(kernel, value, versions)
+    derived.put(value, versions)
     return 1
+
+
+def value_of(registry: ModuleNames, name: str) -> Tensor:
+    """What a source or a kernel name holds, also of a source that is shown as shards by other names."""
+    if (kernel := registry.kernel(name)) is not None:
+        return kernel.memory
+    storage = registry.sources[name].need_storage("read")
+    return storage.read(storage.bound.whole)
 
 
 def _compute(registry: ModuleNames, declared: Derivation) -> Tensor:
@@ -30,7 +37,7 @@ def _compute(registry: ModuleNames, declared: Derivation) -> Tensor:
         DerivationError: the function raised something of its own, or returned no tensor with values.
         StateError: it returned one of another shape or dtype than it declared.
     """
-    held = [(name, registry.value(name)) for name in declared.sources]
+    held = [(name, value_of(registry, name)) for name in declared.sources]
     values = [value if name in registry.sources else value.clone() for name, value in held]  # which it may overwrite
     given = ", ".join(f"{n} {TensorSpec.of(v)}" for n, v in zip(declared.sources, values, strict=True))
     remedy = "Load other values, or mend the function of this derivation; until then the module refuses to run."

@@ -17,7 +17,7 @@ from ..storage.storage import AliasedStorage
 from ..tensors.parameter import AliasedParameter, is_same_name
 from ..torch_private import outside_inference
 from .containers import Slot, all_stand, put, standing, ways_below
-from .planning import Binding, Derived, Separate, Source
+from .planning import Binding, Derived, Source
 
 
 class Readiness(Enum):
@@ -47,8 +47,6 @@ class ModuleNames:
         self.sources: dict[str, Source] = {}
         self.derived: dict[str, Derived] = {}
         self.owners: dict[str, Source | Derived] = {}  # of all of these, by the kernel name that they have; see bind()
-        #: Names that undeclared code derived and that could not share memory.
-        self.separate: dict[str, Separate] = {}
         #: What ``explain`` says of the module beside its names.
         self.about = ""
         #: What stands where, and every kernel name's tensor, version and address, once all was seen to be ours.
@@ -64,7 +62,6 @@ class ModuleNames:
     def bind_storage(self, source: Source, storage: AliasedStorage, parameter: AliasedParameter) -> None:
         """Make ``parameter`` over ``storage`` the checkpoint name of ``source``: at once, else an interrupt leaves one alone."""
         storage.listen(self)
-        storage.undeclared |= source.undeclared
         if storage.kernel_name is not None and source.derived:
             storage.kernel_name.label = f"{self.label}.{source.derived}"
         source.storage, source.bindings = storage, [Binding(self.module, source.name, parameter)]
@@ -72,8 +69,8 @@ class ModuleNames:
     def bind(self, sources: Iterable[Source] = ()) -> None:
         """Show the checkpoint names of ``sources``; and every kernel name: its tensor, or while the module is open its twin."""
         aliased = {source.derived: source for source in self.sources.values() if source.derived}
-        self.owners, device = aliased | self.derived | self.separate, self.device()
-        for name, derived in (self.derived | self.separate).items():  # made where its sources are, and goes where they go
+        self.owners, device = aliased | self.derived, self.device()
+        for name, derived in self.derived.items():  # made where its sources are, and goes where they go
             old = derived.kernel
             if device is not None and (old is None or device not in (old.memory.device, derived.home)):
                 spec, kept = derived.declaration.spec, old is not None and not (old.was_written or old.memory.is_meta)
@@ -115,13 +112,6 @@ class ModuleNames:
     def kernel_names(self) -> set[str]:
         return set(self.owners)
 
-    def value(self, name: str) -> Tensor:
-        """What a source or a kernel name holds, also of a source that is shown as shards by other names."""
-        if (kernel := self.kernel(name)) is not None:
-            return kernel.memory
-        storage = self.sources[name].need_storage("read")
-        return storage.read(storage.bound.whole)
-
     def device(self) -> torch.device | None:
         return next((s.buffer.device for s in self.storages()), None)
 
@@ -147,6 +137,9 @@ class ModuleNames:
     @property
     def is_open(self) -> bool:
         return self.readiness is OPEN
+
+    def is_undeclared(self, storage: AliasedStorage) -> bool:
+        return any(source.undeclared for source in self.sources.values() if source.storage is storage)
 
     @property
     def is_ready(self) -> bool:
@@ -218,8 +211,7 @@ class ModuleNames:
 
     def close_if_unchanged(self) -> None:
         """Close again where nothing changed after all: a name was replaced in passing."""
-        session = self.session
-        if session is not None and session.drain.holds(self):
+        if (session := self.session) is not None and session.drain.holds(self):
             return
         versions = self._versions()  # before they are judged: what is written meanwhile is not committed
         if self.readiness is not READY and self._committed and not self.replaced_names() and not self.stale_names():
@@ -236,10 +228,9 @@ class ModuleNames:
         for storage in self.storages():
             storage.notice()
         commit = self.readiness, dict(self._committed)
-        apart = [*self.derived.values(), *self.separate.values()]
-        if len(self.sources) + len(apart) == 1:
+        if len(self.sources) + len(self.derived) == 1:
             return commit  # one name is copied as of one moment, but whether it was ready then must be so at the end
-        return commit, self._versions(), [(one.version, one.seen) for one in apart]
+        return commit, self._versions(), [(one.version, one.seen) for one in self.derived.values()]
 
     def _versions(self) -> dict[str, int]:
         return {name: source.version for name, source in self.sources.items()}
@@ -289,12 +280,18 @@ class ModuleNames:
             return False
         if isinstance(owner, Source):
             return owner.is_loaded and owner.version == self._committed.get(owner.name)
-        chained = [source for source in owner.declaration.sources if source in self.derived or source in self.separate]
+        chained = [source for source in owner.declaration.sources if source in self.derived]
         return not kernel.was_written and owner.seen == self.versions_of(owner) and all(map(self.is_current, chained))
 
     def versions_of(self, derived: Derived) -> tuple[int, ...]:
         """What the sources of a derivation have come to."""
         return tuple((self.owners.get(name) or self.sources[name]).version for name in derived.declaration.sources)
+
+    def same_values(self, storage: AliasedStorage, before: int) -> None:
+        """A storage holds what it did as of version ``before``: what undeclared code derived from that is right."""
+        for one in self.derived.values():
+            if one.is_undeclared and one.seen == (before,) and self.sources[one.declaration.sources[0]].storage is storage:
+                one.seen = (storage.version,)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "holder": None, "_shown": None, "_reached": None}  # a copy of the module is under no reload

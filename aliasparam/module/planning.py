@@ -84,7 +84,8 @@ class Source:
 
 @dataclass(slots=True)
 class Derived:
-    """One derived tensor with memory of its own: a Derivation, or an alias that fell back to a copy."""
+    """One derived tensor with memory of its own: a Derivation, or an alias that fell back to a copy. What undeclared code derived
+    is one whose function nobody declared: right until its source is written again (see ported.py)."""
 
     declaration: Derivation
     fallback: StoragePlan | None = None
@@ -93,8 +94,10 @@ class Derived:
     version: int = 0
     home: torch.device | None = None  # of its sources; what undeclared code gives it may be elsewhere
 
-    def put(self, kernel: KernelName, value: Tensor, versions: tuple[int, ...]) -> None:
+    def put(self, value: Tensor, versions: tuple[int, ...]) -> None:
         """``value`` is what sources of these versions come to."""
+        if (kernel := self.kernel) is None:
+            raise AssertionError(f"{self.declaration.name}: a value without memory")
         self.seen = None  # an interrupted copy is of no version
         self.version += 1
         kernel.memory.copy_(value)
@@ -102,25 +105,13 @@ class Derived:
         self.seen = versions
 
     @property
+    def is_undeclared(self) -> bool:
+        return self.declaration.function is nobody_declared
+
+    @property
     def layout(self) -> AnyLayout | None:
         """Of the pair that fell back."""
         return None if self.fallback is None else self.fallback.layout
-
-
-@dataclass(slots=True, kw_only=True)
-class Separate(Derived):
-    """A name which undeclared code derived, with memory of its own: right until its source is written again. See ported.py."""
-
-    kernel: KernelName
-    reason: Reason
-
-    @property
-    def source(self) -> str:
-        return self.declaration.sources[0]
-
-    @property
-    def nbytes(self) -> int:
-        return self.declaration.spec.nbytes
 
 
 def nobody_declared(*values: Tensor, name: str | None = None) -> NoReturn:

@@ -24,7 +24,7 @@ from .allocate import allocate, check_sources
 from .declarations import Alias, AnyLayout, Declaration, Derivation, need_wellformed
 from .derive import refresh
 from .names import ModuleNames
-from .planning import Binding, Derived, Separate, Source, in_order, nobody_declared, planned
+from .planning import Binding, Derived, Source, in_order, nobody_declared, planned
 from .verdict import StoragePlan, aliasing_is_on, plan_of
 
 #: What a list of declarations asks for: every source with its Parameter, and what is derived.
@@ -62,9 +62,8 @@ class AliasRegistry(ModuleNames):
         for source, parameter in named:
             allocate(self, source, parameter, loaded=loaded)
         sources = {source.name: source for source, _ in named}
-        new, apart = ({one.declaration.name: one for one in derived if isinstance(one, Separate) is own} for own in (False, True))
-        declared = {"sources": self.sources | sources, "derived": self.derived | new, "separate": self.separate | apart}
-        self.__dict__.update(declared | hooks)
+        new = {one.declaration.name: one for one in derived}
+        self.__dict__.update(hooks, sources=self.sources | sources, derived=self.derived | new)
         self.bind(sources.values())  # as every verb does
 
     def rederive(self, derivations: Iterable[Derivation]) -> None:
@@ -74,10 +73,9 @@ class AliasRegistry(ModuleNames):
             DeclarationError: not a derived name, another shape or dtype, a source which was never declared, or a cycle. Nothing
                 changes then.
         """
-        given = list(derivations)
-        with located(module=self.label):
-            need_wellformed(given)
-        new = {derivation.name: derivation for derivation in given}
+        with foreign_code("these are no derivations", DeclarationError, module=self.label, expected="Derivations in a list"):
+            need_wellformed(given := list(derivations))
+            new = {derivation.name: derivation for derivation in given}
         for derivation in new.values():
             old = self.derived.get(derivation.name)
             found = None if old is None else old.declaration.spec
@@ -198,7 +196,7 @@ class AliasRegistry(ModuleNames):
             for check in self.checks:
                 check(self)
             work = sum(version != self._committed.get(name) for name, version in versions.items())
-            work += sum(refresh(self, name, kernel) for name, kernel in self.kernels() if name in self.derived)
+            work += sum(refresh(self, name) for name, one in self.derived.items() if one.kernel is not None)
             for hook in self.on_processed if work else ():
                 hook(self)  # while this fails the module is open, and the next processing calls it again
             self._commit(versions)
@@ -223,7 +221,7 @@ class AliasRegistry(ModuleNames):
                 storage.notice()
                 if not source.is_loaded:
                     raise storage.not_loaded("cannot process") if storage.states.missing else nobody_declared(name=source.derived)
-        for name in [name for name in self.separate if not self.is_current(name)]:
+        for name in [n for n, one in self.derived.items() if one.is_undeclared and not self.is_current(n)]:
             nobody_declared(name=name)
 
     def _repr_html_(self) -> str:

@@ -114,8 +114,9 @@ def accept_kernel_bytes(module: nn.Module) -> None:
     for _, registry in registries(module):
         for storage in registry.storages():
             storage.accept()
-        for one in registry.separate.values():
-            one.put(one.kernel, one.kernel.memory, registry.versions_of(one))
+        for one in registry.derived.values():
+            if one.is_undeclared and one.kernel is not None:
+                one.put(one.kernel.memory, registry.versions_of(one))
 
 
 def checkpoint_state_dict(module: nn.Module) -> dict[str, Tensor]:

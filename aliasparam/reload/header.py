@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..host import host_bytes
-from ..layout.boxes import Box, row_major, sizes, whole, within
+from ..layout.boxes import Box, box_in, row_major, sizes, whole
 from .collector import collector_paused
 from .errors import SourceError
 from .held_file import HeldFile, memory_of
@@ -65,14 +65,14 @@ class Entry(NamedTuple):
         """
         if box is None:
             return whole(self.shape)
-        if not within(box, self.shape):
+        if (found := box_in(box, self.shape)) is None:
             raise SourceError(
                 "the tensor does not have this part",
                 name=f"{self.file.path}: {self.name}",
                 expected=f"a (start, stop) within each dim of {list(self.shape)}",
                 found=repr(box)[:80],
             )
-        return box
+        return found
 
     def read(self, box: Box, buffer: Tensor | None = None) -> Tensor:
         """The values of the box, in memory of their own, or at the begin of ``buffer`` (uint8 [n], contiguous, on the host).

@@ -15,7 +15,7 @@ from ..storage.coverage import Box
 from ..storage.kernel_name import RefusingName
 from ..storage.states import State
 from .live import Live
-from .patch import Patch, differences
+from .patch import Patch, differences, on_host
 from .targets import Target
 
 
@@ -23,21 +23,31 @@ class _Memory:
     """A storage, or the memory of plain tensors that lie in one: how a session found it, and what it keeps of it.
 
     Attributes:
+        first: the version of its bytes when the session first looked at it.
+        state: what the old bytes are: LOADED, or FOREIGN, which no checkpoint name reads.
         version: of its bytes, when the session first looked at it and after each of its writes; None while one goes on, or where
             an interrupt ended it. So writes of other code are noticed.
         begun: it was written, perhaps half-way.
         ahead: all that the values which are staged for it are to replace was kept.
-        patches: the old bytes.
+        patches: the old bytes; of FOREIGN ones ``kernel_bytes``, all.
         lost: why they cannot be brought back, or None.
     """
 
     def __init__(self, target: Target) -> None:
         self.target, self.storage = target, target.storage
         self.patches: list[Patch] = []
+        self.kernel_bytes: Tensor | None = None
         self.begun = self.ahead = False
         with self.lock:
             self.version: object = self.now()
+            self.first = 0 if self.storage is None else self.storage.version
+            self.state = State.LOADED if self.storage is None else self.storage.state
             self.lost = None if self._is_whole() else f"{target.label} held no whole weights before"
+
+    @property
+    def nbytes(self) -> int:
+        """Host memory."""
+        return sum(p.nbytes for p in self.patches) + (0 if self.kernel_bytes is None else self.kernel_bytes.nbytes)
 
     @property
     def lock(self) -> AbstractContextManager[Any]:
@@ -46,15 +56,12 @@ class _Memory:
 
     def _is_whole(self) -> bool:
         if self.storage is not None:
-            return self.storage.state is State.LOADED
+            return self.state in (State.LOADED, State.FOREIGN)
         places = [place for one in self.target.together for place in one.places]
         return not any(isinstance(holder.get(key), RefusingName) for holder, key in places)
 
     def now(self) -> object:
-        """The version. What other code wrote before is noticed. The caller holds the lock."""
-        if self.storage is not None:
-            self.storage.notice()
-            return self.storage.version
+        """The version. The caller holds the lock."""
         return [Live(one.tensor).version for one in self.target.together]
 
     def changed(self) -> str | None:
@@ -102,15 +109,23 @@ class _Memory:
             self.need_own()
             for patch in reversed(self.patches):
                 patch.put(patch.old)
-            if self.storage is not None:
-                self.storage.accept(State.LOADED)
+            if self.storage is None:
+                return
+            if self.kernel_bytes is not None:
+                self.storage.elements.copy_(self.kernel_bytes)
+            self.storage.accept(self.state)
+            for names in self.storage.listeners:
+                if isinstance(names, AliasRegistry):
+                    names.same_values(self.storage, self.first)
 
     def keep(self, target: Target, box: Box, value: Tensor) -> None:
         """Keep what ``value`` is about to replace under ``box``, also where another value was kept for, which was not written
         whole: restoring goes back over that one."""
         try:
             self._accept()
-            if self.lost is None:
+            if self.lost is None and self.storage is not None and self.state is State.FOREIGN:
+                self.kernel_bytes = on_host(self.storage.elements) if self.kernel_bytes is None else self.kernel_bytes
+            elif self.lost is None:
                 found = differences(Live(target.tensor), box, value, keep_new=False)
                 self.patches += [patch for patch in found if patch is not None]
         except StateError as error:
@@ -118,7 +133,7 @@ class _Memory:
 
     def _accept(self) -> None:
         """What a write of this session left half-way holds bytes that are old, or in a patch; unless other code wrote."""
-        if not self.begun or self.storage is None or not self.storage.states.missing:
+        if not self.begun or self.storage is None or self.state is State.FOREIGN or not self.storage.states.missing:
             return
         with self.lock:
             self.lost = self.changed()
@@ -140,8 +155,8 @@ class _Memory:
 class Journal:
     """Old bytes, where they differ from the new ones.
 
-    Memory: at most 5 bytes of the host for each changed byte, and never more than what was overwritten; 32 MiB of scratch, which
-    is 16 times a piece.
+    Memory: at most 5 bytes of the host for each changed byte, and never more than what was overwritten, but all kernel bytes of
+    undeclared code; 32 MiB of scratch, which is 16 times a piece.
     """
 
     def __init__(self) -> None:
@@ -150,7 +165,7 @@ class Journal:
     @property
     def nbytes(self) -> int:
         """Host memory."""
-        return sum(patch.nbytes for memory in self._memories.values() for patch in memory.patches)
+        return sum(memory.nbytes for memory in self._memories.values())
 
     def touch(self, target: Target) -> _Memory:
         """To be called before the first write of a tensor: those in its memory show refusing twins from that write on."""
@@ -189,5 +204,10 @@ class Journal:
         storages = [memory.storage for memory in memories if memory.storage is not None]
         listeners = {id(one): one for storage in storages for one in storage.listeners}
         for listener in listeners.values():
-            if isinstance(listener, AliasRegistry):
-                listener.process()
+            if not isinstance(listener, AliasRegistry):
+                continue
+            try:
+                listener.need_loaded()
+            except StateError:  # some of its names lacked elements before too, or wait for undeclared code: it refuses on
+                continue
+            listener.process()

@@ -33,8 +33,9 @@ class Live:
 
     @property
     def version(self) -> int:
-        """Changes whenever the bytes do; but torch counts no writes of inference tensors."""
+        """Changes whenever the bytes do, by whoever; but torch counts no writes of inference tensors."""
         if self.storage is not None:
+            self.storage.notice()
             return self.storage.version
         return 0 if self.tensor.is_inference() else self.tensor._version
 

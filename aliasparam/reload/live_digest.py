@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import StateError
 from ..host import host_bytes
+from ..layout.bound import flat_bytes
 from ..module.adopt import adopt
 from ..module.registry import registries
 from ..module.verbs import checkpoint_names
@@ -106,15 +107,15 @@ def digest_of_folder(folder: SafetensorsFolder | str | Path, kind: str = "adler3
         DeltaError: as there.
         SourceError: a file cannot be read, or changed meanwhile.
     """
-    buffer, found = host_bytes(_PIECE), []
     with SafetensorsFolder(folder) if isinstance(folder, (str, Path)) else nullcontext(folder) as files:
-        for name, entry in files.tensors.items():
-            digest = new_digest(kind)
-            for start, piece in files.pieces(name, buffer):
-                digest.add(piece, start)
-            found.append((name, entry.dtype, entry.shape, digest.hexdigest(entry.nbytes)))
+        entries = list(files.tensors.values())
+        digests, starts = [new_digest(kind) for _ in entries], [0] * len(entries)
+        for index, _, values in files.stream([(entry.name, None) for entry in entries], host_bytes(_PIECE)):
+            digests[index].add(flat_bytes(values), starts[index])
+            starts[index] += values.nbytes
         files.check_unchanged()
-    return CheckpointDigest.of(kind, found)
+    found = zip(entries, digests, strict=True)
+    return CheckpointDigest.of(kind, ((e.name, e.dtype, e.shape, digest.hexdigest(e.nbytes)) for e, digest in found))
 
 
 def _digest_of(live: Live, kind: str) -> PositionalAdler32 | Hashed:

@@ -20,15 +20,12 @@ from torch import Tensor
 from ..errors import ReloadError
 from ..storage.coverage import Box
 from ..storage.place import Place, placed
+from ..tensors.call import Call
 from ..tensors.faces import _Aliased, loader_attributes
 from ..torch_private import tree_leaves, tree_map
 from .live import Live
 from .session import ReloadSession
 from .targets import Target, find_targets, need_no_loader
-
-#: In-place operators whose result does not depend on what was there.
-_OVERWRITES = frozenset({"copy_", "fill_", "zero_"})
-
 
 #: What becomes of a value (contiguous, of the tensor's dtype) that was written to a rectangle of the tensor of this name.
 Write: TypeAlias = Callable[[str, Box, Tensor], None]
@@ -55,9 +52,8 @@ class StandIn(Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        written = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-        if written:
-            return _write(func, written, args, kwargs)
+        if func._schema.is_mutable:
+            return _write(func, Call.of(func, args, kwargs))
         if any(r.alias_info is not None for r in func._schema.returns):
             seen = func(*tree_map(_view_of, args), **tree_map(_view_of, kwargs))
             whole = next(one for one in tree_leaves(args) if isinstance(one, StandIn))._whole
@@ -152,18 +148,17 @@ def _shown(whole: Whole, view: Tensor) -> StandIn:
     return found  # type: ignore[no-any-return]
 
 
-def _write(func: Any, written: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _write(func: Any, call: Call) -> Any:
     """In-place operators compute on plain values, which are written at the end."""
-    name = func._schema.name.rpartition("::")[2]
-    target = args[0]
-    if not isinstance(target, StandIn) or written != [func._schema.arguments[0].name]:
+    [(key, target), *others] = call.written.items()
+    if others or key != func._schema.arguments[0].name or not isinstance(target, StandIn):
+        name = func._schema.name.rpartition("::")[2]
         raise ReloadError(f"{name} cannot write into a tensor that is being loaded", remedy="Use copy_ into a slice of it.")
-    if name == "copy_":
-        _land(target, args[1])
+    if func is torch.ops.aten.copy_.default:
+        _land(target, call.read["src"])
         return target
-    fresh = name in _OVERWRITES
-    value = torch.empty(target.shape, dtype=target.dtype, device=target.device) if fresh else _values(target)
-    func(value, *tree_map(_values, args[1:]), **tree_map(_values, kwargs))
+    value = torch.empty(target.shape, dtype=target.dtype, device=target.device) if call.overwrites else _values(target)
+    func(value, **tree_map(_values, call.read))
     _land(target, value)
     return target
 

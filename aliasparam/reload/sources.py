@@ -89,15 +89,6 @@ class SafetensorsFolder(Opened):
             while coming:
                 yield self._counted(*coming.popleft())
 
-    def pieces(self, name: str, buffer: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """(first byte, bytes) of all of a tensor, in order, each read to the begin of ``buffer`` (uint8 [n], on the host)."""
-        entry = self.entry(name)
-        for start in range(0, entry.nbytes, buffer.numel()):
-            piece = buffer[: entry.nbytes - start]
-            entry.fill(piece, start)
-            self.bytes_read += piece.nbytes
-            yield start, piece
-
     def entry(self, name: str) -> Entry:
         """
         Raises:

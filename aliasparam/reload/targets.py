@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..errors import ReloadError, StaleKernelError
-from ..layout.boxes import shown, sizes, whole, within
+from ..layout.boxes import box_of, shown, sizes, whole, within
 from ..module.allocate import extent, has_memory
 from ..spec import TensorSpec, other_kind
 from ..storage.coverage import Box, Coverage
@@ -210,7 +210,7 @@ def fitted(target: Target, module: str, value: Tensor, first_row: int | None, bo
         value = value.reshape(live.shape)  # 0-d and [1] are one thing
     try:
         if box is not None:
-            box = tuple((index(a), index(b)) for a, b in box)
+            box = box_of(box)
         elif first_row is None or not live.shape:
             box = whole(live.shape)
         else:

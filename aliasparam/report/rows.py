@@ -124,11 +124,13 @@ class ExplainedModule:
 
 
 def _rows(path: str, registry: ModuleNames, seen: set[int], paths: Mapping[int, str]) -> Iterator[NameRow]:
-    copies = {d.declaration.sources[0]: (name, d.fallback) for name, d in registry.derived.items() if d.fallback is not None}
+    apart = [(d, d.declaration.sources[0], name, d.fallback) for name, d in registry.derived.items() if d.fallback is not None]
+    copies = {source: (name, plan) for d, source, name, plan in apart if not d.is_undeclared}
     for source in registry.sources.values():
         yield _row(path, source, *copies.get(source.name, (source.derived, source.plan)), seen, paths)
-    for name, apart in registry.separate.items():
-        yield NameRow(path, apart.source, name, f"copy: {apart.reason.value}", apart.reason, 0, apart.nbytes, apart.nbytes)
+    for d, read, name, plan in apart:
+        if d.is_undeclared:
+            yield NameRow(path, read, name, f"copy: {plan.reason.value}", plan.reason, 0, plan.kernel.nbytes, plan.kernel.nbytes)
 
 
 def _row(path: str, source: Source, derived: str | None, pair: StoragePlan, seen: set[int], paths: Mapping[int, str]) -> NameRow:

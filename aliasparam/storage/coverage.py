@@ -14,7 +14,7 @@ from typing import TypeAlias
 
 from ..errors import ReloadError
 from ..layout.boxes import Box as Box
-from ..layout.boxes import whole
+from ..layout.boxes import box_in, whole
 
 
 class Coverage:
@@ -62,20 +62,12 @@ class Coverage:
     def whole(self) -> bool:
         return self._runs.is_all(self._dims[0]) or 0 in self._dims
 
-    @property
-    def empty(self) -> bool:
-        """No element has arrived. A tensor without elements is both empty and whole."""
-        return not self._runs
-
     def missing(self) -> list[Box]:
         """Disjoint boxes of what has not arrived, in order."""
         return [part for arrived, part in self._parts(whole(self.shape)) if not arrived]
 
-    def clear(self) -> None:
-        self._runs = _Runs()
-
     def __repr__(self) -> str:
-        state = "whole" if self.whole else "empty" if self.empty else f"{len(self._runs)} runs"
+        state = "whole" if self.whole else f"{len(self._runs)} runs"
         return f"Coverage({list(self.shape)}: {state})"
 
     def _parts(self, box: Box) -> Iterator[tuple[bool, Box]]:
@@ -86,17 +78,13 @@ class Coverage:
 
     def _checked(self, box: Box) -> Box | None:
         """The box, of a tensor of one dim at least; None where it has no elements. Raises ReloadError for what is none."""
-        try:
-            plain = tuple([(_index(start), _index(stop)) for start, stop in box])
-            plain = plain or ((0, 1),) * (self._dims == (1,))
-            if not all(0 <= start <= stop <= size for (start, stop), size in zip(plain, self._dims, strict=True)):
-                raise ValueError
-        except (TypeError, ValueError):
+        plain = box_in(((0, 1),) if box == () and self._dims == (1,) else box, self._dims)
+        if plain is None:
             raise ReloadError(
                 "these elements are not in the tensor",
                 expected=f"a (start, stop) within each dim of {list(self.shape)}",
                 found=repr(box)[:80],
-            ) from None
+            )
         return None if any(start == stop for start, stop in plain) else plain
 
 

@@ -20,11 +20,13 @@ from .states import RegionStates, State
 
 
 class Listener(Protocol):
-    """A registry that shows a storage's kernel name or derives from it."""
+    """A registry that shows a storage's kernel name or derives from it. ``is_undeclared``: undeclared code makes kernel bytes of
+    this storage for it."""
 
     @property
     def is_open(self) -> bool: ...
     def open(self) -> None: ...
+    def is_undeclared(self, storage: Any) -> bool: ...
 
 
 class GuardedMemory:
@@ -43,8 +45,6 @@ class GuardedMemory:
         #: Who outside writes the raw bytes (an exposure in kernel order), and what it is called.
         self._writer: tuple[weakref.ref[object], str] | None = None
         self._due: str | None = None  # see invalidate_later()
-        #: Undeclared code makes kernel bytes of what is loaded.
-        self.undeclared = False
         self._listeners: list[weakref.ref[Listener]] = []
         self.lock_number = lock_number()
 
@@ -62,7 +62,7 @@ class GuardedMemory:
     @property
     def kernel_state(self) -> State:
         """What regions are whose kernel bytes are whole and right."""
-        return State.FOREIGN if self.undeclared else State.LOADED
+        return State.FOREIGN if any(one.is_undeclared(self) for one in self.listeners) else State.LOADED
 
     # -- before bytes change -------------------------------------------------------------------------------------------
 

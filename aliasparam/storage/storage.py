@@ -104,7 +104,9 @@ class AliasedStorage(GuardedMemory):
 
         Raises:
             StateError: elements that never arrived, are invalid, or are being written from outside.
+            LayoutError: the box is not within the tensor.
         """
+        box = self.bound.checked(box)
         with LOCKS[self.lock_number]:
             self.need_readable(box)
             return self.bound.read(self.elements, box)
@@ -128,6 +130,7 @@ class AliasedStorage(GuardedMemory):
             StateError: the bytes are being written from outside. Nothing has changed then.
             LayoutError: the box is not within the tensor, or the value not of its shape. Nothing has changed then.
         """
+        box = self.bound.checked(box)
         self.bound.check_value(box, value.shape, self.bound.dtype)
         with LOCKS[self.lock_number]:
             write_all([Part(self, box, value)], non_blocking)
@@ -172,7 +175,6 @@ class AliasedStorage(GuardedMemory):
         with LOCKS[self.lock_number]:
             value = landable(value, self.kernel_name.memory)
             self.before_write()
-            self.undeclared = self.layout is None and value.numel() > 0
             self.states.put_all(State.INVALID)
             self.kernel_name.memory.copy_(value)
             self.kernel_name.accept()
@@ -183,7 +185,7 @@ class AliasedStorage(GuardedMemory):
     def relocate(self, device: torch.device) -> None:
         """Follow the module to another device: the one legal change of address, made by the owner."""
         with LOCKS[self.lock_number], outside_inference():
-            self.notice()
+            self.need_writable()
             self.tell()
             self._name(self.buffer.to(device), self.layout)
             self.__dict__.pop("blank_storage", None)
@@ -201,7 +203,7 @@ class AliasedStorage(GuardedMemory):
         with LOCKS[self.lock_number], outside_inference():
             self.notice()
             self.need_unexposed("copy")
-            kept = {k: self.__dict__[k] for k in ("label", "spec", "layout", "version", "kernel_dtype", "undeclared")}
+            kept = {k: self.__dict__[k] for k in ("label", "spec", "layout", "version", "kernel_dtype")}
             label = self.kernel_name.label if self.kernel_name is not None else None
             return kept | {"buffer": self.buffer.clone(), "states": copy.deepcopy(self.states), "kernel": label}
 

@@ -26,7 +26,7 @@ from ..storage.storage import AliasedStorage
 from ..storage.transaction import is_brought_whole, write_all
 from ..torch_private import is_traced_by_jit, shares_memory, stand_ins
 from .call import UPDATES_STATISTICS, Aliased, Call, aliased_in, called, mapped, waited_for
-from .geometry import parts_of, read_view
+from .geometry import once, parts_of, read_view
 
 _Handler = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 
@@ -157,7 +157,7 @@ def _write(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     result = func(**given, **{n: mapped(values_of, v) for n, v in call.read.items()})
     if written:
         result = waited_for(result)  # the values land when they are there
-        _land([(t, plain[id(t)]) for t in written])
+        _land([(once(t), once(plain[id(t)])) for t in written])
     if not func._schema.returns or func._schema.returns[0].alias_info is None:
         return result
     returned = tuple(call.written.values())[: len(func._schema.returns)]  # what the schema does not mark is behind these
@@ -173,12 +173,14 @@ def _plain(written: Sequence[Aliased], call: Call) -> dict[int, Tensor]:
         if id(tensor) in plain:
             continue
         if call.overwrites:  # also several views of one storage: what lands last stays, as in torch
-            plain[id(tensor)] = torch.empty_like(view)
+            plain[id(tensor)] = _own(view, torch.empty_like)
             continue
         if storages.count(storage) == 1:
-            plain[id(tensor)] = _own(values_of(tensor), view)
+            values = values_of(tensor)
+            plain[id(tensor)] = _own(values, torch.clone) if values is view else values
             continue
-        whole = _own(read_view(storage, storage.geometry), storage.geometry)
+        values = read_view(storage, storage.geometry)
+        whole = values.clone() if values is storage.geometry else values
         for other in written:
             seen = other._alias_geometry
             if other._alias_storage is storage:
@@ -186,8 +188,9 @@ def _plain(written: Sequence[Aliased], call: Call) -> dict[int, Tensor]:
     return plain
 
 
-def _own(values: Tensor, view: Tensor) -> Tensor:
-    return values.clone() if values is view else values
+def _own(view: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
+    """What ``make`` makes of ``view``, expanded where that is: torch allows or refuses the operator as of a plain tensor."""
+    return make(once(view)).expand(view.shape)
 
 
 def _land(pairs: Sequence[tuple[Any, Tensor]], non_blocking: bool = False) -> None:

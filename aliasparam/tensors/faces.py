@@ -113,6 +113,14 @@ class _Aliased(Aliased):
     def as_subclass(self, cls: Any) -> Any:  # torch asks it of what an operator that wrote has returned
         return self
 
+    def fill_(self, value: Any) -> Any:
+        if self.is_conj() or self.is_neg():  # torch would clone it first, and so read what is overwritten
+            return self.copy_(torch.empty(self.shape, dtype=self.dtype, device=self.device).fill_(value))
+        return super().fill_(value)
+
+    def zero_(self) -> Any:
+        return self.fill_(0)
+
     def apply_(self, function: Any) -> Any:
         return self.copy_(self._snapshot().apply_(function))
 

@@ -77,6 +77,14 @@ def _boxed(storage: AliasedStorage, view: Tensor, value: Tensor, place: Place) -
     return Part(storage, place.box, place.to_box(value))
 
 
+def once(view: Tensor) -> Tensor:
+    """A view of the same elements, each listed once where ``view`` is expanded."""
+    for dim, (size, step) in enumerate(zip(view.shape, view.stride(), strict=True)):
+        if size > 1 and step == 0:
+            view = view.narrow(dim, 0, 1)
+    return view
+
+
 def rows_under(storage: AliasedStorage, view: Tensor) -> Box:
     """The smallest range of leading indices, whole in all other dims, which holds every element of ``view``."""
     shape = storage.bound.shape

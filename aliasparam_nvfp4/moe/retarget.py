@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from aliasparam import Layout, registry_of
+from aliasparam.module.derive import value_of
 
 from ..errors import BackendError
 from ..kernels.room import need_room
@@ -81,7 +82,7 @@ class _Experts:
             )
         if not self.registry.stale_names():
             for scalar in scalars:
-                scalar.function(*(self.registry.value(n).clone() for n in scalar.sources))
+                scalar.function(*(value_of(self.registry, n).clone() for n in scalar.sources))
 
     def move_to(self, target: MoERunner) -> None:
         loaded = not self.registry.stale_names()

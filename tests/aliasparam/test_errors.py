@@ -298,6 +298,7 @@ def test_what_is_no_model_is_named(verb: Callable[[Any], object], other: object)
 
 NO_NAMES = (5, 1.5, None, [], "", "a.b")
 NO_ROWS = (5, 1.5, "a", [1], slice("a"), slice(1.5, 3), slice(0, 8, 0), slice(None, None, "a"))
+NO_BOXES = (((0, 9), (0, 4)), ((0, 2),), ((0, 1.5), (0, 4)), ((0.0, 2.0), (0, 4)), ((0, 2), 4), ((2, 0), (0, 4)), 5, None, "ab")
 
 
 def test_an_argument_of_another_kind_is_named_and_changes_nothing() -> None:
@@ -316,8 +317,9 @@ def test_an_argument_of_another_kind_is_named_and_changes_nothing() -> None:
     calls += [partial(registry.show_shards, name, []) for name in (*NO_NAMES, "w")]  # type: ignore[arg-type]
     calls += [partial(registry.show_shards, "w", shards) for shards in (5, [5], [(5, "q", layer.w)])]  # type: ignore[arg-type]
     calls += [partial(registry.retarget, layouts) for layouts in (5, ["w"], {5: None})]  # type: ignore[arg-type]
-    calls += [partial(registry.rederive, given) for given in ([5], ["w"])]  # type: ignore[arg-type]
-    calls += [partial(storage.write, box, torch.zeros(2, 4)) for box in (((0, 9), (0, 4)), ((0, 2),), ((0, 1.5), (0, 4)))]
+    calls += [partial(registry.rederive, given) for given in (5, None, [5], ["w"], [Alias("w", "k")])]  # type: ignore[arg-type]
+    calls += [partial(storage.write, box, torch.zeros(2, 4)) for box in NO_BOXES]  # type: ignore[arg-type]
+    calls += [partial(storage.read, box) for box in NO_BOXES]  # type: ignore[arg-type]
 
     for call in calls:
         with pytest.raises(AliasError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from aliasparam import expose_for_writing, invalidate, process
 from aliasparam.errors import ReloadError, StaleKernelError, StateError
 
-from .small import SWAP, SWAP_PAD16, bytes_of, is_ready, kernel, layer_of
+from .small import SWAP, SWAP_PAD16, bytes_of, is_ready, kernel, layer_of, storage_of
 
 
 def test_staging_lands_when_it_is_written_and_the_model_serves_until_then(device: torch.device) -> None:
@@ -38,7 +39,8 @@ def test_in_kernel_order_nothing_reads_the_memory_until_it_is_written(device: to
     process(layer)
 
     exposure = expose_for_writing(layer, "weight", slice(1, 3), order="kernel", writer="RDMA")
-    for action in (lambda: layer.weight.clone(), lambda: layer.weight[0].zero_(), lambda: process(layer)):
+    moved = partial(storage_of(layer, "weight").relocate, device)  # the writer holds the address
+    for action in (lambda: layer.weight.clone(), lambda: layer.weight[0].zero_(), lambda: process(layer), moved):
         with pytest.raises(StateError, match="exposed to RDMA"):
             action()
     with pytest.raises(StaleKernelError):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from aliasparam import Alias, State, declare, expose_for_writing, process, registry_of
 from aliasparam.errors import DeclarationError, StaleKernelError, StateError
+from aliasparam.module.derive import value_of
 from aliasparam.tensors import dispatch
 
 from .small import INTERLEAVE, SWAP, Layer, counting, is_ready, kernel, storage_of, the_registry
@@ -201,4 +202,4 @@ def test_law_10_a_check_that_raises_leaves_everything_as_it_was_and_a_hook_that_
 
 
 def storage_alpha(layer: Layer) -> Tensor:
-    return the_registry(layer).value("alpha").clone()
+    return value_of(the_registry(layer), "alpha").clone()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import pickle
 from collections.abc import Callable
@@ -291,6 +292,22 @@ def test_law_8_undeclared_code_of_a_tied_module_makes_no_bytes_for_a_declared_na
         process(ported)
 
 
+def test_undeclared_code_of_a_module_that_is_gone_waits_for_nobody() -> None:
+    declared, ported = nn.Module(), nn.Module()
+    declared.w = ported.w = nn.Parameter(torch.arange(8.0), requires_grad=False)
+    declare(declared, Alias("w", "k"))
+    alias_or_bind_derived_param(ported, "w", "k", torch.arange(8.0).flip(0))
+    accept_kernel_bytes(declared)
+    with pytest.raises(StateError, match="order was not declared"):
+        process(declared)
+
+    del ported
+    gc.collect()
+    accept_kernel_bytes(declared)
+    process(declared)
+    assert torch.equal(declared.k, torch.arange(8.0).flip(0)) and torch.equal(declared.w, declared.k)
+
+
 #: What undeclared code derives from the source: in its memory, and in memory of its own for three reasons.
 DERIVED: dict[str, Callable[[Tensor], Tensor]] = {
     "flipped": lambda w: w.flip(0),
@@ -384,11 +401,79 @@ def test_law_8_a_reload_ends_where_its_script_derives_names_of_their_own(policy:
     value, _ = loaded(20)
     with pytest.raises(StateError, match="padded: cannot process: nobody declared"), reload(layer, policy=policy) as session:
         session.load({"w": value})
-    with pytest.raises(StaleKernelError):
-        layer()
+    if policy == "staged":
+        with pytest.raises(StaleKernelError):
+            layer()
+    else:
+        need_derived(layer, torch.arange(12, dtype=torch.uint8).view(4, 3))
     with reload(layer, policy=policy, hooks=Hooks(on_commit=[lambda *_: layer.process()])) as session:
         session.load({"w": value})
     need_derived(layer, value)
+
+
+class Failed(Exception):
+    pass
+
+
+def failing(layer: Script, *, runs: bool = False) -> Any:
+    def fail(*_: object) -> None:
+        if runs:
+            layer.process()
+        raise Failed
+
+    return Hooks(on_commit=[fail])
+
+
+@pytest.mark.parametrize("policy", ["journal", "staged-journal"])
+@pytest.mark.parametrize("names", [("padded",), ("flipped",), ("flipped", "wide"), ("padded", "flipped")])
+@pytest.mark.parametrize("rows", [4, 1])
+def test_law_10_an_abort_gives_back_what_undeclared_code_derived(names: tuple[str, ...], policy: Any, rows: int) -> None:
+    """Kernel bytes that it put in the source's memory, and names of their own, without its script; those of a tied module too."""
+    layer, tied = Script(*names), Script("padded")
+    tied.w = layer.w
+    layer.process()
+    tied_ready = "flipped" not in names  # else there are no checkpoint values to derive from
+    if tied_ready:
+        tied.process()
+    old, addresses = layer(), [getattr(layer, name).data_ptr() for name in names]
+    for _ in range(2):
+        with pytest.raises(Failed), reload(layer, policy=policy, scope="partial", hooks=failing(layer)) as session:
+            session.update("w", torch.zeros(rows, 3, dtype=torch.uint8), first_row=0)
+            if rows < 4:
+                session.update("w", torch.ones(3, 3, dtype=torch.uint8), first_row=1)
+        for found in (layer(), copy.deepcopy(layer)()):
+            assert all(torch.equal(found[name], old[name]) for name in names)
+        assert process(layer) == 0
+        assert not tied_ready or torch.equal(tied()["padded"], old["padded"])
+    assert addresses == [getattr(layer, name).data_ptr() for name in names]
+    value, load = loaded(20)
+    load(layer)
+    layer.process()
+    need_derived(layer, value)
+
+
+def test_law_8_an_abort_gives_back_checkpoint_values_that_undeclared_code_has_not_seen() -> None:
+    layer, (value, load) = Script("flipped"), loaded(20)
+    layer.process()
+    load(layer)
+    with pytest.raises(Failed), reload(layer, policy="journal", hooks=failing(layer)) as session:
+        session.load({"w": torch.zeros(4, 3, dtype=torch.uint8)})
+
+    assert torch.equal(layer.w, value)
+    with pytest.raises(StaleKernelError):
+        layer()
+    layer.process()
+    need_derived(layer, value)
+
+
+@pytest.mark.parametrize("names", [("padded",), ("flipped",)])
+def test_law_8_an_abort_after_the_script_ran_again_leaves_a_refusal(names: tuple[str, ...]) -> None:
+    layer = Script(*names)
+    layer.process()
+    with pytest.raises(Failed), reload(layer, policy="journal", hooks=failing(layer, runs=True)) as session:
+        session.load({"w": torch.zeros(4, 3, dtype=torch.uint8)})
+    with pytest.raises(StaleKernelError):
+        layer()
 
 
 def test_law_8_an_own_name_that_other_code_wrote_is_not_served() -> None:
@@ -406,7 +491,7 @@ def test_accepted_kernel_bytes_are_those_of_own_names_too() -> None:
     layer.process()
     saved = layer()["padded"]
     invalidate(layer)
-    registry_of(layer).separate["padded"].kernel.memory.copy_(saved)  # type: ignore[union-attr]
+    registry_of(layer).derived["padded"].kernel.memory.copy_(saved)  # type: ignore[union-attr]
     accept_kernel_bytes(layer)
     process(layer)
     assert torch.equal(layer()["padded"], saved)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from aliasparam import Alias, declare, process
+from aliasparam.errors import StateError
 
-from .small import SWAP, SWAP_PAD8, Layer, counting, is_ready, kernel, layer_of
+from .small import SWAP, SWAP_PAD8, Layer, counting, is_ready, kernel, layer_of, storage_of
 
 # -- another dtype over several regions --------------------------------------------------------------------------------
 
@@ -51,6 +53,46 @@ def test_law_1_views_of_one_name_are_written_by_one_operator(shape: tuple[int, .
 
     for tensor in (layer.weight, expected):
         torch._foreach_mul_([tensor[:1, ::2], tensor[2:, 1::2]], 3)  # type: ignore[arg-type]
+
+    assert torch.equal(layer.weight, expected)
+
+
+# -- expanded views ------------------------------------------------------------------------------------------------------
+
+EXPANDED: dict[str, Callable[[Any], Any]] = {
+    "rows": lambda w: w[:1].expand(6, 8),
+    "columns": lambda w: w[:, 2:3].expand(6, 3),
+    "a new dim": lambda w: w.expand(3, 6, 8),
+    "with steps": lambda w: w[::2, :1].expand(3, 3),
+    "one element": lambda w: w[2, 3].expand(2, 2),
+}
+SAME_EVERYWHERE: dict[str, Callable[[Tensor], Any]] = {
+    "fill_": lambda view: view.fill_(7),
+    "zero_": lambda view: view.zero_(),
+    "several": lambda view: torch._foreach_zero_([view]),  # type: ignore[arg-type, func-returns-value]
+}
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+@pytest.mark.parametrize("write", SAME_EVERYWHERE)
+@pytest.mark.parametrize("view", EXPANDED)
+def test_law_1_one_value_is_written_through_an_expanded_view(view: str, write: str, loaded: bool) -> None:
+    """Of a name that lacks elements too: all under the view have arrived then."""
+    layer, expected = Layer(loaded=loaded), counting(6, 8)
+
+    for tensor in (layer.weight, expected):
+        SAME_EVERYWHERE[write](EXPANDED[view](tensor))
+
+    assert torch.equal(EXPANDED[view](layer.weight), EXPANDED[view](expected))
+    assert not loaded or torch.equal(layer.weight, expected)
+
+
+def test_law_1_several_values_for_one_element_are_refused_as_of_a_plain_tensor() -> None:
+    layer, expected = Layer(dtype=torch.float32), counting(6, 8).float()
+    for write in (lambda v: v.copy_(torch.rand(6, 8)), lambda v: v.normal_(), lambda v: torch.add(v, 1, out=v)):
+        for tensor in (layer.weight, expected):
+            with pytest.raises(RuntimeError, match="more than one element of the written-to tensor"):
+                write(tensor[:1].expand(6, 8))
 
     assert torch.equal(layer.weight, expected)
 
@@ -178,6 +220,21 @@ def test_law_1_conj_and_neg_bits_are_read_and_written(bits: str) -> None:
 
     process(layer)
     assert torch.equal(layer.prepared, kernel(SWAP, expected))
+
+
+@pytest.mark.parametrize("bits", ["conj", "conj of rows", "conj of conj", "negated"])
+@pytest.mark.parametrize("write", [lambda view: view.fill_(2), lambda view: view.zero_()])
+def test_a_name_that_lacks_elements_is_filled_through_conj_and_neg_bits(bits: str, write: Callable[[Any], Any]) -> None:
+    values = torch.zeros(4, 6, dtype=torch.complex64)
+    layer = layer_of(values)
+    storage_of(layer, "weight").invalidate()
+
+    write(BITS[bits](layer.weight))
+    write(BITS[bits](values))
+
+    assert torch.equal(BITS[bits](layer.weight) + 0, BITS[bits](values) + 0)
+    with pytest.raises(StateError) if "rows" in bits else nullcontext():
+        layer.weight.clone()
 
 
 def test_law_1_an_operator_that_writes_names_and_returns_something_else_returns_it() -> None:

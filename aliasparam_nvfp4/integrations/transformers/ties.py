@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from aliasparam.host import host_bytes
 from aliasparam.layout.bound import flat_bytes
@@ -66,11 +65,11 @@ def _same_in(folder: SafetensorsFolder, name: str, source: str) -> bool:
     if other is None or (entry.dtype, entry.shape) != (other.dtype, other.shape):
         return False
     buffers = (host_bytes(_PIECE) for _ in range(2))
-    return _same(*(folder.pieces(one, buffer) for one, buffer in zip((name, source), buffers, strict=True)))
+    return _same(*(folder.stream([(one, None)], buffer) for one, buffer in zip((name, source), buffers, strict=True)))
 
 
-def _same(a: Iterable[tuple[int, Tensor]], b: Iterable[tuple[int, Tensor]]) -> bool:
-    return all(torch.equal(flat_bytes(one), flat_bytes(other)) for (_, one), (_, other) in zip(a, b, strict=True))
+def _same(a: Iterable[tuple[Any, ...]], b: Iterable[tuple[Any, ...]]) -> bool:
+    return all(torch.equal(flat_bytes(one), flat_bytes(other)) for (*_, one), (*_, other) in zip(a, b, strict=True))
 
 
 def _untied(name: str, source: str) -> CheckpointError:

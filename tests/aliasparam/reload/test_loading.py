@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from aliasparam import Alias, checkpoint_state_dict, declare, process, reload
+from aliasparam import Alias, checkpoint_state_dict, declare, invalidate, process, reload
 from aliasparam.errors import ReloadError
 from aliasparam.reload import loading as loading_module
 from aliasparam.reload.loading import loading
@@ -177,3 +177,13 @@ def test_threads_may_load() -> None:
         for thread in rows:
             thread.join()
     assert torch.equal(model.weight.clone(), new["weight"])
+
+
+def test_what_overwrites_a_tensor_needs_nothing_that_was_there() -> None:
+    model = Model()
+    invalidate(model)
+    with reload(model, scope="partial") as session, loading(session):
+        model.weight.data.random_(1, 2)
+        model.scale.data.zero_()
+
+    assert model.weight.unique().tolist() == [1] and not model.scale.float().any()
