@@ -12,6 +12,7 @@ Every operator that touches an aliased tensor arrives here. There are four behav
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import Any
@@ -94,7 +95,11 @@ def _read(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def _to_copy(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "meta":
         return func(args[0]._alias_geometry, **kwargs)  # engines record shapes before anything is loaded
-    return _read(func, args, kwargs)
+    version = args[0]._alias_storage.version
+    result = _read(func, args, kwargs)
+    if result.device != args[0].device and not result.is_inference():
+        result._alias_copied = weakref.ref(args[0]), version, result._version  # Module.to() assigns it
+    return result
 
 
 def _clone(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -261,7 +261,8 @@ def _plain(other: Any) -> Any:
 
 
 def _assign(target: _Aliased, value: Tensor) -> None:
-    """``target.data = value``: the values are copied in; only another device moves the memory, as Module.to() asks."""
+    """``target.data = value``: the values are copied in, and another device moves the memory first. Module.to() assigns copies of
+    what is there: they are no news."""
     geometry, storage = target._alias_geometry, target._alias_storage
     if isinstance(value, _Aliased) and is_same_view(value, target):
         return
@@ -273,13 +274,19 @@ def _assign(target: _Aliased, value: Tensor) -> None:
             found=f"{value.dtype} {list(value.shape)} on {value.device}",
             remedy="Convert the value first; Module.half() and the like cannot apply to declared weights.",
         )
-    if value.device == geometry.device:
-        if getattr(value, "_alias_uninitialized", False):  # Module.to_empty(): nothing is loaded any more
-            storage.invalidate()
-        else:
-            target.copy_(value)
-        return
-    follow(target, value.device)
+    is_copy = _is_copy(value, target)
+    if value.device != geometry.device:
+        follow(target, value.device)
+    if getattr(value, "_alias_uninitialized", False):  # Module.to_empty(): nothing is loaded any more
+        storage.invalidate()
+    elif not is_copy:
+        target.copy_(value)
+
+
+def _is_copy(value: Tensor, target: _Aliased) -> bool:
+    """Whether this is ``target`` on another device, and neither has changed since it was made."""
+    name, *versions = getattr(value, "_alias_copied", (None,))
+    return name is not None and name() is target and versions == [target._alias_storage.version, value._version]
 
 
 def follow(target: _Aliased, device: torch.device) -> None:
