@@ -134,6 +134,7 @@ class _Plan:
         expected = {name: castable(name, spec, source.tensors) for name, spec in specs.items()}
         sources = {name for conversion in conversions for name in conversion.sources}
         _check_names(model, source, expected, {*others, *sources}, {n: names[full] for n, full in converted.items()})
+        need_equal(tied_names(model, _names(model).ours), source, specs)
         modules = files_of(model, live)
         check_schemes(model, config, source, modules)
         check_fused_scales(model, modules, source)
@@ -166,7 +167,6 @@ def _check_names(
             if spec.shape != tuple(converted[name].shape):
                 wanted[name] = TensorSpec.of(converted[name])
     check_tensors(source, wanted, ignore={*tied, *others, *dropped})
-    need_equal(tied, source)
 
 
 def _names(model: Any) -> Names:
