@@ -101,6 +101,8 @@ class FusedExperts(nn.Module):
                 parameter.zero_() if value is None else parameter.copy_(value.view(parameter.shape))
             view: Tensor = parameter if value is None or value.dim() else parameter.view(())
             registry.show_shards(name, [(nn.Module() if value is None else self, file, view)])
+        for file, left_over in held.items():  # see carried.py
+            self.register_parameter(file, left_over)
 
     def derive(self, values: Mapping[str, Tensor]) -> None:
         """Compute from scales and biases what will be computed after a reload: it refuses what float32 does not hold.
@@ -175,7 +177,8 @@ def check_scalars(model: nn.Module, live: Mapping[str, Tensor], folder: Checkpoi
     for path, module in model.named_modules():
         if not isinstance(module, FusedExperts):
             continue
-        may_lack = module.quant_method.missing_input_scale != "refuse"
+        method = module.quant_method
+        may_lack = not method.input_scale or method.missing_input_scale != "refuse"
         values = {}
         for file, parameter in module.named_parameters(recurse=False):
             if not file.endswith(("_scale_2", "_input_scale", "_bias")):
