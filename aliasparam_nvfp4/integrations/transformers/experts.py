@@ -84,8 +84,8 @@ class Experts(nn.Module):
         strict = method.input_scale and method.missing_input_scale == "refuse"
         return () if strict else (method.checkpoint.input_global,)
 
-    def load(self, folder: CheckpointFolder, tensors: ExpertTensors, device: torch.device) -> None:
-        """Allocate on ``device``, read this rank's part, process, and show every expert's tensors.
+    def create(self, folder: CheckpointFolder, tensors: ExpertTensors, device: torch.device) -> ExpertSource:
+        """Allocate on ``device``, empty; where this rank's part lies in ``folder``.
 
         Raises:
             CheckpointError: see :meth:`~aliasparam_nvfp4.moe.folder.ExpertSource.check`.
@@ -93,10 +93,15 @@ class Experts(nn.Module):
         """
         experts, hidden, intermediate = self._sizes
         own, width = self.ranks.divided(experts, intermediate)
-        with torch.device(device):
+        with device:
             self.quant_method.create_weights(self, own, hidden, width, self._dtype)
         source = self.source(folder, tensors)
         source.check()
+        return source
+
+    def load(self, folder: CheckpointFolder, tensors: ExpertTensors, device: torch.device) -> None:
+        """Read this rank's part, process, and show every expert's tensors. Raises as :meth:`create`."""
+        source = self.create(folder, tensors, device)
         load_from(source, self)
         self._show(source)
         self._carry(source, device)

@@ -13,24 +13,21 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from aliasparam import TensorSpec, checkpoint_names, reload
-from aliasparam.host import HOST, host_bytes
+from aliasparam.host import host_bytes
 from aliasparam.reload.observe import Hooks
 from aliasparam.reload.policies import PolicyName
 
 from ...checkpoint import WHOLE, CheckpointError, CheckpointFolder, QuantConfig, check_tensors, expert_layers
-from ...errors import ScaleError
-from ...linear.scales import GlobalScales
-from ...quantize.block_scales import need_block_scales
-from ...quantize.global_scale import need_stored_scales
 from .config_match import check_config, check_schemes, need_scheme
 from .conversions import Conversion
 from .dropped import dropping_rule
 from .experts import Experts
 from .files_read import need_same_files
 from .fp8 import Fp8Linear
-from .fused_experts import FusedExperts, check_scalars
-from .modules import FusedLinear, Projection
+from .fused_experts import FusedExperts
+from .modules import Projection
 from .names import Names
+from .scales import check_block_scales, check_scalars
 from .source import castable
 from .ties import need_equal, tied_names
 from .unwrap import need_whole, plain_name, unwrapped
@@ -137,9 +134,7 @@ class _Plan:
         need_equal(tied_names(model, _names(model).ours), source, specs)
         modules = files_of(model, live)
         check_schemes(model, config, source, modules)
-        check_fused_scales(model, modules, source)
-        check_fp8_scales(model, modules, source)
-        check_scalars(model, live, source)
+        check_scalars(model, modules, source)
         check_block_scales(model, live, parts, source)
         targets = {name: TensorSpec.of(tensor) for name, tensor in live.items()}
         return cls(source, targets, parts, conversions, converted, {n: names[full].dtype for n, full in converted.items()})
@@ -239,61 +234,3 @@ def check_experts(
         carried = {module.names[key] for key in module.names if live.get(module.names[key]) not in (None, *parts)}
         everyone |= {entry.name for entry in tensors.entries.values() if entry.name not in carried}
     return parts, everyone
-
-
-def check_fused_scales(model: nn.Module, files: Mapping[str, str], folder: CheckpointFolder) -> None:
-    """Read the scalars of the new checkpoint and refuse those which the fused layers cannot take."""
-    paths = {id(module): path for path, module in model.named_modules()}
-    for path, fused in model.named_modules():
-        if not isinstance(fused, FusedLinear):
-            continue
-        tensors = fused.quant_method.checkpoint
-        members = [files[paths[id(member)]] for member in fused.members()]
-        weight_scales = {m: float(folder.read(f"{m}.{tensors.weight_global}")) for m in members}
-        if len(set(weight_scales.values())) > 1:
-            raise ScaleError(
-                "fused projections come with different weight global scales",
-                module=path,
-                name=tensors.weight_global,
-                expected="one value for all of them, as in the checkpoint that was loaded first",
-                found=weight_scales,
-                remedy="Export with unified scales, or start the model cold from this folder: it then stays unfused.",
-            )
-        inputs: dict[str, float] = {}
-        if fused.quant_method.input_scale:
-            inputs = {f"{m}.{tensors.input_global}": float(folder.read(f"{m}.{tensors.input_global}")) for m in members}
-        missing = fused.quant_method.missing_input_scale
-        need_stored_scales({**weight_scales, **(inputs if missing == "refuse" else {})}, path)
-        derived, weight = GlobalScales(tensors.reciprocal, missing), torch.tensor(list(weight_scales.values()), device=HOST)
-        try:
-            if inputs:
-                given = torch.tensor(list(inputs.values()), device=HOST)
-                derived.alpha(given, weight)
-                derived.input_scale_inv(given)
-        except ScaleError as error:
-            raise error.located(module=path) from None
-
-
-def check_fp8_scales(model: nn.Module, files: Mapping[str, str], folder: CheckpointFolder) -> None:
-    """Read the scales of the FP8 layers of a mixed checkpoint and refuse those which are none."""
-    for path, module in model.named_modules():
-        if isinstance(module, Fp8Linear):
-            prefix = files[path]
-            module.check_scales(path, lambda leaf, prefix=prefix: folder.read(f"{prefix}.{leaf}"))  # type: ignore[misc]
-
-
-def check_block_scales(
-    model: nn.Module, names: Mapping[str, Tensor], parts: Mapping[str, tuple[str, slice, slice]], folder: CheckpointFolder
-) -> None:
-    """Read the block scales that this process will take, and refuse those which no kernel can."""
-    unsigned = {
-        id(member.get_parameter(fused.quant_method.checkpoint.block_scale))
-        for fused in model.modules()
-        if isinstance(fused, FusedLinear) and not fused.__dict__["nvfp4_backend"].layout.signed_scales
-        for member in fused.members()
-    }
-    for name, tensor in names.items():
-        if tensor.dtype is torch.float8_e4m3fn and name.endswith("weight_scale"):
-            stored, rows, columns = parts.get(name, (plain_name(name), WHOLE, WHOLE))
-            for _, piece in folder.chunks(stored, rows=rows, columns=columns):
-                need_block_scales(piece, f"{folder.path}: {stored}", signed=id(tensor) not in unsigned)
