@@ -17,8 +17,8 @@ from aliasparam.host import host_bytes
 from aliasparam.reload.observe import Hooks
 from aliasparam.reload.policies import PolicyName
 
-from ...checkpoint import WHOLE, CheckpointError, CheckpointFolder, QuantConfig, check_tensors, expert_layers
-from .config_match import check_config, check_schemes, need_scheme
+from ...checkpoint import WHOLE, CheckpointError, CheckpointFolder, check_tensors, expert_layers
+from .config_match import check_config, check_schemes
 from .conversions import Conversion
 from .dropped import dropping_rule
 from .experts import Experts
@@ -126,14 +126,14 @@ class _Plan:
         converted = {plain_name(name): name for name in names if plain_name(name) in results}
         live = {name: tensor for name, tensor in names.items() if name not in converted.values()}
         need_whole(live)
-        parts, others = check_experts(model, source, config, {plain_name(name): name for name in live})
+        parts, others = check_experts(model, source, {plain_name(name): name for name in live})
         specs = {plain_name(n): TensorSpec.of(t) for n, t in live.items() if n not in parts}
         expected = {name: castable(name, spec, source.tensors) for name, spec in specs.items()}
         sources = {name for conversion in conversions for name in conversion.sources}
         _check_names(model, source, expected, {*others, *sources}, {n: names[full] for n, full in converted.items()})
         need_equal(tied_names(model, _names(model).ours), source, specs)
         modules = files_of(model, live)
-        check_schemes(model, config, source, modules)
+        check_schemes(model, modules, config, source.tensors, source.path)
         check_scalars(model, modules, source)
         check_block_scales(model, live, parts, source)
         targets = {name: TensorSpec.of(tensor) for name, tensor in live.items()}
@@ -193,14 +193,13 @@ def _agree(model: nn.Module, error: Exception | None) -> None:
 
 
 def check_experts(
-    model: nn.Module, folder: CheckpointFolder, config: QuantConfig, live: Mapping[str, str]
+    model: nn.Module, folder: CheckpointFolder, live: Mapping[str, str]
 ) -> tuple[dict[str, tuple[str, slice, slice]], set[str]]:
     """Hold the folder's experts against the model's.
 
     Args:
         model: unwrapped.
         folder: opened.
-        config: the folder's.
         live: names in the files to those in the model's state dict.
 
     Returns:
@@ -208,7 +207,7 @@ def check_experts(
         all experts' tensors in the folder, those of other ranks too.
 
     Raises:
-        CheckpointError: no experts where the model has them, experts that do not fit, or are quantized otherwise.
+        CheckpointError: no experts where the model has them, or experts that do not fit.
         ScaleError: scales which are none, or which the runner cannot take.
     """
     layers = expert_layers(folder.tensors)
@@ -222,8 +221,6 @@ def check_experts(
         tensors = layers[module.layer]
         source = module.source(folder, tensors)
         source.check()
-        modules = {name: f"{plain_name(path)}{name.removeprefix(module.layer)}" for name in tensors.projections()}
-        need_scheme(module.scheme, config, folder, modules)
         for part in source.parts():
             if part.key not in module.names:
                 raise CheckpointError("a tensor was not in the folder that was loaded first", name=f"{folder.path}: {part.name}")
