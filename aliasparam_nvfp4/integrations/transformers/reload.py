@@ -13,11 +13,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from aliasparam import TensorSpec, checkpoint_names, reload
+from aliasparam.errors import AliasError
 from aliasparam.host import host_bytes
 from aliasparam.reload.observe import Hooks
 from aliasparam.reload.policies import PolicyName
 
-from ...checkpoint import WHOLE, CheckpointError, CheckpointFolder, check_tensors, expert_layers
+from ...checkpoint import WHOLE, CheckpointError, CheckpointFolder, QuantConfig, check_tensors, expert_layers
 from .config_match import check_config, check_schemes
 from .conversions import Conversion
 from .dropped import dropping_rule
@@ -179,6 +180,18 @@ def files_of(model: nn.Module, live: Mapping[str, Tensor]) -> dict[str, str]:
             weight = module.kind.names.weight if isinstance(module, Projection) else plain
             found[path] = stored[id(module._parameters[weight])]  # also where a failed reload has left a refusing twin
     return found
+
+
+def served_otherwise(model: Any, quantization: Mapping[str, Any]) -> str | None:
+    """Why ``model`` is not what a folder of the same tensors and this quantization would be, if it is not."""
+    model = unwrapped(model)
+    live = checkpoint_names(model)
+    try:
+        config = QuantConfig.from_dict(quantization)
+        check_schemes(model, files_of(model, live), config, {plain_name(name) for name in live}, "the folder")
+    except AliasError as error:
+        return str(error)
+    return None
 
 
 def _agree(model: nn.Module, error: Exception | None) -> None:
