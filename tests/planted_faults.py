@@ -377,6 +377,7 @@ FAULTS = [
         _NVFP4,
     ),
     Planted("cli/verify_folder.py", "] and otherwise is None", "]", "cli/test_serve.py", _NVFP4),
+    Planted("arrival.py", "one.values.mT if weight.columns else one.values", "one.values", "test_arrival.py", _NVFP4),
     # scales and biases of experts
     Planted("moe/biases.py", "-1) / factors.view", "-1) * factors.view", "test_moe_biases.py", _NVFP4),
     Planted(
