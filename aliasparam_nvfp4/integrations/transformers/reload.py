@@ -18,10 +18,9 @@ from aliasparam.host import host_bytes
 from aliasparam.reload.observe import Hooks
 from aliasparam.reload.policies import PolicyName
 
-from ...checkpoint import WHOLE, CheckpointError, CheckpointFolder, QuantConfig, check_tensors, expert_layers
+from ...checkpoint import WHOLE, CheckpointError, CheckpointFolder, QuantConfig, expert_layers
 from .config_match import check_config, check_schemes
 from .conversions import Conversion
-from .dropped import dropping_rule
 from .experts import Experts
 from .files_read import need_same_files
 from .fp8 import Fp8Linear
@@ -29,7 +28,7 @@ from .fused_experts import FusedExperts
 from .modules import Projection
 from .names import Names
 from .scales import check_block_scales, check_scalars
-from .source import castable
+from .source import castable, check_names
 from .ties import need_equal, tied_names
 from .unwrap import need_whole, plain_name, unwrapped
 
@@ -127,11 +126,10 @@ class _Plan:
         converted = {plain_name(name): name for name in names if plain_name(name) in results}
         live = {name: tensor for name, tensor in names.items() if name not in converted.values()}
         need_whole(live)
-        parts, others = check_experts(model, source, {plain_name(name): name for name in live})
+        parts, experts = check_experts(model, source, {plain_name(name): name for name in live})
         specs = {plain_name(n): TensorSpec.of(t) for n, t in live.items() if n not in parts}
         expected = {name: castable(name, spec, source.tensors) for name, spec in specs.items()}
-        sources = {name for conversion in conversions for name in conversion.sources}
-        _check_names(model, source, expected, {*others, *sources}, {n: names[full] for n, full in converted.items()})
+        _check_names(model, source, expected, experts, {n: names[full] for n, full in converted.items()})
         need_equal(tied_names(model, _names(model).ours), source, specs)
         modules = files_of(model, live)
         check_schemes(model, modules, config, source.tensors, source.path)
@@ -145,15 +143,10 @@ def _check_names(
     model: Any,
     source: CheckpointFolder,
     expected: Mapping[str, TensorSpec],
-    others: set[str],
+    experts: set[str],
     converted: Mapping[str, Tensor],
 ) -> None:
     """Raise CheckpointError for tensors that are missing, unexpected or do not fit, converted and tied ones included."""
-    theirs = _names(model).ours
-    tied = tied_names(model, theirs)
-    rule = dropping_rule(model, {name: theirs.get(name, name) for name in source.tensors})
-    known = {*expected, *others, *tied}
-    dropped = {name for name in source.tensors if name not in known and rule(name, theirs.get(name, name)) is not None}
     wanted = dict(expected)
     for conversion in _names(model).conversions:
         if not conversion.sources.keys() <= source.tensors.keys():
@@ -162,7 +155,7 @@ def _check_names(
         for name, spec in conversion.specs(model, {n: source.tensors[n].spec for n in conversion.sources}).items():
             if spec.shape != tuple(converted[name].shape):
                 wanted[name] = TensorSpec.of(converted[name])
-    check_tensors(source, wanted, ignore={*tied, *others, *dropped})
+    check_names(model, source, _names(model), wanted, experts)
 
 
 def _names(model: Any) -> Names:
