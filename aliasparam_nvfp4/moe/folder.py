@@ -69,7 +69,7 @@ class ExpertSource:
     @property
     def optional(self) -> frozenset[str]:
         """Suffixes which experts may have in the files or not: input scales where they are not read, or may be missing."""
-        return frozenset() if self.input_scale and self.missing == "refuse" else frozenset({self.format.input_global})
+        return optional_suffixes(self.format, self.missing, input_scale=self.input_scale)
 
     def specs(self) -> dict[tuple[str, str], TensorSpec]:
         """(shard, suffix) to what the folder must hold for every expert, undivided."""
@@ -112,8 +112,7 @@ class ExpertSource:
         """
         self.tensors.need(self.shape.all_experts, self.specs(), optional=self.optional)
         scalars = {p.key: float(self.folder.read(p.name)) for p in self.parts() if self._is_scalar(p.key)}
-        may_lack = () if self.missing == "refuse" else (self.format.input_global,)
-        need_stored_scales({self.tensors.name(key): v for key, v in scalars.items() if key[2] not in may_lack})
+        need_stored_scales({self.tensors.name(key): v for key, v in scalars.items() if key[2] not in self.optional})
         weight = self.format.weight_global
         differing = {
             self.tensors.name(key): (value, scalars[key[0], "w3", weight])
@@ -192,6 +191,11 @@ def expert_specs(
         for name in scalars:
             found[shard, name] = TensorSpec(names.scalar_shape, torch.float32)
     return found
+
+
+def optional_suffixes(names: CheckpointFormat, missing: Missing, *, input_scale: bool) -> frozenset[str]:
+    """See :attr:`ExpertSource.optional`."""
+    return frozenset() if input_scale and missing == "refuse" else frozenset({names.input_global})
 
 
 def expert_source(method: NvFp4MoEMethod, layer: nn.Module, folder: CheckpointFolder, tensors: ExpertTensors) -> ExpertSource:
