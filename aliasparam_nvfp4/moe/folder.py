@@ -78,21 +78,20 @@ class ExpertSource:
 
     def parts(self) -> Iterator[ExpertPart]:
         """What this rank reads: its experts, its share of each, and the input scales of all experts."""
-        shape, first = self.shape, self.shape.first_expert
+        for key in self._keys():
+            if key in self.tensors.entries or key[2] not in self.optional:
+                yield ExpertPart(key, self.tensors.name(key), *self.share(key[1], key[2]))
+
+    def absent(self) -> Iterator[ExpertKey]:
+        """Input scales that the layer has and the files do not."""
+        yield from (key for key in self._keys() if key[2] == self.format.input_global and key not in self.tensors.entries)
+
+    def _keys(self) -> Iterator[ExpertKey]:
+        first, shape = self.shape.first_expert, self.shape
         for shard, suffix in self.specs():
             everyone = suffix == self.format.input_global
             for expert in range(shape.all_experts) if everyone else range(first, first + shape.experts):
-                key = (expert, shard, suffix)
-                if key not in self.tensors.entries and suffix in self.optional:
-                    continue
-                yield ExpertPart(key, self.tensors.name(key), *self.share(shard, suffix))
-
-    def absent(self) -> Iterator[ExpertKey]:
-        """Tensors that the layer has and the files do not."""
-        if self.input_scale:
-            shards = [shard for shard, suffix in self.specs() if suffix == self.format.input_global]
-            keys = [(expert, shard, self.format.input_global) for expert in range(self.shape.all_experts) for shard in shards]
-            yield from (key for key in keys if key not in self.tensors.entries)
+                yield expert, shard, suffix
 
     def share(self, shard: str, suffix: str) -> tuple[slice, slice]:
         """Rows and columns of each expert's tensor that this rank has."""
@@ -158,12 +157,7 @@ class ExpertSource:
         return [key, (key[0], "w3", key[2])] if key[1] == "w1" and self.gated else [key]
 
     def _rows(self) -> Iterator[ExpertKey]:
-        first, shape = self.shape.first_expert, self.shape
-        for shard, suffix in self.specs():
-            everyone = suffix == self.format.input_global
-            for expert in range(shape.all_experts) if everyone else range(first, first + shape.experts):
-                if shard != "w3":
-                    yield expert, shard, suffix
+        yield from (key for key in self._keys() if key[1] != "w3")
 
     def _value(self, part: ExpertPart | None) -> Tensor:
         """As the files have it; 0 is an input scale that is missing."""
