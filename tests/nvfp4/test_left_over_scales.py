@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from aliasparam import checkpoint_state_dict
+from aliasparam_nvfp4.checkpoint import CheckpointError
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("modelopt")
@@ -61,10 +62,12 @@ def test_laws_5_and_9_scales_that_are_left_over_travel_along(kind: str, tmp_path
     """Also such as are none: the same for layers, for experts with tensors of their own and for fused ones."""
     a, b = (written(kind, seed, tmp_path / str(seed), moe_folders) for seed in (0, 1))
     first, second = weights_alone(a, tmp_path / "first", 0.0), weights_alone(b, tmp_path / "second", float("nan"))
-    model = load(first)
-    assert torch.equal(out(model), out(load(weights_alone(a, tmp_path / "bare", None))))
+    model, bare = load(first), load(weights_alone(a, tmp_path / "bare", None))
+    assert torch.equal(out(model), out(bare))
     assert same_bytes(checkpoint_state_dict(model), load_file(first / "model.safetensors"))
 
     reload_folder(model, second)
     assert torch.equal(out(model), out(load(second)))
     assert same_bytes(checkpoint_state_dict(model), load_file(second / "model.safetensors"))
+    with pytest.raises(CheckpointError, match="input_scale" if kind == "linear layers" else r"experts\..*input_scale"):
+        reload_folder(bare, second)  # it has no place for them, and what it exports would be another folder

@@ -227,9 +227,10 @@ def check_experts(
         tensors = layers[module.layer]
         source = module.source(folder, tensors)
         source.check()
+        new = next((entry.name for key, entry in source.tensors.entries.items() if key not in module.names), None)
+        if new is not None:
+            raise CheckpointError("a tensor was not in the folder that was loaded first", name=f"{folder.path}: {new}")
         for part in source.parts():
-            if part.key not in module.names:
-                raise CheckpointError("a tensor was not in the folder that was loaded first", name=f"{folder.path}: {part.name}")
             parts[live[module.names[part.key]]] = part.name, part.rows, part.columns
         lost = [name for key, name in module.names.items() if key not in source.tensors.entries]
         if lost:
