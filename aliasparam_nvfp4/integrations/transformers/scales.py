@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -57,19 +58,18 @@ def refused_scalars(model: nn.Module, source: Source) -> Iterator[AliasError]:
     names: dict[int, str] = {}
     for path, module in list(model.named_modules()):
         if isinstance(module, Experts):
-            checks.append(lambda m=module, path=path: m.create(folder, source.experts[path], meta))  # type: ignore[misc]
-        elif isinstance(module, FusedExperts):
-            module.create(meta)
-            checks.append(lambda m=module, path=path: m.check_scales(path, _reader(folder, files[path])))  # type: ignore[misc]
-        elif isinstance(module, Fp8Linear):
-            checks.append(lambda m=module, path=path: m.check_scales(path, _reader(folder, files[path])))  # type: ignore[misc]
+            checks.append(partial(module.create, folder, source.experts[path], meta))
+        elif isinstance(module, (Fp8Linear, FusedExperts)):
+            if isinstance(module, FusedExperts):
+                module.create(meta)
+            checks.append(partial(module.check_scales, path, _reader(folder, files[path])))
         elif isinstance(module, Projection):
             names[id(module)] = path
             name = module.kind.names.weight_global
             module.register_parameter(name, nn.Parameter(folder.read(f"{files[path]}.{name}"), requires_grad=False))
     for _, _, members in groups(model):
         paths = [names[id(member)] for member in members]
-        checks.append(lambda m=members, p=paths: _need_linear(p[0], m[0].kind, [files[one] for one in p], folder))  # type: ignore[misc]
+        checks.append(partial(_need_linear, paths[0], members[0].kind, [files[one] for one in paths], folder))
     for check in checks:
         try:
             check()
