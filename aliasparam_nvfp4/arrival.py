@@ -89,22 +89,23 @@ class _Weight:
     """One that the model has in NVFP4.
 
     Attributes:
-        prefix, names: of its tensors.
+        name: of its values in a checkpoint that is not quantized.
+        codes: of its packed values.
+        prefix, names: of its scales.
         shape: of its values.
         shares: equal for weights that have one global scale.
         has_factors: whether its input features have.
+        columns: the files have it ``[E, K, N]`` (gpt-oss's experts).
     """
 
+    name: str
+    codes: str
     prefix: str
     names: CheckpointFormat
     shape: tuple[int, ...]
     shares: object
-    has_factors: bool
-
-    @property
-    def name(self) -> str:
-        """That of its values in a checkpoint that is not quantized."""
-        return f"{self.prefix}weight"
+    has_factors: bool = False
+    columns: bool = False
 
     @property
     def input_global(self) -> str:
@@ -119,7 +120,15 @@ def _weights(served: Mapping[str, Tensor], *, apart: bool) -> Iterator[_Weight]:
             beside = {prefix + names.block_scale, prefix + names.weight_global}
             if leaf == names.weight and tensor.dtype is torch.uint8 and beside <= served.keys():
                 shape = (*tensor.shape[:-1], tensor.shape[-1] * 2)
-                yield _Weight(prefix, names, shape, name if apart else _region(tensor), f"{prefix}pre_quant_scale" in served)
+                shares, factors = name if apart else _region(tensor), f"{prefix}pre_quant_scale" in served
+                yield _Weight(f"{prefix}weight", name, prefix, names, shape, shares, factors)
+        if (
+            tensor.dtype is torch.uint8
+            and tensor.dim() == 3
+            and {f"{name}_weight_scale", f"{name}_weight_scale_2"} <= served.keys()
+        ):
+            e, k, n = tensor.shape
+            yield _Weight(name, name, f"{name}_", MODELOPT, (e, k * 2, n), name, columns=True)
 
 
 def _region(tensor: Tensor) -> object:
@@ -173,12 +182,14 @@ def _encoded(group: list[_Arriving], served: Mapping[str, Tensor], recipe: Recip
         weight = one.weight
         live = served[weight.prefix + weight.names.weight_global]
         stored, scale = _global_scale(weight, largest, live, recipe)
-        codes, blocks = (weight.prefix + leaf for leaf in (weight.names.weight, weight.names.block_scale))
-        for box in tiles(whole(weight.shape[:-1]), max(_PIECE // weight.shape[-1], 1)):
-            rows = one.values[part_in(box, whole(weight.shape[:-1]))].to(live.device)
-            packed, block_scale, _ = quantize(rows, scale)
-            yield codes, packed, (*box, (0, packed.shape[-1]))
-            yield blocks, block_scale, (*box, (0, block_scale.shape[-1]))
+        values = one.values.mT if weight.columns else one.values
+        for box in tiles(lines := whole(values.shape[:-1]), max(_PIECE // values.shape[-1], 1)):
+            packed, block_scale, _ = quantize(values[part_in(box, lines)].to(live.device), scale)
+            for name, part in ((weight.codes, packed), (weight.prefix + weight.names.block_scale, block_scale)):
+                place = (*box, (0, part.shape[-1]))
+                if weight.columns:
+                    part, place = part.mT, (*place[:-2], place[-1], place[-2])
+                yield name, part, place
         yield weight.prefix + weight.names.weight_global, stored, None
 
 

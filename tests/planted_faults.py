@@ -362,7 +362,30 @@ FAULTS = [
         "test_fused_projections.py",
         _NVFP4,
     ),
-    Planted("integrations/transformers/reload.py", "    need_equal(tied, source)\n", "", "test_transformers_ties.py", _NVFP4),
+    Planted(
+        "integrations/transformers/reload.py",
+        "        need_equal(tied_names(model, _names(model).ours), source, specs)\n",
+        "",
+        "test_transformers_ties.py",
+        _NVFP4,
+    ),
+    Planted(
+        "integrations/transformers/ties.py",
+        "read(source, box).to(dtype)",
+        "read(source, box).to(read(name, box).dtype)",
+        "test_transformers_ties.py",
+        _NVFP4,
+    ),
+    # what inspect says
+    Planted(
+        "integrations/transformers/scales.py",
+        "        except AliasError as error:\n            yield error",
+        "        except AliasError:\n            pass",
+        "cli/test_inspect_scales.py",
+        _NVFP4,
+    ),
+    Planted("cli/verify_folder.py", "] and otherwise is None", "]", "cli/test_serve.py", _NVFP4),
+    Planted("arrival.py", "one.values.mT if weight.columns else one.values", "one.values", "test_arrival.py", _NVFP4),
     # scales and biases of experts
     Planted("moe/biases.py", "-1) / factors.view", "-1) * factors.view", "test_moe_biases.py", _NVFP4),
     Planted(

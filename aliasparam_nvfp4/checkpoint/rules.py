@@ -90,11 +90,6 @@ class Quantization:
         """The one that fits the file's tensors, see :func:`~aliasparam_nvfp4.checkpoint.scheme.fitting`."""
         return fitting(self.schemes_of(*names), fp4=fp4, stored=stored)
 
-    def algo_of(self, module: str) -> str | None:
-        """The algorithm of one linear module by its dotted path, or None if it is not quantized."""
-        scheme = self.scheme_of(module)
-        return None if scheme is None else scheme.algo
-
     def excludes(self, module: str) -> bool:
         """Whether a pattern of ``exclude`` matches the module."""
         return module in self.rules.ignored

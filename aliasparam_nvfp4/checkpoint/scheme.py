@@ -15,7 +15,7 @@ FP8_BLOCK = 128
 @dataclass(frozen=True)
 class Scheme:
     """Attributes:
-    algo: ModelOpt's name: "NVFP4", "NVFP4_AWQ", "W4A16_NVFP4" or "FP8".
+    algo: ModelOpt's name: "NVFP4", "W4A16_NVFP4" or "FP8".
     inputs: how activations are quantized; None where they are left as they are.
     block: (rows, columns) of the FP8 weights that have one scale, where the config says.
     """
@@ -30,14 +30,13 @@ class Scheme:
 
 
 NVFP4 = Scheme("NVFP4", "stored")
-NVFP4_AWQ = Scheme("NVFP4_AWQ", "stored")
 W4A16 = Scheme("W4A16_NVFP4", None)
 FP8 = Scheme("FP8", "stored")
 
 #: ModelOpt's names of a module's algorithm (``export/quant_utils.py``, ``process_layer_quant_config``).
 BY_ALGO = {
     "NVFP4": NVFP4,
-    "NVFP4_AWQ": NVFP4_AWQ,
+    "NVFP4_AWQ": NVFP4,  # whether input features have factors of their own the files say: others were folded elsewhere
     "W4A16_NVFP4": W4A16,
     "FP8": FP8,
     "FP8_PER_CHANNEL_PER_TOKEN": Scheme("FP8", "token"),

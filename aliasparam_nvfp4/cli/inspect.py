@@ -70,7 +70,8 @@ def findings(
     with progress() as bar:
         modules = {name.rpartition(".")[0] for name in tensors.tensors}
         scalars = bar.add_task("global scales", total=len(modules))
-        verdict = will_load(folder, config, tensors, lambda: bar.advance(scalars), deep=deep, missing=missing)
+        on_module, how = (lambda: bar.advance(scalars)), {"backend": backend, "moe_backend": moe_backend, "missing": missing}
+        verdict = will_load(folder, config, tensors, on_module, deep=deep, **how)
         if deep:
             bar.add_task("digest", total=None)
         digest = folder_digest(tensors)["digest"] if deep else None

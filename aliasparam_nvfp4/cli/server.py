@@ -8,6 +8,7 @@ import secrets
 import uuid
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from types import NoneType
 from typing import Any, TypeGuard
 
 from fastapi import FastAPI, HTTPException, Request, Response
@@ -23,6 +24,7 @@ from aliasparam import memory_report
 from aliasparam.errors import AliasError
 from aliasparam.reload.digest import FORMATS
 
+from ..integrations.transformers.reload import served_otherwise
 from .delta import delta_once
 from .digest import model_digest
 from .guard import message_of
@@ -130,10 +132,16 @@ def _ours(app: FastAPI, model: Any, turns: Turns, served: dict[str, Any]) -> Non
 
     @app.api_route("/digest", methods=["GET", "POST"])
     async def digest(request: Request) -> Response:
-        kind = (await _body(request)).get("kind", "adler32")
-        if not isinstance(kind, str) or kind not in FORMATS:
-            raise HTTPException(400, f'expected {{"kind": {" or ".join(FORMATS)}}}')
-        return JSONResponse(await turns.when_idle(lambda: {"folder": served["folder"], **model_digest(model, kind)}))
+        body = await _body(request)
+        kind, config = body.get("kind", "adler32"), body.get("quantization")
+        if not isinstance(kind, str) or kind not in FORMATS or not isinstance(config, (dict, NoneType)):
+            raise HTTPException(400, f'expected {{"kind": {" or ".join(FORMATS)}, "quantization": a config or null}}')
+
+        def job() -> dict[str, Any]:
+            otherwise = None if config is None else served_otherwise(model, config)
+            return {"folder": served["folder"], "otherwise": otherwise, **model_digest(model, kind)}
+
+        return JSONResponse(await turns.when_idle(job))
 
     @app.get("/memory")
     async def memory() -> dict[str, Any]:

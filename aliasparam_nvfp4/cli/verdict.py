@@ -11,7 +11,6 @@ from typing import cast
 from aliasparam.errors import AliasError
 
 from ..checkpoint import CheckpointFolder, QuantConfig, TensorEntry
-from ..linear.scales import GlobalScales
 from ..quantize.block_scales import need_block_scales
 from ..quantize.global_scale import EXPECTED, are_scales
 from ..quantize.missing import Missing
@@ -40,6 +39,8 @@ def will_load(
     *,
     deep: bool = False,
     missing: str = "refuse",
+    backend: str = "auto",
+    moe_backend: str = "auto",
 ) -> Verdict:
     """Hold headers against the model that config.json describes, and look at every global scale.
 
@@ -50,35 +51,41 @@ def will_load(
         on_module: called for every module, for a progress bar.
         deep: also read all block scales.
         missing: what counts for missing input scales, see missing.py.
+        backend, moe_backend: with which it would be served.
     """
-    policy = cast(Missing, missing)
-    wrong = list(_scalars(config, tensors, on_module, policy))
+    wrong = list(_scalars(config, tensors, on_module, missing))
     if deep:
         wrong += _block_scales(config, tensors)
     try:
-        asked = fits_the_model(folder, policy)
-        notes = _tokenizer_note(folder) if asked else ()
+        refused = fits_the_model(folder, missing=cast(Missing, missing), backend=backend, moe_backend=moe_backend)
+        notes = _tokenizer_note(folder) if refused is not None else ()
+        wrong = wrong or [_text(error) for error in refused or ()]
     except AliasError as error:
-        wrong.insert(0, str(error).replace("\n", "\n  "))
+        wrong.insert(0, _text(error))
     if wrong:
         more = [f"… and {len(wrong) - _SHOWN} more"] if len(wrong) > _SHOWN else []
         return Verdict(False, (*wrong[:_SHOWN], *more))
-    if not asked:
+    if refused is None:
         return Verdict(None, ("the model itself was not asked, because transformers is not installed",))
     what = "headers fit the model, global scales are scales" + (", block scales too" if deep else "")
     return Verdict(True, (what, *notes))
 
 
-def fits_the_model(folder: Path, missing: Missing = "refuse") -> bool:
-    """Build the model on the meta device and let the quantizer hold the headers against it; False without transformers.
+def _text(error: AliasError) -> str:
+    return str(error).replace("\n", "\n  ")
+
+
+def fits_the_model(folder: Path, *, missing: Missing, backend: str, moe_backend: str) -> Iterator[AliasError] | None:
+    """Build the model on the meta device and let the quantizer hold the headers against it, then global scales: what loading
+    would refuse of these. None without transformers.
 
     Raises:
-        AliasError: what loading would raise.
+        AliasError: what loading would raise of headers.
     """
     from importlib.util import find_spec
 
     if find_spec("transformers") is None or find_spec("accelerate") is None:
-        return False
+        return None
     from ..demo._quiet import quiet
 
     with quiet():
@@ -90,7 +97,8 @@ def fits_the_model(folder: Path, missing: Missing = "refuse") -> bool:
         from ..integrations.transformers.files_read import files_to_read
         from ..integrations.transformers.quantizer import compressed_tensors_here, use_backend
 
-        with compressed_tensors_here(), use_backend(missing_input_scale=missing), readable(folder, "build the model"):
+        chosen = use_backend(backend, moe=moe_backend, missing_input_scale=missing)
+        with compressed_tensors_here(), chosen, readable(folder, "build the model"):
             config = model_config(folder)
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config)
@@ -99,7 +107,7 @@ def fits_the_model(folder: Path, missing: Missing = "refuse") -> bool:
             with closing(CheckpointFolder(folder)) as tensors:
                 files = [str(file) for file in files_to_read(tensors)]
             quantizer.preprocess_model(model=model, config=config, checkpoint_files=files)
-    return True
+    return quantizer.refused_scalars(model)  # type: ignore[no-any-return]
 
 
 def _tokenizer_note(folder: Path) -> tuple[str, ...]:
@@ -114,26 +122,21 @@ def _tokenizer_note(folder: Path) -> tuple[str, ...]:
     return ()
 
 
-def _scalars(config: QuantConfig, folder: CheckpointFolder, on_module: Callable[[], None], missing: Missing) -> Iterator[str]:
-    """What is wrong with global scales, module by module."""
-    names, scales = config.tensors, GlobalScales(config.tensors.reciprocal, missing)
-    may_lack = () if missing == "refuse" else (names.input_global,)
+def _scalars(config: QuantConfig, folder: CheckpointFolder, on_module: Callable[[], None], missing: str) -> Iterator[str]:
+    """Global scales which are none, module by module."""
+    names = config.tensors
     for module, entries in _modules(folder.tensors, (names.weight_global, names.input_global, names.block_scale)).items():
         on_module()
         if names.block_scale not in entries:
             continue
-        known = (name for name in (names.weight_global, names.input_global) if name in entries and entries[name].nbytes)
-        values = {name: folder.read(entries[name].name).float().reshape(-1) for name in known}
-        bad = [name for name, value in values.items() if name not in may_lack and not bool(are_scales(value).all())]
-        yield from (f"{entries[n].name}: not a scale: found {values[n].tolist()}, expected {EXPECTED}" for n in bad)
+        scheme = config.scheme_of(module, stored=names.input_global in entries)
+        left_over = scheme is not None and scheme.inputs != "stored"
+        asked = [names.weight_global] if left_over or missing != "refuse" else [names.weight_global, names.input_global]
+        values = {name: folder.read(entries[name].name) for name in asked if name in entries and entries[name].nbytes}
+        bad = [name for name, value in values.items() if not bool(are_scales(value.float()).all())]
+        yield from (f"{entries[n].name}: not a scale: found {values[n].flatten().tolist()}, expected {EXPECTED}" for n in bad)
         if (fp8 := entries[names.block_scale]).dtype.itemsize > 1 and not bool(folder.read(fp8.name).isfinite().all()):
             yield f"{fp8.name}: a scale of FP8 weights is no number"
-        if len(values) == 2 and not bad:
-            try:
-                scales.alpha(values[names.input_global], values[names.weight_global])
-                scales.input_scale_inv(values[names.input_global])
-            except AliasError as error:
-                yield f"{module}: {error.message}: found {error.found}, expected {error.expected}"
 
 
 def _block_scales(config: QuantConfig, folder: CheckpointFolder) -> Iterator[str]:

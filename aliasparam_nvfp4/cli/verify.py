@@ -103,6 +103,8 @@ def _verify_folder(folder: Path, server: str | None, digest: str, *, json: bool)
         say_json({"folder": str(folder), "server": server, **found})
     elif found["held"]:
         say(f"{server or 'the model loaded here'} holds {folder} bit for bit: {found['digest']}")
+    elif not found["differing"] and found["otherwise"]:
+        say(f"the bytes are those of {folder}, and {server} computes another thing with them:\n{found['otherwise']}")
     else:
         say(f"{len(found['differing'])} tensors differ: {', '.join(found['differing'][:5])}")
     if not found["held"]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from aliasparam.errors import AliasError
 
+from ..checkpoint import QuantConfig
 from .digest import folder_digest, model_digest
 
 _TOKEN = "ALIASPARAM_TOKEN"
@@ -21,17 +22,20 @@ def compare(folder: Path, server: str | None, kind: str) -> dict[str, Any]:
     """The folder's digest beside that of a server (its ``/digest``), or of a model that is loaded from the folder here.
 
     Returns:
-        ``held``, ``digest``, ``serves`` and ``differing``: names whose digests differ, or that one side alone has.
+        ``held``, ``digest``, ``serves`` and ``differing``: names whose digests differ, or that one side alone has; and
+        ``otherwise``: how the server computes with the same bytes another thing than the folder's config says.
 
     Raises:
-        AliasError: the folder cannot be read, or the server does not answer.
+        AliasError: the folder cannot be read or served, or the server does not answer.
     """
-    found = of_server(server, kind) if server else _of_loaded(folder, kind)
+    found = of_server(server, kind, dict(QuantConfig.from_folder(folder).raw)) if server else _of_loaded(folder, kind)
     expected = folder_digest(folder, kind, found["tensors"])
     names = sorted(expected["tensors"].keys() | found["tensors"].keys())
     differing = [name for name in names if expected["tensors"].get(name) != found["tensors"].get(name)]
-    held = found["digest"] == expected["digest"]
-    return {"held": held, "digest": expected["digest"], "serves": found["digest"], "kind": kind, "differing": differing}
+    otherwise = found.get("otherwise")
+    held = found["digest"] == expected["digest"] and otherwise is None
+    digests = {"digest": expected["digest"], "serves": found["digest"], "kind": kind}
+    return {"held": held, **digests, "differing": differing, "otherwise": otherwise}
 
 
 def _of_loaded(folder: Path, kind: str) -> dict[str, Any]:
@@ -40,8 +44,8 @@ def _of_loaded(folder: Path, kind: str) -> dict[str, Any]:
     return model_digest(load(folder, "auto", "auto")[0], kind)
 
 
-def of_server(server: str, kind: str) -> dict[str, Any]:
-    """What a server's ``/digest`` says.
+def of_server(server: str, kind: str, quantization: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What a server's ``/digest`` says, also of how it would serve the same bytes under another config.
 
     Raises:
         AliasError: this is no server's address, or what is there does not answer with a digest.
@@ -49,8 +53,9 @@ def of_server(server: str, kind: str) -> dict[str, Any]:
     if not server.startswith(("http://", "https://")):
         raise AliasError("this is not a server's address", name=server, expected="http://HOST:PORT")
     headers = {"Authorization": f"Bearer {os.environ.get(_TOKEN, '')}", "Content-Type": "application/json"}
+    body = json.dumps({"kind": kind, "quantization": quantization}).encode()
     try:
-        request = urllib.request.Request(f"{server.rstrip('/')}/digest", json.dumps({"kind": kind}).encode(), headers)
+        request = urllib.request.Request(f"{server.rstrip('/')}/digest", body, headers)
         with urllib.request.urlopen(request) as answer:
             found = json.loads(answer.read())
     except (OSError, ValueError, http.client.HTTPException) as error:

@@ -50,8 +50,9 @@ def open_checked(path: str, before: str, known: Mapping[str, TensorSpec], world:
     folder = CheckpointFolder(path)
     try:
         _check_config(Path(path), Path(before))
-        _check_headers(folder, known, _headers(before), optional=_INPUT if _is_w4a16(Path(path)) else ())
-        _check_scales(folder, world)
+        optional = _INPUT if _is_w4a16(Path(path)) else ()
+        _check_headers(folder, known, _headers(before), optional)
+        _check_scales(folder, world, optional)
     except BaseException:
         folder.close()
         raise
@@ -151,10 +152,11 @@ def _check_headers(
         )
 
 
-def _check_scales(folder: CheckpointFolder, world: World) -> None:
+def _check_scales(folder: CheckpointFolder, world: World, optional: tuple[str, ...]) -> None:
+    read = [*_GLOBAL, *(end for end in _INPUT if end not in optional)]
     for name in folder.tensors:
         # An expert that met no token in calibration has an input scale of 0: the largest of its layer counts then.
-        if name.endswith(_GLOBAL) or (name.endswith(_INPUT) and ".experts." not in name):
+        if name.endswith(tuple(read)) and not (name.endswith(_INPUT) and ".experts." in name):
             value = folder.read(name)
             if not bool(are_scales(value).all()):
                 found = value.tolist()

@@ -69,7 +69,7 @@ class ExpertSource:
     @property
     def optional(self) -> frozenset[str]:
         """Suffixes which experts may have in the files or not: input scales where they are not read, or may be missing."""
-        return frozenset() if self.input_scale and self.missing == "refuse" else frozenset({self.format.input_global})
+        return optional_suffixes(self.format, self.missing, input_scale=self.input_scale)
 
     def specs(self) -> dict[tuple[str, str], TensorSpec]:
         """(shard, suffix) to what the folder must hold for every expert, undivided."""
@@ -78,21 +78,20 @@ class ExpertSource:
 
     def parts(self) -> Iterator[ExpertPart]:
         """What this rank reads: its experts, its share of each, and the input scales of all experts."""
-        shape, first = self.shape, self.shape.first_expert
+        for key in self._keys():
+            if key in self.tensors.entries or key[2] not in self.optional:
+                yield ExpertPart(key, self.tensors.name(key), *self.share(key[1], key[2]))
+
+    def absent(self) -> Iterator[ExpertKey]:
+        """Input scales that the layer has and the files do not."""
+        yield from (key for key in self._keys() if key[2] == self.format.input_global and key not in self.tensors.entries)
+
+    def _keys(self) -> Iterator[ExpertKey]:
+        first, shape = self.shape.first_expert, self.shape
         for shard, suffix in self.specs():
             everyone = suffix == self.format.input_global
             for expert in range(shape.all_experts) if everyone else range(first, first + shape.experts):
-                key = (expert, shard, suffix)
-                if key not in self.tensors.entries and suffix in self.optional:
-                    continue
-                yield ExpertPart(key, self.tensors.name(key), *self.share(shard, suffix))
-
-    def absent(self) -> Iterator[ExpertKey]:
-        """Tensors that the layer has and the files do not."""
-        if self.input_scale:
-            shards = [shard for shard, suffix in self.specs() if suffix == self.format.input_global]
-            keys = [(expert, shard, self.format.input_global) for expert in range(self.shape.all_experts) for shard in shards]
-            yield from (key for key in keys if key not in self.tensors.entries)
+                yield expert, shard, suffix
 
     def share(self, shard: str, suffix: str) -> tuple[slice, slice]:
         """Rows and columns of each expert's tensor that this rank has."""
@@ -112,8 +111,7 @@ class ExpertSource:
         """
         self.tensors.need(self.shape.all_experts, self.specs(), optional=self.optional)
         scalars = {p.key: float(self.folder.read(p.name)) for p in self.parts() if self._is_scalar(p.key)}
-        may_lack = () if self.missing == "refuse" else (self.format.input_global,)
-        need_stored_scales({self.tensors.name(key): v for key, v in scalars.items() if key[2] not in may_lack})
+        need_stored_scales({self.tensors.name(key): v for key, v in scalars.items() if key[2] not in self.optional})
         weight = self.format.weight_global
         differing = {
             self.tensors.name(key): (value, scalars[key[0], "w3", weight])
@@ -159,12 +157,7 @@ class ExpertSource:
         return [key, (key[0], "w3", key[2])] if key[1] == "w1" and self.gated else [key]
 
     def _rows(self) -> Iterator[ExpertKey]:
-        first, shape = self.shape.first_expert, self.shape
-        for shard, suffix in self.specs():
-            everyone = suffix == self.format.input_global
-            for expert in range(shape.all_experts) if everyone else range(first, first + shape.experts):
-                if shard != "w3":
-                    yield expert, shard, suffix
+        yield from (key for key in self._keys() if key[1] != "w3")
 
     def _value(self, part: ExpertPart | None) -> Tensor:
         """As the files have it; 0 is an input scale that is missing."""
@@ -192,6 +185,11 @@ def expert_specs(
         for name in scalars:
             found[shard, name] = TensorSpec(names.scalar_shape, torch.float32)
     return found
+
+
+def optional_suffixes(names: CheckpointFormat, missing: Missing, *, input_scale: bool) -> frozenset[str]:
+    """See :attr:`ExpertSource.optional`."""
+    return frozenset() if input_scale and missing == "refuse" else frozenset({names.input_global})
 
 
 def expert_source(method: NvFp4MoEMethod, layer: nn.Module, folder: CheckpointFolder, tensors: ExpertTensors) -> ExpertSource:

@@ -6,9 +6,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from aliasparam import AliasedStorage, AliasRegistry
+from aliasparam.module.registry import registries
+from aliasparam.reload.delta_apply import Check
+from aliasparam.reload.live import Live
+from aliasparam.reload.patch import Patch
 
 from ..errors import ScaleError
 
@@ -79,6 +83,23 @@ class FiniteBlockScales:
                 expert = place // (bound.capacity // bound.shape[0])
                 raise _nan(registry.label, name, None if self.first_expert is None else self.first_expert + expert)
             self._passed[name] = writes
+
+
+def finite_after(model: nn.Module) -> Check:
+    """For :func:`~aliasparam.reload.prepare_delta`: refuses what a delta would make of block scales, before it is written."""
+    looked_at = {
+        id(registry.sources[name].storage)
+        for _, registry in registries(model)
+        for check in registry.checks
+        if isinstance(check, FiniteBlockScales)
+        for name in check.names
+    }
+
+    def check(label: str, live: Live, patches: Sequence[Patch]) -> None:
+        for patch in patches if id(live.storage) in looked_at else ():
+            need_block_scales(patch.new, label)
+
+    return check
 
 
 def _first_nan(storage: AliasedStorage, written: list[bool]) -> int | None:

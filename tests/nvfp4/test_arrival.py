@@ -28,6 +28,7 @@ pytest.importorskip("transformers")
 from aliasparam_nvfp4.integrations.transformers import compressed_tensors_here
 
 from ..conftest import DEVICES
+from . import test_gpt_oss as gpt_oss
 from .moe_models import by_compressed_tensors, by_modelopt, load, small_moe
 
 KEPT = ("input_scale", "input_global_scale")
@@ -136,6 +137,24 @@ def test_a_scale_that_is_kept_quantizes_each_weight_by_itself(folders: Folders, 
     with unchanged(model), pytest.raises(ScaleError, match=r"experts\.3\.up_proj.*cannot say the largest"):  # noqa: SIM117
         with reload(model, scope="partial", policy="journal") as session:
             session.load(quantize_on_arrival({few: trained(0)[few] * 3}, session.tensors, "kept"))
+
+
+def test_law_9_of_gpt_oss_what_arrives_is_what_modelopt_exports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts fused, by columns, in several pieces; one global scale for all of a tensor."""
+    a, b = gpt_oss.exported(tmp_path / "a", 0), gpt_oss.exported(tmp_path / "b", 1)
+    monkeypatch.setattr("aliasparam_nvfp4.arrival._PIECE", 1000)
+    model = load(a)
+    before, values = checkpoint_state_dict(model), gpt_oss.small(1).state_dict()
+    with reload(model, policy="journal") as session:
+        session.load(quantize_on_arrival(in_parts(values, 0), session.tensors))
+    now, stored = checkpoint_state_dict(model), load_file(b / "model.safetensors")
+    assert now.keys() == stored.keys()
+    for name, value in stored.items():
+        assert torch.equal(bits(now[name]), bits(before[name] if name.endswith("input_scale") else value)), name
+    fused = "model.layers.0.mlp.experts.down_proj"
+    with reload(model, scope="partial") as session:
+        session.load(quantize_on_arrival({fused: values[fused] * 0.5}, session.tensors, "kept"))
+    assert torch.equal(checkpoint_state_dict(model)[f"{fused}_weight_scale_2"], stored[f"{fused}_weight_scale_2"])
 
 
 DOWN, UP, QUERY = (

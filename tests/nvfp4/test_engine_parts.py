@@ -208,3 +208,5 @@ def test_left_over_input_scales_of_w4a16_may_come_and_go(tmp_path: Path) -> None
     full, bare = folder(tmp_path / "full", algorithm="W4A16_NVFP4"), folder(tmp_path / "bare", without_input_scale, "W4A16_NVFP4")
     check_folder(full, bare, ALONE)
     check_folder(bare, full, ALONE)
+    none = torch.tensor([torch.nan])
+    check_folder(folder(tmp_path / "none", lambda found: found.update({"layer.input_scale": none}), "W4A16_NVFP4"), full, ALONE)

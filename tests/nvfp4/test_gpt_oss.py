@@ -158,16 +158,22 @@ def test_law_9_another_label_of_the_same_experts_is_refused_by_a_reload(tmp_path
     assert torch.equal(logits(model), first)
 
 
-def test_it_loads_what_modelopt_itself_exports(tmp_path: Path) -> None:
+def exported(path: Path, seed: int) -> Path:
+    """By ModelOpt itself."""
     pytest.importorskip("modelopt")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import modelopt.torch.quantization as mtq
         from modelopt.torch.export import export_hf_checkpoint
 
-        model = mtq.quantize(small(0), copy.deepcopy(mtq.NVFP4_DEFAULT_CFG), lambda m: m(input_ids=IDS))
+        model = mtq.quantize(small(seed), copy.deepcopy(mtq.NVFP4_DEFAULT_CFG), lambda m: m(input_ids=IDS))
         with torch.inference_mode():
-            export_hf_checkpoint(model, export_dir=tmp_path)
+            export_hf_checkpoint(model, export_dir=path)
+    return path
+
+
+def test_it_loads_what_modelopt_itself_exports(tmp_path: Path) -> None:
+    exported(tmp_path, 0)
     stored = load_file(tmp_path / "model.safetensors")
     served = load(tmp_path, transformers.GptOssForCausalLM)
 

@@ -99,7 +99,7 @@ def test_entries_of_a_mixed_checkpoint_stand_for_the_parts_of_what_they_name(ent
     layers = {entry: {"quant_algo": "NVFP4_AWQ"}, "a.qkv_proj": {"quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"}}
     config = {"quant_method": "modelopt_mixed", "quant_algo": "MIXED_PRECISION", "quantized_layers": layers}
 
-    assert schemes(config, "m.experts.3.up_proj") == ("NVFP4_AWQ", "stored")
+    assert schemes(config, "m.experts.3.up_proj") == ("NVFP4", "stored")
     assert schemes(config, "a.k_proj") == ("FP8", "token")
     assert schemes(config, "b.k_proj") is None
 

@@ -198,6 +198,20 @@ def test_awq_in_another_dtype_loads_and_reloads(tmp_path: Path) -> None:
     assert torch.isfinite(before).all() and before.shape == logits_of(decoded(folder)).shape
 
 
+def test_law_9_awq_is_a_label_of_nvfp4_and_its_factors_are_in_the_files_or_not(tmp_path: Path) -> None:
+    """ModelOpt says AWQ of layers whose factors it folded into what is before them, too."""
+    a, b = (write_checkpoint(tmp_path / name, seed) for name, seed in (("a", 1), ("b", 2)))
+    text = (b / "config.json").read_text()
+    (b / "config.json").write_text(text.replace('"quant_algo": "NVFP4"', '"quant_algo": "NVFP4_AWQ"'))
+    model, cold = load_as(a, torch.bfloat16), load_as(b, torch.bfloat16)
+    first = out(model)
+
+    reload_folder(model, b)
+    assert torch.equal(out(model), out(cold))
+    reload_folder(cold, a)
+    assert torch.equal(out(cold), first)
+
+
 # -- bad scales ----------------------------------------------------------------------------------------------------------
 
 NAME = "model.layers.1.mlp.down_proj"

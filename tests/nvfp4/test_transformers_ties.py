@@ -56,6 +56,29 @@ def test_law_9_a_head_in_the_files_is_tied_if_it_is_equal(way: str, change: int,
     assert (cold.lm_head.weight is cold.model.embed_tokens.weight) == (not change)
 
 
+@pytest.mark.parametrize("equal", [True, False])
+@pytest.mark.parametrize(
+    "dtypes", [(torch.bfloat16, torch.float16), (torch.float32, torch.bfloat16), (torch.float32, torch.float32)]
+)
+def test_law_9_a_head_of_another_dtype_is_tied_if_it_is_equal_in_the_models(
+    dtypes: tuple[torch.dtype, torch.dtype], equal: bool, tmp_path: Path
+) -> None:
+    """As a cold load compares them; bits which the model's dtype does not have do not count."""
+    model = load(write_checkpoint(tmp_path / "a", 1))
+    b = with_head(write_checkpoint(tmp_path / "b", 2), tmp_path / "heads", 0)
+    tensors = load_file(b / "model.safetensors")
+    value = tensors["lm_head.weight"].half().bfloat16()  # both hold it
+    tensors["model.embed_tokens.weight"] = value.to(dtypes[0]) * (1 + 2**-12)
+    tensors["lm_head.weight"] = value.to(dtypes[1]) + (0 if equal else 1)
+    save_file(tensors, b / "model.safetensors", metadata={"format": "pt"})
+    before, cold = out(model), load(b)
+
+    with contextlib.nullcontext() if equal else pytest.raises(CheckpointError, match=r"lm_head.weight: .* the model ties"):
+        reload_folder(model, b)
+    assert torch.equal(out(model), out(cold) if equal else before)
+    assert (cold.lm_head.weight is cold.model.embed_tokens.weight) == equal
+
+
 def test_a_tied_head_of_another_shape_is_named_before_anything_is_loaded(tmp_path: Path) -> None:
     folder = with_head(write_checkpoint(tmp_path / "a", 1), tmp_path / "b", 0)
     tensors = load_file(folder / "model.safetensors")

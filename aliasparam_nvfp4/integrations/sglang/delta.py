@@ -23,6 +23,7 @@ from aliasparam.storage.coverage import Box
 
 from ...checkpoint import CheckpointError
 from ...checkpoint.quant_config import read_json
+from ...quantize.block_scales import finite_after
 from ..patched import PatchedFolder
 from .loaders import written_to
 from .served import served
@@ -55,10 +56,11 @@ def prepare(model: Any, path: str, stack: ExitStack) -> ReloadSession:
 
     Raises:
         DeltaError: wrong version or checksums, a malformed delta, or tensors that this rank does not hold whole.
+        ScaleError: block scales that are NaN.
     """
     chain = stack.enter_context(_chain(path, served(model).version))
     places = Places(inside=parts_of(model, served(model).tensors))
-    return prepare_delta(model, chain, serving=served(model).version, names=places)
+    return prepare_delta(model, chain, serving=served(model).version, names=places, check=finite_after(model))
 
 
 def patched(model: Any, path: str, base: str, stack: ExitStack) -> PatchedFolder:

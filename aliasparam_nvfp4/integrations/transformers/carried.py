@@ -34,7 +34,7 @@ def carry(model: nn.Module, stored: Mapping[str, TensorEntry]) -> list[str]:
     carried = []
     for name, entry in stored.items():
         path, _, leaf = name.rpartition(".")
-        if leaf not in (*KV_SCALES, *INPUT_SCALES):
+        if leaf not in KV_SCALES and not leaf.endswith(INPUT_SCALES):  # gpt-oss: gate_up_proj_input_scale
             continue
         module = modules.get(path)
         if module is None and leaf in KV_SCALES and path.endswith(".attn") and path.removesuffix(".attn") in modules:

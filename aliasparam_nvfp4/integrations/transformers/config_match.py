@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from ...checkpoint import CheckpointError, CheckpointFolder, QuantConfig
+from ...checkpoint import CheckpointError, QuantConfig
 from ...checkpoint.scheme import Scheme
 from .carried import TELLING
 from .config import model_config
+from .experts import Experts
 from .unwrap import plain_name
 
 #: Entries that say how a model came here or is served, not what it is.
@@ -77,37 +78,31 @@ def check_config(model: Any, folder: Path, *, strict: bool = False) -> QuantConf
     return parsed
 
 
-def check_schemes(model: nn.Module, config: QuantConfig, folder: CheckpointFolder, files: Mapping[str, str]) -> None:
+def check_schemes(
+    model: nn.Module, files: Mapping[str, str], config: QuantConfig, tensors: Collection[str], folder: str | Path
+) -> None:
     """Refuse a folder in which a module is quantized otherwise.
 
     Args:
         model: unwrapped.
+        files: path of each quantized module, but of experts apart, to its name in the files.
         config: the folder's.
-        folder: opened.
-        files: path of each quantized module to its name in the files.
+        tensors: names of its tensors.
+        folder: for messages.
 
     Raises:
         CheckpointError: names the first such module.
     """
     for path, module in model.named_modules():
-        if path in files:
-            need_scheme(module.scheme, config, folder, {files[path]: plain_name(path)})
-
-
-def need_scheme(served: Scheme, config: QuantConfig, folder: CheckpointFolder, modules: Mapping[str, str]) -> None:
-    """The same of modules that are served as one.
-
-    Args:
-        served: how.
-        config: the folder's.
-        folder: opened.
-        modules: their names in the files to those in the model.
-    """
-    stored = any(f"{theirs}.{leaf}" in folder.tensors for theirs in modules for leaf in TELLING)
-    for theirs, ours in modules.items():
-        found = config.scheme_of(theirs, ours, fp4=served.is_fp4, stored=stored)
-        if found != served:
-            raise _another_way(folder.path, f"{_said(served)} of {theirs}", _said(found))
+        modules = {files[path]: plain_name(path)} if path in files else {}
+        if isinstance(module, Experts):  # served as one
+            parts = dict.fromkeys(name.rpartition(".")[0] for name in module.names.values())
+            modules = {part: f"{plain_name(path)}{part.removeprefix(module.layer)}" for part in parts}
+        stored = any(f"{theirs}.{leaf}" in tensors for theirs in modules for leaf in TELLING)
+        for theirs, ours in modules.items():
+            found = config.scheme_of(theirs, ours, fp4=module.scheme.is_fp4, stored=stored)
+            if found != module.scheme:
+                raise _another_way(folder, f"{_said(module.scheme)} of {theirs}", _said(found))
 
 
 def _said(scheme: Scheme | None) -> str:
@@ -117,7 +112,7 @@ def _said(scheme: Scheme | None) -> str:
     return f"{scheme.algo}{blocks}, activations {scheme.inputs or 'as they are'}"
 
 
-def _another_way(folder: Path, expected: str, found: str) -> CheckpointError:
+def _another_way(folder: str | Path, expected: str, found: str) -> CheckpointError:
     return CheckpointError(
         "the folder is quantized in another way",
         name=str(folder),

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from aliasparam import checkpoint_names
 from aliasparam.host import HOST
-from aliasparam.module.registry import registries
 from aliasparam.reload import prepare_delta
 from aliasparam.reload.delta_apply import Check, opened_delta
 from aliasparam.reload.delta_folder import Chain, DeltaFolder
@@ -26,7 +25,7 @@ from aliasparam.reload.targets import find_targets, live_of
 
 from ...checkpoint import WHOLE, CheckpointFolder, ExpertTensors
 from ...moe.folder import expert_source
-from ...quantize.block_scales import FiniteBlockScales, need_block_scales
+from ...quantize.block_scales import finite_after
 from .conversions import Conversion
 from .dropped import dropping_rule
 from .experts import Experts
@@ -106,13 +105,7 @@ def places_of(model: nn.Module, delta: DeltaFolder | Chain, add_up: AddUp | None
 
 def _need_scales(model: nn.Module) -> Check:
     """Refuses what a delta would make of scales that are none, before it is written. Bytes that do not change are some."""
-    blocks = {
-        id(registry.sources[name].storage)
-        for _, registry in registries(model)
-        for check in registry.checks
-        if isinstance(check, FiniteBlockScales)
-        for name in check.names
-    }
+    finite = finite_after(model)
     fp8 = {
         id(live_of(module._parameters[leaf])): (path, module, leaf)  # type: ignore[arg-type]
         for path, module in model.named_modules()
@@ -121,9 +114,7 @@ def _need_scales(model: nn.Module) -> Check:
     }
 
     def check(label: str, live: Live, patches: Sequence[Patch]) -> None:
-        if id(live.storage) in blocks:
-            for patch in patches:
-                need_block_scales(patch.new, label)
+        finite(label, live, patches)
         if id(live.tensor) in fp8:
             path, module, leaf = fp8[id(live.tensor)]
             new = patched(live, patches).tensor

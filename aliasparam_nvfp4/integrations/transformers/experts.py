@@ -22,7 +22,7 @@ from ...checkpoint.experts import ExpertKey
 from ...checkpoint.format import CheckpointFormat
 from ...checkpoint.scheme import Scheme
 from ...moe import ExpertActivation, NvFp4MoEMethod
-from ...moe.folder import SHARDS, ExpertSource, expert_source, expert_specs, load_from
+from ...moe.folder import SHARDS, ExpertSource, expert_source, expert_specs, load_from, optional_suffixes
 from .activation import by_columns, expert_activation
 from .choice import ExpertChoice as ExpertChoice
 from .fused_experts import fused_in_files
@@ -77,15 +77,11 @@ class Experts(nn.Module):
         method, gated = self.quant_method, self.quant_method.activation.gated
         specs = expert_specs(method.checkpoint, hidden, intermediate, input_scale=method.input_scale, gated=gated)
         own = tensors if gated else tensors.without_gate()
-        own.need(experts, specs, optional=self._optional())
+        optional = optional_suffixes(method.checkpoint, method.missing_input_scale, input_scale=method.input_scale)
+        own.need(experts, specs, optional=optional)
 
-    def _optional(self) -> tuple[str, ...]:
-        method = self.quant_method
-        strict = method.input_scale and method.missing_input_scale == "refuse"
-        return () if strict else (method.checkpoint.input_global,)
-
-    def load(self, folder: CheckpointFolder, tensors: ExpertTensors, device: torch.device) -> None:
-        """Allocate on ``device``, read this rank's part, process, and show every expert's tensors.
+    def create(self, folder: CheckpointFolder, tensors: ExpertTensors, device: torch.device) -> ExpertSource:
+        """Allocate on ``device``, empty; where this rank's part lies in ``folder``.
 
         Raises:
             CheckpointError: see :meth:`~aliasparam_nvfp4.moe.folder.ExpertSource.check`.
@@ -93,10 +89,15 @@ class Experts(nn.Module):
         """
         experts, hidden, intermediate = self._sizes
         own, width = self.ranks.divided(experts, intermediate)
-        with torch.device(device):
+        with device:
             self.quant_method.create_weights(self, own, hidden, width, self._dtype)
         source = self.source(folder, tensors)
         source.check()
+        return source
+
+    def load(self, folder: CheckpointFolder, tensors: ExpertTensors, device: torch.device) -> None:
+        """Read this rank's part, process, and show every expert's tensors. Raises as :meth:`create`."""
+        source = self.create(folder, tensors, device)
         load_from(source, self)
         self._show(source)
         self._carry(source, device)
@@ -109,7 +110,7 @@ class Experts(nn.Module):
         """Input scales that are not read travel with their projections."""
         read = {part.key for part in source.parts()}
         for key, entry in source.tensors.entries.items():
-            if key not in read and key[2] in self._optional():
+            if key not in read and key[2] in source.optional:
                 value = nn.Parameter(source.folder.read(entry.name).to(device), requires_grad=False)
                 _projection(self, entry.name).register_parameter(key[2], value)
 

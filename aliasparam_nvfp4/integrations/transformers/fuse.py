@@ -28,19 +28,23 @@ def fuse_projections(model: nn.Module, backend: str, retarget_to: Sequence[str] 
     """
     methods: dict[ProjectionKind, NvFp4LinearMethod] = {}
     count = 0
-    for parent in list(model.modules()):
-        if isinstance(parent, FusedLinear):
-            continue
-        for holder, name, members in _groups(parent):
-            kind = members[0].kind
-            method = methods.setdefault(kind, kind.method(backend, retarget_to))
-            _fuse(holder, name, members, method)
-            count += 1
+    for holder, name, members in groups(model):
+        kind = members[0].kind
+        method = methods.setdefault(kind, kind.method(backend, retarget_to))
+        _fuse(holder, name, members, method)
+        count += 1
     return count
 
 
+def groups(model: nn.Module) -> Iterator[tuple[nn.Module, str, list[Projection]]]:
+    """(module that gets the fused layer, its name there, its projections) of a model whose global scales are known."""
+    for parent in list(model.modules()):
+        if not isinstance(parent, FusedLinear):
+            yield from _groups(parent)
+
+
 def _groups(parent: nn.Module) -> Iterator[tuple[nn.Module, str, list[Projection]]]:
-    """(module that gets the fused layer, its name there, its projections) among the direct children of ``parent``.
+    """The same among the direct children of ``parent``.
 
     A container runs or counts all its children, so it gets none: the layer of a single projection is a child of that.
     """

@@ -7,7 +7,7 @@ makes the aliased storage, whose layouts begin with "columns to rows", and shows
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from aliasparam import registry_of
 from aliasparam.host import HOST
 
-from ...checkpoint import CheckpointFolder, TensorEntry, UnsupportedFormatError
+from ...checkpoint import TensorEntry, UnsupportedFormatError
 from ...checkpoint.format import MODELOPT, CheckpointFormat
 from ...checkpoint.scheme import Scheme
 from ...moe import GPT_OSS, ExpertActivation, NvFp4MoEMethod, Stored
@@ -25,7 +25,6 @@ from ...moe.runners import MoEShape
 from ...quantize.global_scale import need_stored_scales
 from ...quantize.missing import is_dynamic
 from .choice import ExpertChoice
-from .unwrap import plain_name
 
 #: Names of the method to those of the files.
 FILES = {
@@ -87,8 +86,7 @@ class FusedExperts(nn.Module):
         held = {name: p for name, p in self._parameters.items() if p is not None}
         for name in held:
             del self._parameters[name]
-        with torch.device(held[FILES["w13_weight"]].device):
-            self.quant_method.create_weights(self, *self._sizes, self._dtype)
+        self.create(held[FILES["w13_weight"]].device)
         registry = registry_of(self)
         if registry is None:
             raise AssertionError("create_weights did not declare the layer")
@@ -101,13 +99,30 @@ class FusedExperts(nn.Module):
                 parameter.zero_() if value is None else parameter.copy_(value.view(parameter.shape))
             view: Tensor = parameter if value is None or value.dim() else parameter.view(())
             registry.show_shards(name, [(nn.Module() if value is None else self, file, view)])
+        for file, left_over in held.items():  # see carried.py
+            self.register_parameter(file, left_over)
 
-    def derive(self, values: Mapping[str, Tensor]) -> None:
-        """Compute from scales and biases what will be computed after a reload: it refuses what float32 does not hold.
+    def create(self, device: torch.device) -> None:
+        """Allocate on ``device``, empty."""
+        with device:
+            self.quant_method.create_weights(self, *self._sizes, self._dtype)
+
+    def check_scales(self, path: str, value: Callable[[str], Tensor]) -> None:
+        """Raise ScaleError for scales that no kernel can take, or of which float32 does not hold what will be computed.
 
         Args:
-            values: by the names of :data:`FILES`; what is missing is 0.
+            path: of this module, for messages.
+            value: of the tensor of such a name in the files.
         """
+        names = [f for f in FILES.values() if f in self._parameters and f.endswith(("_scale_2", "_input_scale", "_bias"))]
+        read = {file: value(file) for file in names}
+        method = self.quant_method
+        may_lack = not method.input_scale or method.missing_input_scale != "refuse"
+        strict = {f: v for f, v in read.items() if not (f.endswith("_bias") or (may_lack and f.endswith("_input_scale")))}
+        need_stored_scales(strict, path)
+        self._derive(read)
+
+    def _derive(self, values: Mapping[str, Tensor]) -> None:
         declared: Declared = self.__dict__["nvfp4_moe_declared"]
         shapes = {n: found for n, found in declared.parameters().items() if n.endswith(("_scale_2", "input_scale", "bias"))}
         given = {
@@ -158,29 +173,3 @@ def fused_in_files(
     experts, hidden, rows = module.get_parameter("gate_up_proj").shape
     sizes = experts, hidden, rows // 2
     return FusedExperts(sizes, stored, scheme=scheme, activation=activation, choice=choice, dtype=dtype)
-
-
-def check_scalars(model: nn.Module, live: Mapping[str, Tensor], folder: CheckpointFolder) -> None:
-    """Refuse global scales of a folder which no kernel can take, before anything is written.
-
-    Args:
-        model: unwrapped.
-        live: the model's tensors by name.
-        folder: opened.
-
-    Raises:
-        ScaleError: names the tensor.
-    """
-    stored = {id(tensor): plain_name(name) for name, tensor in live.items()}
-    for path, module in model.named_modules():
-        if not isinstance(module, FusedExperts):
-            continue
-        may_lack = module.quant_method.missing_input_scale != "refuse"
-        values = {}
-        for file, parameter in module.named_parameters(recurse=False):
-            if not file.endswith(("_scale_2", "_input_scale", "_bias")):
-                continue
-            values[file] = folder.read(stored[id(parameter)])
-            if not (file.endswith("_bias") or (may_lack and file.endswith("_input_scale"))):
-                need_stored_scales({file: values[file]}, path)
-        module.derive(values)

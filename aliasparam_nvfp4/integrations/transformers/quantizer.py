@@ -23,6 +23,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from aliasparam import checkpoint_state_dict, process
+from aliasparam.errors import AliasError
 
 from ...checkpoint import QuantConfig
 from ...linear.backends import linear_backend
@@ -38,6 +39,7 @@ from .linears import replace_linears
 from .names import Names, revert, speak_file_names
 from .placement import need_one_device, need_undivided
 from .report import FolderReport
+from .scales import refused_scalars
 from .source import Source, narrowed
 
 _METHODS = ("modelopt", "modelopt_fp4", "modelopt_mixed")
@@ -170,6 +172,10 @@ class ModelOptQuantizer(HfQuantizer):  # type: ignore[misc]
         ignored: Any = model._keys_to_ignore_on_load_unexpected
         model.__dict__["_class_ignores"] = tuple(ignored or ())
         model.__dict__["_keys_to_ignore_on_load_unexpected"] = {*(ignored or ()), *ours, *dropped}
+
+    def refused_scalars(self, model: nn.Module) -> Iterator[AliasError]:
+        """What loading ``model``, which was preprocessed on the meta device, would refuse of global scales. It is spent."""
+        return refused_scalars(model, self._source)
 
     def update_weight_conversions(self, conversions: Any, model: Any = None) -> Any:
         return narrowed(conversions, self._plain_experts)

@@ -13,25 +13,22 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from aliasparam import TensorSpec, checkpoint_names, reload
-from aliasparam.host import HOST, host_bytes
+from aliasparam.errors import AliasError
+from aliasparam.host import host_bytes
 from aliasparam.reload.observe import Hooks
 from aliasparam.reload.policies import PolicyName
 
-from ...checkpoint import WHOLE, CheckpointError, CheckpointFolder, QuantConfig, check_tensors, expert_layers
-from ...errors import ScaleError
-from ...linear.scales import GlobalScales
-from ...quantize.block_scales import need_block_scales
-from ...quantize.global_scale import need_stored_scales
-from .config_match import check_config, check_schemes, need_scheme
+from ...checkpoint import WHOLE, CheckpointError, CheckpointFolder, QuantConfig, expert_layers
+from .config_match import check_config, check_schemes
 from .conversions import Conversion
-from .dropped import dropping_rule
 from .experts import Experts
 from .files_read import need_same_files
 from .fp8 import Fp8Linear
-from .fused_experts import FusedExperts, check_scalars
-from .modules import FusedLinear, Projection
+from .fused_experts import FusedExperts
+from .modules import Projection
 from .names import Names
-from .source import castable
+from .scales import check_block_scales, check_scalars
+from .source import castable, check_names
 from .ties import need_equal, tied_names
 from .unwrap import need_whole, plain_name, unwrapped
 
@@ -129,16 +126,14 @@ class _Plan:
         converted = {plain_name(name): name for name in names if plain_name(name) in results}
         live = {name: tensor for name, tensor in names.items() if name not in converted.values()}
         need_whole(live)
-        parts, others = check_experts(model, source, config, {plain_name(name): name for name in live})
+        parts, experts = check_experts(model, source, {plain_name(name): name for name in live})
         specs = {plain_name(n): TensorSpec.of(t) for n, t in live.items() if n not in parts}
         expected = {name: castable(name, spec, source.tensors) for name, spec in specs.items()}
-        sources = {name for conversion in conversions for name in conversion.sources}
-        _check_names(model, source, expected, {*others, *sources}, {n: names[full] for n, full in converted.items()})
+        _check_names(model, source, expected, experts, {n: names[full] for n, full in converted.items()})
+        need_equal(tied_names(model, _names(model).ours), source, specs)
         modules = files_of(model, live)
-        check_schemes(model, config, source, modules)
-        check_fused_scales(model, modules, source)
-        check_fp8_scales(model, modules, source)
-        check_scalars(model, live, source)
+        check_schemes(model, modules, config, source.tensors, source.path)
+        check_scalars(model, modules, source)
         check_block_scales(model, live, parts, source)
         targets = {name: TensorSpec.of(tensor) for name, tensor in live.items()}
         return cls(source, targets, parts, conversions, converted, {n: names[full].dtype for n, full in converted.items()})
@@ -148,15 +143,10 @@ def _check_names(
     model: Any,
     source: CheckpointFolder,
     expected: Mapping[str, TensorSpec],
-    others: set[str],
+    experts: set[str],
     converted: Mapping[str, Tensor],
 ) -> None:
     """Raise CheckpointError for tensors that are missing, unexpected or do not fit, converted and tied ones included."""
-    theirs = _names(model).ours
-    tied = tied_names(model, theirs)
-    rule = dropping_rule(model, {name: theirs.get(name, name) for name in source.tensors})
-    known = {*expected, *others, *tied}
-    dropped = {name for name in source.tensors if name not in known and rule(name, theirs.get(name, name)) is not None}
     wanted = dict(expected)
     for conversion in _names(model).conversions:
         if not conversion.sources.keys() <= source.tensors.keys():
@@ -165,8 +155,7 @@ def _check_names(
         for name, spec in conversion.specs(model, {n: source.tensors[n].spec for n in conversion.sources}).items():
             if spec.shape != tuple(converted[name].shape):
                 wanted[name] = TensorSpec.of(converted[name])
-    check_tensors(source, wanted, ignore={*tied, *others, *dropped})
-    need_equal(tied, source)
+    check_names(model, source, _names(model), wanted, experts)
 
 
 def _names(model: Any) -> Names:
@@ -186,6 +175,18 @@ def files_of(model: nn.Module, live: Mapping[str, Tensor]) -> dict[str, str]:
     return found
 
 
+def served_otherwise(model: Any, quantization: Mapping[str, Any]) -> str | None:
+    """Why ``model`` is not what a folder of the same tensors and this quantization would be, if it is not."""
+    model = unwrapped(model)
+    live = checkpoint_names(model)
+    try:
+        config = QuantConfig.from_dict(quantization)
+        check_schemes(model, files_of(model, live), config, {plain_name(name) for name in live}, "the folder")
+    except AliasError as error:
+        return str(error)
+    return None
+
+
 def _agree(model: nn.Module, error: Exception | None) -> None:
     """Where processes share the experts: what one of them refuses all refuse, before any has written."""
     if all(m.ranks.size == 1 for m in model.modules() if isinstance(m, Experts)):
@@ -198,14 +199,13 @@ def _agree(model: nn.Module, error: Exception | None) -> None:
 
 
 def check_experts(
-    model: nn.Module, folder: CheckpointFolder, config: QuantConfig, live: Mapping[str, str]
+    model: nn.Module, folder: CheckpointFolder, live: Mapping[str, str]
 ) -> tuple[dict[str, tuple[str, slice, slice]], set[str]]:
     """Hold the folder's experts against the model's.
 
     Args:
         model: unwrapped.
         folder: opened.
-        config: the folder's.
         live: names in the files to those in the model's state dict.
 
     Returns:
@@ -213,7 +213,7 @@ def check_experts(
         all experts' tensors in the folder, those of other ranks too.
 
     Raises:
-        CheckpointError: no experts where the model has them, experts that do not fit, or are quantized otherwise.
+        CheckpointError: no experts where the model has them, or experts that do not fit.
         ScaleError: scales which are none, or which the runner cannot take.
     """
     layers = expert_layers(folder.tensors)
@@ -227,11 +227,10 @@ def check_experts(
         tensors = layers[module.layer]
         source = module.source(folder, tensors)
         source.check()
-        modules = {name: f"{plain_name(path)}{name.removeprefix(module.layer)}" for name in tensors.projections()}
-        need_scheme(module.scheme, config, folder, modules)
+        new = next((entry.name for key, entry in source.tensors.entries.items() if key not in module.names), None)
+        if new is not None:
+            raise CheckpointError("a tensor was not in the folder that was loaded first", name=f"{folder.path}: {new}")
         for part in source.parts():
-            if part.key not in module.names:
-                raise CheckpointError("a tensor was not in the folder that was loaded first", name=f"{folder.path}: {part.name}")
             parts[live[module.names[part.key]]] = part.name, part.rows, part.columns
         lost = [name for key, name in module.names.items() if key not in source.tensors.entries]
         if lost:
@@ -239,61 +238,3 @@ def check_experts(
         carried = {module.names[key] for key in module.names if live.get(module.names[key]) not in (None, *parts)}
         everyone |= {entry.name for entry in tensors.entries.values() if entry.name not in carried}
     return parts, everyone
-
-
-def check_fused_scales(model: nn.Module, files: Mapping[str, str], folder: CheckpointFolder) -> None:
-    """Read the scalars of the new checkpoint and refuse those which the fused layers cannot take."""
-    paths = {id(module): path for path, module in model.named_modules()}
-    for path, fused in model.named_modules():
-        if not isinstance(fused, FusedLinear):
-            continue
-        tensors = fused.quant_method.checkpoint
-        members = [files[paths[id(member)]] for member in fused.members()]
-        weight_scales = {m: float(folder.read(f"{m}.{tensors.weight_global}")) for m in members}
-        if len(set(weight_scales.values())) > 1:
-            raise ScaleError(
-                "fused projections come with different weight global scales",
-                module=path,
-                name=tensors.weight_global,
-                expected="one value for all of them, as in the checkpoint that was loaded first",
-                found=weight_scales,
-                remedy="Export with unified scales, or start the model cold from this folder: it then stays unfused.",
-            )
-        inputs: dict[str, float] = {}
-        if fused.quant_method.input_scale:
-            inputs = {f"{m}.{tensors.input_global}": float(folder.read(f"{m}.{tensors.input_global}")) for m in members}
-        missing = fused.quant_method.missing_input_scale
-        need_stored_scales({**weight_scales, **(inputs if missing == "refuse" else {})}, path)
-        derived, weight = GlobalScales(tensors.reciprocal, missing), torch.tensor(list(weight_scales.values()), device=HOST)
-        try:
-            if inputs:
-                given = torch.tensor(list(inputs.values()), device=HOST)
-                derived.alpha(given, weight)
-                derived.input_scale_inv(given)
-        except ScaleError as error:
-            raise error.located(module=path) from None
-
-
-def check_fp8_scales(model: nn.Module, files: Mapping[str, str], folder: CheckpointFolder) -> None:
-    """Read the scales of the FP8 layers of a mixed checkpoint and refuse those which are none."""
-    for path, module in model.named_modules():
-        if isinstance(module, Fp8Linear):
-            prefix = files[path]
-            module.check_scales(path, lambda leaf, prefix=prefix: folder.read(f"{prefix}.{leaf}"))  # type: ignore[misc]
-
-
-def check_block_scales(
-    model: nn.Module, names: Mapping[str, Tensor], parts: Mapping[str, tuple[str, slice, slice]], folder: CheckpointFolder
-) -> None:
-    """Read the block scales that this process will take, and refuse those which no kernel can."""
-    unsigned = {
-        id(member.get_parameter(fused.quant_method.checkpoint.block_scale))
-        for fused in model.modules()
-        if isinstance(fused, FusedLinear) and not fused.__dict__["nvfp4_backend"].layout.signed_scales
-        for member in fused.members()
-    }
-    for name, tensor in names.items():
-        if tensor.dtype is torch.float8_e4m3fn and name.endswith("weight_scale"):
-            stored, rows, columns = parts.get(name, (plain_name(name), WHOLE, WHOLE))
-            for _, piece in folder.chunks(stored, rows=rows, columns=columns):
-                need_block_scales(piece, f"{folder.path}: {stored}", signed=id(tensor) not in unsigned)

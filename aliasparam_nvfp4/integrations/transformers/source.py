@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,34 @@ def castable(name: str, spec: TensorSpec, stored: Mapping[str, TensorEntry]) -> 
     dtype = stored[name].dtype if name in stored else spec.dtype
     free = is_wide(dtype) and is_wide(spec.dtype) and not name.endswith(_SCALARS)
     return TensorSpec(spec.shape, dtype) if free else spec
+
+
+def check_names(
+    model: Any, folder: CheckpointFolder, names: Names, expected: Mapping[str, TensorSpec], experts: Collection[str]
+) -> dict[str, str]:
+    """Hold the files' tensors against the model's.
+
+    Args:
+        model: unwrapped.
+        folder: opened.
+        names: what the model calls the files' tensors.
+        expected: what the files must have.
+        experts: names of experts' tensors, which have a check of their own.
+
+    Returns:
+        What the files have besides, and the rule by which the model does without it.
+
+    Raises:
+        CheckpointError: lists all that is missing, unexpected or does not fit.
+    """
+    ours = {name: names.ours.get(name, name) for name in folder.tensors}
+    tied = tied_names(model, names.ours)
+    ignored = {*experts, *tied, *(name for conversion in names.conversions for name in conversion.sources)}
+    rule = dropping_rule(model, ours)
+    unknown = {name: mine for name, mine in ours.items() if name not in expected and name not in ignored}
+    dropped = {name: why for name, mine in unknown.items() if (why := rule(name, mine)) is not None}
+    check_tensors(folder, expected, ignore={*ignored, *dropped})
+    return dropped
 
 
 @dataclass(frozen=True)
@@ -178,14 +206,9 @@ class Source:
             spec = castable(name, TensorSpec.of(tensor), self.tensors)
             if name not in converted or self.tensors[name].spec != spec:
                 expected[theirs.get(name, name)] = spec
-        own = {entry.name for layer in self.experts.values() for entry in layer.entries.values()}
+        placed = [layer for path, layer in self.experts.items() if _module(model, path) is not None]
+        dropped = check_names(model, self.folder, self.names, expected, {n for layer in placed for n in _names(layer)})
         sources = [name for conversion in self.names.conversions for name in conversion.sources]
-        known = {*expected, *own, *sources, *tied}
-        rule = dropping_rule(model, dict(self.names.ours))
-        dropped = {n: why for n, mine in self.names.ours.items() if n not in known and (why := rule(n, mine)) is not None}
-        orphans = {n for path, layer in self.experts.items() if _module(model, path) is None for n in _names(layer)}
-        dropped |= {n: why for n in orphans if (why := rule(n, self.names.ours[n])) is not None}
-        check_tensors(self.folder, expected, ignore={*tied, *sources, *(own - orphans), *dropped})
         held = {theirs.get(name, name) for name in carried}
         loaded = [n for n in self.names.ours if n not in dropped and n not in held]
         return FolderReport(loaded, sources, sorted(held), dropped, tuple(unquantized))

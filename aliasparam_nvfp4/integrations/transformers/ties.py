@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from aliasparam.host import host_bytes
-from aliasparam.layout.bound import flat_bytes
+from aliasparam import TensorSpec
+from aliasparam.layout.boxes import Box, tiles, whole
 from aliasparam.reload.delta_folder import Chain, DeltaFolder
 from aliasparam.reload.sources import SafetensorsFolder
 
 from ...checkpoint import CheckpointError, CheckpointFolder
 
-_PIECE = 8 << 20
+_PIECE = 4 << 20  # elements
 
 
 def tied_names(model: Any, ours: Mapping[str, str]) -> dict[str, str]:
@@ -29,16 +30,23 @@ def tied_names(model: Any, ours: Mapping[str, str]) -> dict[str, str]:
     return {stored.get(name, name): stored.get(source, source) for name, source in tied.items()}
 
 
-def need_equal(tied: Mapping[str, str], folder: CheckpointFolder) -> None:
+def need_equal(tied: Mapping[str, str], folder: CheckpointFolder, specs: Mapping[str, TensorSpec]) -> None:
     """
+    Args:
+        tied: from :func:`tied_names`.
+        folder: opened.
+        specs: the model's tensors, as the files call them.
+
     Raises:
         CheckpointError: the folder has others for what the model ties.
     """
+
+    def read(name: str, box: Box) -> Tensor:
+        return folder.read(name, *(slice(*side) for side in box))
+
     for name, source in tied.items():
-        entry, other = folder.tensors.get(name), folder.tensors.get(source)
-        if entry is None or other is None:
-            continue
-        if entry.spec != other.spec or not _same(folder.chunks(name), folder.chunks(source)):
+        shapes = [folder.tensors[one].shape for one in (name, source) if one in folder.tensors]
+        if len(shapes) == 2 and not _same(read, name, source, shapes, specs[source].dtype):
             raise _untied(f"{folder.path}: {name}", source)
 
 
@@ -61,22 +69,23 @@ def equal_in_deltas(tied: Mapping[str, str], delta: DeltaFolder | Chain) -> Iter
 
 
 def _same_in(folder: SafetensorsFolder, name: str, source: str) -> bool:
-    entry, other = folder.tensors[name], folder.tensors.get(source)
-    if other is None or (entry.dtype, entry.shape) != (other.dtype, other.shape):
-        return False
-    buffers = (host_bytes(_PIECE) for _ in range(2))
-    return _same(*(folder.stream([(one, None)], buffer) for one, buffer in zip((name, source), buffers, strict=True)))
+    shapes = [folder.tensors[one].shape for one in (name, source) if one in folder.tensors]
+    return len(shapes) == 2 and _same(folder.read, name, source, shapes, folder.tensors[source].dtype)
 
 
-def _same(a: Iterable[tuple[Any, ...]], b: Iterable[tuple[Any, ...]]) -> bool:
-    return all(torch.equal(flat_bytes(one), flat_bytes(other)) for (*_, one), (*_, other) in zip(a, b, strict=True))
+def _same(
+    read: Callable[[str, Box], Tensor], name: str, source: str, shapes: Sequence[Sequence[int]], dtype: torch.dtype
+) -> bool:
+    """As transformers compares them: both in the dtype in which the model holds them."""
+    boxes = tiles(whole(shapes[0]), _PIECE)
+    return shapes[0] == shapes[1] and all(torch.equal(read(name, box).to(dtype), read(source, box).to(dtype)) for box in boxes)
 
 
 def _untied(name: str, source: str) -> CheckpointError:
     return CheckpointError(
         "the files have another tensor for what the model ties",
         name=name,
-        expected=f"the bytes of {source}: the model has one tensor for both",
+        expected=f"the values of {source}: the model has one tensor for both",
         found="others",
         remedy="Load a model from this folder: transformers does not tie them then.",
     )

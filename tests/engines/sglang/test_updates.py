@@ -231,6 +231,19 @@ def test_a_delta_on_other_weights_is_refused(dense: Dense, tmp_path: Path) -> No
     assert not success and "checksum" in said and dense.serves("a")
 
 
+def test_a_delta_to_nan_block_scales_is_refused_before_the_first_write(dense: Dense, tmp_path: Path) -> None:
+    from aliasparam.reload.delta_writer import diff
+    from aliasparam.reload.sources import SafetensorsFolder
+
+    bad = folder_of(tmp_path / "bad", BAD["block scales are NaN"][0], {})
+    with SafetensorsFolder(DENSE["a"]) as a, SafetensorsFolder(bad) as b:
+        diff(a, b, tmp_path / "weight_v000001", 1, 0)
+    writes = [storage.version for storage in storages(dense.model)]
+    success, said = dense.update(tmp_path / "weight_v000001")
+    assert not success and "block scales are NaN" in said and "model.layers.7.mlp.down_proj.weight_scale" in said
+    assert writes == [storage.version for storage in storages(dense.model)] and dense.serves("a")
+
+
 # -- kernel formats of GPUs that are not here ---------------------------------------------------------------------------
 
 

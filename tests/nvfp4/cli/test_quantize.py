@@ -52,7 +52,7 @@ def test_its_folder_is_read_as_modelopts_is(tmp_path: Path) -> None:
     ours = QuantConfig.from_folder(tmp_path / "ours")
     modules = {name.rpartition(".")[0] for name in load_file(tmp_path / "ours" / "model.safetensors")} | {"lm_head"}
     modules -= {"model.embed_tokens"}  # no linear layer, whatever the config says of it
-    assert {m: ours.algo_of(m) for m in modules} == {m: theirs.algo_of(m) for m in modules}
+    assert [ours.scheme_of(m) for m in modules] == [theirs.scheme_of(m) for m in modules]
 
 
 # -- an output that is whole or not there --------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -29,7 +30,7 @@ from aliasparam_nvfp4.checkpoint import CheckpointFolder  # noqa: E402
 from aliasparam_nvfp4.cli.digest import folder_digest  # noqa: E402
 from aliasparam_nvfp4.cli.verify_folder import compare  # noqa: E402
 
-from .folders import chat_folder  # noqa: E402
+from .folders import chat_folder, edit  # noqa: E402
 
 PAGE = Path(__file__).parents[3] / "docs" / "nvfp4" / "serve.md"
 TOKEN = "a-token"
@@ -153,6 +154,25 @@ def test_a_delta_is_applied_and_the_folder_that_serves_is_proved(
     assert again[0] == 409 and compare(b, server.url, "blake3")["held"]
     found = compare(a, server.url, "adler32")
     assert not found["held"] and "model.embed_tokens.weight" in found["differing"]
+
+
+@pytest.mark.parametrize(
+    ("other", "held"),
+    [({"quant_algo": "W4A16_NVFP4"}, False), ({"ignore": ["lm_head", "*down_proj"]}, False), ({"quant_algo": "NVFP4_AWQ"}, True)],
+)
+def test_a_folder_with_the_same_bytes_that_would_be_served_otherwise_does_not_serve(
+    server: Server, folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: Any, held: bool
+) -> None:
+    monkeypatch.setenv("ALIASPARAM_TOKEN", TOKEN)
+    assert server.call("/reload", {"folder": str(folders[0])})[0] == 200
+    folder = Path(shutil.copytree(folders[0], tmp_path / "a"))
+    assert compare(folder, server.url, "adler32")["held"]
+    quantization = json.loads((folder / "config.json").read_text())["quantization_config"] | other
+    edit(folder / "config.json", quantization_config=quantization)
+
+    found = compare(folder, server.url, "adler32")
+    assert (found["held"], found["differing"]) == (held, [])
+    assert held or "quantized in another way" in found["otherwise"]
 
 
 def test_what_waits_in_line_begins_where_the_one_before_ended(server: Server, folders: tuple[Path, Path], tmp_path: Path) -> None:
