@@ -19,6 +19,7 @@ from torch import Tensor
 
 from aliasparam.errors import ReloadError, located
 from aliasparam.layout.boxes import Box, part_in, shown, sizes, tiles, whole
+from aliasparam.spec import no_values
 from aliasparam.storage.coverage import Coverage
 from aliasparam.tensors.faces import _Aliased
 from aliasparam.tensors.geometry import place_of
@@ -68,7 +69,7 @@ def quantize_on_arrival(
     for name, value, *rest in tensors.items() if isinstance(tensors, Mapping) else tensors:
         box, weight = rest[0] if rest else None, weights.get(name)
         sent.add(name)
-        if weight is None or not is_wide(value.dtype):
+        if weight is None or no_values(value) is not None or not is_wide(value.dtype):  # what is no tensor the session refuses
             yield name, _cast(value, served.get(name)), box
             continue
         group = waiting.setdefault(weight.shares, {})
@@ -228,7 +229,9 @@ def _global_scale(weight: _Weight, largest: float, live: Tensor, recipe: Recipe)
 
 
 def _cast(value: Tensor, served: Tensor | None) -> Tensor:
-    return value.to(served.dtype) if served is not None and is_wide(value.dtype) and is_wide(served.dtype) else value
+    if served is None or no_values(value) is not None or not is_wide(value.dtype) or not is_wide(served.dtype):
+        return value
+    return value.to(served.dtype)
 
 
 def _incomplete(group: Mapping[str, _Arriving], weights: Iterable[_Weight]) -> ReloadError:

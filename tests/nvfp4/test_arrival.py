@@ -160,7 +160,7 @@ def test_law_9_of_gpt_oss_what_arrives_is_what_modelopt_exports(tmp_path: Path, 
 DOWN, UP, QUERY = (
     f"model.layers.0.{leaf}.weight" for leaf in ("mlp.experts.1.down_proj", "mlp.experts.1.up_proj", "self_attn.q_proj")
 )
-BAD: dict[str, tuple[Callable[[dict[str, Tensor]], Any], type[AliasError], str]] = {
+BAD: dict[str, tuple[Callable[[dict[str, Any]], Any], type[AliasError], str]] = {
     "no up": (
         lambda t: {n: v for n, v in t.items() if n != UP},
         ReloadError,
@@ -173,6 +173,9 @@ BAD: dict[str, tuple[Callable[[dict[str, Tensor]], Any], type[AliasError], str]]
     "shape": (lambda t: t | {DOWN: t[DOWN][:, 1:]}, ReloadError, r"down_proj.*does not fit"),
     "twice": (lambda t: [*t.items(), (DOWN, t[DOWN])], ReloadError, r"down_proj.*arrived twice"),
     "twice, waiting": (lambda t: [(UP, t[UP]), (UP, t[UP])], ReloadError, r"up_proj.*arrived twice"),
+    "no tensor": (lambda t: t | {DOWN: 5}, ReloadError, r"down_proj(.|\n)*dense tensor(.|\n)*int"),
+    "sparse": (lambda t: t | {DOWN: t[DOWN].to_sparse()}, ReloadError, r"down_proj(.|\n)*sparse"),
+    "no values": (lambda t: t | {DOWN: t[DOWN].to("meta")}, ReloadError, r"down_proj(.|\n)*on meta"),
     "unknown": (lambda t: t | {"model.other.weight": t[DOWN]}, ReloadError, r"model\.other\.weight"),
 }
 
