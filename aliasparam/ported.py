@@ -54,6 +54,7 @@ def alias_or_bind_derived_param(
     if (reason := _why_apart(module, registry, source_name, derived_name, derived_value)) is not None:
         _put_apart(registry or declare(module), source_name, derived_name, derived_value, reason)
         return
+    derived_value = landable(derived_value, module.get_parameter(source_name))  # what torch cannot copy changes nothing
     if registry is not None and source is not None and not source.derived:
         _show_in_storage(registry, source, derived_name)
     if source is not None and (source.layout is not None or source.derived != derived_name):
@@ -119,6 +120,8 @@ def _show_in_storage(registry: AliasRegistry, source: Source, name: str) -> None
         return
     need_unused(registry.module, name)
     storage = source.need_storage("process")
+    registry.open()
+    source.undeclared = True  # before it is there: an interrupt leaves a refusal
     with storage.lock:
         storage.kernel_dtype = source.plan.kernel.dtype
         storage.move(None)

@@ -230,6 +230,8 @@ FAULTS = [
         "test_ported_helpers.py",
     ),
     Planted("module/names.py", "one.seen == (before,) and", "", "test_ported_helpers.py"),
+    Planted("ported.py", "    source.undeclared = True  # before", "    # before", "test_ported_helpers.py"),
+    Planted("tensors/call.py", 'namespace == "aten" and ', "", "test_views.py"),
     Planted(
         "reload/journal.py",
         "            self.storage.accept(self.state)",

@@ -192,6 +192,41 @@ def test_law_10_a_value_that_torch_cannot_copy_leaves_the_weights(loaded_before:
     assert torch.equal(layer(), expected.flip(0))
 
 
+def test_law_10_the_first_kernel_bytes_beside_a_name_of_its_own_are_whole_or_refuse() -> None:
+    """A value that torch cannot copy, or an interrupt, serves no checkpoint values under the new kernel name."""
+    value = torch.arange(12, dtype=torch.uint8).view(4, 3)
+
+    def made() -> Script:
+        layer = Script("padded")
+        layer.process()
+        return layer
+
+    def again(layer: Script) -> None:
+        alias_or_bind_derived_param(layer, "w", "flipped", value.flip(0))
+
+    layer = made()
+    with pytest.raises(RuntimeError, match="sparse"):
+        alias_or_bind_derived_param(layer, "w", "flipped", value.to_sparse())
+    need_derived(layer, value)
+    assert not hasattr(layer, "flipped") and torch.equal(layer.w, value)
+
+    again(made())  # what is kept between calls is there
+    lines = lines_of(partial(again, made()))
+    for at in sorted({lines.index(line) for line in lines}):
+        layer = made()
+        lines_of(partial(again, layer), at)
+        for verb in (layer, partial(process, layer)):
+            try:
+                verb()
+                assert not hasattr(layer, "flipped") or torch.equal(layer.flipped, value.flip(0)), lines[at]
+            except (StateError, StaleKernelError):
+                pass
+        again(layer)
+        alias_or_bind_derived_param(layer, "w", "padded", DERIVED["padded"](value))
+        layer.names = ("padded", "flipped")
+        need_derived(layer, value)
+
+
 @pytest.mark.parametrize("bound", [False, True])
 @pytest.mark.parametrize("value", [None, 3, "alpha", torch.max])
 def test_a_value_that_is_no_tensor_is_refused(value: object, bound: bool) -> None:
