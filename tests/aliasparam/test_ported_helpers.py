@@ -522,14 +522,17 @@ def test_law_8_an_own_name_that_other_code_wrote_is_not_served() -> None:
 
 
 def test_accepted_kernel_bytes_are_those_of_own_names_too() -> None:
-    layer = Script("padded")
+    """Of a tied module too."""
+    layer, tied = Script("padded"), Script("largest")
+    tied.w = layer.w
     layer.process()
-    saved = layer()["padded"]
-    invalidate(layer)
+    tied.process()
+    model, saved = nn.ModuleList([layer, tied]), layer()["padded"]
+    invalidate(model)
     registry_of(layer).derived["padded"].kernel.memory.copy_(saved)  # type: ignore[union-attr]
-    accept_kernel_bytes(layer)
-    process(layer)
-    assert torch.equal(layer()["padded"], saved)
+    accept_kernel_bytes(model)
+    process(model)
+    assert torch.equal(layer()["padded"], saved) and tied()["largest"] == 11
 
 
 @pytest.mark.parametrize("shape", [(4, 3), (8, 3)])
