@@ -227,6 +227,27 @@ def test_law_10_the_first_kernel_bytes_beside_a_name_of_its_own_are_whole_or_ref
         need_derived(layer, value)
 
 
+def test_undeclared_code_gives_kernel_bytes_to_a_source_that_is_shown_as_shards() -> None:
+    layer, value = Script("flipped"), torch.arange(12, dtype=torch.uint8).view(4, 3)
+    layer.process()
+    layer.halves = nn.ParameterDict()
+    registry = registry_of(layer)
+    assert registry is not None
+    registry.show_shards("w", [(layer.halves, "top", layer.w[:2]), (layer.halves, "bottom", layer.w[2:])])
+    layer.halves.top.data.copy_(value[2:])
+    layer.halves.bottom.data.copy_(value[:2])
+    alias_or_bind_derived_param(layer, "w", "flipped", value)
+    assert torch.equal(layer()["flipped"], value)
+
+
+def test_law_8_kernel_bytes_of_undeclared_code_are_brought_into_no_other_order() -> None:
+    layer = Script("flipped")
+    layer.process()
+    with pytest.raises(DeclarationError, match="kernel bytes of undeclared code are in no known order"):
+        registry_of(layer).retarget({"w": SWAP})  # type: ignore[union-attr]
+    need_derived(layer, torch.arange(12, dtype=torch.uint8).view(4, 3))
+
+
 @pytest.mark.parametrize("bound", [False, True])
 @pytest.mark.parametrize("value", [None, 3, "alpha", torch.max])
 def test_a_value_that_is_no_tensor_is_refused(value: object, bound: bool) -> None:
