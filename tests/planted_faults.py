@@ -318,6 +318,7 @@ FAULTS = [
         "reload/test_law_10_second_tries.py",
     ),
     Planted("reload/drain.py", "if not safe:", "if False:", "reload/test_drain.py"),
+    Planted("reload/drain.py", "with collector_paused():", "if True:", "reload/test_drain.py"),
     Planted(
         "reload/claims.py",
         "with _taking:\n            declared",
