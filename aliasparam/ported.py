@@ -54,6 +54,7 @@ def alias_or_bind_derived_param(
     if (reason := _why_apart(module, registry, source_name, derived_name, derived_value)) is not None:
         _put_apart(registry or declare(module), source_name, derived_name, derived_value, reason)
         return
+    derived_value = _landable(derived_value)
     if registry is not None and source is not None and not source.derived:
         _show_in_storage(registry, source, derived_name)
     if source is not None and (source.layout is not None or source.derived != derived_name):
@@ -85,7 +86,7 @@ def alias_or_bind_derived_param(
 def _put_apart(registry: AliasRegistry, source_name: str, name: str, value: Tensor, reason: Reason) -> None:
     """``value`` in memory of its own, which is right until the source is written again."""
     module, one = registry.module, registry.derived.get(name)
-    value = landable(apart(registry, value), torch.empty(0, dtype=value.dtype, device=value.device))
+    value = _landable(apart(registry, value))
     kept, _ = registry.planned([Keep(source_name)] if source_name not in registry.sources else [], aliasing=True)
     source = registry.sources.get(source_name) or kept[0][0]
     declaration = Derivation(name, (source_name,), nobody_declared, *TensorSpec.of(value))
@@ -112,6 +113,11 @@ def _put_apart(registry: AliasRegistry, source_name: str, name: str, value: Tens
     registry.close_if_unchanged()
 
 
+def _landable(value: Tensor) -> Tensor:
+    """The value for memory of its dtype. What torch cannot copy raises here, before anything changes."""
+    return landable(value, torch.empty(0, dtype=value.dtype, device=value.device))
+
+
 def _show_in_storage(registry: AliasRegistry, source: Source, name: str) -> None:
     """Give a source a kernel name, as if it were the first, where only undeclared code derived others."""
     users = (one for one in registry.derived.values() if source.name in one.declaration.sources)
@@ -119,6 +125,8 @@ def _show_in_storage(registry: AliasRegistry, source: Source, name: str) -> None
         return
     need_unused(registry.module, name)
     storage = source.need_storage("process")
+    registry.open()
+    source.undeclared = True  # before it is there: an interrupt leaves a refusal
     with storage.lock:
         storage.kernel_dtype = source.plan.kernel.dtype
         storage.move(None)

@@ -62,6 +62,11 @@ def shares_memory(first: Tensor, second: Tensor) -> bool:
 has_no_bytes = Tensor._is_zerotensor
 
 
+def writes_counted(tensor: Tensor) -> int:
+    """How often torch saw it written: never, if it was made in inference mode."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def is_alone(memory: torch.UntypedStorage) -> bool:
     """Whether torch allocated this memory and one tensor alone looks at it.
 

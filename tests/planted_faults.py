@@ -230,6 +230,10 @@ FAULTS = [
         "test_ported_helpers.py",
     ),
     Planted("module/names.py", "one.seen == (before,) and", "", "test_ported_helpers.py"),
+    Planted("ported.py", "    source.undeclared = True  # before", "    # before", "test_ported_helpers.py"),
+    Planted("module/registry.py", " or source.undeclared:", ":", "test_ported_helpers.py"),
+    Planted("tensors/faces.py", "None) == writes_counted(value)", "None) is not None", "test_parameter_faces.py"),
+    Planted("tensors/call.py", 'namespace == "aten" and ', "", "test_views.py"),
     Planted(
         "reload/journal.py",
         "            self.storage.accept(self.state)",
@@ -314,6 +318,7 @@ FAULTS = [
         "reload/test_law_10_second_tries.py",
     ),
     Planted("reload/drain.py", "if not safe:", "if False:", "reload/test_drain.py"),
+    Planted("reload/drain.py", "with collector_paused():", "if True:", "reload/test_drain.py"),
     Planted(
         "reload/claims.py",
         "with _taking:\n            declared",

@@ -134,12 +134,12 @@ class AliasRegistry(ModuleNames):
     def _replanned(self, name: str, layout: AnyLayout | str | None) -> StoragePlan:
         """The plan of a source in another layout, in the memory it has."""
         source = self.sources.get(name)
-        if source is None or not source.derived:
+        if source is None or not source.derived or source.undeclared:
             raise DeclarationError(
                 "only a source with an aliased kernel name has a layout to change",
                 expected="the name of an aliased source",
-                found=f"aliased sources {sorted(s.name for s in self.sources.values() if s.derived)}",
-                remedy="Declare the pair with Alias first.",
+                found=f"aliased sources {sorted(s.name for s in self.sources.values() if s.derived and not s.undeclared)}",
+                remedy="Declare the pair with Alias first: kernel bytes of undeclared code are in no known order.",
             )
         modules = [] if source.storage is None else list(source.storage.listeners)
         if len(modules) > 1:

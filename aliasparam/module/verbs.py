@@ -111,9 +111,10 @@ def accept_kernel_bytes(module: nn.Module) -> None:
     For engines that save kernel names themselves and copy them back (sleep and wake), or fill them from a peer in the same
     order. Checkpoint names read them, derivations follow at the next :func:`process`.
     """
-    for _, registry in registries(module):
-        for storage in registry.storages():
-            storage.accept()
+    found = [registry for _, registry in registries(module)]
+    for storage in {id(storage): storage for registry in found for storage in registry.storages()}.values():
+        storage.accept()
+    for registry in found:  # behind all: also one that is tied has a new version then
         for one in registry.derived.values():
             if one.is_undeclared and one.kernel is not None:
                 one.put(one.kernel.memory, registry.versions_of(one))

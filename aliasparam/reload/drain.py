@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..errors import ReloadError
 from ..module.names import ModuleNames, Readiness
 from ..torch_private import FORWARD, nothing_compiles
+from .collector import collector_paused
 
 _LOOK_AGAIN = 0.0005
 
@@ -123,7 +124,8 @@ class Drain:
         with nothing_compiles(until - time.monotonic()) as safe:
             if not safe:
                 raise self._too_long("a thread in torch.compile")
-            return self._calls()
+            with collector_paused():  # else it may run where CPython 3.11 makes a frame its object: others go on, and free it
+                return self._calls()
 
     def _calls(self) -> dict[int, FrameType]:
         found: dict[int, FrameType] = {}

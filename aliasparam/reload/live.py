@@ -13,6 +13,7 @@ from ..layout.boxes import Box, row_major, tiles, whole
 from ..storage.storage import AliasedStorage
 from ..tensors.faces import _Aliased
 from ..tensors.geometry import place_of
+from ..torch_private import writes_counted
 from .digest import sums_of_run
 
 
@@ -37,7 +38,7 @@ class Live:
         if self.storage is not None:
             self.storage.notice()
             return self.storage.version
-        return 0 if self.tensor.is_inference() else self.tensor._version
+        return writes_counted(self.tensor)
 
     def pieces(self, max_bytes: int) -> Iterator[tuple[int, Tensor]]:
         """(first checkpoint byte, :meth:`bytes`) of runs that lie together in the checkpoint, in order."""

@@ -185,7 +185,7 @@ def _is_wide(dtype: torch.dtype) -> bool:
 
 def _place_of(view: StandIn) -> Place:
     shown, live = view._view, view._whole.target.tensor
-    same_width = shown.dtype.itemsize == live.dtype.itemsize
+    same_width = shown.dtype.itemsize == live.dtype.itemsize and not (shown.is_conj() or shown.is_neg())
     place = placed(tuple(live.shape), shown.storage_offset(), tuple(shown.shape), shown.stride()) if same_width else None
     if place is None:
         raise ReloadError(

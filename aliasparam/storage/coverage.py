@@ -78,7 +78,7 @@ class Coverage:
 
     def _checked(self, box: Box) -> Box | None:
         """The box, of a tensor of one dim at least; None where it has no elements. Raises ReloadError for what is none."""
-        plain = box_in(((0, 1),) if box == () and self._dims == (1,) else box, self._dims)
+        plain = box_in(((0, 1),) if type(box) is tuple and not box and self._dims == (1,) else box, self._dims)
         if plain is None:
             raise ReloadError(
                 "these elements are not in the tensor",

@@ -14,7 +14,8 @@ from ..storage.kernel_name import RefusingName
 from ..storage.storage import AliasedStorage
 from ..torch_private import below_autograd, work_that_is_done
 
-#: In-place operators whose result does not depend on what was there. All others read before they write.
+#: torch's in-place operators whose result does not depend on what was there, as that of its ``out=`` does not. All others read
+#: before they write; also another library's of the same name, and what it calls ``out``.
 _OVERWRITES = frozenset(
     {"copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_", "normal_", "uniform_", "random_", "exponential_"}
 )
@@ -83,7 +84,7 @@ class Call(NamedTuple):
         if name in UPDATES_STATISTICS and given.get("training", True):
             names, are_out = [*names, "running_mean", "running_var"], False
         written = {n: given.pop(n) for n in names if n in given}
-        return cls(given, written, are_out or name in _OVERWRITES)
+        return cls(given, written, namespace == "aten" and (are_out or name in _OVERWRITES))
 
 
 @cache

@@ -25,7 +25,7 @@ from ..storage.kernel_name import RefusingName
 from ..storage.locks import all_locked
 from ..storage.storage import AliasedStorage
 from ..storage.transaction import is_brought_whole, write_all
-from ..torch_private import is_traced_by_jit, shares_memory, stand_ins
+from ..torch_private import is_traced_by_jit, shares_memory, stand_ins, writes_counted
 from .call import UPDATES_STATISTICS, Aliased, Call, aliased_in, called, mapped, waited_for
 from .geometry import once, parts_of, read_view
 
@@ -116,7 +116,7 @@ _SPECIAL: dict[Any, _Handler] = {torch.ops.aten._to_copy.default: _to_copy, torc
 def _blank(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     result = called(func, _geometry, args, kwargs)
     if "empty" in func._schema.name:
-        result._alias_uninitialized = True  # Module.to_empty() assigns it: then nothing is loaded any more
+        result._alias_uninitialized = writes_counted(result)  # Module.to_empty() assigns it: then nothing is loaded any more
     return result
 
 

@@ -20,7 +20,7 @@ from ..errors import AdoptionError
 from ..storage.kernel_name import Hidden
 from ..storage.states import State
 from ..storage.storage import AliasedStorage, ReadOnlyStorage
-from ..torch_private import never_traced, stand_ins
+from ..torch_private import never_traced, stand_ins, writes_counted
 from .call import Aliased
 from .dispatch import PLAIN, dispatch, values_of, write_one
 from .geometry import is_same_view, same_view
@@ -249,11 +249,9 @@ def read_only(copied: Tensor, name: _Aliased) -> Tensor:
 
 
 def loader_attributes(tensor: Tensor) -> dict[str, Any]:
-    """What engines hang on parameters (weight_loader, output_dim, ...)."""
-    return {k: v for k, v in tensor.__dict__.copy().items() if k not in _OURS}  # other threads may add to it
-
-
-_OURS = frozenset({"_alias_storage", "_alias_geometry", "_alias_data", "_alias_pin", "_alias_saved", "_is_param"})
+    """What engines hang on parameters (weight_loader, output_dim, ...), and nothing of ours."""
+    held = tensor.__dict__.copy()  # other threads may add to it
+    return {k: v for k, v in held.items() if k != "_is_param" and not k.startswith("_alias_")}
 
 
 def _plain(other: Any) -> Any:
@@ -277,7 +275,7 @@ def _assign(target: _Aliased, value: Tensor) -> None:
     is_copy = _is_copy(value, target)
     if value.device != geometry.device:
         follow(target, value.device)
-    if getattr(value, "_alias_uninitialized", False):  # Module.to_empty(): nothing is loaded any more
+    if getattr(value, "_alias_uninitialized", None) == writes_counted(value):  # Module.to_empty(): nothing is loaded any more
         storage.invalidate()
     elif not is_copy:
         target.copy_(value)

@@ -80,7 +80,7 @@ def _boxed(storage: AliasedStorage, view: Tensor, value: Tensor, place: Place) -
 def once(view: Tensor) -> Tensor:
     """A view of the same elements, each listed once where ``view`` is expanded."""
     for dim, (size, step) in enumerate(zip(view.shape, view.stride(), strict=True)):
-        if size > 1 and step == 0:
+        if size > 1 and step == 0 and view.numel():
             view = view.narrow(dim, 0, 1)
     return view
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from aliasparam import Alias, AliasedParameter, State, checkpoint_state_dict, declare, process, registry_of
 from aliasparam.errors import AdoptionError, PointerError, StateError
+from aliasparam.tensors.faces import loader_attributes
 
 from .small import SWAP, SWAP_PAD8, is_ready, kernel, the_registry
 
@@ -240,6 +242,27 @@ def test_law_8_a_plain_tensor_in_the_place_of_a_deleted_name_is_taken_in(layer: 
     assert isinstance(layer.weight, AliasedParameter) and torch.equal(layer.weight, other)
     assert torch.equal(layer.prepared, kernel(SWAP_PAD8, other))
     assert list(layer.state_dict()) == ["weight"] and torch.equal(checkpoint_state_dict(layer)["weight"], other)
+
+
+@pytest.mark.parametrize("like", [torch.empty_like, lambda w: torch.empty_like(w.data), lambda w: w.new_empty(w.shape)])
+@pytest.mark.parametrize("written", [True, False])
+def test_law_1_memory_made_like_a_name_holds_weights_once_it_is_written(
+    layer: nn.Module, like: Callable[[Tensor], Tensor], written: bool
+) -> None:
+    """Unwritten it is what ``Module.to_empty()`` assigns."""
+    other = like(layer.weight)
+    if written:
+        other.copy_(VALUES + 9)
+    layer.weight.data = other
+
+    assert state_of(layer) is (State.LOADED if written else State.INVALID)
+    assert not written or torch.equal(layer.weight.cpu(), VALUES + 9)
+
+
+def test_what_becomes_a_name_has_no_marks_of_ours(layer: nn.Module) -> None:
+    made = torch.empty_like(layer.weight).copy_(layer.weight)
+    made.weight_loader = print  # type: ignore[attr-defined]
+    assert set(loader_attributes(made)) == {"weight_loader"} and "_alias_uninitialized" in vars(made)
 
 
 def test_what_is_no_tensor_in_the_place_of_a_deleted_name_is_refused(layer: nn.Module) -> None:

@@ -192,6 +192,62 @@ def test_law_10_a_value_that_torch_cannot_copy_leaves_the_weights(loaded_before:
     assert torch.equal(layer(), expected.flip(0))
 
 
+def test_law_10_the_first_kernel_bytes_beside_a_name_of_its_own_are_whole_or_refuse() -> None:
+    """A value that torch cannot copy, or an interrupt, serves no checkpoint values under the new kernel name."""
+    value = torch.arange(12, dtype=torch.uint8).view(4, 3)
+
+    def made() -> Script:
+        layer = Script("padded")
+        layer.process()
+        return layer
+
+    def again(layer: Script) -> None:
+        alias_or_bind_derived_param(layer, "w", "flipped", value.flip(0))
+
+    layer = made()
+    with pytest.raises(RuntimeError, match="sparse"):
+        alias_or_bind_derived_param(layer, "w", "flipped", value.to_sparse())
+    need_derived(layer, value)
+    assert not hasattr(layer, "flipped") and torch.equal(layer.w, value)
+
+    again(made())  # what is kept between calls is there
+    lines = lines_of(partial(again, made()))
+    for at in sorted({lines.index(line) for line in lines}):
+        layer = made()
+        lines_of(partial(again, layer), at)
+        for verb in (layer, partial(process, layer)):
+            try:
+                verb()
+                assert not hasattr(layer, "flipped") or torch.equal(layer.flipped, value.flip(0)), lines[at]
+            except (StateError, StaleKernelError):
+                pass
+        again(layer)
+        alias_or_bind_derived_param(layer, "w", "padded", DERIVED["padded"](value))
+        layer.names = ("padded", "flipped")
+        need_derived(layer, value)
+
+
+def test_undeclared_code_gives_kernel_bytes_to_a_source_that_is_shown_as_shards() -> None:
+    layer, value = Script("flipped"), torch.arange(12, dtype=torch.uint8).view(4, 3)
+    layer.process()
+    layer.halves = nn.ParameterDict()
+    registry = registry_of(layer)
+    assert registry is not None
+    registry.show_shards("w", [(layer.halves, "top", layer.w[:2]), (layer.halves, "bottom", layer.w[2:])])
+    layer.halves.top.data.copy_(value[2:])
+    layer.halves.bottom.data.copy_(value[:2])
+    alias_or_bind_derived_param(layer, "w", "flipped", value)
+    assert torch.equal(layer()["flipped"], value)
+
+
+def test_law_8_kernel_bytes_of_undeclared_code_are_brought_into_no_other_order() -> None:
+    layer = Script("flipped")
+    layer.process()
+    with pytest.raises(DeclarationError, match="kernel bytes of undeclared code are in no known order"):
+        registry_of(layer).retarget({"w": SWAP})  # type: ignore[union-attr]
+    need_derived(layer, torch.arange(12, dtype=torch.uint8).view(4, 3))
+
+
 @pytest.mark.parametrize("bound", [False, True])
 @pytest.mark.parametrize("value", [None, 3, "alpha", torch.max])
 def test_a_value_that_is_no_tensor_is_refused(value: object, bound: bool) -> None:
@@ -487,14 +543,17 @@ def test_law_8_an_own_name_that_other_code_wrote_is_not_served() -> None:
 
 
 def test_accepted_kernel_bytes_are_those_of_own_names_too() -> None:
-    layer = Script("padded")
+    """Of a tied module too."""
+    layer, tied = Script("padded"), Script("largest")
+    tied.w = layer.w
     layer.process()
-    saved = layer()["padded"]
-    invalidate(layer)
+    tied.process()
+    model, saved = nn.ModuleList([layer, tied]), layer()["padded"]
+    invalidate(model)
     registry_of(layer).derived["padded"].kernel.memory.copy_(saved)  # type: ignore[union-attr]
-    accept_kernel_bytes(layer)
-    process(layer)
-    assert torch.equal(layer()["padded"], saved)
+    accept_kernel_bytes(model)
+    process(model)
+    assert torch.equal(layer()["padded"], saved) and tied()["largest"] == 11
 
 
 @pytest.mark.parametrize("shape", [(4, 3), (8, 3)])

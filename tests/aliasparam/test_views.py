@@ -97,6 +97,16 @@ def test_law_1_several_values_for_one_element_are_refused_as_of_a_plain_tensor()
     assert torch.equal(layer.weight, expected)
 
 
+def test_law_1_nothing_is_written_through_an_expanded_view_of_nothing() -> None:
+    layer, expected = Layer(), counting(6, 8)
+    process(layer)
+    for tensor in (layer.weight, expected):
+        tensor[:0].expand(2, 0, 8).add_(1)
+        tensor[:0].expand(2, 0, 8).fill_(1)
+
+    assert torch.equal(layer.weight, expected)
+
+
 # -- what covers a region ----------------------------------------------------------------------------------------------
 
 
@@ -297,6 +307,24 @@ def test_law_1_values_of_one_column_can_be_looked_at_as_bytes(shape: tuple[int, 
     layer = layer_of(values)
 
     assert torch.equal(view(layer.weight).clone().view(torch.uint8), view(values).clone().view(torch.uint8))
+
+
+@pytest.mark.parametrize("schema", ["adds(Tensor x, *, Tensor(a!) out) -> ()", "fill_(Tensor x, Tensor(a!) out) -> ()"])
+def test_law_1_operators_of_others_may_read_what_they_write(schema: str) -> None:
+    """Also those which are called like an operator of torch that overwrites."""
+    with torch.library._scoped_library("aliasparam_views", "FRAGMENT") as library:
+        name = library.define(schema)
+        library.impl(name, _add_some, "CPU")
+        operator = getattr(torch.ops.aliasparam_views, name)
+        layer, expected = Layer(), counting(6, 8)
+        for tensor in (layer.weight, expected):
+            operator(out=tensor, x=torch.tensor(3, dtype=torch.uint8))
+
+    assert torch.equal(layer.weight, expected)
+
+
+def _add_some(x: Tensor, out: Tensor) -> None:
+    out[:2] += x
 
 
 def test_law_1_an_out_that_must_have_the_shape_of_the_result_is_written() -> None:

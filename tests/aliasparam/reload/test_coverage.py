@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given
@@ -105,6 +106,12 @@ def test_a_box_that_is_not_within_the_tensor_is_refused(box: Box) -> None:
         with pytest.raises(ReloadError, match=r"not in the tensor\n  expected: .* each dim of \[4, 3\]"):
             ask(box)
     assert coverage.missing() == [((1, 4), (0, 3))]
+
+
+def test_a_box_may_be_an_array() -> None:
+    coverage = Coverage((4, 3))
+    assert coverage.add(np.array([[0, 2], [0, 3]])) and coverage.add(torch.tensor([[2, 4], [0, 3]]))  # type: ignore[arg-type]
+    assert coverage.whole
 
 
 def rows(count: int) -> list[Box]:

@@ -167,6 +167,16 @@ def test_what_would_be_garbage_is_refused() -> None:
         weight.data[6:].copy_(new["weight"][6:])
 
 
+@pytest.mark.parametrize("bits", [Tensor.conj, torch._neg_view])
+def test_a_view_whose_bits_a_stand_in_cannot_have_is_refused(bits: Callable[[Tensor], Tensor]) -> None:
+    model = nn.Module()
+    model.weight = nn.Parameter(torch.zeros(2, dtype=torch.complex64), requires_grad=False)
+    with reload(model, scope="partial") as session, loading(session):
+        weight = dict(model.named_parameters())["weight"]
+        with pytest.raises(ReloadError, match="no rectangle"):
+            bits(weight.data).copy_(torch.tensor([1j, 2j]))
+
+
 def test_threads_may_load() -> None:
     model, new = Model(), new_values()
     with reload(model, scope="partial") as session, loading(session):
