@@ -12,7 +12,7 @@ from .options import Backend, Folder, Missing, Runner, Tokens
 
 def generate(
     folder: Folder,
-    prompt: Annotated[str, typer.Argument(help="The question.")],
+    prompt: Annotated[str, typer.Argument(help="The question.", metavar="PROMPT")],
     backend: Backend = "auto",
     moe_backend: Runner = "auto",
     missing_input_scale: Missing = "refuse",

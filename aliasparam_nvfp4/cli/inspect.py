@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -108,12 +109,20 @@ def _kinds(folder: Any) -> list[dict[str, Any]]:
     return [{"name": n, "dtype": d, "tensors": len(sizes), "bytes": sum(sizes)} for (n, d), sizes in sorted(kinds.items())]
 
 
+def _by_layer(modules: list[str]) -> list[str]:
+    """One line for all layers: what differs in numbers alone comes once, with how many there are."""
+    alike: dict[str, list[str]] = {}
+    for name in modules:
+        alike.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", name), []).append(name)
+    return [names[0] if len(names) == 1 else f"{form} ({len(names)})" for form, names in alike.items()]
+
+
 def _show(found: dict[str, Any]) -> None:
     from .verdict import Verdict
 
     kv = found["kv_cache"] or "unquantized"
     say(f"{found['folder']}: {found['algorithm']}, group size {found['group_size']}, KV cache {kv}")
-    say(f"excluded modules: {', '.join(found['excluded']) or 'none'}")
+    say(f"excluded modules: {', '.join(_by_layer(found['excluded'])) or 'none'}")
     rows = ((k["name"], k["dtype"], str(k["tensors"]), f"{k['bytes'] / (1 << 20):.2f}") for k in found["tensors"])
     table(("name", "dtype", "tensors", "MiB"), rows)
     say(str(Verdict(found["will_load"], tuple(found["reasons"]))))

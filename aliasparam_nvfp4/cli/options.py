@@ -39,9 +39,9 @@ Missing = Annotated[
     str,
     typer.Option(
         "--missing-input-scale",
-        help="Layers and experts without an input scale: refuse; max (the largest of the layer); dynamic (computed for each "
+        help="Layers and experts without an input scale: refuse them; max (the largest of the layer); dynamic (computed for each "
         "token) or dynamic-tensor (for each call), where the backend can.",
-        metavar="refuse|max|dynamic",
+        metavar="POLICY",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]

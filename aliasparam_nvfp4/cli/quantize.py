@@ -16,7 +16,7 @@ def quantize(
     model: Annotated[
         Path, typer.Argument(help="A transformers causal-LM folder in bf16, fp16 or fp32.", parser=existing, metavar="MODEL")
     ],
-    out: Annotated[Path, typer.Argument(help="The NVFP4 folder to write; must not exist.")],
+    out: Annotated[Path, typer.Argument(help="The NVFP4 folder to write; must not exist.", metavar="OUT")],
 ) -> None:
     """Quantize a model to NVFP4 with ModelOpt, on the CPU."""
     from aliasparam.errors import AliasError

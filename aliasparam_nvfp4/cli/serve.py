@@ -30,7 +30,7 @@ def serve(
     ] = None,
     name: Annotated[str | None, typer.Option(help="What clients call the model; the folder's name without.")] = None,
 ) -> None:
-    """Serve OpenAI's API (chat completions, completions, models), and POST /reload, /digest, GET /memory."""
+    """Serve OpenAI's API (chat completions, completions, models), and POST /reload, /delta, /digest, GET /memory, /health."""
     need_backends(backend, moe_backend, missing_input_scale)
     from ..demo._quiet import need
 

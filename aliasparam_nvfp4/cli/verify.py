@@ -12,8 +12,12 @@ import typer
 from .options import AsJson, existing
 from .output import say, say_json
 
+#: The three questions by the option that asks them (None: how right a kernel is), and what goes with each alone.
+_GO_WITH = {"folder": ("server", "digest"), "engine": ("model", "other", "tp", "engine_option"), None: ("backend", "moe")}
+
 
 def verify(
+    context: typer.Context,
     backend: Annotated[str, typer.Option(help="Linear backend or MoE runner to accept, or auto.")] = "auto",
     moe: Annotated[bool, typer.Option("--moe", help="An MoE runner, not a linear backend.")] = False,
     folder: Annotated[Path | None, typer.Option(help="Instead: does this folder serve?", parser=existing, metavar="B")] = None,
@@ -35,6 +39,7 @@ def verify(
 
     Exit code 1 if a shape is wrong, a tensor differs or logprobs changed. Without --server the folder is loaded here.
     """
+    _need_one_question(context, "engine" if engine is not None else "folder" if folder is not None else None)
     if engine is not None:
         _verify_engine(engine, model, other, tp, engine_option or [], json=json)
         return
@@ -59,12 +64,22 @@ def verify(
         rows.append(asdict(verdict))
         if not json:  # row by row, because a shape takes its time
             shown = verdict.detail or f"{verdict.decibel:.1f}"
-            say(f"{verdict.shape:<42}{verdict.tokens or '':>7}  {shown:<10}{'right' if verdict.held else 'WRONG'}")
+            say(f"{verdict.shape:<42}{verdict.tokens or '':>7}  {shown:<12}  {'right' if verdict.held else 'WRONG'}")
     held = all(row["held"] for row in rows)
     if json:
         say_json({"backend": chosen.name, "device": where, "torch": torch.__version__, "held": held, "rows": rows})
     if not held:
         raise typer.Exit(1)
+
+
+def _need_one_question(context: typer.Context, asked: str | None) -> None:
+    """Raise BadParameter for an option of another question: it would be left out, and another thing verified than was meant."""
+    given = {name for name in context.params if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"}
+    for question, options in _GO_WITH.items():
+        strays = sorted(given & {*options, question}) if question != asked else []
+        if strays:
+            stray = f"--{strays[0].replace('_', '-')}"
+            raise typer.BadParameter(f"{stray} " + (f"does not go with --{asked}" if asked else f"needs --{question}"))
 
 
 def _verify_engine(name: str, model: Path | None, other: Path | None, tp: int, options: list[str], *, json: bool) -> None:

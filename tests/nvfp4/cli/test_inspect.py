@@ -155,6 +155,16 @@ def test_text_of_the_folder_is_no_markup(folder: Path, tmp_path: Path) -> None:
     assert "[red]x[/red]: NVFP4" in shown and r"excluded modules: [bold]a, b\x1b[2Jc" in shown
 
 
+def test_excluded_modules_of_all_layers_are_one(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "x")
+    gates = [f"model.layers.{n}.mlp.gate" for n in range(3)]
+    edit(tmp_path / "x" / "config.json", quantization_config=_ignoring("lm_head", *gates, "model.layers.7.mlp.up_proj"))
+
+    assert "excluded modules: lm_head, model.layers.*.mlp.gate (3), model.layers.7.mlp.up_proj\n" in run(
+        "inspect", tmp_path / "x"
+    )
+
+
 def _ignoring(*patterns: str) -> dict[str, Any]:
     return {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": list(patterns)}
 

@@ -29,6 +29,14 @@ def test_what_cannot_be_is_refused_at_once(tmp_path: Path) -> None:
         run("--engine", "nope", *model)
 
 
+def test_an_option_of_another_question_is_refused(tmp_path: Path) -> None:
+    here = str(tmp_path)
+    assert "--server needs --folder" in run("--server", "http://127.0.0.1:1")
+    assert "--model needs --engine" in run("--model", here)
+    assert "--moe does not go with --folder" in run("--folder", here, "--moe")
+    assert "--folder does not go with --engine" in run("--engine", "vllm", "--folder", here)
+
+
 @pytest.mark.parametrize("name", ["vllm", "sglang"])
 def test_an_engine_that_is_not_there_is_named(name: str, tmp_path: Path) -> None:
     if importlib.util.find_spec(name) is not None:
