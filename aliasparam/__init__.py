@@ -1,4 +1,4 @@
-"""aliasparam: one allocation in kernel order, every name right.
+"""aliasparam: quantized weights in one allocation, in the kernel's order, read and written under their checkpoint names.
 
 See `docs/concepts.md` for the ideas and `aliasparam.declare` for where to start.
 """

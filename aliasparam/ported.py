@@ -33,7 +33,7 @@ def alias_or_bind_derived_param(
     """Put ``derived_value`` under ``derived_name``, in the source's memory where shape and dtype are the source's.
 
     After an alias the source name refuses to be read until it is written whole again: the bytes are kernel format, and nobody
-    declared their order. From a write to the source on the module refuses until this is called again, which keeps every address.
+    declared their order. Once the source is written the module refuses until this is called again; no address changes.
 
     Given a repack *function* instead of its value, the layout is inferred, the pair is declared with it, and both names are right
     at any time; calling it again processes the module.

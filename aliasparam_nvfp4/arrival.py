@@ -44,16 +44,16 @@ def quantize_on_arrival(
 ) -> Iterator[tuple[str, Tensor, Box | None]]:
     """What a session loads, from the tensors of a trainer: ``r.load(quantize_on_arrival(tensors, r.tensors))``.
 
-    A weight ``[N, K]`` of which the model has NVFP4 becomes its codes, block scales and global scale, with the bytes of
-    ModelOpt's exporter (:func:`~aliasparam_nvfp4.quantize.codec.quantize`). Scales of activations, which no weight tells, stay as
-    they are. What the model has unquantized is cast to its dtype; all else goes on as it is, quantized tensors too.
+    A weight ``[N, K]`` that the model has in NVFP4 becomes codes, block scales and a global scale, with the bytes of ModelOpt's
+    exporter (:func:`~aliasparam_nvfp4.quantize.codec.quantize`). Scales of activations cannot be computed from weights and stay
+    as they are. A tensor that the model has unquantized is cast to its dtype; all others, quantized ones too, pass unchanged.
 
     Memory: weights that wait for those they share a scale with, and on the model's device some 100 MiB of scratch.
 
     Args:
         tensors: under the names of the checkpoint, on any device; of a stream, in parts.
         served: of the session, whose names and scales these are.
-        recipe: how global scales come about.
+        recipe: how global scales are chosen: "max", of the largest value, or "kept", the one that serves.
 
     Raises:
         ReloadError: a weight of another shape, one without those it shares a scale with, or one that came twice; a layer whose

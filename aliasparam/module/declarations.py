@@ -61,8 +61,8 @@ class Alias:
 class Derivation:
     """A small tensor computed from checkpoint values, in pointer-stable memory of its own.
 
-    Never aliased with a source, also not where it would broadcast: a scalar in a per-partition slot breaks the next reader
-    of the partitions.
+    It never shares memory with a source, even where it would broadcast: a scalar in the place of one value per partition
+    breaks whoever reads the partitions next.
 
     Args:
         name: the derived name, registered as a non-persistent buffer.
@@ -85,7 +85,7 @@ class Derivation:
 
 @dataclass(frozen=True)
 class Keep:
-    """``source`` is a checkpoint name without a kernel format: managed so that what derives from it is refreshed."""
+    """``source`` is a checkpoint name without a kernel format, declared so that derivations follow what is written to it."""
 
     source: str
 

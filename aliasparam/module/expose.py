@@ -44,7 +44,7 @@ class Exposure:
 
         Raises:
             ReloadError: it is closed already, or was closed from elsewhere (the model was invalidated meanwhile); or rows that
-                this order does not keep together, and it is still open.
+                this order does not keep together; then it stays open.
         """
         self._end(rows)
 

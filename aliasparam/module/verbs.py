@@ -30,10 +30,10 @@ def declare(
     """Declare checkpoint names, kernel names and derivations of a module.
 
     Parameters named as sources become :class:`AliasedParameter`; kernel names become non-persistent buffers. On the meta
-    device only the plan is made: memory is bound when :func:`process` finds a tensor under the name, and whatever it finds counts
+    device only the plan is made: memory is bound when :func:`process` finds a tensor under the name, and that tensor counts
     as loaded (also the uninitialized memory that ``Module.to_empty()`` makes: load it before processing).
 
-    Of a Parameter with ``requires_grad=True`` a UserWarning says that it gets no gradients any more.
+    A declared Parameter gets no gradients: one with ``requires_grad=True`` is a UserWarning.
 
     Args:
         module, declarations: the owner of the Parameters; :class:`Alias`, :class:`Derivation`, :class:`Keep`.

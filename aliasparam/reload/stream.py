@@ -39,7 +39,7 @@ def send_weights(
         tensors: of any device and strides; of an iterable one at a time. A tensor that is larger than a bucket is sent in parts.
         dst: global ranks.
         group: with this rank and those; gloo or NCCL.
-        bucket_bytes: memory, here and there.
+        bucket_bytes: memory for one bucket, on either side.
         seconds: the longest wait for the other side, its commit included.
         checksum: of every bucket: "adler32" (summed on the device), "xxh3-128" or "blake3".
         device: of buckets; without, the CUDA device for NCCL, the host for all others.
@@ -152,8 +152,8 @@ class WeightStream:
         with WeightStream(src=0) as stream, reload(model, policy="journal", source="stream") as r:
             r.load(stream)
 
-    The reload inside, the stream around it: the trainer learns whether the reload was committed. What breaks raises, inside the
-    reload, which is thereby aborted.
+    With the stream around the reload the trainer learns whether it was committed. Whatever breaks the stream raises inside the
+    reload, and so aborts it.
 
     Args:
         src, group, seconds, device: as for :func:`send_weights`. ``seconds`` is the longest wait for the next bucket.

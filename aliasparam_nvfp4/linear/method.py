@@ -32,9 +32,10 @@ class NvFp4LinearMethod:
             process, reload and export run anywhere.
         checkpoint: the names and the direction of scales, ModelOpt's or those of compressed-tensors.
         input_scale: False for checkpoints without activation scales (W4A16_NVFP4, NVFP4A16).
-        missing_input_scale: what counts for an input scale that is 0 or no number, or, with ``input_scale=False``, for one that
-            is not there: "refuse" it (without any, activations stay as they are), "max" of the fused partitions,
-            or compute it at run time for each token ("dynamic") or each call ("dynamic-tensor"), where the backend can.
+        missing_input_scale: what to do where an input scale is 0 or no number: "refuse" it; take the "max" of the fused
+            partitions; or compute it at run time for each token ("dynamic") or each call ("dynamic-tensor"), where the backend
+            can. With ``input_scale=False`` the last two compute the scales that are not there; otherwise activations stay as
+            they are.
         pre_quant_scale: True for AWQ checkpoints: a factor for each input feature, applied before the activation is quantized.
         retarget_to: backends to which a loaded layer may be moved by :func:`retarget`, where their padding needs more room.
         column_scales: True for checkpoints whose partitions have different weight scales: output columns are multiplied at every

@@ -19,7 +19,7 @@ def retarget(module: nn.Module, backend: str) -> int:
 
     Raises:
         BackendError: no such backend, one that needs activation scales the checkpoint does not have, or a format that cannot be
-            had in place. Nothing was moved.
+            reached in place. Nothing was moved.
         ShapeError: dims that the backend cannot take. Nothing was moved.
         PointerError: the new format needs more padding than a layer has room for (see ``retarget_to``). Nothing was moved.
     """

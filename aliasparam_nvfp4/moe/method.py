@@ -36,8 +36,8 @@ class NvFp4MoEMethod:
         activation: what lies between the two GEMMs: SwiGLU, with its numbers or without, or ReLU squared, which has no gate.
         checkpoint: the names and the direction of scales, ModelOpt's or those of compressed-tensors.
         input_scale: False for checkpoints without activation scales (W4A16_NVFP4, NVFP4A16).
-        missing_input_scale: what counts for experts whose input scale is 0 or no number: "refuse", "max" of the layer, or
-            computed at run time for each token ("dynamic") or each call ("dynamic-tensor"), where the runner can.
+        missing_input_scale: what to do where an expert's input scale is 0 or no number: "refuse" it, take the "max" of the
+            layer, or compute it at run time for each token ("dynamic") or each call ("dynamic-tensor"), where the runner can.
         interleaved: True where fused tensors of the checkpoint have rows ``[g0, u0, g1, u1, ...]``. The loader takes them apart
             as they arrive; nothing on the layer remembers it, so they can arrive as often as they like.
         bias: True where experts have biases, ``w13_bias`` ``[E, 2I]`` and ``w2_bias`` ``[E, H]`` in the layer's dtype (gpt-oss).
