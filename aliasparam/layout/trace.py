@@ -26,6 +26,8 @@ from ..spec import no_values
 from .bound import flat_bytes
 from .nibbles import pack, unpack
 
+_REENCODE = "Declare Alias(..., Reencoding(function, output)): the source is kept, and the kernel name has memory of its own."
+
 Function = Callable[[Tensor], Tensor]
 
 
@@ -102,11 +104,15 @@ def _sources(run: _Runner, bits: int) -> tuple[Tensor, tuple[int, ...]]:
     sent = base - 1 - codes[0]
     (first, shape), (again, _) = (run(codes[0], bits) for _ in range(2))
     if not torch.equal(first, again):
-        raise NotDeterministicError(f"{run.name} gives other results for the same input", expected="a function of its input")
+        raise NotDeterministicError(
+            f"{run.name} gives other results for the same input",
+            expected="a function of its input",
+            remedy="Take out what is random, or kept from call to call.",
+        )
     random = torch.randint(base, (count,), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     *units, moved, shuffled = first, *(run(code, bits)[0] for code in (*codes[1:], sent, random))
     if len(sizes := {len(found) for found in (*units, moved, shuffled)}) > 1:
-        raise DependsOnValuesError(f"{run.name} returns other sizes for other values", found=sorted(sizes))
+        raise DependsOnValuesError(f"{run.name} returns other sizes for other values", found=sorted(sizes), remedy=_REENCODE)
     source = sum((found.long() << bits * j for j, found in enumerate(units)), start=torch.zeros(len(first), dtype=torch.int64))
     padding = moved == first
     wrong = torch.where(padding, source != 0, (moved != base - 1 - first) | (source >= count))
@@ -117,13 +123,13 @@ def _sources(run: _Runner, bits: int) -> tuple[Tensor, tuple[int, ...]]:
         # Of position codes each value may be there as often as any other, so that a function of values keeps their counts.
         if torch.equal(shuffled[shuffled > 0].sort().values, random[random > 0].sort().values):
             raise DependsOnValuesError(
-                f"{run.name} puts other values elsewhere", expected="one order", found=f"{unit} {at} differs"
+                f"{run.name} puts other values elsewhere", expected="one order", found=f"{unit} {at} differs", remedy=_REENCODE
             )
         what = "is constant but not zero" if padding[at] and first[at] else "was in no input"
         raise ValuesChangeError(
             f"{run.name} changes values: {unit} {at} of its result {what}",
             expected="values that only move",
-            remedy="Declare it as a lossy derivation: the source is kept, and the kernel name has memory of its own.",
+            remedy=_REENCODE,
         )
     return source.masked_fill(padding, -1), shape
 
@@ -146,7 +152,9 @@ def _positions(source: Tensor, shape: tuple[int, ...], name: str) -> Tensor:
         at = int((times != 1).nonzero()[0])
         index = [int(i) for i in torch.unravel_index(torch.tensor(at), shape)]
         raise ElementsLostError(
-            f"{name} is no permutation: element {index} is in its result {int(times[at])} times", expected="every element once"
+            f"{name} is no permutation: element {index} is in its result {int(times[at])} times",
+            expected="every element once",
+            remedy=_REENCODE,
         )
     positions = torch.empty(count, dtype=torch.int64)
     positions[source[places]] = places

@@ -248,7 +248,9 @@ def registry_of(module: nn.Module) -> AliasRegistry | None:
 def need_model(model: object) -> None:
     """Raise DeclarationError where the model is none."""
     if not isinstance(model, nn.Module):
-        raise DeclarationError("names are looked for in a model", expected="an nn.Module", found=type(model).__name__)
+        raise DeclarationError(
+            "this is no model", expected="an nn.Module", found=type(model).__name__, remedy="Give the model itself."
+        )
 
 
 def registries(model: nn.Module) -> list[tuple[str, AliasRegistry]]:

@@ -106,9 +106,9 @@ class KernelName:
 
     def refusal(self) -> StaleKernelError:
         return StaleKernelError(
-            "this kernel-format name is open: a declared name of its module was written and not processed since",
+            "this kernel-format name is open: its module was declared or written, and not processed since",
             label=self.label,
-            expected="a module processed since the last write to its names",
+            expected="a module processed since it was declared, and since the last write to its names",
             found="one that was not",
             remedy=_REMEDY,
         )

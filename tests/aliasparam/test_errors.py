@@ -292,7 +292,7 @@ VERBS += [lambda model: apply_delta(model, "nowhere"), lambda model: prepare_del
 @pytest.mark.parametrize("verb", VERBS)
 @pytest.mark.parametrize("other", [{}, None, "model", nn.Linear])
 def test_what_is_no_model_is_named(verb: Callable[[Any], object], other: object) -> None:
-    with pytest.raises(DeclarationError, match="names are looked for in a model"):
+    with pytest.raises(DeclarationError, match="this is no model"):
         verb(other)
 
 

@@ -157,8 +157,10 @@ def fails(value: Tensor) -> Tensor:
     ],
 )
 def test_what_is_no_permutation_is_told_apart(function: Any, error: type[Exception], text: str) -> None:
-    with pytest.raises(error, match=text):
+    with pytest.raises(error, match=text) as raised:
         Layout.infer(function, (16, 4), torch.uint8)
+    if error in (ValuesChangeError, ElementsLostError, DependsOnValuesError):
+        assert "Reencoding(" in str(raised.value)  # what there is for such functions
 
 
 @pytest.mark.parametrize("shape", [(1,), (16, 4), (256,), (3, 256), (5, 512)])
