@@ -14,10 +14,9 @@ import torch
 from torch import nn
 
 from ...checkpoint import TensorEntry
+from ...checkpoint.format import KV_SCALES
 from .experts import Experts
 
-#: Last parts of the names of KV-cache scales.
-KV_SCALES = ("k_scale", "v_scale", "q_scale", "prob_scale", "k_bias", "v_bias", "kv_scale", "output_scale")
 #: Last parts of the names of activation scales.
 INPUT_SCALES = ("input_scale", "input_global_scale")
 #: Which of them, or of a fused module's, says that the files have scales of its activations.
