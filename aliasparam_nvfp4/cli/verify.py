@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from json import loads
 from pathlib import Path
@@ -35,6 +36,10 @@ def verify(
 
     Exit code 1 if a shape is wrong, a tensor differs or logprobs changed. Without --server the folder is loaded here.
     """
+    _need("--folder", folder, {"--server": server})
+    _need("--engine", engine, {"--model": model, "--other": other, "--engine-option": engine_option})
+    if folder is not None and engine is not None:
+        raise typer.BadParameter("--folder and --engine verify different things: choose one")
     if engine is not None:
         _verify_engine(engine, model, other, tp, engine_option or [], json=json)
         return
@@ -65,6 +70,13 @@ def verify(
         say_json({"backend": chosen.name, "device": where, "torch": torch.__version__, "held": held, "rows": rows})
     if not held:
         raise typer.Exit(1)
+
+
+def _need(what: str, given: object, options: Mapping[str, object]) -> None:
+    """Something else would be verified, and found right."""
+    for option, value in options.items():
+        if value and given is None:
+            raise typer.BadParameter(f"{option} needs {what}")
 
 
 def _verify_engine(name: str, model: Path | None, other: Path | None, tp: int, options: list[str], *, json: bool) -> None:

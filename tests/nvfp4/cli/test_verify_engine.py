@@ -27,6 +27,9 @@ def test_what_cannot_be_is_refused_at_once(tmp_path: Path) -> None:
     assert "NAME=VALUE" in run("--engine", "vllm", *model, "--engine-option", "=1")
     with pytest.raises(AliasError, match="unknown engine"):
         run("--engine", "nope", *model)
+    assert "--server needs --folder" in run("--server", "http://127.0.0.1:1")  # a kernel would be found right
+    assert "--model needs --engine" in run(*model)
+    assert "choose one" in run("--engine", "vllm", *model, "--folder", str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["vllm", "sglang"])
