@@ -222,7 +222,7 @@ FAULTS = [
         "    old.__dict__.update({**ours, '_alias_geometry': None})\n",
         "test_threads_and_fork.py",
     ),
-    Planted("storage/storage.py", "            value = landable(value, self.kernel_name.memory)\n", "", "test_ported_helpers.py"),
+    Planted("ported.py", "    derived_value = _landable(derived_value)\n", "", "test_ported_helpers.py"),
     Planted(
         "ported.py",
         "        storage.put_foreign(value)",
