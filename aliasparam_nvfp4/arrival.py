@@ -8,7 +8,6 @@ one region of it.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,13 +17,14 @@ import torch
 from torch import Tensor
 
 from aliasparam.errors import ReloadError, located
+from aliasparam.host import HOST
 from aliasparam.layout.boxes import Box, part_in, shown, sizes, tiles, whole
-from aliasparam.spec import no_values
+from aliasparam.spec import TensorSpec, no_values
 from aliasparam.storage.coverage import Coverage
 from aliasparam.tensors.faces import _Aliased
 from aliasparam.tensors.geometry import place_of
 
-from .checkpoint.format import COMPRESSED_TENSORS, MODELOPT, CheckpointFormat
+from .checkpoint.format import COMPRESSED_TENSORS, KV_SCALES, MODELOPT, CheckpointFormat
 from .errors import ScaleError
 from .quantize.codec import is_wide, quantize
 from .quantize.format import E2M1_MAX, E4M3_MAX
@@ -80,9 +80,9 @@ def quantize_on_arrival(
             yield from _encoded(list(waiting.pop(weight.shares).values()), served, recipe)
     for group in waiting.values():
         raise _incomplete(group, weights.values())
-    for weight in weights.values():
-        if weight.name in sent and weight.input_global in served and weight.input_global not in sent:
-            yield weight.input_global, served[weight.input_global].detach().clone(), None
+    for name in _of_activations(served, sent, weights.values()):
+        if name not in sent:
+            yield name, served[name].detach().clone(), None
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,17 @@ def _weights(served: Mapping[str, Tensor], *, apart: bool) -> Iterator[_Weight]:
             yield _Weight(name, name, f"{name}_", MODELOPT, (e, k * 2, n), name, columns=True)
 
 
+def _of_activations(served: Iterable[str], sent: set[str], weights: Iterable[_Weight]) -> Iterator[str]:
+    """Scales of what reads, or is made by, weights that were sent: of a KV cache they are the projection's or its block's."""
+    inputs = {weight.input_global for weight in weights if weight.name in sent}
+    modules = {name.rpartition(".")[0] for name in sent}
+    owners = modules | {path.rpartition(".")[0] for path in modules}
+    for name in served:
+        path, _, leaf = name.rpartition(".")
+        if name in inputs or (leaf in KV_SCALES and path.removesuffix(".attn") in owners):
+            yield name
+
+
 def _region(tensor: Tensor) -> object:
     """What a tensor lies in: a storage, and the region of it."""
     if not isinstance(tensor, _Aliased):
@@ -169,8 +180,9 @@ class _Arriving:
         place = whole(shape) if box is None else box
         with located(name=name):
             is_new = self.covered.add(place)
-        if tuple(value.shape) != sizes(place):
-            raise ReloadError("this weight does not fit", name=name, expected=f"values {list(shape)}", found=list(value.shape))
+        expected, found = TensorSpec(sizes(place), self.values.dtype), TensorSpec.of(value)
+        if found != expected:
+            raise ReloadError("this weight does not fit", name=name, expected=expected, found=found)
         if not is_new:
             raise ReloadError("elements of this weight arrived twice", name=name, expected="each once", found=shown(place))
         self.values[part_in(place, whole(shape))] = value.detach()
@@ -178,14 +190,16 @@ class _Arriving:
 
 def _encoded(group: list[_Arriving], served: Mapping[str, Tensor], recipe: Recipe) -> Iterator[tuple[str, Tensor, Box | None]]:
     """Everything that a checkpoint has of weights that share a global scale, in pieces of whole rows."""
-    largest = _largest(group)
+    largest = torch.stack([_largest(one) for one in group]).amax(0)
     for one in group:
         weight = one.weight
         live = served[weight.prefix + weight.names.weight_global]
-        stored, scale = _global_scale(weight, largest, live, recipe)
+        each = weight.columns and live.numel() > 1  # every expert has one
+        stored, scale = _global_scale(weight, largest if each else largest.amax(), live, recipe)
         values = one.values.mT if weight.columns else one.values
         for box in tiles(lines := whole(values.shape[:-1]), max(_PIECE // values.shape[-1], 1)):
-            packed, block_scale, _ = quantize(values[part_in(box, lines)].to(live.device), scale)
+            own = scale[slice(*box[0])].view(-1, 1, 1) if each else scale
+            packed, block_scale, _ = quantize(values[part_in(box, lines)].to(live.device), own)
             for name, part in ((weight.codes, packed), (weight.prefix + weight.names.block_scale, block_scale)):
                 place = (*box, (0, part.shape[-1]))
                 if weight.columns:
@@ -194,35 +208,35 @@ def _encoded(group: list[_Arriving], served: Mapping[str, Tensor], recipe: Recip
         yield weight.prefix + weight.names.weight_global, stored, None
 
 
-def _largest(group: list[_Arriving]) -> float:
-    """Of all values. Raises ScaleError where one is not finite."""
-    found = 0.0
-    for one in group:
-        largest = float(one.values.abs().amax()) if one.values.numel() else 0.0
-        if not math.isfinite(largest):
-            raise ScaleError("this weight has values that are not finite", name=one.weight.name, found=largest)
-        found = max(found, largest)
-    return found
+def _largest(one: _Arriving) -> Tensor:
+    """Of its values, f64 ``[1]``, or ``[E]`` of experts in one tensor. Raises ScaleError where one is not finite."""
+    values = one.values if one.weight.columns else one.values.unsqueeze(0)
+    largest = values.abs().flatten(1).amax(1).to(HOST).double()
+    if not bool(largest.isfinite().all()):
+        raise ScaleError("this weight has values that are not finite", name=one.weight.name, found=float(largest.amax()))
+    return largest
 
 
-def _global_scale(weight: _Weight, largest: float, live: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
-    """As the checkpoint stores it; and as a multiplier, f32 ``[]``."""
+def _global_scale(weight: _Weight, largest: Tensor, live: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """As the checkpoint stores it; and as a multiplier, f32 of the shape of ``largest``: ``[]``, or ``[E]``."""
+    largest = largest.to(live.device)
     if recipe == "kept":
         stored = live.detach().clone()
-        if bool((stored != stored.reshape(-1)[0]).any()):
+        if not largest.dim() and bool((stored != stored.reshape(-1)[0]).any()):
             raise ScaleError("partitions that arrive in one weight have other scales", name=weight.name, found=stored.tolist())
     else:
-        scale = torch.tensor(largest, dtype=torch.float32, device=live.device) / (E2M1_MAX * E4M3_MAX)
+        scale = largest.float() / (E2M1_MAX * E4M3_MAX)
         scale = torch.where(scale > 0, scale, 1.0)  # zeros have zero codes at any scale
         stored = (1.0 / scale if weight.names.reciprocal else scale).expand(live.shape)
-    one = stored.reshape(-1)[0]
+    one = stored.reshape(-1) if largest.dim() else stored.reshape(-1)[0]
     multiplier = 1.0 / one if weight.names.reciprocal else one
-    if largest > float(multiplier) * E2M1_MAX * E4M3_MAX * (1 + 2**-20):
+    limit = multiplier.double() * E2M1_MAX * E4M3_MAX
+    if bool((largest > limit * (1 + 2**-20)).any()):
         raise ScaleError(
             "the global scale that is kept cannot say the largest value of this weight",
             name=weight.name,
-            expected=f"at most {float(multiplier) * E2M1_MAX * E4M3_MAX:g}",
-            found=f"{largest:g}",
+            expected=f"at most {limit.tolist()}",
+            found=largest.tolist(),
             remedy='Give it a scale of its own: recipe="max".',
         )
     return stored, multiplier

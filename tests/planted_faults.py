@@ -222,7 +222,7 @@ FAULTS = [
         "    old.__dict__.update({**ours, '_alias_geometry': None})\n",
         "test_threads_and_fork.py",
     ),
-    Planted("storage/storage.py", "            value = landable(value, self.kernel_name.memory)\n", "", "test_ported_helpers.py"),
+    Planted("ported.py", "    derived_value = _landable(derived_value)\n", "", "test_ported_helpers.py"),
     Planted(
         "ported.py",
         "        storage.put_foreign(value)",
@@ -442,8 +442,9 @@ FAULTS = [
     ),
     # weights quantized on arrival
     Planted("arrival.py", "place.box[: storage.bound.lead]", "place.box", "test_arrival.py", _NVFP4),
-    Planted("arrival.py", "not math.isfinite(largest)", "math.isnan(largest)", "test_arrival.py", _NVFP4),
+    Planted("arrival.py", "not bool(largest.isfinite().all())", "bool(largest.isnan().any())", "test_arrival.py", _NVFP4),
     Planted("arrival.py", "value.new_empty(weight.shape)", "value", "test_arrival.py", _NVFP4),
     Planted("arrival.py", "        if not is_new:", "        if is_new is None:", "test_arrival.py", _NVFP4),
-    Planted("arrival.py", "if largest > float(multiplier)", "if largest < -float(multiplier)", "test_arrival.py", _NVFP4),
+    Planted("arrival.py", "if bool((largest > limit", "if bool((largest < -limit", "test_arrival.py", _NVFP4),
+    Planted("arrival.py", "each = weight.columns and live.numel() > 1", "each = False", "test_arrival.py", _NVFP4),
 ]

@@ -25,7 +25,7 @@ from .kernel_name import KernelName
 from .locks import LOCKS
 from .shards import Form, Shard, shard_under
 from .states import RegionStates, State
-from .transaction import Part, landable, write_all
+from .transaction import Part, write_all
 
 #: Values that are out of place at a time where bytes are reordered, if the two orders can be cut that fine.
 SCRATCH_BYTES = 16 << 20
@@ -169,11 +169,11 @@ class AliasedStorage(GuardedMemory):
             self.states.put_all(state or self.kernel_state)
 
     def put_foreign(self, value: Tensor) -> None:
-        """Kernel bytes whose order nobody declared: the kernel name holds them, the checkpoint name refuses to be read."""
+        """Kernel bytes whose order nobody declared: the kernel name holds them, the checkpoint name refuses to be read. ``value``
+        can be copied into its memory (see :func:`~aliasparam.storage.transaction.landable`)."""
         if self.kernel_name is None:
             raise AssertionError(f"{self.label}: foreign bytes without a kernel name")
         with LOCKS[self.lock_number]:
-            value = landable(value, self.kernel_name.memory)
             self.before_write()
             self.states.put_all(State.INVALID)
             self.kernel_name.memory.copy_(value)

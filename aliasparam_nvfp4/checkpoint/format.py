@@ -32,3 +32,6 @@ MODELOPT = CheckpointFormat("ModelOpt", "weight", "weight_scale", "weight_scale_
 COMPRESSED_TENSORS = CheckpointFormat(
     "compressed-tensors", "weight_packed", "weight_scale", "weight_global_scale", "input_global_scale", True, (1,)
 )
+
+#: Last parts of the names of KV-cache scales (and biases), which nothing here computes with.
+KV_SCALES = ("k_scale", "v_scale", "q_scale", "prob_scale", "k_bias", "v_bias", "kv_scale", "output_scale")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 from aliasparam.errors import AliasError
 
@@ -53,31 +53,39 @@ def will_load(
         missing: what counts for missing input scales, see missing.py.
         backend, moe_backend: with which it would be served.
     """
-    wrong = list(_scalars(config, tensors, on_module, missing))
-    if deep:
-        wrong += _block_scales(config, tensors)
+    wrong, answer, read = list[str](), None, tensors.tensors
     try:
-        refused = fits_the_model(folder, missing=cast(Missing, missing), backend=backend, moe_backend=moe_backend)
-        notes = _tokenizer_note(folder) if refused is not None else ()
-        wrong = wrong or [_text(error) for error in refused or ()]
+        answer = fits_the_model(folder, missing=cast(Missing, missing), backend=backend, moe_backend=moe_backend)
+        read = read if answer is None else {name: entry for name, entry in read.items() if name not in answer.dropped}
     except AliasError as error:
-        wrong.insert(0, _text(error))
+        wrong.append(_text(error))
+    wrong += _scalars(config, tensors, read, on_module, missing)
+    if deep:
+        wrong += _block_scales(config, tensors, read)
+    if answer is not None and not wrong:
+        wrong += map(_text, answer.refused)
     if wrong:
         more = [f"… and {len(wrong) - _SHOWN} more"] if len(wrong) > _SHOWN else []
         return Verdict(False, (*wrong[:_SHOWN], *more))
-    if refused is None:
+    if answer is None:
         return Verdict(None, ("the model itself was not asked, because transformers is not installed",))
     what = "headers fit the model, global scales are scales" + (", block scales too" if deep else "")
-    return Verdict(True, (what, *notes))
+    return Verdict(True, (what, *_tokenizer_note(folder)))
 
 
 def _text(error: AliasError) -> str:
     return str(error).replace("\n", "\n  ")
 
 
-def fits_the_model(folder: Path, *, missing: Missing, backend: str, moe_backend: str) -> Iterator[AliasError] | None:
-    """Build the model on the meta device and let the quantizer hold the headers against it, then global scales: what loading
-    would refuse of these. None without transformers.
+class _Answer(NamedTuple):
+    """Of the model itself: what loading would refuse of global scales and backends, and the tensors which it does not read."""
+
+    refused: Iterator[AliasError]
+    dropped: Collection[str]
+
+
+def fits_the_model(folder: Path, *, missing: Missing, backend: str, moe_backend: str) -> _Answer | None:
+    """Build the model on the meta device and let the quantizer hold the headers against it. None without transformers.
 
     Raises:
         AliasError: what loading would raise of headers.
@@ -107,7 +115,7 @@ def fits_the_model(folder: Path, *, missing: Missing, backend: str, moe_backend:
             with closing(CheckpointFolder(folder)) as tensors:
                 files = [str(file) for file in files_to_read(tensors)]
             quantizer.preprocess_model(model=model, config=config, checkpoint_files=files)
-    return quantizer.refused_scalars(model)  # type: ignore[no-any-return]
+    return _Answer(quantizer.refused_scalars(model), quantizer.report.dropped)
 
 
 def _tokenizer_note(folder: Path) -> tuple[str, ...]:
@@ -122,10 +130,12 @@ def _tokenizer_note(folder: Path) -> tuple[str, ...]:
     return ()
 
 
-def _scalars(config: QuantConfig, folder: CheckpointFolder, on_module: Callable[[], None], missing: str) -> Iterator[str]:
-    """Global scales which are none, module by module."""
+def _scalars(
+    config: QuantConfig, folder: CheckpointFolder, read: Mapping[str, TensorEntry], on_module: Callable[[], None], missing: str
+) -> Iterator[str]:
+    """Global scales which are none, module by module of what is read."""
     names = config.tensors
-    for module, entries in _modules(folder.tensors, (names.weight_global, names.input_global, names.block_scale)).items():
+    for module, entries in _modules(read, (names.weight_global, names.input_global, names.block_scale)).items():
         on_module()
         if names.block_scale not in entries:
             continue
@@ -139,10 +149,10 @@ def _scalars(config: QuantConfig, folder: CheckpointFolder, on_module: Callable[
             yield f"{fp8.name}: a scale of FP8 weights is no number"
 
 
-def _block_scales(config: QuantConfig, folder: CheckpointFolder) -> Iterator[str]:
+def _block_scales(config: QuantConfig, folder: CheckpointFolder, read: Mapping[str, TensorEntry]) -> Iterator[str]:
     import torch
 
-    for entry in folder.tensors.values():
+    for entry in read.values():
         if entry.name.endswith(_ends(config.tensors.block_scale)) and entry.dtype is torch.float8_e4m3fn:
             try:
                 for _, piece in folder.chunks(entry.name):

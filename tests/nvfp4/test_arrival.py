@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import random
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from aliasparam import checkpoint_names, checkpoint_state_dict, reload
@@ -157,6 +158,44 @@ def test_law_9_of_gpt_oss_what_arrives_is_what_modelopt_exports(tmp_path: Path, 
     assert torch.equal(checkpoint_state_dict(model)[f"{fused}_weight_scale_2"], stored[f"{fused}_weight_scale_2"])
 
 
+@pytest.mark.parametrize("recipe", ["max", "kept"])
+def test_every_expert_of_one_tensor_keeps_a_scale_of_its_own(
+    recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the files have that: each is quantized as if it came alone."""
+    monkeypatch.setattr("aliasparam_nvfp4.arrival._PIECE", 1000)
+    model, name = load(gpt_oss.folders(tmp_path, 0, each=True)[0]), "model.layers.0.mlp.experts.down_proj"
+    before, value = checkpoint_state_dict(model), gpt_oss.small(1).state_dict()[name]
+    value = value * torch.tensor([1.0, 0.25, 0.5, 0.0], dtype=value.dtype).view(-1, 1, 1)
+    kept = before[f"{name}_weight_scale_2"]
+    scales = kept if recipe == "kept" else torch.where(value.any(-1).any(-1), value.abs().amax((1, 2)).float() / 2688, 1.0)
+    with reload(model, scope="partial") as session:
+        session.load(quantize_on_arrival({name: value}, session.tensors, recipe))
+    made = [quantize(one.mT.contiguous(), scale)[:2] for one, scale in zip(value, scales, strict=True)]
+    codes, blocks = (torch.stack(parts).view(torch.uint8).mT.contiguous() for parts in zip(*made, strict=True))
+    expected = before | {name: codes, f"{name}_weight_scale": blocks, f"{name}_weight_scale_2": scales}
+    now = checkpoint_state_dict(model)
+    assert all(torch.equal(bits(now[n]), bits(stored)) for n, stored in expected.items())
+    large = value.clone()
+    large[1] *= 2688 * kept[1] / large[1].abs().max() * 1.01
+    assert large.abs().max() < 2688 * kept.max()
+    with unchanged(model), pytest.raises(ScaleError, match=r"down_proj.*cannot say the largest"):  # noqa: SIM117
+        with reload(model, scope="partial", policy="journal") as session:
+            session.load(quantize_on_arrival({name: large}, {**session.tensors, f"{name}_weight_scale_2": kept}, "kept"))
+
+
+def test_scales_of_a_kv_cache_stay_as_those_of_other_activations_do(folders: Folders, tmp_path: Path) -> None:
+    shutil.copytree(folders(by_modelopt, 0), tmp_path / "a")
+    file, layer = tmp_path / "a" / "model.safetensors", "model.layers.1.self_attn"
+    scales = {f"{layer}.k_proj.k_scale": torch.tensor(0.5), f"{layer}.v_scale": torch.tensor(0.25)}
+    save_file({**load_file(file), **scales}, file, metadata={"format": "pt"})
+    model = load(tmp_path / "a")
+    with reload(model) as session:
+        session.load(quantize_on_arrival(trained(1), session.tensors))
+    now = checkpoint_state_dict(model)
+    assert all(torch.equal(now[name], value) for name, value in scales.items())
+
+
 DOWN, UP, QUERY = (
     f"model.layers.0.{leaf}.weight" for leaf in ("mlp.experts.1.down_proj", "mlp.experts.1.up_proj", "self_attn.q_proj")
 )
@@ -171,6 +210,11 @@ BAD: dict[str, tuple[Callable[[dict[str, Any]], Any], type[AliasError], str]] = 
     "NaN": (lambda t: t | {DOWN: t[DOWN].clone().fill_(float("nan"))}, ScaleError, r"down_proj.*not finite"),
     "inf": (lambda t: t | {UP: t[UP].clone().fill_(float("inf"))}, ScaleError, r"up_proj.*not finite"),
     "shape": (lambda t: t | {DOWN: t[DOWN][:, 1:]}, ReloadError, r"down_proj.*does not fit"),
+    "another dtype": (
+        lambda t: [(DOWN, t[DOWN][:8], ((0, 8), (0, 128))), (DOWN, t[DOWN][8:].float(), ((8, t[DOWN].shape[0]), (0, 128)))],
+        ReloadError,
+        r"down_proj.*does not fit(.|\n)*bfloat16.*\n.*float32",
+    ),
     "twice": (lambda t: [*t.items(), (DOWN, t[DOWN])], ReloadError, r"down_proj.*arrived twice"),
     "twice, waiting": (lambda t: [(UP, t[UP]), (UP, t[UP])], ReloadError, r"up_proj.*arrived twice"),
     "no tensor": (lambda t: t | {DOWN: 5}, ReloadError, r"down_proj(.|\n)*dense tensor(.|\n)*int"),

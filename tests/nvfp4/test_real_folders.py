@@ -171,9 +171,9 @@ def test_input_scales_that_no_calibration_gave_are_refused_or_the_largest(tmp_pa
     assert torch.equal(logits(model), logits(whole))
 
 
-@pytest.mark.parametrize("missing", ["dynamic", "dynamic-tensor"])
-def test_scales_computed_at_run_time_reload_and_export(missing: str, tmp_path: Path) -> None:
-    """One dense layer without the tensors, one with 0 in them; of the experts one without, one with 0."""
+@pytest.mark.parametrize(("missing", "without"), [("dynamic", {1}), ("dynamic-tensor", set(range(4)))])
+def test_scales_computed_at_run_time_reload_and_export(missing: str, without: set[int], tmp_path: Path) -> None:
+    """One dense layer without the tensors, one with 0 in them; of the experts one or all without, one with 0."""
 
     def folder(seed: int) -> tuple[Path, Path, dict[str, Tensor], type[Any]]:
         tensors, config, cls = saved("GLM-4.5", seed)
@@ -182,14 +182,15 @@ def test_scales_computed_at_run_time_reload_and_export(missing: str, tmp_path: P
         dense, experts = "model.layers.0.mlp", "model.layers.1.mlp.experts"
         scaled[f"{dense}.gate_proj.input_scale"] = torch.tensor(0.0)
         scaled[f"{experts}.2.down_proj.input_scale"] = torch.tensor(0.0)
-        for lacking in (f"{dense}.down_proj", f"{experts}.1.up_proj"):
+        halves = [f"{experts}.{expert}.{half}" for expert in without for half in ("gate_proj", "up_proj")]
+        for lacking in (f"{dense}.down_proj", *halves):
             del scaled[f"{lacking}.input_scale"]
         settings = {**config, "quantization_config": {**QUANTIZATION, "quant_algo": "NVFP4"}}
         path = tmp_path / str(seed)
         return write(path / "a", {**packed, **scaled}, settings), write(path / "d", plain, config), {**packed, **scaled}, cls
 
     (a, decoded, tensors, cls), (b, *_) = folder(0), folder(1)
-    with pytest.raises(CheckpointError, match=r"missing: .*down_proj.input_scale|lacks w3 input_scale"):
+    with pytest.raises(CheckpointError, match=r"missing: .*down_proj.input_scale|lacks w1 input_scale"):
         load(a, cls)
     model = load(a, cls, missing_input_scale=missing)
     first = logits(model)

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from ...checkpoint import TensorEntry
+from ...checkpoint.format import KV_SCALES
+from .experts import Experts
 
-#: Last parts of the names of KV-cache scales.
-KV_SCALES = ("k_scale", "v_scale", "q_scale", "prob_scale", "k_bias", "v_bias", "kv_scale", "output_scale")
 #: Last parts of the names of activation scales.
 INPUT_SCALES = ("input_scale", "input_global_scale")
 #: Which of them, or of a fused module's, says that the files have scales of its activations.
@@ -40,7 +40,9 @@ def carry(model: nn.Module, stored: Mapping[str, TensorEntry]) -> list[str]:
         if module is None and leaf in KV_SCALES and path.endswith(".attn") and path.removesuffix(".attn") in modules:
             module = modules[path] = nn.Module()  # vLLM's names
             modules[path.removesuffix(".attn")].add_module("attn", module)
-        if module is not None and not hasattr(module, leaf):
+        if (
+            module is not None and not isinstance(module, Experts) and not hasattr(module, leaf)
+        ):  # of these each expert has its own
             value = torch.empty(entry.shape, dtype=entry.dtype, device="meta")
             module.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
             carried.append(name)

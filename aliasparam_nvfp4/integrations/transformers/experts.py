@@ -117,13 +117,11 @@ class Experts(nn.Module):
     def _show(self, source: ExpertSource) -> None:
         registry = _registry(self)
         shards: dict[str, list[tuple[nn.Module, str, Tensor]]] = {}
-        for part in source.parts():
-            name = f"{'w2' if part.key[1] == 'w2' else 'w13'}_{part.key[2]}"
-            view = self._view(self.get_parameter(name), part.key, source)
-            shards.setdefault(name, []).append((_projection(self, part.name), part.key[2], view))
-        for key in source.absent():
+        there = [(part.key, _projection(self, part.name), part.key[2]) for part in source.parts()]
+        nowhere = [(key, nn.Module(), f"{key[1]}_{key[0]}") for key in source.absent()]
+        for key, module, leaf in there + nowhere:
             name = f"{'w2' if key[1] == 'w2' else 'w13'}_{key[2]}"
-            shards[name].append((nn.Module(), f"{key[1]}_{key[0]}", self._view(self.get_parameter(name), key, source)))
+            shards.setdefault(name, []).append((module, leaf, self._view(self.get_parameter(name), key, source)))
         for name, views in shards.items():
             registry.show_shards(name, views)
 

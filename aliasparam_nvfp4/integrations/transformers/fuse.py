@@ -69,10 +69,15 @@ def _fit_together(members: list[Projection]) -> bool:
     return all(torch.equal(m.get_parameter(scale).reshape(1), first.get_parameter(scale).reshape(1)) for m in members)
 
 
+def made_of(members: Sequence[Projection], method: NvFp4LinearMethod) -> FusedLinear:
+    """Their fused layer, empty, on the default device."""
+    return FusedLinear(method, members[0].in_features, [m.out_features for m in members], members[0].dtype)
+
+
 def _fuse(parent: nn.Module, name: str, members: list[Projection], method: NvFp4LinearMethod) -> None:
     tensors = members[0].tensors()
     with torch.device(members[0].get_parameter(next(iter(tensors))).device):
-        fused = FusedLinear(method, members[0].in_features, [m.out_features for m in members], members[0].dtype)
+        fused = made_of(members, method)
     registry = registry_of(fused)
     if registry is None:
         raise AssertionError("create_weights did not declare the layer")

@@ -174,8 +174,9 @@ class ModelOptQuantizer(HfQuantizer):  # type: ignore[misc]
         model.__dict__["_keys_to_ignore_on_load_unexpected"] = {*(ignored or ()), *ours, *dropped}
 
     def refused_scalars(self, model: nn.Module) -> Iterator[AliasError]:
-        """What loading ``model``, which was preprocessed on the meta device, would refuse of global scales. It is spent."""
-        return refused_scalars(model, self._source)
+        """What loading ``model``, which was preprocessed on the meta device, would refuse of global scales and
+        backends. It is spent."""
+        return refused_scalars(model, self._source, self.choice.backend)
 
     def update_weight_conversions(self, conversions: Any, model: Any = None) -> Any:
         return narrowed(conversions, self._plain_experts)

@@ -18,7 +18,7 @@ from ...quantize.block_scales import need_block_scales
 from ...quantize.global_scale import need_stored_scales
 from .experts import Experts
 from .fp8 import Fp8Linear
-from .fuse import groups
+from .fuse import groups, made_of
 from .fused_experts import FusedExperts
 from .modules import FusedLinear, Projection, ProjectionKind
 from .source import Source
@@ -45,12 +45,13 @@ def check_scalars(model: nn.Module, files: Mapping[str, str], folder: Checkpoint
             module.check_scales(path, _reader(folder, files[path]))
 
 
-def refused_scalars(model: nn.Module, source: Source) -> Iterator[AliasError]:
-    """What a load from ``source`` would refuse of global scales.
+def refused_scalars(model: nn.Module, source: Source, backend: str) -> Iterator[AliasError]:
+    """What a load from ``source`` would refuse of global scales, and of the layers that these make.
 
     Args:
         model: on the meta device, with quantized modules in their places; it is spent.
         source: whose headers were checked.
+        backend: of linear layers.
     """
     folder, files, meta = source.folder, source.modules(), torch.device("meta")
     assert folder is not None
@@ -69,12 +70,18 @@ def refused_scalars(model: nn.Module, source: Source) -> Iterator[AliasError]:
             module.register_parameter(name, nn.Parameter(folder.read(f"{files[path]}.{name}"), requires_grad=False))
     for _, _, members in groups(model):
         paths = [names[id(member)] for member in members]
+        checks.append(partial(_made, members, backend))
         checks.append(partial(_need_linear, paths[0], members[0].kind, [files[one] for one in paths], folder))
     for check in checks:
         try:
             check()
         except AliasError as error:
             yield error
+
+
+def _made(members: Sequence[Projection], backend: str) -> FusedLinear:
+    with torch.device("meta"):
+        return made_of(members, members[0].kind.method(backend))
 
 
 def _reader(folder: CheckpointFolder, prefix: str) -> Callable[[str], Tensor]:

@@ -23,9 +23,10 @@ from ...checkpoint import (
     check_tensors,
     expert_layers,
 )
+from ...checkpoint.format import KV_SCALES
 from ...checkpoint.scheme import Scheme
 from ...quantize.codec import is_wide
-from .carried import INPUT_SCALES, KV_SCALES, TELLING
+from .carried import INPUT_SCALES, TELLING
 from .dropped import dropping_rule
 from .experts import Experts, first_projection, fused_experts
 from .files_read import need_same_files

@@ -19,24 +19,25 @@ from aliasparam_nvfp4.cli.inspect import findings  # noqa: E402
 from aliasparam_nvfp4.integrations.transformers import use_backend  # noqa: E402
 
 from ..test_gpt_oss import folders as gpt_oss  # noqa: E402
+from ..test_transformers import write_checkpoint  # noqa: E402
 
 EXPERTS, FUSED = ("0.gate_proj", "0.up_proj"), ("q_proj", "k_proj", "v_proj")
 NAN = float("nan")
 
 
-def loads(folder: Path, runner: str, missing: Any) -> bool:
+def loads(folder: Path, backend: str, runner: str, missing: Any) -> bool:
     try:
-        with use_backend("reference", moe=runner, missing_input_scale=missing):
+        with use_backend(backend, moe=runner, missing_input_scale=missing):
             transformers.AutoModelForCausalLM.from_pretrained(folder)
     except AliasError:
         return False
     return True
 
 
-def agreed(folder: Path, *, missing: str = "refuse", runner: str = "reference") -> bool:
+def agreed(folder: Path, *, missing: str = "refuse", runner: str = "reference", backend: str = "reference") -> bool:
     """Whether it loads, as both say."""
-    found = findings(folder, backend="reference", moe_backend=runner, tp=1, ep=1, deep=False, missing=missing)[0]
-    assert found["will_load"] is loads(folder, runner, missing), found["reasons"]
+    found = findings(folder, backend=backend, moe_backend=runner, tp=1, ep=1, deep=True, missing=missing)[0]
+    assert found["will_load"] is loads(folder, backend, runner, missing), found["reasons"]
     return bool(found["will_load"])
 
 
@@ -84,6 +85,38 @@ def test_it_depends_on_the_runner(runner: str, fits: bool, tmp_path: Path, moe_f
     values = {"model.layers.0.mlp.experts.0.gate_proj.weight_scale_2": 1e-3}  # up has another
 
     assert agreed(changed(moe_folders("qwen2"), tmp_path / "a", values), runner=runner) is fits
+
+
+@pytest.mark.parametrize(
+    ("backend", "algorithm", "missing", "fits"),
+    [
+        ("flashinfer_cutlass", "NVFP4", "refuse", True),
+        ("flashinfer_cutlass", "NVFP4", "dynamic", False),
+        ("triton_w4a4", "W4A16_NVFP4", "refuse", False),
+        ("flashinfer_blackwell_tiled_w4a16", "NVFP4", "refuse", False),  # N % 64
+    ],
+)
+def test_it_depends_on_the_backend(backend: str, algorithm: str, missing: str, fits: bool, tmp_path: Path) -> None:
+    folder = changed(write_checkpoint(tmp_path / "a", 1), tmp_path / "b", {}, quant_algo=algorithm)
+
+    assert agreed(folder, missing=missing, backend=backend) is fits
+
+
+@pytest.mark.parametrize("name", ["mtp.layers.0.mlp.up_proj", "model.layers.0.mlp.experts.up_proj"])
+def test_of_what_the_model_drops_nothing_is_asked_and_experts_carry_nothing(
+    name: str, tmp_path: Path, moe_folders: Callable[..., Path]
+) -> None:
+    folder = changed(moe_folders("qwen2"), tmp_path / "a", {})
+    tensors, dropped = load_file(folder / "model.safetensors"), name.startswith("mtp")
+    tensors[f"{name}.input_scale" if dropped else f"{name}_input_scale"] = torch.zeros(())
+    if dropped:
+        tensors |= {
+            f"{name}.weight_scale": torch.full((4, 1), NAN).to(torch.float8_e4m3fn),
+            f"{name}.weight_scale_2": torch.zeros(1),
+        }
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    assert agreed(folder) is dropped
 
 
 @pytest.mark.parametrize("algorithm", ["NVFP4", "W4A16_NVFP4"])
