@@ -89,7 +89,3 @@ class Quantization:
     def scheme_of(self, *names: str, fp4: bool | None = None, stored: bool | None = None) -> Scheme | None:
         """The one that fits the file's tensors, see :func:`~aliasparam_nvfp4.checkpoint.scheme.fitting`."""
         return fitting(self.schemes_of(*names), fp4=fp4, stored=stored)
-
-    def excludes(self, module: str) -> bool:
-        """Whether a pattern of ``exclude`` matches the module."""
-        return module in self.rules.ignored

@@ -127,9 +127,9 @@ def test_both_spellings_of_the_quantization(folder: Path) -> None:
 
     assert (flat.algo, flat.group_size, flat.kv_cache_algo) == ("NVFP4", 16, None)
     assert (nested.algo, nested.exclude, nested.kv_cache_algo) == ("NVFP4", ("lm_head",), "FP8")
-    assert flat.excludes("lm_head")
-    assert flat.excludes("model.layers.0.self_attn.q_proj")
-    assert not flat.excludes("model.layers.1.self_attn.q_proj")
+    assert flat.scheme_of("lm_head") is None
+    assert flat.scheme_of("model.layers.0.self_attn.q_proj") is None
+    assert flat.scheme_of("model.layers.1.self_attn.q_proj") is not None
     (folder / "config.json").write_text("{}")
     (folder / "hf_quant_config.json").write_text(json.dumps(NESTED))
     assert QuantConfig.from_folder(folder).kv_cache_algo == "FP8"
