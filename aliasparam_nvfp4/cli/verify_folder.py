@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from aliasparam.errors import AliasError
+from aliasparam.reload.digest import new_digest
 
 from ..checkpoint import QuantConfig
 from .digest import folder_digest, model_digest
@@ -26,8 +27,9 @@ def compare(folder: Path, server: str | None, kind: str) -> dict[str, Any]:
         ``otherwise``: how the server computes with the same bytes another thing than the folder's config says.
 
     Raises:
-        AliasError: the folder cannot be read or served, or the server does not answer.
+        AliasError: an unknown digest, the folder cannot be read or served, or the server does not answer.
     """
+    new_digest(kind)  # refused before anything is loaded
     found = of_server(server, kind, dict(QuantConfig.from_folder(folder).raw)) if server else _of_loaded(folder, kind)
     expected = folder_digest(folder, kind, found["tensors"])
     names = sorted(expected["tensors"].keys() | found["tensors"].keys())

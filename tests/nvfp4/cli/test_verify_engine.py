@@ -27,6 +27,8 @@ def test_what_cannot_be_is_refused_at_once(tmp_path: Path) -> None:
     assert "NAME=VALUE" in run("--engine", "vllm", *model, "--engine-option", "=1")
     with pytest.raises(AliasError, match="unknown engine"):
         run("--engine", "nope", *model)
+    with pytest.raises(AliasError, match="checksum_format"):  # before the folder, which is empty, is looked at
+        run("--folder", str(tmp_path), "--digest", "crc32")
 
 
 def test_an_option_of_another_question_is_refused(tmp_path: Path) -> None:
