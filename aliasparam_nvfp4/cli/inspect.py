@@ -27,7 +27,8 @@ def inspect(
     picture: Annotated[Path | None, typer.Option(help="Memory of every layer, one copy against two (svg, png, pdf).")] = None,
     json: AsJson = False,
 ) -> None:
-    """What a checkpoint holds, whether it will load, and its memory on a rank. Exit code 1 if it will not load."""
+    """What a checkpoint holds, whether it will load, and its memory on a rank. Exit code 1 if it will not load, or
+    not be divided among so many ranks."""
     need_backends(backend, moe_backend, missing_input_scale)
     if picture is not None:
         from .picture import need_format
@@ -47,7 +48,7 @@ def inspect(
             draw(parts, f"{folder.resolve().name}, TP={tp} EP={ep}, {backend} / {moe_backend}", picture)
         if not json:
             say(f"picture: {picture}")
-    if found["will_load"] is False:
+    if found["will_load"] is False or (found["rank"]["refused"] and tp * ep > 1):
         raise typer.Exit(1)
 
 
