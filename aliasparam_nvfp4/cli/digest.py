@@ -22,18 +22,26 @@ def folder_digest(folder: Any, kind: str = "adler32", served: Collection[str] | 
     """The same of a folder: a path, or an opened :class:`~aliasparam_nvfp4.checkpoint.CheckpointFolder`.
 
     ``served``: names of the model that is compared with it. A head which it lacks, and which is in the folder what another of
-    these names is, is one tensor with that in the model, and is left out.
+    these names is, in that one's dtype, is one tensor with that in the model, and is left out.
     """
+    from aliasparam.layout.bound import flat_bytes
     from aliasparam.reload import CheckpointDigest, digest_of_folder
+    from aliasparam.reload.digest import digest_of
     from aliasparam.reload.sources import SafetensorsFolder
 
     with SafetensorsFolder(getattr(folder, "path", folder)) as opened:
         found = digest_of_folder(opened, kind)
         all_of_it = {name: (entry.dtype, entry.shape, found.tensors[name]) for name, entry in opened.tensors.items()}
-    if served is None:
-        return _shown(found)
-    there = [all_of_it[name] for name in served if name in all_of_it]
-    tied = {n for n in all_of_it.keys() - set(served) if n.rpartition("lm_head.")[1:] == _HEAD and all_of_it[n] in there}
+        if served is None:
+            return _shown(found)
+        there = {all_of_it[name] for name in served if name in all_of_it}
+        heads = [name for name in all_of_it.keys() - set(served) if name.rpartition("lm_head.")[1:] == _HEAD]
+        tied = {name for name in heads if all_of_it[name] in there}
+        for name in set(heads) - tied:
+            shape = all_of_it[name][1]
+            for dtype in {other for other, one, _ in there if one == shape}:
+                digest = digest_of(flat_bytes(opened.read(name).to(dtype)), kind)
+                tied |= {name} if (dtype, shape, digest) in there else set()
     return _shown(CheckpointDigest.of(kind, ((name, *one) for name, one in all_of_it.items() if name not in tied)))
 
 

@@ -90,9 +90,13 @@ def test_a_tied_head_of_another_shape_is_named_before_anything_is_loaded(tmp_pat
 
 
 @pytest.mark.parametrize("change", [0, 1])
-def test_a_folder_with_a_tied_head_is_what_serves_if_it_is_equal(change: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_folder_with_a_tied_head_is_what_serves_if_it_is_equal(dtype: torch.dtype, change: int, tmp_path: Path) -> None:
     """``verify --folder``: the model has one tensor for both names."""
     folder = with_head(write_checkpoint(tmp_path / "a", 1), tmp_path / "heads", change)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].to(dtype)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     serving = model_digest(load(tmp_path / "a"))
 
     assert (folder_digest(folder, served=serving["tensors"]) == serving) == (not change)
