@@ -22,7 +22,7 @@ from aliasparam_nvfp4.errors import BackendError, ScaleError
 from aliasparam_nvfp4.quantize.codec import quantize
 
 transformers = pytest.importorskip("transformers")
-from aliasparam_nvfp4.integrations.transformers import answer, load_model, logits, reload_folder, use_backend  # noqa: E402
+from aliasparam_nvfp4.integrations.transformers import ModelOptQuantizer, answer, load_model, logits, reload_folder, use_backend  # noqa: E402
 
 IDS = torch.arange(12).view(1, 12)
 FUSED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
@@ -238,6 +238,17 @@ def test_a_bad_folder_is_refused_by_a_cold_load_too(two: tuple[Path, Path], case
 def test_an_unknown_backend_is_refused(two: tuple[Path, Path]) -> None:
     with pytest.raises(BackendError, match="unknown linear backend"):
         load_model(two[0], "cutlas")
+
+
+def test_a_backend_that_cannot_serve_the_folder_is_refused_before_weights_are_read(
+    two: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ModelOptQuantizer, "_process_model_after_weight_loading", lambda *_, **__: pytest.fail("all was read"))
+    with (
+        pytest.raises(BackendError, match="cannot compute activation scales at run time"),
+        use_backend("flashinfer_cutlass", missing_input_scale="dynamic"),
+    ):
+        transformers.AutoModelForCausalLM.from_pretrained(two[0])
 
 
 # -- real weights --------------------------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ from .fp8 import Fp8Linear
 from .fuse import fuse_projections
 from .fused_experts import FusedExperts
 from .linears import replace_linears
+from .modules import Projection
 from .names import Names, revert, speak_file_names
 from .placement import need_one_device, need_undivided
 from .report import FolderReport
@@ -161,6 +162,8 @@ class ModelOptQuantizer(HfQuantizer):  # type: ignore[misc]
         schemes = partial(source.schemes_of_experts, config)
         replace_experts(model, source.experts, schemes, source.tensors, config.tensors, self.choice.experts, dtype)
         plain = replace_linears(model, config, source, dtype, self.choice.experts.missing_input_scale)
+        for kind in {module.kind for module in model.modules() if isinstance(module, Projection)}:
+            kind.method(self.choice.backend, self.choice.retarget_to)  # refuses before weights are read
         carried = carry(model, source.tensors)
         self.report = source.check(model, carried, plain)
         self.report.say(str(folder))
