@@ -126,11 +126,12 @@ class BoundLayout(ABC):
             found = f"{memory.numel()} of {memory.dtype}"
             raise self.unfit(f"memory of {self.capacity} elements of {self.dtype}", found)
 
-    def check_value(self, box: Box, shape: Sequence[int], dtype: torch.dtype) -> None:
-        """The same of the box and a value of ``shape`` and ``dtype``."""
-        self.checked(box)
+    def check_value(self, box: Box, shape: Sequence[int], dtype: torch.dtype) -> Box:
+        """The same of the box and a value of ``shape`` and ``dtype``; returns :meth:`checked`."""
+        box = self.checked(box)
         if tuple(shape) != sizes(box) or dtype is not self.dtype:
             raise self.unfit(f"{self.dtype} values of box {box}", f"{dtype} {list(shape)}")
+        return box
 
     def checked(self, box: Box) -> Box:
         """The same of the box alone, of whatever kind it is; returns it in whole numbers."""

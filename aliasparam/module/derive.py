@@ -27,7 +27,7 @@ def value_of(registry: ModuleNames, name: str) -> Tensor:
     if (kernel := registry.kernel(name)) is not None:
         return kernel.memory
     storage = registry.sources[name].need_storage("read")
-    return storage.read(storage.bound.whole)
+    return storage.gather(storage.bound.whole)
 
 
 def _compute(registry: ModuleNames, declared: Derivation) -> Tensor:

@@ -106,7 +106,10 @@ class AliasedStorage(GuardedMemory):
             StateError: elements that never arrived, are invalid, or are being written from outside.
             LayoutError: the box is not within the tensor.
         """
-        box = self.bound.checked(box)
+        return self.gather(self.bound.checked(box))
+
+    def gather(self, box: Box) -> Tensor:
+        """:meth:`read` of a box that is known to be within the tensor."""
         with LOCKS[self.lock_number]:
             self.need_readable(box)
             return self.bound.read(self.elements, box)
@@ -130,8 +133,7 @@ class AliasedStorage(GuardedMemory):
             StateError: the bytes are being written from outside. Nothing has changed then.
             LayoutError: the box is not within the tensor, or the value not of its shape. Nothing has changed then.
         """
-        box = self.bound.checked(box)
-        self.bound.check_value(box, value.shape, self.bound.dtype)
+        box = self.bound.check_value(box, value.shape, self.bound.dtype)
         with LOCKS[self.lock_number]:
             write_all([Part(self, box, value)], non_blocking)
 

@@ -39,7 +39,7 @@ def read_view(storage: AliasedStorage, view: Tensor) -> Tensor:
     """
     place = place_of(storage, view)
     if place is not None and not storage.bound.is_identity:
-        value = place.to_view(storage.read(place.box))
+        value = place.to_view(storage.gather(place.box))
         return value if view.dtype is storage.bound.dtype else value.view(view.dtype)
     with storage.lock:
         rows = place.box if place is not None else rows_under(storage, view)
