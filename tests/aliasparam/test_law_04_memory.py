@@ -48,8 +48,8 @@ def test_law_4_what_a_write_needs_beside_its_values(what: str, large: Layer) -> 
 
 
 def test_law_4_a_clone_is_what_was_gathered_and_no_copy_of_it(large: Layer, monkeypatch: pytest.MonkeyPatch) -> None:
-    read, found = AliasedStorage.read, []
-    monkeypatch.setattr(AliasedStorage, "read", lambda storage, box: found.append(read(storage, box)) or found[-1])
+    read, found = AliasedStorage.gather, []
+    monkeypatch.setattr(AliasedStorage, "gather", lambda storage, box: found.append(read(storage, box)) or found[-1])
 
     assert large.weight.clone().data_ptr() == found[-1].data_ptr()
 
