@@ -35,6 +35,11 @@ class TensorSpec(NamedTuple):
         return f"{str(self.dtype).removeprefix('torch.')}{list(self.shape)}"
 
 
+def is_wide(dtype: torch.dtype) -> bool:
+    """A float that is not quantized."""
+    return dtype.is_floating_point and dtype.itemsize > 1
+
+
 def instances_in(values: Any, kind: type | tuple[type, ...]) -> Iterator[Any]:
     """Those of a class among an operator's arguments, also in lists of them."""
     for value in values:

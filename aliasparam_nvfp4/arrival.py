@@ -19,14 +19,14 @@ from torch import Tensor
 from aliasparam.errors import ReloadError, located
 from aliasparam.host import HOST
 from aliasparam.layout.boxes import Box, part_in, shown, sizes, tiles, whole
-from aliasparam.spec import TensorSpec, no_values
+from aliasparam.spec import TensorSpec, is_wide, no_values
 from aliasparam.storage.coverage import Coverage
 from aliasparam.tensors.faces import _Aliased
 from aliasparam.tensors.geometry import place_of
 
 from .checkpoint.format import COMPRESSED_TENSORS, KV_SCALES, MODELOPT, CheckpointFormat
 from .errors import ScaleError
-from .quantize.codec import is_wide, quantize
+from .quantize.codec import quantize
 from .quantize.format import E2M1_MAX, E4M3_MAX
 
 #: "max": the global scale is that of the largest value, ``amax / (6 * 448)``, as ModelOpt's. "kept": it is the one that serves:
@@ -69,7 +69,7 @@ def quantize_on_arrival(
     for name, value, *rest in tensors.items() if isinstance(tensors, Mapping) else tensors:
         box, weight = rest[0] if rest else None, weights.get(name)
         sent.add(name)
-        if weight is None or no_values(value) is not None or not is_wide(value.dtype):  # what is no tensor the session refuses
+        if weight is None or not _is_wide(value):
             yield name, _cast(value, served.get(name)), box
             continue
         group = waiting.setdefault(weight.shares, {})
@@ -243,9 +243,12 @@ def _global_scale(weight: _Weight, largest: Tensor, live: Tensor, recipe: Recipe
 
 
 def _cast(value: Tensor, served: Tensor | None) -> Tensor:
-    if served is None or no_values(value) is not None or not is_wide(value.dtype) or not is_wide(served.dtype):
-        return value
-    return value.to(served.dtype)
+    return value.to(served.dtype) if served is not None and _is_wide(value) and is_wide(served.dtype) else value
+
+
+def _is_wide(value: object) -> bool:
+    """False also of what is no tensor with values: that the session refuses."""
+    return isinstance(value, Tensor) and no_values(value) is None and is_wide(value.dtype)
 
 
 def _incomplete(group: Mapping[str, _Arriving], weights: Iterable[_Weight]) -> ReloadError:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ReloadError
+from ..spec import is_wide
 from ..storage.coverage import Box
 from ..storage.place import Place, placed
 from ..tensors.call import Call
@@ -165,7 +166,7 @@ def _write(func: Any, call: Call) -> Any:
 
 def _land(target: StandIn, value: Tensor) -> None:
     whole, live = target._whole, target._whole.target.tensor
-    if value.dtype is not target.dtype and not (_is_wide(value.dtype) and _is_wide(target.dtype)):
+    if value.dtype is not target.dtype and not (is_wide(value.dtype) and is_wide(target.dtype)):
         raise ReloadError(
             "a value of another dtype", name=whole.name, expected=target.dtype, found=value.dtype, remedy=_SAME_AS_LOADED
         )
@@ -177,10 +178,6 @@ def _land(target: StandIn, value: Tensor) -> None:
 
 
 _SAME_AS_LOADED = "Send it in the shape and dtype of the checkpoint that was loaded first."
-
-
-def _is_wide(dtype: torch.dtype) -> bool:
-    return dtype.is_floating_point and dtype.itemsize > 1
 
 
 def _place_of(view: StandIn) -> Place:

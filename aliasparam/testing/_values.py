@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..spec import TensorSpec
+from ..spec import TensorSpec, is_wide
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
@@ -20,7 +20,7 @@ def random_values(spec: TensorSpec, random: torch.Generator) -> Tensor:
     """Values fit for weights and scales: positive finite floats, any byte of integers, any e4m3 value but NaN."""
     if spec.dtype.is_complex:
         return torch.view_as_complex(torch.rand((*spec.shape, 2), generator=random) + 0.5).to(spec.dtype)
-    if spec.dtype.is_floating_point and spec.dtype.itemsize > 1:
+    if is_wide(spec.dtype):
         return (torch.rand(spec.shape, generator=random) + 0.5).to(spec.dtype)
     if spec.dtype is torch.bool:
         return torch.randint(0, 2, spec.shape, generator=random).bool()

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from aliasparam.spec import is_wide
+
 from ..errors import ShapeError
 
 #: (view of a name, value).
@@ -57,7 +59,7 @@ def fill(pairs: Sequence[Pair], name: str | None = None, *, cast: bool = False) 
         ShapeError: another shape or dtype. Nothing is written then.
     """
     for target, value in pairs:
-        converts = cast and value.is_floating_point() and value.element_size() > 1
+        converts = cast and is_wide(value.dtype)
         if value.shape != target.shape or (value.dtype != target.dtype and not converts):
             raise ShapeError(
                 "the loaded shard does not fit",

@@ -35,13 +35,14 @@ def folder_digest(folder: Any, kind: str = "adler32", served: Collection[str] | 
         if served is None:
             return _shown(found)
         there = {all_of_it[name] for name in served if name in all_of_it}
-        heads = [name for name in all_of_it.keys() - set(served) if name.rpartition("lm_head.")[1:] == _HEAD]
-        tied = {name for name in heads if all_of_it[name] in there}
-        for name in set(heads) - tied:
+
+        def is_there(name: str) -> bool:
             shape = all_of_it[name][1]
-            for dtype in {other for other, one, _ in there if one == shape}:
-                digest = digest_of(flat_bytes(opened.read(name).to(dtype)), kind)
-                tied |= {name} if (dtype, shape, digest) in there else set()
+            dtypes = {dtype for dtype, other, _ in there if other == shape}
+            held = ((dtype, shape, digest_of(flat_bytes(opened.read(name).to(dtype)), kind)) for dtype in dtypes)
+            return all_of_it[name] in there or any(one in there for one in held)
+
+        tied = {n for n in all_of_it.keys() - set(served) if n.rpartition("lm_head.")[1:] == _HEAD and is_there(n)}
     return _shown(CheckpointDigest.of(kind, ((name, *one) for name, one in all_of_it.items() if name not in tied)))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from aliasparam import TensorSpec
+from aliasparam.spec import is_wide
 
 from ..checkpoint import CheckpointError, CheckpointFolder
 from ..checkpoint.quant_config import read_json
@@ -153,10 +154,10 @@ def _check_headers(
 
 
 def _check_scales(folder: CheckpointFolder, world: World, optional: tuple[str, ...]) -> None:
-    read = [*_GLOBAL, *(end for end in _INPUT if end not in optional)]
+    read = (*_GLOBAL, *(end for end in _INPUT if end not in optional))
     for name in folder.tensors:
         # An expert that met no token in calibration has an input scale of 0: the largest of its layer counts then.
-        if name.endswith(tuple(read)) and not (name.endswith(_INPUT) and ".experts." in name):
+        if name.endswith(read) and not (name.endswith(_INPUT) and ".experts." in name):
             value = folder.read(name)
             if not bool(are_scales(value).all()):
                 found = value.tolist()
@@ -169,5 +170,5 @@ def _check_scales(folder: CheckpointFolder, world: World, optional: tuple[str, .
 
 def same(found: TensorSpec, wanted: TensorSpec) -> bool:
     """Alike, but for floats of two bytes or more, which loaders convert."""
-    wide = all(spec.dtype.is_floating_point and spec.dtype.itemsize > 1 for spec in (found, wanted))
+    wide = is_wide(found.dtype) and is_wide(wanted.dtype)
     return fits(TensorSpec(found.shape, wanted.dtype) if wide else found, wanted)

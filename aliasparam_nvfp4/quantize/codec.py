@@ -10,11 +10,6 @@ from .constants import cached_constant
 from .format import BLOCK_SIZE, E2M1_MAX, E2M1_VALUES, E4M3_MAX, E4M3_TINY
 
 
-def is_wide(dtype: torch.dtype) -> bool:
-    """A float that is not quantized."""
-    return dtype.is_floating_point and dtype.itemsize > 1
-
-
 def unpack_codes(packed: Tensor) -> Tensor:
     """u8 ``[..., K/2]`` to codes 0..15, u8 ``[..., K]``."""
     return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)

@@ -40,9 +40,8 @@ def carry(model: nn.Module, stored: Mapping[str, TensorEntry]) -> list[str]:
         if module is None and leaf in KV_SCALES and path.endswith(".attn") and path.removesuffix(".attn") in modules:
             module = modules[path] = nn.Module()  # vLLM's names
             modules[path.removesuffix(".attn")].add_module("attn", module)
-        if (
-            module is not None and not isinstance(module, Experts) and not hasattr(module, leaf)
-        ):  # of these each expert has its own
+        # Of experts apart each has its own.
+        if module is not None and not isinstance(module, Experts) and not hasattr(module, leaf):
             value = torch.empty(entry.shape, dtype=entry.dtype, device="meta")
             module.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
             carried.append(name)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from aliasparam import TensorSpec
+from aliasparam.spec import is_wide
 
 from ...checkpoint.scheme import FP8, FP8_BLOCK, Scheme
 from ...errors import ScaleError
@@ -58,8 +59,7 @@ class Fp8Linear(nn.Module):
         n, shape = self.out_features, weight_scale.shape
         rows = shape[:1] == (n,) and len(shape) <= 2 and shape[1:] in ((), (1,))
         one = len(shape) <= 1 and shape in ((), (1,))
-        wide = weight_scale.dtype.is_floating_point and weight_scale.dtype.itemsize > 1
-        return wide and (one or rows or self._block_sizes(shape) is not None)
+        return is_wide(weight_scale.dtype) and (one or rows or self._block_sizes(shape) is not None)
 
     def _block_sizes(self, counts: Sequence[int]) -> tuple[int, int] | None:
         """(rows, columns) of the blocks of which there are so many: the config's, of 128, or what divides the weight evenly."""

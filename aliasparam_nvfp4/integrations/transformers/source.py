@@ -13,6 +13,7 @@ from torch import nn
 from transformers.core_model_loading import WeightConverter
 
 from aliasparam import TensorSpec
+from aliasparam.spec import is_wide
 
 from ...checkpoint import (
     CheckpointFolder,
@@ -25,7 +26,6 @@ from ...checkpoint import (
 )
 from ...checkpoint.format import KV_SCALES
 from ...checkpoint.scheme import Scheme
-from ...quantize.codec import is_wide
 from .carried import INPUT_SCALES, TELLING
 from .dropped import dropping_rule
 from .experts import Experts, first_projection, fused_experts
